@@ -1,0 +1,168 @@
+"""Checks of the arguments of public functions: every message names the argument, what came, what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten.errors import ArgumentError, UnsupportedError
+from natten.neighborhood import Neighborhood
+
+
+def check_tensors(**tensors: Any) -> None:
+    """Each is a dense floating-point tensor."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise ArgumentError(f"`{name}` must be a torch.Tensor, got {type(x)}.")
+        if x.is_nested:
+            raise UnsupportedError(
+                f"`{name}` must not be a nested tensor; na*d_qk and na*d_av accept nested tensors, "
+                "na*d_varlen accepts packed ones."
+            )
+        if x.is_sparse:
+            raise UnsupportedError(f"`{name}` must be dense, got layout {x.layout}.")
+        if not x.is_floating_point():
+            raise ArgumentError(f"`{name}` must have a floating-point dtype, got {x.dtype}.")
+
+
+def check_same(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Both have one dtype and one device."""
+    if x.dtype != other.dtype:
+        raise ArgumentError(
+            f"`{name}` must have the dtype of `{other_name}`, got {x.dtype} and {other.dtype}."
+        )
+    if x.device != other.device:
+        raise ArgumentError(
+            f"`{name}` must be on the device of `{other_name}`, got {x.device} and {other.device}."
+        )
+
+
+def check_qkv(query: Tensor, key: Tensor, value: Tensor, same_space: bool = True) -> None:
+    """Heads-last query, key and value fit each other."""
+    for name, x in (("key", key), ("value", value)):
+        check_same(name, x, "query", query)
+        if x.dim() != query.dim() or x.shape[0] != query.shape[0]:
+            raise ArgumentError(
+                f"`{name}` must have the rank and batch size of `query`, got {tuple(x.shape)} "
+                f"and {tuple(query.shape)}."
+            )
+    if same_space and key.shape[1:-2] != query.shape[1:-2]:
+        raise ArgumentError(
+            "`key` must have the token layout of `query`, got "
+            f"{tuple(key.shape[1:-2])} and {tuple(query.shape[1:-2])}."
+        )
+    if value.shape[1:-1] != key.shape[1:-1]:
+        raise ArgumentError(
+            "`value` must have the token layout and heads of `key`, got "
+            f"{tuple(value.shape)} and {tuple(key.shape)}."
+        )
+    if key.shape[-1] != query.shape[-1]:
+        raise ArgumentError(
+            "`key` must have the head_dim (last dimension) of `query`, got "
+            f"{key.shape[-1]} and {query.shape[-1]}."
+        )
+    if query.shape[-1] < 1 or value.shape[-1] < 1:
+        raise ArgumentError(
+            "the head_dim of `query` and `value` must be at least 1, got "
+            f"{query.shape[-1]} and {value.shape[-1]}."
+        )
+    heads, kv_heads = query.shape[-2], key.shape[-2]
+    if kv_heads < 1 or heads % kv_heads != 0:
+        raise ArgumentError(
+            f"the heads of `query` must be a multiple of those of `key`, got {heads} and {kv_heads}."
+        )
+
+
+def check_additional(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, values: Tensor | None
+) -> None:
+    """Additional keys and values come together, ``[batch, extra, heads_kv, channels]``."""
+    if keys is None and values is None:
+        return
+    if keys is None or values is None:
+        missing = "additional_keys" if keys is None else "additional_values"
+        raise ArgumentError(
+            "`additional_keys` and `additional_values` must be given together, "
+            f"but `{missing}` is None."
+        )
+    check_tensors(additional_keys=keys, additional_values=values)
+    for name, x, like in (("additional_keys", keys, key), ("additional_values", values, value)):
+        check_same(name, x, "query", query)
+        wanted = (query.shape[0], like.shape[-2], like.shape[-1])
+        if x.dim() != 4 or (x.shape[0], x.shape[2], x.shape[3]) != wanted:
+            raise ArgumentError(
+                f"`{name}` must be [batch, extra, heads_kv, head_dim] with batch, heads_kv and "
+                f"head_dim {wanted}, got {tuple(x.shape)}."
+            )
+    if keys.shape[1] != values.shape[1]:
+        raise ArgumentError(
+            "`additional_keys` and `additional_values` must have as many tokens, got "
+            f"{keys.shape[1]} and {values.shape[1]}."
+        )
+
+
+def check_rpb(rpb: Tensor | None, query: Tensor, rule: Neighborhood, heads: int) -> None:
+    """The bias is ``[heads, 2 * kernel_size - 1, ...]`` on the query's device."""
+    if rpb is None:
+        return
+    check_tensors(rpb=rpb)
+    wanted = (heads, *(2 * k - 1 for k in rule.kernel_size))
+    if tuple(rpb.shape) != wanted:
+        raise ArgumentError(
+            f"`rpb` must be [heads, 2 * kernel_size - 1, ...] = {wanted}, got {tuple(rpb.shape)}."
+        )
+    if rpb.device != query.device:
+        raise ArgumentError(
+            f"`rpb` must be on the device of `query`, got {rpb.device} and {query.device}."
+        )
+
+
+def check_scale(scale: Any, head_dim: int) -> float:
+    """The factor on the scores; None means ``head_dim ** -0.5``."""
+    if scale is None:
+        return float(head_dim) ** -0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise ArgumentError(f"`scale` must be None or a number, got {type(scale)}: {scale!r}.")
+    return float(scale)
+
+
+def check_hints(attention_kwargs: Any) -> None:
+    """Hints change nothing, but a wrong type is a wrong call."""
+    if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
+        raise ArgumentError(
+            f"`attention_kwargs` must be None or a dict, got {type(attention_kwargs)}."
+        )
+
+
+def check_same_shape(name: str, shape: Sequence[int], other: str, wanted: Sequence[int]) -> None:
+    """Two shapes agree; the message names the first dimension where they do not."""
+    if tuple(shape) == tuple(wanted):
+        return
+    where = next((i for i, (a, b) in enumerate(zip(shape, wanted)) if a != b), "count")
+    raise ArgumentError(
+        f"`{name}` must match `{other}`, got {tuple(shape)} and {tuple(wanted)}: "
+        f"they differ at dimension {where}."
+    )
+
+
+def autocast_tensors(*tensors: Any) -> tuple[Any, ...]:
+    """Cast to autocast's dtype where it is on, as scaled_dot_product_attention does.
+
+    float64 stays as it is, and so does everything on another device.
+    """
+    first = next((x for x in tensors if isinstance(x, Tensor)), None)
+    if first is None:
+        return tensors
+    kind = first.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(x: Any) -> Any:
+        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(dtype) if eligible and x.device.type == kind else x
+
+    return tuple(cast(x) for x in tensors)

@@ -1,0 +1,138 @@
+"""Neighborhood attention as dense masked attention: short, slow, and the oracle of all tests.
+
+Plain differentiable PyTorch for any dtype and device; memory grows with the square of the number
+of tokens. The functions have the names and layouts of every backend: tensors are heads-last,
+``[batch, *space, heads, head_dim]``; weights are ``[batch, *space, heads, window tokens]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from natten.neighborhood import Neighborhood, Rule, outer, window_mask
+
+
+def relative_bias(rule: Neighborhood, shape: Sequence[int], rpb: Tensor) -> Tensor:
+    """``[heads, queries, keys]`` from ``rpb [heads, 2K-1, ...]``; masked pairs hold any value."""
+    index = torch.zeros(1, 1, dtype=torch.int64, device=rpb.device)
+    for axis, length in enumerate(shape):
+        position = torch.arange(length, device=rpb.device) // rule.dilation[axis]
+        size = 2 * rule.kernel_size[axis] - 1
+        own = position[None, :] - position[:, None] + rule.kernel_size[axis] - 1
+        index = outer(index * size, own.clamp(0, size - 1), torch.add)
+    return rpb.flatten(1)[:, index]
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    extra_keys: Tensor | None,
+    extra_values: Tensor | None,
+    rule: Rule,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``."""
+    shape, key_shape, heads = query.shape[1:-2], key.shape[1:-2], query.shape[-2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    mask = window_mask(rule, shape, key_shape, query.device)
+    q, k, v = (x.to(dtype).flatten(1, -3).transpose(1, 2) for x in (query, key, value))
+    bias = torch.zeros(heads, *mask.shape, dtype=dtype, device=query.device)
+    if rpb is not None:
+        assert isinstance(rule, Neighborhood)
+        bias = relative_bias(rule, shape, rpb.to(dtype))
+    bias = bias.masked_fill(~mask, -math.inf)
+    if extra_keys is not None and extra_values is not None:
+        k = torch.cat([k, extra_keys.to(dtype).transpose(1, 2)], dim=2)
+        v = torch.cat([v, extra_values.to(dtype).transpose(1, 2)], dim=2)
+        bias = torch.nn.functional.pad(bias, (0, extra_keys.shape[1]))
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * scale + bias
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp() if scores.shape[-1] else scores
+    out = (weights @ v).transpose(1, 2).unflatten(1, shape)
+    return out.to(query.dtype), lse.transpose(1, 2).unflatten(1, shape)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    extra_keys: Tensor | None,
+    extra_values: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rule: Rule,
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, rpb, additional keys and additional values."""
+    inputs = (query, key, value, rpb, extra_keys, extra_values)
+    q, k, v, bias, ek, ev = (None if x is None else x.detach().requires_grad_() for x in inputs)
+    assert q is not None and k is not None and v is not None
+    with torch.enable_grad():
+        outputs = forward(q, k, v, bias, ek, ev, rule, scale)
+        if grad_lse is None:
+            grad_lse = torch.zeros_like(outputs[1])
+        present = [x for x in (q, k, v, bias, ek, ev) if x is not None]
+        found = iter(torch.autograd.grad(outputs, present, (grad_out, grad_lse)))
+    return tuple(None if x is None else next(found) for x in inputs)
+
+
+def _slots(rule: Neighborhood, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    token, valid = rule.window_tokens_of(shape, device), rule.attended_slots(shape, device)
+    return token.flatten(0, -2), valid.flatten(0, -2)
+
+
+def qk(query: Tensor, key: Tensor, rule: Neighborhood) -> Tensor:
+    """Products of every query with its window's keys; 0 in masked slots."""
+    shape = query.shape[1:-2]
+    token, valid = _slots(rule, shape, query.device)
+    q, k = (x.flatten(1, -3).transpose(1, 2) for x in (query, key))
+    scores = q @ k.transpose(-1, -2)
+    scores = scores.gather(-1, token.expand(*scores.shape[:-1], -1)).masked_fill(~valid, 0)
+    return scores.transpose(1, 2).unflatten(1, shape)
+
+
+def _dense(attn: Tensor, rule: Neighborhood) -> Tensor:
+    """Weights ``[batch, heads, queries, keys]``, zero outside the windows."""
+    token, valid = _slots(rule, attn.shape[1:-2], attn.device)
+    weights = attn.flatten(1, -3).transpose(1, 2).masked_fill(~valid, 0)
+    dense = weights.new_zeros(*weights.shape[:-1], len(token))
+    return dense.scatter_add(-1, token.expand(weights.shape), weights)
+
+
+def av(attn: Tensor, value: Tensor, rule: Neighborhood) -> Tensor:
+    """Sum of the window's values, weighted; masked slots are ignored."""
+    out = _dense(attn, rule) @ value.flatten(1, -3).transpose(1, 2)
+    return out.transpose(1, 2).unflatten(1, value.shape[1:-2])
+
+
+def av_transposed(attn: Tensor, x: Tensor, rule: Neighborhood) -> Tensor:
+    """For every key, the sum of ``x`` at the queries that attend it, weighted."""
+    out = _dense(attn, rule).transpose(-1, -2) @ x.flatten(1, -3).transpose(1, 2)
+    return out.transpose(1, 2).unflatten(1, x.shape[1:-2])
+
+
+def bias(rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
+    """``rpb`` in every window slot, ``[*space, heads, window tokens]``; 0 in masked slots."""
+    token, valid = _slots(rule, shape, rpb.device)
+    dense = relative_bias(rule, shape, rpb)
+    picked = dense.gather(-1, token.expand(len(dense), -1, -1)).masked_fill(~valid, 0)
+    return picked.transpose(0, 1).unflatten(0, shape)
+
+
+def bias_transposed(grad: Tensor, rule: Neighborhood) -> Tensor:
+    """The gradient of ``rpb`` from ``grad [*space, heads, window tokens]``."""
+    sizes = [2 * k - 1 for k in rule.kernel_size]
+    leaf = grad.new_zeros(grad.shape[-2], *sizes).requires_grad_()
+    with torch.enable_grad():
+        (found,) = torch.autograd.grad(bias(leaf, grad.shape[:-2], rule), leaf, grad)
+    return found

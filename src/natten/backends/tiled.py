@@ -1,0 +1,571 @@
+"""Neighborhood attention over tiles in plain PyTorch: the CPU default, and the fallback everywhere.
+
+Queries are cut into tiles (:mod:`natten.tiling`); each tile is dense attention against the box of
+keys that holds its windows, with a mask. Many tiles of one kind are a batch of matrix products;
+they are worked through in chunks small enough to stay in cache, in buffers that are used again.
+Nothing grows with the square of the number of tokens, and the backward recomputes the weights.
+
+Sums over overlapping boxes are taken in phases of tiles whose boxes do not overlap, so every
+result has the same bits on every run, on any device.
+
+All functions take heads-last tensors, ``[batch, *space, heads, head_dim]``, of any strides. What
+the unfused ones return is heads-first in memory, as their callers want it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from natten.neighborhood import Neighborhood, Rule, outer
+from natten.tiling import Run, tiles
+
+CHUNK = 1 << 18  # query-key pairs worked on at a time; 1 MB in float32
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half precision is computed in float32: CPUs do so as fast, and sums stay exact."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+class Scratch:
+    """Named buffers that are used again, so that no chunk faults in fresh memory."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self._like, self._dtype = like, dtype
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._like.new_empty(size, dtype=self._dtype)
+            self._buffers[name] = buffer
+        return buffer[:size].view(shape)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tiles of one kind: one run per axis.
+
+    Its views have the dimensions ``[tiles per axis, groups per axis, batch, kv heads]`` ("lead")
+    and then, for queries, ``[heads per kv head, tile sizes, channels]``, for keys
+    ``[box sizes, channels]``.
+    """
+
+    runs: tuple[Run, ...]
+    dilation: tuple[int, ...]
+
+    @property
+    def query_sizes(self) -> tuple[int, ...]:
+        return tuple(run.query_size for run in self.runs)
+
+    @property
+    def key_sizes(self) -> tuple[int, ...]:
+        return tuple(run.key_size for run in self.runs)
+
+    def _view(
+        self, x: Tensor, starts: Sequence[int], sizes: Sequence[int], heads: list[tuple[int, int]]
+    ) -> Tensor:
+        """``x`` as tiles; ``heads``: (size, stride) of each dimension the heads become."""
+        offset = x.storage_offset()
+        count, group, inner = [], [], []
+        for run, d, start, size, step in zip(
+            self.runs, self.dilation, starts, sizes, x.stride()[1:]
+        ):
+            count.append((run.repeats, run.step * d * step))
+            group.append((run.groups, step))
+            inner.append((size, d * step))
+            offset += (start * d + run.group) * step
+        batch, channels = (x.shape[0], x.stride(0)), (x.shape[-1], x.stride(-1))
+        shape, stride = zip(*count, *group, batch, *heads, *inner, channels)
+        return x.as_strided(shape, stride, offset)
+
+    def queries(self, x: Tensor, kv_heads: int) -> Tensor:
+        """View ``[lead, heads per kv head, tile sizes, channels]`` of ``x [B, *space, heads, C]``."""
+        per_kv, step = x.shape[-2] // kv_heads, x.stride(-2)
+        heads = [(kv_heads, per_kv * step), (per_kv, step)]
+        return self._view(x, [run.query_start for run in self.runs], self.query_sizes, heads)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """View ``[lead, box sizes, channels]`` of ``x [B, *space, kv heads, C]``; boxes overlap."""
+        heads = [(x.shape[-2], x.stride(-2))]
+        return self._view(x, [run.key_start for run in self.runs], self.key_sizes, heads)
+
+    def chunks(
+        self, batch: int, kv_heads: int, per_kv: int, extra: int
+    ) -> Iterator[tuple[slice, ...]]:
+        """Slices of the lead dimensions that hold about ``CHUNK`` query-key pairs each."""
+        lead = [run.repeats for run in self.runs] + [run.groups for run in self.runs]
+        lead += [batch, kv_heads]
+        pairs = per_kv * math.prod(self.query_sizes) * (math.prod(self.key_sizes) + extra)
+        room = max(1, CHUNK // max(1, pairs))
+        steps = []
+        for size in reversed(lead):
+            step = max(1, min(size, room))
+            room //= step
+            steps.append(step)
+        ranges = [
+            [slice(i, min(i + step, size)) for i in range(0, size, step)]
+            for size, step in zip(lead, reversed(steps))
+        ]
+        return itertools.product(*ranges)
+
+    def allowed(self) -> Tensor | None:
+        """Mask ``[tile tokens, box tokens]``, or None where every key of the box is attended."""
+        mask = torch.ones(1, 1, dtype=torch.bool, device="cpu")
+        for run in self.runs:
+            position = torch.arange(run.key_size, device="cpu")
+            own = (position >= run.lower[:, None]) & (position < run.upper[:, None])
+            mask = outer(mask, own, torch.logical_and)
+        return None if bool(mask.all()) else mask
+
+    def offsets(self, axis: int) -> int:
+        """Key position minus query position of the box's and the tile's first positions."""
+        return self.runs[axis].key_start - self.runs[axis].query_start
+
+
+def _blocks(rule: Rule, query: Tensor, key: Tensor, head_dim: int) -> list[Block]:
+    runs = tiles(
+        rule,
+        tuple(query.shape[1:-2]),
+        tuple(key.shape[1:-2]),
+        query.shape[0] * query.shape[-2],
+        head_dim,
+    )
+    return [Block(block, rule.dilation) for block in itertools.product(*runs)]
+
+
+# --- relative positional bias ---------------------------------------------------------------
+
+
+def _bias_of(block: Block, rpb: Tensor, rule: Neighborhood) -> Tensor:
+    """``[heads, tile tokens, box tokens]`` from ``rpb [heads, 2K-1, ...]``; masked pairs hold any value."""
+    heads = rpb.shape[0]
+    picked = rpb
+    for axis, run in enumerate(block.runs):
+        query = torch.arange(run.query_size, device="cpu")[:, None]
+        index = torch.arange(run.key_size, device="cpu") - query + block.offsets(axis)
+        index = (index + rule.kernel_size[axis] - 1).clamp(0, rpb.shape[1 + axis] - 1)
+        dim = 1 + 2 * axis
+        picked = picked.index_select(dim, index.flatten().to(rpb.device))
+        picked = picked.unflatten(dim, (run.query_size, run.key_size))
+    rank = len(block.runs)
+    order = [0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2)]
+    return picked.permute(order).reshape(
+        heads, math.prod(block.query_sizes), math.prod(block.key_sizes)
+    )
+
+
+def _sum_diagonals(x: Tensor, dim: int) -> Tensor:
+    """Sum ``x`` over dims (dim, dim + 1) = (query, key) along ``key - query``.
+
+    The result's dim has ``queries + keys - 1`` entries; the first is ``key - query = 1 - queries``.
+    """
+    x = x.movedim((dim, dim + 1), (-2, -1))
+    queries, keys = x.shape[-2:]
+    # Rows that are one entry shorter than they were written move one column right per row.
+    x = F.pad(x.flip(-2), (0, queries)).flatten(-2)[..., : queries * (queries + keys - 1)]
+    return x.unflatten(-1, (queries, -1)).sum(-2).movedim(-1, dim)
+
+
+def _add_bias_gradient(block: Block, grad: Tensor, grad_rpb: Tensor, rule: Neighborhood) -> None:
+    """Add ``grad [heads, tile tokens, box tokens]`` to the entries of ``grad_rpb`` it came from."""
+    rank = len(block.runs)
+    x = grad.reshape(grad.shape[0], *block.query_sizes, *block.key_sizes)
+    order = [0, *itertools.chain(*((1 + a, 1 + rank + a) for a in range(rank)))]
+    x = x.permute(order)
+    target = grad_rpb
+    for axis, run in enumerate(block.runs):
+        x = _sum_diagonals(x, 1 + axis)
+        first = 1 - run.query_size + block.offsets(axis) + rule.kernel_size[axis] - 1
+        low, high = max(0, first), min(target.shape[1 + axis], first + x.shape[1 + axis])
+        x = x.narrow(1 + axis, low - first, high - low)
+        target = target.narrow(1 + axis, low, high - low)
+    target += x
+
+
+# --- fused attention ------------------------------------------------------------------------
+
+
+class _Sizes(NamedTuple):
+    batch: int
+    heads: int
+    kv_heads: int
+    per_kv: int
+    dim: int
+    value_dim: int
+    extra: int
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, extra_keys: Tensor | None) -> _Sizes:
+        heads, kv_heads = query.shape[-2], key.shape[-2]
+        extra = 0 if extra_keys is None else extra_keys.shape[1]
+        return cls(
+            query.shape[0], heads, kv_heads, heads // kv_heads,
+            query.shape[-1], value.shape[-1], extra,
+        )  # fmt: skip
+
+
+def _score_bias(
+    block: Block, rpb: Tensor | None, rule: Rule, sizes: _Sizes, like: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """What is added to the scores, ``[kv heads or 1, rows, box tokens + extra]``: bias and mask."""
+    mask = block.allowed()
+    if rpb is None and mask is None:
+        return None
+    tokens, box = math.prod(block.query_sizes), math.prod(block.key_sizes)
+    bias = like.new_zeros(1, tokens, box, dtype=dtype)
+    if rpb is not None:
+        assert isinstance(rule, Neighborhood)
+        bias = _bias_of(block, rpb.to(dtype), rule)
+    if mask is not None:
+        bias = bias.masked_fill(~mask.to(like.device), -math.inf)
+    if rpb is not None:
+        bias = bias.reshape(sizes.kv_heads, sizes.per_kv * tokens, box)
+    else:
+        bias = bias.repeat(1, sizes.per_kv, 1)
+    return F.pad(bias, (0, sizes.extra)) if sizes.extra else bias
+
+
+def _load(buffer: Tensor, view: Tensor) -> Tensor:
+    """Copy a chunk of tiles into ``buffer [matrices, rows, channels]``."""
+    buffer.view(view.shape).copy_(view)
+    return buffer
+
+
+def _load_keys(buffer: Tensor, block: Block, view: Tensor, extra: Tensor | None) -> Tensor:
+    """Copy a chunk of boxes, and the additional tokens behind each box, into ``buffer``."""
+    if extra is None:
+        return _load(buffer, view)
+    lead = view.shape[: 2 * len(block.runs) + 2]
+    box = math.prod(block.key_sizes)
+    rows = buffer.view(*lead, buffer.shape[-2], buffer.shape[-1])
+    rows[..., :box, :].unflatten(-2, block.key_sizes).copy_(view)
+    rows[..., box:, :].copy_(extra)
+    return buffer
+
+
+def _scores(
+    query: Tensor, keys: Tensor, bias: Tensor | None, kv_heads: slice, out: Tensor
+) -> Tensor:
+    """Softmaxed in place by the caller: ``query @ keys^T + bias``."""
+    torch.bmm(query, keys.transpose(1, 2), out=out)
+    if bias is not None:
+        if bias.shape[0] > 1:
+            bias = bias[kv_heads]
+        out.view(-1, *bias.shape).add_(bias)
+    return out
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    extra_keys: Tensor | None,
+    extra_values: Tensor | None,
+    rule: Rule,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``."""
+    sizes = _Sizes.of(query, key, value, extra_keys)
+    dtype = compute_dtype(query.dtype)
+    out = query.new_empty(*query.shape[:-1], sizes.value_dim)
+    lse = query.new_empty(query.shape[:-1], dtype=dtype)
+    scratch = Scratch(query, dtype)
+    extra_k = None if extra_keys is None else extra_keys.transpose(1, 2)
+    extra_v = None if extra_values is None else extra_values.transpose(1, 2)
+    for block in _blocks(rule, query, key, (sizes.dim + sizes.value_dim) // 2):
+        q_view, k_view, v_view = (
+            block.queries(query, sizes.kv_heads),
+            block.keys(key),
+            block.keys(value),
+        )
+        out_view = block.queries(out, sizes.kv_heads)
+        lse_view = block.queries(lse[..., None], sizes.kv_heads)
+        rows = sizes.per_kv * math.prod(block.query_sizes)
+        cols = math.prod(block.key_sizes) + sizes.extra
+        if cols == 0:
+            out_view.zero_()
+            lse_view.fill_(-math.inf)
+            continue
+        bias = _score_bias(block, rpb, rule, sizes, query, dtype)
+        for chunk in block.chunks(sizes.batch, sizes.kv_heads, sizes.per_kv, sizes.extra):
+            part = q_view[chunk]
+            n = part.numel() // (rows * sizes.dim)
+            q = _load(scratch("q", n, rows, sizes.dim), part).mul_(scale)
+            k = _load_keys(
+                scratch("k", n, cols, sizes.dim), block, k_view[chunk],
+                None if extra_k is None else extra_k[chunk[-2:]],
+            )  # fmt: skip
+            v = _load_keys(
+                scratch("v", n, cols, sizes.value_dim), block, v_view[chunk],
+                None if extra_v is None else extra_v[chunk[-2:]],
+            )  # fmt: skip
+            s = _scores(q, k, bias, chunk[-1], scratch("s", n, rows, cols))
+            top = s.amax(-1, keepdim=True)
+            p = torch.softmax(s, -1, out=s)
+            # The largest weight belongs to the largest score: its logarithm gives the LSE.
+            top.sub_(p.amax(-1, keepdim=True).log_())
+            o = torch.bmm(p, v, out=scratch("o", n, rows, sizes.value_dim))
+            target = out_view[chunk]
+            target.copy_(o.view(target.shape))
+            target = lse_view[chunk]
+            target.copy_(top.view(target.shape))
+    return out, lse
+
+
+def _add_boxes(block: Block, target: Tensor, chunk: tuple[slice, ...], boxes: Tensor) -> None:
+    """Add a chunk of overlapping boxes to ``target``, one phase of disjoint boxes at a time."""
+    view = target[chunk]
+    boxes = boxes.view(view.shape) if boxes.is_contiguous() else boxes.reshape(view.shape)
+    phases = [
+        [slice(p, None, every) for p in range(min(every, count))]
+        for every, count in zip((-(-run.key_size // run.step) for run in block.runs), view.shape)
+    ]
+    for phase in itertools.product(*phases):
+        view[phase].add_(boxes[phase])
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    extra_keys: Tensor | None,
+    extra_values: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rule: Rule,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value, rpb, additional keys and additional values."""
+    sizes = _Sizes.of(query, key, value, extra_keys)
+    dtype = compute_dtype(query.dtype)
+    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    grad_key = key.new_zeros(key.shape, dtype=dtype)
+    grad_value = value.new_zeros(value.shape, dtype=dtype)
+    grad_rpb = None if rpb is None else rpb.new_zeros(rpb.shape, dtype=dtype)
+    extra_k = extra_v = grad_ek = grad_ev = None
+    if extra_keys is not None and extra_values is not None:
+        extra_k, extra_v = extra_keys.transpose(1, 2), extra_values.transpose(1, 2)
+        grad_ek = extra_k.new_zeros(extra_k.shape, dtype=dtype)
+        grad_ev = extra_v.new_zeros(extra_v.shape, dtype=dtype)
+    scratch = Scratch(query, dtype)
+    for block in _blocks(rule, query, key, (sizes.dim + sizes.value_dim) // 2):
+        q_view, k_view, v_view = (
+            block.queries(query, sizes.kv_heads),
+            block.keys(key),
+            block.keys(value),
+        )
+        o_view, do_view = (block.queries(x, sizes.kv_heads) for x in (out, grad_out))
+        dl_view = None if grad_lse is None else block.queries(grad_lse[..., None], sizes.kv_heads)
+        dq_view = block.queries(grad_query, sizes.kv_heads)
+        dk_view, dv_view = block.keys(grad_key), block.keys(grad_value)
+        box = math.prod(block.key_sizes)
+        rows = sizes.per_kv * math.prod(block.query_sizes)
+        cols = box + sizes.extra
+        if cols == 0:
+            dq_view.zero_()
+            continue
+        bias = _score_bias(block, rpb, rule, sizes, query, dtype)
+        grad_bias = None
+        if rpb is not None:
+            grad_bias = query.new_zeros(sizes.kv_heads, rows, box, dtype=dtype)
+        for chunk in block.chunks(sizes.batch, sizes.kv_heads, sizes.per_kv, sizes.extra):
+            part = q_view[chunk]
+            n = part.numel() // (rows * sizes.dim)
+            q = _load(scratch("q", n, rows, sizes.dim), part).mul_(scale)
+            k = _load_keys(
+                scratch("k", n, cols, sizes.dim), block, k_view[chunk],
+                None if extra_k is None else extra_k[chunk[-2:]],
+            )  # fmt: skip
+            v = _load_keys(
+                scratch("v", n, cols, sizes.value_dim), block, v_view[chunk],
+                None if extra_v is None else extra_v[chunk[-2:]],
+            )  # fmt: skip
+            do = _load(scratch("do", n, rows, sizes.value_dim), do_view[chunk])
+            o = _load(scratch("o", n, rows, sizes.value_dim), o_view[chunk])
+            delta = o.mul_(do).sum(-1, keepdim=True)
+            if dl_view is not None:
+                delta.view(dl_view[chunk].shape).sub_(dl_view[chunk])
+
+            p = _scores(q, k, bias, chunk[-1], scratch("s", n, rows, cols))
+            torch.softmax(p, -1, out=p)
+            ds = torch.bmm(do, v.transpose(1, 2), out=scratch("ds", n, rows, cols))
+            ds.sub_(delta).mul_(p)
+            dv = torch.bmm(p.transpose(1, 2), do, out=scratch("v", n, cols, sizes.value_dim))
+            dq = torch.bmm(ds, k, out=scratch("dq", n, rows, sizes.dim)).mul_(scale)
+            dk = torch.bmm(ds.transpose(1, 2), q, out=scratch("k", n, cols, sizes.dim))
+
+            target = dq_view[chunk]
+            target.copy_(dq.view(target.shape))
+            for boxes, view, grad_extra in ((dk, dk_view, grad_ek), (dv, dv_view, grad_ev)):
+                if grad_extra is not None:
+                    tail = boxes[:, box:].reshape(-1, *grad_extra[chunk[-2:]].shape)
+                    grad_extra[chunk[-2:]].add_(tail.sum(0))
+                    boxes = boxes[:, :box]
+                _add_boxes(block, view, chunk, boxes)
+            if grad_bias is not None:
+                heads = chunk[-1].stop - chunk[-1].start
+                grad_bias[chunk[-1]].add_(ds.view(-1, heads, rows, cols).sum(0)[..., :box])
+        if grad_bias is not None and grad_rpb is not None and isinstance(rule, Neighborhood):
+            _add_bias_gradient(block, grad_bias.reshape(sizes.heads, -1, box), grad_rpb, rule)
+
+    def finish(x: Tensor | None, like: Tensor | None) -> Tensor | None:
+        return None if x is None or like is None else x.to(like.dtype)
+
+    return (
+        grad_query,
+        grad_key.to(key.dtype),
+        grad_value.to(value.dtype),
+        finish(grad_rpb, rpb),
+        finish(None if grad_ek is None else grad_ek.transpose(1, 2).contiguous(), extra_keys),
+        finish(None if grad_ev is None else grad_ev.transpose(1, 2).contiguous(), extra_values),
+    )
+
+
+# --- unfused attention: weights are [batch, *space, heads, window tokens] --------------------
+
+
+def _slots(block: Block, rule: Neighborhood, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Box position of every window slot, ``[tile tokens, window tokens]``, and which are attended.
+
+    The second is None where all are; slots that are not hold some position inside the box.
+    """
+    index = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
+    valid = torch.ones(1, 1, dtype=torch.bool, device="cpu")
+    for run, k in zip(block.runs, rule.kernel_size):
+        position = run.lower[:, None] + torch.arange(k, device="cpu")
+        own_valid = position < run.upper[:, None]
+        index = outer(index * run.key_size, position.clamp(max=run.key_size - 1), torch.add)
+        valid = outer(valid, own_valid, torch.logical_and)
+    return index.to(device), None if bool(valid.all()) else valid.to(device)
+
+
+def _spread(weights: Tensor, index: Tensor, valid: Tensor | None, box: int, out: Tensor) -> Tensor:
+    """Weights in window slots as weights over the box, zero elsewhere; ``out`` has box + 1 columns."""
+    if valid is not None:  # masked slots go to the column that nobody reads
+        index = index.masked_fill(~valid, box)
+    out.zero_().scatter_(2, index.expand(len(weights), -1, -1), weights)
+    return out[..., :box]
+
+
+def qk(query: Tensor, key: Tensor, rule: Neighborhood) -> Tensor:
+    """Products of every query with its window's keys; 0 in masked slots."""
+    batch, heads, dim = query.shape[0], query.shape[-2], query.shape[-1]
+    attn = query.new_empty(batch, heads, *query.shape[1:-2], rule.window_tokens).movedim(1, -2)
+    scratch = Scratch(query, compute_dtype(query.dtype))
+    for block in _blocks(rule, query, key, dim):
+        q_view, k_view = block.queries(query, heads), block.keys(key)
+        attn_view = block.queries(attn, heads)
+        index, valid = _slots(block, rule, query.device)
+        rows, box = math.prod(block.query_sizes), math.prod(block.key_sizes)
+        for chunk in block.chunks(batch, heads, 1, 0):
+            part = q_view[chunk]
+            n = part.numel() // (rows * dim)
+            q = _load(scratch("q", n, rows, dim), part)
+            k = _load(scratch("k", n, box, dim), k_view[chunk])
+            s = torch.bmm(q, k.transpose(1, 2), out=scratch("s", n, rows, box))
+            picked = scratch("picked", n, *index.shape)
+            torch.gather(s, 2, index.expand(n, -1, -1), out=picked)
+            if valid is not None:
+                picked.masked_fill_(~valid, 0)
+            target = attn_view[chunk]
+            target.copy_(picked.view(target.shape))
+    return attn
+
+
+def av(attn: Tensor, value: Tensor, rule: Neighborhood) -> Tensor:
+    """Sum of the window's values, weighted; masked slots are ignored."""
+    batch, heads, dim = value.shape[0], value.shape[-2], value.shape[-1]
+    out = value.new_empty(batch, heads, *value.shape[1:-2], dim).movedim(1, -2)
+    scratch = Scratch(value, compute_dtype(value.dtype))
+    for block in _blocks(rule, value, value, dim):
+        attn_view, v_view, out_view = (
+            block.queries(attn, heads),
+            block.keys(value),
+            block.queries(out, heads),
+        )
+        index, valid = _slots(block, rule, value.device)
+        rows, box = math.prod(block.query_sizes), math.prod(block.key_sizes)
+        for chunk in block.chunks(batch, heads, 1, 0):
+            part = attn_view[chunk]
+            n = part.numel() // index.numel()
+            weights = _load(scratch("a", n, *index.shape), part)
+            dense = _spread(weights, index, valid, box, scratch("p", n, rows, box + 1))
+            v = _load(scratch("v", n, box, dim), v_view[chunk])
+            o = torch.bmm(dense, v, out=scratch("o", n, rows, dim))
+            target = out_view[chunk]
+            target.copy_(o.view(target.shape))
+    return out
+
+
+def av_transposed(attn: Tensor, x: Tensor, rule: Neighborhood) -> Tensor:
+    """For every key, the sum of ``x`` at the queries that attend it, weighted."""
+    batch, heads, dim = x.shape[0], x.shape[-2], x.shape[-1]
+    dtype = compute_dtype(x.dtype)
+    out = x.new_zeros(batch, heads, *x.shape[1:-2], dim, dtype=dtype).movedim(1, -2)
+    scratch = Scratch(x, dtype)
+    for block in _blocks(rule, x, x, dim):
+        attn_view, x_view, out_view = (
+            block.queries(attn, heads),
+            block.queries(x, heads),
+            block.keys(out),
+        )
+        index, valid = _slots(block, rule, x.device)
+        rows, box = math.prod(block.query_sizes), math.prod(block.key_sizes)
+        for chunk in block.chunks(batch, heads, 1, 0):
+            part = attn_view[chunk]
+            n = part.numel() // index.numel()
+            weights = _load(scratch("a", n, *index.shape), part)
+            dense = _spread(weights, index, valid, box, scratch("p", n, rows, box + 1))
+            xs = _load(scratch("x", n, rows, dim), x_view[chunk])
+            boxes = torch.bmm(dense.transpose(1, 2), xs, out=scratch("o", n, box, dim))
+            _add_boxes(block, out_view, chunk, boxes)
+    return out.to(x.dtype)
+
+
+def _token_blocks(rule: Neighborhood, like: Tensor) -> list[Block]:
+    """Blocks for a tensor ``[1, *space, heads, channels]``."""
+    return _blocks(rule, like, like, like.shape[-1])
+
+
+def bias(rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
+    """``rpb`` in every window slot, ``[*space, heads, window tokens]``; 0 in masked slots."""
+    heads = rpb.shape[0]
+    out = rpb.new_empty(1, heads, *shape, rule.window_tokens).movedim(1, -2)
+    for block in _token_blocks(rule, out):
+        index, valid = _slots(block, rule, rpb.device)
+        picked = _bias_of(block, rpb, rule).gather(2, index.expand(heads, -1, -1))
+        if valid is not None:
+            picked = picked.masked_fill(~valid, 0)
+        view = block.queries(out, heads)
+        view.copy_(picked.view(heads, *view.shape[-len(shape) - 2 :]))
+    return out[0]
+
+
+def bias_transposed(grad: Tensor, rule: Neighborhood) -> Tensor:
+    """The gradient of ``rpb`` from ``grad [*space, heads, window tokens]``."""
+    heads, dtype = grad.shape[-2], compute_dtype(grad.dtype)
+    out = grad.new_zeros(heads, *(2 * k - 1 for k in rule.kernel_size), dtype=dtype)
+    grad = grad[None]
+    for block in _token_blocks(rule, grad):
+        index, valid = _slots(block, rule, grad.device)
+        view = block.queries(grad, heads)
+        lead = tuple(range(2 * rule.rank + 1))
+        weights = view.sum(lead, dtype=dtype).reshape(heads, *index.shape)
+        rows, box = math.prod(block.query_sizes), math.prod(block.key_sizes)
+        dense = _spread(weights, index, valid, box, weights.new_empty(heads, rows, box + 1))
+        _add_bias_gradient(block, dense, out, rule)
+    return out.to(grad.dtype)

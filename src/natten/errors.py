@@ -1,0 +1,13 @@
+"""The one exception class for bad arguments."""
+
+
+class ArgumentError(ValueError, TypeError, RuntimeError):
+    """A bad argument to a public function.
+
+    NATTEN's eras raised different classes for the same mistake (``ValueError``, ``TypeError`` or
+    ``RuntimeError``); code that catches any of them keeps working.
+    """
+
+
+class UnsupportedError(ArgumentError, NotImplementedError):
+    """A combination that no backend can run; also a ``NotImplementedError``, as eras raised."""

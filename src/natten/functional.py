@@ -1,0 +1,642 @@
+"""What users call: fused and unfused neighborhood attention, plain attention, merging.
+
+Fused operators are heads-last and one call: ``na1d``, ``na2d``, ``na3d``. Unfused operators are
+heads-first and expose the attention weights: ``na*d_qk``, then softmax, then ``na*d_av``.
+
+Methods: Hassani et al., "Neighborhood Attention Transformer" (2023), "Dilated Neighborhood
+Attention Transformer" (2022), "Faster Neighborhood Attention" (2024), "Generalized Neighborhood
+Attention" (2025).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from natten import operators
+from natten._checks import (
+    autocast_tensors,
+    check_additional,
+    check_hints,
+    check_qkv,
+    check_rpb,
+    check_same,
+    check_same_shape,
+    check_scale,
+    check_tensors,
+)
+from natten.backends import check_name
+from natten.errors import ArgumentError
+from natten.neighborhood import Dense, Neighborhood, fit_window
+from natten.nested import is_nested, per_item
+from natten.varlen import VarlenLayout, sequence_lengths
+
+Dimension = int | Sequence[int]
+Causal = bool | Sequence[bool]
+
+
+# --- fused --------------------------------------------------------------------------------------
+
+
+def neighborhood_attention_generic(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Dimension,
+    stride: Dimension = 1,
+    dilation: Dimension = 1,
+    is_causal: Causal | None = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    attention_kwargs: dict[str, Any] | None = None,
+    backend: str | None = None,
+    q_tile_shape: Sequence[int] | None = None,
+    kv_tile_shape: Sequence[int] | None = None,
+    backward_q_tile_shape: Sequence[int] | None = None,
+    backward_kv_tile_shape: Sequence[int] | None = None,
+    backward_kv_splits: Sequence[int] | None = None,
+    backward_use_pt_reduction: bool = False,
+    run_persistent_kernel: bool = True,
+    kernel_schedule: Any = None,
+    torch_compile: bool = False,
+    return_lse: bool = False,
+    *,
+    rpb: Tensor | None = None,
+) -> Any:
+    """Neighborhood attention over 1-D, 2-D or 3-D token layouts, the rank taken from ``query``.
+
+    Args:
+        query: ``[batch, *space, heads, head_dim]``, floating point; any strides.
+        key: ``[batch, *space, heads_kv, head_dim]``; ``heads`` is a multiple of ``heads_kv``.
+        value: ``[batch, *space, heads_kv, value_dim]``.
+        kernel_size: tokens in the window, one number for all axes or one per axis.
+        stride: queries that share a window; 1 is a sliding window, ``kernel_size`` blocks.
+        dilation: step between the tokens of a window.
+        is_causal: whether a query attends nothing behind itself, per axis.
+        scale: factor on the scores; None means ``head_dim ** -0.5``.
+        additional_keys, additional_values: ``[batch, extra, heads_kv, head_dim or value_dim]``,
+            attended by every query in the same softmax.
+        rpb: relative positional bias ``[heads, 2 * kernel_size - 1, ...]``, trainable.
+        return_lse: also return the logarithm of the sum of exponentials of the scores.
+        backend: None, or the name of a backend; upstream's names are hints.
+        attention_kwargs, q_tile_shape, kv_tile_shape, backward_q_tile_shape,
+        backward_kv_tile_shape, backward_kv_splits, backward_use_pt_reduction,
+        run_persistent_kernel, kernel_schedule, torch_compile: accepted as hints; they change how
+            the result is computed at most, never the result.
+
+    Returns:
+        ``[batch, *space, heads, value_dim]``; with ``return_lse`` also the LSE, natural logarithm,
+        ``[batch, *space, heads]``, float32 (float64 for float64). Both are differentiable.
+
+    Raises:
+        ArgumentError: an argument has a type, shape, dtype, device or value that is not allowed.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 8, 8, 2, 16) for _ in range(3))
+        >>> neighborhood_attention_generic(q, k, v, kernel_size=(3, 5), dilation=(2, 1)).shape
+        torch.Size([1, 8, 8, 2, 16])
+    """
+    check_tensors(query=query, key=key, value=value)
+    query, key, value, additional_keys, additional_values = autocast_tensors(
+        query, key, value, additional_keys, additional_values
+    )
+    rank = query.dim() - 3
+    if rank not in (1, 2, 3):
+        raise ArgumentError(
+            "`query` must be [batch, *space, heads, head_dim] with 1 to 3 axes of tokens, "
+            f"got {tuple(query.shape)}."
+        )
+    if _is_bool(dilation):
+        raise ArgumentError(
+            f"`dilation`, the sixth argument, must be integers, got {dilation!r}. Code written for "
+            "NATTEN 0.17 passes `is_causal` there; natten.compat.v017 has that order."
+        )
+    rule = Neighborhood.create(rank, kernel_size, stride, dilation, is_causal)
+    check_qkv(query, key, value)
+    rule.check(query.shape[1:-2])
+    check_additional(query, key, value, additional_keys, additional_values)
+    check_rpb(rpb, query, rule, heads=query.shape[-2])
+    check_hints(attention_kwargs)
+    out, lse = operators.attention(
+        query,
+        key,
+        value,
+        rpb,
+        additional_keys,
+        additional_values,
+        rule,
+        check_scale(scale, query.shape[-1]),
+        check_name(backend),
+    )
+    return (out, lse) if return_lse else out
+
+
+def _is_bool(value: Any) -> bool:
+    entries = value if isinstance(value, (tuple, list)) else (value,)
+    return len(entries) > 0 and all(isinstance(entry, bool) for entry in entries)
+
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def _of_rank(
+    rank: int, name: str, generic: Callable[Parameters, Result], doc: str
+) -> Callable[Parameters, Result]:
+    """``generic`` for one rank, with its signature."""
+
+    def function(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        query = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(query, Tensor) and query.dim() != rank + 3:
+            raise ArgumentError(
+                f"Expected {rank + 3}-D tensors: the first argument of {name} has {rank} axes of "
+                f"tokens, got shape {tuple(query.shape)}."
+            )
+        return generic(*args, **kwargs)
+
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = inspect.cleandoc(doc.format(rank=rank, name=name, **_SHAPES[rank]))
+    function.__signature__ = inspect.signature(generic)  # type: ignore[attr-defined]
+    return function
+
+
+_SHAPES = {
+    1: {"space": "length", "sizes": "32", "kernel": "7"},
+    2: {"space": "height, width", "sizes": "8, 8", "kernel": "(3, 5)"},
+    3: {"space": "depth, height, width", "sizes": "4, 6, 8", "kernel": "(3, 3, 5)"},
+}
+
+_FUSED = """{rank}-D neighborhood attention, fused.
+
+    :func:`neighborhood_attention_generic` for tensors ``[batch, {space}, heads, head_dim]``;
+    arguments, results and errors are described there.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, {sizes}, 2, 16) for _ in range(3))
+        >>> {name}(q, k, v, kernel_size={kernel}).shape
+        torch.Size([1, {sizes}, 2, 16])
+"""
+
+na1d = _of_rank(1, "na1d", neighborhood_attention_generic, _FUSED)
+na2d = _of_rank(2, "na2d", neighborhood_attention_generic, _FUSED)
+na3d = _of_rank(3, "na3d", neighborhood_attention_generic, _FUSED)
+
+
+# --- unfused ------------------------------------------------------------------------------------
+
+
+def _qk(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: Dimension,
+    dilation: Dimension | None = 1,
+    additional_keys: Tensor | None = None,
+    is_causal: Causal | None = False,
+    rpb: Tensor | None = None,
+    *,
+    stride: Dimension = 1,
+) -> Tensor:
+    if is_nested(query, key, additional_keys, rpb):
+        if is_nested(rpb):
+            raise ArgumentError("`rpb` must be dense, also where the other inputs are nested.")
+
+        def each(query: Tensor, key: Tensor, additional_keys: Tensor | None) -> Tensor:
+            return _qk(
+                query, key, kernel_size, dilation, additional_keys, is_causal, rpb, stride=stride
+            )
+
+        return per_item(each, query=query, key=key, additional_keys=additional_keys)
+
+    check_tensors(query=query, key=key)
+    query, key, additional_keys = autocast_tensors(query, key, additional_keys)
+    rule, space = _unfused_rule(query, kernel_size, stride, dilation, is_causal)
+    check_same_shape("key", key.shape, "query", query.shape)
+    check_same("key", key, "query", query)
+    check_rpb(rpb, query, rule, heads=query.shape[1])
+    attn = operators.qk(query, key, rule)
+    if rpb is not None:
+        attn = attn + operators.rpb_bias(rpb.to(attn.dtype), space, rule)
+    if any(rule.is_causal):
+        attn = attn.masked_fill(~rule.attended_slots(space, attn.device), -math.inf)
+    if additional_keys is None:
+        return attn
+    _check_additional_unfused("additional_keys", additional_keys, query)
+    extra = query.flatten(2, -2) @ additional_keys.transpose(-1, -2)
+    return torch.cat([attn, extra.unflatten(2, space)], dim=-1)
+
+
+def _av(
+    attn: Tensor,
+    value: Tensor,
+    kernel_size: Dimension,
+    dilation: Dimension | None = 1,
+    additional_values: Tensor | None = None,
+    is_causal: Causal | None = False,
+    *,
+    stride: Dimension = 1,
+) -> Tensor:
+    if is_nested(attn, value, additional_values):
+
+        def each(attn: Tensor, value: Tensor, additional_values: Tensor | None) -> Tensor:
+            return _av(
+                attn, value, kernel_size, dilation, additional_values, is_causal, stride=stride
+            )
+
+        return per_item(each, attn=attn, value=value, additional_values=additional_values)
+
+    check_tensors(attn=attn, value=value)
+    attn, value, additional_values = autocast_tensors(attn, value, additional_values)
+    rule, space = _unfused_rule(value, kernel_size, stride, dilation, is_causal, "value")
+    check_same_shape("attn", attn.shape[:-1], "value", value.shape[:-1])
+    if attn.device != value.device:
+        raise ArgumentError(
+            f"`attn` must be on the device of `value`, got {attn.device} and {value.device}."
+        )
+    extra = 0 if additional_values is None else additional_values.shape[-2]
+    windowed = rule.window_tokens
+    if attn.shape[-1] != windowed + extra:
+        raise ArgumentError(
+            f"`attn` must hold {windowed + extra} attention weights per token, "
+            f"got attn.shape[-1]={attn.shape[-1]}."
+        )
+    attn = attn.to(value.dtype)
+    if additional_values is None:
+        return operators.av(attn, value, rule)
+    _check_additional_unfused("additional_values", additional_values, value)
+    out = operators.av(attn[..., :windowed], value, rule)
+    return out + (attn[..., windowed:].flatten(2, -2) @ additional_values).unflatten(2, space)
+
+
+def _unfused_rule(
+    x: Tensor, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, name: str = "query"
+) -> tuple[Neighborhood, torch.Size]:
+    """The windows and the token layout of heads-first ``x [batch, heads, *space, head_dim]``."""
+    rule = Neighborhood.create(x.dim() - 3, kernel_size, stride, dilation, is_causal)
+    rule.check(x.shape[2:-1])
+    if x.shape[-1] < 1:
+        raise ArgumentError(f"the head_dim of `{name}` must be at least 1, got {tuple(x.shape)}.")
+    return rule, x.shape[2:-1]
+
+
+def _check_additional_unfused(name: str, extra: Tensor, like: Tensor) -> None:
+    check_tensors(**{name: extra})
+    check_same(name, extra, "query" if name == "additional_keys" else "value", like)
+    wanted = (like.shape[0], like.shape[1], like.shape[-1])
+    if extra.dim() != 4 or (*extra.shape[:2], extra.shape[-1]) != wanted:
+        raise ArgumentError(
+            f"`{name}` must be [batch, heads, extra, head_dim] with batch, heads and head_dim "
+            f"{wanted}, got {tuple(extra.shape)}."
+        )
+
+
+_QK = """Scores of every query with the keys of its window, {rank}-D, unfused.
+
+    Heads-first; the caller scales the query. Differentiable to any order, forward mode included.
+
+    Args:
+        query, key: ``[batch, heads, {space}, head_dim]``.
+        kernel_size, dilation, is_causal, stride: one value for all axes or one per axis.
+        additional_keys: ``[batch, heads, extra, head_dim]``, attended by every query.
+        rpb: relative positional bias ``[heads, 2 * kernel_size - 1, ...]``, trainable.
+
+    Returns:
+        ``[batch, heads, {space}, window tokens (+ extra, last)]``; slots that causality masks
+        hold -inf.
+
+    Raises:
+        ArgumentError: an argument has a type, shape, dtype, device or value that is not allowed.
+
+    Example:
+        >>> q, k = (torch.randn(1, 2, {sizes}, 16) for _ in range(2))
+        >>> attn = {name}(16**-0.5 * q, k, kernel_size={kernel}).softmax(-1)
+"""
+
+_AV = """Weighted sum of the values of every token's window, {rank}-D, unfused.
+
+    Heads-first; the counterpart of ``na{rank}d_qk``. Differentiable to any order.
+
+    Args:
+        attn: weights ``[batch, heads, {space}, window tokens (+ extra, last)]``.
+        value: ``[batch, heads, {space}, head_dim]``.
+        kernel_size, dilation, is_causal, stride: as given to ``na{rank}d_qk``.
+        additional_values: ``[batch, heads, extra, head_dim]``.
+
+    Returns:
+        ``[batch, heads, {space}, head_dim]``; slots that causality masks are ignored.
+
+    Raises:
+        ArgumentError: an argument has a type, shape, dtype, device or value that is not allowed.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 2, {sizes}, 16) for _ in range(3))
+        >>> attn = na{rank}d_qk(q, k, kernel_size={kernel}).softmax(-1)
+        >>> {name}(attn, v, kernel_size={kernel}).shape
+        torch.Size([1, 2, {sizes}, 16])
+"""
+
+na1d_qk = _of_rank(1, "na1d_qk", _qk, _QK)
+na2d_qk = _of_rank(2, "na2d_qk", _qk, _QK)
+na3d_qk = _of_rank(3, "na3d_qk", _qk, _QK)
+na1d_av = _of_rank(1, "na1d_av", _av, _AV)
+na2d_av = _of_rank(2, "na2d_av", _av, _AV)
+na3d_av = _of_rank(3, "na3d_av", _av, _AV)
+
+
+def _qk_with_bias(
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    kernel_size: Dimension,
+    dilation: Dimension | None = 1,
+    additional_keys: Tensor | None = None,
+    is_causal: Causal | None = False,
+) -> Tensor:
+    return _qk(query, key, kernel_size, dilation, additional_keys, is_causal, bias)
+
+
+_QK_BIAS = """``na{rank}d_qk`` with the relative positional bias as its third argument."""
+
+na1d_qk_with_bias = _of_rank(1, "na1d_qk_with_bias", _qk_with_bias, _QK_BIAS)
+na2d_qk_with_bias = _of_rank(2, "na2d_qk_with_bias", _qk_with_bias, _QK_BIAS)
+na3d_qk_with_bias = _of_rank(3, "na3d_qk_with_bias", _qk_with_bias, _QK_BIAS)
+
+
+# --- plain attention, packed sequences, merging ---------------------------------------------------
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool = False,
+    scale: float | None = None,
+    seqlens_Q: Tensor | None = None,
+    seqlens_KV: Tensor | None = None,
+    cumulative_seqlen_Q: Tensor | None = None,
+    cumulative_seqlen_KV: Tensor | None = None,
+    max_seqlen_Q: int | None = None,
+    max_seqlen_KV: int | None = None,
+    backend: str | None = None,
+    q_tile_size: int | None = None,
+    kv_tile_size: int | None = None,
+    backward_q_tile_size: int | None = None,
+    backward_kv_tile_size: int | None = None,
+    backward_kv_splits: int | None = None,
+    backward_use_pt_reduction: bool = False,
+    run_persistent_kernel: bool = True,
+    kernel_schedule: Any = None,
+    torch_compile: bool = False,
+    return_lse: bool = False,
+) -> Any:
+    """Plain attention, heads-last; over packed sequences when their lengths are given.
+
+    Args:
+        query: ``[batch, length, heads, head_dim]``.
+        key, value: ``[batch, length_kv, heads_kv, head_dim or value_dim]``.
+        is_causal: query ``i`` attends keys ``0 .. i`` (aligned top-left).
+        scale: factor on the scores; None means ``head_dim ** -0.5``.
+        seqlens_Q, seqlens_KV: integers ``[sequences]``: the batch is 1 and holds sequences one
+            after another; each attends only itself. Reading them waits for the device.
+        cumulative_seqlen_Q, cumulative_seqlen_KV, max_seqlen_Q, max_seqlen_KV: the same as
+            cumulative sums ``[sequences + 1]`` and longest lengths.
+        return_lse: also return the logarithm of the sum of exponentials of the scores.
+        backend and what follows it: accepted as hints, as in
+            :func:`neighborhood_attention_generic`.
+
+    Returns:
+        ``[batch, length, heads, value_dim]``; with ``return_lse`` also the LSE
+        ``[batch, length, heads]``. A query with nothing to attend gets output 0 and LSE -inf.
+
+    Raises:
+        ArgumentError: an argument has a type, shape, dtype, device or value that is not allowed.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 7, 2, 16) for _ in range(3))
+        >>> attention(q, k, v, seqlens_Q=torch.tensor([3, 4]), seqlens_KV=torch.tensor([3, 4])).shape
+        torch.Size([1, 7, 2, 16])
+    """
+    check_tensors(query=query, key=key, value=value)
+    query, key, value = autocast_tensors(query, key, value)
+    if query.dim() != 4:
+        raise ArgumentError(
+            f"`query` must be [batch, length, heads, head_dim], got {tuple(query.shape)}."
+        )
+    if not isinstance(is_causal, bool):
+        raise ArgumentError(f"`is_causal` must be a bool, got {type(is_causal)}.")
+    check_qkv(query, key, value, same_space=False)
+    rule, factor, name = Dense(is_causal), check_scale(scale, query.shape[-1]), check_name(backend)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return operators.attention(q, k, v, None, None, None, rule, factor, name)
+
+    lengths = sequence_lengths("Q", query.shape[1], seqlens_Q, cumulative_seqlen_Q)
+    lengths_kv = sequence_lengths("KV", key.shape[1], seqlens_KV, cumulative_seqlen_KV)
+    if lengths is None and lengths_kv is None:
+        out, lse = dense(query, key, value)
+        return (out, lse) if return_lse else out
+    if lengths is None or lengths_kv is None or len(lengths) != len(lengths_kv):
+        raise ArgumentError(
+            "the lengths of packed sequences must be given for `query` and for `key`, as many "
+            f"each, got {lengths} and {lengths_kv}."
+        )
+    if query.shape[0] != 1:
+        raise ArgumentError(
+            f"`query` must have batch size 1 when sequences are packed, got {query.shape[0]}."
+        )
+    parts = [
+        dense(q, k, v)
+        for q, k, v in zip(
+            query.split(lengths, 1), key.split(lengths_kv, 1), value.split(lengths_kv, 1)
+        )
+    ]
+    if not parts:
+        parts = [dense(query, key, value)]
+    out, lse = (torch.cat(each, dim=1) for each in zip(*parts))
+    return (out, lse) if return_lse else out
+
+
+def merge_attentions(
+    outputs: Sequence[Tensor],
+    lse_tensors: Sequence[Tensor],
+    torch_compile: bool = True,
+    use_autograd_fix: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the union of disjoint sets of keys, from attention over each set.
+
+    Plain autograd: the gradient reaches every part through its output and its LSE, and no input
+    is changed.
+
+    Args:
+        outputs: one or more outputs ``[batch, *space, heads, value_dim]`` of the same queries.
+        lse_tensors: as many LSE tensors ``[batch, *space, heads]``.
+        torch_compile: without effect.
+        use_autograd_fix: without effect here. Upstream overwrites the parts' tensors in the
+            backward, for operators that ignore the gradient of their LSE. Parts made by such
+            operators of other libraries get a wrong gradient with plain autograd; a part whose
+            LSE does not require a gradient while its output does is such a part, and is warned
+            about.
+
+    Returns:
+        The merged output and its LSE.
+
+    Raises:
+        ArgumentError: the lists are empty, differ in length, or their shapes do not fit.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 6, 2, 8) for _ in range(3))
+        >>> halves = [
+        ...     attention(q, k[:, i : i + 3], v[:, i : i + 3], return_lse=True) for i in (0, 3)
+        ... ]
+        >>> out, lse = merge_attentions(*zip(*halves))
+        >>> torch.allclose(out, attention(q, k, v), atol=1e-6)
+        True
+    """
+    outputs, lse_tensors = list(outputs), list(lse_tensors)
+    if not outputs or len(outputs) != len(lse_tensors):
+        raise ArgumentError(
+            "`outputs` and `lse_tensors` must be equally many, at least one, got "
+            f"{len(outputs)} and {len(lse_tensors)}."
+        )
+    for out, lse in zip(outputs, lse_tensors):
+        check_tensors(outputs=out, lse_tensors=lse)
+        check_same_shape("outputs", out.shape, "outputs[0]", outputs[0].shape)
+        check_same_shape("lse_tensors", lse.shape, "outputs[0]", outputs[0].shape[:-1])
+        check_same("outputs", out, "outputs[0]", outputs[0])
+        if out.requires_grad and not lse.requires_grad and torch.is_grad_enabled():
+            warnings.warn(
+                "merge_attentions got an output that requires a gradient with an LSE that does "
+                "not: if the LSE depends on trained tensors, their gradient is incomplete",
+                stacklevel=2,
+            )
+    lse = torch.stack(lse_tensors).logsumexp(0)
+    # A query with nothing to attend anywhere has LSE -inf; it keeps its output of zero.
+    reference = lse.masked_fill(lse == -math.inf, 0.0)
+    merged = sum(
+        out.to(lse.dtype) * (part - reference).exp()[..., None]
+        for out, part in zip(outputs, lse_tensors)
+    )
+    assert isinstance(merged, Tensor)
+    return merged.to(outputs[0].dtype), lse
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: VarlenLayout,
+    kernel_size: Dimension,
+    stride: Dimension = 1,
+    dilation: Dimension = 1,
+    is_causal: Causal | None = False,
+    scale: float | None = None,
+    backend: str | None = None,
+    *,
+    rpb: Tensor | None = None,
+    return_lse: bool = False,
+    **hints: Any,
+) -> Any:
+    if not isinstance(layout, VarlenLayout):
+        raise ArgumentError(f"`layout` must be a natten.VarlenLayout, got {type(layout)}.")
+    rule = Neighborhood.create(layout.rank, kernel_size, stride, dilation, is_causal)
+    results = []
+    packed = (("query", query), ("key", key), ("value", value))
+    documents = (_unpack(name, x, layout) for name, x in packed)
+    for shape, *qkv in zip(layout, *documents):
+        window, step, gap = fit_window(shape, rule.kernel_size, rule.stride, rule.dilation)
+        q, k, v = (x[None] for x in qkv)
+        out, lse = neighborhood_attention_generic(
+            q,
+            k,
+            v,
+            window,
+            step,
+            gap,
+            rule.is_causal,
+            scale,
+            backend=backend,
+            return_lse=True,
+            rpb=_crop_rpb(rpb, rule.kernel_size, window),
+        )
+        results.append((out[0].flatten(0, -3), lse[0].flatten(0, -2)))
+    out, lse = (torch.cat(each) for each in zip(*results))
+    return (out, lse) if return_lse else out
+
+
+def _unpack(name: str, packed: Tensor, layout: VarlenLayout) -> list[Tensor]:
+    check_tensors(**{name: packed})
+    layout.check(name, packed)
+    if packed.dim() != 3:
+        raise ArgumentError(
+            f"`{name}` must be [tokens, heads, head_dim], got {tuple(packed.shape)}."
+        )
+    return layout.unpack(packed)
+
+
+def _crop_rpb(rpb: Any, kernel_size: Sequence[int], fitted: Sequence[int]) -> Any:
+    """The middle of ``rpb``: offset 0 stays in the middle of a smaller window."""
+    if not isinstance(rpb, Tensor):
+        return rpb
+    for axis, (k, new) in enumerate(zip(kernel_size, fitted)):
+        rpb = rpb.narrow(1 + axis, k - new, 2 * new - 1)
+    return rpb
+
+
+_VARLEN = """{rank}-D neighborhood attention inside each document of a packed tensor.
+
+    Args:
+        query: ``[tokens, heads, head_dim]``, documents one after another.
+        key, value: ``[tokens, heads_kv, head_dim or value_dim]``.
+        layout: the documents' token layouts, :class:`natten.VarlenLayout` of rank {rank}.
+        kernel_size, stride, dilation, is_causal, scale, rpb: as in ``na{rank}d``; a window that is
+            larger than a document is clamped to it by :func:`natten.fit_window`.
+        backend and other arguments of ``na{rank}d``: accepted as hints.
+        return_lse: also return the LSE.
+
+    Returns:
+        ``[tokens, heads, value_dim]``; with ``return_lse`` also the LSE ``[tokens, heads]``.
+
+    Raises:
+        ArgumentError: an argument has a type, shape, dtype, device or value that is not allowed.
+
+    Example:
+        >>> layout = VarlenLayout([({sizes}), ({sizes})])
+        >>> q, k, v = (torch.randn(layout.total_tokens, 2, 16) for _ in range(3))
+        >>> out = {name}(q, k, v, layout, kernel_size={kernel})
+"""
+
+
+def _varlen_of_rank(rank: int) -> Callable[..., Any]:
+    def function(
+        query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, *args: Any, **kwargs: Any
+    ) -> Any:
+        if isinstance(layout, VarlenLayout) and layout.rank != rank:
+            raise ArgumentError(f"`layout` must have rank {rank}, got {layout}.")
+        return _varlen(query, key, value, layout, *args, **kwargs)
+
+    name = f"na{rank}d_varlen"
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = inspect.cleandoc(_VARLEN.format(rank=rank, name=name, **_SHAPES[rank]))
+    function.__signature__ = inspect.signature(_varlen)  # type: ignore[attr-defined]
+    return function
+
+
+na1d_varlen, na2d_varlen, na3d_varlen = (_varlen_of_rank(rank) for rank in (1, 2, 3))
+
+
+def __getattr__(name: str) -> Any:
+    """Names that older eras had here live in :mod:`natten.legacy`."""
+    if name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from natten.legacy import functional as legacy
+
+    try:
+        return getattr(legacy, name)
+    except AttributeError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None

@@ -1,0 +1,277 @@
+"""What a neighborhood is: the only place that knows which keys a query attends.
+
+Per axis of length ``L``, with window ``K``, stride ``S``, dilation ``d``:
+
+* Dilation splits the axis into ``d`` independent groups. Token ``x`` is at position ``i = x // d``
+  of group ``g = x % d``, which has ``n = ceil((L - g) / d)`` positions.
+* Not causal: the leader of query ``i`` is ``c = min((i // S) * S + S // 2, n - 1)``; its window
+  starts at ``s = min(max(c - K // 2, 0), n - K)`` and has ``K`` positions. At a border the window
+  shifts, it never shrinks.
+* Causal: the leader is ``c = min((i // S) * S + S - 1, n - 1)``, the window starts at
+  ``s = max(c - K + 1, 0)`` and ends at the query itself.
+
+A token attends another when it does so along every axis.
+
+Source: Hassani et al., "Neighborhood Attention Transformer" (2023); "Dilated Neighborhood
+Attention Transformer" (2022); stride: "Generalized Neighborhood Attention" (2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten.errors import ArgumentError
+
+
+def _per_axis(
+    name: str, value: Any, rank: int, kind: type, what: str, default: Any = None
+) -> tuple[Any, ...]:
+    """``value`` as a tuple of ``rank`` entries of ``kind``; one entry stands for all axes."""
+    if value is None and default is not None:
+        value = default
+    entries = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value,) * rank
+    if len(entries) != rank:
+        raise ArgumentError(
+            f"Invalid value for `{name}`; expected {what} or {rank} of them (one per axis), "
+            f"got {len(entries)}: {value!r}."
+        )
+    if kind is int:  # NumPy's integers are integers
+        entries = tuple(
+            int(e) if type(e).__module__ == "numpy" and hasattr(e, "__index__") else e
+            for e in entries
+        )
+    for entry in entries:
+        is_bool = isinstance(entry, bool)
+        fits = is_bool if kind is bool else isinstance(entry, (int, torch.SymInt)) and not is_bool
+        if not fits:
+            raise ArgumentError(
+                f"Invalid value for `{name}`; expected {what} or a tuple of {rank} of them, "
+                f"got {type(entry)}: {value!r}."
+            )
+    return entries
+
+
+@dataclass(frozen=True)
+class Neighborhood:
+    """Window, stride, dilation and causality of every axis; hashable.
+
+    Build it with :meth:`create`, which accepts one value for all axes and checks what it gets.
+
+    Example:
+        >>> Neighborhood.create(2, 3, dilation=(1, 2)).dilation
+        (1, 2)
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    is_causal: tuple[bool, ...]
+
+    @classmethod
+    def create(
+        cls,
+        rank: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] | None = 1,
+        dilation: int | Sequence[int] | None = 1,
+        is_causal: bool | Sequence[bool] | None = False,
+    ) -> Neighborhood:
+        """Spread the arguments over ``rank`` axes and check them.
+
+        Raises:
+            ArgumentError: an argument has the wrong type, length or value.
+        """
+        if rank not in (1, 2, 3):
+            raise ArgumentError(f"`rank` must be 1, 2 or 3, got {rank}.")
+        kernel = _per_axis("kernel_size", kernel_size, rank, int, "an integer")
+        strides = _per_axis("stride", stride, rank, int, "an integer", 1)
+        dilations = _per_axis("dilation", dilation, rank, int, "an integer", 1)
+        causal = _per_axis("is_causal", is_causal, rank, bool, "a boolean", False)
+        for k, s, d in zip(kernel, strides, dilations):
+            if k < 1:
+                raise ArgumentError(
+                    f"`kernel_size` must be at least 1 on every axis, got {kernel}."
+                )
+            if d < 1:
+                raise ArgumentError(
+                    f"`dilation` must be at least 1 on every axis, got {dilations}."
+                )
+            if s < 1 or s > k:
+                raise ArgumentError(
+                    "`stride` must be at least 1 and at most `kernel_size` on every axis, "
+                    f"got stride {strides} with kernel_size {kernel}."
+                )
+        return cls(kernel, strides, dilations, causal)
+
+    @property
+    def rank(self) -> int:
+        """Number of axes."""
+        return len(self.kernel_size)
+
+    @property
+    def window_tokens(self) -> int:
+        """Tokens in one window: the product of ``kernel_size``."""
+        product = 1
+        for k in self.kernel_size:
+            product = product * k
+        return product
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Raise ArgumentError unless every window fits the token layout ``shape``."""
+        if len(shape) != self.rank:
+            raise ArgumentError(
+                f"`kernel_size` has {self.rank} axes, but the token layout is {tuple(shape)}."
+            )
+        for length, k, d in zip(shape, self.kernel_size, self.dilation):
+            if k * d > length:
+                raise ArgumentError(
+                    "`kernel_size` times `dilation` must not exceed the input on any axis, got "
+                    f"kernel_size {self.kernel_size}, dilation {self.dilation} for the token "
+                    f"layout {tuple(shape)}; natten.fit_window makes a window fit."
+                )
+
+    def windows(
+        self, axis: int, position: Tensor, n: int | Tensor, n_keys: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """First and one-past-last key position of the queries at ``position``.
+
+        Args:
+            axis: which axis.
+            position: int64, the queries' positions inside their dilation groups.
+            n: how many positions their groups have; one number, or one per query.
+            n_keys: the same of the keys; they are the queries' own tokens, so it equals ``n``.
+
+        Returns:
+            Two int64 tensors shaped like ``position``.
+        """
+        k, s = self.kernel_size[axis], self.stride[axis]
+        if self.is_causal[axis]:
+            leader = (position // s * s + s - 1).clamp(max=n - 1)
+            return (leader - k + 1).clamp(min=0), position + 1
+        leader = (position // s * s + s // 2).clamp(max=n - 1)
+        start = (leader - k // 2).clamp(min=0).clamp(max=n - k)
+        return start, start + k
+
+    def attended_slots(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """Which slots of each token's window it attends; causality empties the last ones.
+
+        Returns:
+            bool ``[*shape, window tokens]``; slots are in row-major order, window start first.
+        """
+        _, valid = self._slots(shape, device)
+        return valid.unflatten(0, tuple(shape))
+
+    def window_tokens_of(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """The token in each slot of each token's window, int64 ``[*shape, window tokens]``.
+
+        Tokens are counted in row-major order; a slot that is not attended holds some token.
+        """
+        token, _ = self._slots(shape, device)
+        return token.unflatten(0, tuple(shape))
+
+    def _slots(self, shape: Sequence[int], device: torch.device | str) -> tuple[Tensor, Tensor]:
+        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        valid = torch.ones(1, 1, dtype=torch.bool, device=device)
+        for axis, length in enumerate(shape):
+            d, k = self.dilation[axis], self.kernel_size[axis]
+            x = torch.arange(length, device=device)
+            n = group_length(length, d, x % d)
+            start, end = self.windows(axis, x // d, n, n)
+            position = start[:, None] + torch.arange(k, device=device)
+            own_valid = position < end[:, None]
+            own = position.minimum(n[:, None] - 1) * d + (x % d)[:, None]
+            token = outer(token * length, own, torch.add)
+            valid = outer(valid, own_valid, torch.logical_and)
+        return token, valid
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Plain attention between sequences of any two lengths, in the terms of a neighborhood.
+
+    Causal is aligned top-left: query ``i`` attends keys ``0 .. i``.
+    """
+
+    causal: bool = False
+    dilation: tuple[int, ...] = (1,)
+
+    def windows(
+        self, axis: int, position: Tensor, n: int | Tensor, n_keys: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`Neighborhood.windows`, for ``n`` queries and ``n_keys`` keys."""
+        end = (
+            (position + 1).clamp(max=n_keys) if self.causal else torch.zeros_like(position) + n_keys
+        )
+        return torch.zeros_like(position), end
+
+
+Rule = Neighborhood | Dense
+
+
+def window_mask(
+    rule: Rule,
+    shape: Sequence[int],
+    key_shape: Sequence[int],
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Who attends whom: bool ``[queries, keys]``, tokens counted in row-major order."""
+    mask = torch.ones(1, 1, dtype=torch.bool, device=device)
+    for axis, (length, key_length) in enumerate(zip(shape, key_shape)):
+        d = rule.dilation[axis]
+        x, key = torch.arange(length, device=device), torch.arange(key_length, device=device)
+        n, n_keys = group_length(length, d, x % d), group_length(key_length, d, x % d)
+        start, end = (bound[:, None] for bound in rule.windows(axis, x // d, n, n_keys))
+        same_group = (x % d)[:, None] == key % d
+        mask = outer(mask, same_group & (key // d >= start) & (key // d < end), torch.logical_and)
+    return mask
+
+
+def outer(a: Tensor, b: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Combine ``a [m, n]`` of the axes so far with ``b [p, q]`` of the next: ``[m * p, n * q]``."""
+    return combine(a[:, None, :, None], b[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+def group_length(length: int, dilation: int, group: Any) -> Any:
+    """Positions in dilation group ``group`` of an axis; ``group`` may be a tensor."""
+    return (length - group + dilation - 1) // dilation
+
+
+def fit_window(
+    shape: Sequence[int],
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The largest window, stride and dilation, not above the given ones, that fit ``shape``.
+
+    Per axis of length ``L``: ``d' = min(d, L)``, ``K' = min(K, L // d')``, ``S' = min(S, K')``.
+
+    Args:
+        shape: token layout, one to three axis lengths, each at least 1.
+        kernel_size, stride, dilation: one value for all axes or one per axis.
+
+    Returns:
+        ``(kernel_size, stride, dilation)``, each a tuple with one entry per axis.
+
+    Raises:
+        ArgumentError: an argument has the wrong type, length or value.
+
+    Example:
+        >>> fit_window((4, 16), 7, dilation=2)
+        ((2, 7), (1, 1), (2, 2))
+    """
+    wanted = Neighborhood.create(len(shape), kernel_size, stride, dilation)
+    if any(length < 1 for length in shape):
+        raise ArgumentError(f"`shape` must have at least 1 token per axis, got {tuple(shape)}.")
+    fitted = []
+    for length, k, s, d in zip(shape, wanted.kernel_size, wanted.stride, wanted.dilation):
+        d = min(d, length)
+        k = min(k, length // d)
+        fitted.append((k, min(s, k), d))
+    kernel, strides, dilations = zip(*fitted)
+    return kernel, strides, dilations

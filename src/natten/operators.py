@@ -1,0 +1,527 @@
+"""The operators and their derivatives, and the one door to the backends.
+
+Every operator has two faces. Compiled and exported code sees the torch.library operator, with a
+fake implementation and a gradient formula. Eager code goes through a ``torch.autograd.Function``
+around the same operator, because only a Function supports forward mode, double backward and
+``torch.func`` transforms. :func:`_call` picks the face.
+
+Fused attention is ``attention``. Unfused attention is made of maps that are linear in each
+argument, and whose derivatives are each other, so derivatives of any order exist:
+
+* ``qk(query, key)``: products of each query with the keys of its window;
+* ``av(attn, value)``: weighted sums of each window's values;
+* ``av_transposed(attn, x)``: for each key, the weighted sum over the queries that attend it;
+* ``rpb_bias(rpb)`` and ``rpb_bias_transposed(grad)``: the bias in every window slot, and back.
+
+Second derivatives and forward mode of ``attention`` are composed of those.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten import backends
+from natten.backends.tiled import compute_dtype
+from natten.neighborhood import Dense, Neighborhood, Rule, window_mask
+
+_RULE = "SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation, bool[] is_causal"
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? extra_keys, Tensor? extra_values"
+)
+
+_library = torch.library.Library("natten", "DEF")
+_library.define(f"attention({_INPUTS}, {_RULE}, float scale, str backend) -> (Tensor, Tensor)")
+_library.define(
+    f"attention_backward(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, "
+    f"{_RULE}, float scale, str backend) -> Tensor[]"
+)
+_library.define(f"qk(Tensor query, Tensor key, {_RULE}) -> Tensor")
+_library.define(f"av(Tensor attn, Tensor value, {_RULE}) -> Tensor")
+_library.define(f"av_transposed(Tensor attn, Tensor x, {_RULE}) -> Tensor")
+_library.define(f"rpb_bias(Tensor rpb, SymInt[] shape, {_RULE}) -> Tensor")
+_library.define(f"rpb_bias_transposed(Tensor grad, {_RULE}) -> Tensor")
+
+
+def _pack(rule: Rule) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[bool]]:
+    """A rule as operator arguments; plain attention has no window."""
+    if isinstance(rule, Dense):
+        return [], [], [], [rule.causal]
+    return rule.kernel_size, rule.stride, rule.dilation, rule.is_causal
+
+
+def _unpack(
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+) -> Any:
+    if not kernel_size:
+        return Dense(is_causal[0])
+    return Neighborhood(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
+
+
+def _call(function: type[torch.autograd.Function], operator: Callable[..., Any], *args: Any) -> Any:
+    """``function`` in eager mode, ``operator`` where a graph is being captured; rule last."""
+    if torch.compiler.is_compiling():
+        return operator(*args[:-1], *_pack(args[-1]))
+    return function.apply(*args)
+
+
+# --- unfused: maps that are linear in each tensor, [batch, heads, *space, channels] ------------
+
+
+def _implement(name: str, fake: Callable[..., Tensor], real: Callable[..., Tensor]) -> None:
+    _library.impl(name, real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"natten::{name}", fake, lib=_library)
+
+
+def _unfused(name: str) -> Callable[..., Tensor]:
+    def real(a: Tensor, b: Tensor, *rule: Any) -> Tensor:
+        module = backends.choose("", b.device, b.dtype).module
+        out = getattr(module, name)(a.movedim(1, -2), b.movedim(1, -2), _unpack(*rule))
+        return out.movedim(-2, 1).contiguous()
+
+    return real
+
+
+def _fake_qk(query: Tensor, key: Tensor, kernel_size: Sequence[int], *_: Any) -> Tensor:
+    return query.new_empty(*query.shape[:-1], math.prod(kernel_size))
+
+
+def _fake_av(attn: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return value.new_empty(value.shape)
+
+
+def _bias(rpb: Tensor, shape: Sequence[int], *rule: Any) -> Tensor:
+    module = backends.choose("", rpb.device, rpb.dtype).module
+    return module.bias(rpb, shape, _unpack(*rule)).movedim(-2, 0).contiguous()
+
+
+def _fake_bias(rpb: Tensor, shape: Sequence[int], kernel_size: Sequence[int], *_: Any) -> Tensor:
+    return rpb.new_empty(rpb.shape[0], *shape, math.prod(kernel_size))
+
+
+def _bias_transposed(grad: Tensor, *rule: Any) -> Tensor:
+    module = backends.choose("", grad.device, grad.dtype).module
+    return module.bias_transposed(grad.movedim(0, -2), _unpack(*rule)).contiguous()
+
+
+def _fake_bias_transposed(grad: Tensor, kernel_size: Sequence[int], *_: Any) -> Tensor:
+    return grad.new_empty(grad.shape[0], *(2 * k - 1 for k in kernel_size))
+
+
+_implement("qk", _fake_qk, _unfused("qk"))
+_implement("av", _fake_av, _unfused("av"))
+_implement("av_transposed", _fake_av, _unfused("av_transposed"))
+_implement("rpb_bias", _fake_bias, _bias)
+_implement("rpb_bias_transposed", _fake_bias_transposed, _bias_transposed)
+
+_ops = torch.ops.natten
+
+
+class _Linear(torch.autograd.Function):
+    """A map that is linear in each of its tensors. Subclasses say which, and their gradients."""
+
+    operator: Any
+    gradients: Callable[..., tuple[Any, ...]]
+
+    @classmethod
+    def call(cls, *args: Any) -> Tensor:
+        return _call(cls, cls.operator, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        ctx.others = inputs[len(tensors) :]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @classmethod
+    def _backward(cls, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad[: len(ctx.saved_tensors)]
+        found = cls.gradients(grad, *ctx.saved_tensors, *ctx.others, needs)
+        return (*found, *(None for _ in ctx.others))
+
+    @classmethod
+    def _jvp(cls, ctx: Any, *tangents: Any) -> Tensor:
+        primals = ctx.saved_tensors
+        parts = [
+            cls.call(*primals[:i], tangents[i], *primals[i + 1 :], *ctx.others)
+            for i in range(len(primals))
+            if tangents[i] is not None
+        ]
+        return sum(parts[1:], parts[0])
+
+    @classmethod
+    def _vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        size = info.batch_size
+        merged = [_merge(x, dim, size, 0) for x, dim in zip(args, in_dims)]
+        return _split(cls.call(*merged), size, 0), 0
+
+
+def _merge(x: Any, dim: int | None, size: int, into: int) -> Any:
+    """Merge a mapped dimension, or copies of what has none, into dimension ``into`` of the rest."""
+    if not isinstance(x, Tensor):
+        return x
+    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    into %= x.ndim - 1
+    x = x.movedim(0, into)
+    return x.reshape(*x.shape[:into], size * x.shape[into + 1], *x.shape[into + 2 :])
+
+
+def _split(x: Tensor, size: int, out_of: int) -> Tensor:
+    """Undo :func:`_merge`: the mapped dimension comes first."""
+    out_of %= x.ndim
+    rest = x.shape[out_of] // size
+    return x.reshape(*x.shape[:out_of], size, rest, *x.shape[out_of + 1 :]).movedim(out_of, 0)
+
+
+def _linear(name: str, gradients: Callable[..., tuple[Any, ...]]) -> type[_Linear]:
+    """The Function and the gradient formula of an operator that is linear in each tensor."""
+    operator = getattr(_ops, name)
+
+    class Map(_Linear):
+        @staticmethod
+        def forward(*args: Any) -> Tensor:
+            return operator(*args[:-1], *_pack(args[-1]))
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+            return Map._backward(ctx, grad)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Tensor:
+            return Map._jvp(ctx, *tangents)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+            return Map._vmap(info, in_dims, *args)
+
+    Map.operator, Map.gradients = operator, staticmethod(gradients)
+    Map.__name__ = Map.__qualname__ = name
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *rest, kernel_size, stride, dilation, is_causal = inputs
+        tensors = [x for x in rest if isinstance(x, Tensor)]
+        ctx.others = (*rest[len(tensors) :], _unpack(kernel_size, stride, dilation, is_causal))
+        ctx.save_for_backward(*tensors)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        found = Map._backward(ctx, grad)
+        return (*found, None, None, None)  # a rule is one argument of Map, four of the operator
+
+    torch.library.register_autograd(f"natten::{name}", backward, setup_context=setup, lib=_library)
+    return Map
+
+
+def _qk_gradients(grad: Tensor, query: Tensor, key: Tensor, rule: Rule, needs: Any) -> Any:
+    return (
+        AV.call(grad, key, rule) if needs[0] else None,
+        AVTransposed.call(grad, query, rule) if needs[1] else None,
+    )
+
+
+def _av_gradients(grad: Tensor, attn: Tensor, value: Tensor, rule: Rule, needs: Any) -> Any:
+    return (
+        QK.call(grad, value, rule) if needs[0] else None,
+        AVTransposed.call(attn, grad, rule) if needs[1] else None,
+    )
+
+
+def _av_transposed_gradients(grad: Tensor, attn: Tensor, x: Tensor, rule: Rule, needs: Any) -> Any:
+    return (
+        QK.call(x, grad, rule) if needs[0] else None,
+        AV.call(attn, grad, rule) if needs[1] else None,
+    )
+
+
+def _bias_gradients(grad: Tensor, rpb: Tensor, shape: Any, rule: Rule, needs: Any) -> Any:
+    return (BiasTransposed.call(grad, rule),)
+
+
+def _bias_transposed_gradients(grad: Tensor, x: Tensor, rule: Rule, needs: Any) -> Any:
+    return (Bias.call(grad, x.shape[1:-1], rule),)
+
+
+QK = _linear("qk", _qk_gradients)
+AV = _linear("av", _av_gradients)
+AVTransposed = _linear("av_transposed", _av_transposed_gradients)
+Bias = _linear("rpb_bias", _bias_gradients)
+BiasTransposed = _linear("rpb_bias_transposed", _bias_transposed_gradients)
+
+
+# --- fused: [batch, *space, heads, channels] ----------------------------------------------------
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, rpb: Any, extra_keys: Any, extra_values: Any,
+    kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, scale: float, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rule = _unpack(kernel_size, stride, dilation, is_causal)
+    module = backends.choose(backend, query.device, query.dtype).module
+    return module.forward(query, key, value, rpb, extra_keys, extra_values, rule, scale)
+
+
+def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    return out, query.new_empty(query.shape[:-1], dtype=compute_dtype(query.dtype))
+
+
+def _attention_backward(
+    grad_out: Tensor, grad_lse: Any, query: Tensor, key: Tensor, value: Tensor, rpb: Any,
+    extra_keys: Any, extra_values: Any, out: Tensor, lse: Tensor,
+    kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, scale: float, backend: str,
+) -> list[Tensor]:  # fmt: skip
+    rule = _unpack(kernel_size, stride, dilation, is_causal)
+    module = backends.choose(backend, query.device, query.dtype).module
+    grads = module.backward(
+        grad_out, grad_lse, query, key, value, rpb, extra_keys, extra_values, out, lse, rule, scale
+    )
+    return [grad for grad in grads if grad is not None]
+
+
+def _fake_attention_backward(grad_out: Tensor, grad_lse: Any, *args: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in args[:6] if x is not None]
+
+
+_library.impl("attention", _attention, "CompositeExplicitAutograd")
+_library.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("natten::attention", _fake_attention, lib=_library)
+torch.library.register_fake("natten::attention_backward", _fake_attention_backward, lib=_library)
+
+
+class _Products:
+    """``qk``, ``av`` and the bias for any rule, differentiable to any order; heads-first."""
+
+    def __init__(self, query: Tensor, key: Tensor, rule: Rule) -> None:
+        self.rule, self.shape = rule, query.shape[1:-2]
+        self.mask: Tensor | None = None
+        if isinstance(rule, Dense):
+            self.mask = window_mask(rule, self.shape, key.shape[1:-2], query.device)
+        elif any(rule.is_causal):
+            self.mask = rule.attended_slots(self.shape, query.device)
+
+    def qk(self, query: Tensor, key: Tensor) -> Tensor:
+        if isinstance(self.rule, Dense):
+            return query @ key.transpose(-1, -2)
+        return QK.call(query, key, self.rule)
+
+    def av(self, attn: Tensor, value: Tensor) -> Tensor:
+        return attn @ value if isinstance(self.rule, Dense) else AV.call(attn, value, self.rule)
+
+    def extra_qk(self, query: Tensor, extra_keys: Tensor) -> Tensor:
+        """Products of every query with every additional key."""
+        return (self._tokens(query) @ extra_keys.transpose(-1, -2)).unflatten(2, self.shape)
+
+    def extra_av(self, attn: Tensor, extra_values: Tensor) -> Tensor:
+        return (self._tokens(attn) @ extra_values).unflatten(2, self.shape)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:2], math.prod(self.shape), x.shape[-1])
+
+    def masked(self, attn: Tensor, fill: float) -> Tensor:
+        return attn if self.mask is None else attn.masked_fill(~self.mask, fill)
+
+
+def _heads_first(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """``[batch, heads, *space, channels]``, kv heads repeated."""
+    x = x.movedim(-2, 1).to(dtype)
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def composed_attention(
+    query: Tensor, key: Tensor, value: Tensor, rpb: Any, extra_keys: Any, extra_values: Any,
+    rule: Rule, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``attention`` composed of differentiable maps; stores all weights."""
+    products, heads, dtype = (
+        _Products(query, key, rule),
+        query.shape[-2],
+        compute_dtype(query.dtype),
+    )
+    q, k, v = (_heads_first(x, heads, dtype) for x in (query, key, value))
+    slots = products.qk(q * scale, k)
+    if rpb is not None:
+        slots = slots + Bias.call(rpb.to(dtype), tuple(products.shape), rule)
+    scores, windowed = products.masked(slots, -math.inf), slots.shape[-1]
+    if extra_keys is not None:
+        extra = products.extra_qk(q * scale, _heads_first(extra_keys, heads, dtype))
+        scores = torch.cat([scores, extra], dim=-1)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp() if scores.shape[-1] else scores
+    out = products.av(weights[..., :windowed], v)
+    if extra_values is not None:
+        extra_v = _heads_first(extra_values, heads, dtype)
+        out = out + products.extra_av(weights[..., windowed:], extra_v)
+    return out.movedim(1, -2).to(query.dtype), lse.movedim(1, -1)
+
+
+def _composed_tangent(
+    primals: Sequence[Any], tangents: Sequence[Any], rule: Rule, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Tangents of ``attention``'s output and LSE; None stands for a zero tangent."""
+    query, key, value, rpb, extra_keys, extra_values = primals
+    products, heads, dtype = (
+        _Products(query, key, rule),
+        query.shape[-2],
+        compute_dtype(query.dtype),
+    )
+
+    def prepared(tensors: Sequence[Any]) -> tuple[Any, ...]:
+        first = [None if x is None else _heads_first(x, heads, dtype) for x in tensors]
+        q = None if first[0] is None else first[0] * scale
+        return (q, *first[1:])
+
+    q, k, v, ek, ev = prepared((query, key, value, extra_keys, extra_values))
+    dq, dk, dv, dek, dev = prepared([tangents[i] for i in (0, 1, 2, 4, 5)])
+
+    def product_rule(product: Any, a: Any, b: Any, da: Any, db: Any) -> Any:
+        """Tangent of ``product(a, b)``."""
+        change = torch.zeros_like(product(a, b))
+        change = change if da is None else change + product(da, b)
+        return change if db is None else change + product(a, db)
+
+    def weighted(attn: Tensor, values: Tensor | None, extra_values: Tensor | None) -> Any:
+        out = 0 if values is None else products.av(attn[..., :windowed], values)
+        if extra_values is None:
+            return out
+        return out + products.extra_av(attn[..., windowed:], extra_values)
+
+    scores, change = products.qk(q, k), product_rule(products.qk, q, k, dq, dk)
+    if rpb is not None:
+        scores = scores + Bias.call(rpb.to(dtype), tuple(products.shape), rule)
+    if tangents[3] is not None:
+        change = change + Bias.call(tangents[3].to(dtype), tuple(products.shape), rule)
+    scores, change = products.masked(scores, -math.inf), products.masked(change, 0.0)
+    windowed = scores.shape[-1]
+    if ek is not None:
+        scores = torch.cat([scores, products.extra_qk(q, ek)], dim=-1)
+        extra_change = product_rule(products.extra_qk, q, ek, dq, dek)
+        change = torch.cat([change, extra_change], dim=-1)
+    weights = scores.softmax(-1)
+    lse_tangent = (weights * change).sum(-1)
+    weight_tangent = weights * (change - lse_tangent[..., None])
+    out = weighted(weight_tangent, v, ev) + weighted(weights, dv, dev)
+    return out.movedim(1, -2).to(query.dtype), lse_tangent.movedim(1, -1)
+
+
+# The heads' dimension in each input. Mapped dimensions become more heads, because each mapped rpb
+# has heads of its own.
+_HEADS = (-2, -2, -2, 0, -2, -2)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        *tensors, scale, backend, rule = args
+        return _ops.attention(*tensors, *_pack(rule), scale, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.scale, ctx.backend, ctx.rule = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        saved, others = ctx.saved_tensors, (*_pack(ctx.rule), ctx.scale, ctx.backend)
+        if torch.is_grad_enabled():  # create_graph: the gradient must itself be differentiable
+            grads = _differentiable_gradient(saved[:6], grad_out, grad_lse, ctx)
+        else:
+            grads = _gradient(grad_out, grad_lse, *saved, *others)
+        return (*grads, None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        return _composed_tangent(ctx.saved_tensors[:6], tangents[:6], ctx.rule, ctx.scale)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        scale, backend, rule = args[6:]
+        size = info.batch_size
+        merged = [_merge(x, dim, size, heads) for x, dim, heads in zip(args, in_dims, _HEADS)]
+        out, lse = attention(*merged, rule, scale, backend)  # type: ignore[call-arg]
+        return (_split(out, size, -2), _split(lse, size, -1)), (0, 0)
+
+
+def _gradient(grad_out: Tensor | None, grad_lse: Tensor | None, *args: Any) -> list[Any]:
+    """Gradients of the six inputs, None for those that are None."""
+    inputs, out = args[:6], args[6]
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    found = iter(_ops.attention_backward(grad_out, grad_lse, *args))
+    return [None if x is None else next(found) for x in inputs]
+
+
+def _differentiable_gradient(
+    inputs: Sequence[Any], grad_out: Tensor | None, grad_lse: Tensor | None, ctx: Any
+) -> list[Any]:
+    def composed(*present: Tensor) -> tuple[Tensor, Tensor]:
+        given = iter(present)
+        q, k, v, *optional = (None if x is None else next(given) for x in inputs)
+        assert q is not None and k is not None and v is not None
+        rpb, extra_keys, extra_values = optional
+        return composed_attention(q, k, v, rpb, extra_keys, extra_values, ctx.rule, ctx.scale)
+
+    (out, lse), pull, *_ = torch.func.vjp(composed, *(x for x in inputs if x is not None))
+    grads = (
+        torch.zeros_like(out) if grad_out is None else grad_out,
+        torch.zeros_like(lse) if grad_lse is None else grad_lse,
+    )
+    found = iter(pull(grads))
+    return [None if x is None else next(found) for x in inputs]
+
+
+def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.others = inputs[6:]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:6], *output)
+
+
+def _attention_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+    grads = _gradient(grad_out, grad_lse, *ctx.saved_tensors, *ctx.others)
+    return (*grads, *(None for _ in ctx.others))
+
+
+torch.library.register_autograd(
+    "natten::attention", _attention_gradient, setup_context=_setup_attention, lib=_library
+)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    extra_keys: Tensor | None,
+    extra_values: Tensor | None,
+    rule: Rule,
+    scale: float,
+    backend: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``."""
+    tensors = (query, key, value, rpb, extra_keys, extra_values)
+    if torch.compiler.is_compiling():
+        return _ops.attention(*tensors, *_pack(rule), scale, backend)
+    return _Attention.apply(*tensors, scale, backend, rule)
+
+
+def qk(query: Tensor, key: Tensor, rule: Neighborhood) -> Tensor:
+    """Weights ``[batch, heads, *space, window tokens]``, 0 in masked slots."""
+    return QK.call(query, key, rule)
+
+
+def av(attn: Tensor, value: Tensor, rule: Neighborhood) -> Tensor:
+    """Output ``[batch, heads, *space, head_dim]``; masked slots are ignored."""
+    return AV.call(attn, value, rule)
+
+
+def rpb_bias(rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
+    """``rpb`` in every window slot, ``[heads, *space, window tokens]``, 0 in masked slots."""
+    return Bias.call(rpb, tuple(shape), rule)

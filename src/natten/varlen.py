@@ -1,0 +1,136 @@
+"""Sequences of different shapes packed into one: their layout, and attention inside each.
+
+A packed tensor holds the tokens of all documents one after another, each in row-major order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten.errors import ArgumentError
+
+
+class VarlenLayout:
+    """The token layouts of the documents in a packed tensor.
+
+    Args:
+        shapes: one token layout per document, all of the same rank (1 to 3).
+        device: where :attr:`offsets` lives.
+
+    Example:
+        >>> layout = VarlenLayout([(4, 6), (3, 3)])
+        >>> len(layout), layout.total_tokens, layout.offsets.tolist()
+        (2, 33, [0, 24, 33])
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[int | Sequence[int]],
+        device: torch.device | str | None = None,
+    ) -> None:
+        layouts = []
+        for shape in shapes:
+            entries = tuple(shape) if isinstance(shape, (tuple, list, torch.Size)) else (shape,)
+            if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in entries):
+                raise ArgumentError(
+                    "`shapes` must be token layouts of positive integers, one per document, "
+                    f"got {shape!r}."
+                )
+            layouts.append(entries)
+        ranks = {len(shape) for shape in layouts}
+        if len(ranks) != 1 or not ranks <= {1, 2, 3}:
+            raise ArgumentError(
+                "`shapes` must hold at least one token layout, all of one rank from 1 to 3, "
+                f"got {list(shapes)!r}."
+            )
+        self.shapes: tuple[tuple[int, ...], ...] = tuple(layouts)
+        self.rank: int = ranks.pop()
+        self.lengths: tuple[int, ...] = tuple(math.prod(shape) for shape in self.shapes)
+        self.total_tokens: int = sum(self.lengths)
+        ends = torch.tensor((0, *self.lengths), dtype=torch.int64).cumsum(0)
+        self.offsets: Tensor = ends.to(device=device, dtype=torch.int32)
+
+    @classmethod
+    def from_tensor_list(cls, tensors: Sequence[Tensor]) -> VarlenLayout:
+        """The layout of documents given as tensors ``[*space, heads, head_dim]``."""
+        if not tensors or not all(isinstance(x, Tensor) for x in tensors):
+            raise ArgumentError("`tensors` must be a sequence of at least one tensor.")
+        return cls([tuple(x.shape[:-2]) for x in tensors], device=tensors[0].device)
+
+    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Documents ``[*space, ...]`` as one packed tensor ``[tokens, ...]``."""
+        if len(tensors) != len(self):
+            raise ArgumentError(f"`tensors` must be {len(self)} documents, got {len(tensors)}.")
+        for x, shape in zip(tensors, self.shapes):
+            if tuple(x.shape[: self.rank]) != shape:
+                raise ArgumentError(
+                    f"`tensors` must start with the layouts {self.shapes}, got {tuple(x.shape)}."
+                )
+        return torch.cat([x.flatten(0, self.rank - 1) for x in tensors])
+
+    def unpack(self, packed: Tensor) -> list[Tensor]:
+        """Undo :meth:`pack`: views of the packed tensor."""
+        self.check("packed", packed)
+        return [
+            part.unflatten(0, shape) for part, shape in zip(packed.split(self.lengths), self.shapes)
+        ]
+
+    def check(self, name: str, packed: Any) -> None:
+        """Raise ArgumentError unless ``packed`` is a tensor of as many tokens."""
+        if (
+            not isinstance(packed, Tensor)
+            or packed.dim() < 1
+            or packed.shape[0] != self.total_tokens
+        ):
+            got = tuple(packed.shape) if isinstance(packed, Tensor) else type(packed)
+            raise ArgumentError(
+                f"`{name}` must be packed, [{self.total_tokens} tokens, ...], got {got}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        return iter(self.shapes)
+
+    def __repr__(self) -> str:
+        return f"VarlenLayout({list(self.shapes)})"
+
+
+def sequence_lengths(
+    side: str, tokens: int, seqlens: Tensor | None, cumulative: Tensor | None
+) -> list[int] | None:
+    """Lengths of packed sequences from either description, None where neither is given.
+
+    Args:
+        side: "Q" or "KV", for messages.
+        tokens: how many tokens the packed tensor has.
+        seqlens: integers ``[sequences]``.
+        cumulative: their cumulative sum ``[sequences + 1]``, from 0 to ``tokens``.
+
+    Raises:
+        ArgumentError: the description is malformed or does not add up to ``tokens``.
+    """
+    given = cumulative if cumulative is not None else seqlens
+    if given is None:
+        return None
+    name = f"cumulative_seqlen_{side}" if cumulative is not None else f"seqlens_{side}"
+    if not isinstance(given, Tensor) or given.dim() != 1 or given.is_floating_point():
+        got = (given.dtype, tuple(given.shape)) if isinstance(given, Tensor) else type(given)
+        raise ArgumentError(f"`{name}` must be a 1-D integer tensor, got {got}.")
+    numbers = given.tolist()
+    if cumulative is not None:
+        lengths = [b - a for a, b in zip(numbers, numbers[1:])]
+        whole = bool(numbers) and numbers[0] == 0 and numbers[-1] == tokens
+    else:
+        lengths, whole = numbers, sum(numbers) == tokens
+    if not whole or any(length < 0 for length in lengths):
+        raise ArgumentError(
+            f"`{name}` must describe sequences that add up to {tokens} tokens, got {numbers}."
+        )
+    return lengths
