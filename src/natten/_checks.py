@@ -1,4 +1,4 @@
-"""Checks of the arguments of public functions: every message names the argument, what came, what is allowed."""
+"""Checks of public arguments: every message names the argument, what came and what is allowed."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, same_space: bool = True
     heads, kv_heads = query.shape[-2], key.shape[-2]
     if kv_heads < 1 or heads % kv_heads != 0:
         raise ArgumentError(
-            f"the heads of `query` must be a multiple of those of `key`, got {heads} and {kv_heads}."
+            f"the heads of `query` must be a multiple of the heads of `key`, "
+            f"got {heads} and {kv_heads}."
         )
 
 

@@ -419,7 +419,8 @@ def attention(
 
     Example:
         >>> q, k, v = (torch.randn(1, 7, 2, 16) for _ in range(3))
-        >>> attention(q, k, v, seqlens_Q=torch.tensor([3, 4]), seqlens_KV=torch.tensor([3, 4])).shape
+        >>> lengths = torch.tensor([3, 4])
+        >>> attention(q, k, v, seqlens_Q=lengths, seqlens_KV=lengths).shape
         torch.Size([1, 7, 2, 16])
     """
     check_tensors(query=query, key=key, value=value)
@@ -562,7 +563,7 @@ def _varlen(
             scale,
             backend=backend,
             return_lse=True,
-            rpb=_crop_rpb(rpb, rule.kernel_size, window),
+            rpb=crop_rpb(rpb, rule.kernel_size, window),
         )
         results.append((out[0].flatten(0, -3), lse[0].flatten(0, -2)))
     out, lse = (torch.cat(each) for each in zip(*results))
@@ -579,7 +580,7 @@ def _unpack(name: str, packed: Tensor, layout: VarlenLayout) -> list[Tensor]:
     return layout.unpack(packed)
 
 
-def _crop_rpb(rpb: Any, kernel_size: Sequence[int], fitted: Sequence[int]) -> Any:
+def crop_rpb(rpb: Any, kernel_size: Sequence[int], fitted: Sequence[int]) -> Any:
     """The middle of ``rpb``: offset 0 stays in the middle of a smaller window."""
     if not isinstance(rpb, Tensor):
         return rpb

@@ -1,4 +1,4 @@
-"""Nested tensors for the unfused operators, as NATTEN 0.17 accepted them: forward only, strided layout."""
+"""Nested tensors for the unfused operators, as NATTEN 0.17 took them: strided, forward only."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Every operator has two faces. Compiled and exported code sees the torch.library operator, with a
 fake implementation and a gradient formula. Eager code goes through a ``torch.autograd.Function``
 around the same operator, because only a Function supports forward mode, double backward and
-``torch.func`` transforms. :func:`_call` picks the face.
+``torch.func`` transforms.
 
 Fused attention is ``attention``. Unfused attention is made of maps that are linear in each
 argument, and whose derivatives are each other, so derivatives of any order exist:
@@ -65,13 +65,6 @@ def _unpack(
     return Neighborhood(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
 
 
-def _call(function: type[torch.autograd.Function], operator: Callable[..., Any], *args: Any) -> Any:
-    """``function`` in eager mode, ``operator`` where a graph is being captured; rule last."""
-    if torch.compiler.is_compiling():
-        return operator(*args[:-1], *_pack(args[-1]))
-    return function.apply(*args)
-
-
 # --- unfused: maps that are linear in each tensor, [batch, heads, *space, channels] ------------
 
 
@@ -124,46 +117,6 @@ _implement("rpb_bias_transposed", _fake_bias_transposed, _bias_transposed)
 _ops = torch.ops.natten
 
 
-class _Linear(torch.autograd.Function):
-    """A map that is linear in each of its tensors. Subclasses say which, and their gradients."""
-
-    operator: Any
-    gradients: Callable[..., tuple[Any, ...]]
-
-    @classmethod
-    def call(cls, *args: Any) -> Tensor:
-        return _call(cls, cls.operator, *args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        tensors = [x for x in inputs if isinstance(x, Tensor)]
-        ctx.others = inputs[len(tensors) :]
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @classmethod
-    def _backward(cls, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        needs = ctx.needs_input_grad[: len(ctx.saved_tensors)]
-        found = cls.gradients(grad, *ctx.saved_tensors, *ctx.others, needs)
-        return (*found, *(None for _ in ctx.others))
-
-    @classmethod
-    def _jvp(cls, ctx: Any, *tangents: Any) -> Tensor:
-        primals = ctx.saved_tensors
-        parts = [
-            cls.call(*primals[:i], tangents[i], *primals[i + 1 :], *ctx.others)
-            for i in range(len(primals))
-            if tangents[i] is not None
-        ]
-        return sum(parts[1:], parts[0])
-
-    @classmethod
-    def _vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        size = info.batch_size
-        merged = [_merge(x, dim, size, 0) for x, dim in zip(args, in_dims)]
-        return _split(cls.call(*merged), size, 0), 0
-
-
 def _merge(x: Any, dim: int | None, size: int, into: int) -> Any:
     """Merge a mapped dimension, or copies of what has none, into dimension ``into`` of the rest."""
     if not isinstance(x, Tensor):
@@ -181,78 +134,91 @@ def _split(x: Tensor, size: int, out_of: int) -> Tensor:
     return x.reshape(*x.shape[:out_of], size, rest, *x.shape[out_of + 1 :]).movedim(out_of, 0)
 
 
-def _linear(name: str, gradients: Callable[..., tuple[Any, ...]]) -> type[_Linear]:
-    """The Function and the gradient formula of an operator that is linear in each tensor."""
+def _linear(name: str, gradients: Callable[..., Sequence[Any]]) -> Callable[..., Tensor]:
+    """A map that is linear in each of its tensors, from the operator ``name``.
+
+    ``gradients(grad, *tensors, *others, rule, needs)`` gives one gradient per tensor, in terms of
+    such maps. The map takes the tensors, then other arguments, then the rule.
+    """
     operator = getattr(_ops, name)
 
-    class Map(_Linear):
+    def call(*args: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return operator(*args[:-1], *_pack(args[-1]))
+        return Map.apply(*args)
+
+    class Map(torch.autograd.Function):
         @staticmethod
         def forward(*args: Any) -> Tensor:
             return operator(*args[:-1], *_pack(args[-1]))
 
         @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            tensors = [x for x in inputs if isinstance(x, Tensor)]
+            ctx.others = inputs[len(tensors) :]
+            ctx.save_for_backward(*tensors)
+            ctx.save_for_forward(*tensors)
+
+        @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-            return Map._backward(ctx, grad)
+            found = gradients(grad, *ctx.saved_tensors, *ctx.others, ctx.needs_input_grad)
+            return (*found, *(None for _ in ctx.others))
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Tensor:
-            return Map._jvp(ctx, *tangents)
+            primals = ctx.saved_tensors
+            parts = [
+                call(*primals[:i], tangents[i], *primals[i + 1 :], *ctx.others)
+                for i in range(len(primals))
+                if tangents[i] is not None
+            ]
+            return sum(parts[1:], parts[0])
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-            return Map._vmap(info, in_dims, *args)
-
-    Map.operator, Map.gradients = operator, staticmethod(gradients)
-    Map.__name__ = Map.__qualname__ = name
+            size = info.batch_size
+            merged = [_merge(x, dim, size, 0) for x, dim in zip(args, in_dims)]
+            return _split(call(*merged), size, 0), 0
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *rest, kernel_size, stride, dilation, is_causal = inputs
-        tensors = [x for x in rest if isinstance(x, Tensor)]
-        ctx.others = (*rest[len(tensors) :], _unpack(kernel_size, stride, dilation, is_causal))
-        ctx.save_for_backward(*tensors)
+        # The operator's rule is four arguments, the Function's is one.
+        Map.setup_context(ctx, (*inputs[:-4], _unpack(*inputs[-4:])), output)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        found = Map._backward(ctx, grad)
-        return (*found, None, None, None)  # a rule is one argument of Map, four of the operator
+        return (*Map.backward(ctx, grad), None, None, None)
 
     torch.library.register_autograd(f"natten::{name}", backward, setup_context=setup, lib=_library)
-    return Map
+    Map.__name__ = Map.__qualname__ = call.__name__ = name
+    return call
 
 
-def _qk_gradients(grad: Tensor, query: Tensor, key: Tensor, rule: Rule, needs: Any) -> Any:
-    return (
-        AV.call(grad, key, rule) if needs[0] else None,
-        AVTransposed.call(grad, query, rule) if needs[1] else None,
-    )
-
-
-def _av_gradients(grad: Tensor, attn: Tensor, value: Tensor, rule: Rule, needs: Any) -> Any:
-    return (
-        QK.call(grad, value, rule) if needs[0] else None,
-        AVTransposed.call(attn, grad, rule) if needs[1] else None,
-    )
-
-
-def _av_transposed_gradients(grad: Tensor, attn: Tensor, x: Tensor, rule: Rule, needs: Any) -> Any:
-    return (
-        QK.call(x, grad, rule) if needs[0] else None,
-        AV.call(attn, grad, rule) if needs[1] else None,
-    )
-
-
-def _bias_gradients(grad: Tensor, rpb: Tensor, shape: Any, rule: Rule, needs: Any) -> Any:
-    return (BiasTransposed.call(grad, rule),)
-
-
-def _bias_transposed_gradients(grad: Tensor, x: Tensor, rule: Rule, needs: Any) -> Any:
-    return (Bias.call(grad, x.shape[1:-1], rule),)
-
-
-QK = _linear("qk", _qk_gradients)
-AV = _linear("av", _av_gradients)
-AVTransposed = _linear("av_transposed", _av_transposed_gradients)
-Bias = _linear("rpb_bias", _bias_gradients)
-BiasTransposed = _linear("rpb_bias_transposed", _bias_transposed_gradients)
+qk: Callable[..., Tensor] = _linear(
+    "qk",
+    lambda grad, query, key, rule, needs: (
+        av(grad, key, rule) if needs[0] else None,
+        av_transposed(grad, query, rule) if needs[1] else None,
+    ),
+)
+av: Callable[..., Tensor] = _linear(
+    "av",
+    lambda grad, attn, value, rule, needs: (
+        qk(grad, value, rule) if needs[0] else None,
+        av_transposed(attn, grad, rule) if needs[1] else None,
+    ),
+)
+av_transposed: Callable[..., Tensor] = _linear(
+    "av_transposed",
+    lambda grad, attn, x, rule, needs: (
+        qk(x, grad, rule) if needs[0] else None,
+        av(attn, grad, rule) if needs[1] else None,
+    ),
+)
+rpb_bias: Callable[..., Tensor] = _linear(
+    "rpb_bias", lambda grad, rpb, shape, rule, needs: (rpb_bias_transposed(grad, rule),)
+)
+rpb_bias_transposed: Callable[..., Tensor] = _linear(
+    "rpb_bias_transposed", lambda grad, x, rule, needs: (rpb_bias(grad, x.shape[1:-1], rule),)
+)
 
 
 # --- fused: [batch, *space, heads, channels] ----------------------------------------------------
@@ -309,10 +275,10 @@ class _Products:
     def qk(self, query: Tensor, key: Tensor) -> Tensor:
         if isinstance(self.rule, Dense):
             return query @ key.transpose(-1, -2)
-        return QK.call(query, key, self.rule)
+        return qk(query, key, self.rule)
 
     def av(self, attn: Tensor, value: Tensor) -> Tensor:
-        return attn @ value if isinstance(self.rule, Dense) else AV.call(attn, value, self.rule)
+        return attn @ value if isinstance(self.rule, Dense) else av(attn, value, self.rule)
 
     def extra_qk(self, query: Tensor, extra_keys: Tensor) -> Tensor:
         """Products of every query with every additional key."""
@@ -347,7 +313,7 @@ def composed_attention(
     q, k, v = (_heads_first(x, heads, dtype) for x in (query, key, value))
     slots = products.qk(q * scale, k)
     if rpb is not None:
-        slots = slots + Bias.call(rpb.to(dtype), tuple(products.shape), rule)
+        slots = slots + rpb_bias(rpb.to(dtype), tuple(products.shape), rule)
     scores, windowed = products.masked(slots, -math.inf), slots.shape[-1]
     if extra_keys is not None:
         extra = products.extra_qk(q * scale, _heads_first(extra_keys, heads, dtype))
@@ -394,9 +360,9 @@ def _composed_tangent(
 
     scores, change = products.qk(q, k), product_rule(products.qk, q, k, dq, dk)
     if rpb is not None:
-        scores = scores + Bias.call(rpb.to(dtype), tuple(products.shape), rule)
+        scores = scores + rpb_bias(rpb.to(dtype), tuple(products.shape), rule)
     if tangents[3] is not None:
-        change = change + Bias.call(tangents[3].to(dtype), tuple(products.shape), rule)
+        change = change + rpb_bias(tangents[3].to(dtype), tuple(products.shape), rule)
     scores, change = products.masked(scores, -math.inf), products.masked(change, 0.0)
     windowed = scores.shape[-1]
     if ek is not None:
@@ -510,18 +476,3 @@ def attention(
     if torch.compiler.is_compiling():
         return _ops.attention(*tensors, *_pack(rule), scale, backend)
     return _Attention.apply(*tensors, scale, backend, rule)
-
-
-def qk(query: Tensor, key: Tensor, rule: Neighborhood) -> Tensor:
-    """Weights ``[batch, heads, *space, window tokens]``, 0 in masked slots."""
-    return QK.call(query, key, rule)
-
-
-def av(attn: Tensor, value: Tensor, rule: Neighborhood) -> Tensor:
-    """Output ``[batch, heads, *space, head_dim]``; masked slots are ignored."""
-    return AV.call(attn, value, rule)
-
-
-def rpb_bias(rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
-    """``rpb`` in every window slot, ``[heads, *space, window tokens]``, 0 in masked slots."""
-    return Bias.call(rpb, tuple(shape), rule)

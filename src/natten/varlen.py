@@ -5,6 +5,7 @@ A packed tensor holds the tokens of all documents one after another, each in row
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -125,7 +126,7 @@ def sequence_lengths(
         raise ArgumentError(f"`{name}` must be a 1-D integer tensor, got {got}.")
     numbers = given.tolist()
     if cumulative is not None:
-        lengths = [b - a for a, b in zip(numbers, numbers[1:])]
+        lengths = [b - a for a, b in itertools.pairwise(numbers)]
         whole = bool(numbers) and numbers[0] == 0 and numbers[-1] == tokens
     else:
         lengths, whole = numbers, sum(numbers) == tokens

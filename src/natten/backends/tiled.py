@@ -89,7 +89,7 @@ class Block:
         return x.as_strided(shape, stride, offset)
 
     def queries(self, x: Tensor, kv_heads: int) -> Tensor:
-        """View ``[lead, heads per kv head, tile sizes, channels]`` of ``x [B, *space, heads, C]``."""
+        """View ``[lead, heads per kv head, tile sizes, C]`` of ``x [B, *space, heads, C]``."""
         per_kv, step = x.shape[-2] // kv_heads, x.stride(-2)
         heads = [(kv_heads, per_kv * step), (per_kv, step)]
         return self._view(x, [run.query_start for run in self.runs], self.query_sizes, heads)
@@ -147,7 +147,7 @@ def _blocks(rule: Rule, query: Tensor, key: Tensor, head_dim: int) -> list[Block
 
 
 def _bias_of(block: Block, rpb: Tensor, rule: Neighborhood) -> Tensor:
-    """``[heads, tile tokens, box tokens]`` from ``rpb [heads, 2K-1, ...]``; masked pairs hold any value."""
+    """``[heads, tile tokens, box tokens]`` from ``rpb``; pairs to be masked hold any value."""
     heads = rpb.shape[0]
     picked = rpb
     for axis, run in enumerate(block.runs):
@@ -454,7 +454,7 @@ def _slots(block: Block, rule: Neighborhood, device: torch.device) -> tuple[Tens
 
 
 def _spread(weights: Tensor, index: Tensor, valid: Tensor | None, box: int, out: Tensor) -> Tensor:
-    """Weights in window slots as weights over the box, zero elsewhere; ``out`` has box + 1 columns."""
+    """Weights in window slots as weights over the box; ``out`` has ``box + 1`` columns."""
     if valid is not None:  # masked slots go to the column that nobody reads
         index = index.masked_fill(~valid, box)
     out.zero_().scatter_(2, index.expand(len(weights), -1, -1), weights)

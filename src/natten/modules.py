@@ -1,0 +1,249 @@
+"""Neighborhood attention as a module: projection to query, key and value, attention, projection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from natten.errors import ArgumentError
+from natten.functional import (
+    Causal,
+    Dimension,
+    crop_rpb,
+    na1d_av,
+    na1d_qk,
+    na2d_av,
+    na2d_qk,
+    na3d_av,
+    na3d_qk,
+    neighborhood_attention_generic,
+)
+from natten.neighborhood import Neighborhood, fit_window
+
+_UNFUSED = {1: (na1d_qk, na1d_av), 2: (na2d_qk, na2d_av), 3: (na3d_qk, na3d_av)}
+_OVERSIZE = ("error", "clamp", "pad")
+
+
+class NeighborhoodAttentionGeneric(nn.Module):
+    """Multi-head neighborhood attention over ``na_dim`` axes of tokens.
+
+    Checkpoints of every NATTEN era load strictly (``qkv.*``, ``proj.*``, ``rpb``). A checkpoint's
+    ``rpb`` creates the parameter when the module was built without one, because eras differed in
+    their default; load before building the optimizer.
+
+    Args:
+        na_dim: number of token axes, 1 to 3.
+        embed_dim: channels of input and output; ``dim`` is its older name.
+        num_heads: attention heads; divides ``embed_dim``.
+        kernel_size: tokens in the window, one number for all axes or one per axis.
+        stride: queries that share a window.
+        dilation: step between the tokens of a window; None means 1.
+        is_causal: whether a query attends nothing behind itself, per axis.
+        qkv_bias: whether the first projection has a bias.
+        qk_scale: factor on the scores; None means ``head_dim ** -0.5``.
+        proj_drop: dropout probability after the last projection.
+        rel_pos_bias: learn a relative positional bias ``rpb``; ``bias`` is its older name.
+        attn_drop: dropout probability of the attention weights. Above 0, training takes the
+            unfused operators, which store the weights.
+        oversize: what to do when ``kernel_size * dilation`` exceeds the input: ``"error"``,
+            ``"clamp"`` the window by :func:`natten.fit_window`, or ``"pad"`` the input with zeros
+            and crop the output, as NATTEN 0.14 and 0.15 did.
+        kernel_size_d, dilation_d: window and dilation of the first of three axes, as in 0.15.
+        use_experimental_ops: without effect.
+
+    Raises:
+        ArgumentError: an argument has a type or value that is not allowed.
+
+    Shape:
+        ``[batch, *space, embed_dim]`` in and out.
+    """
+
+    def __init__(
+        self,
+        na_dim: int,
+        embed_dim: int | None = None,
+        num_heads: int | None = None,
+        kernel_size: Dimension | None = None,
+        stride: Dimension | None = 1,
+        dilation: Dimension | None = 1,
+        is_causal: Causal | None = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop: float = 0.0,
+        *,
+        dim: int | None = None,
+        rel_pos_bias: bool = False,
+        bias: bool | None = None,
+        attn_drop: float = 0.0,
+        oversize: str = "error",
+        kernel_size_d: int | None = None,
+        dilation_d: int | None = None,
+        use_experimental_ops: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if (embed_dim is None) == (dim is None):
+            raise ArgumentError(
+                f"give one of `embed_dim` and `dim` (its older name), got {embed_dim} and {dim}."
+            )
+        channels = embed_dim if embed_dim is not None else dim
+        if num_heads is None or kernel_size is None:
+            raise ArgumentError(
+                "`num_heads` and `kernel_size` are required, "
+                f"got num_heads={num_heads}, kernel_size={kernel_size}."
+            )
+        if channels is None or num_heads < 1 or channels < 1 or channels % num_heads != 0:
+            raise ArgumentError(
+                f"`embed_dim` must be a positive multiple of `num_heads`, got {channels} and "
+                f"{num_heads}."
+            )
+        if oversize not in _OVERSIZE:
+            raise ArgumentError(f"`oversize` must be one of {_OVERSIZE}, got {oversize!r}.")
+        kernel_size = _with_depth("kernel_size_d", na_dim, kernel_size_d, kernel_size)
+        dilation = _with_depth(
+            "dilation_d", na_dim, dilation_d, 1 if dilation is None else dilation
+        )
+        self.neighborhood = Neighborhood.create(na_dim, kernel_size, stride, dilation, is_causal)
+        self.num_heads = num_heads
+        self.head_dim = channels // num_heads
+        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
+        self.oversize = oversize
+        self.attn_drop_rate = attn_drop
+
+        self.rpb: nn.Parameter | None
+        self.register_parameter("rpb", None)
+        self.qkv = nn.Linear(channels, 3 * channels, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(channels, channels)
+        self.proj_drop = nn.Dropout(proj_drop)
+        if rel_pos_bias or bias:
+            self._create_rpb()
+
+    def _create_rpb(self) -> None:
+        shape = (self.num_heads, *(2 * k - 1 for k in self.kernel_size))
+        self.rpb = nn.Parameter(self.qkv.weight.new_zeros(shape))
+        nn.init.trunc_normal_(self.rpb, std=0.02, mean=0.0, a=-2.0, b=2.0)
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Window, per axis."""
+        return self.neighborhood.kernel_size
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Stride, per axis."""
+        return self.neighborhood.stride
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        """Dilation, per axis."""
+        return self.neighborhood.dilation
+
+    @property
+    def is_causal(self) -> tuple[bool, ...]:
+        """Causality, per axis."""
+        return self.neighborhood.is_causal
+
+    def forward(self, x: Tensor, **hints: Any) -> Tensor:
+        """Attend; ``hints`` (``backend=...``, tile shapes) go to the fused operator."""
+        rank = self.neighborhood.rank
+        if x.dim() != rank + 2:
+            raise ArgumentError(
+                f"{type(self).__name__} expected a rank-{rank + 2} input tensor; "
+                f"got x.dim()={x.dim()}."
+            )
+        shape = x.shape[1:-1]
+        rule, rpb = self.neighborhood, self.rpb
+        if self.oversize == "pad":
+            wanted = (k * d for k, d in zip(rule.kernel_size, rule.dilation))
+            missing = [max(0, size - length) for size, length in zip(wanted, shape)]
+            if any(missing):
+                x = F.pad(x, (0, 0, *(n for each in reversed(missing) for n in (0, each))))
+        elif self.oversize == "clamp":
+            fitted = fit_window(shape, rule.kernel_size, rule.stride, rule.dilation)
+            rule = Neighborhood.create(rank, *fitted, rule.is_causal)
+            rpb = None if rpb is None else crop_rpb(rpb, self.kernel_size, rule.kernel_size)
+        out = self._attend(x, rule, rpb, hints)
+        for axis, length in enumerate(shape):
+            out = out.narrow(1 + axis, 0, length)
+        return self.proj_drop(self.proj(out))
+
+    def _attend(
+        self, x: Tensor, rule: Neighborhood, rpb: Tensor | None, hints: dict[str, Any]
+    ) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.unbind(-3)
+        window = (rule.kernel_size, rule.stride, rule.dilation, rule.is_causal)
+        if not (self.training and self.attn_drop_rate > 0):
+            out = neighborhood_attention_generic(q, k, v, *window, self.scale, rpb=rpb, **hints)
+            return out.flatten(-2)
+        na_qk, na_av = _UNFUSED[rule.rank]
+        q, k, v = (t.movedim(-2, 1) for t in (q, k, v))
+        options: dict[str, Any] = {"is_causal": rule.is_causal, "stride": rule.stride}
+        attn = na_qk(q * self.scale, k, rule.kernel_size, rule.dilation, rpb=rpb, **options)
+        attn = self.attn_drop(attn.softmax(-1))
+        return na_av(attn, v, rule.kernel_size, rule.dilation, **options).movedim(1, -2).flatten(-2)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.rpb is None and state_dict.get(f"{prefix}rpb") is not None:
+            self._create_rpb()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """The line that ``print(module)`` shows."""
+        return (
+            f"head_dim={self.head_dim}, num_heads={self.num_heads}, "
+            f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}, "
+            f"is_causal={self.is_causal}, has_bias={self.rpb is not None}"
+        )
+
+
+def _with_depth(name: str, na_dim: int, depth: int | None, rest: Dimension) -> Dimension:
+    """0.15's 3-D modules gave the first axis its own argument."""
+    if depth is None:
+        return rest
+    if na_dim != 3 or not isinstance(rest, int):
+        raise ArgumentError(
+            f"`{name}` is for 3-D modules whose other argument is one integer, got {rest!r}."
+        )
+    return (depth, rest, rest)
+
+
+class NeighborhoodAttention1D(NeighborhoodAttentionGeneric):
+    """:class:`NeighborhoodAttentionGeneric` over ``[batch, length, channels]``.
+
+    Example:
+        >>> import torch
+        >>> NeighborhoodAttention1D(64, 4, kernel_size=7)(torch.randn(2, 32, 64)).shape
+        torch.Size([2, 32, 64])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(1, *args, **kwargs)
+
+
+class NeighborhoodAttention2D(NeighborhoodAttentionGeneric):
+    """:class:`NeighborhoodAttentionGeneric` over ``[batch, height, width, channels]``.
+
+    Example:
+        >>> import torch
+        >>> NeighborhoodAttention2D(64, 4, kernel_size=7)(torch.randn(2, 8, 8, 64)).shape
+        torch.Size([2, 8, 8, 64])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(2, *args, **kwargs)
+
+
+class NeighborhoodAttention3D(NeighborhoodAttentionGeneric):
+    """:class:`NeighborhoodAttentionGeneric` over ``[batch, depth, height, width, channels]``.
+
+    Example:
+        >>> import torch
+        >>> NeighborhoodAttention3D(64, 4, kernel_size=3)(torch.randn(2, 4, 6, 8, 64)).shape
+        torch.Size([2, 4, 6, 8, 64])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(3, *args, **kwargs)
