@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -120,7 +119,6 @@ def _candidates(rule: Rule, axis: int, length: int) -> list[int]:
     return sorted(size for size in sizes if size <= 256) or [256]
 
 
-@lru_cache(maxsize=256)
 def tiles(
     rule: Rule, shape: tuple[int, ...], key_shape: tuple[int, ...], matrices: int, head_dim: int
 ) -> tuple[tuple[Run, ...], ...]:

@@ -18,6 +18,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from natten.neighborhood import Neighborhood, Rule, outer
 from natten.tiling import Run, tiles
 
 CHUNK = 1 << 18  # query-key pairs worked on at a time; 1 MB in float32
+CACHED_MASK = 1 << 17  # larger masks are made anew in every call
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -118,29 +120,42 @@ class Block:
         ]
         return itertools.product(*ranges)
 
-    def allowed(self) -> Tensor | None:
-        """Mask ``[tile tokens, box tokens]``, or None where every key of the box is attended."""
-        mask = torch.ones(1, 1, dtype=torch.bool, device="cpu")
+    def mask(self) -> Tensor | None:
+        """Added to scores, float32 ``[tile tokens, box tokens]``; None if the tile attends all."""
+        if math.prod(self.query_sizes) * math.prod(self.key_sizes) <= CACHED_MASK:
+            return self._cached_mask
+        return self._make_mask()
+
+    @cached_property
+    def _cached_mask(self) -> Tensor | None:
+        return self._make_mask()
+
+    def _make_mask(self) -> Tensor | None:
+        allowed = torch.ones(1, 1, dtype=torch.bool, device="cpu")
         for run in self.runs:
             position = torch.arange(run.key_size, device="cpu")
             own = (position >= run.lower[:, None]) & (position < run.upper[:, None])
-            mask = outer(mask, own, torch.logical_and)
-        return None if bool(mask.all()) else mask
+            allowed = outer(allowed, own, torch.logical_and)
+        if bool(allowed.all()):
+            return None
+        return torch.zeros(allowed.shape, device="cpu").masked_fill_(~allowed, -math.inf)
 
     def offsets(self, axis: int) -> int:
         """Key position minus query position of the box's and the tile's first positions."""
         return self.runs[axis].key_start - self.runs[axis].query_start
 
 
-def _blocks(rule: Rule, query: Tensor, key: Tensor, head_dim: int) -> list[Block]:
-    runs = tiles(
-        rule,
-        tuple(query.shape[1:-2]),
-        tuple(key.shape[1:-2]),
-        query.shape[0] * query.shape[-2],
-        head_dim,
-    )
+@lru_cache(maxsize=64)
+def _plan(
+    rule: Rule, shape: tuple[int, ...], key_shape: tuple[int, ...], matrices: int, head_dim: int
+) -> list[Block]:
+    runs = tiles(rule, shape, key_shape, matrices, head_dim)
     return [Block(block, rule.dilation) for block in itertools.product(*runs)]
+
+
+def _blocks(rule: Rule, query: Tensor, key: Tensor, head_dim: int) -> list[Block]:
+    matrices = query.shape[0] * query.shape[-2]
+    return _plan(rule, tuple(query.shape[1:-2]), tuple(key.shape[1:-2]), matrices, head_dim)
 
 
 # --- relative positional bias ---------------------------------------------------------------
@@ -218,20 +233,19 @@ def _score_bias(
     block: Block, rpb: Tensor | None, rule: Rule, sizes: _Sizes, like: Tensor, dtype: torch.dtype
 ) -> Tensor | None:
     """What is added to the scores, ``[kv heads or 1, rows, box tokens + extra]``: bias and mask."""
-    mask = block.allowed()
+    mask = block.mask()
     if rpb is None and mask is None:
         return None
-    tokens, box = math.prod(block.query_sizes), math.prod(block.key_sizes)
-    bias = like.new_zeros(1, tokens, box, dtype=dtype)
-    if rpb is not None:
+    if mask is not None:
+        mask = mask.to(like.device, dtype)
+    if rpb is None:
+        assert mask is not None
+        bias = mask.repeat(sizes.per_kv, 1)[None] if sizes.per_kv > 1 else mask[None]
+    else:
         assert isinstance(rule, Neighborhood)
         bias = _bias_of(block, rpb.to(dtype), rule)
-    if mask is not None:
-        bias = bias.masked_fill(~mask.to(like.device), -math.inf)
-    if rpb is not None:
-        bias = bias.reshape(sizes.kv_heads, sizes.per_kv * tokens, box)
-    else:
-        bias = bias.repeat(1, sizes.per_kv, 1)
+        bias = bias if mask is None else bias + mask
+        bias = bias.reshape(sizes.kv_heads, -1, bias.shape[-1])
     return F.pad(bias, (0, sizes.extra)) if sizes.extra else bias
 
 
