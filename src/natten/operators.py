@@ -65,6 +65,13 @@ def _unpack(
     return Neighborhood(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
 
 
+def _module(operation: str, x: Tensor, value: Tensor | None = None, name: str = "") -> Any:
+    """The backend's functions."""
+    value_dim = 0 if value is None else value.shape[-1]
+    problem = backends.Problem(operation, x.device, x.dtype, x.shape[-1], value_dim)
+    return backends.choose(name, problem).module
+
+
 # --- unfused: maps that are linear in each tensor, [batch, heads, *space, channels] ------------
 
 
@@ -75,7 +82,7 @@ def _implement(name: str, fake: Callable[..., Tensor], real: Callable[..., Tenso
 
 def _unfused(name: str) -> Callable[..., Tensor]:
     def real(a: Tensor, b: Tensor, *rule: Any) -> Tensor:
-        module = backends.choose("", b.device, b.dtype).module
+        module = _module("unfused", b)
         out = getattr(module, name)(a.movedim(1, -2), b.movedim(1, -2), _unpack(*rule))
         return out.movedim(-2, 1).contiguous()
 
@@ -91,7 +98,7 @@ def _fake_av(attn: Tensor, value: Tensor, *_: Any) -> Tensor:
 
 
 def _bias(rpb: Tensor, shape: Sequence[int], *rule: Any) -> Tensor:
-    module = backends.choose("", rpb.device, rpb.dtype).module
+    module = _module("unfused", rpb)
     return module.bias(rpb, shape, _unpack(*rule)).movedim(-2, 0).contiguous()
 
 
@@ -100,7 +107,7 @@ def _fake_bias(rpb: Tensor, shape: Sequence[int], kernel_size: Sequence[int], *_
 
 
 def _bias_transposed(grad: Tensor, *rule: Any) -> Tensor:
-    module = backends.choose("", grad.device, grad.dtype).module
+    module = _module("unfused", grad)
     return module.bias_transposed(grad.movedim(0, -2), _unpack(*rule)).contiguous()
 
 
@@ -229,7 +236,7 @@ def _attention(
     kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rule = _unpack(kernel_size, stride, dilation, is_causal)
-    module = backends.choose(backend, query.device, query.dtype).module
+    module = _module("attention", query, value, backend)
     return module.forward(query, key, value, rpb, extra_keys, extra_values, rule, scale)
 
 
@@ -244,7 +251,7 @@ def _attention_backward(
     kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, scale: float, backend: str,
 ) -> list[Tensor]:  # fmt: skip
     rule = _unpack(kernel_size, stride, dilation, is_causal)
-    module = backends.choose(backend, query.device, query.dtype).module
+    module = _module("attention", query, value, backend)
     grads = module.backward(
         grad_out, grad_lse, query, key, value, rpb, extra_keys, extra_values, out, lse, rule, scale
     )

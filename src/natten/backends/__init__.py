@@ -2,44 +2,82 @@
 
 A backend is a module with the functions ``forward``, ``backward``, ``qk``, ``av``,
 ``av_transposed``, ``bias`` and ``bias_transposed``, as in :mod:`natten.backends.reference`.
-Adding one is a folder and a line in ``BACKENDS``.
+Adding one is a folder and a line in ``BACKENDS``; one without unfused operators says so.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from natten.backends import reference, tiled
 from natten.errors import ArgumentError
 
 _log = logging.getLogger("natten")
 
 
+class Problem(NamedTuple):
+    """What decides which backend runs."""
+
+    operation: str  # "attention", or "unfused" for qk, av, av_transposed and the bias
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int = 0
+    value_dim: int = 0
+
+
 @dataclass(frozen=True)
 class Backend:
-    """A name, the functions, and what the backend can not run."""
+    """A name, the module that is imported at first use, and what it can not run."""
 
     name: str
-    module: ModuleType
-    unsupported: Callable[[torch.device, torch.dtype], str | None]
+    unsupported: Callable[[Problem], str | None]
+
+    @property
+    def module(self) -> ModuleType:
+        """The functions."""
+        return importlib.import_module(f"natten.backends.{self.name}")
 
 
-def _floating(device: torch.device, dtype: torch.dtype) -> str | None:
+def _without_triton(problem: Problem) -> str | None:
+    """Why the Triton kernels can not run a problem."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if problem.device.type != "cuda" and not interpreted:
+        return f"runs on GPUs, not on {problem.device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton"
+    if problem.operation != "attention":
+        return "has no unfused operators"
+    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"has no kernels for {problem.dtype}"
+    if problem.head_dim > 256 or problem.value_dim > 512:
+        return "has kernels for head_dim up to 256 and value head_dim up to 512"
+    if interpreted:
+        return None
+    if torch.version.hip is None and torch.cuda.get_device_capability(problem.device) < (8, 0):
+        return "needs a GPU of compute capability 8.0 or newer"
+    return None
+
+
+def _floating(problem: Problem) -> str | None:
+    dtype = problem.dtype
     return None if dtype.is_floating_point else f"needs a floating-point dtype, not {dtype}"
 
 
 # In order of preference.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("tiled", tiled, _floating),
-    Backend("reference", reference, _floating),
+    Backend("triton", _without_triton),
+    Backend("tiled", _floating),
+    Backend("reference", _floating),
 )
 
 # Upstream's names: hints, because our own choice serves the same problems.
@@ -66,23 +104,32 @@ def check_name(name: str | None) -> str:
     return name
 
 
-@lru_cache(maxsize=256)
-def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+@lru_cache(maxsize=1024)
+def choose(name: str, problem: Problem) -> Backend:
     """The backend called ``name`` if it can run, else the first that can."""
     wanted = [backend for backend in BACKENDS if backend.name == name]
     for backend in (*wanted, *BACKENDS):
-        reason = backend.unsupported(device, dtype)
+        reason = backend.unsupported(problem)
         if reason is None:
             return backend
         _log.debug("backend %s is passed over: it %s", backend.name, reason)
-    raise ArgumentError(f"`query` has dtype {dtype}; natten computes in floating point only.")
+    raise ArgumentError(
+        f"`query` has dtype {problem.dtype}; natten computes in floating point only."
+    )
 
 
-def explain(query: Tensor, *_: Any, backend: str | None = None, **__: Any) -> str:
-    """Say which backend a call with these arguments runs, and why the others do not.
+def explain(
+    query: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    *_: Any,
+    backend: str | None = None,
+    **__: Any,
+) -> str:
+    """Say which backend a call of a fused operator runs, and why the others do not.
 
     Args:
-        query: the call's query; what follows it is accepted and looked at where it matters.
+        query, key, value: as in the call; what follows them is accepted.
         backend: as in the call.
 
     Returns:
@@ -90,14 +137,17 @@ def explain(query: Tensor, *_: Any, backend: str | None = None, **__: Any) -> st
 
     Example:
         >>> print(explain(torch.zeros(1, 16, 1, 8)))
+        triton: runs on GPUs, not on cpu
         tiled: runs
         reference: can run, comes later in the order of preference
     """
     name = check_name(backend)
-    chosen = choose(name, query.device, query.dtype)
+    value = query if value is None else value
+    problem = Problem("attention", query.device, query.dtype, query.shape[-1], value.shape[-1])
+    chosen = choose(name, problem)
     lines = []
     for candidate in BACKENDS:
-        reason = candidate.unsupported(query.device, query.dtype)
+        reason = candidate.unsupported(problem)
         if candidate is chosen:
             lines.append(f"{candidate.name}: runs")
         elif reason is not None:
