@@ -140,7 +140,8 @@ def main() -> None:
     import triton
 
     lines = [
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bf16",
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, "
+        f"triton {triton.__version__}, bf16",
         "",
         "| Case | dense cuDNN us, fwd / fwd+bwd | ideal | ours fwd us, graph / eager "
         "| ours fwd+bwd us, graph / eager | dense / ours |",

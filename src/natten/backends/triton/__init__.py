@@ -1,14 +1,16 @@
 """Portable GPU kernels in Triton: one source for every rank, deterministic forward and backward.
 
 Keys are read in boxes that start where a tile's first window starts; no token is permuted, padded
-or copied, except a tensor whose last stride is not 1.
+or copied, except a tensor whose last stride is not 1. What is a compile-time constant: dtype, head
+dims, tile shapes, which axes are causal or strided or have one token, whether there is a bias or
+additional tokens, and the largest power of two (up to 16) that divides all strides.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,36 +34,16 @@ from natten.backends.triton.primitives import (
     STRIDED,
     UNIT,
 )
-from natten.neighborhood import Dense, Neighborhood, Rule
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from natten.neighborhood import Dense, Rule
 
 
-def _padded(values: Any, fill: Any) -> tuple[Any, Any, Any]:
+def _padded(values: Sequence[Any], fill: Any) -> tuple[Any, ...]:
     """Three axes: the missing ones come first."""
-    values = tuple(values)
-    return (*(fill,) * (3 - len(values)), *values)  # type: ignore[return-value]
+    return (*(fill,) * (3 - len(values)), *values)
 
 
-def _three_axes(rule: Rule) -> Rule:
-    if isinstance(rule, Dense):
-        return _ThreeAxesDense(rule.causal, (1, 1, 1))
-    return Neighborhood(
-        _padded(rule.kernel_size, 1),
-        _padded(rule.stride, 1),
-        _padded(rule.dilation, 1),
-        _padded(rule.is_causal, False),
-    )
-
-
-class _ThreeAxesDense(Dense):
-    """Plain attention along the last of three axes; the others have one token."""
-
-    def windows(self, axis: int, position: Tensor, n: Any, n_keys: Any) -> tuple[Tensor, Tensor]:
-        return super().windows(axis, position, n, n_keys)
-
-
-def _modes(rule: Rule, shape: Any) -> tuple[int, int, int]:
+def _modes(rule: Rule, shape: Sequence[int]) -> tuple[int, ...]:
+    """How the windows of each of three axes go."""
     if isinstance(rule, Dense):
         return UNIT.value, UNIT.value, (FULL_CAUSAL if rule.causal else FULL).value
     modes = []
@@ -73,7 +55,7 @@ def _modes(rule: Rule, shape: Any) -> tuple[int, int, int]:
         else:
             mode = SLIDING if stride == 1 else STRIDED
         modes.append(mode.value)
-    return tuple(modes)  # type: ignore[return-value]
+    return _padded(modes, UNIT.value)
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -87,54 +69,86 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return (batch, *_padded(space, 0), heads)
 
 
-def _extra_strides(x: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if x is None else x.stride()[:3]
-
-
 def _device(x: Tensor) -> Any:
     """Kernels launch on the current device: make it the tensor's."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _precision(dtype: torch.dtype) -> str:
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
+class _Call:
+    """What the kernels of one call share: contiguous or readable inputs, sizes, constants."""
 
-
-class _Problem:
-    """What all kernels of one call share."""
-
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> None:
-        self.rule = _three_axes(rule)
-        self.shape = _padded(query.shape[1:-2], 1)
-        self.key_shape = _padded(key.shape[1:-2], 1)
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rpb: Tensor | None,
+        extra_keys: Tensor | None,
+        extra_values: Tensor | None,
+        rule: Rule,
+        scale: float,
+    ) -> None:
+        self.query, self.key, self.value = (_readable(x) for x in (query, key, value))
+        self.rpb = None if rpb is None else rpb.contiguous()
+        self.extra_keys = None if extra_keys is None else extra_keys.contiguous()
+        self.extra_values = None if extra_values is None else extra_values.contiguous()
+        self.extra = 0 if extra_keys is None else extra_keys.shape[1]
+        self.rule, self.scale = rule, scale
+        self.space, self.key_space = tuple(query.shape[1:-2]), tuple(key.shape[1:-2])
+        self.shape = _padded(self.space, 1)
         self.batch, self.heads, self.kv_heads = query.shape[0], query.shape[-2], key.shape[-2]
+        self.per_kv = self.heads // self.kv_heads
         self.dim, self.value_dim = query.shape[-1], value.shape[-1]
-        self.itemsize = query.element_size()
-        plain = isinstance(self.rule, Dense)
-        self.window = (
-            ((1, 1, 1), (1, 1, 1), (1, 1, 1))
-            if plain
-            else (self.rule.kernel_size, self.rule.stride, self.rule.dilation)  # type: ignore[union-attr]
-        )
-        self.constants = dict(
-            MODES=_modes(self.rule, self.shape),
-            PER_KV=self.heads // self.kv_heads,
-            D=self.dim,
-            DV=self.value_dim,
-            BLOCK_D=tiling.block(self.dim),
-            BLOCK_DV=tiling.block(self.value_dim),
-        )
+        self.dilation = _padded(rule.dilation, 1)
+        if isinstance(rule, Dense):
+            self.window = (1, 1, 1, 1, 1, 1, *self.dilation)
+        else:
+            self.window = (*_padded(rule.kernel_size, 1), *_padded(rule.stride, 1), *self.dilation)
+        self.modes = _modes(rule, self.space)
+        self.strides = tuple(_strides(x) for x in (self.query, self.key, self.value))
+        divisor = math.gcd(16, *(s for strides in self.strides for s in strides))
+        tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        self.precision = "tf32" if tf32 else "ieee"
+        self.channels = {
+            "ALIGN": divisor,
+            "D": self.dim,
+            "DV": self.value_dim,
+            "BLOCK_D": tiling.block(self.dim),
+            "BLOCK_DV": tiling.block(self.value_dim),
+        }
 
-    def tiles(self, kind: str) -> tiling.Tiles:
-        return tiling.choose(
-            kind, self.rule, self.shape, self.key_shape, self.dim, self.value_dim, self.itemsize
-        )
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Query, key, value, rpb and additional tokens; one that is missing is never read."""
+        optional = (self.rpb, self.extra_keys, self.extra_values)
+        filled = (self.query if x is None else x for x in optional)
+        return (self.query, self.key, self.value, *filled)
 
-    def counts(self, shape: Any, tile: Any) -> tuple[int, ...]:
-        """Tiles per axis of the longest dilation group."""
-        lengths = (-(-length // d) for length, d in zip(shape, self.rule.dilation))
-        return tuple(-(-length // t) for length, t in zip(lengths, tile))
+    def numbers(self, counts: Sequence[int]) -> tuple[int, ...]:
+        """Strides, sizes, window and tiles per axis, as kernels take them."""
+        flat = (s for strides in self.strides for s in strides)
+        return (*flat, *self.shape, self.key_space[-1], *self.window, *counts)
+
+    def tiles(self, kind: str) -> tuple[tiling.Tiles, tuple[int, ...], int, dict[str, Any]]:
+        """Tiles of a kind of kernel, how many there are per axis, programs per head, options."""
+        tiles = tiling.choose(
+            kind, self.rule, self.space, self.key_space,
+            self.dim, self.value_dim, self.query.element_size(),
+        )  # fmt: skip
+        keys = kind == "key"
+        outer = tiles.key if keys else tiles.query
+        lengths = zip(_padded(self.key_space if keys else self.space, 1), self.dilation, outer)
+        counts = tuple(math.ceil(math.ceil(length / d) / size) for length, d, size in lengths)
+        options = {
+            "MODES": self.modes,
+            "TQ": tiles.query,
+            "TK": tiles.key,
+            "HAS_RPB": self.rpb is not None,
+            "PRECISION": self.precision,
+            "num_warps": tiles.num_warps,
+            "num_stages": tiles.num_stages,
+            **self.channels,
+        }
+        return tiles, counts, math.prod(counts) * math.prod(self.dilation) * self.batch, options
 
 
 def forward(
@@ -152,26 +166,12 @@ def forward(
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    query, key, value = (_readable(x) for x in (query, key, value))
-    problem, config = _Problem(query, key, value, rule), None
-    config = problem.tiles("forward")
-    counts = problem.counts(problem.shape, config.query)
-    programs = math.prod(counts) * math.prod(problem.rule.dilation) * problem.heads * problem.batch
-    extra_keys = None if extra_keys is None else _readable(extra_keys)
-    extra_values = None if extra_values is None else _readable(extra_values)
+    call = _Call(query, key, value, rpb, extra_keys, extra_values, rule, scale)
+    _, counts, programs, options = call.tiles("forward")
     with _device(query):
-        forward_kernel[(programs,)](
-            query, key, value, query if rpb is None else rpb.contiguous(),
-            query if extra_keys is None else extra_keys,
-            query if extra_values is None else extra_values, out, lse,
-            _strides(query), _strides(key), _strides(value),
-            _extra_strides(extra_keys), _extra_strides(extra_values),
-            _strides(out), _strides(lse[..., None]),
-            problem.shape, problem.key_shape, *problem.window, counts, problem.heads,
-            0 if extra_keys is None else extra_keys.shape[1], scale,
-            TQ=config.query, TK=config.key, HAS_RPB=rpb is not None,
-            HAS_EXTRA=extra_keys is not None, PRECISION=_precision(query.dtype),
-            **problem.constants, num_warps=config.num_warps, num_stages=config.num_stages,
+        forward_kernel[(programs * call.heads,)](
+            *call.tensors(), out, lse, *call.numbers(counts),
+            call.heads, call.per_kv, call.extra, scale, HAS_EXTRA=call.extra > 0, **options,
         )  # fmt: skip
     return out, lse
 
@@ -191,116 +191,71 @@ def backward(
     scale: float,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, rpb, additional keys and additional values."""
-    grad_query, grad_key, grad_value = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
-    )
-    if key.numel() == 0 or query.numel() == 0:
-        none = (None if x is None else torch.zeros_like(x) for x in (rpb, extra_keys, extra_values))
-        return (grad_query.zero_(), grad_key.zero_(), grad_value.zero_(), *none)
-    query, key, value = (_readable(x) for x in (query, key, value))
-    grad_out, out, lse = grad_out.contiguous(), out.contiguous(), lse.contiguous()
-    rpb = None if rpb is None else rpb.contiguous()
-    has_extra = extra_keys is not None and extra_values is not None
-    ek = _readable(extra_keys) if extra_keys is not None else query
-    ev = _readable(extra_values) if extra_values is not None else query
-    extra = 0 if extra_keys is None else extra_keys.shape[1]
-    delta = torch.empty_like(lse)
-    problem, precision = _Problem(query, key, value, rule), _precision(query.dtype)
-    bias = query if rpb is None else rpb
-    q, k, v = (_strides(x) for x in (query, key, value))
-    o, row = _strides(out), _strides(lse[..., None])
-    groups = math.prod(problem.rule.dilation) * problem.batch
+    if query.numel() == 0 or key.numel() == 0:
+        inputs = (query, key, value, rpb, extra_keys, extra_values)
+        return tuple(None if x is None else x.new_zeros(x.shape) for x in inputs)
+    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     grad_rpb = grad_ek = grad_ev = None
+    grad_out, delta = grad_out.contiguous(), torch.empty_like(lse)
+    call = _Call(query, key, value, rpb, extra_keys, extra_values, rule, scale)
+    per_query = (grad_out, lse, delta)
     with _device(query):
         delta_kernel[(-(-lse.numel() // 16),)](
             out, grad_out, lse if grad_lse is None else grad_lse.contiguous(), delta, lse.numel(),
-            DV=problem.value_dim, BLOCK_DV=tiling.block(problem.value_dim),
+            DV=call.value_dim, BLOCK_DV=tiling.block(call.value_dim),
             HAS_LSE=grad_lse is not None, M=16,
         )  # fmt: skip
-        config = problem.tiles("query")
-        counts = problem.counts(problem.shape, config.query)
-        query_kernel[(math.prod(counts) * groups * problem.heads,)](
-            query, key, value, bias, ek, ev, grad_out, lse, delta, grad_query,
-            q, k, v, _extra_strides(ek if has_extra else None),
-            _extra_strides(ev if has_extra else None), o, row, _strides(grad_query),
-            problem.shape, problem.key_shape, *problem.window, counts, problem.heads, extra, scale,
-            TQ=config.query, TK=config.key, HAS_RPB=rpb is not None, HAS_EXTRA=has_extra,
-            PRECISION=precision, **problem.constants,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+        _, counts, programs, options = call.tiles("query")
+        query_kernel[(programs * call.heads,)](
+            *call.tensors(), *per_query, grad_query, *call.numbers(counts),
+            call.heads, call.per_kv, call.extra, scale, HAS_EXTRA=call.extra > 0, **options,
         )  # fmt: skip
-        config = problem.tiles("key")
-        counts = problem.counts(problem.key_shape, config.key)
-        key_kernel[(math.prod(counts) * groups * problem.kv_heads,)](
-            query, key, value, bias, grad_out, lse, delta, grad_key, grad_value,
-            q, k, v, o, row, _strides(grad_key), _strides(grad_value),
-            problem.shape, problem.key_shape, *problem.window, counts, problem.kv_heads, scale,
-            TQ=config.query, TK=config.key, HAS_RPB=rpb is not None, PRECISION=precision,
-            **problem.constants, num_warps=config.num_warps, num_stages=config.num_stages,
+        _, counts, programs, options = call.tiles("key")
+        key_kernel[(programs * call.kv_heads,)](
+            *call.tensors()[:4], *per_query, grad_key, grad_value, *call.numbers(counts),
+            call.kv_heads, call.per_kv, scale, **options,
         )  # fmt: skip
-        constants = dict(problem.constants)
-        modes = constants.pop("MODES")
-        if has_extra:
-            grad_ek, grad_ev = _extra_gradients(
-                problem,
-                query,
-                ek,
-                ev,
-                grad_out,
-                lse,
-                delta,
-                (q, o, row),
-                scale,
-                precision,
-                constants,
-            )
+        if extra_keys is not None:
+            grad_ek, grad_ev = _extra_gradients(call, per_query)
         if rpb is not None:
-            grad_rpb = _bias_gradient(
-                problem, query, key, value, rpb, grad_out, lse, delta, (q, k, v, o, row), scale,
-                modes, constants,
-            )  # fmt: skip
+            grad_rpb = _bias_gradient(call, per_query)
     return grad_query, grad_key, grad_value, grad_rpb, grad_ek, grad_ev
 
 
-def _splits(work: int, least: int, most: int) -> tuple[int, int]:
-    """How many programs share ``work`` items, and how many items each takes."""
-    splits = max(1, min(most, work // least))
-    return splits, -(-work // splits)
+def _parts(work: int, least: int, most: int) -> tuple[int, int]:
+    """How many programs share ``work`` items, at least ``least`` each, and how many each takes."""
+    parts = max(1, min(most, work // least))
+    return parts, -(-work // parts)
 
 
-def _extra_gradients(
-    problem: _Problem, query: Tensor, ek: Tensor, ev: Tensor, grad_out: Tensor, lse: Tensor,
-    delta: Tensor, strides: Any, scale: float, precision: str, constants: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Every query reaches the additional tokens: partial sums, then one sum over the parts."""
-    extra, rows = ek.shape[1], 16
-    splits, per_split = _splits(math.prod(problem.shape), 512, 64)
-    parts = (problem.batch, problem.kv_heads, splits, extra)
-    grad_ek = query.new_empty(*parts, problem.dim, dtype=torch.float32)
-    grad_ev = query.new_empty(*parts, problem.value_dim, dtype=torch.float32)
-    if extra == 0:
-        return torch.zeros_like(ek), torch.zeros_like(ev)
-    q, o, row = strides
-    extra_kernel[(splits, -(-extra // rows), problem.batch * problem.kv_heads)](
-        query, ek, ev, grad_out, lse, delta, grad_ek, grad_ev,
-        q, _extra_strides(ek), _extra_strides(ev), o, row,
-        problem.shape, problem.kv_heads, extra, per_split, scale,
-        M=32, N=rows, PRECISION=precision, **constants,
+def _extra_gradients(call: _Call, per_query: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Every query reaches the additional tokens: sums over parts, then over the parts."""
+    assert call.extra_keys is not None and call.extra_values is not None
+    parts, per_part = _parts(math.prod(call.shape), 512, 64)
+    shape = (call.batch, call.kv_heads, parts, call.extra)
+    grads = [
+        call.query.new_empty(*shape, channels, dtype=torch.float32)
+        for channels in (call.dim, call.value_dim)
+    ]
+    if call.extra > 0:
+        extra_kernel[(parts, -(-call.extra // 16), call.batch * call.kv_heads)](
+            call.query, call.extra_keys, call.extra_values, *per_query, *grads,
+            *call.strides[0], *call.shape, call.kv_heads, call.per_kv, call.extra, per_part,
+            call.scale, M=32, N=16, PRECISION=call.precision, **call.channels,
+        )  # fmt: skip
+    grad_keys, grad_values = (x.sum(2).transpose(1, 2).to(call.query.dtype) for x in grads)
+    return grad_keys.contiguous(), grad_values.contiguous()
+
+
+def _bias_gradient(call: _Call, per_query: tuple[Tensor, ...]) -> Tensor:
+    assert call.rpb is not None
+    offsets = call.rpb[0].numel()
+    parts, per_part = _parts(math.prod(call.shape) * call.batch, 64, 512)
+    grad = call.query.new_empty(parts, call.heads, offsets, dtype=torch.float32)
+    strides = (s for strides in call.strides for s in strides)
+    bias_kernel[(parts, -(-offsets // 32), call.heads)](
+        call.query, call.key, call.value, call.rpb, *per_query, grad,
+        *strides, *call.shape, *call.window, call.heads, call.per_kv, call.batch, offsets,
+        per_part, call.scale, MODES=call.modes, N=32, **call.channels,
     )  # fmt: skip
-    sums = (x.sum(2).transpose(1, 2).contiguous() for x in (grad_ek, grad_ev))
-    grad_ek, grad_ev = (x.to(like.dtype) for x, like in zip(sums, (ek, ev)))
-    return grad_ek, grad_ev
-
-
-def _bias_gradient(
-    problem: _Problem, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor, grad_out: Tensor,
-    lse: Tensor, delta: Tensor, strides: Any, scale: float, modes: Any, constants: Any,
-) -> Tensor:  # fmt: skip
-    offsets, rows = rpb[0].numel(), 32
-    splits, per_split = _splits(math.prod(problem.shape) * problem.batch, 64, 512)
-    partial = query.new_empty(splits, problem.heads, offsets, dtype=torch.float32)
-    bias_kernel[(splits, -(-offsets // rows), problem.heads)](
-        query, key, value, rpb, grad_out, lse, delta, partial, *strides,
-        problem.shape, *problem.window, problem.heads, problem.batch, offsets, per_split, scale,
-        MODES=modes, N=rows, **constants,
-    )  # fmt: skip
-    return partial.sum(0).view(rpb.shape).to(rpb.dtype)
+    return grad.sum(0).view(call.rpb.shape).to(call.rpb.dtype)

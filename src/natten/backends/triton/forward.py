@@ -8,10 +8,16 @@ import triton.language as tl
 from natten.backends.triton.primitives import (
     LN2,
     LOG2E,
+    bias_offset,
     coordinates,
     group_length,
     inside,
+    kernel,
+    load_rows,
+    row_number,
     split,
+    store_rows,
+    token,
     token_offset,
     window,
 )
@@ -19,7 +25,7 @@ from natten.backends.triton.primitives import (
 
 @triton.jit
 def _accumulate(acc, top, total, s, v, PRECISION: tl.constexpr):
-    """One step of the online softmax; scores are in powers of two."""
+    """One step of the online softmax; scores are exponents of two."""
     new_top = tl.maximum(top, tl.max(s, 1))
     # A row whose keys so far are all masked stays at -inf without making NaN.
     reference = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -30,122 +36,101 @@ def _accumulate(acc, top, total, s, v, PRECISION: tl.constexpr):
     return acc, new_top, total
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     query, key, value, rpb, extra_key, extra_value, out, lse,
-    q_strides, k_strides, v_strides, ek_strides, ev_strides, out_strides, lse_strides,
-    shape, key_shape, kernel_size, stride, dilation, tiles, heads, extra, scale,
-    MODES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, PER_KV: tl.constexpr,
+    q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
+    L0, L1, L2, KEYS, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, extra, scale,
+    MODES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_RPB: tl.constexpr, HAS_EXTRA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Tokens ``L``, keys of the last axis ``KEYS``, window ``K``, stride ``S``, dilation ``D``,
+    tiles ``T``, per axis."""
     M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
     N: tl.constexpr = TK[0] * TK[1] * TK[2]
-    pid, t0, t1, t2 = split(tl.program_id(0), tiles[0], tiles[1], tiles[2])
-    pid, g0, g1, g2 = split(pid, dilation[0], dilation[1], dilation[2])
-    head, batch = pid % heads, (pid // heads).to(tl.int64)
-    kv_head = head // PER_KV
+    pid, t0, t1, t2 = split(tl.program_id(0), T0, T1, T2)
+    pid, g0, g1, g2 = split(pid, D0, D1, D2)
+    head, batch = (pid % heads).to(tl.int64), (pid // heads).to(tl.int64)
+    kv_head = head // per_kv
 
-    n0 = group_length(shape[0], dilation[0], g0)
-    n1 = group_length(shape[1], dilation[1], g1)
-    n2 = group_length(shape[2], dilation[2], g2)
+    n0, n1, n2 = group_length(L0, D0, g0), group_length(L1, D1, g1), group_length(L2, D2, g2)
+    m2 = group_length(KEYS, D2, g2)
     f0, f1, f2 = t0 * TQ[0], t1 * TQ[1], t2 * TQ[2]
     if (f0 >= n0) | (f1 >= n1) | (f2 >= n2):
         return
-    m0 = group_length(key_shape[0], dilation[0], g0)
-    m1 = group_length(key_shape[1], dilation[1], g1)
-    m2 = group_length(key_shape[2], dilation[2], g2)
+    z0, z1 = tl.minimum(f0 + TQ[0], n0) - 1, tl.minimum(f1 + TQ[1], n1) - 1
+    z2 = tl.minimum(f2 + TQ[2], n2) - 1
+    # Windows move monotonically: the first and the last query bound the box, and what every
+    # query of the tile attends.
+    low0, all_high0 = window(f0, n0, n0, K0, S0, MODES[0])
+    low1, all_high1 = window(f1, n1, n1, K1, S1, MODES[1])
+    low2, all_high2 = window(f2, n2, m2, K2, S2, MODES[2])
+    all_low0, high0 = window(z0, n0, n0, K0, S0, MODES[0])
+    all_low1, high1 = window(z1, n1, n1, K1, S1, MODES[1])
+    all_low2, high2 = window(z2, n2, m2, K2, S2, MODES[2])
 
     r0, r1, r2 = coordinates(tl.arange(0, M), TQ[1], TQ[2])
-    i0, i1, i2 = f0 + r0, f1 + r1, f2 + r2
-    real = (i0 < n0) & (i1 < n1) & (i2 < n2)
-    i0, i1, i2 = tl.minimum(i0, n0 - 1), tl.minimum(i1, n1 - 1), tl.minimum(i2, n2 - 1)
-    s0, e0 = window(i0, n0, m0, kernel_size[0], stride[0], MODES[0])
-    s1, e1 = window(i1, n1, m1, kernel_size[1], stride[1], MODES[1])
-    s2, e2 = window(i2, n2, m2, kernel_size[2], stride[2], MODES[2])
-    # Windows move monotonically: the first query's start and the last one's end bound the box.
-    low0, _ = window(f0, n0, m0, kernel_size[0], stride[0], MODES[0])
-    low1, _ = window(f1, n1, m1, kernel_size[1], stride[1], MODES[1])
-    low2, _ = window(f2, n2, m2, kernel_size[2], stride[2], MODES[2])
-    last0, last1 = tl.minimum(f0 + TQ[0], n0) - 1, tl.minimum(f1 + TQ[1], n1) - 1
-    last2 = tl.minimum(f2 + TQ[2], n2) - 1
-    _, high0 = window(last0, n0, m0, kernel_size[0], stride[0], MODES[0])
-    _, high1 = window(last1, n1, m1, kernel_size[1], stride[1], MODES[1])
-    _, high2 = window(last2, n2, m2, kernel_size[2], stride[2], MODES[2])
+    i0, i1, i2 = tl.minimum(f0 + r0, z0), tl.minimum(f1 + r1, z1), tl.minimum(f2 + r2, z2)
+    real = (f0 + r0 <= z0) & (f1 + r1 <= z1) & (f2 + r2 <= z2)
+    s0, e0 = window(i0, n0, n0, K0, S0, MODES[0])
+    s1, e1 = window(i1, n1, n1, K1, S1, MODES[1])
+    s2, e2 = window(i2, n2, m2, K2, S2, MODES[2])
+    x0, x1 = token(i0, g0, D0, MODES[0]), token(i1, g1, D1, MODES[1])
+    x2 = token(i2, g2, D2, MODES[2])
 
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    rows = token_offset(i0, i1, i2, (g0, g1, g2), dilation, q_strides)
-    q_base = query + batch * q_strides[0] + head.to(tl.int64) * q_strides[4]
-    q = tl.load(
-        q_base + rows[:, None] + d[None, :], mask=real[:, None] & (d[None, :] < D), other=0.0
-    )
-    k_base = key + batch * k_strides[0] + kv_head.to(tl.int64) * k_strides[4]
-    v_base = value + batch * v_strides[0] + kv_head.to(tl.int64) * v_strides[4]
+    rows = token_offset(batch, x0, x1, x2, head, (q_b, q_0, q_1, q_2, q_h), ALIGN)
+    q = load_rows(query, rows, real, d, D)
     c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
 
     acc = tl.zeros([M, BLOCK_DV], dtype=tl.float32)
     top = tl.full([M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([M], dtype=tl.float32)
     b1, b2 = tl.cdiv(high1 - low1, TK[1]), tl.cdiv(high2 - low2, TK[2])
-    boxes = tl.cdiv(high0 - low0, TK[0]) * b1 * b2
-    for box in range(0, boxes):
-        p0 = low0 + box // (b1 * b2) * TK[0] + c0
-        p1 = low1 + box // b2 % b1 * TK[1] + c1
-        p2 = low2 + box % b2 * TK[2] + c2
+    for box in range(0, tl.cdiv(high0 - low0, TK[0]) * b1 * b2):
+        a0, a1 = low0 + box // (b1 * b2) * TK[0], low1 + box // b2 % b1 * TK[1]
+        a2 = low2 + box % b2 * TK[2]
+        p0, p1, p2 = a0 + c0, a1 + c1, a2 + c2
         present = (p0 < high0) & (p1 < high1) & (p2 < high2)
-        cols = token_offset(p0, p1, p2, (g0, g1, g2), dilation, k_strides)
-        k = tl.load(
-            k_base + cols[:, None] + d[None, :], mask=present[:, None] & (d[None, :] < D), other=0.0
-        )
-        cols = token_offset(p0, p1, p2, (g0, g1, g2), dilation, v_strides)
-        v = tl.load(
-            v_base + cols[:, None] + dv[None, :],
-            mask=present[:, None] & (dv[None, :] < DV),
-            other=0.0,
-        )
+        y0, y1 = token(p0, g0, D0, MODES[0]), token(p1, g1, D1, MODES[1])
+        y2 = token(p2, g2, D2, MODES[2])
+        k_rows = token_offset(batch, y0, y1, y2, kv_head, (k_b, k_0, k_1, k_2, k_h), ALIGN)
+        v_rows = token_offset(batch, y0, y1, y2, kv_head, (v_b, v_0, v_1, v_2, v_h), ALIGN)
+        k = load_rows(key, k_rows, present, d, D)
+        v = load_rows(value, v_rows, present, dv, DV)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        allowed = present[None, :] & real[:, None]
-        allowed = inside(p0[None, :], s0[:, None], e0[:, None], MODES[0], allowed)
-        allowed = inside(p1[None, :], s1[:, None], e1[:, None], MODES[1], allowed)
-        allowed = inside(p2[None, :], s2[:, None], e2[:, None], MODES[2], allowed)
-        if HAS_RPB:
-            size1, size2 = 2 * kernel_size[1] - 1, 2 * kernel_size[2] - 1
-            o0 = p0[None, :] - i0[:, None] + kernel_size[0] - 1
-            o1 = p1[None, :] - i1[:, None] + kernel_size[1] - 1
-            o2 = p2[None, :] - i2[:, None] + kernel_size[2] - 1
-            at = ((head * (2 * kernel_size[0] - 1) + o0) * size1 + o1) * size2 + o2
-            s += tl.load(rpb + at, mask=allowed, other=0.0).to(tl.float32) * LOG2E
-        s = tl.where(allowed, s, float("-inf"))
+        whole = (a0 >= all_low0) & (a0 + TK[0] <= all_high0)
+        whole &= (a1 >= all_low1) & (a1 + TK[1] <= all_high1)
+        whole &= (a2 >= all_low2) & (a2 + TK[2] <= all_high2)
+        if HAS_RPB | (whole == 0):
+            allowed = present[None, :]
+            allowed = inside(p0[None, :], s0[:, None], e0[:, None], MODES[0], allowed)
+            allowed = inside(p1[None, :], s1[:, None], e1[:, None], MODES[1], allowed)
+            allowed = inside(p2[None, :], s2[:, None], e2[:, None], MODES[2], allowed)
+            if HAS_RPB:
+                at = bias_offset(
+                    p0[None, :] - i0[:, None], p1[None, :] - i1[:, None],
+                    p2[None, :] - i2[:, None], (K0, K1, K2), head,
+                )  # fmt: skip
+                s += tl.load(rpb + at, mask=allowed, other=0.0).to(tl.float32) * LOG2E
+            s = tl.where(allowed, s, float("-inf"))
         acc, top, total = _accumulate(acc, top, total, s, v, PRECISION)
 
     if HAS_EXTRA:
-        ek_base = extra_key + batch * ek_strides[0] + kv_head.to(tl.int64) * ek_strides[2]
-        ev_base = extra_value + batch * ev_strides[0] + kv_head.to(tl.int64) * ev_strides[2]
+        kv_heads = heads // per_kv
         for first in range(0, extra, N):
             e = first + tl.arange(0, N)
             present = e < extra
-            cols = e.to(tl.int64) * ek_strides[1]
-            k = tl.load(
-                ek_base + cols[:, None] + d[None, :],
-                mask=present[:, None] & (d[None, :] < D), other=0.0,
-            )  # fmt: skip
-            cols = e.to(tl.int64) * ev_strides[1]
-            v = tl.load(
-                ev_base + cols[:, None] + dv[None, :],
-                mask=present[:, None] & (dv[None, :] < DV), other=0.0,
-            )  # fmt: skip
+            cols = (batch * extra + e) * kv_heads + kv_head
+            k = load_rows(extra_key, cols * D, present, d, D)
+            v = load_rows(extra_value, cols * DV, present, dv, DV)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
             s = tl.where(present[None, :], s, float("-inf"))
             acc, top, total = _accumulate(acc, top, total, s, v, PRECISION)
 
     found = total > 0
-    acc = acc / tl.where(found, total, 1.0)[:, None]
-    rows = token_offset(i0, i1, i2, (g0, g1, g2), dilation, out_strides)
-    out_base = out + batch * out_strides[0] + head.to(tl.int64) * out_strides[4]
-    tl.store(
-        out_base + rows[:, None] + dv[None, :], acc.to(out.dtype.element_ty),
-        mask=real[:, None] & (dv[None, :] < DV),
-    )  # fmt: skip
-    rows = token_offset(i0, i1, i2, (g0, g1, g2), dilation, lse_strides)
-    lse_base = lse + batch * lse_strides[0] + head.to(tl.int64) * lse_strides[4]
-    tl.store(lse_base + rows, tl.where(found, top + tl.log2(total), float("-inf")) * LN2, mask=real)
+    total = tl.where(found, total, 1.0)
+    rows = row_number(batch, x0, x1, x2, (L0, L1, L2), heads, head)
+    store_rows(out, rows * DV, real, dv, DV, acc / total[:, None])
+    tl.store(lse + rows, tl.where(found, (top + tl.log2(total)) * LN2, float("-inf")), mask=real)

@@ -6,8 +6,28 @@ away. The rule is :class:`natten.neighborhood.Neighborhood`'s, and is tested aga
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
+
+POINTERS = {
+    "query", "key", "value", "rpb", "extra_key", "extra_value", "out", "lse", "delta",
+    "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_rpb",
+}  # fmt: skip
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """A kernel that is compiled once for all sizes and strides, whatever divides them."""
+    numbers = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name not in POINTERS and "constexpr" not in str(parameter.annotation)
+    ]
+    return triton.jit(do_not_specialize=numbers)(function)
+
 
 # How an axis's windows go, a compile-time constant per axis.
 UNIT = tl.constexpr(0)  # one token
@@ -59,7 +79,7 @@ def queries_of(first, last, n, n_keys, k, s, MODE: tl.constexpr):
         low, high = first * 0, first * 0 + n
     elif MODE == FULL_CAUSAL:
         low, high = first, first * 0 + n
-    elif MODE == CAUSAL or MODE == CAUSAL_STRIDED:
+    elif (MODE == CAUSAL) | (MODE == CAUSAL_STRIDED):
         low = first
         high = tl.minimum((last + k - s) // s * s + s, n)
         high = tl.where(last + k >= n, n, high)
@@ -80,12 +100,45 @@ def coordinates(r, T1: tl.constexpr, T2: tl.constexpr):
 
 
 @triton.jit
-def token_offset(p0, p1, p2, group, dilation, strides):
-    """Offset of the tokens at group positions ``p``; 64 bits, because tensors may be large."""
-    x0 = (p0 * dilation[0] + group[0]).to(tl.int64) * strides[1]
-    x1 = (p1 * dilation[1] + group[1]).to(tl.int64) * strides[2]
-    x2 = (p2 * dilation[2] + group[2]).to(tl.int64) * strides[3]
-    return x0 + x1 + x2
+def token_offset(batch, x0, x1, x2, head, strides, ALIGN: tl.constexpr):
+    """Offset of tokens ``x``, a multiple of ``ALIGN``; 64 bits, because tensors may be large."""
+    offset = batch * strides[0] + head * strides[4]
+    offset += x0.to(tl.int64) * strides[1] + x1.to(tl.int64) * strides[2]
+    return tl.multiple_of(offset + x2.to(tl.int64) * strides[3], ALIGN)
+
+
+@triton.jit
+def row_number(batch, x0, x1, x2, shape, heads, head):
+    """Number of a row of contiguous ``[batch, *shape, heads]``."""
+    token = ((batch * shape[0] + x0) * shape[1] + x1) * shape[2] + x2
+    return token * heads + head
+
+
+@triton.jit
+def load_rows(base, offset, present, columns, COLUMNS: tl.constexpr):
+    """Rows of ``COLUMNS`` channels, zeros where not ``present``; ``columns`` is padded."""
+    mask = present[:, None] & (columns[None, :] < COLUMNS)
+    return tl.load(base + offset[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, offset, present, columns, COLUMNS: tl.constexpr, x):
+    mask = present[:, None] & (columns[None, :] < COLUMNS)
+    tl.store(base + offset[:, None] + columns[None, :], x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def token(p, group, dilation, MODE: tl.constexpr):
+    """Token at position ``p`` of a dilation group."""
+    return p if MODE == UNIT else p * dilation + group
+
+
+@triton.jit
+def bias_offset(o0, o1, o2, kernel_size, head):
+    """Where ``rpb`` holds the bias of key position minus query position ``o``."""
+    at = head * (2 * kernel_size[0] - 1) + o0 + kernel_size[0] - 1
+    at = at * (2 * kernel_size[1] - 1) + o1 + kernel_size[1] - 1
+    return at * (2 * kernel_size[2] - 1) + o2 + kernel_size[2] - 1
 
 
 @triton.jit
