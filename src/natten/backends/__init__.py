@@ -157,3 +157,12 @@ def explain(
         else:
             lines.append(f"{candidate.name}: can run, comes later in the order of preference")
     return "\n".join(lines)
+
+
+def __getattr__(name: str) -> Any:
+    """0.20's names, from :mod:`natten.backends.selection`."""
+    if name in ("choose_backend", "choose_fmha_backend"):
+        return getattr(importlib.import_module("natten.backends.selection"), name)
+    if name in ("get_compatible_backends", "get_compatible_fmha_backends"):
+        return getattr(importlib.import_module("natten.backends.selection"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,4 @@
+"""Names of NATTEN 0.14 to 0.21, as translations onto this package.
+
+Nothing else depends on it, except the thin files that stand where old code imports from.
+"""

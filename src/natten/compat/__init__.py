@@ -1,0 +1,8 @@
+"""Stand-ins for ``import natten`` of an older era, where eras contradict each other.
+
+    import natten.compat.v017 as natten
+
+``v014`` is 0.14.1 to 0.14.4, ``v015`` 0.14.5 to 0.15.1, ``v017`` 0.17.0 to 0.17.5. They differ from
+the top level in the order of positional arguments and in defaults; everything else is the same
+objects.
+"""

@@ -1,0 +1,3 @@
+"""Where 0.17 to 0.21 had the switches; they live in :mod:`natten.legacy.switches`."""
+
+from natten.legacy.switches import *  # noqa: F403

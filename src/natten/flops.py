@@ -1,0 +1,175 @@
+"""Counting the products of neighborhood attention.
+
+``torch.utils.flop_counter.FlopCounterMode`` counts 2 per multiply-add, like PyTorch's own
+operators. The fvcore handlers of 0.14 to 0.17 count multiply-adds, as 0.17.4 did: products only,
+without softmax and bias. Windows are counted exactly; causal masking is not subtracted, as for
+``scaled_dot_product_attention``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.flop_counter import register_flop_formula
+
+from natten import operators  # registers torch.ops.natten
+from natten.errors import ArgumentError
+from natten.legacy.checks import check_all_args
+
+_ops = operators._ops
+
+
+def _rows(shape: Sequence[int]) -> int:
+    """Queries of ``[..., channels]``, all batches and heads."""
+    return math.prod(shape[:-1])
+
+
+def _attended(query: Sequence[int], key: Sequence[int], extra: Any, kernel_size: Any) -> int:
+    """Keys that each query attends; without a window, all of ``key [batch, length, ...]``."""
+    window = math.prod(kernel_size) if len(kernel_size) else key[1]
+    return window + (0 if extra is None else extra[1])
+
+
+@register_flop_formula(_ops.attention)
+def _attention_flops(
+    query: Any, key: Any, value: Any, rpb: Any, extra_keys: Any, extra_values: Any,
+    kernel_size: Any, *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    pairs = _rows(query) * _attended(query, key, extra_keys, kernel_size)
+    return 2 * pairs * (query[-1] + value[-1])
+
+
+@register_flop_formula(_ops.attention_backward)
+def _attention_backward_flops(
+    grad_out: Any, grad_lse: Any, query: Any, key: Any, value: Any, rpb: Any, extra_keys: Any,
+    extra_values: Any, out: Any, lse: Any, kernel_size: Any, *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    # Scores anew, dQ and dK take the query's head dim; dP and dV the value's.
+    pairs = _rows(query) * _attended(query, key, extra_keys, kernel_size)
+    return 2 * pairs * (3 * query[-1] + 2 * value[-1])
+
+
+@register_flop_formula(_ops.qk)
+def _qk_flops(query: Any, key: Any, kernel_size: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(query) * math.prod(kernel_size)
+
+
+@register_flop_formula([_ops.av, _ops.av_transposed])
+def _av_flops(attn: Any, value: Any, kernel_size: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(value) * math.prod(kernel_size)
+
+
+# --- 0.17.4's counters ----------------------------------------------------------------------
+
+
+def _window_macs(
+    shape: Sequence[int], kernel_size: Any, dilation: Any, is_causal: Any, is_heads_last: bool
+) -> int:
+    rank = len(shape) - 3
+    if rank not in (1, 2, 3):
+        raise ArgumentError(f"shapes must have 4 to 6 dimensions, got {tuple(shape)}.")
+    kernel, _, _ = check_all_args(rank, kernel_size, dilation, is_causal)
+    return math.prod(shape) * math.prod(kernel)
+
+
+def na_qk_flop_count(
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    kernel_size: Any,
+    dilation: Any,
+    is_causal: Any,
+    is_heads_last: bool,
+    return_macs: bool = False,
+) -> int:
+    """Floating-point operations (or multiply-adds) of ``na*d_qk``."""
+    if tuple(q_shape) != tuple(k_shape):
+        raise ArgumentError(f"`k_shape` must be `q_shape`, got {k_shape} and {q_shape}.")
+    macs = _window_macs(q_shape, kernel_size, dilation, is_causal, is_heads_last)
+    return macs if return_macs else 2 * macs
+
+
+def na_av_flop_count(
+    a_shape: Sequence[int],
+    v_shape: Sequence[int],
+    kernel_size: Any,
+    dilation: Any,
+    is_causal: Any,
+    is_heads_last: bool,
+    return_macs: bool = False,
+) -> int:
+    """Floating-point operations (or multiply-adds) of ``na*d_av``."""
+    macs = _window_macs(v_shape, kernel_size, dilation, is_causal, is_heads_last)
+    return macs if return_macs else 2 * macs
+
+
+def fna_flop_count(
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    v_shape: Sequence[int],
+    kernel_size: Any,
+    dilation: Any,
+    is_causal: Any,
+    is_heads_last: bool,
+    return_macs: bool = False,
+) -> int:
+    """Floating-point operations (or multiply-adds) of ``na*d``."""
+    rest = (kernel_size, dilation, is_causal, is_heads_last, return_macs)
+    return na_qk_flop_count(q_shape, k_shape, *rest) + na_av_flop_count(q_shape, v_shape, *rest)
+
+
+# --- fvcore ---------------------------------------------------------------------------------------
+
+
+def _shapes(values: Sequence[Any]) -> list[list[int]]:
+    """Shapes of the tensors among jit values."""
+    shapes = [v.type().sizes() for v in values if v.type().kind() == "TensorType"]
+    return [list(shape) for shape in shapes if shape]
+
+
+def qk_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    """Multiply-adds of ``na*d_qk``, from jit values: every weight is one product of two rows."""
+    return math.prod(_shapes(outputs)[0]) * _shapes(inputs)[0][-1]
+
+
+def av_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    """Multiply-adds of ``na*d_av``, from jit values: every weight scales one row."""
+    return math.prod(_shapes(inputs)[0]) * _shapes(outputs)[0][-1]
+
+
+def fna_generic_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    """Multiply-adds of ``na*d``, from jit values; the node carries its Function's arguments."""
+    node = outputs[0].node()
+    rule, (query, key, value, *rest) = node.scalar_args()[-1], _shapes(inputs)
+    kernel_size = getattr(rule, "kernel_size", ())
+    # Additional keys and values have rank 4 and come last; a bias has other heads or none.
+    has_extra = len(rest) >= 2
+    pairs = _rows(query) * _attended(query, key, rest[-2] if has_extra else None, kernel_size)
+    return pairs * (query[-1] + value[-1])
+
+
+qk_1d_rpb_flop = qk_2d_rpb_flop = qk_3d_rpb_flop = qk_flops
+av_1d_flop = av_2d_flop = av_3d_flop = av_flops
+
+_HANDLERS = {"qk": qk_flops, "av": av_flops, "_Attention": fna_generic_flops}
+
+
+def add_natten_handle(flop_ctr: Any) -> Any:
+    """Teach an ``fvcore.nn.FlopCountAnalysis`` to count our operators; returns it."""
+    handlers = {f"prim::PythonOp.{name}": handler for name, handler in _HANDLERS.items()}
+    return flop_ctr.set_op_handle(**handlers)
+
+
+def get_flops(model: Any, input: Any, disable_warnings: bool = False) -> int:
+    """Multiply-adds of ``model(input)``, by fvcore.
+
+    Raises:
+        ImportError: fvcore is not installed.
+    """
+    from fvcore.nn import FlopCountAnalysis
+
+    counter = add_natten_handle(FlopCountAnalysis(model, input))
+    if disable_warnings:
+        counter = counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    return counter.total()

@@ -1,0 +1,120 @@
+"""The argument helpers of ``natten.utils``, on top of :class:`natten.Neighborhood`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten.errors import ArgumentError
+from natten.neighborhood import Neighborhood
+
+
+def check_kernel_size_arg(na_dim: int, kernel_size: Any) -> tuple[int, ...]:
+    """``kernel_size`` as one entry per axis."""
+    return Neighborhood.create(na_dim, kernel_size).kernel_size
+
+
+def check_stride_arg(na_dim: int, stride: Any) -> tuple[int, ...]:
+    """``stride`` as one entry per axis."""
+    return Neighborhood.create(na_dim, 1 << 30, stride).stride
+
+
+def check_dilation_arg(na_dim: int, dilation: Any) -> tuple[int, ...]:
+    """``dilation`` as one entry per axis; None means 1."""
+    return Neighborhood.create(na_dim, 1, 1, dilation).dilation
+
+
+def check_causal_arg(na_dim: int, is_causal: Any) -> tuple[bool, ...]:
+    """``is_causal`` as one entry per axis; None means False."""
+    return Neighborhood.create(na_dim, 1, 1, 1, is_causal).is_causal
+
+
+def check_all_args(
+    na_dim: int, kernel_size: Any, dilation: Any, is_causal: Any
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
+    """Kernel size, dilation and causality, one entry per axis each (0.17's order)."""
+    rule = Neighborhood.create(na_dim, kernel_size, 1, dilation, is_causal)
+    return rule.kernel_size, rule.dilation, rule.is_causal
+
+
+def check_all_args_with_stride(
+    na_dim: int, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
+    """Kernel size, stride, dilation and causality, one entry per axis each (0.20's order)."""
+    rule = Neighborhood.create(na_dim, kernel_size, stride, dilation, is_causal)
+    return rule.kernel_size, rule.stride, rule.dilation, rule.is_causal
+
+
+def check_args_against_input(
+    input_tensor: Tensor, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any
+) -> None:
+    """Raise ArgumentError unless the windows fit ``input_tensor [batch, *space, heads, dim]``."""
+    rank = input_tensor.dim() - 3
+    rule = Neighborhood.create(rank, kernel_size, stride, dilation, is_causal)
+    rule.check(input_tensor.shape[1:-2])
+
+
+def get_num_na_weights(kernel_size: Sequence[int]) -> int:
+    """Tokens in a window.
+
+    Example:
+        >>> get_num_na_weights((3, 5))
+        15
+    """
+    if not isinstance(kernel_size, (tuple, list)):
+        raise ArgumentError(f"`kernel_size` must be a tuple, got {type(kernel_size)}.")
+    return math.prod(kernel_size)
+
+
+def check_tiling_config(na_dim: int, tiling_config: Any) -> Any:
+    """Tile shapes are hints here: they are returned as they came."""
+    return tiling_config
+
+
+def check_backward_tiling_config(na_dim: int, tiling_config: Any) -> Any:
+    """Tile shapes are hints here: they are returned as they came."""
+    return tiling_config
+
+
+def check_additional_keys(query: Tensor, additional_keys: Tensor | None) -> int:
+    """How many additional keys a heads-first call has."""
+    return _check_additional("additional_keys", query, additional_keys)
+
+
+def check_additional_values(
+    attn: Tensor, additional_values: Tensor | None, value: Tensor, expected_kernel_size: int
+) -> int:
+    """How many additional values a heads-first call has; ``attn`` must hold their weights."""
+    extra = _check_additional("additional_values", value, additional_values)
+    if attn.shape[-1] != expected_kernel_size + extra:
+        raise ArgumentError(
+            f"Expected {expected_kernel_size + extra} attention weights per token, "
+            f"got attn_tensor.shape[-1]={attn.shape[-1]}."
+        )
+    return extra
+
+
+def _check_additional(name: str, x: Tensor, extra: Tensor | None) -> int:
+    if extra is None:
+        return 0
+    wanted = (x.shape[0], x.shape[1], x.shape[-1])
+    if extra.dim() != 4 or (*extra.shape[:2], extra.shape[-1]) != wanted:
+        raise ArgumentError(
+            f"`{name}` must be [batch, heads, extra, head_dim] with batch, heads and head_dim "
+            f"{wanted}, got {tuple(extra.shape)}."
+        )
+    return extra.shape[2]
+
+
+def make_attn_tensor_from_input(input_tensor: Tensor, num_na_weights: int) -> Tensor:
+    """Uninitialized weights for ``input_tensor [batch, heads, *space, head_dim]``."""
+    return torch.empty(
+        *input_tensor.shape[:-1],
+        num_na_weights,
+        dtype=input_tensor.dtype,
+        device=input_tensor.device,
+    )

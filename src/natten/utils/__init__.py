@@ -1,0 +1,29 @@
+"""Where 0.17 to 0.21 had argument helpers; they live in :mod:`natten.legacy.checks`."""
+
+from natten.legacy.checks import (
+    check_additional_keys,
+    check_additional_values,
+    check_all_args,
+    check_backward_tiling_config,
+    check_causal_arg,
+    check_dilation_arg,
+    check_kernel_size_arg,
+    check_tiling_config,
+    get_num_na_weights,
+    make_attn_tensor_from_input,
+)
+from natten.legacy.switches import get_device_cc
+
+__all__ = [
+    "check_additional_keys",
+    "check_additional_values",
+    "check_all_args",
+    "check_backward_tiling_config",
+    "check_causal_arg",
+    "check_dilation_arg",
+    "check_kernel_size_arg",
+    "check_tiling_config",
+    "get_device_cc",
+    "get_num_na_weights",
+    "make_attn_tensor_from_input",
+]
