@@ -154,7 +154,7 @@ def _of_rank(
 
     def function(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         query = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(query, Tensor) and query.dim() != rank + 3:
+        if isinstance(query, Tensor) and not query.is_nested and query.dim() != rank + 3:
             raise ArgumentError(
                 f"Expected {rank + 3}-D tensors: the first argument of {name} has {rank} axes of "
                 f"tokens, got shape {tuple(query.shape)}."

@@ -1,0 +1,145 @@
+"""Comparing tensors, making problems, and independent ways to compute them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from natten.neighborhood import Neighborhood, window_mask
+
+# RMS of the error over RMS of the value, of outputs; gradients may have twice as much.
+RATIO = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1e-2,
+}
+
+
+def assert_close(name: str, expected: Tensor | None, actual: Tensor | None, ratio: float) -> None:
+    """Same shape, no NaN where none is expected, and a small RMS error."""
+    if expected is None or actual is None:
+        assert expected is actual, f"{name}: {expected} and {actual}"
+        return
+    assert actual.shape == expected.shape, f"{name}: {actual.shape}, expected {expected.shape}"
+    finite = torch.isfinite(expected)
+    assert torch.equal(torch.isfinite(actual), finite), f"{name}: not finite where it should be"
+    error = (actual.double() - expected.double())[finite].square().mean().sqrt()
+    size = expected.double()[finite].square().mean().sqrt()
+    if finite.any():
+        assert error <= ratio * max(size, 1e-3), f"{name}: {error / size:.1e} exceeds {ratio:.1e}"
+
+
+class Case(NamedTuple):
+    """A fused problem; everything else is drawn from it."""
+
+    space: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...] | int = 1
+    dilation: tuple[int, ...] | int = 1
+    is_causal: tuple[bool, ...] | bool = False
+    batch: int = 2
+    heads: int = 2
+    kv_heads: int = 2
+    dim: int = 8
+    value_dim: int = 8
+    extra: int = 0
+    rpb: bool = False
+
+    @property
+    def rule(self) -> Neighborhood:
+        return Neighborhood.create(
+            len(self.space), self.kernel_size, self.stride, self.dilation, self.is_causal
+        )
+
+    @property
+    def options(self) -> dict:
+        return self._asdict() | {"rpb": None}
+
+    def inputs(self, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
+        """Query, key, value, rpb, additional keys and values."""
+
+        def make(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=dtype)
+
+        bias = make(self.heads, *(2 * k - 1 for k in self.kernel_size)) if self.rpb else None
+        extra = (self.batch, self.extra, self.kv_heads)
+        return [
+            make(self.batch, *self.space, self.heads, self.dim),
+            make(self.batch, *self.space, self.kv_heads, self.dim),
+            make(self.batch, *self.space, self.kv_heads, self.value_dim),
+            bias,
+            make(*extra, self.dim) if self.extra else None,
+            make(*extra, self.value_dim) if self.extra else None,
+        ]
+
+
+def name_of(case: Case) -> str:
+    """A readable test id: what differs from the defaults."""
+    space = "x".join(map(str, case.space)) + "-k" + "x".join(map(str, case.kernel_size))
+    rest = [
+        f"{field}{value}"
+        for field, value in zip(case._fields[2:], case[2:])
+        if value != case._field_defaults[field]
+    ]
+    text = "-".join([space, *rest])
+    return "".join(c for c in text if c not in "(), ")
+
+
+CASES = [
+    Case((7,), (3,)),
+    Case((13,), (4,), dilation=3),
+    Case((20,), (5,), stride=3, is_causal=True),
+    Case((33,), (8,), stride=8, batch=1, heads=1, kv_heads=1, dim=1, value_dim=3),
+    Case((11,), (11,), is_causal=True, rpb=True),
+    Case((9, 7), (3, 5), rpb=True),
+    Case((13, 11), (4, 3), stride=(2, 3), dilation=(2, 3), heads=6, extra=3),
+    Case((10, 6), (3, 3), dilation=(3, 2), is_causal=(True, False), rpb=True, extra=1),
+    Case((1, 17), (1, 6), stride=(1, 4), kv_heads=1, dim=12, value_dim=5),
+    Case((8, 8), (8, 8), heads=3, kv_heads=1, value_dim=17),
+    Case((5, 6, 7), (3, 2, 5), rpb=True),
+    Case((7, 5, 9), (2, 2, 3), stride=(2, 1, 2), dilation=(3, 2, 2), heads=4, extra=2),
+    Case((4, 6, 5), (4, 3, 2), is_causal=(True, True, False), stride=(1, 3, 1), dim=65),
+    Case((3, 4), (2, 2), batch=0),
+]
+
+
+def dense_mask(case: Case) -> Tensor:
+    """Who attends whom, ``[queries, keys]``."""
+    return window_mask(case.rule, case.space, case.space)
+
+
+def brute_force_windows(n: int, k: int, s: int, causal: bool) -> list[list[int]]:
+    """The keys of every query of a group of ``n``, straight from the definition."""
+    windows = []
+    for i in range(n):
+        if causal:
+            leader = min((i // s) * s + s - 1, n - 1)
+            start = max(leader - k + 1, 0)
+            windows.append(list(range(start, i + 1)))
+        else:
+            leader = min((i // s) * s + s // 2, n - 1)
+            start = min(max(leader - k // 2, 0), n - k)
+            windows.append(list(range(start, start + k)))
+    return windows
+
+
+def brute_force_axis(length: int, k: int, s: int, d: int, causal: bool) -> list[list[int]]:
+    """The tokens that every token of an axis attends, straight from the definition."""
+    attended: list[list[int]] = [[] for _ in range(length)]
+    for g in range(d):
+        n = math.ceil((length - g) / d)
+        for i, window in enumerate(brute_force_windows(n, k, s, causal)):
+            attended[i * d + g] = [j * d + g for j in window]
+    return attended
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """PyTorch's attention with a mask; heads-last ``[batch, tokens, heads, dim]``."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out.transpose(1, 2)

@@ -1,0 +1,371 @@
+"""Derivatives of every order and mode, transforms, autocast, compilation and export."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import Case, assert_close
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
+from torch.library import opcheck
+
+import natten
+from natten import merge_attentions, na1d, na2d, na2d_av, na2d_qk, operators
+from natten.modules import NeighborhoodAttention2D
+
+# Everything at once: even and strided windows, dilation, causality, GQA, bias, additional tokens.
+FULL = Case((4, 7), (2, 3), (2, 1), (1, 2), (True, False), 1, 4, 2, 2, 3, extra=2, rpb=True)
+PLAIN = Case((5, 4), (3, 2), batch=1, dim=2, value_dim=2)
+
+
+def leaves(case):
+    return [x.requires_grad_() for x in case.inputs() if x is not None]
+
+
+def fused(case):
+    def function(q, k, v, *rest):
+        given = iter(rest)
+        rpb = next(given) if case.rpb else None
+        ek, ev = (next(given), next(given)) if case.extra else (None, None)
+        return operators.attention(q, k, v, rpb, ek, ev, case.rule, 0.7)
+
+    return function
+
+
+def scalar(function):
+    """A nonlinear number that depends on every output."""
+
+    def wrapped(*args):
+        out, lse = function(*args)
+        return out.sin().sum() + (lse * lse).sum()
+
+    return wrapped
+
+
+def unfused(q, k, v, rpb):
+    """Heads-first, bias and causality included."""
+    options = {"is_causal": (True, False), "dilation": (1, 2)}
+    attn = na2d_qk(q, k, (2, 3), rpb=rpb, **options).softmax(-1)
+    return na2d_av(attn, v, (2, 3), **options)
+
+
+def unfused_leaves():
+    shapes = [(1, 2, 4, 7, 2)] * 3 + [(2, 3, 5)]
+    return [torch.randn(shape).double().requires_grad_() for shape in shapes]
+
+
+# --- derivatives ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [FULL, PLAIN], ids=["full", "plain"])
+def test_fused_gradients(case):
+    assert gradcheck(fused(case), leaves(case), check_forward_ad=True)
+
+
+@pytest.mark.parametrize("case", [FULL, PLAIN], ids=["full", "plain"])
+def test_fused_second_derivatives(case):
+    assert gradgradcheck(fused(case), leaves(case), check_fwd_over_rev=True)
+
+
+def test_unfused_gradients():
+    assert gradcheck(unfused, unfused_leaves(), check_forward_ad=True)
+    assert gradgradcheck(unfused, unfused_leaves(), check_fwd_over_rev=True)
+
+
+def test_dense_gradients():
+    q, k, v = (torch.randn(1, n, 2, 3).double().requires_grad_() for n in (5, 4, 4))
+    for causal in (False, True):
+
+        def function(*qkv, causal=causal):
+            return natten.attention(*qkv, is_causal=causal, return_lse=True)
+
+        assert gradcheck(function, (q, k, v), check_forward_ad=True)
+        assert gradgradcheck(function, (q, k, v))
+
+
+def test_merged_gradients():
+    q, k, v = (torch.randn(1, 6, 1, 2).double().requires_grad_() for _ in range(3))
+
+    def function(q, k, v):
+        parts = [natten.attention(q, k, v, return_lse=True), na1d(q, k, v, 3, return_lse=True)]
+        return merge_attentions(*zip(*parts))
+
+    assert gradcheck(function, (q, k, v))
+
+
+def test_gradient_of_lse_alone():
+    q, k, v = (torch.randn(1, 9, 2, 3).double().requires_grad_() for _ in range(3))
+    _, lse = na1d(q, k, v, 3, return_lse=True)
+    found = torch.autograd.grad(lse.sum(), (q, k, v), retain_graph=True)
+    rule = natten.Neighborhood.create(1, 3)
+    tokens = rule.window_tokens_of((9,))
+    scores = torch.einsum("bqhd,bqkhd->bqhk", q, k[:, tokens]) * 3**-0.5
+    expected = torch.autograd.grad(scores.logsumexp(-1).sum(), (q, k))
+    for a, b in zip(expected, found):
+        assert_close("gradient", a, b, 1e-12)
+    assert (found[2] == 0).all()
+
+
+def test_gradients_only_where_needed():
+    q, k, v, *rest = FULL.inputs()
+    rest[0].requires_grad_()
+    out, _ = fused(FULL)(q, k, v, *rest)
+    out.sum().backward()
+    assert rest[0].grad is not None and q.grad is None
+
+
+def test_forward_ad_level():
+    q, k, v, *rest = FULL.inputs()
+    tangent = torch.randn_like(q)
+    with forward_ad.dual_level():
+        out, lse = fused(FULL)(forward_ad.make_dual(q, tangent), k, v, *rest)
+        found = [forward_ad.unpack_dual(x).tangent for x in (out, lse)]
+    step = 1e-6
+    ends = [fused(FULL)(q + sign * step * tangent, k, v, *rest) for sign in (1, -1)]
+    for after, before, tangent in zip(*ends, found):
+        assert_close("tangent", (after - before) / (2 * step), tangent, 1e-7)
+
+
+# --- torch.func ---------------------------------------------------------------------------------------
+
+
+def test_functional_transforms():
+    args = [x.detach() for x in leaves(FULL)]
+    loss, everything = scalar(fused(FULL)), tuple(range(6))
+    with_graph = leaves(FULL)
+    for x, y in zip(with_graph, args):
+        x.data.copy_(y)
+    expected = torch.autograd.grad(loss(*with_graph), with_graph)
+    found = grad(loss, argnums=everything)(*args)
+    _, pull = vjp(loss, *args)
+    for a, b, c in zip(expected, found, pull(torch.tensor(1.0).double())):
+        assert_close("grad", a, b, 1e-12)
+        assert_close("vjp", a, c, 1e-12)
+    tangents = [torch.randn_like(x) for x in args]
+    _, tangent = jvp(loss, tuple(args), tuple(tangents))
+    assert_close("jvp", sum((a * t).sum() for a, t in zip(expected, tangents)), tangent, 1e-12)
+
+
+@pytest.mark.parametrize("argument", [0, 3])
+def test_hessian(argument):
+    args = [x.detach() for x in leaves(FULL)]
+
+    def loss(x):
+        return scalar(fused(FULL))(*args[:argument], x, *args[argument + 1 :])
+
+    expected = torch.autograd.functional.hessian(loss, args[argument])
+    assert_close("hessian", expected, hessian(loss)(args[argument]), 1e-10)
+
+
+DIMS = [d for d in itertools.product([None, 0, 1], repeat=6) if any(x is not None for x in d)]
+
+
+@pytest.mark.parametrize("dims", DIMS[::37], ids=str)
+def test_vmap(dims):
+    args = [x.detach() for x in leaves(FULL)]
+    args = [
+        x if d is None else torch.randn(*x.shape[:d], 3, *x.shape[d:]).double()
+        for x, d in zip(args, dims)
+    ]
+    out, lse = vmap(fused(FULL), in_dims=dims)(*args)
+    for i in range(3):
+        picked = [x if d is None else x.select(d, i) for x, d in zip(args, dims)]
+        expected = fused(FULL)(*picked)
+        assert_close("out", expected[0], out[i], 1e-12)
+        assert_close("lse", expected[1], lse[i], 1e-12)
+
+
+@pytest.mark.parametrize("dims", [(0, None, None, None), (1, 2, 0, 0), (None, None, None, 1)], ids=str)
+def test_vmap_of_unfused(dims):
+    args = [x.detach() for x in unfused_leaves()]
+    args = [
+        x if d is None else torch.randn(*x.shape[:d], 3, *x.shape[d:]).double()
+        for x, d in zip(args, dims)
+    ]
+    out = vmap(unfused, in_dims=dims)(*args)
+    for i in range(3):
+        picked = [x if d is None else x.select(d, i) for x, d in zip(args, dims)]
+        assert_close("out", unfused(*picked), out[i], 1e-12)
+
+
+def test_gradients_per_sample():
+    args = [x.detach() for x in leaves(FULL)]
+    batch = [torch.randn(3, *x.shape).double() for x in (args[0], args[3])]
+    loss = scalar(fused(FULL))
+    mapped = vmap(grad(loss, argnums=(0, 3)), in_dims=(0, None, None, 0, None, None))
+    found = mapped(batch[0], args[1], args[2], batch[1], *args[4:])
+    for i in range(3):
+        expected = grad(loss, argnums=(0, 3))(batch[0][i], *args[1:3], batch[1][i], *args[4:])
+        for a, b in zip(expected, found):
+            assert_close("gradient", a, b[i], 1e-12)
+
+
+def test_module_through_functional_call():
+    module = NeighborhoodAttention2D(8, 2, 3, rel_pos_bias=True).double()
+    parameters = dict(module.named_parameters())
+    x = torch.randn(1, 5, 6, 8).double()
+
+    def loss(parameters):
+        return functional_call(module, parameters, (x,)).square().sum()
+
+    loss(parameters).backward()
+    found = grad(loss)(parameters)
+    for name, parameter in parameters.items():
+        assert_close(name, parameter.grad, found[name], 1e-12)
+
+
+# --- autocast -----------------------------------------------------------------------------------------
+
+
+def test_autocast_follows_scaled_dot_product_attention():
+    x = torch.randn(1, 6, 6, 2, 8)
+    heads_first = x.movedim(-2, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = torch.nn.functional.scaled_dot_product_attention(x, x, x).dtype
+        assert na2d(x, x, x, 3).dtype == wanted == torch.bfloat16
+        assert natten.attention(*(x[:, 0],) * 3).dtype == torch.bfloat16
+        assert na2d_qk(heads_first, heads_first, 3).dtype == torch.bfloat16
+        assert na2d(x, x.bfloat16(), x, 3).dtype == torch.bfloat16  # what mixed inputs become
+        assert na2d(*(x.double(),) * 3, 3).dtype == torch.float64
+        assert NeighborhoodAttention2D(8, 2, 3)(x[..., 0, :]).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        assert na2d(x, x, x, 3).dtype == torch.float32
+
+
+# --- compile, export, operator checks -------------------------------------------------------------------
+
+
+def compiled(function, backend="aot_eager", **options):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend=backend, **options)
+
+
+def check_compiled(function, args, **options):
+    """Outputs and gradients of the compiled function equal eager's."""
+    results = []
+    for each in (function, compiled(function, **options)):
+        given = [x.detach().clone().requires_grad_() for x in args]
+        out = each(*given)
+        total = sum(x.square().sum() for x in (out if isinstance(out, tuple) else (out,)))
+        results.append((out, torch.autograd.grad(total, given)))
+    (out, grads), (out_compiled, grads_compiled) = results
+    for a, b in zip((*torch.utils._pytree.tree_leaves(out), *grads),
+                    (*torch.utils._pytree.tree_leaves(out_compiled), *grads_compiled)):  # fmt: skip
+        assert_close("compiled", a, b, 1e-6)
+
+
+def test_compile_fused():
+    def function(q, k, v, rpb, ek, ev):
+        return na2d(
+            q, k, v, (2, 3), (2, 1), (1, 2), (True, False), rpb=rpb,
+            additional_keys=ek, additional_values=ev, return_lse=True,
+        )  # fmt: skip
+
+    check_compiled(function, [x.detach() for x in leaves(FULL)])
+
+
+def test_compile_unfused():
+    check_compiled(unfused, unfused_leaves())
+
+
+def test_compile_attention_and_merge():
+    def function(q, k, v):
+        parts = [natten.attention(q, k, v, return_lse=True), na1d(q, k, v, 3, return_lse=True)]
+        return merge_attentions(*zip(*parts))
+
+    check_compiled(function, [torch.randn(1, 6, 2, 4).double() for _ in range(3)])
+
+
+def test_compile_varlen():
+    layout = natten.VarlenLayout([(3, 4), (2, 6)])
+
+    def function(q, k, v):
+        return natten.na2d_varlen(q, k, v, layout, 3)
+
+    check_compiled(function, [torch.randn(24, 2, 4).double() for _ in range(3)])
+
+
+@pytest.mark.parametrize("attn_drop", [0.0, 1e-9])
+def test_compile_module(attn_drop):
+    """Dropout takes the unfused path; a probability of 1e-9 drops nothing."""
+    module = NeighborhoodAttention2D(
+        8, 2, 3, dilation=2, rel_pos_bias=True, is_causal=(True, False), attn_drop=attn_drop
+    ).double()
+    x = torch.randn(1, 7, 6, 8).double()
+    expected = module.eval()(x)
+    assert_close("module", expected, compiled(module.train())(x), 1e-6)
+
+
+def test_compile_under_autocast():
+    q = torch.randn(1, 6, 6, 2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = compiled(lambda q: na2d(q, q, q, 3))(q)
+    assert out.dtype == torch.bfloat16
+
+
+def test_compile_with_inductor():
+    q = torch.randn(1, 6, 2, 4)
+    out = compiled(lambda q: na1d(q * 2, q, q, 3).relu(), backend="inductor")(q)
+    assert_close("inductor", na1d(q * 2, q, q, 3).relu(), out, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fused", "unfused"])
+def test_one_compilation_serves_all_sizes(kind):
+    counter = CompileCounterWithBackend("aot_eager")
+    if kind == "fused":
+        function = compiled(lambda q: na2d(q, q, q, 3, 1, (1, 2), (True, False)), counter, dynamic=True)
+        make = lambda size: torch.randn(2, *size, 3, 8, requires_grad=True)  # noqa: E731
+    else:
+        options = {"dilation": (1, 2), "is_causal": (True, False)}
+        function = compiled(lambda q: na2d_qk(q, q, 3, **options).softmax(-1), counter, dynamic=True)
+        make = lambda size: torch.randn(2, 3, *size, 8, requires_grad=True)  # noqa: E731
+    for size in ((9, 11), (12, 13), (15, 20), (7, 10)):
+        q = make(size)
+        out = function(q)
+        out.square().sum().backward()
+        assert out.shape[1:3] == size or out.shape[2:4] == size
+    assert counter.frame_count == 1
+
+
+def test_export():
+    module = NeighborhoodAttention2D(8, 2, 3, dilation=(1, 2), rel_pos_bias=True)
+    x = torch.randn(2, 5, 7, 8)
+    program = torch.export.export(module, (x,))
+    assert_close("exported", module(x), program.module()(x), 1e-6)
+    names = {str(node.target) for node in program.graph.nodes}
+    assert "natten.attention.default" in names
+
+
+RULE = operators._pack(FULL.rule)
+
+
+def op_calls():
+    q, k, v, rpb, ek, ev = FULL.inputs(torch.float32)
+    out, lse = fused(FULL)(q, k, v, rpb, ek, ev)
+    x, attn = torch.randn(2, 3, 4, 7, 5), torch.randn(2, 3, 4, 7, 6)
+    return {
+        "attention": (q, k, v, rpb, ek, ev, *RULE, 0.7, ""),
+        "attention-plain": (q, k, v, None, None, None, *RULE, 0.7, "tiled"),
+        "attention-dense": (q[:, 0], k[:, 0], v[:, 0], None, None, None, [], [], [], [True], 0.7, ""),
+        "attention_backward": (out, lse, q, k, v, rpb, ek, ev, out, lse, *RULE, 0.7, ""),
+        "qk": (x, x, *RULE),
+        "av": (attn, x, *RULE),
+        "av_transposed": (attn, x, *RULE),
+        "rpb_bias": (rpb, [4, 7], *RULE),
+        "rpb_bias_transposed": (attn[0], *RULE),
+    }
+
+
+@pytest.mark.parametrize("name", list(op_calls()))
+def test_opcheck(name):
+    operator = getattr(torch.ops.natten, name.split("-")[0])
+    args = op_calls()[name]
+    if name != "attention_backward":
+        args = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in args]
+    assert set(opcheck(operator, args).values()) == {"SUCCESS"}
+
+
+def test_every_operator_is_checked():
+    ours = {n for n in dir(torch.ops.natten) if not n.startswith("_") and n != "name"}
+    assert ours == {name.split("-")[0] for name in op_calls()}

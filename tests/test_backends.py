@@ -1,0 +1,258 @@
+"""The oracle by independent means, then every backend against the oracle."""
+
+import math
+import random
+
+import pytest
+import torch
+from helpers import CASES, RATIO, Case, assert_close, dense_mask, masked_attention, name_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from natten import backends
+from natten.backends import reference, tiled
+from natten.neighborhood import Dense
+
+GRADS = ("query", "key", "value", "rpb", "extra_keys", "extra_values")
+
+
+# --- the oracle -----------------------------------------------------------------------------------
+
+
+def test_oracle_by_hand():
+    """Three tokens, window 2: query 0 attends keys 0 and 1."""
+    q = torch.tensor([1.0, 2.0, 3.0]).double().view(1, 3, 1, 1)
+    k = torch.tensor([0.0, 1.0, -1.0]).double().view(1, 3, 1, 1)
+    v = torch.tensor([10.0, 20.0, 40.0]).double().view(1, 3, 1, 1)
+    out, lse = reference.forward(q, k, v, None, None, None, Case((3,), (2,)).rule, 0.5)
+    weight = math.exp(0.5) / (1 + math.exp(0.5))
+    assert out[0, 0].item() == pytest.approx(10 + 10 * weight)
+    assert lse[0, 0].item() == pytest.approx(math.log(1 + math.exp(0.5)))
+    weight = math.exp(-1.5) / (math.exp(1.5) + math.exp(-1.5))
+    assert out[0, 2].item() == pytest.approx(20 + 20 * weight)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.rpb and not c.extra], ids=name_of)
+def test_oracle_is_masked_attention(case):
+    q, k, v, *_ = case.inputs()
+    out, _ = reference.forward(q, k, v, None, None, None, case.rule, 0.3)
+    flat = [x.flatten(1, -3).repeat_interleave(case.heads // x.shape[-2], -2) for x in (q, k, v)]
+    expected = masked_attention(*flat, dense_mask(case), 0.3)
+    assert_close("out", expected.reshape(out.shape), out, 1e-12)
+
+
+def test_oracle_with_the_whole_axis_is_self_attention():
+    case = Case((4, 5), (4, 5))
+    q, k, v, *_ = case.inputs()
+    out, _ = reference.forward(q, k, v, None, None, None, case.rule, 0.3)
+    everything = torch.ones(20, 20, dtype=torch.bool)
+    flat = [x.flatten(1, 2) for x in (q, k, v)]
+    assert_close("out", masked_attention(*flat, everything, 0.3).view(out.shape), out, 1e-12)
+
+
+def test_oracle_bias_by_hand():
+    """Query 1 of three tokens, window 3: offsets -1, 0, 1 are entries 1, 2, 3 of five."""
+    rpb = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]]).double()
+    slots = reference.bias(rpb, (3,), Case((3,), (3,)).rule)
+    assert slots[:, 0].tolist() == [[3.0, 4.0, 5.0], [2.0, 3.0, 4.0], [1.0, 2.0, 3.0]]
+
+
+# --- backends -------------------------------------------------------------------------------------
+
+
+def run(module, inputs, rule, scale, grads=None):
+    """Output, LSE and gradients."""
+    out, lse = module.forward(*inputs, rule, scale)
+    if grads is None:
+        return out, lse, ()
+    return out, lse, module.backward(*grads, *inputs, out, lse, rule, scale)
+
+
+def check(case, dtype, grad_lse=True, transform=lambda x: x):
+    inputs = [None if x is None else transform(x) for x in case.inputs(dtype)]
+    oracle = [None if x is None else x.double() for x in inputs]
+    shape = (*oracle[0].shape[:-1], case.value_dim)
+    grad = torch.randn(shape, dtype=dtype)
+    extra = torch.randn(shape[:-1], dtype=tiled.compute_dtype(dtype)) if grad_lse else None
+    expected = run(
+        reference, oracle, case.rule, 0.4, (grad.double(), None if extra is None else extra.double())
+    )
+    actual = run(tiled, inputs, case.rule, 0.4, (grad, extra))
+    ratio = RATIO[dtype]
+    assert_close("out", expected[0], actual[0], ratio)
+    assert_close("lse", expected[1], actual[1], RATIO[tiled.compute_dtype(dtype)])
+    for name, a, b in zip(GRADS, expected[2], actual[2]):
+        assert_close(f"gradient of {name}", a, b, 2 * ratio)
+    assert actual[0].dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", RATIO, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_tiled(case, dtype):
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 2000])
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_tiled_in_chunks(case, chunk, monkeypatch):
+    monkeypatch.setattr(tiled, "CHUNK", chunk)
+    check(case, torch.float64, grad_lse=False)
+
+
+@pytest.mark.parametrize("case", CASES[4:8], ids=name_of)
+def test_tiled_without_kept_masks(case, monkeypatch):
+    monkeypatch.setattr(tiled, "CACHED_MASK", 0)
+    check(case, torch.float64)
+
+
+@pytest.mark.parametrize("case", CASES[5:8], ids=name_of)
+def test_tiled_on_views(case):
+    """Heads before space in memory, and every other channel."""
+
+    def strided(x):
+        wide = torch.randn(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
+        return wide.movedim(-2, 1).contiguous().movedim(1, -2)[..., ::2]
+
+    check(case, torch.float64, transform=lambda x: strided(x) if x.dim() > 3 else x)
+
+
+def test_tiled_on_expanded_inputs():
+    case = Case((9, 8), (3, 4), extra=2)
+    check(case, torch.float64, transform=lambda x: x[:, :1].expand(x.shape))
+
+
+@st.composite
+def problems(draw):
+    rank = draw(st.integers(1, 3))
+    space = tuple(draw(st.integers(1, (40, 12, 7)[rank - 1])) for _ in range(rank))
+    dilation = tuple(draw(st.integers(1, min(4, n))) for n in space)
+    kernel = tuple(draw(st.integers(1, n // d)) for n, d in zip(space, dilation))
+    kv_heads = draw(st.integers(1, 2))
+    return Case(
+        space,
+        kernel,
+        tuple(draw(st.integers(1, k)) for k in kernel),
+        dilation,
+        tuple(draw(st.booleans()) for _ in space),
+        batch=draw(st.integers(0, 2)),
+        heads=kv_heads * draw(st.integers(1, 3)),
+        kv_heads=kv_heads,
+        dim=draw(st.integers(1, 9)),
+        value_dim=draw(st.integers(1, 9)),
+        extra=draw(st.sampled_from([0, 0, 1, 4])),
+        rpb=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.booleans())
+def test_tiled_anywhere_in_the_parameter_space(case, grad_lse):
+    torch.manual_seed(0)
+    check(case, torch.float64, grad_lse)
+
+
+@settings(max_examples=80, deadline=None)
+@given(problems())
+def test_unfused_anywhere_in_the_parameter_space(case):
+    torch.manual_seed(0)
+    case = case._replace(kv_heads=case.heads, value_dim=case.dim)
+    q, k, *_ = case.inputs()
+    attn = torch.randn(*q.shape[:-1], case.rule.window_tokens).double()
+    bias = torch.randn(case.heads, *(2 * n - 1 for n in case.kernel_size)).double()
+    calls = {
+        "qk": (q, k, case.rule),
+        "av": (attn, k, case.rule),
+        "av_transposed": (attn, q, case.rule),
+        "bias": (bias, case.space, case.rule),
+        "bias_transposed": (torch.randn(*attn.shape[1:]).double(), case.rule),
+    }
+    for name, args in calls.items():
+        expected, actual = (getattr(module, name)(*args) for module in (reference, tiled))
+        assert_close(name, expected, actual, 1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (7, 3), (3, 70), (1, 1), (4, 0)])
+def test_dense(causal, queries, keys):
+    q, k, v = (torch.randn(2, n, 2, 3).double() for n in (queries, keys, keys))
+    expected, actual = (
+        module.forward(q, k, v, None, None, None, Dense(causal), 0.5) for module in (reference, tiled)
+    )
+    assert_close("out", expected[0], actual[0], 1e-12)
+    assert_close("lse", expected[1], actual[1], 1e-12)
+
+
+@pytest.mark.parametrize("case", CASES[5:8], ids=name_of)
+def test_same_bits_on_every_run(case):
+    inputs = case.inputs(torch.float32)
+    grad = torch.randn(*inputs[0].shape[:-1], case.value_dim)
+    first = run(tiled, inputs, case.rule, 0.4, (grad, None))
+    for _ in range(3):
+        again = run(tiled, inputs, case.rule, 0.4, (grad, None))
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+        for a, b in zip(first[2], again[2]):
+            assert a is b or torch.equal(a, b)
+
+
+def test_memory_does_not_grow_with_the_square_of_the_tokens():
+    """65536 tokens: a square would be 17 GB; no tensor is larger than the inputs or a chunk."""
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.untyped_storage().nbytes())
+            return out
+
+    case = Case((65536,), (9,), batch=1, heads=1, kv_heads=1, dim=4, value_dim=4)
+    inputs = case.inputs(torch.float32)
+    with Watch():
+        run(tiled, inputs, case.rule, 0.5, (torch.ones_like(inputs[0]), None))
+    assert 0 < largest <= max(4 * tiled.CHUNK * 2, inputs[0].nbytes)
+
+
+# --- choice ---------------------------------------------------------------------------------------
+
+
+def problem(dtype=torch.float32, operation="attention"):
+    return backends.Problem(operation, torch.device("cpu"), dtype, 8, 8)
+
+
+def test_cpu_default_is_tiled():
+    assert backends.choose("", problem()).name == "tiled"
+    assert backends.choose("reference", problem()).name == "reference"
+    assert backends.choose("triton", problem()).name == "tiled"  # falls back
+    q = torch.zeros(1, 8, 1, 4)
+    assert backends.choose_backend(q, q, q) == "tiled"
+    assert backends.get_compatible_fmha_backends(q, q, q) == ["tiled", "reference"]
+
+
+def test_falling_back_is_said_at_debug_level(caplog):
+    backends.choose.cache_clear()
+    with caplog.at_level("DEBUG", logger="natten"):
+        backends.choose("triton", problem())
+    assert "triton is passed over" in caplog.text
+
+
+@pytest.mark.parametrize("backend", [None, "tiled", "reference"])
+def test_explain_names_the_backend_that_runs(backend):
+    text = backends.explain(torch.zeros(1, 8, 1, 4), backend=backend)
+    assert f"{backend or 'tiled'}: runs" in text
+
+
+def test_integers_have_no_backend():
+    with pytest.raises(backends.ArgumentError, match="int64"):
+        backends.choose("", problem(torch.int64))
+
+
+def test_hypothesis_draws_are_varied():
+    """The strategy reaches what it is for; a sweep that draws one problem proves nothing."""
+    random.seed(0)
+    drawn = []
+    settings(max_examples=60, deadline=None, database=None)(
+        given(problems())(lambda case: drawn.append(case))
+    )()
+    assert {len(c.space) for c in drawn} == {1, 2, 3}
+    assert any(c.rpb and any(c.is_causal) for c in drawn) and any(c.extra for c in drawn)

@@ -1,0 +1,190 @@
+"""Bad input: one exception class, and a message that names what is wrong."""
+
+import pytest
+import torch
+
+import natten
+from natten import ArgumentError, VarlenLayout
+from natten.modules import NeighborhoodAttention1D, NeighborhoodAttention2D
+
+X = torch.randn(1, 8, 8, 2, 4)
+Q = torch.randn(1, 2, 8, 8, 4)
+A = torch.randn(1, 2, 8, 8, 9)
+
+
+def fused(query=X, key=X, value=X, kernel_size=3, **options):
+    return lambda: natten.na2d(query, key, value, kernel_size, **options)
+
+
+def qk(query=Q, key=Q, kernel_size=3, **options):
+    return lambda: natten.na2d_qk(query, key, kernel_size, **options)
+
+
+def av(attn=A, value=Q, kernel_size=3, **options):
+    return lambda: natten.na2d_av(attn, value, kernel_size, **options)
+
+
+def packed(**options):
+    return lambda: natten.attention(X[:, :, 0], X[:, :, 0], X[:, :, 0], **options)
+
+
+LENGTHS = torch.tensor([3, 5])
+EXTRA = torch.randn(1, 3, 2, 4)
+
+CASES = {
+    "not a tensor": (fused(query=[1]), "`query` must be a torch.Tensor, got.*list"),
+    "integer dtype": (fused(query=X.long()), "`query`.*floating-point.*int64"),
+    "wrong rank": (fused(query=X[0]), r"5-D tensors.*na2d.*\(8, 8, 2, 4\)"),
+    "dtype": (fused(key=X.double()), "`key` must have the dtype of `query`.*float64.*float32"),
+    "device": (fused(value=X.to("meta")), "`value` must be on the device of `query`.*meta.*cpu"),
+    "batch": (fused(key=X.repeat(2, 1, 1, 1, 1)), "`key`.*batch size of `query`"),
+    "space": (fused(key=X[:, :7], value=X[:, :7]), r"`key`.*token layout.*\(7, 8\).*\(8, 8\)"),
+    "value space": (fused(value=X[:, :7]), "`value` must have the token layout and heads of `key`"),
+    "head dim": (fused(key=X[..., :3], value=X), "`key` must have the head_dim.*3 and 4"),
+    "no head dim": (fused(X[..., :0], X[..., :0], X[..., :0]), "at least 1"),
+    "heads": (fused(X[..., :1, :]), "heads of `query` must be a multiple.*1 and 2"),
+    "window": (fused(kernel_size=9), r"`kernel_size` times `dilation`.*\(9, 9\).*fit_window"),
+    "window type": (fused(kernel_size=3.0), "`kernel_size`.*float"),
+    "window length": (fused(kernel_size=(3,)), "`kernel_size`.*2 of them"),
+    "dilation": (fused(dilation=0), "`dilation` must be at least 1"),
+    "stride": (fused(stride=4), "`stride` must be.*at most `kernel_size`"),
+    "causal type": (fused(is_causal=1), "`is_causal`; expected a boolean.*int"),
+    "scale": (fused(scale="1"), "`scale` must be None or a number.*str"),
+    "bool scale": (fused(scale=True), "`scale`.*bool"),
+    "backend": (fused(backend="cuda"), "`backend` must be None or one of.*'cuda'"),
+    "attention_kwargs": (fused(attention_kwargs=3), "`attention_kwargs` must be None or a dict"),
+    "extra alone": (fused(additional_keys=EXTRA), "given together, but `additional_values`"),
+    "extra shape": (
+        fused(additional_keys=EXTRA[..., :3], additional_values=EXTRA),
+        r"`additional_keys` must be \[batch, extra, heads_kv, head_dim\]",
+    ),
+    "extra count": (
+        fused(additional_keys=EXTRA, additional_values=EXTRA[:, :2]),
+        "as many tokens, got 3 and 2",
+    ),
+    "rpb shape": (fused(rpb=torch.zeros(2, 5, 4)), r"`rpb` must be.*\(2, 5, 5\).*\(2, 5, 4\)"),
+    "rpb heads": (fused(rpb=torch.zeros(1, 5, 5)), r"`rpb` must be.*\(1, 5, 5\)"),
+    "rpb device": (fused(rpb=torch.zeros(2, 5, 5, device="meta")), "`rpb` must be on the device"),
+    "unfused even-sized oversize": (qk(kernel_size=4, dilation=3), "must not exceed"),
+    "unfused rank": (qk(Q[0], Q[0]), "5-D tensors.*na2d_qk"),
+    "unfused shape": (qk(key=Q[:, :, :7]), "`key` must match `query`.*dimension 2"),
+    "unfused dtype": (qk(key=Q.double()), "`key` must have the dtype of `query`"),
+    "unfused zero dilation": (qk(dilation=0), "`dilation`"),
+    "unfused window of zero": (qk(kernel_size=0), "`kernel_size` must be at least 1"),
+    "unfused extra": (qk(additional_keys=EXTRA[0]), "`additional_keys` must be"),
+    "unfused extra dtype": (
+        qk(additional_keys=torch.zeros(1, 2, 1, 4).double()),
+        "`additional_keys` must have the dtype",
+    ),
+    "unfused rpb": (qk(rpb=torch.zeros(2, 3, 3)), "`rpb` must be"),
+    "weights": (av(attn=A[..., :5]), r"must hold 9 attention weights per token.*5"),
+    "weights shape": (av(attn=A[:, :1]), "`attn` must match `value`"),
+    "weights device": (av(attn=A.to("meta")), "`attn` must be on the device of `value`"),
+    "packed one side": (packed(seqlens_Q=LENGTHS), "for `query` and for `key`"),
+    "packed sum": (
+        packed(seqlens_Q=LENGTHS, seqlens_KV=LENGTHS + 1),
+        r"`seqlens_KV`.*8 tokens, got \[4, 6\]",
+    ),
+    "packed type": (packed(seqlens_Q=[3, 5], seqlens_KV=LENGTHS), "`seqlens_Q`.*1-D integer"),
+    "packed start": (
+        packed(cumulative_seqlen_Q=LENGTHS, cumulative_seqlen_KV=LENGTHS),
+        "`cumulative_seqlen_Q`",
+    ),
+    "packed batch": (
+        lambda: natten.attention(
+            *(X[:, :, 0].repeat(2, 1, 1, 1),) * 3, seqlens_Q=LENGTHS, seqlens_KV=LENGTHS
+        ),
+        "batch size 1",
+    ),
+    "attention rank": (lambda: natten.attention(X, X, X), r"`query` must be \[batch, length"),
+    "attention causal": (packed(is_causal=1), "`is_causal` must be a bool"),
+    "merge nothing": (lambda: natten.merge_attentions([], []), "at least one, got 0 and 0"),
+    "merge shapes": (
+        lambda: natten.merge_attentions([X, X], [X[..., 0], X[..., 0, 0]]),
+        "`lse_tensors` must match",
+    ),
+    "layout": (lambda: VarlenLayout([(3, 0)]), "`shapes` must be token layouts"),
+    "layout ranks": (lambda: VarlenLayout([(3,), (3, 3)]), "all of one rank"),
+    "layout empty": (lambda: VarlenLayout([]), "at least one"),
+    "layout tensors": (lambda: VarlenLayout.from_tensor_list([]), "`tensors`"),
+    "layout pack": (lambda: VarlenLayout([3]).pack([X]), "`tensors` must start with"),
+    "varlen layout": (lambda: natten.na1d_varlen(X, X, X, [3], 3), "`layout` must be a natten"),
+    "varlen rank": (
+        lambda: natten.na1d_varlen(X, X, X, VarlenLayout([(3, 3)]), 3),
+        "`layout` must have rank 1",
+    ),
+    "varlen tokens": (
+        lambda: natten.na1d_varlen(X, X, X, VarlenLayout([5]), 3),
+        r"`query` must be packed, \[5 tokens",
+    ),
+    "fit_window": (lambda: natten.fit_window((0, 4), 3), "`shape` must have at least 1 token"),
+    "module heads": (
+        lambda: NeighborhoodAttention2D(10, 3, 3),
+        "`embed_dim` must be a positive multiple of `num_heads`, got 10 and 3",
+    ),
+    "module without window": (lambda: NeighborhoodAttention2D(8, 2), "`kernel_size` are required"),
+    "module both names": (
+        lambda: NeighborhoodAttention2D(8, 2, 3, dim=8),
+        "one of `embed_dim` and `dim`",
+    ),
+    "module oversize": (
+        lambda: NeighborhoodAttention2D(8, 2, 3, oversize="shrink"),
+        "`oversize` must be one of",
+    ),
+    "module depth": (
+        lambda: NeighborhoodAttention2D(8, 2, 3, kernel_size_d=3),
+        "`kernel_size_d` is for 3-D",
+    ),
+    "module input": (
+        lambda: NeighborhoodAttention1D(8, 2, 3)(torch.zeros(1, 8)),
+        "NeighborhoodAttention1D expected a rank-3 input tensor; got x.dim",
+    ),
+    "module window": (
+        lambda: NeighborhoodAttention1D(8, 2, 5)(torch.zeros(1, 4, 8)),
+        r"must not exceed.*\(5,\).*\(4,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_message(name):
+    call, message = CASES[name]
+    with pytest.raises(ArgumentError, match=message):
+        call()
+
+
+def test_every_era_can_catch_it():
+    for kind in (ValueError, TypeError, RuntimeError):
+        assert issubclass(ArgumentError, kind)
+
+
+def test_0_17_order_is_recognized():
+    """na2d(q, k, v, kernel_size, dilation, is_causal) was 0.17's order."""
+    for causal in (True, (True, False)):
+        with pytest.raises(ArgumentError, match=r"natten\.compat\.v017"):
+            natten.na2d(X, X, X, 3, 2, causal)
+
+
+def test_nested_tensors_are_refused_where_they_cannot_run():
+    nested = torch.nested.nested_tensor([torch.randn(8, 8, 2, 4)])
+    with pytest.raises(NotImplementedError, match="nested"):
+        natten.na2d(nested, nested, nested, 3)
+
+
+def test_nested_inputs_must_fit_each_other():
+    items = [torch.randn(1, 2, 8, 8, 4)]
+    nested = torch.nested.nested_tensor(items)
+    with pytest.raises(ArgumentError, match="all inputs to be nested"):
+        natten.na2d_qk(nested, Q, 3)
+    with pytest.raises(ArgumentError, match="as many items"):
+        natten.na2d_qk(nested, torch.nested.nested_tensor(items * 2), 3)
+    with pytest.raises(ArgumentError, match="`rpb` must be dense"):
+        natten.na2d_qk(nested, nested, 3, rpb=nested)
+    trained = torch.nested.nested_tensor(items, requires_grad=True)
+    with pytest.raises(ArgumentError, match="Autograd is not supported"):
+        natten.na2d_qk(trained, trained, 3)
+
+
+def test_sparse_tensors_are_refused():
+    with pytest.raises(NotImplementedError, match="`query` must be dense"):
+        natten.na2d(X.to_sparse(), X, X, 3)

@@ -1,0 +1,268 @@
+"""Public operators: fused, unfused, plain and packed attention, merging."""
+
+import math
+
+import pytest
+import torch
+from helpers import CASES, Case, assert_close, name_of
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+import natten
+from natten import (
+    VarlenLayout,
+    attention,
+    fit_window,
+    merge_attentions,
+    neighborhood_attention_generic,
+)
+from natten import functional as NF
+from natten.backends import HINTS, reference
+from natten.neighborhood import Dense
+from natten.utils.varlen import generate_varlen_parameters
+
+FUSED = {1: natten.na1d, 2: natten.na2d, 3: natten.na3d}
+QK = {1: natten.na1d_qk, 2: natten.na2d_qk, 3: natten.na3d_qk}
+AV = {1: natten.na1d_av, 2: natten.na2d_av, 3: natten.na3d_av}
+
+
+def window(case):
+    return {
+        "kernel_size": case.kernel_size,
+        "stride": case.stride,
+        "dilation": case.dilation,
+        "is_causal": case.is_causal,
+    }
+
+
+# --- fused ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_fused(case):
+    q, k, v, rpb, ek, ev = inputs = case.inputs()
+    expected = reference.forward(*inputs, case.rule, case.dim**-0.5)
+    options = window(case) | {"additional_keys": ek, "additional_values": ev, "rpb": rpb}
+    out, lse = FUSED[len(case.space)](q, k, v, **options, return_lse=True)
+    assert_close("out", expected[0], out, 1e-12)
+    assert_close("lse", expected[1], lse, 1e-12)
+    assert torch.equal(neighborhood_attention_generic(q, k, v, **options), out)
+
+
+def test_hints_do_not_change_the_result():
+    q, k, v, *_ = Case((8, 8), (3, 3)).inputs()
+    plain = natten.na2d(q, k, v, 3)
+    for backend in sorted(HINTS):
+        assert torch.equal(natten.na2d(q, k, v, 3, backend=backend), plain)
+    hinted = natten.na2d(
+        q, k, v, 3, q_tile_shape=(8, 8), kv_tile_shape=(8, 8), backward_q_tile_shape=(8, 8),
+        backward_kv_tile_shape=(8, 8), backward_kv_splits=(1, 1), backward_use_pt_reduction=True,
+        run_persistent_kernel=False, kernel_schedule=natten.types.KernelSchedule.NonPersistent,
+        torch_compile=True, attention_kwargs={"backend": "cutlass-fmha"},
+    )  # fmt: skip
+    assert torch.equal(hinted, plain)
+
+
+def test_scale_of_zero_is_zero():
+    q, k, v, *_ = Case((9,), (3,)).inputs()
+    out = natten.na1d(q, k, v, 3, scale=0.0)
+    assert_close("mean", v[:, :3].mean(1), out[:, 0], 1e-12)
+    assert torch.equal(natten.na1d(q, k, v, 3), natten.na1d(q, k, v, 3, scale=8**-0.5))
+
+
+def test_lse_is_float32_for_half_precision():
+    q, k, v, *_ = Case((9,), (3,)).inputs(torch.bfloat16)
+    out, lse = natten.na1d(q, k, v, 3, return_lse=True)
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+
+
+# --- unfused --------------------------------------------------------------------------------------
+
+UNFUSED = [c._replace(kv_heads=c.heads, value_dim=c.dim) for c in CASES]
+
+
+@pytest.mark.parametrize("case", UNFUSED, ids=name_of)
+def test_unfused_is_fused(case):
+    q, k, v, rpb, ek, ev = case.inputs()
+    expected = reference.forward(q, k, v, rpb, ek, ev, case.rule, case.dim**-0.5)[0]
+    q, k, v = (x.movedim(-2, 1) for x in (q, k, v))
+    ek, ev = (None if x is None else x.transpose(1, 2) for x in (ek, ev))
+    rank, options = len(case.space), window(case)
+    attn = QK[rank](case.dim**-0.5 * q, k, **options, additional_keys=ek, rpb=rpb)
+    assert attn.shape == (*q.shape[:-1], math.prod(case.kernel_size) + case.extra)
+    assert attn.is_contiguous()
+    out = AV[rank](attn.softmax(-1), v, **options, additional_values=ev)
+    assert out.is_contiguous()
+    assert_close("out", expected, out.movedim(1, -2), 1e-12)
+
+
+def test_slots_and_masked_weights():
+    """Masked slots hold -inf in qk, and are ignored, with gradient 0, in av."""
+    q = torch.randn(1, 1, 4, 2).double()
+    attn = natten.na1d_qk(q, q, 3, is_causal=True)
+    products = (q @ q.mT)[0, 0]
+    for i in range(4):
+        start = max(i - 2, 0)
+        expected = [products[i, j].item() for j in range(start, i + 1)]
+        assert attn[0, 0, i, : len(expected)].tolist() == pytest.approx(expected)
+        assert (attn[0, 0, i, len(expected) :] == -math.inf).all()
+    weights = torch.randn(1, 1, 4, 3).double().requires_grad_()
+    masked = attn[0, 0] == -math.inf
+    out = natten.na1d_av(weights, q, 3, is_causal=True)
+    changed = weights.detach().masked_fill(masked, 1e9)
+    assert torch.equal(natten.na1d_av(changed, q, 3, is_causal=True), out)
+    (grad,) = torch.autograd.grad(out.sum(), weights)
+    assert (grad[0, 0][masked] == 0).all() and (grad[0, 0][~masked] != 0).all()
+
+
+def test_additional_weights_come_last():
+    q, extra = torch.randn(1, 2, 5, 3).double(), torch.randn(1, 2, 4, 3).double()
+    attn = natten.na1d_qk(q, q, 3, additional_keys=extra)
+    assert_close("extra", q @ extra.mT, attn[..., 3:], 1e-12)
+    assert_close("window", natten.na1d_qk(q, q, 3), attn[..., :3], 1e-12)
+
+
+def test_with_bias():
+    q, rpb = torch.randn(1, 2, 5, 6, 3), torch.randn(2, 5, 5)
+    assert torch.equal(
+        NF.na2d_qk_with_bias(q, q, rpb, 3, 1), natten.na2d_qk(q, q, 3, dilation=1, rpb=rpb)
+    )
+    assert torch.equal(NF.na2d_qk_with_bias(q, q, None, 3), natten.na2d_qk(q, q, 3))
+
+
+def test_half_precision_unfused():
+    q = torch.randn(1, 2, 8, 4)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = q.to(dtype)
+        attn = natten.na1d_qk(half, half, 3)
+        assert attn.dtype == dtype
+        assert_close("qk", natten.na1d_qk(half.double(), half.double(), 3), attn, 1e-2)
+        # Weights of another dtype are cast to the values'.
+        assert natten.na1d_av(attn.float(), half, 3).dtype == dtype
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_nested(rank):
+    """0.17 returned an empty result for nested qk without additional keys."""
+    shapes = [(7, 6, 5)[:rank], (9, 5, 6)[:rank]]
+    items = [torch.randn(2, 2, *shape, 4) for shape in shapes]
+    extra = [torch.randn(2, 2, n, 4) for n in (1, 3)]
+    nest = torch.nested.nested_tensor
+    for keys in (None, extra):
+        attn = QK[rank](nest(items), nest(items), 3, additional_keys=keys and nest(keys))
+        out = AV[rank](attn, nest(items), 3, additional_values=keys and nest(keys))
+        assert attn.is_nested and attn.size(0) == 2
+        for i, (x, found) in enumerate(zip(items, out.unbind())):
+            option = {"additional_keys": keys[i]} if keys else {}
+            expected = QK[rank](x, x, 3, **option)
+            option = {"additional_values": keys[i]} if keys else {}
+            assert torch.equal(AV[rank](expected, x, 3, **option), found)
+
+
+# --- plain attention ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("length", "keys"), [(6, 6), (9, 4), (3, 8)])
+def test_attention(causal, length, keys):
+    q, k, v = torch.randn(2, length, 4, 3), torch.randn(2, keys, 2, 3), torch.randn(2, keys, 2, 5)
+    out = attention(q, k, v, is_causal=causal)
+    expected = sdpa(
+        *(x.transpose(1, 2).double() for x in (q, k, v)), is_causal=causal, enable_gqa=True
+    )
+    assert_close("out", expected.transpose(1, 2), out, 1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("given", ["seqlens", "cumulative"])
+def test_attention_over_packed_sequences(causal, given):
+    lengths, lengths_kv = [3, 0, 5], [4, 2, 1]
+    q, k, v = (torch.randn(1, sum(n), 2, 3) for n in (lengths, lengths_kv, lengths_kv))
+    if given == "seqlens":
+        options = {"seqlens_Q": torch.tensor(lengths), "seqlens_KV": torch.tensor(lengths_kv)}
+    else:
+        names = ("cumulative_seqlen_Q", "cumulative_seqlen_KV", "max_seqlen_Q", "max_seqlen_KV")
+        seqlens = (torch.tensor(lengths), torch.tensor(lengths_kv))
+        found = generate_varlen_parameters(q, k, v, *seqlens)
+        assert found[2:] == (5, 4)
+        options = dict(zip(names, found))
+    out, lse = attention(q, k, v, is_causal=causal, return_lse=True, **options)
+    for qs, ks, vs, part, part_lse in zip(
+        q.split(lengths, 1), k.split(lengths_kv, 1), v.split(lengths_kv, 1),
+        out.split(lengths, 1), lse.split(lengths, 1),
+    ):  # fmt: skip
+        expected, expected_lse = attention(qs, ks, vs, is_causal=causal, return_lse=True)
+        assert torch.equal(expected, part) and torch.equal(expected_lse, part_lse)
+
+
+def test_nothing_to_attend_gives_zero_and_minus_infinity():
+    q, k = torch.randn(1, 3, 1, 2), torch.randn(1, 0, 1, 2)
+    out, lse = attention(q, k, k, return_lse=True)
+    assert (out == 0).all() and (lse == -math.inf).all()
+    merged, _ = merge_attentions([out, out], [lse, lse])
+    assert (merged == 0).all()
+
+
+# --- merging --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_merging_is_attention_over_the_union(parts):
+    """Values and gradients; the gradient through LSE included."""
+    q, k, v = (torch.randn(1, 12, 2, 4).double().requires_grad_() for _ in range(3))
+    grad, grad_lse = torch.randn(1, 12, 2, 4).double(), torch.randn(1, 12, 2).double()
+    expected = attention(q, k, v, return_lse=True)
+    expected_grads = torch.autograd.grad(expected, (q, k, v), (grad, grad_lse))
+    pieces = [attention(q, a, b, return_lse=True) for a, b in zip(k.chunk(parts, 1), v.chunk(parts, 1))]
+    kept = [x.clone() for piece in pieces for x in piece]
+    merged = merge_attentions(*zip(*pieces))
+    grads = torch.autograd.grad(merged, (q, k, v), (grad, grad_lse))
+    for a, b in zip((*expected, *expected_grads), (*merged, *grads)):
+        assert_close("merged", a, b, 1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(kept, (x for piece in pieces for x in piece)))
+
+
+def test_merging_parts_without_an_lse_gradient_warns():
+    out = torch.randn(1, 4, 1, 2, requires_grad=True)
+    with pytest.warns(UserWarning, match="incomplete"):
+        merge_attentions([out], [torch.zeros(1, 4, 1)])
+
+
+# --- packed documents -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_varlen(rank):
+    shapes = [(9, 4, 5)[:rank], (2, 7, 3)[:rank], (6, 6, 1)[:rank]]
+    layout = VarlenLayout(shapes)
+    total = layout.total_tokens
+    assert total == sum(math.prod(shape) for shape in shapes) and len(layout) == 3
+    q, k, v = torch.randn(total, 4, 3), torch.randn(total, 2, 3), torch.randn(total, 2, 5)
+    rpb = torch.randn(4, *(5,) * rank)
+    function = (natten.na1d_varlen, natten.na2d_varlen, natten.na3d_varlen)[rank - 1]
+    options = {"kernel_size": 3, "dilation": 2, "rpb": rpb}
+    out, lse = function(q, k, v, layout, **options, return_lse=True)
+    assert torch.equal(function(q, k, v, layout, **options), out)
+    documents = zip(shapes, *(layout.unpack(x) for x in (q, k, v, out, lse)))
+    for shape, qs, ks, vs, part, part_lse in documents:
+        kernel, stride, dilation = fit_window(shape, 3, 1, 2)
+        bias = NF.crop_rpb(rpb, (3,) * rank, kernel)
+        expected = FUSED[rank](
+            qs[None], ks[None], vs[None], kernel, stride, dilation, rpb=bias, return_lse=True
+        )
+        assert torch.equal(expected[0][0], part) and torch.equal(expected[1][0], part_lse)
+
+
+def test_layout():
+    documents = [torch.randn(2, 3, 1, 4), torch.randn(5, 1, 1, 4)]
+    layout = VarlenLayout.from_tensor_list(documents)
+    assert layout.shapes == ((2, 3), (5, 1)) and layout.offsets.tolist() == [0, 6, 11]
+    packed = layout.pack(documents)
+    assert packed.shape == (11, 1, 4)
+    assert all(torch.equal(a, b) for a, b in zip(layout.unpack(packed), documents))
+    assert VarlenLayout([4, 5]).rank == 1 and "(4,)" in repr(VarlenLayout([4]))
+
+
+def test_dense_rule_through_the_operator():
+    q = torch.randn(1, 5, 1, 2)
+    direct = reference.forward(q, q, q, None, None, None, Dense(), 0.5)[0]
+    assert_close("out", direct, attention(q, q, q, scale=0.5), 1e-6)
