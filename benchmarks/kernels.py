@@ -1,6 +1,6 @@
 """Compile the default kernel variants without a GPU and print what they need.
 
-    python benchmarks/kernels.py [--target 90] [--fail-on-spills]
+    python benchmarks/kernels.py [--target 90] [--variants NAT,FLUX] [--fail-on-spills]
 
 Targets are NVIDIA compute capabilities (80, 86, 90, 100) or an AMD architecture (gfx942). Registers
 and spills are read from ptxas, for NVIDIA only.
@@ -105,6 +105,7 @@ def main() -> None:
     """Compile everything and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", default="90")
+    parser.add_argument("--variants", help="comma-separated names; all by default")
     parser.add_argument("--fail-on-spills", action="store_true")
     args = parser.parse_args()
     amd = args.target.startswith("gfx")
@@ -112,7 +113,8 @@ def main() -> None:
     print("| kernel | variant | queries | keys | warps | stages | registers | spills | shared kB |")
     print("|---|---|---|---|---|---|---|---|---|")
     spilled = False
-    for variant in VARIANTS:
+    names = args.variants.split(",") if args.variants else [each.name for each in VARIANTS]
+    for variant in (each for each in VARIANTS if each.name in names):
         for kind in KERNELS:
             choice, compiled = compile_variant(variant, kind, target)
             used = ("-", "0") if amd else resources(compiled, int(args.target))

@@ -55,7 +55,7 @@ def unfused_leaves():
     return [torch.randn(shape).double().requires_grad_() for shape in shapes]
 
 
-# --- derivatives ------------------------------------------------------------------------------------
+# --- derivatives ---
 
 
 @pytest.mark.parametrize("case", [FULL, PLAIN], ids=["full", "plain"])
@@ -127,7 +127,7 @@ def test_forward_ad_level():
         assert_close("tangent", (after - before) / (2 * step), tangent, 1e-7)
 
 
-# --- torch.func ---------------------------------------------------------------------------------------
+# --- torch.func ---
 
 
 def test_functional_transforms():
@@ -176,7 +176,9 @@ def test_vmap(dims):
         assert_close("lse", expected[1], lse[i], 1e-12)
 
 
-@pytest.mark.parametrize("dims", [(0, None, None, None), (1, 2, 0, 0), (None, None, None, 1)], ids=str)
+@pytest.mark.parametrize(
+    "dims", [(0, None, None, None), (1, 2, 0, 0), (None, None, None, 1)], ids=str
+)
 def test_vmap_of_unfused(dims):
     args = [x.detach() for x in unfused_leaves()]
     args = [
@@ -215,7 +217,7 @@ def test_module_through_functional_call():
         assert_close(name, parameter.grad, found[name], 1e-12)
 
 
-# --- autocast -----------------------------------------------------------------------------------------
+# --- autocast ---
 
 
 def test_autocast_follows_scaled_dot_product_attention():
@@ -233,7 +235,7 @@ def test_autocast_follows_scaled_dot_product_attention():
         assert na2d(x, x, x, 3).dtype == torch.float32
 
 
-# --- compile, export, operator checks -------------------------------------------------------------------
+# --- compile, export, operator checks ---
 
 
 def compiled(function, backend="aot_eager", **options):
@@ -314,11 +316,15 @@ def test_compile_with_inductor():
 def test_one_compilation_serves_all_sizes(kind):
     counter = CompileCounterWithBackend("aot_eager")
     if kind == "fused":
-        function = compiled(lambda q: na2d(q, q, q, 3, 1, (1, 2), (True, False)), counter, dynamic=True)
+        function = compiled(
+            lambda q: na2d(q, q, q, 3, 1, (1, 2), (True, False)), counter, dynamic=True
+        )
         make = lambda size: torch.randn(2, *size, 3, 8, requires_grad=True)  # noqa: E731
     else:
         options = {"dilation": (1, 2), "is_causal": (True, False)}
-        function = compiled(lambda q: na2d_qk(q, q, 3, **options).softmax(-1), counter, dynamic=True)
+        function = compiled(
+            lambda q: na2d_qk(q, q, 3, **options).softmax(-1), counter, dynamic=True
+        )
         make = lambda size: torch.randn(2, 3, *size, 8, requires_grad=True)  # noqa: E731
     for size in ((9, 11), (12, 13), (15, 20), (7, 10)):
         q = make(size)
@@ -347,7 +353,20 @@ def op_calls():
     return {
         "attention": (q, k, v, rpb, ek, ev, *RULE, 0.7, ""),
         "attention-plain": (q, k, v, None, None, None, *RULE, 0.7, "tiled"),
-        "attention-dense": (q[:, 0], k[:, 0], v[:, 0], None, None, None, [], [], [], [True], 0.7, ""),
+        "attention-dense": (
+            q[:, 0],
+            k[:, 0],
+            v[:, 0],
+            None,
+            None,
+            None,
+            [],
+            [],
+            [],
+            [True],
+            0.7,
+            "",
+        ),
         "attention_backward": (out, lse, q, k, v, rpb, ek, ev, out, lse, *RULE, 0.7, ""),
         "qk": (x, x, *RULE),
         "av": (attn, x, *RULE),

@@ -16,7 +16,7 @@ from natten.neighborhood import Dense
 GRADS = ("query", "key", "value", "rpb", "extra_keys", "extra_values")
 
 
-# --- the oracle -----------------------------------------------------------------------------------
+# --- the oracle ---
 
 
 def test_oracle_by_hand():
@@ -57,7 +57,7 @@ def test_oracle_bias_by_hand():
     assert slots[:, 0].tolist() == [[3.0, 4.0, 5.0], [2.0, 3.0, 4.0], [1.0, 2.0, 3.0]]
 
 
-# --- backends -------------------------------------------------------------------------------------
+# --- backends ---
 
 
 def run(module, inputs, rule, scale, grads=None):
@@ -75,7 +75,11 @@ def check(case, dtype, grad_lse=True, transform=lambda x: x):
     grad = torch.randn(shape, dtype=dtype)
     extra = torch.randn(shape[:-1], dtype=tiled.compute_dtype(dtype)) if grad_lse else None
     expected = run(
-        reference, oracle, case.rule, 0.4, (grad.double(), None if extra is None else extra.double())
+        reference,
+        oracle,
+        case.rule,
+        0.4,
+        (grad.double(), None if extra is None else extra.double()),
     )
     actual = run(tiled, inputs, case.rule, 0.4, (grad, extra))
     ratio = RATIO[dtype]
@@ -176,7 +180,8 @@ def test_unfused_anywhere_in_the_parameter_space(case):
 def test_dense(causal, queries, keys):
     q, k, v = (torch.randn(2, n, 2, 3).double() for n in (queries, keys, keys))
     expected, actual = (
-        module.forward(q, k, v, None, None, None, Dense(causal), 0.5) for module in (reference, tiled)
+        module.forward(q, k, v, None, None, None, Dense(causal), 0.5)
+        for module in (reference, tiled)
     )
     assert_close("out", expected[0], actual[0], 1e-12)
     assert_close("lse", expected[1], actual[1], 1e-12)
@@ -213,7 +218,7 @@ def test_memory_does_not_grow_with_the_square_of_the_tokens():
     assert 0 < largest <= max(4 * tiled.CHUNK * 2, inputs[0].nbytes)
 
 
-# --- choice ---------------------------------------------------------------------------------------
+# --- choice ---
 
 
 def problem(dtype=torch.float32, operation="attention"):

@@ -91,12 +91,12 @@ def test_text_is_escaped_and_file_is_written(tmp_path):
         ({"stride": 4}, "stride"),
         ({"query": (8, 0)}, "query"),
         ({"query": 3}, "query"),
-        ({"weights": torch.rand(8)}, "weights"),
+        ({"weights": torch.ones(8)}, "weights"),
         ({"weights": [0.1] * 9}, "weights"),
-        ({"weights": torch.rand(9) - 2}, "weights"),
+        ({"weights": -torch.ones(9)}, "weights"),
         ({"weights": torch.full((9,), torch.nan)}, "weights"),
     ],
-    ids=str,
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else str(v),
 )
 def test_bad_arguments(arguments, name):
     with pytest.raises(ArgumentError, match=f"`{name}`"):

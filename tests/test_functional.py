@@ -34,7 +34,7 @@ def window(case):
     }
 
 
-# --- fused ----------------------------------------------------------------------------------------
+# --- fused ---
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -75,7 +75,7 @@ def test_lse_is_float32_for_half_precision():
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
 
 
-# --- unfused --------------------------------------------------------------------------------------
+# --- unfused ---
 
 UNFUSED = [c._replace(kv_heads=c.heads, value_dim=c.dim) for c in CASES]
 
@@ -158,7 +158,7 @@ def test_nested(rank):
             assert torch.equal(AV[rank](expected, x, 3, **option), found)
 
 
-# --- plain attention ----------------------------------------------------------------------------------
+# --- plain attention ---
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -202,7 +202,7 @@ def test_nothing_to_attend_gives_zero_and_minus_infinity():
     assert (merged == 0).all()
 
 
-# --- merging --------------------------------------------------------------------------------------
+# --- merging ---
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
@@ -212,7 +212,9 @@ def test_merging_is_attention_over_the_union(parts):
     grad, grad_lse = torch.randn(1, 12, 2, 4).double(), torch.randn(1, 12, 2).double()
     expected = attention(q, k, v, return_lse=True)
     expected_grads = torch.autograd.grad(expected, (q, k, v), (grad, grad_lse))
-    pieces = [attention(q, a, b, return_lse=True) for a, b in zip(k.chunk(parts, 1), v.chunk(parts, 1))]
+    pieces = [
+        attention(q, a, b, return_lse=True) for a, b in zip(k.chunk(parts, 1), v.chunk(parts, 1))
+    ]
     kept = [x.clone() for piece in pieces for x in piece]
     merged = merge_attentions(*zip(*pieces))
     grads = torch.autograd.grad(merged, (q, k, v), (grad, grad_lse))
@@ -227,7 +229,7 @@ def test_merging_parts_without_an_lse_gradient_warns():
         merge_attentions([out], [torch.zeros(1, 4, 1)])
 
 
-# --- packed documents -----------------------------------------------------------------------------
+# --- packed documents ---
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])

@@ -112,9 +112,7 @@ def test_dense_is_aligned_top_left():
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.tuples(*(st.integers(1, 30),) * 3, st.integers(1, 8)), min_size=1, max_size=3)
-)
+@given(st.lists(st.tuples(*(st.integers(1, 30),) * 3, st.integers(1, 8)), min_size=1, max_size=3))
 def test_fit_window(axes):
     shape, kernel, stride, dilation = zip(*((a, k, min(s, k), d) for a, k, s, d in axes))
     found = fit_window(shape, kernel, stride, dilation)

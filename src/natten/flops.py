@@ -61,7 +61,7 @@ def _av_flops(attn: Any, value: Any, kernel_size: Any, *args: Any, **kwargs: Any
     return 2 * math.prod(value) * math.prod(kernel_size)
 
 
-# --- 0.17.4's counters ----------------------------------------------------------------------
+# --- 0.17.4's counters ---
 
 
 def _window_macs(
@@ -119,7 +119,7 @@ def fna_flop_count(
     return na_qk_flop_count(q_shape, k_shape, *rest) + na_av_flop_count(q_shape, v_shape, *rest)
 
 
-# --- fvcore ---------------------------------------------------------------------------------------
+# --- fvcore ---
 
 
 def _shapes(values: Sequence[Any]) -> list[list[int]]:

@@ -41,7 +41,7 @@ Dimension = int | Sequence[int]
 Causal = bool | Sequence[bool]
 
 
-# --- fused --------------------------------------------------------------------------------------
+# --- fused ---
 
 
 def neighborhood_attention_generic(
@@ -189,7 +189,7 @@ na2d = _of_rank(2, "na2d", neighborhood_attention_generic, _FUSED)
 na3d = _of_rank(3, "na3d", neighborhood_attention_generic, _FUSED)
 
 
-# --- unfused ------------------------------------------------------------------------------------
+# --- unfused ---
 
 
 def _qk(
@@ -276,13 +276,16 @@ def _av(
 
 def _unfused_rule(
     x: Tensor, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, name: str = "query"
-) -> tuple[Neighborhood, torch.Size]:
+) -> tuple[Neighborhood, tuple[int, ...]]:
     """The windows and the token layout of heads-first ``x [batch, heads, *space, head_dim]``."""
-    rule = Neighborhood.create(x.dim() - 3, kernel_size, stride, dilation, is_causal)
-    rule.check(x.shape[2:-1])
+    space = tuple(x.shape[2:-1])
+    if torch.jit.is_tracing():  # where sizes are tensors, which an autograd.Function can not take
+        space = tuple(int(n) for n in space)
+    rule = Neighborhood.create(len(space), kernel_size, stride, dilation, is_causal)
+    rule.check(space)
     if x.shape[-1] < 1:
         raise ArgumentError(f"the head_dim of `{name}` must be at least 1, got {tuple(x.shape)}.")
-    return rule, x.shape[2:-1]
+    return rule, space
 
 
 def _check_additional_unfused(name: str, extra: Tensor, like: Tensor) -> None:
@@ -368,7 +371,7 @@ na2d_qk_with_bias = _of_rank(2, "na2d_qk_with_bias", _qk_with_bias, _QK_BIAS)
 na3d_qk_with_bias = _of_rank(3, "na3d_qk_with_bias", _qk_with_bias, _QK_BIAS)
 
 
-# --- plain attention, packed sequences, merging ---------------------------------------------------
+# --- plain attention, packed sequences, merging ---
 
 
 def attention(

@@ -75,11 +75,6 @@ def _module(operation: str, x: Tensor, value: Tensor | None = None, name: str = 
 # --- unfused: maps that are linear in each tensor, [batch, heads, *space, channels] ------------
 
 
-def _implement(name: str, fake: Callable[..., Tensor], real: Callable[..., Tensor]) -> None:
-    _library.impl(name, real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"natten::{name}", fake, lib=_library)
-
-
 def _unfused(name: str) -> Callable[..., Tensor]:
     def real(a: Tensor, b: Tensor, *rule: Any) -> Tensor:
         module = _module("unfused", b)
@@ -115,12 +110,6 @@ def _fake_bias_transposed(grad: Tensor, kernel_size: Sequence[int], *_: Any) -> 
     return grad.new_empty(grad.shape[0], *(2 * k - 1 for k in kernel_size))
 
 
-_implement("qk", _fake_qk, _unfused("qk"))
-_implement("av", _fake_av, _unfused("av"))
-_implement("av_transposed", _fake_av, _unfused("av_transposed"))
-_implement("rpb_bias", _fake_bias, _bias)
-_implement("rpb_bias_transposed", _fake_bias_transposed, _bias_transposed)
-
 _ops = torch.ops.natten
 
 
@@ -141,12 +130,19 @@ def _split(x: Tensor, size: int, out_of: int) -> Tensor:
     return x.reshape(*x.shape[:out_of], size, rest, *x.shape[out_of + 1 :]).movedim(out_of, 0)
 
 
-def _linear(name: str, gradients: Callable[..., Sequence[Any]]) -> Callable[..., Tensor]:
-    """A map that is linear in each of its tensors, from the operator ``name``.
+def _linear(
+    name: str,
+    real: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    gradients: Callable[..., Sequence[Any]],
+) -> Callable[..., Tensor]:
+    """Implement the operator ``name``, a map that is linear in each of its tensors.
 
     ``gradients(grad, *tensors, *others, rule, needs)`` gives one gradient per tensor, in terms of
     such maps. The map takes the tensors, then other arguments, then the rule.
     """
+    _library.impl(name, real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"natten::{name}", fake, lib=_library)
     operator = getattr(_ops, name)
 
     def call(*args: Any) -> Tensor:
@@ -157,7 +153,9 @@ def _linear(name: str, gradients: Callable[..., Sequence[Any]]) -> Callable[...,
     class Map(torch.autograd.Function):
         @staticmethod
         def forward(*args: Any) -> Tensor:
-            return operator(*args[:-1], *_pack(args[-1]))
+            # torch.jit.trace, and with it fvcore, takes no operators with lists of bools.
+            run = real if torch.jit.is_tracing() else operator
+            return run(*args[:-1], *_pack(args[-1]))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -201,6 +199,8 @@ def _linear(name: str, gradients: Callable[..., Sequence[Any]]) -> Callable[...,
 
 qk: Callable[..., Tensor] = _linear(
     "qk",
+    _unfused("qk"),
+    _fake_qk,
     lambda grad, query, key, rule, needs: (
         av(grad, key, rule) if needs[0] else None,
         av_transposed(grad, query, rule) if needs[1] else None,
@@ -208,6 +208,8 @@ qk: Callable[..., Tensor] = _linear(
 )
 av: Callable[..., Tensor] = _linear(
     "av",
+    _unfused("av"),
+    _fake_av,
     lambda grad, attn, value, rule, needs: (
         qk(grad, value, rule) if needs[0] else None,
         av_transposed(attn, grad, rule) if needs[1] else None,
@@ -215,16 +217,24 @@ av: Callable[..., Tensor] = _linear(
 )
 av_transposed: Callable[..., Tensor] = _linear(
     "av_transposed",
+    _unfused("av_transposed"),
+    _fake_av,
     lambda grad, attn, x, rule, needs: (
         qk(x, grad, rule) if needs[0] else None,
         av(attn, grad, rule) if needs[1] else None,
     ),
 )
 rpb_bias: Callable[..., Tensor] = _linear(
-    "rpb_bias", lambda grad, rpb, shape, rule, needs: (rpb_bias_transposed(grad, rule),)
+    "rpb_bias",
+    _bias,
+    _fake_bias,
+    lambda grad, rpb, shape, rule, needs: (rpb_bias_transposed(grad, rule),),
 )
 rpb_bias_transposed: Callable[..., Tensor] = _linear(
-    "rpb_bias_transposed", lambda grad, x, rule, needs: (rpb_bias(grad, x.shape[1:-1], rule),)
+    "rpb_bias_transposed",
+    _bias_transposed,
+    _fake_bias_transposed,
+    lambda grad, x, rule, needs: (rpb_bias(grad, x.shape[1:-1], rule),),
 )
 
 
@@ -392,7 +402,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         *tensors, scale, backend, rule = args
-        return _ops.attention(*tensors, *_pack(rule), scale, backend)
+        run: Any = _attention if torch.jit.is_tracing() else _ops.attention
+        return run(*tensors, *_pack(rule), scale, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

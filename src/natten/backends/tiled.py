@@ -158,7 +158,7 @@ def _blocks(rule: Rule, query: Tensor, key: Tensor, head_dim: int) -> list[Block
     return _plan(rule, tuple(query.shape[1:-2]), tuple(key.shape[1:-2]), matrices, head_dim)
 
 
-# --- relative positional bias ---------------------------------------------------------------
+# --- relative positional bias ---
 
 
 def _bias_of(block: Block, rpb: Tensor, rule: Neighborhood) -> Tensor:
@@ -207,7 +207,7 @@ def _add_bias_gradient(block: Block, grad: Tensor, grad_rpb: Tensor, rule: Neigh
     target += x
 
 
-# --- fused attention ------------------------------------------------------------------------
+# --- fused attention ---
 
 
 class _Sizes(NamedTuple):

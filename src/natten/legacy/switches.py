@@ -133,7 +133,7 @@ def _restore(context: type, values: dict[str, Any]) -> None:
 _NATTEN_DEFAULTS, _AUTOTUNER_DEFAULTS = _values(NattenContext), _values(AutotunerContext)
 
 
-# --- memory, determinism, KV parallelism, fused -------------------------------------------------
+# --- memory, determinism, KV parallelism, fused ---
 
 
 def set_memory_usage_preference(pref: str = "default") -> None:
@@ -290,7 +290,7 @@ def is_flex_compile_backprop_allowed() -> bool:
     return NattenContext.flex_compile_backprop_allowed
 
 
-# --- the autotuner --------------------------------------------------------------------------------
+# --- the autotuner ---
 
 
 def use_autotuner(
@@ -367,7 +367,7 @@ def is_autotuner_thorough_for_backward() -> bool:
     return is_autotuner_enabled_for_backward() and AutotunerContext.thorough_mode_backward
 
 
-# --- features and the unfused kernels of 0.14 to 0.17 --------------------------------------------
+# --- features and the unfused kernels of 0.14 to 0.17 ---
 
 Device = torch.device | int | str | None
 

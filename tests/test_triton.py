@@ -1,0 +1,159 @@
+"""The Triton kernels: on tiny problems through Triton's interpreter, and compiled without a GPU."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from natten.neighborhood import Neighborhood
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs the package triton"
+)
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def interpreted(code: str) -> str:
+    """Run code with Triton's interpreter, which must be chosen before Triton is imported."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+SWEEP = """
+import torch
+from helpers import Case, assert_close
+from natten.backends import reference, triton
+from natten.neighborhood import Dense
+torch.set_num_threads(1)
+torch.manual_seed(0)
+CASES = [
+    Case((13,), (4,), dilation=3, dim=3, value_dim=8),
+    Case((9,), (5,), stride=3, is_causal=True, heads=4, extra=3, dim=4, value_dim=4),
+    Case((7, 5), (3, 2), stride=(2, 1), dilation=(2, 2), batch=1, rpb=True),
+    Case((4, 6), (3, 5), is_causal=(True, False), rpb=True, batch=1, kv_heads=1, extra=1),
+    Case((3, 4, 5), (2, 3, 3), stride=(1, 2, 3), batch=1, dim=5),
+    Case((4, 3, 4), (2, 2, 2), dilation=(2, 1, 2), is_causal=(False, True, False), batch=1),
+]
+def check(inputs, rule):
+    expected, actual = (m.forward(*inputs, rule, 0.6) for m in (reference, triton))
+    grads = torch.randn_like(expected[0]), torch.randn_like(expected[1])
+    for a, b in zip(expected, actual):
+        assert_close(f"forward {rule}", a, b, 1e-5)
+    both = (m.backward(*grads, *inputs, *x, rule, 0.6)
+            for m, x in ((reference, expected), (triton, actual)))
+    for a, b in zip(*both):
+        assert_close(f"backward {rule}", a, b, 2e-5)
+for case in CASES:
+    check(case.inputs(torch.float32), case.rule)
+for causal in (False, True):
+    q, k = torch.randn(1, 9, 2, 4), torch.randn(1, 5, 1, 4)
+    check([q, k, k.clone(), None, None, None], Dense(causal))
+q = torch.randn(0, 5, 1, 4)
+assert triton.forward(q, q, q, None, None, None, CASES[0].rule, 1.0)[0].shape == q.shape
+print("checked", len(CASES))
+"""
+
+
+def test_kernels_interpreted():
+    assert "checked 6" in interpreted(SWEEP)
+
+
+def test_choice_under_the_interpreter():
+    code = """
+import torch, natten
+from natten import backends
+q = torch.randn(1, 9, 1, 4)
+assert "triton: runs" in backends.explain(q)
+assert "float64" in backends.explain(q.double())
+assert "head_dim up to 256" in backends.explain(torch.zeros(1, 9, 1, 300))
+out = natten.na1d(q, q, q, 3)
+assert torch.allclose(out, natten.na1d(q, q, q, 3, backend="reference"), atol=1e-6)
+print("done")
+"""
+    assert "done" in interpreted(code)
+
+
+WINDOWS = """
+import torch, triton, triton.language as tl
+from natten.backends.triton import _modes
+from natten.backends.triton.primitives import queries_of, window
+from natten.neighborhood import Neighborhood
+
+@triton.jit
+def bounds(out, n, k, s, MODE: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    start, end = window(i, n, n, k, s, MODE)
+    first, last = queries_of(i, i, n, n, k, s, MODE)
+    tl.store(out + i, start), tl.store(out + N + i, end)
+    tl.store(out + 2 * N + i, first), tl.store(out + 3 * N + i, last)
+
+count = 0
+for n in (1, 2, 5, 8, 13):
+    for k in range(1, n + 1):
+        for s in range(1, k + 1):
+            for causal in (False, True):
+                rule = Neighborhood.create(1, k, s, 1, causal)
+                out = torch.zeros(4, 16, dtype=torch.int32)
+                bounds[(1,)](out, n, k, s, MODE=_modes(rule, (n,))[2], N=16)
+                i = torch.arange(n)
+                start, end = rule.windows(0, i, n, n)
+                assert out[0, :n].tolist() == start.tolist(), rule
+                assert out[1, :n].tolist() == end.tolist(), rule
+                for key in range(n):
+                    reach = ((start <= key) & (key < end)).nonzero().flatten().tolist()
+                    first, last = out[2, key].item(), out[3, key].item()
+                    assert not reach or (first <= reach[0] and reach[-1] < last), (rule, n, key)
+                    assert n == 1 or last - first < len(reach) + 2 * s + 1 or not reach, rule
+                count += 1
+print("windows", count)
+"""
+
+
+def test_kernels_know_the_definition(tmp_path):
+    """``window`` is Neighborhood's, and ``queries_of`` its tight inverse."""
+    script = tmp_path / "windows.py"  # Triton reads a kernel's source from its file
+    script.write_text(WINDOWS)
+    code = f"import runpy; runpy.run_path({str(script)!r})"
+    assert "windows 292" in interpreted(code)
+
+
+@pytest.mark.parametrize("kind", ["forward", "query", "key"])
+def test_tiles_are_valid(kind):
+    tiles = pytest.importorskip("natten.backends.triton.tiles")
+    for rank in (1, 2, 3):
+        for dim, value_dim, itemsize in ((1, 1, 2), (32, 64, 2), (128, 128, 4), (256, 512, 2)):
+            shape = (40, 9, 3)[:rank]
+            rule = Neighborhood.create(rank, (7, 3, 2)[:rank], 1, (2, 1, 1)[:rank])
+            found = tiles.choose(kind, rule, shape, shape, dim, value_dim, itemsize)
+            for tile in (found.query, found.key):
+                assert len(tile) == 3 and all(n & (n - 1) == 0 for n in tile)
+                assert 16 <= torch.Size(tile).numel() <= 128
+            assert found.num_warps in (4, 8)
+
+
+@pytest.mark.parametrize("target", ["80", "90", "gfx942"])
+def test_kernels_compile_without_a_gpu(target):
+    """The NAT variants; `python benchmarks/kernels.py` compiles the whole list."""
+    command = [sys.executable, "benchmarks/kernels.py", "--target", target, "--variants", "NAT"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("| NAT |") == 3
+
+
+@pytest.mark.gpu
+def test_sweep_on_a_gpu():
+    done = subprocess.run(
+        [sys.executable, "tests/sweep.py", "40"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert " 0 failures" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
