@@ -1,0 +1,194 @@
+"""The tiled backend beyond its default choices: every tile size, poison, views, memory, bits."""
+
+import math
+import random
+import weakref
+
+import pytest
+import torch
+from helpers import CASES, RATIO, Case, assert_close, name_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import natten
+from natten import tiling
+from natten.backends import reference, tiled
+
+LARGE = [
+    Case((700,), (31,), batch=1, heads=4, kv_heads=2, dim=32, value_dim=12, extra=5),
+    Case((513,), (64,), stride=64, batch=1, dim=3, value_dim=65, is_causal=True, rpb=True),
+    Case((400,), (13,), stride=4, dilation=7, batch=1, dim=12, value_dim=3, rpb=True),
+    Case((33, 29), (7, 6), batch=1, dim=12, value_dim=12, rpb=True),
+    Case((30, 31), (5, 8), (2, 3), (3, 2), (True, False), 1, 6, 3, 4, 5, extra=3, rpb=True),
+    Case((9, 13, 14), (3, 5, 4), batch=1, dim=8, value_dim=16),
+    Case((8, 12, 11), (4, 2, 3), (1, 2, 1), (2, 3, 1), True, 1, 2, 1, 4, 7, extra=1, rpb=True),
+]
+
+
+@pytest.fixture
+def fresh_plans():
+    """Plans are kept between calls; a test that changes how they are made starts and ends bare."""
+    tiled._plan.cache_clear()
+    yield
+    tiled._plan.cache_clear()
+
+
+def run(module, inputs, rule, grad_out, grad_lse):
+    """Output, LSE and all gradients, by name."""
+    out, lse = module.forward(*inputs, rule, 0.4)
+    grads = module.backward(grad_out, grad_lse, *inputs, out, lse, rule, 0.4)
+    names = ("query", "key", "value", "rpb", "extra_keys", "extra_values")
+    return {"out": out, "lse": lse} | dict(zip(names, grads))
+
+
+def check(case, dtype=torch.float64, inputs=None):
+    inputs = case.inputs(dtype) if inputs is None else inputs
+    grad_out = torch.randn(*inputs[0].shape[:-1], case.value_dim, dtype=dtype)
+    grad_lse = torch.randn(grad_out.shape[:-1], dtype=tiled.compute_dtype(dtype))
+    oracle = [None if x is None else x.double() for x in inputs]
+    expected = run(reference, oracle, case.rule, grad_out.double(), grad_lse.double())
+    actual = run(tiled, inputs, case.rule, grad_out, grad_lse)
+    for name, x in expected.items():
+        ratio = RATIO[tiled.compute_dtype(dtype) if name == "lse" else dtype]
+        assert_close(name, x, actual[name], ratio if name in ("out", "lse") else 2 * ratio)
+
+
+@pytest.mark.parametrize("dtype", RATIO, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", LARGE, ids=name_of)
+def test_many_tiles(case, dtype):
+    """Long enough that tiles repeat, boxes overlap, and borders are far apart."""
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("case", [*CASES[:-1], LARGE[2], LARGE[6]], ids=name_of)
+def test_every_tile_size_is_right(case, monkeypatch, fresh_plans):
+    """Which tiles are cheapest is a guess about machines; no choice may change the result."""
+    candidates, rng = tiling._candidates, random.Random(0)
+    monkeypatch.setattr(tiling, "_candidates", lambda *args: [rng.choice(candidates(*args))])
+    for _ in range(8):
+        tiled._plan.cache_clear()
+        check(case)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 7, 11])
+def test_tile_sizes_that_nothing_divides(size, monkeypatch, fresh_plans):
+    monkeypatch.setattr(tiling, "_candidates", lambda *args: [size])
+    for case in (*CASES[:-1], LARGE[4]):
+        check(case)
+
+
+@pytest.fixture
+def poison():
+    """Every buffer starts as NaN; and PyTorch refuses what is not deterministic."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("chunk", [100, tiled.CHUNK])
+@pytest.mark.parametrize("case", [*CASES, LARGE[1], LARGE[4]], ids=name_of)
+def test_no_garbage_is_read(case, chunk, monkeypatch, poison):
+    monkeypatch.setattr(tiled, "CHUNK", chunk)
+    check(case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_unfused_reads_no_garbage(case, poison):
+    """Dirty masked slots included: they are ignored, as is what was in memory before."""
+    q = torch.randn(case.batch, *case.space, case.heads, case.dim).double()
+    attn = torch.randn(*q.shape[:-1], case.rule.window_tokens).double()
+    valid = case.rule.attended_slots(case.space)[..., None, :]
+    dirty = attn.masked_fill(~valid, math.nan)
+    rpb = torch.randn(case.heads, *(2 * k - 1 for k in case.kernel_size)).double()
+    calls = {
+        "qk": ((q, q, case.rule),) * 2,
+        "av": ((attn, q, case.rule), (dirty, q, case.rule)),
+        "av_transposed": ((attn, q, case.rule), (dirty, q, case.rule)),
+        "bias": ((rpb, case.space, case.rule),) * 2,
+        "bias_transposed": ((attn.sum(0), case.rule), (dirty.sum(0), case.rule)),
+    }
+    for name, (clean, given) in calls.items():
+        expected = getattr(reference, name)(*clean)
+        assert_close(name, expected, getattr(tiled, name)(*given), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", RATIO, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", LARGE[2:5], ids=name_of)
+def test_unfused_in_every_precision(case, dtype):
+    """Views as inputs: heads before space in memory, every other channel."""
+
+    def make(*shape):
+        wide = torch.randn(shape[0], shape[-2], *shape[1:-2], 2 * shape[-1], dtype=dtype)
+        return wide.movedim(1, -2)[..., ::2]
+
+    q, k = (make(case.batch, *case.space, case.heads, case.dim) for _ in range(2))
+    attn = make(*q.shape[:-1], case.rule.window_tokens)
+    for name, args in {"qk": (q, k), "av": (attn, q), "av_transposed": (attn, q)}.items():
+        expected = getattr(reference, name)(*(x.double() for x in args), case.rule)
+        actual = getattr(tiled, name)(*args, case.rule)
+        assert actual.dtype == dtype
+        assert_close(name, expected, actual, RATIO[dtype])
+
+
+def test_expanded_everywhere():
+    """One token, one head, one batch item, shown many times; gradients have the full shape."""
+    case = Case((9, 8), (3, 4), dilation=2, is_causal=(False, True), extra=2, rpb=True)
+    shapes = [x.shape for x in case.inputs()]
+    check(case, inputs=[torch.randn(s[-1:]).double().expand(s) for s in shapes])
+
+
+def test_large_scores_do_not_overflow():
+    """Scores of thousands: exponentials that are not shifted would be infinite."""
+    case = Case((40,), (7,), dim=4, extra=2, rpb=True)
+    inputs = [100 * x for x in case.inputs(torch.float32)]
+    oracle = [x.double() for x in inputs]
+    expected = reference.forward(*oracle, case.rule, 0.4)
+    out, lse = tiled.forward(*inputs, case.rule, 0.4)
+    assert lse.abs().max() > 1e3
+    assert_close("lse", expected[1], lse, 1e-5)
+    # float32 scores near 10^4 are exact to 10^-3, and so are the weights.
+    assert_close("out", expected[0], out, 2e-3)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that storages made under it held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.now, self.most = set(), 0, 0
+
+    def freed(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                key = storage._cdata
+                if key not in self.seen:
+                    self.seen.add(key)
+                    self.now += storage.nbytes()
+                    self.most = max(self.most, self.now)
+                    weakref.finalize(storage, self.freed, key, storage.nbytes())
+        return out
+
+
+@pytest.mark.parametrize("kind", ["fused", "unfused"])
+def test_peak_memory_of_forward_and_backward(kind):
+    """32768 tokens, window 9: the square would be 4 GB; six times q, k and v is allowed."""
+    tokens, window = 32768, 9
+    q, k, v = (torch.randn(1, tokens, 2, 16) for _ in range(3))
+    peak = Peak()
+    with peak:
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        if kind == "fused":
+            out = natten.na1d(*inputs, window)
+        else:
+            first = [x.movedim(-2, 1) for x in inputs]
+            attn = natten.na1d_qk(first[0], first[1], window).softmax(-1)
+            out = natten.na1d_av(attn, first[2], window)
+        torch.autograd.grad(out.sum(), inputs)
+    assert 2 * q.nbytes < peak.most < 6 * 3 * q.nbytes
