@@ -28,6 +28,11 @@ def packed(**options):
     return lambda: natten.attention(X[:, :, 0], X[:, :, 0], X[:, :, 0], **options)
 
 
+def varlen(**options):
+    x = X[0, :, 0]
+    return lambda: natten.na1d_varlen(x, x, x, VarlenLayout([5, 3]), 3, **options)
+
+
 LENGTHS = torch.tensor([3, 5])
 EXTRA = torch.randn(1, 3, 2, 4)
 
@@ -52,6 +57,8 @@ CASES = {
     "scale": (fused(scale="1"), "`scale` must be None or a number.*str"),
     "bool scale": (fused(scale=True), "`scale`.*bool"),
     "backend": (fused(backend="cuda"), "`backend` must be None or one of.*'cuda'"),
+    "backend type": (fused(backend=["tiled"]), r"`backend` must be None.*\['tiled'\]"),
+    "array as window": (fused(kernel_size=X.numpy()), "`kernel_size`.*ndarray"),
     "attention_kwargs": (fused(attention_kwargs=3), "`attention_kwargs` must be None or a dict"),
     "extra alone": (fused(additional_keys=EXTRA), "given together, but `additional_values`"),
     "extra shape": (
@@ -77,6 +84,18 @@ CASES = {
         "`additional_keys` must have the dtype",
     ),
     "unfused rpb": (qk(rpb=torch.zeros(2, 3, 3)), "`rpb` must be"),
+    "unfused integer dtype": (qk(Q.long(), Q.long()), "`query`.*floating-point.*int64"),
+    "unfused device": (qk(key=Q.to("meta")), "`key` must be on the device of `query`.*meta.*cpu"),
+    "unfused extra device": (
+        qk(additional_keys=torch.zeros(1, 2, 1, 4, device="meta")),
+        "`additional_keys` must be on the device",
+    ),
+    "extra values type": (av(additional_values=[1]), "`additional_values` must be a torch.Tensor"),
+    "extra values rank": (av(additional_values=Q[0, 0, 0, 0]), "`additional_values` must be"),
+    "extra values shape": (
+        av(attn=torch.zeros(1, 2, 8, 8, 10), additional_values=torch.zeros(1, 1, 1, 4)),
+        r"`additional_values` must be.*\(1, 2, 4\), got \(1, 1, 1, 4\)",
+    ),
     "weights": (av(attn=A[..., :5]), r"must hold 9 attention weights per token.*5"),
     "weights shape": (av(attn=A[:, :1]), "`attn` must match `value`"),
     "weights device": (av(attn=A.to("meta")), "`attn` must be on the device of `value`"),
@@ -117,10 +136,19 @@ CASES = {
         lambda: natten.na1d_varlen(X, X, X, VarlenLayout([5]), 3),
         r"`query` must be packed, \[5 tokens",
     ),
+    "varlen bias": (varlen(rpb=torch.zeros(2, 3)), r"`rpb` must be.*\(2, 5\), got \(2, 3\)"),
+    "varlen extra": (varlen(additional_keys=EXTRA), "`additional_keys` is no argument of na1d_var"),
+    "varlen typo": (varlen(is_casual=True), "`is_casual` is no argument of na1d_varlen"),
+    "fit_window type": (lambda: natten.fit_window(8, 3), "`shape` must be a tuple of integers"),
+    "fit_window entries": (lambda: natten.fit_window((8.0,), 3), "`shape`.*an integer.*float"),
     "fit_window": (lambda: natten.fit_window((0, 4), 3), "`shape` must have at least 1 token"),
     "module heads": (
         lambda: NeighborhoodAttention2D(10, 3, 3),
         "`embed_dim` must be a positive multiple of `num_heads`, got 10 and 3",
+    ),
+    "module channels": (
+        lambda: NeighborhoodAttention2D(8.0, 2, 3),
+        "`embed_dim` must be an integer, got .*float.*8.0",
     ),
     "module without window": (lambda: NeighborhoodAttention2D(8, 2), "`kernel_size` are required"),
     "module both names": (

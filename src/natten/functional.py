@@ -259,6 +259,8 @@ def _av(
         raise ArgumentError(
             f"`attn` must be on the device of `value`, got {attn.device} and {value.device}."
         )
+    if additional_values is not None:
+        _check_additional_unfused("additional_values", additional_values, value)
     extra = 0 if additional_values is None else additional_values.shape[-2]
     windowed = rule.window_tokens
     if attn.shape[-1] != windowed + extra:
@@ -269,7 +271,6 @@ def _av(
     attn = attn.to(value.dtype)
     if additional_values is None:
         return operators.av(attn, value, rule)
-    _check_additional_unfused("additional_values", additional_values, value)
     out = operators.av(attn[..., :windowed], value, rule)
     return out + (attn[..., windowed:].flatten(2, -2) @ additional_values).unflatten(2, space)
 
@@ -530,6 +531,21 @@ def merge_attentions(
     return merged.to(outputs[0].dtype), lse
 
 
+# Arguments of ``na*d`` that never change the result.
+_HINTS = {
+    "attention_kwargs",
+    "q_tile_shape",
+    "kv_tile_shape",
+    "backward_q_tile_shape",
+    "backward_kv_tile_shape",
+    "backward_kv_splits",
+    "backward_use_pt_reduction",
+    "run_persistent_kernel",
+    "kernel_schedule",
+    "torch_compile",
+}
+
+
 def _varlen(
     query: Tensor,
     key: Tensor,
@@ -549,9 +565,13 @@ def _varlen(
     if not isinstance(layout, VarlenLayout):
         raise ArgumentError(f"`layout` must be a natten.VarlenLayout, got {type(layout)}.")
     rule = Neighborhood.create(layout.rank, kernel_size, stride, dilation, is_causal)
+    unknown = sorted(hints.keys() - _HINTS)
+    if unknown:
+        raise ArgumentError(f"`{unknown[0]}` is no argument of na{layout.rank}d_varlen.")
     results = []
     packed = (("query", query), ("key", key), ("value", value))
-    documents = (_unpack(name, x, layout) for name, x in packed)
+    documents = [_unpack(name, x, layout) for name, x in packed]
+    check_rpb(rpb, query, rule, heads=query.shape[-2])
     for shape, *qkv in zip(layout, *documents):
         window, step, gap = fit_window(shape, rule.kernel_size, rule.stride, rule.dilation)
         q, k, v = (x[None] for x in qkv)
@@ -600,7 +620,7 @@ _VARLEN = """{rank}-D neighborhood attention inside each document of a packed te
         layout: the documents' token layouts, :class:`natten.VarlenLayout` of rank {rank}.
         kernel_size, stride, dilation, is_causal, scale, rpb: as in ``na{rank}d``; a window that is
             larger than a document is clamped to it by :func:`natten.fit_window`.
-        backend and other arguments of ``na{rank}d``: accepted as hints.
+        backend, tile shapes and the other hints of ``na{rank}d``: accepted.
         return_lse: also return the LSE.
 
     Returns:

@@ -93,6 +93,9 @@ class NeighborhoodAttentionGeneric(nn.Module):
                 "`num_heads` and `kernel_size` are required, "
                 f"got num_heads={num_heads}, kernel_size={kernel_size}."
             )
+        for name, number in (("embed_dim", channels), ("num_heads", num_heads)):
+            if isinstance(number, (bool, Tensor)) or not hasattr(number, "__index__"):
+                raise ArgumentError(f"`{name}` must be an integer, got {type(number)}: {number!r}.")
         if channels is None or num_heads < 1 or channels < 1 or channels % num_heads != 0:
             raise ArgumentError(
                 f"`embed_dim` must be a positive multiple of `num_heads`, got {channels} and "

@@ -42,7 +42,9 @@ def _per_axis(
         )
     if kind is int:  # NumPy's integers are integers
         entries = tuple(
-            int(e) if type(e).__module__ == "numpy" and hasattr(e, "__index__") else e
+            int(e)
+            if type(e).__module__ == "numpy" and hasattr(e, "__index__") and not e.shape
+            else e
             for e in entries
         )
     for entry in entries:
@@ -265,6 +267,11 @@ def fit_window(
         >>> fit_window((4, 16), 7, dilation=2)
         ((2, 7), (1, 1), (2, 2))
     """
+    if not isinstance(shape, (tuple, list)):  # torch.Size is a tuple
+        raise ArgumentError(f"`shape` must be a tuple of integers, got {type(shape)}: {shape!r}.")
+    if torch.jit.is_tracing():  # where sizes are tensors
+        shape = tuple(int(n) for n in shape)
+    shape = _per_axis("shape", shape, len(shape), int, "an integer")
     wanted = Neighborhood.create(len(shape), kernel_size, stride, dilation)
     if any(length < 1 for length in shape):
         raise ArgumentError(f"`shape` must have at least 1 token per axis, got {tuple(shape)}.")

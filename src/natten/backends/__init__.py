@@ -94,10 +94,11 @@ def check_name(name: str | None) -> str:
     Raises:
         ArgumentError: nobody ever had a backend of that name.
     """
-    if name is None or name in HINTS:
+    known = isinstance(name, str)
+    if name is None or (known and name in HINTS):
         return ""
     allowed = [backend.name for backend in BACKENDS]
-    if name not in allowed:
+    if not known or name not in allowed:
         raise ArgumentError(
             f"`backend` must be None or one of {allowed} (hints: {sorted(HINTS)}), got {name!r}."
         )
