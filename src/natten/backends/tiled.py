@@ -426,7 +426,7 @@ def backward(
             target.copy_(dq.view(target.shape))
             for boxes, view, grad_extra in ((dk, dk_view, grad_ek), (dv, dv_view, grad_ev)):
                 if grad_extra is not None:
-                    tail = boxes[:, box:].reshape(-1, *grad_extra[chunk[-2:]].shape)
+                    tail = boxes[:, box:].unflatten(0, (-1, *grad_extra[chunk[-2:]].shape[:2]))
                     grad_extra[chunk[-2:]].add_(tail.sum(0))
                     boxes = boxes[:, :box]
                 _add_boxes(block, view, chunk, boxes)
