@@ -151,6 +151,44 @@ def test_large_scores_do_not_overflow():
     assert_close("out", expected[0], out, 2e-3)
 
 
+class NoOverlap(TorchDispatchMode):
+    """Refuses in-place operations that write one element twice: their result is not determined."""
+
+    writes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name.endswith("_") and args[0].numel():
+            place = torch.arange(args[0].untyped_storage().nbytes() // args[0].element_size())
+            x = place.as_strided(args[0].shape, args[0].stride(), args[0].storage_offset())
+            assert x.unique().numel() == x.numel(), func
+            self.writes += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tile", [1, 2, 3, 8])
+@pytest.mark.parametrize("case", CASES[1:-1:3], ids=name_of)
+def test_no_operation_writes_an_element_twice(case, tile, monkeypatch, fresh_plans):
+    monkeypatch.setattr(tiling, "_candidates", lambda *args: [tile])
+    inputs = case.inputs()
+    out, lse = tiled.forward(*inputs, case.rule, 0.4)
+    attn = torch.randn(*inputs[0].shape[:-1], case.rule.window_tokens).double()
+    with NoOverlap() as watch:
+        tiled.backward(out, lse, *inputs, out, lse, case.rule, 0.4)
+        tiled.av_transposed(attn, out, case.rule)
+    assert watch.writes > 10
+
+
+def test_zero_additional_tokens():
+    """An empty tensor is no token; its gradient is empty too."""
+    inputs = [x.requires_grad_() for x in Case((9,), (3,), extra=2).inputs() if x is not None]
+    q, k, v, ek, ev = inputs
+    none = natten.na1d(q, k, v, 3)
+    out = natten.na1d(q, k, v, 3, additional_keys=ek[:, :0], additional_values=ev[:, :0])
+    assert torch.equal(out, none)
+    grads, expected = (torch.autograd.grad(x.sum(), (q, k, v)) for x in (out, none))
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected))
+
+
 class Peak(TorchDispatchMode):
     """The most bytes that storages made under it held at one time."""
 
