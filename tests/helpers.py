@@ -31,7 +31,8 @@ def assert_close(name: str, expected: Tensor | None, actual: Tensor | None, rati
     error = (actual.double() - expected.double())[finite].square().mean().sqrt()
     size = expected.double()[finite].square().mean().sqrt()
     if finite.any():
-        assert error <= ratio * max(size, 1e-3), f"{name}: {error / size:.1e} exceeds {ratio:.1e}"
+        # Inputs are of size 1: a sum that cancels to nothing keeps their rounding errors.
+        assert error <= ratio * max(size, 0.1), f"{name}: {error / size:.1e} exceeds {ratio:.1e}"
 
 
 class Case(NamedTuple):

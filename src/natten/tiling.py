@@ -47,7 +47,7 @@ _PRODUCT = 0.4  # softmax and mask, per query-key pair
 _PRODUCT_DIM = 0.035  # the two matrix products, per pair and head dim
 _COPY = 0.25  # per copied element
 _TILE = 300.0  # per matrix product of a tile
-_RUN = 120_000.0  # Python, per run
+_RUN = 60_000.0  # Python, per run
 _MAX_SCORES = 1 << 20  # query-key pairs of one tile
 
 

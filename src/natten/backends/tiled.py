@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from natten.neighborhood import Neighborhood, Rule, outer
 from natten.tiling import Run, tiles
 
 CHUNK = 1 << 18  # query-key pairs worked on at a time; 1 MB in float32
-CACHED_MASK = 1 << 17  # larger masks are made anew in every call
+CACHED_MASK = 1 << 18  # larger masks are made anew in every call
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -53,7 +53,10 @@ class Scratch:
         return buffer[:size].view(shape)
 
 
-@dataclass(frozen=True)
+Chunk = tuple[slice, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Block:
     """Tiles of one kind: one run per axis.
 
@@ -65,60 +68,32 @@ class Block:
     runs: tuple[Run, ...]
     dilation: tuple[int, ...]
 
-    @property
+    @cached_property
     def query_sizes(self) -> tuple[int, ...]:
         return tuple(run.query_size for run in self.runs)
 
-    @property
+    @cached_property
     def key_sizes(self) -> tuple[int, ...]:
         return tuple(run.key_size for run in self.runs)
 
-    def _view(
-        self, x: Tensor, starts: Sequence[int], sizes: Sequence[int], heads: list[tuple[int, int]]
-    ) -> Tensor:
-        """``x`` as tiles; ``heads``: (size, stride) of each dimension the heads become."""
-        offset = x.storage_offset()
-        count, group, inner = [], [], []
-        for run, d, start, size, step in zip(
-            self.runs, self.dilation, starts, sizes, x.stride()[1:]
-        ):
-            count.append((run.repeats, run.step * d * step))
-            group.append((run.groups, step))
-            inner.append((size, d * step))
-            offset += (start * d + run.group) * step
-        batch, channels = (x.shape[0], x.stride(0)), (x.shape[-1], x.stride(-1))
-        shape, stride = zip(*count, *group, batch, *heads, *inner, channels)
-        return x.as_strided(shape, stride, offset)
-
     def queries(self, x: Tensor, kv_heads: int) -> Tensor:
         """View ``[lead, heads per kv head, tile sizes, C]`` of ``x [B, *space, heads, C]``."""
-        per_kv, step = x.shape[-2] // kv_heads, x.stride(-2)
-        heads = [(kv_heads, per_kv * step), (per_kv, step)]
-        return self._view(x, [run.query_start for run in self.runs], self.query_sizes, heads)
+        shape, stride, offset = _geometry(self, kv_heads, x.shape, x.stride())
+        return x.as_strided(shape, stride, x.storage_offset() + offset)
 
     def keys(self, x: Tensor) -> Tensor:
         """View ``[lead, box sizes, channels]`` of ``x [B, *space, kv heads, C]``; boxes overlap."""
-        heads = [(x.shape[-2], x.stride(-2))]
-        return self._view(x, [run.key_start for run in self.runs], self.key_sizes, heads)
+        shape, stride, offset = _geometry(self, None, x.shape, x.stride())
+        return x.as_strided(shape, stride, x.storage_offset() + offset)
 
-    def chunks(
-        self, batch: int, kv_heads: int, per_kv: int, extra: int
-    ) -> Iterator[tuple[slice, ...]]:
-        """Slices of the lead dimensions that hold about ``CHUNK`` query-key pairs each."""
-        lead = [run.repeats for run in self.runs] + [run.groups for run in self.runs]
-        lead += [batch, kv_heads]
-        pairs = per_kv * math.prod(self.query_sizes) * (math.prod(self.key_sizes) + extra)
-        room = max(1, CHUNK // max(1, pairs))
-        steps = []
-        for size in reversed(lead):
-            step = max(1, min(size, room))
-            room //= step
-            steps.append(step)
-        ranges = [
-            [slice(i, min(i + step, size)) for i in range(0, size, step)]
-            for size, step in zip(lead, reversed(steps))
-        ]
-        return itertools.product(*ranges)
+    def chunks(self, query: Tensor, key: Tensor, extra: int = 0) -> list[Chunk]:
+        """Slices of the lead dimensions that hold about ``CHUNK`` query-key pairs each.
+
+        They hold no more pairs than the inputs hold numbers, so that scores take no more memory.
+        """
+        kv_heads = key.shape[-2]
+        most = min(CHUNK, query.numel() + 2 * key.numel())
+        return _chunks(self, query.shape[0], kv_heads, query.shape[-2] // kv_heads, extra, most)
 
     def mask(self) -> Tensor | None:
         """Added to scores, float32 ``[tile tokens, box tokens]``; None if the tile attends all."""
@@ -143,6 +118,52 @@ class Block:
     def offsets(self, axis: int) -> int:
         """Key position minus query position of the box's and the tile's first positions."""
         return self.runs[axis].key_start - self.runs[axis].query_start
+
+
+# Small problems are all overhead: what views and chunks need is kept between calls.
+
+
+@lru_cache(maxsize=4096)
+def _geometry(
+    block: Block, kv_heads: int | None, shape: Sequence[int], stride: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Shape, stride and offset of a block's view of queries, or of keys if ``kv_heads`` is None."""
+    heads = [(shape[-2], stride[-2])]
+    if kv_heads is not None:
+        per_kv = shape[-2] // kv_heads
+        heads = [(kv_heads, per_kv * stride[-2]), (per_kv, stride[-2])]
+    offset = 0
+    count, group, inner = [], [], []
+    for run, d, step in zip(block.runs, block.dilation, stride[1:]):
+        start = run.key_start if kv_heads is None else run.query_start
+        size = run.key_size if kv_heads is None else run.query_size
+        count.append((run.repeats, run.step * d * step))
+        group.append((run.groups, step))
+        inner.append((size, d * step))
+        offset += (start * d + run.group) * step
+    batch, channels = (shape[0], stride[0]), (shape[-1], stride[-1])
+    view_shape, view_stride = zip(*count, *group, batch, *heads, *inner, channels)
+    return view_shape, view_stride, offset
+
+
+@lru_cache(maxsize=1024)
+def _chunks(
+    block: Block, batch: int, kv_heads: int, per_kv: int, extra: int, most: int
+) -> list[Chunk]:
+    lead = [run.repeats for run in block.runs] + [run.groups for run in block.runs]
+    lead += [batch, kv_heads]
+    pairs = per_kv * math.prod(block.query_sizes) * (math.prod(block.key_sizes) + extra)
+    room = max(1, most // max(1, pairs))
+    steps = []
+    for size in reversed(lead):
+        step = max(1, min(size, room))
+        room //= step
+        steps.append(step)
+    ranges = [
+        [slice(i, min(i + step, size)) for i in range(0, size, step)]
+        for size, step in zip(lead, reversed(steps))
+    ]
+    return list(itertools.product(*ranges))
 
 
 @lru_cache(maxsize=64)
@@ -312,7 +333,7 @@ def forward(
             lse_view.fill_(-math.inf)
             continue
         bias = _score_bias(block, rpb, rule, sizes, query, dtype)
-        for chunk in block.chunks(sizes.batch, sizes.kv_heads, sizes.per_kv, sizes.extra):
+        for chunk in block.chunks(query, key, sizes.extra):
             part = q_view[chunk]
             n = part.numel() // (rows * sizes.dim)
             q = _load(scratch("q", n, rows, sizes.dim), part).mul_(scale)
@@ -337,7 +358,7 @@ def forward(
     return out, lse
 
 
-def _add_boxes(block: Block, target: Tensor, chunk: tuple[slice, ...], boxes: Tensor) -> None:
+def _add_boxes(block: Block, target: Tensor, chunk: Chunk, boxes: Tensor) -> None:
     """Add a chunk of overlapping boxes to ``target``, one phase of disjoint boxes at a time."""
     view = target[chunk]
     boxes = boxes.view(view.shape) if boxes.is_contiguous() else boxes.reshape(view.shape)
@@ -396,7 +417,7 @@ def backward(
         grad_bias = None
         if rpb is not None:
             grad_bias = query.new_zeros(sizes.kv_heads, rows, box, dtype=dtype)
-        for chunk in block.chunks(sizes.batch, sizes.kv_heads, sizes.per_kv, sizes.extra):
+        for chunk in block.chunks(query, key, sizes.extra):
             part = q_view[chunk]
             n = part.numel() // (rows * sizes.dim)
             q = _load(scratch("q", n, rows, sizes.dim), part).mul_(scale)
@@ -485,7 +506,7 @@ def qk(query: Tensor, key: Tensor, rule: Neighborhood) -> Tensor:
         attn_view = block.queries(attn, heads)
         index, valid = _slots(block, rule, query.device)
         rows, box = math.prod(block.query_sizes), math.prod(block.key_sizes)
-        for chunk in block.chunks(batch, heads, 1, 0):
+        for chunk in block.chunks(query, key):
             part = q_view[chunk]
             n = part.numel() // (rows * dim)
             q = _load(scratch("q", n, rows, dim), part)
@@ -513,7 +534,7 @@ def av(attn: Tensor, value: Tensor, rule: Neighborhood) -> Tensor:
         )
         index, valid = _slots(block, rule, value.device)
         rows, box = math.prod(block.query_sizes), math.prod(block.key_sizes)
-        for chunk in block.chunks(batch, heads, 1, 0):
+        for chunk in block.chunks(value, value):
             part = attn_view[chunk]
             n = part.numel() // index.numel()
             weights = _load(scratch("a", n, *index.shape), part)
@@ -539,7 +560,7 @@ def av_transposed(attn: Tensor, x: Tensor, rule: Neighborhood) -> Tensor:
         )
         index, valid = _slots(block, rule, x.device)
         rows, box = math.prod(block.query_sizes), math.prod(block.key_sizes)
-        for chunk in block.chunks(batch, heads, 1, 0):
+        for chunk in block.chunks(x, x):
             part = attn_view[chunk]
             n = part.numel() // index.numel()
             weights = _load(scratch("a", n, *index.shape), part)
