@@ -165,20 +165,18 @@ class Neighborhood:
         Returns:
             bool ``[*shape, window tokens]``; slots are in row-major order, window start first.
         """
-        _, valid = self._slots(shape, device)
-        return valid.unflatten(0, tuple(shape))
+        return self._slots(shape, device)[1]
 
     def window_tokens_of(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """The token in each slot of each token's window, int64 ``[*shape, window tokens]``.
 
         Tokens are counted in row-major order; a slot that is not attended holds some token.
         """
-        token, _ = self._slots(shape, device)
-        return token.unflatten(0, tuple(shape))
+        return self._slots(shape, device)[0]
 
     def _slots(self, shape: Sequence[int], device: torch.device | str) -> tuple[Tensor, Tensor]:
-        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        valid = torch.ones(1, 1, dtype=torch.bool, device=device)
+        token = torch.zeros((), dtype=torch.int64, device=device)
+        valid = torch.ones((), dtype=torch.bool, device=device)
         for axis, length in enumerate(shape):
             d, k = self.dilation[axis], self.kernel_size[axis]
             x = torch.arange(length, device=device)
@@ -187,9 +185,12 @@ class Neighborhood:
             position = start[:, None] + torch.arange(k, device=device)
             own_valid = position < end[:, None]
             own = position.minimum(n[:, None] - 1) * d + (x % d)[:, None]
-            token = outer(token * length, own, torch.add)
-            valid = outer(valid, own_valid, torch.logical_and)
-        return token, valid
+            place = [1] * (2 * self.rank)  # every axis of tokens, then every axis of the window
+            place[axis], place[self.rank + axis] = length, k
+            token = token * length + own.view(place)
+            valid = valid & own_valid.view(place)
+        slots = (*shape, self.window_tokens)
+        return token.reshape(slots), valid.reshape(slots)
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from natten import backends
 from natten.backends.tiled import compute_dtype
+from natten.errors import UnsupportedError
 from natten.neighborhood import Dense, Neighborhood, Rule, window_mask
 
 _RULE = "SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation, bool[] is_causal"
@@ -113,6 +115,18 @@ def _fake_bias_transposed(grad: Tensor, kernel_size: Sequence[int], *_: Any) -> 
 _ops = torch.ops.natten
 
 
+def _refuse_forward_mode() -> None:
+    """Raise where a torch.library operator would be differentiated in forward mode.
+
+    PyTorch takes its tangent for zero. Without ``fullgraph`` raising makes the caller run eagerly.
+    """
+    if forward_ad._current_level >= 0:
+        raise UnsupportedError(
+            "natten's operators can be differentiated in forward mode in eager mode only, not "
+            "inside torch.compile or torch.export."
+        )
+
+
 def _merge(x: Any, dim: int | None, size: int, into: int) -> Any:
     """Merge a mapped dimension, or copies of what has none, into dimension ``into`` of the rest."""
     if not isinstance(x, Tensor):
@@ -147,6 +161,7 @@ def _linear(
 
     def call(*args: Any) -> Tensor:
         if torch.compiler.is_compiling():
+            _refuse_forward_mode()
             return operator(*args[:-1], *_pack(args[-1]))
         return Map.apply(*args)
 
@@ -492,5 +507,6 @@ def attention(
     """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``."""
     tensors = (query, key, value, rpb, extra_keys, extra_values)
     if torch.compiler.is_compiling():
+        _refuse_forward_mode()
         return _ops.attention(*tensors, *_pack(rule), scale, backend)
     return _Attention.apply(*tensors, scale, backend, rule)

@@ -1,0 +1,192 @@
+"""Compiled once for all sizes, exported for all sizes, and transforms inside compiled code."""
+
+import io
+
+import pytest
+import torch
+from helpers import assert_close
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+from torch.export import Dim, export
+from torch.func import jvp, vmap
+
+import natten
+from natten import NeighborhoodAttention2D
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def strided(q):
+    return natten.na1d(q, q, q, 5, stride=3, dilation=2)
+
+
+def causal(q):
+    return natten.na3d(q, q, q, (2, 3, 3), (1, 2, 1), (1, 1, 2), (True, False, False))
+
+
+def everything(q, rpb, extra):
+    out, lse = natten.na2d(
+        q, q, q, 3, rpb=rpb, additional_keys=extra, additional_values=extra, return_lse=True
+    )
+    return out * lse[..., None]
+
+
+def unfused(q, rpb, extra):
+    q, extra = q.movedim(-2, 1), extra.movedim(-2, 1)
+    options = {"is_causal": (True, False)}
+    attn = natten.na2d_qk(q, q, 3, additional_keys=extra, rpb=rpb, **options).softmax(-1)
+    return natten.na2d_av(attn, q, 3, additional_values=extra, **options)
+
+
+def merged(q, k):
+    parts = (
+        natten.attention(q, k, k, is_causal=True, return_lse=True),
+        natten.na1d(q, q, q, 3, return_lse=True),
+    )
+    return natten.merge_attentions(*zip(*parts))[0]
+
+
+# No two sizes are equal and none is 1: the compiler would take equal ones for one.
+SIZES = ((8, 13), (6, 17), (9, 29))
+INPUTS = {
+    strided: lambda b, n: [(b, n, 3, 4)],
+    causal: lambda b, n: [(b, n - 6, n, n + 2, 3, 4)],
+    everything: lambda b, n: [(b, n, n + 1, 3, 4), (3, 5, 5), (b, n + 4, 3, 4)],
+    unfused: lambda b, n: [(b, n, n + 1, 3, 4), (3, 5, 5), (b, n + 4, 3, 4)],
+    merged: lambda b, n: [(b, n, 3, 4), (b, n + 4, 3, 4)],
+}
+
+
+def check(function, compiled, inputs):
+    """Outputs and gradients."""
+    results = []
+    for each in (function, compiled):
+        given = [x.detach().requires_grad_() for x in inputs]
+        out = each(*given)
+        results.append((out, *torch.autograd.grad(out.square().sum(), given)))
+    for expected, actual in zip(*results):
+        assert_close("compiled", expected, actual, 1e-6)
+
+
+@pytest.mark.parametrize("function", INPUTS, ids=lambda f: f.__name__)
+def test_one_compilation_serves_all_sizes(function):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for b, n in SIZES:
+        check(function, compiled, [torch.randn(shape).double() for shape in INPUTS[function](b, n)])
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("oversize", ["error", "clamp", "pad"])
+def test_modules_are_not_compiled_again(oversize):
+    module = NeighborhoodAttention2D(24, 2, 3, dilation=2, rel_pos_bias=True, oversize=oversize)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    compiled(torch.randn(4, 9, 11, 24))
+    first = counter.frame_count
+    for b, n in SIZES:
+        x = torch.randn(b, n, n + 1, 24)
+        assert_close(oversize, module(x), compiled(x), 1e-6)
+    assert counter.frame_count == first
+
+
+@pytest.mark.parametrize("oversize", ["clamp", "pad"])
+def test_compiled_module_with_a_window_larger_than_the_input(oversize):
+    module = NeighborhoodAttention2D(24, 2, 7, dilation=2, rel_pos_bias=True, oversize=oversize)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((4, 9, 15), (5, 3, 6)):
+        x = torch.randn(*shape, 24)
+        assert_close(oversize, module(x), compiled(x), 1e-6)
+
+
+class Unfused(torch.nn.Module):
+    def forward(self, q):
+        attn = natten.na2d_qk(q, q, 3, is_causal=True).softmax(-1)
+        return natten.na2d_av(attn, q, 3, is_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "shapes", "space"),
+    [
+        (
+            NeighborhoodAttention2D(8, 2, 3, 2, (1, 2), (True, False), rel_pos_bias=True),
+            ((2, 5, 7, 8), (3, 9, 12, 8)),
+            (1, 2),
+        ),
+        (Unfused(), ((2, 2, 5, 7, 8), (3, 2, 9, 12, 8)), (2, 3)),
+    ],
+    ids=["module", "unfused"],
+)
+def test_export_for_all_sizes(module, shapes, space):
+    """Saved, loaded, and run on a size that the export never saw."""
+    dynamic = {0: Dim("batch"), space[0]: Dim("height", min=4), space[1]: Dim("width", min=6)}
+    small, large = (torch.randn(shape) for shape in shapes)
+    program = export(module, (small,), dynamic_shapes=(dynamic,))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for x in (small, large):
+        assert_close("exported", module(x), loaded(x), 1e-6)
+
+
+def test_transforms_inside_compiled_code():
+    """Without torch.func.grad, which PyTorch refuses for operators with a gradient formula."""
+    q = torch.randn(3, 1, 9, 2, 4).double()
+    functions = {
+        "vmap": vmap(lambda x: natten.na1d(x, x, x, 3)),
+        "vmap of unfused": vmap(lambda x: natten.na1d_qk(*(x.movedim(-2, 1),) * 2, 3)),
+    }
+    for name, function in functions.items():
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        assert_close(name, function(q), compiled(q), 1e-12)
+
+
+def through_jvp(function, q, tangent):
+    return jvp(function, (q,), (tangent,))[1]
+
+
+def through_dual_numbers(function, q, tangent):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(q, tangent))).tangent
+
+
+@pytest.mark.parametrize("mode", [through_jvp, through_dual_numbers], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("function", [strided, lambda q: natten.na2d_qk(q, q, 3)], ids=["f", "u"])
+def test_forward_mode_is_never_silently_zero(mode, function):
+    """PyTorch takes a torch.library operator's tangent for zero; ours refuse or run eagerly."""
+    q, tangent = (torch.randn(1, 11, 5, 3, 4).double() for _ in range(2))
+    q, tangent = (x[:, :, 0] if function is strided else x for x in (q, tangent))
+    expected = mode(function, q, tangent)
+    assert expected.abs().min() > 0
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(mode, fullgraph=True, backend="aot_eager")(function, q, tangent)
+    eager_inside = torch.compile(mode, backend="aot_eager")
+    assert_close("tangent", expected, eager_inside(function, q, tangent), 1e-12)
+
+
+def test_activation_checkpointing():
+    def function(q):
+        return torch.utils.checkpoint.checkpoint(strided, q, use_reentrant=False)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    check(strided, compiled, [torch.randn(2, 11, 3, 4).double()])
+    check(strided, function, [torch.randn(2, 11, 3, 4).double()])
+
+
+def test_fake_tensors_have_the_shapes_of_real_ones():
+    with torch.device("meta"):
+        module = NeighborhoodAttention2D(8, 2, 3, rel_pos_bias=True)
+        assert module(torch.zeros(2, 5, 6, 8)).shape == (2, 5, 6, 8)
+        q = torch.zeros(2, 9, 4, 3, dtype=torch.bfloat16, requires_grad=True)
+        v = torch.zeros(2, 9, 2, 5, dtype=torch.bfloat16)
+        out, lse = natten.na1d(q, q[:, :, :2], v, 3, return_lse=True)
+    assert (out.shape, out.dtype) == ((2, 9, 4, 5), torch.bfloat16)
+    assert (lse.shape, lse.dtype) == ((2, 9, 4), torch.float32)
+    out.sum().backward()
+    assert q.grad.shape == q.shape and q.grad.is_meta
