@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 from natten import backends
@@ -127,6 +128,15 @@ def _refuse_forward_mode() -> None:
         )
 
 
+def _refuse_nested_forward_mode() -> None:
+    """Raise for ``jvp`` of ``jvp``, where PyTorch takes a Function's second tangent for zero."""
+    if eager_transforms.JVP_NESTING > 1:
+        raise UnsupportedError(
+            "natten's operators can not be differentiated twice in forward mode; nest forward mode "
+            "and reverse mode instead, as torch.func.hessian does."
+        )
+
+
 def _merge(x: Any, dim: int | None, size: int, into: int) -> Any:
     """Merge a mapped dimension, or copies of what has none, into dimension ``into`` of the rest."""
     if not isinstance(x, Tensor):
@@ -186,6 +196,7 @@ def _linear(
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Tensor:
+            _refuse_nested_forward_mode()
             primals = ctx.saved_tensors
             parts = [
                 call(*primals[:i], tangents[i], *primals[i + 1 :], *ctx.others)
@@ -430,7 +441,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         saved, others = ctx.saved_tensors, (*_pack(ctx.rule), ctx.scale, ctx.backend)
-        if torch.is_grad_enabled():  # create_graph: the gradient must itself be differentiable
+        # The gradient must itself be differentiable for create_graph and under forward mode.
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             grads = _differentiable_gradient(saved[:6], grad_out, grad_lse, ctx)
         else:
             grads = _gradient(grad_out, grad_lse, *saved, *others)
@@ -438,6 +450,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        _refuse_nested_forward_mode()
         return _composed_tangent(ctx.saved_tensors[:6], tangents[:6], ctx.rule, ctx.scale)
 
     @staticmethod
