@@ -122,6 +122,10 @@ CASES = {
         lambda: natten.merge_attentions([X, X], [X[..., 0], X[..., 0, 0]]),
         "`lse_tensors` must match",
     ),
+    "merge devices": (
+        lambda: natten.merge_attentions([X], [X[..., 0].to("meta")]),
+        "`lse_tensors` must be on the device of `outputs`, got meta and cpu",
+    ),
     "layout": (lambda: VarlenLayout([(3, 0)]), "`shapes` must be token layouts"),
     "layout ranks": (lambda: VarlenLayout([(3,), (3, 3)]), "all of one rank"),
     "layout empty": (lambda: VarlenLayout([]), "at least one"),

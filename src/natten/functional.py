@@ -514,6 +514,11 @@ def merge_attentions(
         check_same_shape("outputs", out.shape, "outputs[0]", outputs[0].shape)
         check_same_shape("lse_tensors", lse.shape, "outputs[0]", outputs[0].shape[:-1])
         check_same("outputs", out, "outputs[0]", outputs[0])
+        if lse.device != out.device:
+            raise ArgumentError(
+                "`lse_tensors` must be on the device of `outputs`, got "
+                f"{lse.device} and {out.device}."
+            )
         if out.requires_grad and not lse.requires_grad and torch.is_grad_enabled():
             warnings.warn(
                 "merge_attentions got an output that requires a gradient with an LSE that does "
