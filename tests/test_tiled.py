@@ -21,6 +21,8 @@ LARGE = [
     Case((30, 31), (5, 8), (2, 3), (3, 2), (True, False), 1, 6, 3, 4, 5, extra=3, rpb=True),
     Case((9, 13, 14), (3, 5, 4), batch=1, dim=8, value_dim=16),
     Case((8, 12, 11), (4, 2, 3), (1, 2, 1), (2, 3, 1), True, 1, 2, 1, 4, 7, extra=1, rpb=True),
+    # Upstream's illegal memory access (issue 335): wide values with a large dilation.
+    Case((33, 37), (2, 2), dilation=16, batch=1, heads=1, kv_heads=1, dim=8, value_dim=384),
 ]
 
 
