@@ -103,6 +103,49 @@ def test_all_in_one():
         assert_close("all-in-one", wanted, out.movedim(1, -2), 1e-12)
 
 
+def test_agileformer():
+    """The bias is the third argument, and learned tokens are attended beside the window."""
+    q, k, v = (torch.randn(1, 2, 6, 7, 4).double() for _ in range(3))
+    tokens, bias = torch.randn(1, 2, 3, 4).double(), torch.randn(2, 5, 5).double()
+    attn = NF.na2d_qk_with_bias(q, k, bias, 3, 1, tokens).softmax(-1)
+    out = NF.na2d_av(attn, v, 3, 1, tokens)
+    inputs = [x.movedim(1, -2) for x in (q, k, v)]
+    extra = tokens.transpose(1, 2)
+    wanted, _ = reference.forward(
+        *inputs, bias, extra, extra, natten.Neighborhood.create(2, 3), 1.0
+    )
+    assert_close("agileformer", wanted, out.movedim(1, -2), 1e-12)
+
+
+def test_stylenat():
+    """Heads are split in two, each half with a window and a dilation of its own."""
+    q, k, v = (torch.randn(1, 4, 12, 12, 4).double() for _ in range(3))
+    halves = []
+    for i, (kernel_size, dilation) in enumerate([(3, 1), (5, 2)]):
+        qs, ks, vs = (x.chunk(2, dim=1)[i] for x in (q, k, v))
+        attn = NF.na2d_qk(qs, ks, kernel_size, dilation).softmax(-1)
+        halves.append(NF.na2d_av(attn, vs, kernel_size, dilation))
+        rule = natten.Neighborhood.create(2, kernel_size, 1, dilation)
+        wanted = expected(*(x.movedim(1, -2) for x in (qs, ks, vs)), rule, 1.0)
+        assert_close("stylenat", wanted, halves[-1].movedim(1, -2), 1e-12)
+    assert torch.cat(halves, dim=1).shape == q.shape
+
+
+def test_cosmos3():
+    """Video tokens attend their window, and text tokens through a second, merged attention."""
+    q, k, v = (torch.randn(1, 3, 4, 5, 2, 8).double() for _ in range(3))
+    text_k, text_v = (torch.randn(1, 6, 2, 8).double() for _ in range(2))
+    window = natten.na3d(q, k, v, (3, 3, 3), backend="blackwell-fna", return_lse=True)
+    text = natten.attention(
+        q.flatten(1, 3), text_k, text_v, backend="blackwell-fmha", return_lse=True
+    )
+    parts = [window[0].flatten(1, 3), text[0]], [window[1].flatten(1, 3), text[1]]
+    out, _ = natten.merge_attentions(*parts, torch_compile=False, use_autograd_fix=True)
+    rule = natten.Neighborhood.create(3, 3)
+    wanted, _ = reference.forward(q, k, v, None, text_k, text_v, rule, 8**-0.5)
+    assert_close("cosmos3", wanted.flatten(1, 3), out, 1e-12)
+
+
 # --- transformers ---
 
 
