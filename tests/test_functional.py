@@ -194,6 +194,12 @@ def test_attention_over_packed_sequences(causal, given):
         assert torch.equal(expected, part) and torch.equal(expected_lse, part_lse)
 
 
+def test_no_sequences_at_all():
+    q, none = torch.randn(1, 0, 2, 3), torch.zeros(0, dtype=torch.int32)
+    out, lse = attention(q, q, q, seqlens_Q=none, seqlens_KV=none, return_lse=True)
+    assert out.shape == q.shape and lse.shape == (1, 0, 2)
+
+
 def test_nothing_to_attend_gives_zero_and_minus_infinity():
     q, k = torch.randn(1, 3, 1, 2), torch.randn(1, 0, 1, 2)
     out, lse = attention(q, k, k, return_lse=True)
