@@ -106,8 +106,8 @@ CASES = {
     ),
     "packed type": (packed(seqlens_Q=[3, 5], seqlens_KV=LENGTHS), "`seqlens_Q`.*1-D integer"),
     "packed start": (
-        packed(cumulative_seqlen_Q=LENGTHS, cumulative_seqlen_KV=LENGTHS),
-        "`cumulative_seqlen_Q`",
+        packed(cumulative_seqlen_Q=LENGTHS + 3, cumulative_seqlen_KV=LENGTHS + 3),
+        r"`cumulative_seqlen_Q`.*8 tokens, got \[6, 8\]",
     ),
     "packed batch": (
         lambda: natten.attention(
