@@ -149,6 +149,11 @@ def check_same_shape(name: str, shape: Sequence[int], other: str, wanted: Sequen
     )
 
 
+# Asked once: torch.compile can not trace the question in every version.
+_KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia")
+_AUTOCAST = frozenset(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))
+
+
 def autocast_tensors(*tensors: Any) -> tuple[Any, ...]:
     """Cast to autocast's dtype where it is on, as scaled_dot_product_attention does.
 
@@ -158,7 +163,7 @@ def autocast_tensors(*tensors: Any) -> tuple[Any, ...]:
     if first is None:
         return tensors
     kind = first.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in _AUTOCAST or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
 

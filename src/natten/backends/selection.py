@@ -7,19 +7,23 @@ from torch import Tensor
 from natten import backends
 
 
+def _problem(query: Tensor, value: Tensor) -> backends.Problem:
+    return backends.Problem(
+        "attention", query.device, query.dtype, query.shape[-1], value.shape[-1]
+    )
+
+
 def get_compatible_backends(
     query: Tensor, key: Tensor, value: Tensor, torch_compile: bool = False
 ) -> list[str]:
     """Backends that can run ``na*d`` on these tensors, best first."""
-    problem = backends.Problem(
-        "attention", query.device, query.dtype, query.shape[-1], value.shape[-1]
-    )
+    problem = _problem(query, value)
     return [each.name for each in backends.BACKENDS if each.unsupported(problem) is None]
 
 
 def choose_backend(query: Tensor, key: Tensor, value: Tensor, torch_compile: bool = False) -> str:
     """The backend that ``na*d`` runs on these tensors."""
-    return get_compatible_backends(query, key, value, torch_compile)[0]
+    return backends.choose("", _problem(query, value)).name
 
 
 def get_compatible_fmha_backends(
@@ -43,4 +47,4 @@ def choose_fmha_backend(
     torch_compile: bool = False,
 ) -> str:
     """The backend that ``attention`` runs on these tensors."""
-    return get_compatible_fmha_backends(query, key, value)[0]
+    return choose_backend(query, key, value, torch_compile)

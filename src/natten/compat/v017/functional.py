@@ -24,6 +24,7 @@ def _fused(rank: int) -> Callable[..., Any]:
         scale: float | None = None,
         additional_keys: Tensor | None = None,
         additional_values: Tensor | None = None,
+        xformers_kwargs: Any = None,
     ) -> Tensor:
         return fused(
             query,
@@ -33,7 +34,7 @@ def _fused(rank: int) -> Callable[..., Any]:
             dilation=1 if dilation is None else dilation,
             is_causal=is_causal,
             rpb=rpb,
-            scale=scale,
+            scale=scale or None,
             additional_keys=additional_keys,
             additional_values=additional_values,
         )
