@@ -1,8 +1,5 @@
-"""Where 0.17.4 had fused operators that work with torch.compile; all of them do here.
+"""Where 0.17 had operators that work with torch.compile; all of them do here."""
 
-Only 0.17 had this module, so the arguments are in 0.17's order: ``dilation`` is the fifth.
-"""
-
-from natten.compat.v017.functional import na1d, na2d, na3d
+from natten.functional import na1d, na2d, na3d
 
 __all__ = ["na1d", "na2d", "na3d"]

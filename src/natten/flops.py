@@ -149,8 +149,8 @@ def fna_generic_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
     return pairs * (query[-1] + value[-1])
 
 
-qk_rpb_flop = qk_1d_rpb_flop = qk_2d_rpb_flop = qk_3d_rpb_flop = qk_flops
-av_flop = av_1d_flop = av_2d_flop = av_3d_flop = av_flops
+qk_1d_rpb_flop = qk_2d_rpb_flop = qk_3d_rpb_flop = qk_flops
+av_1d_flop = av_2d_flop = av_3d_flop = av_flops
 
 _HANDLERS = {"qk": qk_flops, "av": av_flops, "_Attention": fna_generic_flops}
 

@@ -124,7 +124,7 @@ class NeighborhoodAttentionGeneric(nn.Module):
             self._create_rpb()
 
     def _create_rpb(self) -> None:
-        shape = (self.num_heads, *(2 * k - 1 for k in self.neighborhood.kernel_size))
+        shape = (self.num_heads, *(2 * k - 1 for k in self.kernel_size))
         self.rpb = nn.Parameter(self.qkv.weight.new_zeros(shape))
         nn.init.trunc_normal_(self.rpb, std=0.02, mean=0.0, a=-2.0, b=2.0)
 
@@ -166,11 +166,7 @@ class NeighborhoodAttentionGeneric(nn.Module):
         elif self.oversize == "clamp":
             fitted = fit_window(shape, rule.kernel_size, rule.stride, rule.dilation)
             rule = Neighborhood.create(rank, *fitted, rule.is_causal)
-            rpb = (
-                None
-                if rpb is None
-                else crop_rpb(rpb, self.neighborhood.kernel_size, rule.kernel_size)
-            )
+            rpb = None if rpb is None else crop_rpb(rpb, self.kernel_size, rule.kernel_size)
         out = self._attend(x, rule, rpb, hints)
         for axis, length in enumerate(shape):
             out = out.narrow(1 + axis, 0, length)

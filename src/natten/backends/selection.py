@@ -7,23 +7,19 @@ from torch import Tensor
 from natten import backends
 
 
-def _problem(query: Tensor, value: Tensor) -> backends.Problem:
-    return backends.Problem(
-        "attention", query.device, query.dtype, query.shape[-1], value.shape[-1]
-    )
-
-
 def get_compatible_backends(
     query: Tensor, key: Tensor, value: Tensor, torch_compile: bool = False
 ) -> list[str]:
     """Backends that can run ``na*d`` on these tensors, best first."""
-    problem = _problem(query, value)
+    problem = backends.Problem(
+        "attention", query.device, query.dtype, query.shape[-1], value.shape[-1]
+    )
     return [each.name for each in backends.BACKENDS if each.unsupported(problem) is None]
 
 
 def choose_backend(query: Tensor, key: Tensor, value: Tensor, torch_compile: bool = False) -> str:
     """The backend that ``na*d`` runs on these tensors."""
-    return backends.choose("", _problem(query, value)).name
+    return get_compatible_backends(query, key, value, torch_compile)[0]
 
 
 def get_compatible_fmha_backends(
@@ -47,4 +43,4 @@ def choose_fmha_backend(
     torch_compile: bool = False,
 ) -> str:
     """The backend that ``attention`` runs on these tensors."""
-    return choose_backend(query, key, value, torch_compile)
+    return get_compatible_fmha_backends(query, key, value)[0]

@@ -8,9 +8,8 @@ there is a GPU.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -93,8 +92,8 @@ class NattenContext:
     is_tiled_na_enabled: bool = True
     is_gemm_na_enabled: bool = True
     is_tf32_in_gemm_na_enabled: bool = False
-    use_flex_attention: bool = False
-    force_flex_attention: bool = False
+    flex_attention: bool = False
+    flex_attention_forced: bool = False
     flex_compile_allowed: bool = False
     flex_compile_backprop_allowed: bool = False
 
@@ -116,10 +115,6 @@ class AutotunerContext:
     steps_forward: int = 5
     steps_backward: int = 5
 
-    # Upstream kept what it tuned here; code that clears it finds something to clear.
-    _FORWARD_CACHE: ClassVar[dict[int, Any]] = {}
-    _BACKWARD_CACHE: ClassVar[dict[int, Any]] = {}
-
     @staticmethod
     def reset() -> None:
         """Back to the defaults."""
@@ -127,8 +122,7 @@ class AutotunerContext:
 
 
 def _values(context: type) -> dict[str, Any]:
-    names = [name for name in context.__annotations__ if not name.startswith("_")]
-    return {name: getattr(context, name) for name in names}
+    return {name: getattr(context, name) for name in context.__annotations__}
 
 
 def _restore(context: type, values: dict[str, Any]) -> None:
@@ -137,35 +131,6 @@ def _restore(context: type, values: dict[str, Any]) -> None:
 
 
 _NATTEN_DEFAULTS, _AUTOTUNER_DEFAULTS = _values(NattenContext), _values(AutotunerContext)
-
-
-def _autotuner_setter(name: str) -> Callable[[Any], None]:
-    """``AutotunerContext.set_<name>``: one setting of :func:`use_autotuner`."""
-
-    def setter(value: Any) -> None:
-        _check_autotuner_setting(name, value)
-        if value is not None and not (
-            value and name.startswith("enabled") and _forbidden("the autotuner")
-        ):
-            setattr(AutotunerContext, name, value)
-
-    setter.__name__ = setter.__qualname__ = f"set_{name}"
-    setter.__doc__ = f"Remember `{name}`; None leaves it as it is."
-    return setter
-
-
-def _check_autotuner_setting(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if "steps" in name:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ArgumentError(f"`{name}` must be None or an integer from 0 on, got {value!r}.")
-    elif not isinstance(value, bool):
-        raise ArgumentError(f"`{name}` must be None or a bool, got {type(value)}: {value!r}.")
-
-
-for _name in _AUTOTUNER_DEFAULTS:
-    setattr(AutotunerContext, f"set_{_name}", staticmethod(_autotuner_setter(_name)))
 
 
 # --- memory, determinism, KV parallelism, fused ---
@@ -218,17 +183,17 @@ def are_deterministic_algorithms_enabled() -> bool:
 
 
 def _forbidden(what: str) -> bool:
-    """Whether determinism forbids ``what``: torch's by a warning, natten's own by an error."""
+    """Whether determinism forbids ``what``: natten's own by an error, torch's by a warning."""
+    if NattenContext.is_deterministic_mode_enabled:
+        raise ArgumentError(
+            f"{what} is not deterministic, and natten.use_deterministic_algorithms is on."
+        )
     if torch.are_deterministic_algorithms_enabled():
         warnings.warn(
             f"{what} is not deterministic: left off, because PyTorch's deterministic mode is on",
             stacklevel=3,
         )
         return True
-    if NattenContext.is_deterministic_mode_enabled:
-        raise ArgumentError(
-            f"{what} is not deterministic, and natten.use_deterministic_algorithms is on."
-        )
     return False
 
 
@@ -257,12 +222,13 @@ def use_fused_na(
     Raises:
         ArgumentError: ``kv_parallel`` is asked for in natten's deterministic mode.
     """
-    NattenContext.is_kv_parallelism_enabled = (
-        mode and kv_parallel and not _forbidden("KV parallelism")
-    )
-    NattenContext.is_fused_na_enabled = mode
-    NattenContext.use_flex_attention = mode and (use_flex_attention or force_flex_attention)
-    NattenContext.force_flex_attention = mode and force_flex_attention
+    if not mode:
+        NattenContext.is_fused_na_enabled = NattenContext.is_kv_parallelism_enabled = False
+        return
+    NattenContext.is_kv_parallelism_enabled = kv_parallel and not _forbidden("KV parallelism")
+    NattenContext.is_fused_na_enabled = True
+    NattenContext.flex_attention = use_flex_attention or force_flex_attention
+    NattenContext.flex_attention_forced = force_flex_attention
 
 
 def is_fused_na_enabled() -> bool:
@@ -274,23 +240,23 @@ use_fna, is_fna_enabled = use_fused_na, is_fused_na_enabled
 
 
 def use_flex_attention() -> None:
-    """``use_fused_na(use_flex_attention=True)``; there is no FlexAttention backend."""
-    use_fused_na(True, use_flex_attention=True)
+    """Without effect: there is no FlexAttention backend."""
+    NattenContext.flex_attention = True
 
 
 def force_flex_attention() -> None:
-    """``use_fused_na(force_flex_attention=True)``; there is no FlexAttention backend."""
-    use_fused_na(True, use_flex_attention=True, force_flex_attention=True)
+    """Without effect: there is no FlexAttention backend."""
+    NattenContext.flex_attention = NattenContext.flex_attention_forced = True
 
 
 def should_use_flex_attention() -> bool:
-    """What :func:`use_fused_na` and :func:`use_flex_attention` were told."""
-    return NattenContext.use_flex_attention
+    """What :func:`use_flex_attention` was told."""
+    return NattenContext.flex_attention
 
 
 def should_force_flex_attention() -> bool:
-    """What :func:`use_fused_na` and :func:`force_flex_attention` were told."""
-    return NattenContext.force_flex_attention
+    """What :func:`force_flex_attention` was told."""
+    return NattenContext.flex_attention_forced
 
 
 def allow_flex_compile(mode: bool = True, backprop: bool = False) -> None:
@@ -342,25 +308,31 @@ def use_autotuner(
     Raises:
         ArgumentError: a setting has the wrong type, or determinism forbids the autotuner.
     """
-    if forward_pass is False and backward_pass is False:  # nothing else counts then
-        AutotunerContext.enabled_for_forward = AutotunerContext.enabled_for_backward = False
-        return
-    settings = {
-        "enabled_for_forward": forward_pass,
-        "enabled_for_backward": backward_pass,
+    flags = {"enabled_for_forward": forward_pass, "enabled_for_backward": backward_pass}
+    modes = {
         "thorough_mode_forward": thorough_mode_forward,
         "thorough_mode_backward": thorough_mode_backward,
+    }
+    steps = {
         "warmup_steps_forward": warmup_steps_forward,
         "warmup_steps_backward": warmup_steps_backward,
         "steps_forward": steps_forward,
         "steps_backward": steps_backward,
     }
-    for name, value in settings.items():
-        _check_autotuner_setting(name, value)
+    for name, flag in {**flags, **modes}.items():
+        if flag is not None and not isinstance(flag, bool):
+            raise ArgumentError(f"`{name}` must be None or a bool, got {type(flag)}: {flag!r}.")
+    for name, count in steps.items():
+        fits = isinstance(count, int) and not isinstance(count, bool) and count > 0
+        if count is not None and not fits:
+            raise ArgumentError(f"`{name}` must be None or a positive integer, got {count!r}.")
+    if forward_pass is False and backward_pass is False:
+        _restore(AutotunerContext, {name: False for name in flags})
+        return
     if (forward_pass or backward_pass) and _forbidden("the autotuner"):
         return
-    given = {name: value for name, value in settings.items() if value is not None}
-    _restore(AutotunerContext, given)
+    given = {**flags, **modes, **steps}
+    _restore(AutotunerContext, {name: x for name, x in given.items() if x is not None})
 
 
 def disable_autotuner() -> None:
@@ -386,13 +358,13 @@ def is_autotuner_enabled() -> bool:
 
 
 def is_autotuner_thorough_for_forward() -> bool:
-    """What :func:`use_autotuner` was told."""
-    return AutotunerContext.thorough_mode_forward
+    """Whether the forward pass is on, and thorough."""
+    return is_autotuner_enabled_for_forward() and AutotunerContext.thorough_mode_forward
 
 
 def is_autotuner_thorough_for_backward() -> bool:
-    """What :func:`use_autotuner` was told."""
-    return AutotunerContext.thorough_mode_backward
+    """Whether the backward pass is on, and thorough."""
+    return is_autotuner_enabled_for_backward() and AutotunerContext.thorough_mode_backward
 
 
 # --- features and the unfused kernels of 0.14 to 0.17 ---

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import unittest
 from collections.abc import Callable
 from typing import Any
@@ -58,35 +57,9 @@ def skip_if_not_running_extended_tests() -> Decorator:
     return _skip(True, "the extended test run")
 
 
-def skip_if_fvcore_is_not_available() -> Decorator:
-    """Skip without fvcore."""
-    return _skip(importlib.util.find_spec("fvcore") is None, "fvcore")
-
-
-def skip_if_triton_is_not_supported() -> Decorator:
-    """Skip without a GPU that Triton serves."""
-    return _skip(switches.get_device_cc() < 70, "a GPU for Triton")
-
-
-def skip_if_experimental_ops_are_not_supported() -> Decorator:
-    """Never skip: all operators are registered with ``torch.library``."""
-    return _skip(False, "torch.library")
-
-
-def skip_if_torch_flop_count_is_not_supported() -> Decorator:
-    """Never skip: PyTorch 2.6 counts."""
-    return _skip(False, "torch.utils.flop_counter")
-
-
-skip_if_torch_compile_is_not_supported = skip_if_triton_is_not_supported
 skip_if_fna_is_not_supported = skip_if_cuda_is_not_supported
 skip_if_libnatten_is_not_supported = skip_if_cuda_is_not_supported
 skip_if_flex_compile_is_not_supported = skip_if_flex_is_not_supported
-
-
-def fna_supports_additional_kv(head_dim: int, device_index: switches.Device = None) -> bool:
-    """Whether fused operators take additional keys and values: always."""
-    return True
 
 
 def supports_float16(device: torch.device) -> bool:

@@ -46,11 +46,6 @@ def token_permute_operation(
         ``[batch * dilation groups, tokens of a group, heads, dim]``, the token layout, and the
         padded token layout of a group.
     """
-    if tensor.dim() not in (4, 5, 6):
-        raise ArgumentError(
-            f"`tensor` must be [batch, *space, heads, dim] with 1 to 3 axes of tokens, "
-            f"got {tuple(tensor.shape)}."
-        )
     batch, *layout, heads, dim = tensor.shape
     rank = len(layout)
     tile = _check("tile_shape", tile_shape, rank)
@@ -77,12 +72,7 @@ def token_unpermute_operation(
     tile = _check("tile_shape", tile_shape, rank)
     gaps = _check("dilation", dilation or (1,) * rank, rank)
     inner = _padded(token_layout_shape, tile, gaps)
-    groups, tokens = math.prod(gaps), math.prod(inner)
-    if tensor.dim() != 4 or tensor.shape[0] % groups or tensor.shape[1] != tokens:
-        raise ArgumentError(
-            f"`tensor` must be [batch * {groups}, {tokens}, heads, dim], got {tuple(tensor.shape)}."
-        )
-    batch, (heads, dim) = tensor.shape[0] // groups, tensor.shape[-2:]
+    batch, (heads, dim) = tensor.shape[0] // math.prod(gaps), tensor.shape[-2:]
     sizes = [size for n, t, d in zip(inner, tile, gaps) for size in (n // t, t, d)]
     order = _order(rank, flip_tiled_dims)
     full = [batch, *sizes, heads, dim]

@@ -26,15 +26,6 @@ CausalArgType = Union[CausalArg1DType, CausalArg2DType, CausalArg3DType]  # noqa
 DimensionTypeOrDed = Union[int, DimensionType]  # noqa: UP007
 CausalArgTypeOrDed = Union[bool, CausalArgType]  # noqa: UP007
 
-# What get_configs_for_* list: (query tile, key tile), for Hopper's forward with a schedule.
-QKTileShapeType = Union[  # noqa: UP007
-    tuple[Dimension1DType, Dimension1DType],
-    tuple[Dimension2DType, Dimension2DType],
-    tuple[Dimension3DType, Dimension3DType],
-]
-FnaTileShapeType = FnaForwardConfigType = QKTileShapeType
-FmhaForwardConfigType = tuple[int, int]
-
 
 class KernelSchedule(Enum):
     """Upstream's Hopper kernel schedules; hints without effect."""
@@ -42,13 +33,3 @@ class KernelSchedule(Enum):
     NonPersistent = 0
     WarpSpecializedCooperative = 1
     WarpSpecializedPingpong = 2
-
-
-def create_dim_from_int(na_dim: int, value: int) -> tuple[int, ...]:
-    """``value`` for each axis."""
-    return (value,) * na_dim
-
-
-def create_causal_arg_from_bool(na_dim: int, value: bool) -> tuple[bool, ...]:
-    """``value`` for each axis."""
-    return (value,) * na_dim

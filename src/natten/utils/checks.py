@@ -5,23 +5,17 @@ from natten.legacy.checks import (
 )
 from natten.legacy.checks import (
     check_args_against_input,
-    check_backward_tiling_config,
     check_causal_arg,
     check_dilation_arg,
     check_kernel_size_arg,
     check_stride_arg,
-    check_tiling_config,
-    get_num_na_weights,
 )
 
 __all__ = [
     "check_all_args",
     "check_args_against_input",
-    "check_backward_tiling_config",
     "check_causal_arg",
     "check_dilation_arg",
     "check_kernel_size_arg",
     "check_stride_arg",
-    "check_tiling_config",
-    "get_num_na_weights",
 ]

@@ -5,21 +5,15 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from torch import Tensor
-
 from natten import flops
-from natten.compat import OneWindow, add_submodules
 from natten.compat.v014 import functional
-from natten.neighborhood import Neighborhood
+from natten.modules import NeighborhoodAttentionGeneric
 
 __version__ = "0.14.4"
 
 
-class _Module(OneWindow):
-    """0.14's argument order; the rank comes from the subclass.
-
-    A string as dilation means the largest one that fits each input.
-    """
+class _Module(NeighborhoodAttentionGeneric):
+    """0.14's argument order; the rank comes from the subclass."""
 
     rank: int
 
@@ -40,22 +34,14 @@ class _Module(OneWindow):
             dim,
             num_heads,
             kernel_size,
-            dilation=None if isinstance(dilation, str) else dilation,
+            dilation=dilation,
             rel_pos_bias=bias,
             qkv_bias=qkv_bias,
-            qk_scale=qk_scale or None,
+            qk_scale=qk_scale,
             attn_drop=attn_drop,
             proj_drop=proj_drop,
             oversize="pad",
         )
-        self.fits_dilation = isinstance(dilation, str)
-
-    def forward(self, x: Tensor, **hints: Any) -> Tensor:
-        """Attend."""
-        if self.fits_dilation and x.dim() == self.rank + 2:
-            fitting = max(min(x.shape[1:-1]) // self.kernel_size, 1)
-            self.neighborhood = Neighborhood.create(self.rank, self.kernel_size, 1, fitting)
-        return super().forward(x, **hints)
 
 
 class NeighborhoodAttention1D(_Module):
@@ -72,4 +58,3 @@ class NeighborhoodAttention2D(_Module):
 
 NeighborhoodAttention = NeighborhoodAttention2D
 natten1d = natten2d = sys.modules[__name__]
-add_submodules(__name__, flops=flops, natten1d=natten1d, natten2d=natten2d)

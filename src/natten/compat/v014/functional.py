@@ -17,14 +17,12 @@ _AV = {1: F.na1d_av, 2: F.na2d_av}
 
 
 def _qkrpb(rank: int) -> Callable[..., Tensor]:
-    def function(
-        query: Tensor, key: Tensor, rpb: Tensor | None, *window: int, **named: int
-    ) -> Tensor:
-        *kernel_size, dilation = _window(window, named)
-        if not kernel_size and rpb is None:
-            raise ArgumentError("`kernel_size` is needed when `rpb` is None.")
-        sizes = kernel_size[0] if rpb is None or kernel_size else _window_of(rpb)
-        return _QK[rank](query, key, sizes, dilation, rpb=rpb)
+    def function(query: Tensor, key: Tensor, rpb: Tensor | None, *window: int) -> Tensor:
+        if len(window) == 1 and rpb is not None:
+            sizes = [(size + 1) // 2 for size in rpb.shape[1:]]
+            return _QK[rank](query, key, sizes, window[0], rpb=rpb)
+        kernel_size, dilation = _both(window)
+        return _QK[rank](query, key, kernel_size, dilation, rpb=rpb)
 
     function.__name__ = function.__qualname__ = f"natten{rank}dqkrpb"
     function.__doc__ = "``(query, key, rpb, dilation)`` or ``(..., kernel_size, dilation)``."
@@ -32,29 +30,24 @@ def _qkrpb(rank: int) -> Callable[..., Tensor]:
 
 
 def _av(rank: int) -> Callable[..., Tensor]:
-    def function(attn: Tensor, value: Tensor, *window: int, **named: int) -> Tensor:
-        *kernel_size, dilation = _window(window, named)
-        size = kernel_size[0] if kernel_size else round(attn.shape[-1] ** (1 / rank))
-        return _AV[rank](attn, value, size, dilation)
+    def function(attn: Tensor, value: Tensor, *window: int) -> Tensor:
+        if len(window) == 1:
+            size = round(attn.shape[-1] ** (1 / rank))
+            return _AV[rank](attn, value, size, window[0])
+        return _AV[rank](attn, value, *_both(window))
 
     function.__name__ = function.__qualname__ = f"natten{rank}dav"
     function.__doc__ = "``(attn, value, dilation)`` or ``(..., kernel_size, dilation)``."
     return function
 
 
-def _window_of(rpb: Tensor) -> list[int]:
-    return [(size + 1) // 2 for size in rpb.shape[1:]]
-
-
-def _window(window: tuple[int, ...], named: dict[str, int]) -> list[int]:
-    """``[dilation]`` or ``[kernel_size, dilation]``, given by place or by name."""
-    names = ("kernel_size", "dilation")
-    found = [*window, *(named[name] for name in names if name in named)]
-    if len(found) not in (1, 2) or named.keys() - set(names):
+def _both(window: tuple[int, ...]) -> tuple[int, int]:
+    if len(window) != 2:
         raise ArgumentError(
-            f"expected `dilation`, or `kernel_size` and `dilation`, got {window} and {named}."
+            "expected `dilation`, or `kernel_size` and `dilation` (needed when rpb is None), "
+            f"got {window}."
         )
-    return found
+    return window[0], window[1]
 
 
 natten1dqkrpb, natten2dqkrpb = _qkrpb(1), _qkrpb(2)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from natten import flops, nested, ops, utils
-from natten.compat import OneWindow, add_submodules
-from natten.compat.v015 import functional
+from natten import flops, functional
 from natten.legacy.functional import (
     disable_gemm_na,
     disable_tf32,
@@ -23,11 +21,12 @@ from natten.legacy.functional import (
     has_half,
     has_tf32_gemm,
 )
+from natten.modules import NeighborhoodAttentionGeneric
 
 __version__ = "0.15.1"
 
 
-class _Module(OneWindow):
+class _Module(NeighborhoodAttentionGeneric):
     """0.15's argument order; the rank comes from the subclass."""
 
     rank: int
@@ -52,7 +51,7 @@ class _Module(OneWindow):
             dilation=dilation,
             rel_pos_bias=bias,
             qkv_bias=qkv_bias,
-            qk_scale=qk_scale or None,
+            qk_scale=qk_scale,
             attn_drop=attn_drop,
             proj_drop=proj_drop,
             oversize="pad",
@@ -71,7 +70,7 @@ class NeighborhoodAttention2D(_Module):
     rank = 2
 
 
-class NeighborhoodAttention3D(OneWindow):
+class NeighborhoodAttention3D(NeighborhoodAttentionGeneric):
     """``[batch, depth, height, width, channels]``, in 0.15's argument order."""
 
     def __init__(
@@ -98,37 +97,12 @@ class NeighborhoodAttention3D(OneWindow):
             dilation_d=dilation_d,
             rel_pos_bias=bias,
             qkv_bias=qkv_bias,
-            qk_scale=qk_scale or None,
+            qk_scale=qk_scale,
             attn_drop=attn_drop,
             proj_drop=proj_drop,
             oversize="pad",
         )
 
-    @property
-    def kernel_size_d(self) -> int:
-        """Window of the first axis."""
-        return self.neighborhood.kernel_size[0]
-
-    @property
-    def dilation_d(self) -> int:
-        """Dilation of the first axis."""
-        return self.neighborhood.dilation[0]
-
-    @property
-    def window_size_d(self) -> int:
-        """What the first axis must hold."""
-        return self.kernel_size_d * self.dilation_d
-
 
 NeighborhoodAttention = NeighborhoodAttention2D
 natten1d = natten2d = natten3d = sys.modules[__name__]
-add_submodules(
-    __name__,
-    flops=flops,
-    natten1d=natten1d,
-    natten2d=natten2d,
-    natten3d=natten3d,
-    nested=nested,
-    ops=ops,
-    utils=utils,
-)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from natten import context, flops, libnatten, nested, ops, types, utils
-from natten.compat import add_submodules
+from natten import context, flops, legacy, types, utils
 from natten.compat.v017 import functional
-from natten.legacy import checks
 from natten.legacy.switches import *  # noqa: F403
 from natten.modules import NeighborhoodAttentionGeneric
 
@@ -43,7 +41,7 @@ class _Module(NeighborhoodAttentionGeneric):
             is_causal=is_causal,
             rel_pos_bias=rel_pos_bias,
             qkv_bias=qkv_bias,
-            qk_scale=qk_scale or None,
+            qk_scale=qk_scale,
             attn_drop=attn_drop,
             proj_drop=proj_drop,
         )
@@ -69,19 +67,3 @@ class NeighborhoodAttention3D(_Module):
 
 NeighborhoodAttention = NeighborhoodAttention2D
 natten1d = natten2d = natten3d = sys.modules[__name__]
-experimental = functional
-add_submodules(
-    __name__,
-    context=context,
-    experimental=experimental,
-    flops=flops,
-    libnatten=libnatten,
-    natten1d=natten1d,
-    natten2d=natten2d,
-    natten3d=natten3d,
-    nested=nested,
-    ops=ops,
-    types=types,
-    utils=utils,
-)
-add_submodules(f"{__name__}.utils", checks=checks)  # check_all_args without a stride

@@ -24,7 +24,6 @@ def _fused(rank: int) -> Callable[..., Any]:
         scale: float | None = None,
         additional_keys: Tensor | None = None,
         additional_values: Tensor | None = None,
-        xformers_kwargs: Any = None,
     ) -> Tensor:
         return fused(
             query,
@@ -34,7 +33,7 @@ def _fused(rank: int) -> Callable[..., Any]:
             dilation=1 if dilation is None else dilation,
             is_causal=is_causal,
             rpb=rpb,
-            scale=scale or None,
+            scale=scale,
             additional_keys=additional_keys,
             additional_values=additional_values,
         )
