@@ -21,7 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from natten.backends.triton import _modes, tiles
+from natten.backends.triton import tiles
+from natten.backends.triton.plan import modes
 from natten.backends.triton.backward import key_kernel, query_kernel
 from natten.backends.triton.forward import forward_kernel
 from natten.backends.triton.primitives import POINTERS
@@ -63,9 +64,9 @@ def compile_variant(variant: Variant, kind: str, target: GPUTarget) -> Any:
     d = variant.head_dim
     choice = tiles.choose(kind, rule, variant.shape, variant.shape, d, d, variant.dtype.itemsize)
     constants = {
-        "MODES": _modes(rule, variant.shape), "TQ": choice.query, "TK": choice.key, "ALIGN": 16,
+        "MODES": modes(rule, variant.shape), "TQ": choice.query, "TK": choice.key, "ALIGN": 16,
         "D": d, "DV": d, "BLOCK_D": tiles.block(d), "BLOCK_DV": tiles.block(d),
-        "HAS_RPB": False, "HAS_EXTRA": False, "PRECISION": "ieee",
+        "HAS_RPB": False, "HAS_EXTRA": False, "PACKED": False, "PRECISION": "ieee",
     }  # fmt: skip
     kernel = KERNELS[kind]
     kept = {name: x for name, x in constants.items() if name in kernel.arg_names}
@@ -74,7 +75,7 @@ def compile_variant(variant: Variant, kind: str, target: GPUTarget) -> Any:
         if name in kept:
             signature[name] = "constexpr"
         elif name in POINTERS:
-            full = name in ("lse", "delta")
+            full = name in ("lse", "terms")
             signature[name] = "*fp32" if full else f"*{TYPES[variant.dtype]}"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:

@@ -15,6 +15,7 @@ from natten.backends.triton.primitives import (
     LOG2E,
     bias_offset,
     coordinates,
+    document,
     group_length,
     inside,
     kernel,
@@ -30,27 +31,39 @@ from natten.backends.triton.primitives import (
 
 
 @kernel
-def delta_kernel(
-    out, grad_out, grad_lse, delta, rows,
+def terms_kernel(
+    out, lse, grad_out, grad_lse, terms, rows,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_LSE: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """``sum(out * grad_out) - grad_lse`` per query; all tensors contiguous."""
+    """Per query: LSE as an exponent of two, and delta, ``sum(out * grad_out) - grad_lse``.
+
+    All tensors are contiguous. ``terms`` is ``[rows, 4]``, of which two are used: 16 bytes that
+    one thread copies; two tensors ``[rows]`` become one small copy per product and thread.
+    """
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     real, dv = row < rows, tl.arange(0, BLOCK_DV)
     o = load_rows(out, row * DV, real, dv, DV).to(tl.float32)
     g = load_rows(grad_out, row * DV, real, dv, DV).to(tl.float32)
-    total = tl.sum(o * g, 1)
+    delta = tl.sum(o * g, 1)
     if HAS_LSE:
-        total -= tl.load(grad_lse + row, mask=real, other=0.0)
-    tl.store(delta + row, total, mask=real)
+        delta -= tl.load(grad_lse + row, mask=real, other=0.0)
+    exponent = tl.load(lse + row, mask=real, other=0.0) * LOG2E
+    # A query that attends nothing gets weights of zero.
+    exponent = tl.where(exponent == float("-inf"), float("inf"), exponent)
+    column = tl.arange(0, 4)[None, :]
+    both = tl.where(column == 0, exponent[:, None], tl.where(column == 1, delta[:, None], 0.0))
+    tl.store(terms + row[:, None] * 4 + column, both, mask=real[:, None])
 
 
 @triton.jit
-def _load_row_terms(lse, delta, rows, real):
-    """LSE as exponents of two and delta; a query that attends nothing gets weights of zero."""
-    row_lse = tl.load(lse + rows, mask=real, other=0.0) * LOG2E
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
-    return row_lse, tl.load(delta + rows, mask=real, other=0.0)
+def _load_terms(terms, rows, real):
+    """What :func:`terms_kernel` stored: LSE as an exponent of two, and delta."""
+    at = rows[:, None] * 4 + tl.arange(0, 4)[None, :]
+    four = tl.load(terms + at, mask=real[:, None], other=0.0)
+    even, odd = tl.split(four.reshape(four.shape[0], 2, 2))
+    exponent, _ = tl.split(even)
+    delta, _ = tl.split(odd)
+    return exponent, delta
 
 
 @triton.jit
@@ -72,12 +85,12 @@ def _key_step(dk, dv, q, k, v, g, lse, delta, s, PRECISION: tl.constexpr):
 
 @kernel
 def query_kernel(
-    query, key, value, rpb, extra_key, extra_value, grad_out, lse, delta, grad_query,
+    query, key, value, rpb, extra_key, extra_value, documents, grad_out, terms, grad_query,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     L0, L1, L2, KEYS, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, extra, scale,
     MODES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_RPB: tl.constexpr, HAS_EXTRA: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_RPB: tl.constexpr, HAS_EXTRA: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ; the arguments are ``forward_kernel``'s."""
     M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
@@ -86,6 +99,21 @@ def query_kernel(
     pid, g0, g1, g2 = split(pid, D0, D1, D2)
     head, batch = (pid % heads).to(tl.int64), (pid // heads).to(tl.int64)
     kv_head = head // per_kv
+    if PACKED:
+        first, key_first, L0, L1, L2, KEYS, K0, K1, K2, S0, S1, S2, D0, D1, D2 = document(
+            documents, batch
+        )
+        if (g0 >= D0) | (g1 >= D1) | (g2 >= D2):
+            return
+        q_1, k_1, v_1 = L2.to(tl.int64) * q_2, KEYS.to(tl.int64) * k_2, KEYS.to(tl.int64) * v_2
+        q_0, k_0, v_0 = L1 * q_1, L1 * k_1, L1 * v_1
+        q_start, k_start, v_start = first * q_2, key_first * k_2, key_first * v_2
+    else:
+        first = batch * L0 * L1 * L2
+        q_start, k_start, v_start = batch * q_b, batch * k_b, batch * v_b
+    q_start += head * q_h
+    k_start += kv_head * k_h
+    v_start += kv_head * v_h
 
     n0, n1, n2 = group_length(L0, D0, g0), group_length(L1, D1, g1), group_length(L2, D2, g2)
     m2 = group_length(KEYS, D2, g2)
@@ -111,11 +139,11 @@ def query_kernel(
     x2 = token(i2, g2, D2, MODES[2])
 
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    rows = token_offset(batch, x0, x1, x2, head, (q_b, q_0, q_1, q_2, q_h), ALIGN)
+    rows = token_offset(q_start, x0, x1, x2, q_0, q_1, q_2, ALIGN)
     q = load_rows(query, rows, real, d, D)
-    rows = row_number(batch, x0, x1, x2, (L0, L1, L2), heads, head)
+    rows = row_number(first, x0, x1, x2, L1, L2, heads, head)
     g = load_rows(grad_out, rows * DV, real, dv, DV)
-    row_lse, row_delta = _load_row_terms(lse, delta, rows, real)
+    row_lse, row_delta = _load_terms(terms, rows, real)
     c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
 
     acc = tl.zeros([M, BLOCK_D], dtype=tl.float32)
@@ -127,8 +155,8 @@ def query_kernel(
         present = (p0 < high0) & (p1 < high1) & (p2 < high2)
         y0, y1 = token(p0, g0, D0, MODES[0]), token(p1, g1, D1, MODES[1])
         y2 = token(p2, g2, D2, MODES[2])
-        k_rows = token_offset(batch, y0, y1, y2, kv_head, (k_b, k_0, k_1, k_2, k_h), ALIGN)
-        v_rows = token_offset(batch, y0, y1, y2, kv_head, (v_b, v_0, v_1, v_2, v_h), ALIGN)
+        k_rows = token_offset(k_start, y0, y1, y2, k_0, k_1, k_2, ALIGN)
+        v_rows = token_offset(v_start, y0, y1, y2, v_0, v_1, v_2, ALIGN)
         k = load_rows(key, k_rows, present, d, D)
         v = load_rows(value, v_rows, present, dv, DV)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
@@ -151,8 +179,8 @@ def query_kernel(
 
     if HAS_EXTRA:
         kv_heads = heads // per_kv
-        for first in range(0, extra, N):
-            e = first + tl.arange(0, N)
+        for e_first in range(0, extra, N):
+            e = e_first + tl.arange(0, N)
             present = e < extra
             cols = (batch * extra + e) * kv_heads + kv_head
             k = load_rows(extra_key, cols * D, present, d, D)
@@ -166,12 +194,12 @@ def query_kernel(
 
 @kernel
 def key_kernel(
-    query, key, value, rpb, grad_out, lse, delta, grad_key, grad_value,
+    query, key, value, rpb, documents, grad_out, terms, grad_key, grad_value,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     L0, L1, L2, KEYS, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, kv_heads, per_kv, scale,
     MODES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_RPB: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_RPB: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV; the arguments are ``forward_kernel``'s, tiles ``T`` are of keys."""
     M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
@@ -179,6 +207,20 @@ def key_kernel(
     pid, t0, t1, t2 = split(tl.program_id(0), T0, T1, T2)
     pid, g0, g1, g2 = split(pid, D0, D1, D2)
     kv_head, batch = (pid % kv_heads).to(tl.int64), (pid // kv_heads).to(tl.int64)
+    if PACKED:
+        first, key_first, L0, L1, L2, KEYS, K0, K1, K2, S0, S1, S2, D0, D1, D2 = document(
+            documents, batch
+        )
+        if (g0 >= D0) | (g1 >= D1) | (g2 >= D2):
+            return
+        q_1, k_1, v_1 = L2.to(tl.int64) * q_2, KEYS.to(tl.int64) * k_2, KEYS.to(tl.int64) * v_2
+        q_0, k_0, v_0 = L1 * q_1, L1 * k_1, L1 * v_1
+        q_start, k_start, v_start = first * q_2, key_first * k_2, key_first * v_2
+    else:
+        first, key_first = batch * L0 * L1 * L2, batch * L0 * L1 * KEYS
+        q_start, k_start, v_start = batch * q_b, batch * k_b, batch * v_b
+    k_start += kv_head * k_h
+    v_start += kv_head * v_h
 
     n0, n1, n2 = group_length(L0, D0, g0), group_length(L1, D1, g1), group_length(L2, D2, g2)
     m2 = group_length(KEYS, D2, g2)
@@ -187,19 +229,27 @@ def key_kernel(
         return
     z0, z1 = tl.minimum(f0 + TK[0], n0) - 1, tl.minimum(f1 + TK[1], n1) - 1
     z2 = tl.minimum(f2 + TK[2], m2) - 1
-    low0, high0 = queries_of(f0, z0, n0, n0, K0, S0, MODES[0])
-    low1, high1 = queries_of(f1, z1, n1, n1, K1, S1, MODES[1])
-    low2, high2 = queries_of(f2, z2, n2, m2, K2, S2, MODES[2])
+    # Queries move monotonically too: the first and the last key bound the box, and the queries that
+    # attend every key of the tile.
+    low0, all_high0 = queries_of(f0, n0, n0, K0, S0, MODES[0])
+    low1, all_high1 = queries_of(f1, n1, n1, K1, S1, MODES[1])
+    low2, all_high2 = queries_of(f2, n2, m2, K2, S2, MODES[2])
+    all_low0, high0 = queries_of(z0, n0, n0, K0, S0, MODES[0])
+    all_low1, high1 = queries_of(z1, n1, n1, K1, S1, MODES[1])
+    all_low2, high2 = queries_of(z2, n2, m2, K2, S2, MODES[2])
 
     c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
-    p0, p1, p2 = f0 + c0, f1 + c1, f2 + c2
-    present = (p0 <= z0) & (p1 <= z1) & (p2 <= z2)
+    p0, p1, p2 = tl.minimum(f0 + c0, z0), tl.minimum(f1 + c1, z1), tl.minimum(f2 + c2, z2)
+    present = (f0 + c0 <= z0) & (f1 + c1 <= z1) & (f2 + c2 <= z2)
+    s0, e0 = queries_of(p0, n0, n0, K0, S0, MODES[0])
+    s1, e1 = queries_of(p1, n1, n1, K1, S1, MODES[1])
+    s2, e2 = queries_of(p2, n2, m2, K2, S2, MODES[2])
     y0, y1 = token(p0, g0, D0, MODES[0]), token(p1, g1, D1, MODES[1])
     y2 = token(p2, g2, D2, MODES[2])
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    cols = token_offset(batch, y0, y1, y2, kv_head, (k_b, k_0, k_1, k_2, k_h), ALIGN)
+    cols = token_offset(k_start, y0, y1, y2, k_0, k_1, k_2, ALIGN)
     k = load_rows(key, cols, present, d, D)
-    cols = token_offset(batch, y0, y1, y2, kv_head, (v_b, v_0, v_1, v_2, v_h), ALIGN)
+    cols = token_offset(v_start, y0, y1, y2, v_0, v_1, v_2, ALIGN)
     v = load_rows(value, cols, present, dv, DV)
     r0, r1, r2 = coordinates(tl.arange(0, M), TQ[1], TQ[2])
 
@@ -209,43 +259,43 @@ def key_kernel(
     boxes = tl.cdiv(tl.maximum(high0 - low0, 0), TQ[0]) * tl.maximum(b1, 0) * tl.maximum(b2, 0)
     for step in range(0, boxes * per_kv):
         head, box = kv_head * per_kv + step // boxes, step % boxes
-        i0 = low0 + box // (b1 * b2) * TQ[0] + r0
-        i1 = low1 + box // b2 % b1 * TQ[1] + r1
-        i2 = low2 + box % b2 * TQ[2] + r2
+        a0, a1 = low0 + box // (b1 * b2) * TQ[0], low1 + box // b2 % b1 * TQ[1]
+        a2 = low2 + box % b2 * TQ[2]
+        i0, i1, i2 = a0 + r0, a1 + r1, a2 + r2
         real = (i0 < high0) & (i1 < high1) & (i2 < high2)
         x0, x1 = token(i0, g0, D0, MODES[0]), token(i1, g1, D1, MODES[1])
         x2 = token(i2, g2, D2, MODES[2])
-        rows = token_offset(batch, x0, x1, x2, head, (q_b, q_0, q_1, q_2, q_h), ALIGN)
+        rows = token_offset(q_start + head * q_h, x0, x1, x2, q_0, q_1, q_2, ALIGN)
         q = load_rows(query, rows, real, d, D)
-        rows = row_number(batch, x0, x1, x2, (L0, L1, L2), kv_heads * per_kv, head)
+        rows = row_number(first, x0, x1, x2, L1, L2, kv_heads * per_kv, head)
         g = load_rows(grad_out, rows * DV, real, dv, DV)
-        row_lse, row_delta = _load_row_terms(lse, delta, rows, real)
+        row_lse, row_delta = _load_terms(terms, rows, real)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
-        s0, e0 = window(i0, n0, n0, K0, S0, MODES[0])
-        s1, e1 = window(i1, n1, n1, K1, S1, MODES[1])
-        s2, e2 = window(i2, n2, m2, K2, S2, MODES[2])
-        allowed = real[None, :]
-        allowed = inside(p0[:, None], s0[None, :], e0[None, :], MODES[0], allowed)
-        allowed = inside(p1[:, None], s1[None, :], e1[None, :], MODES[1], allowed)
-        allowed = inside(p2[:, None], s2[None, :], e2[None, :], MODES[2], allowed)
-        if HAS_RPB:
-            allowed &= present[:, None]
-            at = bias_offset(
-                p0[:, None] - i0[None, :], p1[:, None] - i1[None, :],
-                p2[:, None] - i2[None, :], (K0, K1, K2), head,
-            )  # fmt: skip
-            s += tl.load(rpb + at, mask=allowed, other=0.0).to(tl.float32) * LOG2E
-        s = tl.where(allowed, s, float("-inf"))
+        whole = (a0 >= all_low0) & (a0 + TQ[0] <= all_high0)
+        whole &= (a1 >= all_low1) & (a1 + TQ[1] <= all_high1)
+        whole &= (a2 >= all_low2) & (a2 + TQ[2] <= all_high2)
+        if HAS_RPB | (whole == 0):
+            allowed = present[:, None]
+            allowed = inside(i0[None, :], s0[:, None], e0[:, None], MODES[0], allowed)
+            allowed = inside(i1[None, :], s1[:, None], e1[:, None], MODES[1], allowed)
+            allowed = inside(i2[None, :], s2[:, None], e2[:, None], MODES[2], allowed)
+            if HAS_RPB:
+                at = bias_offset(
+                    p0[:, None] - i0[None, :], p1[:, None] - i1[None, :],
+                    p2[:, None] - i2[None, :], (K0, K1, K2), head,
+                )  # fmt: skip
+                s += tl.load(rpb + at, mask=allowed, other=0.0).to(tl.float32) * LOG2E
+            s = tl.where(allowed, s, float("-inf"))
         dk_acc, dv_acc = _key_step(dk_acc, dv_acc, q, k, v, g, row_lse, row_delta, s, PRECISION)
 
-    cols = row_number(batch, y0, y1, y2, (L0, L1, KEYS), kv_heads, kv_head)
+    cols = row_number(key_first, y0, y1, y2, L1, KEYS, kv_heads, kv_head)
     store_rows(grad_key, cols * D, present, d, D, dk_acc * scale)
     store_rows(grad_value, cols * DV, present, dv, DV, dv_acc)
 
 
 @kernel
 def extra_kernel(
-    query, extra_key, extra_value, grad_out, lse, delta, grad_key, grad_value,
+    query, extra_key, extra_value, grad_out, terms, grad_key, grad_value,
     q_b, q_0, q_1, q_2, q_h, L0, L1, L2, kv_heads, per_kv, extra, per_split, scale,
     M: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -272,11 +322,11 @@ def extra_kernel(
         x = part * per_split + step % steps * M + tl.arange(0, M)
         real = (x < L0 * L1 * L2) & (x < (part + 1) * per_split)
         x0, x1, x2 = coordinates(x, L1, L2)
-        rows = token_offset(batch, x0, x1, x2, head, (q_b, q_0, q_1, q_2, q_h), ALIGN)
+        rows = token_offset(batch * q_b + head * q_h, x0, x1, x2, q_0, q_1, q_2, ALIGN)
         q = load_rows(query, rows, real, d, D)
-        rows = row_number(batch, x0, x1, x2, (L0, L1, L2), kv_heads * per_kv, head)
+        rows = row_number(batch * L0 * L1 * L2, x0, x1, x2, L1, L2, kv_heads * per_kv, head)
         g = load_rows(grad_out, rows * DV, real, dv, DV)
-        row_lse, row_delta = _load_row_terms(lse, delta, rows, real)
+        row_lse, row_delta = _load_terms(terms, rows, real)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
         s = tl.where(real[None, :], s, float("-inf"))
         dk_acc, dv_acc = _key_step(dk_acc, dv_acc, q, k, v, g, row_lse, row_delta, s, PRECISION)
@@ -287,7 +337,7 @@ def extra_kernel(
 
 @kernel
 def bias_kernel(
-    query, key, value, rpb, grad_out, lse, delta, grad_rpb,
+    query, key, value, rpb, grad_out, terms, grad_rpb,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, heads, per_kv, batches, offsets, per_split,
     scale, MODES: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr,
@@ -322,14 +372,14 @@ def bias_kernel(
         allowed = inside(p2, s2, e2, MODES[2], allowed)
         row = x0 * q_0 + x1 * q_1 + x2 * q_2 + batch * q_b + head * q_h
         q = tl.load(query + row + d, mask=d < D, other=0.0).to(tl.float32)
-        row = row_number(batch, x0, x1, x2, (L0, L1, L2), heads, head)
+        row = number * heads + head
         g = tl.load(grad_out + row * DV + dv, mask=dv < DV, other=0.0).to(tl.float32)
         y0, y1, y2 = p0 * D0 + g0, p1 * D1 + g1, p2 * D2 + g2
-        cols = token_offset(batch, y0, y1, y2, kv_head, (k_b, k_0, k_1, k_2, k_h), ALIGN)
+        cols = token_offset(batch * k_b + kv_head * k_h, y0, y1, y2, k_0, k_1, k_2, ALIGN)
         k = load_rows(key, cols, allowed, d, D).to(tl.float32)
-        cols = token_offset(batch, y0, y1, y2, kv_head, (v_b, v_0, v_1, v_2, v_h), ALIGN)
+        cols = token_offset(batch * v_b + kv_head * v_h, y0, y1, y2, v_0, v_1, v_2, ALIGN)
         v = load_rows(value, cols, allowed, dv, DV).to(tl.float32)
-        s = tl.sum(k * q[None, :], 1) * scale + bias - tl.load(lse + row)
-        p = tl.where(allowed, tl.exp2(s * LOG2E), 0.0)
-        acc += p * (tl.sum(v * g[None, :], 1) - tl.load(delta + row))
+        s = (tl.sum(k * q[None, :], 1) * scale + bias) * LOG2E - tl.load(terms + row * 4)
+        p = tl.where(allowed, tl.exp2(s), 0.0)
+        acc += p * (tl.sum(v * g[None, :], 1) - tl.load(terms + row * 4 + 1))
     tl.store(grad_rpb + (part * heads + head) * offsets + at, acc, mask=at < offsets)

@@ -10,6 +10,7 @@ from natten.backends.triton.primitives import (
     LOG2E,
     bias_offset,
     coordinates,
+    document,
     group_length,
     inside,
     kernel,
@@ -38,21 +39,36 @@ def _accumulate(acc, top, total, s, v, PRECISION: tl.constexpr):
 
 @kernel
 def forward_kernel(
-    query, key, value, rpb, extra_key, extra_value, out, lse,
+    query, key, value, rpb, extra_key, extra_value, documents, out, lse,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     L0, L1, L2, KEYS, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, extra, scale,
     MODES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_RPB: tl.constexpr, HAS_EXTRA: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_RPB: tl.constexpr, HAS_EXTRA: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tokens ``L``, keys of the last axis ``KEYS``, window ``K``, stride ``S``, dilation ``D``,
-    tiles ``T``, per axis."""
+    tiles ``T``, per axis. ``PACKED``: a batch is a document of its own sizes."""
     M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
     N: tl.constexpr = TK[0] * TK[1] * TK[2]
     pid, t0, t1, t2 = split(tl.program_id(0), T0, T1, T2)
     pid, g0, g1, g2 = split(pid, D0, D1, D2)
     head, batch = (pid % heads).to(tl.int64), (pid // heads).to(tl.int64)
     kv_head = head // per_kv
+    if PACKED:
+        first, key_first, L0, L1, L2, KEYS, K0, K1, K2, S0, S1, S2, D0, D1, D2 = document(
+            documents, batch
+        )
+        if (g0 >= D0) | (g1 >= D1) | (g2 >= D2):
+            return
+        q_1, k_1, v_1 = L2.to(tl.int64) * q_2, KEYS.to(tl.int64) * k_2, KEYS.to(tl.int64) * v_2
+        q_0, k_0, v_0 = L1 * q_1, L1 * k_1, L1 * v_1
+        q_start, k_start, v_start = first * q_2, key_first * k_2, key_first * v_2
+    else:
+        first = batch * L0 * L1 * L2
+        q_start, k_start, v_start = batch * q_b, batch * k_b, batch * v_b
+    q_start += head * q_h
+    k_start += kv_head * k_h
+    v_start += kv_head * v_h
 
     n0, n1, n2 = group_length(L0, D0, g0), group_length(L1, D1, g1), group_length(L2, D2, g2)
     m2 = group_length(KEYS, D2, g2)
@@ -80,7 +96,7 @@ def forward_kernel(
     x2 = token(i2, g2, D2, MODES[2])
 
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    rows = token_offset(batch, x0, x1, x2, head, (q_b, q_0, q_1, q_2, q_h), ALIGN)
+    rows = token_offset(q_start, x0, x1, x2, q_0, q_1, q_2, ALIGN)
     q = load_rows(query, rows, real, d, D)
     c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
 
@@ -95,8 +111,8 @@ def forward_kernel(
         present = (p0 < high0) & (p1 < high1) & (p2 < high2)
         y0, y1 = token(p0, g0, D0, MODES[0]), token(p1, g1, D1, MODES[1])
         y2 = token(p2, g2, D2, MODES[2])
-        k_rows = token_offset(batch, y0, y1, y2, kv_head, (k_b, k_0, k_1, k_2, k_h), ALIGN)
-        v_rows = token_offset(batch, y0, y1, y2, kv_head, (v_b, v_0, v_1, v_2, v_h), ALIGN)
+        k_rows = token_offset(k_start, y0, y1, y2, k_0, k_1, k_2, ALIGN)
+        v_rows = token_offset(v_start, y0, y1, y2, v_0, v_1, v_2, ALIGN)
         k = load_rows(key, k_rows, present, d, D)
         v = load_rows(value, v_rows, present, dv, DV)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
@@ -119,8 +135,8 @@ def forward_kernel(
 
     if HAS_EXTRA:
         kv_heads = heads // per_kv
-        for first in range(0, extra, N):
-            e = first + tl.arange(0, N)
+        for e_first in range(0, extra, N):
+            e = e_first + tl.arange(0, N)
             present = e < extra
             cols = (batch * extra + e) * kv_heads + kv_head
             k = load_rows(extra_key, cols * D, present, d, D)
@@ -131,6 +147,6 @@ def forward_kernel(
 
     found = total > 0
     total = tl.where(found, total, 1.0)
-    rows = row_number(batch, x0, x1, x2, (L0, L1, L2), heads, head)
+    rows = row_number(first, x0, x1, x2, L1, L2, heads, head)
     store_rows(out, rows * DV, real, dv, DV, acc / total[:, None])
     tl.store(lse + rows, tl.where(found, (top + tl.log2(total)) * LN2, float("-inf")), mask=real)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 POINTERS = {
-    "query", "key", "value", "rpb", "extra_key", "extra_value", "out", "lse", "delta",
+    "query", "key", "value", "rpb", "extra_key", "extra_value", "documents", "out", "lse", "terms",
     "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_rpb",
 }  # fmt: skip
 
@@ -71,26 +71,29 @@ def window(i, n, n_keys, k, s, MODE: tl.constexpr):
 
 
 @triton.jit
-def queries_of(first, last, n, n_keys, k, s, MODE: tl.constexpr):
-    """First and one-past-last query that may attend a key in ``first .. last``."""
+def queries_of(p, n, n_keys, k, s, MODE: tl.constexpr):
+    """First and one-past-last query that attends key ``p``: the inverse of :func:`window`."""
     if MODE == UNIT:
-        low, high = first * 0, first * 0 + 1
+        start, end = p * 0, p * 0 + 1
     elif MODE == FULL:
-        low, high = first * 0, first * 0 + n
+        start, end = p * 0, p * 0 + n
     elif MODE == FULL_CAUSAL:
-        low, high = first, first * 0 + n
-    elif (MODE == CAUSAL) | (MODE == CAUSAL_STRIDED):
-        low = first
-        high = tl.minimum((last + k - s) // s * s + s, n)
-        high = tl.where(last + k >= n, n, high)
+        start, end = p, p * 0 + n
+    elif MODE == CAUSAL:
+        start, end = p, tl.minimum(p + k, n)
+    elif MODE == CAUSAL_STRIDED:
+        start = p
+        end = tl.where(p + k >= n, n, tl.minimum((p + k - s) // s * s + s, n))
     else:
-        reach = last + k // 2 - s // 2
-        high = tl.minimum(reach // s * s + s, n)
-        high = tl.where((last >= n - k) | (last + k // 2 >= n - 1), n, high)
-        start = first - k + 1
-        low = (start + k // 2 - s // 2 + s - 1) // s * s
-        low = tl.where(start <= 0, 0, low)
-    return low, high
+        first = p - k + 1 + k // 2
+        last = p + k // 2
+        start, end = first, last + 1
+        if MODE == STRIDED:
+            start = (first - s // 2 + s - 1) // s * s
+            end = (last - s // 2) // s * s + s
+        start = tl.where(p - k + 1 <= 0, 0, start)
+        end = tl.where((p >= n - k) | (last >= n - 1), n, tl.minimum(end, n))
+    return start, end
 
 
 @triton.jit
@@ -100,17 +103,32 @@ def coordinates(r, T1: tl.constexpr, T2: tl.constexpr):
 
 
 @triton.jit
-def token_offset(batch, x0, x1, x2, head, strides, ALIGN: tl.constexpr):
-    """Offset of tokens ``x``, a multiple of ``ALIGN``; 64 bits, because tensors may be large."""
-    offset = batch * strides[0] + head * strides[4]
-    offset += x0.to(tl.int64) * strides[1] + x1.to(tl.int64) * strides[2]
-    return tl.multiple_of(offset + x2.to(tl.int64) * strides[3], ALIGN)
+def _size(row, column: tl.constexpr):
+    return tl.load(row + column).to(tl.int32)
 
 
 @triton.jit
-def row_number(batch, x0, x1, x2, shape, heads, head):
-    """Number of a row of contiguous ``[batch, *shape, heads]``."""
-    token = ((batch * shape[0] + x0) * shape[1] + x1) * shape[2] + x2
+def document(documents, number):
+    """A row of the table of :mod:`natten.packed`: where a document starts, and its sizes."""
+    row = documents + number * 16
+    return (
+        tl.load(row), tl.load(row + 1), _size(row, 2), _size(row, 3), _size(row, 4), _size(row, 5),
+        _size(row, 6), _size(row, 7), _size(row, 8), _size(row, 9), _size(row, 10), _size(row, 11),
+        _size(row, 12), _size(row, 13), _size(row, 14),
+    )  # fmt: skip
+
+
+@triton.jit
+def token_offset(start, x0, x1, x2, s0, s1, s2, ALIGN: tl.constexpr):
+    """Offset of tokens ``x``, a multiple of ``ALIGN``; 64 bits, because tensors may be large."""
+    offset = start + x0.to(tl.int64) * s0 + x1.to(tl.int64) * s1 + x2.to(tl.int64) * s2
+    return tl.multiple_of(offset, ALIGN)
+
+
+@triton.jit
+def row_number(first, x0, x1, x2, L1, L2, heads, head):
+    """Row of token ``x`` of a layout ``[*, L1, L2]`` that begins at token ``first`` of ``[*, heads]``."""
+    token = first + (x0.to(tl.int64) * L1 + x1) * L2 + x2
     return token * heads + head
 
 

@@ -1,0 +1,268 @@
+"""What a call's shapes decide, worked out once: tiles, grids, numbers and constants of its kernels.
+
+An eager call must not cost more on the host than its kernels on the GPU. So everything but
+addresses is kept in a plan, found by one lookup, and a kernel that has run before is launched
+through its compiled object.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from natten.backends.triton import tiles as tiling
+from natten.backends.triton.backward import (
+    bias_kernel,
+    extra_kernel,
+    key_kernel,
+    query_kernel,
+    terms_kernel,
+)
+from natten.backends.triton.forward import forward_kernel
+from natten.backends.triton.primitives import (
+    CAUSAL,
+    CAUSAL_STRIDED,
+    FULL,
+    FULL_CAUSAL,
+    SLIDING,
+    STRIDED,
+    UNIT,
+)
+from natten.neighborhood import Dense, Rule
+
+
+class Packed(NamedTuple):
+    """Documents one after another in a batch of one: how many, and the longest of each axis."""
+
+    number: int
+    space: tuple[int, ...]
+    key_space: tuple[int, ...]
+
+
+class Launch:
+    """A kernel with its grid, numbers and constants; call it with the tensors."""
+
+    def __init__(
+        self, kernel: Any, grid: Iterable[int], numbers: Iterable[Any], constants: dict[str, Any]
+    ) -> None:
+        self.kernel, self.constants = kernel, constants
+        self.grid = (*grid, 1, 1)[:3]
+        self.numbers = tuple(numbers)
+        self.compiled: Any = None
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Tensors must be on the current device."""
+        addresses = [x.data_ptr() for x in tensors]
+        # Triton compiles for addresses that 16 divides, which only views can lack.
+        aligned = not any(address % 16 for address in addresses)
+        if aligned and self.compiled is not None:
+            self.compiled(*addresses, *self.numbers)
+            return
+        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+        if aligned and compiled is not None:  # the interpreter compiles nothing
+            names = self.kernel.arg_names
+            constants = (self.constants[name] for name in names if name in self.constants)
+            self.numbers += tuple(constants)
+            self.compiled = compiled[self.grid]
+
+
+def padded(values: Sequence[Any], fill: Any) -> tuple[Any, ...]:
+    """Three axes: the missing ones come first."""
+    return (*(fill,) * (3 - len(values)), *values)
+
+
+def modes(rule: Rule, shape: Sequence[int]) -> tuple[int, ...]:
+    """How the windows of each of three axes go."""
+    if isinstance(rule, Dense):
+        return UNIT.value, UNIT.value, (FULL_CAUSAL if rule.causal else FULL).value
+    found = []
+    for length, stride, causal in zip(shape, rule.stride, rule.is_causal):
+        if length == 1:
+            mode = UNIT
+        elif causal:
+            mode = CAUSAL if stride == 1 else CAUSAL_STRIDED
+        else:
+            mode = SLIDING if stride == 1 else STRIDED
+        found.append(mode.value)
+    return padded(found, UNIT.value)
+
+
+def _strides(strides: Sequence[int]) -> tuple[int, ...]:
+    """Batch, three axes, heads, of ``[batch, *space, heads, channels]``."""
+    batch, *space, heads, _ = strides
+    return (batch, *padded(space, 0), heads)
+
+
+def _parts(work: int, least: int, most: int) -> tuple[int, int]:
+    """How many programs share ``work`` items, at least ``least`` each, and how many each takes."""
+    parts = max(1, min(most, work // least))
+    return parts, -(-work // parts)
+
+
+class Plan:
+    """The kernels of one problem; see :func:`plan` for the arguments."""
+
+    def __init__(
+        self,
+        rule: Rule,
+        scale: float,
+        device: torch.device,
+        dtype: torch.dtype,
+        shapes: Sequence[torch.Size],
+        strides: Sequence[Sequence[int]],
+        bias_dtype: torch.dtype | None,
+        extra: int | None,
+        packed: Packed | None,
+        tf32: bool,
+    ) -> None:
+        query, key, value = shapes
+        self.rule, self.scale, self.device = rule, scale, device
+        self.itemsize, self.packed = dtype.itemsize, packed is not None
+        self.rows = math.prod(query[:-1])
+        sizes = packed or Packed(query[0], tuple(query[1:-2]), tuple(key[1:-2]))
+        self.batch, self.space, self.key_space = sizes
+        self.shape = padded(self.space, 1)
+        self.heads, self.kv_heads = query[-2], key[-2]
+        self.per_kv = self.heads // self.kv_heads
+        self.dim, self.value_dim = query[-1], value[-1]
+        self.dilation = padded(rule.dilation, 1)
+        if isinstance(rule, Dense):
+            self.window = (1, 1, 1, 1, 1, 1, *self.dilation)
+        else:
+            self.window = (*padded(rule.kernel_size, 1), *padded(rule.stride, 1), *self.dilation)
+        self.modes = modes(rule, self.space if packed is None else [2] * len(self.space))
+        self.strides = tuple(s for each in strides for s in _strides(each))
+        self.bias, self.extra = bias_dtype is not None, extra
+        self.channels = {
+            "ALIGN": math.gcd(16, *self.strides),
+            "D": self.dim,
+            "DV": self.value_dim,
+            "BLOCK_D": tiling.block(self.dim),
+            "BLOCK_DV": tiling.block(self.value_dim),
+        }
+        self.precision = {"PRECISION": "tf32" if tf32 else "ieee"}
+
+    def _tiled(self, kernel: Any, kind: str, heads: int, tail: Sequence[Any]) -> Launch:
+        """A kernel with a program per tile; ``tail``: its numbers after the sizes."""
+        tiles = tiling.choose(
+            kind, self.rule, self.space, self.key_space, self.dim, self.value_dim, self.itemsize
+        )
+        keys = kind == "key"
+        outer = tiles.key if keys else tiles.query
+        lengths = zip(padded(self.key_space if keys else self.space, 1), self.dilation, outer)
+        counts = [math.ceil(math.ceil(length / d) / size) for length, d, size in lengths]
+        programs = math.prod(counts) * math.prod(self.dilation) * self.batch * heads
+        constants = {
+            "MODES": self.modes,
+            "TQ": tiles.query,
+            "TK": tiles.key,
+            "HAS_RPB": self.bias,
+            "PACKED": self.packed,
+            "num_warps": tiles.num_warps,
+            "num_stages": tiles.num_stages,
+            **self.channels,
+            **self.precision,
+        }
+        if not keys:
+            constants["HAS_EXTRA"] = bool(self.extra)
+        numbers = (*self.strides, *self.shape, self.key_space[-1], *self.window, *counts, *tail)
+        return Launch(kernel, (programs,), numbers, constants)
+
+    @cached_property
+    def forward(self) -> Launch:
+        tail = (self.heads, self.per_kv, self.extra or 0, self.scale)
+        return self._tiled(forward_kernel, "forward", self.heads, tail)
+
+    @cached_property
+    def query(self) -> Launch:
+        """dQ."""
+        tail = (self.heads, self.per_kv, self.extra or 0, self.scale)
+        return self._tiled(query_kernel, "query", self.heads, tail)
+
+    @cached_property
+    def key(self) -> Launch:
+        """dK and dV."""
+        tail = (self.kv_heads, self.per_kv, self.scale)
+        return self._tiled(key_kernel, "key", self.kv_heads, tail)
+
+    @cached_property
+    def terms(self) -> dict[bool, Launch]:
+        """What the backward needs per query; by whether there is a gradient of the LSE."""
+        constants = {name: self.channels[name] for name in ("DV", "BLOCK_DV")}
+        return {
+            given: Launch(
+                terms_kernel,
+                (-(-self.rows // 16),),
+                (self.rows,),
+                {"HAS_LSE": given, "M": 16, **constants},
+            )
+            for given in (False, True)
+        }
+
+    @cached_property
+    def extra_tokens(self) -> tuple[int, Launch]:
+        """The additional tokens' gradients in parts: how many, and the kernel."""
+        assert self.extra is not None
+        parts, per_part = _parts(math.prod(self.shape), 512, 64)
+        numbers = (
+            *self.strides[:5], *self.shape, self.kv_heads, self.per_kv, self.extra, per_part,
+            self.scale,
+        )  # fmt: skip
+        grid = (parts, -(-self.extra // 16), self.batch * self.kv_heads)
+        constants = {"M": 32, "N": 16, **self.channels, **self.precision}
+        return parts, Launch(extra_kernel, grid, numbers, constants)
+
+    @cached_property
+    def rpb(self) -> tuple[int, Launch]:
+        """The bias's gradient in parts: how many, and the kernel."""
+        offsets = math.prod(2 * k - 1 for k in self.window[:3])
+        parts, per_part = _parts(math.prod(self.shape) * self.batch, 64, 512)
+        numbers = (
+            *self.strides, *self.shape, *self.window, self.heads, self.per_kv, self.batch, offsets,
+            per_part, self.scale,
+        )  # fmt: skip
+        grid = (parts, -(-offsets // 32), self.heads)
+        return parts, Launch(
+            bias_kernel, grid, numbers, {"MODES": self.modes, "N": 32, **self.channels}
+        )
+
+
+# Calls of one shape come again: a model has few.
+_cached_plan = lru_cache(maxsize=1024)(Plan)
+
+
+def plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    extra_keys: Tensor | None,
+    rule: Rule,
+    scale: float,
+    packed: Packed | None = None,
+) -> Plan:
+    """The plan of a call; tensors have channels one after another."""
+    return _cached_plan(
+        rule,
+        scale,
+        query.device,
+        query.dtype,
+        (query.shape, key.shape, value.shape),
+        (query.stride(), key.stride(), value.stride()),
+        None if rpb is None else rpb.dtype,
+        None if extra_keys is None else extra_keys.shape[1],
+        packed,
+        query.dtype == torch.float32 and _allows_tf32(),
+    )
+
+
+def _allows_tf32() -> bool:
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # 2.9's, which also knows what allow_tf32 was set to
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
