@@ -50,6 +50,21 @@ _library.define(f"rpb_bias(Tensor rpb, SymInt[] shape, {_RULE}) -> Tensor")
 _library.define(f"rpb_bias_transposed(Tensor grad, {_RULE}) -> Tensor")
 
 
+def _is_plain(tensors: Sequence[Any]) -> bool:
+    """Whether nothing watches what an eager call does, so that it needs no operator.
+
+    The dispatcher costs as much time on the host as a small kernel takes on a GPU.
+    """
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or any(type(x) not in _PLAIN_TYPES for x in tensors)
+    )
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))
+
+
 def _pack(rule: Rule) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[bool]]:
     """A rule as operator arguments; plain attention has no window."""
     if isinstance(rule, Dense):
@@ -428,8 +443,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         *tensors, scale, backend, rule = args
-        run: Any = _attention if torch.jit.is_tracing() else _ops.attention
-        return run(*tensors, *_pack(rule), scale, backend)
+        if _is_plain(tensors) or torch.jit.is_tracing():
+            return _module("attention", args[0], args[2], backend).forward(*tensors, rule, scale)
+        return _ops.attention(*tensors, *_pack(rule), scale, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -440,12 +456,12 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        saved, others = ctx.saved_tensors, (*_pack(ctx.rule), ctx.scale, ctx.backend)
+        saved = ctx.saved_tensors
         # The gradient must itself be differentiable for create_graph and under forward mode.
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             grads = _differentiable_gradient(saved[:6], grad_out, grad_lse, ctx)
         else:
-            grads = _gradient(grad_out, grad_lse, *saved, *others)
+            grads = _gradient(grad_out, grad_lse, saved, ctx.rule, ctx.scale, ctx.backend)
         return (*grads, None, None, None)
 
     @staticmethod
@@ -462,12 +478,36 @@ class _Attention(torch.autograd.Function):
         return (_split(out, size, -2), _split(lse, size, -1)), (0, 0)
 
 
-def _gradient(grad_out: Tensor | None, grad_lse: Tensor | None, *args: Any) -> list[Any]:
+class _PlainAttention(torch.autograd.Function):
+    """:class:`_Attention` without ``torch.func``, which makes ``apply`` twice as slow."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        output = _Attention.forward(*args)
+        _Attention.setup_context(ctx, args, output)
+        return output
+
+    backward = _Attention.backward
+    jvp = _Attention.jvp
+
+
+def _gradient(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    saved: Sequence[Any],
+    rule: Rule,
+    scale: float,
+    backend: str,
+) -> list[Any]:
     """Gradients of the six inputs, None for those that are None."""
-    inputs, out = args[:6], args[6]
+    inputs, out = saved[:6], saved[6]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    found = iter(_ops.attention_backward(grad_out, grad_lse, *args))
+    grads = (grad_out, grad_lse)
+    if _is_plain((*grads, *saved)):
+        module = _module("attention", saved[0], saved[2], backend)
+        return list(module.backward(*grads, *saved, rule, scale))
+    found = iter(_ops.attention_backward(*grads, *saved, *_pack(rule), scale, backend))
     return [None if x is None else next(found) for x in inputs]
 
 
@@ -491,14 +531,15 @@ def _differentiable_gradient(
 
 
 def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.others = inputs[6:]
+    *rule, ctx.scale, ctx.backend = inputs[6:]
+    ctx.rule = _unpack(*rule)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:6], *output)
 
 
 def _attention_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-    grads = _gradient(grad_out, grad_lse, *ctx.saved_tensors, *ctx.others)
-    return (*grads, *(None for _ in ctx.others))
+    grads = _gradient(grad_out, grad_lse, ctx.saved_tensors, ctx.rule, ctx.scale, ctx.backend)
+    return (*grads, *(None for _ in range(6)))
 
 
 torch.library.register_autograd(
@@ -522,4 +563,8 @@ def attention(
     if torch.compiler.is_compiling():
         _refuse_forward_mode()
         return _ops.attention(*tensors, *_pack(rule), scale, backend)
-    return _Attention.apply(*tensors, scale, backend, rule)
+    if not _is_plain(tensors):
+        return _Attention.apply(*tensors, scale, backend, rule)
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return _PlainAttention.apply(*tensors, scale, backend, rule)
+    return _Attention.forward(*tensors, scale, backend, rule)

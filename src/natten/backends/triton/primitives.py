@@ -127,7 +127,7 @@ def token_offset(start, x0, x1, x2, s0, s1, s2, ALIGN: tl.constexpr):
 
 @triton.jit
 def row_number(first, x0, x1, x2, L1, L2, heads, head):
-    """Row of token ``x`` of a layout ``[*, L1, L2]`` that begins at token ``first`` of ``[*, heads]``."""
+    """Row, in ``[*, heads]``, of token ``x`` of a layout ``[*, L1, L2]`` from ``first`` on."""
     token = first + (x0.to(tl.int64) * L1 + x1) * L2 + x2
     return token * heads + head
 
