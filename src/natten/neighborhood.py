@@ -129,12 +129,13 @@ class Neighborhood:
             raise ArgumentError(
                 f"`kernel_size` has {self.rank} axes, but the token layout is {tuple(shape)}."
             )
-        for length, k, d in zip(shape, self.kernel_size, self.dilation):
+        for axis, (length, k, d) in enumerate(zip(shape, self.kernel_size, self.dilation)):
             if k * d > length:
                 raise ArgumentError(
                     "`kernel_size` times `dilation` must not exceed the input on any axis, got "
                     f"kernel_size {self.kernel_size}, dilation {self.dilation} for the token "
-                    f"layout {tuple(shape)}; natten.fit_window makes a window fit."
+                    f"layout {tuple(shape)}: on axis {axis}, {k} * {d} > {length}; "
+                    "natten.fit_window makes a window fit."
                 )
 
     def windows(
@@ -151,13 +152,9 @@ class Neighborhood:
         Returns:
             Two int64 tensors shaped like ``position``.
         """
-        k, s = self.kernel_size[axis], self.stride[axis]
-        if self.is_causal[axis]:
-            leader = (position // s * s + s - 1).clamp(max=n - 1)
-            return (leader - k + 1).clamp(min=0), position + 1
-        leader = (position // s * s + s // 2).clamp(max=n - 1)
-        start = (leader - k // 2).clamp(min=0).clamp(max=n - k)
-        return start, start + k
+        return window_bounds(
+            position, n, self.kernel_size[axis], self.stride[axis], self.is_causal[axis]
+        )
 
     def attended_slots(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """Which slots of each token's window it attends; causality empties the last ones.
@@ -191,6 +188,23 @@ class Neighborhood:
             valid = valid & own_valid.view(place)
         slots = (*shape, self.window_tokens)
         return token.reshape(slots), valid.reshape(slots)
+
+
+def window_bounds(
+    position: Tensor,
+    n: int | Tensor,
+    kernel_size: int | Tensor,
+    stride: int | Tensor,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """First and one-past-last key position of queries of one axis; arguments may be broadcast."""
+    k, s = kernel_size, stride
+    if is_causal:
+        leader = (position // s * s + s - 1).clamp(max=n - 1)
+        return (leader - k + 1).clamp(min=0), position + 1
+    leader = (position // s * s + s // 2).clamp(max=n - 1)
+    start = (leader - k // 2).clamp(min=0).clamp(max=n - k)
+    return start, start + k
 
 
 @dataclass(frozen=True)

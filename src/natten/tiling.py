@@ -4,6 +4,9 @@ A tile is a block of consecutive positions inside one dilation group; its box is
 of key positions that holds every window of the tile. Consecutive tiles whose windows look alike
 relative to the tile form a :class:`Run`, so that one mask, one shape and one strided view serve
 all of them.
+
+Kernels walk a box in pieces of one size; :func:`count_boxes` counts those pieces. Tiles and boxes
+are products of axes, so what is counted per axis multiplies.
 """
 
 from __future__ import annotations
@@ -51,15 +54,46 @@ _RUN = 60_000.0  # Python, per run
 _MAX_SCORES = 1 << 20  # query-key pairs of one tile
 
 
+def group_kinds(length: int, dilation: int) -> list[tuple[int, int]]:
+    """``(first group, how many groups)`` of the dilation groups that are alike: at most two."""
+    longer = length % dilation  # groups 0 .. longer - 1 have one position more than the rest
+    kinds = ((0, longer), (longer, dilation - longer))
+    return [(group, groups) for group, groups in kinds if groups and group < length]
+
+
+class BoxCount(NamedTuple):
+    """Boxes that the tiles of one axis visit; each is a tensor with one entry per case."""
+
+    visited: Tensor  # all of them
+    whole: Tensor  # those that every query of their tile attends whole: no mask is needed
+    most: Tensor  # visited by the tile that visits the most
+
+
+def count_boxes(
+    low: Tensor, start: Tensor, end: Tensor, high: Tensor, size: int | Tensor, aligned: bool = False
+) -> BoxCount:
+    """Count the boxes of ``size`` key positions that tiles visit along one axis.
+
+    Args:
+        low, start: ``[..., tiles]``, first window start among a tile's queries, and the last one.
+        end, high: ``[..., tiles]``, first window end among a tile's queries, and the last one.
+        size: key positions in a box.
+        aligned: boxes lie on a grid of multiples of ``size``; else a tile's first box starts at its
+            ``low``.
+    """
+    origin = torch.zeros_like(low) if aligned else low
+    first, last = (low - origin) // size, -((origin - high) // size)
+    whole = ((end - origin) // size + (origin - start) // size).clamp(min=0)
+    visited = last - first
+    return BoxCount(visited.sum(-1), whole.sum(-1), visited.amax(-1))
+
+
 def axis_runs(rule: Rule, axis: int, length: int, key_length: int, tile: int) -> list[Run]:
     """Cut an axis of ``length`` queries and ``key_length`` keys into runs of tiles of ``tile``."""
     dilation = rule.dilation[axis]
     runs: list[Run] = []
-    longer = length % dilation  # groups 0 .. longer - 1 have one position more than the rest
-    for group, groups in ((0, longer), (longer, dilation - longer)):
+    for group, groups in group_kinds(length, dilation):
         n = group_length(length, dilation, group)
-        if groups == 0 or n == 0:
-            continue
         n_keys = group_length(key_length, dilation, group)
         start, end = rule.windows(axis, torch.arange(n, device="cpu"), n, n_keys)
         whole = n // tile * tile
