@@ -1,4 +1,7 @@
-"""Tile shapes of the kernels, by cost: boxes visited, rows wasted, registers, shared memory."""
+"""Tile shapes of the kernels, by cost: boxes visited, rows wasted, registers, shared memory.
+
+The estimate ranks them; what :mod:`natten.tuning` remembers from measuring comes first.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,12 @@ from typing import NamedTuple
 
 import torch
 
+from natten import tuning
 from natten.neighborhood import Rule, group_length
+from natten.tiling import group_kinds
 
 Shape = tuple[int, ...]
+KINDS = ("forward", "query", "key")  # of kernels; the gradients are of the query, of key and value
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 # Beside its products, what a visited box and a program cost, in products of 64 x 32 rows with 64
@@ -53,36 +59,70 @@ def _limits(kind: str, dim: int, value_dim: int, itemsize: int) -> tuple[int, in
     return clamp(8192 // wide, 128), clamp(8192 // wide, 64)
 
 
+def _reach(
+    rule: Rule, axis: int, n: int, n_keys: int, transposed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the keys of each of ``n`` queries begin and end; ``transposed``: queries of keys."""
+    start, end = rule.windows(axis, torch.arange(n, device="cpu"), n, n_keys)
+    if not transposed:
+        return start, end
+    keys = torch.arange(n_keys, device="cpu")
+    return torch.searchsorted(end, keys, right=True), torch.searchsorted(start, keys, right=True)
+
+
+def _spans(start: torch.Tensor, end: torch.Tensor, size: int) -> torch.Tensor:
+    """How many positions each tile of ``size`` reaches."""
+    first = torch.arange(0, len(start), size, device="cpu")
+    return end[(first + size - 1).clamp(max=len(start) - 1)] - start[first]
+
+
 def _axis(rule: Rule, axis: int, length: int, key_length: int, transposed: bool) -> list[_Axis]:
     """The ways to cut an axis; ``transposed``: tiles are of keys, boxes of queries."""
     d = rule.dilation[axis]
     n, n_keys = group_length(length, d, 0), group_length(key_length, d, 0)
-    start, end = rule.windows(axis, torch.arange(n, device="cpu"), n, n_keys)
-    if transposed:
-        keys = torch.arange(n_keys, device="cpu")
-        start, end = (
-            torch.searchsorted(end, keys, right=True),
-            torch.searchsorted(start, keys, right=True),
-        )
-    rows = len(start)
+    start, end = _reach(rule, axis, n, n_keys, transposed)
     ways = []
     for size in _SIZES:
-        if size > 16 and size >= 2 * rows:
+        if size > 16 and size >= 2 * len(start):
             break
-        first = torch.arange(0, rows, size, device="cpu")
-        box = end[(first + size - 1).clamp(max=rows - 1)] - start[first]
-        ways.append(_Axis(size, len(first), {s: int((-(-box // s)).sum()) for s in _SIZES}))
+        spans = _spans(start, end, size)
+        ways.append(_Axis(size, len(spans), {s: int((-(-spans // s)).sum()) for s in _SIZES}))
     return ways
 
 
 _ONE = [_Axis(1, 1, dict.fromkeys(_SIZES, 1))]
 
 
-@lru_cache(maxsize=512)
+def key(
+    kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int
+) -> str:
+    """The name of a problem in :mod:`natten.tuning`."""
+    sizes = "-".join("x".join(map(str, each)) for each in (shape, key_shape))
+    return f"triton-{kind}-{sizes}-{rule}-{dim}-{value_dim}-{itemsize}"
+
+
+@tuning.cached
 def choose(
     kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int
 ) -> Tiles:
-    """The cheapest tiles for a kind of kernel: "forward", "query" (dQ) or "key" (dK and dV)."""
+    """The tiles that were measured to be fastest, else those estimated to be cheapest.
+
+    Args:
+        kind: of kernel, one of ``KINDS``.
+    """
+    problem = (kind, rule, shape, key_shape, dim, value_dim, itemsize)
+    tuned = tuning.lookup(key(*problem))
+    if tuned is None:
+        return candidates(*problem)[0]
+    query, keys, num_warps, num_stages = tuned
+    return Tiles(tuple(query), tuple(keys), num_warps, num_stages)
+
+
+@lru_cache(maxsize=64)
+def candidates(
+    kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int
+) -> list[Tiles]:
+    """Tiles that fit the registers and shared memory, cheapest first by estimate."""
     transposed = kind == "key"
     most_rows, most_cols = _limits(kind, dim, value_dim, itemsize)
     channels = block(dim) + block(value_dim)
@@ -90,8 +130,7 @@ def choose(
         _axis(rule, axis, length, key_length, transposed)
         for axis, (length, key_length) in enumerate(zip(shape, key_shape))
     ]
-    best_cost = math.inf
-    best: tuple[Shape, Shape] = ((1, 1, 16), (1, 1, 16))
+    costs: dict[Tiles, float] = {}
     for tile in itertools.product(*axes):
         rows = math.prod(axis.size for axis in tile)
         if not 16 <= rows <= most_rows:
@@ -101,16 +140,30 @@ def choose(
             cols = math.prod(box)
             visited = math.prod(axis.boxes[size] for axis, size in zip(tile, box))
             work = max(rows, 32) * max(cols, 32) / (64 * 32) * channels / 128
+            outer = tuple(axis.size for axis in tile)
+            # Eight warps are two groups of matrix units, 64 rows each.
+            warps = 8 if rows >= 128 else 4
+            stages = 2 if cols * channels * itemsize <= 40_000 else 1
+            query, keys = (box, outer) if transposed else (outer, box)
             cost = visited * (work + _BOX) + programs * _PROGRAM
-            if cost < best_cost:
-                best_cost, best = cost, (tuple(axis.size for axis in tile), box)
-    outer, inner = best
-    rows, cols = math.prod(outer), math.prod(inner)
-    # Eight warps are two groups of matrix units, 64 rows each.
-    warps = 8 if rows >= 128 else 4
-    stages = 2 if cols * channels * itemsize <= 40_000 else 1
-    query, key = (inner, outer) if transposed else (outer, inner)
-    return Tiles(query, key, warps, stages)
+            costs[Tiles(query, keys, warps, stages)] = cost
+    return sorted(costs, key=lambda tiles: costs[tiles])
+
+
+def computed_pairs(kind: str, rule: Rule, shape: Shape, key_shape: Shape, tiles: Tiles) -> int:
+    """Query-key pairs that a kernel computes per batch entry and head, wasted ones included."""
+    transposed = kind == "key"
+    outer, box = (tiles.key, tiles.query) if transposed else (tiles.query, tiles.key)
+    pairs = math.prod(outer) * math.prod(box)
+    for axis, (length, key_length, d) in enumerate(zip(shape, key_shape, rule.dilation)):
+        i = axis + 3 - len(shape)
+        visited = 0
+        for group, groups in group_kinds(length, d):
+            n, n_keys = group_length(length, d, group), group_length(key_length, d, group)
+            spans = _spans(*_reach(rule, axis, n, n_keys, transposed), outer[i])
+            visited += groups * int((-(-spans // box[i])).sum())
+        pairs *= visited
+    return pairs
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,119 @@
+"""Tiles that were measured to be fastest, remembered on disk.
+
+``natten profile --optimize`` writes them, the backends read them. There is one small file per
+device, version and problem, which is replaced in one step: processes that write at once do no harm.
+
+The directory is ``$NATTEN_CACHE``, else ``$XDG_CACHE_HOME/natten``, else ``~/.cache/natten``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from natten.version import __version__
+
+_log = logging.getLogger("natten")
+_trials: dict[str, Any] = {}
+_caches: list[Any] = []
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def directory() -> Path:
+    """Where tiles for this device and version are."""
+    root = os.environ.get("NATTEN_CACHE")
+    if not root:
+        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "natten")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return Path(root, "tiles", f"{_plain(device)}-{__version__}")
+
+
+def lookup(key: str) -> Any | None:
+    """What was remembered of ``key``, or None.
+
+    Args:
+        key: names a kernel and a problem; different ones have different keys.
+
+    Returns:
+        What :func:`remember` was given, after a round trip through JSON.
+    """
+    if key in _trials:
+        return _trials[key]
+    try:
+        return json.loads(_path(key).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        _log.debug("%s is ignored: %s", _path(key), error)
+        return None
+
+
+def remember(key: str, tiles: Any) -> Path:
+    """Write what :func:`lookup` shall return from now on, in every process.
+
+    Args:
+        key: as in :func:`lookup`.
+        tiles: anything that JSON can hold.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: the directory can not be written.
+    """
+    path = _path(key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            json.dump(tiles, file)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    _forget_choices()
+    return path
+
+
+@contextlib.contextmanager
+def trial(key: str, tiles: Any) -> Iterator[None]:
+    """Inside, :func:`lookup` returns ``tiles`` for ``key``, in this process."""
+    before = dict(_trials)
+    _trials[key] = tiles
+    _forget_choices()
+    try:
+        yield
+    finally:
+        _trials.clear()
+        _trials.update(before)
+        _forget_choices()
+
+
+def cached(function: Function) -> Function:
+    """``functools.lru_cache`` for a choice that asks :func:`lookup`: emptied when that changes."""
+    cache = functools.lru_cache(maxsize=512)(function)
+    _caches.append(cache)
+    return cache  # type: ignore[return-value]
+
+
+def _forget_choices() -> None:
+    for cache in _caches:
+        cache.cache_clear()
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.=_-]+", "-", text)
+
+
+def _path(key: str) -> Path:
+    return directory() / f"{_plain(key)}.json"
