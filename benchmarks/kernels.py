@@ -22,9 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from natten.backends.triton import tiles
-from natten.backends.triton.plan import modes
 from natten.backends.triton.backward import key_kernel, query_kernel
 from natten.backends.triton.forward import forward_kernel
+from natten.backends.triton.plan import modes
 from natten.backends.triton.primitives import POINTERS
 from natten.neighborhood import Neighborhood
 

@@ -1,8 +1,13 @@
 """What all tests share: one thread per worker, a fixed seed, GPU tests only where a GPU is."""
 
+import os
+import tempfile
+
 import pytest
 import torch
 
+# Tiles that were tuned on this machine must not change what tests see; nothing is written there.
+os.environ["NATTEN_CACHE"] = os.path.join(tempfile.gettempdir(), "natten-untuned")
 torch.set_num_threads(1)
 
 

@@ -68,10 +68,10 @@ DEVICES = {
         Device("a100", tflops=312, bandwidth=2.04, exponentials=2.4),
         Device(
             "cpu",
-            tflops=4e-3 / tiling._PRODUCT_DIM,
-            bandwidth=4e-3 / tiling._COPY,
-            exponentials=1e-3 / tiling._PRODUCT,
-            q_tile=64,
+            tflops=4e-3 / tiling.PRODUCT_DIM,
+            bandwidth=4e-3 / tiling.COPY,
+            exponentials=1e-3 / tiling.PRODUCT,
+            q_tile=16,
             kv_tile=1,
             masking=0.0,  # part of the cost of an exponential
         ),
@@ -91,8 +91,8 @@ class Prediction:
         whole_boxes: fraction of the visited boxes that need no mask.
         flop_bound: most speed-up over dense attention that the kept pairs allow.
         tile_bound: most speed-up that the computed pairs allow.
-        interior_bound: the same if every tile visited as many boxes as the one that visits the
-            most, which is one away from the borders.
+        interior_bound: most speed-up of a single tile, the one that visits the most boxes; it lies
+            away from the borders, where windows stop moving.
         time_us, dense_us: roofline of this problem and of dense attention, microseconds.
         bound_by: what takes longest: "products", "exponentials" or "memory".
     """

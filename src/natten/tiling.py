@@ -46,9 +46,9 @@ class TileCost(NamedTuple):
 
 
 # Measured on two AVX-512 cores, float32; only their ratios matter. Nanoseconds.
-_PRODUCT = 0.4  # softmax and mask, per query-key pair
-_PRODUCT_DIM = 0.035  # the two matrix products, per pair and head dim
-_COPY = 0.25  # per copied element
+PRODUCT = 0.4  # softmax and mask, per query-key pair
+PRODUCT_DIM = 0.035  # the two matrix products, per pair and head dim
+COPY = 0.25  # per copied element
 _TILE = 300.0  # per matrix product of a tile
 _RUN = 60_000.0  # Python, per run
 _MAX_SCORES = 1 << 20  # query-key pairs of one tile
@@ -135,7 +135,8 @@ def _merge_tiles(
     return runs
 
 
-def _axis_cost(runs: list[Run]) -> TileCost:
+def axis_cost(runs: list[Run]) -> TileCost:
+    """What the runs of an axis cost."""
     return TileCost(
         products=sum(r.groups * r.repeats * r.query_size * r.key_size for r in runs),
         keys=sum(r.groups * r.repeats * r.key_size for r in runs),
@@ -170,7 +171,7 @@ def tiles(
         for size in _candidates(rule, axis, length):
             runs = axis_runs(rule, axis, length, key_length, size)
             largest = max((r.query_size * r.key_size for r in runs), default=0)
-            by_size[size] = (_axis_cost(runs), largest, runs)
+            by_size[size] = (axis_cost(runs), largest, runs)
         options.append(list(by_size.values()))
 
     best_cost, best = math.inf, None
@@ -182,8 +183,8 @@ def tiles(
             continue
         tile_count = math.prod(c.tiles for c in costs)
         cost = (
-            matrices * math.prod(c.products for c in costs) * (_PRODUCT + _PRODUCT_DIM * head_dim)
-            + matrices * math.prod(c.keys for c in costs) * 2 * head_dim * _COPY
+            matrices * math.prod(c.products for c in costs) * (PRODUCT + PRODUCT_DIM * head_dim)
+            + matrices * math.prod(c.keys for c in costs) * 2 * head_dim * COPY
             + matrices * tile_count * _TILE
             + math.prod(c.runs for c in costs) * _RUN
         )

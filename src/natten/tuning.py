@@ -33,7 +33,8 @@ def directory() -> Path:
     """Where tiles for this device and version are."""
     root = os.environ.get("NATTEN_CACHE")
     if not root:
-        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "natten")
+        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        root = os.path.join(caches, "natten")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return Path(root, "tiles", f"{_plain(device)}-{__version__}")
 
@@ -100,8 +101,8 @@ def trial(key: str, tiles: Any) -> Iterator[None]:
 
 
 def cached(function: Function) -> Function:
-    """``functools.lru_cache`` for a choice that asks :func:`lookup`: emptied when that changes."""
-    cache = functools.lru_cache(maxsize=512)(function)
+    """``functools.lru_cache`` for what depends on :func:`lookup`: emptied when that changes."""
+    cache = functools.lru_cache(maxsize=1024)(function)
     _caches.append(cache)
     return cache  # type: ignore[return-value]
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from natten import tuning
 from natten.backends.triton import tiles as tiling
 from natten.backends.triton.backward import (
     bias_kernel,
@@ -233,7 +234,7 @@ class Plan:
 
 
 # Calls of one shape come again: a model has few.
-_cached_plan = lru_cache(maxsize=1024)(Plan)
+_cached_plan = tuning.cached(Plan)
 
 
 def plan(

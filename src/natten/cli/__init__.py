@@ -1,0 +1,83 @@
+"""The ``natten`` command.
+
+A subcommand is a module of this package with ``add_arguments(parser)`` and ``run(args) -> int``;
+its docstring is the description in its help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from natten.errors import ArgumentError
+from natten.version import __version__
+
+COMMANDS = {
+    "profile": "time one problem beside dense attention; list, try and remember tiles",
+    "simulate": "what a window and its strides can gain at most, without running anything",
+    "draw": "pictures of windows, masks and tiles",
+    "env": "versions, devices and backends: what an issue report needs",
+}
+_EXAMPLES = """examples:
+  natten env
+  natten profile -i 56 56 -w 7 7 -n 2 -d 32
+  natten simulate -i 30 48 80 -w 18 24 24 -n 24
+  natten simulate --help
+
+exit codes: 0 done, 1 failed, 2 wrong arguments
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments after the program's name; None takes those of the process.
+
+    Returns:
+        Exit code: 0 done, 1 failed, 2 wrong arguments.
+    """
+    command_parser = argparse.ArgumentParser(
+        prog="natten",
+        description="Tools around neighborhood attention.",
+        epilog="commands:\n"
+        + "".join(f"  {name:10}{text}\n" for name, text in COMMANDS.items())
+        + "\n"
+        + _EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command_parser.add_argument("--version", action="version", version=f"natten {__version__}")
+    command_parser.add_argument("command", choices=COMMANDS, metavar="command")
+    command_parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        command_parser.print_help(sys.stderr)
+        return 2
+    try:
+        chosen = command_parser.parse_args(argv)
+        command = importlib.import_module(f"natten.cli.{chosen.command}")
+        parser = argparse.ArgumentParser(
+            prog=f"natten {chosen.command}",
+            description=command.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_arguments(parser)
+        return command.run(parser.parse_args(chosen.arguments))
+    except SystemExit as stop:  # argparse has printed help or usage
+        return stop.code if isinstance(stop.code, int) else 1
+    except ArgumentError as error:
+        print(f"natten {chosen.command}: error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError) as error:  # a file that can not be written, out of memory
+        if logging.getLogger("natten").isEnabledFor(logging.DEBUG):
+            raise
+        print(
+            f"natten {chosen.command}: failed: {error} (NATTEN_LOG_LEVEL=debug shows where)",
+            file=sys.stderr,
+        )
+        return 1

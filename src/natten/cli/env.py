@@ -1,0 +1,102 @@
+"""Versions, devices and backends, with the reason each backend is or is not available.
+
+Paste what this prints into an issue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from typing import Any
+
+import torch
+
+from natten import backends, tuning
+from natten.profiler.machine import cpu_name, version_of, versions
+
+EPILOG = """examples:
+  natten env
+  natten env --json
+"""
+DTYPES = (torch.bfloat16, torch.float32)
+# Names of variables that change what runs; of others nothing is told.
+PREFIXES = ("NATTEN_", "TRITON_", "TORCHINDUCTOR_", "CUDA_VISIBLE", "OMP_NUM", "XDG_CACHE_HOME")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``natten env``."""
+    parser.epilog = EPILOG
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the environment."""
+    found = environment()
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for section, entries in found.items():
+        print(f"{section}:")
+        for name, value in entries.items():
+            if not isinstance(value, dict):
+                print(f"  {name}: {value}")
+                continue
+            print(f"  {name}:")
+            for backend, reason in value.items():
+                print(f"    {backend}: {reason}")
+    return 0
+
+
+def environment() -> dict[str, dict[str, Any]]:
+    """What an issue report needs, by section."""
+    return {
+        "versions": {
+            **versions(),
+            "cudnn": torch.backends.cudnn.version() or "none",
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            **{name: version_of(name) for name in ("numpy", "rich", "matplotlib")},
+        },
+        "devices": _devices(),
+        "backends": _backends(),
+        "tuned tiles": _tuned(),
+        "environment variables": {
+            name: text for name, text in sorted(os.environ.items()) if name.startswith(PREFIXES)
+        },
+        "natten": {"installed in": os.path.dirname(os.path.dirname(backends.__file__))},
+    }
+
+
+def _devices() -> dict[str, str]:
+    found = {"cpu": f"{cpu_name()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"}
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        found[f"cuda:{index}"] = (
+            f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, "
+            f"{gpu.total_memory / 2**30:.0f} GiB, {gpu.multi_processor_count} multiprocessors"
+        )
+    return found
+
+
+def _backends() -> dict[str, dict[str, str]]:
+    """Per operator, device and dtype, what each backend says of it."""
+    found = {}
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        for dtype in DTYPES:
+            name = f"{device}, {str(dtype).removeprefix('torch.')}"
+            query = torch.empty(1, 16, 1, 64, device=device, dtype=dtype)
+            lines = (line.split(": ", 1) for line in backends.explain(query).splitlines())
+            found[f"na*d, {name}"] = {backend: reason for backend, reason in lines}
+            question = backends.Problem("unfused", query.device, dtype)
+            found[f"na*d_qk and na*d_av, {name}"] = {
+                each.name: each.unsupported(question) or "can run" for each in backends.BACKENDS
+            }
+    return found
+
+
+def _tuned() -> dict[str, str]:
+    directory = tuning.directory()
+    files = sorted(directory.glob("*.json")) if directory.is_dir() else []
+    return {"directory": str(directory), "problems for this device and version": str(len(files))}

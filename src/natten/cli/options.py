@@ -1,0 +1,107 @@
+"""Options that several commands share, named as in NATTEN's profiler."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from natten.errors import ArgumentError
+from natten.neighborhood import Neighborhood
+
+
+def boolean(text: str) -> bool:
+    """``true``, ``false``, ``1`` or ``0``."""
+    values = {"true": True, "1": True, "false": False, "0": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"expected true, false, 1 or 0, got {text!r}")
+    return values[text.lower()]
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    return _at_least(1, text)
+
+
+def not_negative(text: str) -> int:
+    """An integer of at least 0."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(
+            f"expected an integer that is at least {least}, got {text!r}"
+        )
+    return number
+
+
+def add_layer_arguments(parser: argparse.ArgumentParser, head_dim: int) -> None:
+    """Layout, window and sizes of an attention layer."""
+    layer = parser.add_argument_group("layer", "one number for all axes, or one per axis")
+    layer.add_argument(
+        "-i", "--input-size", nargs="+", type=positive, required=True, metavar="N",
+        help="token layout: length; height and width; or depth, height and width",
+    )  # fmt: skip
+    layer.add_argument(
+        "-w", "--window-size", nargs="+", type=positive, metavar="N",
+        help="tokens in the window (kernel_size); default: the whole layout, self attention",
+    )  # fmt: skip
+    layer.add_argument(
+        "-s", "--stride", nargs="+", type=positive, default=[1], metavar="N",
+        help="queries that share a window; default: 1",
+    )  # fmt: skip
+    layer.add_argument("--dilation", nargs="+", type=positive, default=[1], metavar="N")
+    layer.add_argument(
+        "-c", "--causal", nargs="+", type=boolean, default=[False], metavar="BOOL",
+        help="true, false, 1 or 0; default: false",
+    )  # fmt: skip
+    layer.add_argument("-b", "--batch-size", type=positive, default=1, metavar="N")
+    layer.add_argument("-n", "--heads", type=positive, default=1, metavar="N")
+    layer.add_argument(
+        "-d", "--dim", type=positive, default=head_dim, metavar="N",
+        help=f"head dim; default: {head_dim}",
+    )  # fmt: skip
+
+
+def window_of(args: argparse.Namespace) -> Neighborhood:
+    """The window of the arguments, checked.
+
+    Raises:
+        ArgumentError: an option has the wrong number of entries, or a value that is not allowed.
+    """
+    shape = tuple(args.input_size)
+    if len(shape) > 3:
+        raise ArgumentError(f"`--input-size` must have one to three axes, got {len(shape)}.")
+
+    def per_axis(option: str, values: list[Any]) -> tuple[Any, ...]:
+        if len(values) not in (1, len(shape)):
+            raise ArgumentError(
+                f"`--{option}` must have 1 entry or one per axis of `--input-size` "
+                f"({len(shape)}), got {len(values)}."
+            )
+        return tuple(values * len(shape) if len(values) == 1 else values)
+
+    dilation = per_axis("dilation", args.dilation)
+    if args.window_size is None:
+        kernel_size: tuple[int, ...] = tuple(n // d for n, d in zip(shape, dilation))
+    else:
+        kernel_size = per_axis("window-size", args.window_size)
+    rule = Neighborhood.create(
+        len(shape),
+        kernel_size,
+        per_axis("stride", args.stride),
+        dilation,
+        per_axis("causal", args.causal),
+    )
+    rule.check(shape)
+    return rule
+
+
+def by(sizes: Sequence[int]) -> str:
+    """``8x16`` for ``(8, 16)``."""
+    return "x".join(map(str, sizes))

@@ -1,0 +1,343 @@
+"""Time neighborhood attention beside dense attention over the same tokens.
+
+Measures the default GPU, or the CPU where there is none. Shows the median time of a call, from
+Python ("eager") and of its kernels alone in a CUDA graph ("graph"), the rate of needed products,
+the speed-up over the fastest dense attention, and how close the time is to the ideal: dense time
+times the fraction of query-key pairs that are needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from natten import backends
+from natten.cli.options import add_layer_arguments, by, not_negative, positive, window_of
+from natten.cli.tables import duration, print_table, progress
+from natten.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from natten.profiler import Problem, Report
+
+EPILOG = """examples:
+  a 2-D layer of NAT, forward:
+    natten profile -i 56 56 -w 7 7 -b 4 -n 2 -d 32
+  forward and backward of a causal 1-D window, on the CPU, as one line of a CSV file per time:
+    natten profile -i 2048 -w 256 -c true --backprop --device cpu --csv times.csv
+  HunyuanVideo with the stride that needs no masks, on a GPU:
+    natten profile -i 30 48 80 -w 18 24 24 -s 16 8 8 -n 24 -d 128 --dtype bf16
+  which tiles the GPU kernels could use, without a GPU:
+    natten profile -i 256 256 -w 80 80 -d 128 --dtype bf16 --backend triton --dry-run
+  try the best ten of them and use the fastest from now on, on a GPU:
+    natten profile -i 256 256 -w 80 80 -n 24 -d 128 --dtype bf16 --optimize
+  dense attention alone, by cuDNN, on a GPU:
+    natten profile -i 4096 -d 128 --dtype bf16 --backend cudnn
+
+Tuned tiles are kept in $NATTEN_CACHE, else $XDG_CACHE_HOME/natten, else ~/.cache/natten.
+"""
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+SHOWN_KERNELS = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``natten profile``, named as in NATTEN's profiler."""
+    parser.epilog = EPILOG
+    add_layer_arguments(parser, head_dim=64)
+    more = parser.add_argument_group("problem")
+    more.add_argument("--heads-kv", type=positive, metavar="N", help="default: as --heads")
+    more.add_argument("--dim-value", type=positive, metavar="N", help="default: as --dim")
+    more.add_argument(
+        "--add-kv", type=not_negative, default=0, metavar="N",
+        help="additional keys and values that every query attends; default: 0",
+    )  # fmt: skip
+    more.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    more.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    more.add_argument("--backprop", action="store_true", help="also time forward and backward")
+
+    how = parser.add_argument_group("how it is computed")
+    how.add_argument(
+        "--backend",
+        help="triton, tiled, reference; one of NATTEN's (cutlass-fna, hopper-fna, blackwell-fna, "
+        "flex-fna), which leave the choice to us; or dense attention alone on a GPU: cudnn, fav2, "
+        "xformers",
+    )
+    how.add_argument("--fmha-backend", metavar="NAME", help="accepted; has no effect here")
+    for prefix, kernel in (("", "forward"), ("backward-", "backward")):
+        for tile in ("q-tile", "kv-tile"):
+            how.add_argument(
+                f"--{prefix}{tile}", nargs="+", type=positive, metavar="N",
+                help=f"tile of the {kernel} kernels, one size per axis, as --dry-run lists them",
+            )  # fmt: skip
+    how.add_argument("--schedule", choices=("non", "coop", "pp"), help="accepted; has no effect")
+    how.add_argument("--persistent", action="store_true", help="accepted; has no effect")
+    how.add_argument("--compile", action="store_true", help="time ours under torch.compile")
+
+    what = parser.add_argument_group("what is done")
+    what.add_argument(
+        "--warmup-steps", type=not_negative, metavar="N",
+        help="calls before those that count; default: 10 on a GPU, 2 on a CPU",
+    )  # fmt: skip
+    what.add_argument("--no-dense", action="store_true", help="do not time dense attention")
+    what.add_argument("--dry-run", action="store_true", help="list tiles and exit")
+    what.add_argument(
+        "--max-configs", type=not_negative, default=10, metavar="N",
+        help="tiles to list, or to try, of each kernel; 0 means all; default: 10",
+    )  # fmt: skip
+    what.add_argument(
+        "--optimize", action="store_true",
+        help="try tiles, remember the fastest, and profile with them; on a GPU",
+    )  # fmt: skip
+    what.add_argument(
+        "--optimize-warmup-steps", type=not_negative, default=5, metavar="N",
+        help="calls before those that count, of each tile; default: 5",
+    )  # fmt: skip
+    what.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE",
+        help="write everything as JSON to a file, or instead of the tables",
+    )  # fmt: skip
+    what.add_argument("--csv", type=Path, metavar="FILE", help="append one line per time")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Profile, list or tune; see the module."""
+    from natten import profiler
+    from natten.profiler.tune import Forced, forced_tiles, tiles_module
+
+    problem = problem_of(args)
+    for tile in ("q_tile", "kv_tile", "backward_q_tile", "backward_kv_tile"):
+        sizes = getattr(args, tile)
+        if sizes is not None and len(sizes) != len(problem.shape):
+            raise ArgumentError(
+                f"`--{tile.replace('_', '-')}` must have one size per axis of `--input-size` "
+                f"({len(problem.shape)}), got {len(sizes)}."
+            )
+    if args.fmha_backend is not None:
+        backends.check_name(args.fmha_backend)
+    if args.dry_run:
+        return _dry_run(args, problem)
+    if args.backend in profiler.DENSE:
+        backend = args.backend
+        if args.optimize:
+            raise ArgumentError(f"`--optimize` needs a backend of natten, not {backend}.")
+    else:
+        backend = profiler.choose_backend(problem, args.backend)
+    on_gpu = problem.device.type == "cuda"
+    warmup = args.warmup_steps if args.warmup_steps is not None else (10 if on_gpu else 2)
+    forward = Forced(args.q_tile, args.kv_tile)
+    backward = Forced(args.backward_q_tile, args.backward_kv_tile)
+    notes = []
+    if not on_gpu:
+        notes.append("No GPU is used: this is the CPU.")
+    if args.backend in backends.HINTS:
+        notes.append(f"{args.backend} is a hint here: backend {backend} runs.")
+    if any(each is not None for each in (*forward, *backward)) and tiles_module(backend) is None:
+        notes.append(f"Tile sizes have no effect on backend {backend}: it chooses its own.")
+    if args.optimize:
+        _optimize(args, problem, backend)
+    steps = profiler.count_steps(problem, backend, args.backprop, not args.no_dense)
+    with forced_tiles(problem, backend, forward, backward), progress(steps) as step:
+        report = profiler.profile(
+            problem,
+            backend=backend,
+            backward=args.backprop,
+            dense=not args.no_dense,
+            compiled=args.compile,
+            warmup=warmup,
+            step=step,
+        )
+    report.notes = notes + report.notes
+    if args.csv is not None:
+        report.append_csv(args.csv)
+    if args.json is not None:
+        text = json.dumps(report.as_dict(), indent=2)
+        if args.json == "-":
+            print(text)
+            return 0
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
+    print_report(report)
+    return 0
+
+
+def problem_of(args: argparse.Namespace) -> Problem:
+    """The problem that the arguments describe."""
+    from natten.profiler import Problem
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("`--device` cuda: PyTorch sees no GPU here.")
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on_gpu = device.type == "cuda"
+    rule = window_of(args)
+    heads_kv = args.heads_kv or args.heads
+    if args.heads % heads_kv != 0:
+        raise ArgumentError(
+            f"`--heads` must be a multiple of `--heads-kv`, got {args.heads} and {heads_kv}."
+        )
+    return Problem(
+        tuple(args.input_size),
+        rule,
+        batch=args.batch_size,
+        heads=args.heads,
+        kv_heads=heads_kv,
+        dim=args.dim,
+        value_dim=args.dim_value or args.dim,
+        extra=args.add_kv,
+        dtype=DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")],
+        device=device,
+    )
+
+
+def print_report(report: Report) -> None:
+    """Tables for people."""
+    from natten.profiler.machine import device_name, versions
+
+    print(", ".join(f"{name} {version}" for name, version in versions().items()))
+    print(device_name(report.problem.device))
+    print(report.problem)
+    # CPUs are a thousand times slower than GPUs.
+    unit, scale = ("TFLOP/s", 1) if max(r.tflops for r in report.rows) >= 1 else ("GFLOP/s", 1000)
+    rows = [
+        (
+            row.attention,
+            row.pass_name,
+            row.kind,
+            duration(row.timing.median_us),
+            duration(row.timing.spread_us),
+            f"{scale * row.tflops:.3g}",
+            f"{row.gbytes:.3g}",
+            "" if row.speedup is None else f"{row.speedup:.2f}x",
+            "" if row.efficiency is None else f"{row.efficiency:.0%}",
+        )
+        for row in report.rows
+    ]
+    header = (
+        "attention", "pass", "time", "median", "spread", unit, "GB/s", "vs dense", "of ideal",
+    )  # fmt: skip
+    print_table("", header, rows, emphasized=0)
+    print(
+        f"\nNeeded: {report.kept:.2%} of the query-key pairs, so at most "
+        f"{1 / report.kept:.1f}x by FLOPs."
+    )
+    if report.computed_over_needed:
+        ratios = (f"{kind} {ratio:.2f}" for kind, ratio in report.computed_over_needed.items())
+        print(f"Computed over needed pairs: {', '.join(ratios)}.")
+    for note in report.notes:
+        print(note)
+    for pass_name, kernels in report.kernels.items():
+        _print_kernels(report, pass_name, kernels)
+
+
+def _print_kernels(report: Report, pass_name: str, kernels: list[Any]) -> None:
+    total = sum(kernel.time_us for kernel in kernels)
+    if total == 0:
+        return
+    shown = kernels[:SHOWN_KERNELS]
+    rows = [
+        (k.name[:60], str(k.calls), duration(k.time_us), f"{k.time_us / total:.0%}") for k in shown
+    ]
+    rest = kernels[SHOWN_KERNELS:]
+    if rest:
+        time_us = sum(kernel.time_us for kernel in rest)
+        calls = sum(kernel.calls for kernel in rest)
+        rows.append(
+            (f"{len(rest)} others", str(calls), duration(time_us), f"{time_us / total:.0%}")
+        )
+    what = "kernels" if report.problem.device.type == "cuda" else "operators"
+    ours = report.rows[0].attention if report.rows else "natten"
+    title = f"The {what} of one call of {ours}, {pass_name}, by PyTorch's profiler:"
+    print_table(title, (what[:-1], "calls", "time", "share"), rows)
+
+
+def _dry_run(args: argparse.Namespace, problem: Problem) -> int:
+    from natten.profiler import choose_backend
+    from natten.profiler.tune import FORWARD_KIND, arguments, tiled_axes, tiles_module
+
+    asked = any(backend.name == args.backend for backend in backends.BACKENDS)
+    backend = args.backend if asked else choose_backend(problem, args.backend)
+    tiles = tiles_module(backend)
+    print(problem)
+    if tiles is None and backend == "tiled":
+        axes = [
+            (str(number), str(length), str(axis.tiles), f"{axis.products:,}")
+            for number, (length, axis) in enumerate(zip(problem.shape, tiled_axes(problem)))
+        ]
+        title = "Backend tiled chooses its tiles by cost; there is no choice:"
+        print_table(title, ("axis", "tokens", "tiles", "pairs computed"), axes)
+        return 0
+    if tiles is None:
+        print(f"\nBackend {backend} has no tiles.")
+        return 0
+    if problem.device.type != "cuda":
+        print("\nNo GPU is used: what would run on one is listed.")
+    for kind in tiles.KINDS if args.backprop else (FORWARD_KIND,):
+        found = tiles.candidates(kind, *arguments(problem))
+        chosen = tiles.choose(kind, *arguments(problem))
+        rank = len(problem.shape)
+        shown = found[: args.max_configs or None]
+        if chosen not in shown:  # tuned
+            shown = [chosen, *shown]
+        rows = [
+            (
+                f"{by(each.query[-rank:])}{' *' if each == chosen else ''}",
+                by(each.key[-rank:]),
+                str(each.num_warps),
+                str(each.num_stages),
+                "{:.2f}".format(
+                    tiles.computed_pairs(kind, problem.rule, problem.shape, problem.shape, each)
+                    / (problem.needed_pairs - problem.tokens * problem.extra)
+                ),
+            )
+            for each in shown
+        ]
+        header = ("queries", "keys", "warps", "stages", "computed/needed")
+        title = f"Backend {backend}, kernel {kind}: {len(shown)} of {len(found)} tiles, "
+        print_table(title + "best estimate first, * is used:", header, rows)
+    return 0
+
+
+def _optimize(args: argparse.Namespace, problem: Problem, backend: str) -> None:
+    from natten.profiler import natten_call
+    from natten.profiler.measure import graph_time
+    from natten.profiler.tune import FORWARD_KIND, arguments, optimize, tiles_module
+
+    tiles = tiles_module(backend)
+    if tiles is None:
+        raise ArgumentError(
+            f"`--optimize`: backend {backend} chooses its tiles by cost for each problem and has "
+            "nothing to tune; the GPU backends have."
+        )
+    kinds = tiles.KINDS if args.backprop else (FORWARD_KIND,)
+    forward = natten_call(problem, backend, backward=False)
+    both = natten_call(problem, backend, backward=True) if args.backprop else forward
+
+    def measure(kind: str) -> float:
+        call = forward if kind == FORWARD_KIND else both
+        return graph_time(call, problem.device, args.optimize_warmup_steps).median_us
+
+    counts = (len(tiles.candidates(kind, *arguments(problem))) for kind in kinds)
+    with progress(sum(min(n, args.max_configs or n) for n in counts)) as step:
+        trials, paths = optimize(
+            problem, backend, measure, kinds=kinds, most=args.max_configs, step=step
+        )
+    out = sys.stderr if args.json == "-" else sys.stdout
+    for kind in kinds:
+        of_kind = [trial for trial in trials if trial.kind == kind]
+        best = min(of_kind, key=lambda trial: trial.time_us)
+        pass_name = "forward" if kind == FORWARD_KIND else "forward+backward"
+        print(
+            f"{kind}: {len(of_kind)} tiles tried; {duration(of_kind[0].time_us)} {pass_name} with "
+            f"the first by estimate, {duration(best.time_us)} with the fastest, queries "
+            f"{best.tiles.query}, keys {best.tiles.key}",
+            file=out,
+        )
+    for path in paths:
+        print(f"remembered in {path}", file=out)

@@ -1,0 +1,177 @@
+"""What a window can gain over dense attention at most, and which strides gain it.
+
+Nothing runs. The bound by FLOPs is the number of all query-key pairs over those needed. The bound
+by tiling counts the pairs that a kernel computes, which works in whole tiles. Time and speed-up are
+rooflines: the longest of products, exponentials and memory at the device's peak rates.
+
+The table has the finest stride and each coarser one that is faster than all finer ones, then the
+finest stride whose boxes are all whole (no masks), if none of those is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from natten.cli.options import add_layer_arguments, by, positive, window_of
+from natten.cli.tables import duration, print_table
+from natten.errors import ArgumentError
+from natten.simulator import (
+    DEVICES,
+    Device,
+    Prediction,
+    recommend,
+    recommended_strides,
+    simulate,
+    simulate_strides,
+)
+
+EPILOG = """examples:
+  every stride of HunyuanVideo's window, on an H100:
+    natten simulate -i 30 48 80 -w 18 24 24 -n 24
+  one stride beside them:
+    natten simulate -i 30 48 80 -w 18 24 24 -s 16 8 8 -n 24
+  windows up to 20 % smaller or larger, best in kept pairs and time:
+    natten simulate -i 256 256 -w 80 80 -n 24 --near 0.2
+  a kernel that reorders tokens into tiles first, with its tile shapes:
+    natten simulate -i 30 48 80 -w 18 24 24 --q-tile 4 8 8 --kv-tile 2 8 8 --aligned
+  another device, from its data sheet:
+    natten simulate -i 32768 -w 2048 --device h100 --tflops 2250 --bandwidth 8
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``natten simulate``."""
+    parser.epilog = EPILOG
+    add_layer_arguments(parser, head_dim=128)
+    device = parser.add_argument_group("device")
+    device.add_argument("--device", choices=sorted(DEVICES), default="h100", help="default: h100")
+    device.add_argument("--tflops", type=float, metavar="X", help="10^12 operations a second")
+    device.add_argument("--bandwidth", type=float, metavar="X", help="10^12 bytes a second")
+    device.add_argument("--q-tile", nargs="+", type=positive, metavar="N", help="one per axis")
+    device.add_argument("--kv-tile", nargs="+", type=positive, metavar="N", help="one per axis")
+    device.add_argument(
+        "--aligned", action="store_true",
+        help="boxes of keys lie on a fixed grid; ours start where a tile's windows start",
+    )  # fmt: skip
+    device.add_argument(
+        "--itemsize", type=positive, default=2, metavar="N", help="bytes of a number; default: 2"
+    )
+    what = parser.add_argument_group("what is shown")
+    what.add_argument(
+        "--near", type=float, metavar="X",
+        help="windows that differ by at most this fraction, instead of strides of one window",
+    )  # fmt: skip
+    what.add_argument(
+        "--top",
+        type=positive,
+        default=12,
+        metavar="N",
+        help="with --near: most windows to show; default: 12",
+    )
+    what.add_argument("--all", action="store_true", help="every stride, or every best window")
+    what.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE",
+        help="write the rows as JSON to a file, or instead of the table",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict and print."""
+    rule, shape = window_of(args), tuple(args.input_size)
+    options = {
+        "dilation": rule.dilation,
+        "is_causal": rule.is_causal,
+        "device": _device(args),
+        "batch": args.batch_size,
+        "heads": args.heads,
+        "head_dim": args.dim,
+        "itemsize": args.itemsize,
+        "q_tile": args.q_tile,
+        "kv_tile": args.kv_tile,
+        "aligned": args.aligned,
+    }
+    wish = simulate(shape, rule.kernel_size, rule.stride, **options)
+    if args.near is None:
+        every = simulate_strides(shape, rule.kernel_size, **options)
+        rows = every if args.all else _worth_showing(every, wish)
+        title = f"{len(rows)} of {len(every)} strides, finest first:"
+    else:
+        front = recommend(shape, rule.kernel_size, rule.stride, near=args.near, **options)
+        rows = front if args.all else _around(front, wish, args.top)
+        title = f"The wish, then {len(rows)} of {len(front)} Pareto-best windows, fastest first:"
+        rows = [wish, *rows]
+    if args.json is not None:
+        text = json.dumps([row.as_dict() for row in rows], indent=2)
+        if args.json == "-":
+            print(text)
+            return 0
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
+    device = options["device"]
+    queries = by(args.q_tile) if args.q_tile else device.q_tile
+    keys = by(args.kv_tile) if args.kv_tile else device.kv_tile
+    boxes = "boxes as large as needed" if keys == 1 else f"boxes of {keys} keys"
+    print(
+        f"{len(shape)}-D {by(shape)}, window {by(rule.kernel_size)}, batch {args.batch_size}, "
+        f"heads {args.heads}, dim {args.dim}\n{device.name}: {device.tflops:g} TFLOP/s, "
+        f"{device.bandwidth:g} TB/s, tiles of {queries} queries, {boxes}\n"
+        f"Dense attention: {duration(wish.dense_us)}. Needed: {wish.kept:.2%} of the "
+        f"query-key pairs, so at most {wish.flop_bound:.1f}x by FLOPs."
+    )
+    _print(rows, wish, title)
+    return 0
+
+
+def _device(args: argparse.Namespace) -> Device:
+    device = DEVICES[args.device]
+    for name in ("tflops", "bandwidth"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise ArgumentError(f"`--{name}` must be above 0, got {value}.")
+        if value is not None:
+            device = replace(device, name="as given", **{name: value})
+    return device
+
+
+def _worth_showing(every: Sequence[Prediction], wish: Prediction) -> list[Prediction]:
+    """What no finer stride equals, the finest whole-box stride, and the wish; finest first."""
+    shown = recommended_strides(every)
+    if not any(each.is_whole for each in shown):
+        shown += [each for each in every if each.is_whole][:1]
+    strides = {each.stride for each in shown} | {wish.stride}
+    return [each for each in every if each.stride in strides]
+
+
+def _around(front: Sequence[Prediction], wish: Prediction, most: int) -> list[Prediction]:
+    """Of a front sorted by kept pairs, the part nearest to what the wish keeps."""
+    nearest = sorted(front, key=lambda each: abs(each.kept - wish.kept))[:most]
+    return [each for each in front if each in nearest]
+
+
+def _print(rows: Sequence[Prediction], wish: Prediction, title: str) -> None:
+    header = (
+        "window", "stride", "queries", "keys", "kept", "computed/needed", "whole boxes",
+        "by tiling", "time", "speed-up", "bound by",
+    )  # fmt: skip
+    wished = (wish.kernel_size, wish.stride)
+    cells = [
+        (
+            by(row.kernel_size),
+            by(row.stride),
+            by(row.q_tile),
+            by(row.kv_tile),
+            f"{row.kept:.2%}",
+            f"{row.computed_over_needed:.2f}",
+            "all" if row.is_whole else f"{row.whole_boxes:.0%}",
+            f"{row.tile_bound:.1f}x",
+            duration(row.time_us),
+            f"{row.speedup:.1f}x",
+            row.bound_by,
+        )
+        for row in rows
+    ]
+    at = [number for number, row in enumerate(rows) if (row.kernel_size, row.stride) == wished]
+    print_table(title, header, cells, emphasized=at[0] if at else None)

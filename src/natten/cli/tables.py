@@ -1,0 +1,90 @@
+"""Tables and progress on a terminal: by rich where it is installed, else plain.
+
+Both write Markdown, so that what a command prints can be pasted into an issue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+Row = Sequence[str]
+
+
+def has_rich() -> bool:
+    """Whether rich is installed."""
+    return importlib.util.find_spec("rich") is not None
+
+
+def print_table(
+    title: str, header: Row, rows: Sequence[Row], emphasized: int | None = None
+) -> None:
+    """Print a table; the first column is text, the others are right-aligned.
+
+    Args:
+        title: a line above.
+        header, rows: cells.
+        emphasized: number of a row to print in bold where there is rich and a terminal.
+    """
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Row) -> str:
+        cells = (
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        )
+        return "| " + " | ".join(cells) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2 - (i > 0)) + ":" * (i > 0) for i, w in enumerate(widths))
+    lines = [line(header), rule + "|", *map(line, rows)]
+    print(f"\n{title}\n" if title else "")
+    if not (has_rich() and sys.stdout.isatty()):
+        print("\n".join(lines))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(soft_wrap=True)
+    for number, text in enumerate(lines):
+        style = {0: "bold cyan", 1: "dim"}.get(number, "")
+        if emphasized is not None and number == emphasized + 2:
+            style = "bold green"
+        console.print(Text(text, style=style))
+
+
+@contextlib.contextmanager
+def progress(steps: int) -> Iterator[Callable[[str], None]]:
+    """Inside, call what this yields at the start of each step with its name."""
+    if not sys.stderr.isatty():
+        yield lambda name: None
+        return
+    if not has_rich():
+        number = iter(range(1, steps + 1))
+        yield lambda name: print(f"[{next(number)}/{steps}] {name}", file=sys.stderr)
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=steps)
+
+        def step(name: str) -> None:
+            if bar.tasks[0].description:
+                bar.advance(task)
+            bar.update(task, description=name)
+
+        yield step
+
+
+def duration(microseconds: float) -> str:
+    """Three digits with a unit."""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if microseconds >= size:
+            return f"{_three_digits(microseconds / size)} {unit}"
+    return f"{_three_digits(microseconds)} us"
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:.{max(0, 3 - len(str(int(number))))}f}"

@@ -1,0 +1,237 @@
+"""Time neighborhood attention beside dense attention; ``natten profile --help`` has examples.
+
+problem.py   what is computed, and what it needs at least
+measure.py   clocks
+tune.py      tiles: listing, forcing, trying, remembering
+report.py    what was found
+machine.py   what it was found on
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from natten import backends
+from natten.errors import ArgumentError
+from natten.functional import neighborhood_attention_generic
+from natten.profiler import measure
+from natten.profiler.problem import Problem
+from natten.profiler.report import BOTH, FORWARD, Report, Row
+from natten.profiler.tune import computed_over_needed
+
+Step = Callable[[str], None]
+
+# By the names of NATTEN's profiler; all need a GPU.
+DENSE = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "fav2": SDPBackend.FLASH_ATTENTION,
+    "xformers": SDPBackend.EFFICIENT_ATTENTION,
+}
+PLAIN_DENSE = "sdpa"  # PyTorch's own choice, on CPUs
+
+
+def choose_backend(problem: Problem, name: str | None) -> str:
+    """The backend that runs a problem.
+
+    Args:
+        problem: what to run.
+        name: a backend's name, one of upstream's (hints), or None.
+
+    Raises:
+        ArgumentError: the backend is unknown, or can not run the problem; says why.
+    """
+    wanted = backends.check_name(name)
+    question = backends.Problem(
+        "attention", problem.device, problem.dtype, problem.dim, problem.value_dim
+    )
+    chosen = backends.choose(wanted, question)
+    if wanted and chosen.name != wanted:
+        asked = next(each for each in backends.BACKENDS if each.name == wanted)
+        raise ArgumentError(f"`backend` {wanted}: it {asked.unsupported(question)}.")
+    return chosen.name
+
+
+def natten_call(
+    problem: Problem, backend: str, backward: bool, compiled: bool = False, **hints: Any
+) -> Callable[[], Any]:
+    """A call of our operator on random inputs; with ``backward``, its gradients too."""
+    function: Callable[..., Any] = neighborhood_attention_generic
+    if compiled:
+        function = torch.compile(function, fullgraph=True)
+    rule = problem.rule
+    window = (rule.kernel_size, rule.stride, rule.dilation, rule.is_causal)
+    names = ("kernel_size", "stride", "dilation", "is_causal")
+    options = {**dict(zip(names, window)), **hints, "backend": backend}
+    return _call(function, problem.inputs(requires_grad=backward), options, backward)
+
+
+def dense_call(problem: Problem, name: str, backward: bool) -> Callable[[], Any]:
+    """A call of ``scaled_dot_product_attention`` over all tokens."""
+    options = {"enable_gqa": True} if problem.heads != problem.kv_heads else {}
+    call = _call(
+        F.scaled_dot_product_attention, problem.dense_inputs(requires_grad=backward), options,
+        backward,
+    )  # fmt: skip
+
+    def chosen() -> Any:
+        with sdpa_kernel(DENSE[name]) if name in DENSE else nullcontext(), _quiet():
+            return call()
+
+    return chosen
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch warns of each reason why an implementation can not run, and then raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _call(
+    function: Callable[..., Any], inputs: dict[str, torch.Tensor], options: dict[str, Any],
+    backward: bool,
+) -> Callable[[], Any]:  # fmt: skip
+    if not backward:
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return function(**inputs, **options)
+
+        return forward
+    leaves = list(inputs.values())
+    query, value = inputs["query"], inputs["value"]
+    grad = query.new_ones(1).expand(*query.shape[:-1], value.shape[-1]).contiguous()
+
+    def both() -> Any:
+        return torch.autograd.grad(function(**inputs, **options), leaves, grad)
+
+    return both
+
+
+def profile(
+    problem: Problem,
+    *,
+    backend: str | None = None,
+    backward: bool = False,
+    dense: bool = True,
+    compiled: bool = False,
+    warmup: int = 10,
+    step: Step = lambda name: None,
+    **hints: Any,
+) -> Report:
+    """Time a problem, and dense attention over the same tokens beside it.
+
+    Args:
+        problem: what to run.
+        backend: a backend, one of upstream's names, or "cudnn", "fav2" or "xformers": then dense
+            attention alone, which must be what the problem asks for.
+        backward: also time forward and backward together.
+        dense: whether to time dense attention.
+        compiled: time ours under ``torch.compile``.
+        warmup: calls before those that count.
+        step: called with a name before each measurement; :func:`count_steps` says how often.
+        hints: further arguments of ``na1d``, ``na2d`` and ``na3d``.
+
+    Raises:
+        ArgumentError: the backend is unknown or can not run the problem.
+
+    Example:
+        >>> import natten
+        >>> rule = natten.Neighborhood.create(1, kernel_size=5)
+        >>> report = profile(Problem((32,), rule), warmup=1)
+        >>> [(row.attention, row.kind) for row in report.rows]
+        [('natten tiled', 'eager'), ('dense sdpa', 'eager')]
+    """
+    on_gpu = problem.device.type == "cuda"
+    dense_only = backend in DENSE
+    if dense_only:
+        assert backend is not None
+        if not on_gpu:
+            raise ArgumentError(f"`backend` {backend}: it runs on GPUs, not on a CPU.")
+        if not problem.is_self_attention:
+            raise ArgumentError(
+                f"`backend` {backend} is dense attention: the window must be the whole layout, "
+                "and not causal."
+            )
+        names = [backend]
+        report = Report(problem, backend)
+    else:
+        report = Report(problem, choose_backend(problem, backend))
+        names = ([*DENSE] if on_gpu else [PLAIN_DENSE]) if dense else []
+        report.computed_over_needed = computed_over_needed(problem, report.backend, backward)
+    kinds = ("graph", "eager") if on_gpu else ("eager",)
+    times: dict[tuple[str, str, str], measure.Timing] = {}
+    for pass_name in (FORWARD, BOTH) if backward else (FORWARD,):
+        with_gradients = pass_name == BOTH
+        calls: dict[str, Callable[[], Callable[[], Any]]] = {}
+        if not dense_only:
+            ours = f"natten {report.backend}" + (", compiled" if compiled else "")
+            calls[ours] = partial(
+                natten_call, problem, report.backend, with_gradients, compiled, **hints
+            )
+        for name in names:
+            calls[f"dense {name}"] = partial(dense_call, problem, name, with_gradients)
+        for number, (attention, make) in enumerate(calls.items()):
+            step(f"{attention}, {pass_name}")
+            try:
+                call = make()
+                for kind in kinds:
+                    if kind == "graph":
+                        timing = measure.graph_time(call, problem.device, warmup)
+                    else:
+                        timing = measure.eager_time(call, problem.device, warmup)
+                    times[attention, pass_name, kind] = timing
+                if number == 0:
+                    report.kernels[pass_name] = measure.kernel_times(call, problem.device)
+            except RuntimeError as error:
+                if number == 0:
+                    raise
+                reason = str(error).strip().partition("\n")[0]
+                report.notes.append(f"{attention}, {pass_name}: {reason}")
+    report.rows = [
+        _row(report, attention, pass_name, kind, times) for attention, pass_name, kind in times
+    ]
+    return report
+
+
+def count_steps(problem: Problem, backend: str | None, backward: bool, dense: bool) -> int:
+    """How often :func:`profile` calls ``step``."""
+    implementations = len(DENSE) if problem.device.type == "cuda" else 1
+    each = 1 if backend in DENSE else 1 + (implementations if dense else 0)
+    return each * (2 if backward else 1)
+
+
+def _row(
+    report: Report, attention: str, pass_name: str, kind: str,
+    times: dict[tuple[str, str, str], measure.Timing],
+) -> Row:  # fmt: skip
+    problem, timing = report.problem, times[attention, pass_name, kind]
+    backward, is_dense = pass_name == BOTH, attention.startswith("dense")
+    yard = min(
+        (
+            each.median_us
+            for (name, *rest), each in times.items()
+            if name.startswith("dense") and rest == [pass_name, kind]
+        ),
+        default=None,
+    )
+    pairs = problem.all_pairs if is_dense else problem.needed_pairs
+    return Row(
+        attention,
+        pass_name,
+        kind,
+        timing,
+        tflops=problem.flops(pairs, backward) / timing.median_us / 1e6,
+        gbytes=problem.bytes(backward) / timing.median_us / 1e3,
+        speedup=None if yard is None else yard / timing.median_us,
+        efficiency=None if yard is None or is_dense else yard * report.kept / timing.median_us,
+    )

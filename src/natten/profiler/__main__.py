@@ -1,0 +1,8 @@
+"""``python -m natten.profiler`` is ``natten profile``."""
+
+import sys
+
+from natten.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["profile", *sys.argv[1:]]))

@@ -1,0 +1,155 @@
+"""One attention problem: its tensors, and what it needs at least."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from natten.errors import ArgumentError
+from natten.neighborhood import Neighborhood, group_length
+from natten.tiling import group_kinds
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call of ``na1d``, ``na2d`` or ``na3d``.
+
+    Attributes:
+        shape: token layout.
+        rule: window, stride, dilation and causality.
+        batch, heads, kv_heads, dim, value_dim: sizes of ``[batch, *shape, heads, dim]``; ``heads``
+            is a multiple of ``kv_heads``.
+        extra: additional keys and values.
+        dtype, device: of all tensors.
+
+    Example:
+        >>> rule = Neighborhood.create(2, kernel_size=3)
+        >>> problem = Problem((8, 8), rule, dim=16, value_dim=16)
+        >>> problem.needed_pairs, problem.flops(), problem.bytes()
+        (576, 36864, 16384)
+    """
+
+    shape: tuple[int, ...]
+    rule: Neighborhood
+    batch: int = 1
+    heads: int = 1
+    kv_heads: int = 1
+    dim: int = 64
+    value_dim: int = 64
+    extra: int = 0
+    dtype: torch.dtype = torch.float32
+    device: torch.device = CPU
+
+    def __post_init__(self) -> None:
+        self.rule.check(self.shape)
+        if self.heads % self.kv_heads != 0:
+            raise ArgumentError(
+                f"`heads` must be a multiple of `kv_heads`, got {self.heads} and {self.kv_heads}."
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one batch entry."""
+        return math.prod(self.shape)
+
+    @property
+    def all_pairs(self) -> int:
+        """Query-key pairs of dense attention, per batch entry and head."""
+        return self.tokens * (self.tokens + self.extra)
+
+    @cached_property
+    def needed_pairs(self) -> int:
+        """Query-key pairs that attend each other, per batch entry and head."""
+        windows = 1
+        for axis, length in enumerate(self.shape):
+            pairs = 0
+            for group, groups in group_kinds(length, self.rule.dilation[axis]):
+                n = group_length(length, self.rule.dilation[axis], group)
+                start, end = self.rule.windows(axis, torch.arange(n), n, n)
+                pairs += groups * int((end - start).sum())
+            windows *= pairs
+        return windows + self.tokens * self.extra
+
+    @property
+    def is_self_attention(self) -> bool:
+        """Whether every token attends every other one."""
+        return self.needed_pairs == self.all_pairs
+
+    def flops(self, pairs: int | None = None, backward: bool = False) -> int:
+        """Operations of the matrix products, 2 per multiply-add.
+
+        Args:
+            pairs: per batch entry and head; None means those needed.
+            backward: add the backward: scores anew and four gradients.
+        """
+        pairs = self.needed_pairs if pairs is None else pairs
+        per_pair = self.dim + self.value_dim
+        if backward:
+            per_pair += 3 * self.dim + 2 * self.value_dim
+        return 2 * self.batch * self.heads * pairs * per_pair
+
+    def bytes(self, backward: bool = False) -> int:
+        """Size of inputs and output, each moved once; with ``backward`` also of the gradients."""
+        query = self.tokens * self.heads * (self.dim + self.value_dim)  # and output
+        key = (self.tokens + self.extra) * self.kv_heads * (self.dim + self.value_dim)
+        passes = 3 if backward else 1  # the backward reads everything again, and writes gradients
+        return passes * self.batch * (query + key) * self.dtype.itemsize
+
+    def inputs(self, requires_grad: bool = False) -> dict[str, Tensor]:
+        """Random arguments of ``neighborhood_attention_generic``, heads-last."""
+        sizes = {
+            "query": (*self.shape, self.heads, self.dim),
+            "key": (*self.shape, self.kv_heads, self.dim),
+            "value": (*self.shape, self.kv_heads, self.value_dim),
+        }
+        if self.extra:
+            sizes["additional_keys"] = (self.extra, self.kv_heads, self.dim)
+            sizes["additional_values"] = (self.extra, self.kv_heads, self.value_dim)
+        return {
+            name: torch.randn(
+                self.batch, *size, device=self.device, dtype=self.dtype, requires_grad=requires_grad
+            )
+            for name, size in sizes.items()
+        }
+
+    def dense_inputs(self, requires_grad: bool = False) -> dict[str, Tensor]:
+        """Random arguments of ``scaled_dot_product_attention``, heads-first, all tokens."""
+        keys = self.tokens + self.extra
+        sizes = {
+            "query": (self.heads, self.tokens, self.dim),
+            "key": (self.kv_heads, keys, self.dim),
+            "value": (self.kv_heads, keys, self.value_dim),
+        }
+        return {
+            name: torch.randn(
+                self.batch, *size, device=self.device, dtype=self.dtype, requires_grad=requires_grad
+            )
+            for name, size in sizes.items()
+        }
+
+    def __str__(self) -> str:
+        rule = self.rule
+        parts = [
+            f"{len(self.shape)}-D {_by(self.shape)}",
+            f"window {_by(rule.kernel_size)}",
+            f"stride {_by(rule.stride)}" if max(rule.stride) > 1 else "",
+            f"dilation {_by(rule.dilation)}" if max(rule.dilation) > 1 else "",
+            f"causal {_by(map(int, rule.is_causal))}" if any(rule.is_causal) else "",
+            f"batch {self.batch}",
+            f"heads {self.heads}" + (f"/{self.kv_heads}" if self.kv_heads != self.heads else ""),
+            f"dim {self.dim}" + (f"/{self.value_dim}" if self.value_dim != self.dim else ""),
+            f"{self.extra} additional tokens" if self.extra else "",
+            str(self.dtype).removeprefix("torch."),
+        ]
+        return ", ".join(part for part in parts if part)
+
+
+def _by(sizes: Iterable[int]) -> str:
+    return "x".join(map(str, sizes))

@@ -1,0 +1,138 @@
+"""What profiling found, for people and machines."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from natten.profiler.machine import device_name, versions
+from natten.profiler.measure import Kernel, Timing
+from natten.profiler.problem import Problem
+
+FORWARD, BOTH = "forward", "forward+backward"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One time: of which attention, in which pass, how measured, and what it means.
+
+    Attributes:
+        attention: "natten" and the backend, or "dense" and its implementation.
+        pass_name: "forward" or "forward+backward".
+        kind: "eager", from Python to the last kernel's end, or "graph", kernels alone.
+        timing: microseconds of a call.
+        tflops: 10^12 operations of the needed matrix products a second.
+        gbytes: 10^9 bytes a second, inputs and outputs moved once.
+        speedup: time of the fastest dense attention over this one; None without dense times.
+        efficiency: ideal time over this one; None for dense attention. The ideal is the time of
+            the fastest dense attention times the fraction of pairs that are needed.
+    """
+
+    attention: str
+    pass_name: str
+    kind: str
+    timing: Timing
+    tflops: float
+    gbytes: float
+    speedup: float | None = None
+    efficiency: float | None = None
+
+
+@dataclass
+class Report:
+    """A problem's times.
+
+    Attributes:
+        problem: what was measured.
+        backend: which backend ran.
+        rows: the times.
+        kernels: per pass, the kernels of one call of ours, slowest first.
+        computed_over_needed: per kernel kind, pairs computed per pair needed; 1 is no waste.
+        notes: what the reader should know.
+    """
+
+    problem: Problem
+    backend: str
+    rows: list[Row] = field(default_factory=list)
+    kernels: dict[str, list[Kernel]] = field(default_factory=dict)
+    computed_over_needed: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def kept(self) -> float:
+        """Fraction of all pairs that are needed."""
+        return self.problem.needed_pairs / self.problem.all_pairs
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        problem, rule = self.problem, self.problem.rule
+        return {
+            "problem": {
+                "shape": problem.shape,
+                "kernel_size": rule.kernel_size,
+                "stride": rule.stride,
+                "dilation": rule.dilation,
+                "is_causal": rule.is_causal,
+                "batch": problem.batch,
+                "heads": problem.heads,
+                "kv_heads": problem.kv_heads,
+                "dim": problem.dim,
+                "value_dim": problem.value_dim,
+                "extra": problem.extra,
+                "dtype": str(problem.dtype).removeprefix("torch."),
+            },
+            "device": device_name(problem.device),
+            "versions": versions(),
+            "backend": self.backend,
+            "kept": self.kept,
+            "computed_over_needed": self.computed_over_needed,
+            "times": [
+                {
+                    "attention": row.attention,
+                    "pass": row.pass_name,
+                    "kind": row.kind,
+                    "median_us": row.timing.median_us,
+                    "spread_us": row.timing.spread_us,
+                    "tflops": row.tflops,
+                    "gbytes": row.gbytes,
+                    "speedup": row.speedup,
+                    "efficiency": row.efficiency,
+                }
+                for row in self.rows
+            ],
+            "kernels": {
+                name: [kernel._asdict() for kernel in kernels]
+                for name, kernels in self.kernels.items()
+            },
+            "notes": self.notes,
+        }
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """One flat record per time, for CSV."""
+        now = datetime.datetime.now(datetime.timezone.utc)
+        for row in self.rows:
+            yield {
+                "case": str(self.problem),
+                "backend": row.attention,
+                "pass": row.pass_name,
+                "time": row.kind,
+                "median_us": f"{row.timing.median_us:.3f}",
+                "spread_us": f"{row.timing.spread_us:.3f}",
+                "device": device_name(self.problem.device),
+                "versions": " ".join(f"{name}={each}" for name, each in versions().items()),
+                "date": now.isoformat(timespec="seconds"),
+            }
+
+    def append_csv(self, path: Path) -> None:
+        """Append the times to a file; a new one gets a line of column names first."""
+        records = list(self.records())
+        new = not path.exists() or path.stat().st_size == 0
+        with open(path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(records[0]))
+            if new:
+                writer.writeheader()
+            writer.writerows(records)

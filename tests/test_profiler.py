@@ -1,0 +1,254 @@
+"""The profiler's arithmetic, its clocks, and tuning with a made-up clock."""
+
+import csv
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from natten import profiler, tuning
+from natten.backends import tiled
+from natten.errors import ArgumentError
+from natten.neighborhood import Neighborhood, window_mask
+from natten.profiler import Problem, choose_backend, count_steps, measure, tune
+from natten.profiler.measure import Timing
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _own_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("NATTEN_CACHE", str(tmp_path / "cache"))
+
+
+def small(**changes):
+    rule = Neighborhood.create(2, (3, 5), (1, 2), (2, 1), (False, True))
+    sizes = {"batch": 2, "heads": 4, "kv_heads": 2, "dim": 8, "value_dim": 4, "extra": 3}
+    return Problem((7, 9), rule, **(sizes | changes))
+
+
+def test_needed_pairs_are_those_of_the_mask():
+    problem = small()
+    attended = int(window_mask(problem.rule, problem.shape, problem.shape).sum())
+    assert problem.needed_pairs == attended + 63 * 3
+    assert problem.all_pairs == 63 * 66
+    assert not problem.is_self_attention
+    assert Problem((6,), Neighborhood.create(1, 6)).is_self_attention
+
+
+def test_flops_are_those_of_pytorch_for_dense_attention():
+    """Counted by PyTorch's own counter, forward and backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    problem = Problem((6, 4), Neighborhood.create(2, (6, 4)), batch=2, heads=3, dim=8, value_dim=8)
+    for backward in (False, True):
+        call = profiler.natten_call(problem, "tiled", backward)
+        with FlopCounterMode(display=False) as counter:
+            call()
+        # The backward computes the scores anew, which Problem counts; the forward pass is apart.
+        assert counter.get_total_flops() == problem.flops(backward=backward)
+
+
+def test_bytes():
+    problem = small(dtype=torch.float64)
+    inputs = problem.inputs()
+    out = 2 * 63 * 4 * 4 * 8
+    assert problem.bytes() == sum(x.numel() * 8 for x in inputs.values()) + out
+    assert problem.bytes(backward=True) == 3 * problem.bytes()
+
+
+def test_what_is_called_is_the_problem(monkeypatch):
+    problem, seen = small(), {}
+
+    def spy(**arguments):
+        seen.update(arguments)
+        return arguments["query"]
+
+    monkeypatch.setattr(profiler, "neighborhood_attention_generic", spy)
+    profiler.natten_call(problem, "tiled", backward=False, scale=2.0)()
+    assert seen["query"].shape == (2, 7, 9, 4, 8) and seen["value"].shape == (2, 7, 9, 2, 4)
+    assert seen["additional_keys"].shape == (2, 3, 2, 8)
+    rule = problem.rule
+    for name in ("kernel_size", "stride", "dilation", "is_causal"):
+        assert seen[name] == getattr(rule, name)
+    assert seen["backend"] == "tiled" and seen["scale"] == 2.0
+
+
+def test_report(tmp_path):
+    problem = small(value_dim=8)
+    names = []
+    report = profiler.profile(problem, backward=True, warmup=0, step=names.append)
+    assert len(names) == count_steps(problem, None, backward=True, dense=True) == 4
+    by_name = {(row.attention, row.pass_name): row for row in report.rows}
+    assert len(by_name) == len(report.rows) == 4 and not report.notes
+    for pass_name, backward in (("forward", False), ("forward+backward", True)):
+        ours, dense = by_name["natten tiled", pass_name], by_name["dense sdpa", pass_name]
+        seconds = ours.timing.median_us / 1e6
+        assert ours.tflops * 1e12 * seconds == pytest.approx(problem.flops(backward=backward))
+        assert ours.gbytes * 1e9 * seconds == pytest.approx(problem.bytes(backward))
+        assert dense.speedup == 1 and dense.efficiency is None
+        assert ours.speedup == pytest.approx(dense.timing.median_us / ours.timing.median_us)
+        assert ours.efficiency == pytest.approx(
+            ours.speedup * problem.needed_pairs / problem.all_pairs
+        )
+    # The tiled backend's products: 2 per tile forward, 5 more backward.
+    products = {
+        name: next(kernel.calls for kernel in kernels if kernel.name == "aten::bmm")
+        for name, kernels in report.kernels.items()
+    }
+    assert products["forward+backward"] == 7 / 2 * products["forward"]
+    assert report.computed_over_needed["forward"] >= 1
+
+    record = json.loads(json.dumps(report.as_dict()))
+    assert record["backend"] == "tiled" and len(record["times"]) == 4
+    for _ in range(2):
+        report.append_csv(tmp_path / "times.csv")
+    with open(tmp_path / "times.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8 and {row["time"] for row in rows} == {"eager"}
+    assert rows[0]["case"] == str(problem) and float(rows[0]["median_us"]) > 0
+
+
+def test_dense_attention_that_can_not_run_is_a_note(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no such kernel\nat all")
+
+    monkeypatch.setattr(profiler.F, "scaled_dot_product_attention", broken)
+    report = profiler.profile(small(), warmup=0)
+    assert report.notes == ["dense sdpa, forward: no such kernel"]
+    assert [(row.attention, row.speedup) for row in report.rows] == [("natten tiled", None)]
+
+
+def test_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled.append(options) or f)
+    profiler.natten_call(small(), "tiled", backward=False, compiled=True)()
+    assert compiled == [{"fullgraph": True}]
+
+
+def test_computed_pairs_of_each_backend():
+    rule = Neighborhood.create(1, 4, stride=4)
+    problem = Problem((16,), rule)
+    assert tune.computed_over_needed(problem, "reference", backward=False) == {"forward": 4.0}
+    rule = Neighborhood.create(2, (7, 5), dilation=(1, 2))
+    plane = Problem((40, 30), rule)
+    blocks = tiled._plan(rule, plane.shape, plane.shape, 1, 64)
+    computed = sum(
+        math.prod(run.repeats * run.groups * run.query_size * run.key_size for run in block.runs)
+        for block in blocks
+    )
+    found = tune.computed_over_needed(plane, "tiled", backward=True)
+    assert found == {"forward": computed / plane.needed_pairs}
+    pytest.importorskip("triton")
+    found = tune.computed_over_needed(problem, "triton", backward=True)
+    assert set(found) == {"forward", "query", "key"} and min(found.values()) >= 1
+
+
+def test_choosing_a_backend():
+    problem = small()
+    assert choose_backend(problem, None) == choose_backend(problem, "hopper-fna") == "tiled"
+    assert choose_backend(problem, "reference") == "reference"
+    with pytest.raises(ArgumentError, match=r"triton.*GPU"):
+        choose_backend(problem, "triton")
+    with pytest.raises(ArgumentError, match=r"whole layout|runs on GPUs"):
+        profiler.profile(problem, backend="cudnn")
+
+
+def test_problem_checks_itself():
+    with pytest.raises(ArgumentError, match="axis 1, 5"):
+        small().__class__((7, 4), small().rule)
+    with pytest.raises(ArgumentError, match="`heads`"):
+        small(kv_heads=3)
+
+
+def test_clocks():
+    calls = []
+    timing = measure.eager_time(lambda: calls.append(1), CPU, warmup=3, calls=7)
+    assert len(calls) == 10 and timing.median_us >= 0
+    assert measure._summary([5.0]) == Timing(5.0, 0.0)
+    assert measure._summary([1.0, 2.0, 3.0, 4.0, 9.0]) == Timing(3.0, 2.0)
+    kernels = measure.kernel_times(lambda: torch.ones(64, 64) @ torch.ones(64, 64), CPU)
+    assert "aten::mm" in {kernel.name for kernel in kernels}
+    assert all(a.time_us >= b.time_us for a, b in itertools.pairwise(kernels))
+
+
+def triton_problem():
+    pytest.importorskip("triton")
+    rule = Neighborhood.create(2, 5)
+    return Problem((30, 20), rule, dtype=torch.bfloat16), tune.tiles_module("triton")
+
+
+def test_only_backends_with_tiles_can_be_tuned():
+    assert tune.tiles_module("tiled") is None and tune.tiles_module("reference") is None
+    triton_problem()
+    assert tune.tiles_module("triton").KINDS[0] == tune.FORWARD_KIND
+
+
+def test_optimize_remembers_the_fastest():
+    problem, tiles = triton_problem()
+    arguments = tune.arguments(problem)
+    wanted = {kind: tiles.candidates(kind, *arguments)[i] for i, kind in enumerate(tiles.KINDS, 2)}
+    broken = tiles.candidates("forward", *arguments)[0]
+    steps = []
+
+    class OutOfSharedMemory(Exception):
+        """As compilers raise: not a RuntimeError."""
+
+    def measured(kind):
+        now = tiles.choose(kind, *arguments)
+        if now == broken:
+            raise OutOfSharedMemory
+        return 1.0 if now == wanted[kind] else 2.0
+
+    trials, paths = tune.optimize(
+        problem, "triton", measured, kinds=tiles.KINDS, most=6, step=steps.append
+    )
+    assert len(trials) == len(steps) == 18 and len(paths) == 3
+    assert trials[0].time_us == math.inf
+    for kind in tiles.KINDS:
+        assert tiles.choose(kind, *arguments) == wanted[kind]
+
+
+def test_nothing_is_remembered_if_nothing_runs():
+    problem, _ = triton_problem()
+
+    def broken(kind):
+        raise ValueError("no such luck")
+
+    with pytest.raises(RuntimeError, match=r"none of the tiles.*no such luck"):
+        tune.optimize(problem, "triton", broken, kinds=["forward"], most=2)
+    assert not tuning.directory().exists()
+
+
+def test_forced_tiles():
+    problem, tiles = triton_problem()
+    arguments = tune.arguments(problem)
+    before = tiles.choose("forward", *arguments)
+    other = next(each for each in tiles.candidates("forward", *arguments) if each != before)
+    forward = tune.Forced(other.query[1:], other.key[1:])
+    with tune.forced_tiles(problem, "triton", forward, tune.Forced(None, None)):
+        assert tiles.choose("forward", *arguments)[:2] == other[:2]
+    assert tiles.choose("forward", *arguments) == before
+    impossible = tune.Forced((7, 7), None)
+    with (
+        pytest.raises(ArgumentError, match=r"--backward-q-tile.*\(7, 7\)"),
+        tune.forced_tiles(problem, "triton", tune.Forced(None, None), impossible),
+    ):
+        pass
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    rule = Neighborhood.create(2, 5)
+    gpu = torch.device("cuda")
+    problem = Problem((32, 32), rule, heads=2, dtype=torch.bfloat16, device=gpu)
+    report = profiler.profile(problem, backward=True, warmup=2)
+    found = {(row.attention, row.kind) for row in report.rows}
+    assert found >= {(f"natten {report.backend}", kind) for kind in ("graph", "eager")}
+    assert any(name.startswith("dense") for name, _ in found), report.notes
+    assert report.kernels["forward"]
+    whole = Neighborhood.create(2, 32)
+    dense = Problem((32, 32), whole, dtype=torch.bfloat16, device=gpu)
+    assert profiler.profile(dense, backend="fav2", warmup=2).rows[0].attention == "dense fav2"

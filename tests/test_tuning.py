@@ -1,0 +1,144 @@
+"""Tiles remembered on disk, and a choice that follows them."""
+
+import multiprocessing
+import threading
+
+import pytest
+import torch
+
+from natten import tuning
+
+
+@pytest.fixture(autouse=True)
+def _own_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("NATTEN_CACHE", str(tmp_path))
+
+
+def test_what_is_remembered_is_found():
+    assert tuning.lookup("forward (3, 5)") is None
+    path = tuning.remember("forward (3, 5)", [[1, 8, 16], 4])
+    assert path.parent == tuning.directory()
+    assert tuning.lookup("forward (3, 5)") == [[1, 8, 16], 4]
+    assert tuning.lookup("forward (35)") is None
+    tuning.remember("forward (3, 5)", [[1, 4, 4], 8])
+    assert tuning.lookup("forward (3, 5)") == [[1, 4, 4], 8]
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_where(tmp_path, monkeypatch):
+    assert tuning.directory().is_relative_to(tmp_path)
+    monkeypatch.delenv("NATTEN_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert tuning.directory().is_relative_to(tmp_path / "xdg" / "natten")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert tuning.directory().is_relative_to(tmp_path / "home" / ".cache" / "natten")
+    version = tuning.directory().name
+    monkeypatch.setattr(tuning, "__version__", "9.9")
+    assert tuning.directory().name != version
+
+
+def test_a_broken_file_is_as_none(caplog):
+    path = tuning.remember("a", [1])
+    path.write_text("[1", encoding="utf-8")
+    with caplog.at_level("DEBUG", logger="natten"):
+        assert tuning.lookup("a") is None
+    assert str(path) in caplog.text
+
+
+def test_a_trial_ends():
+    tuning.remember("a", [1])
+    with tuning.trial("a", [2]), tuning.trial("b", [3]):
+        assert (tuning.lookup("a"), tuning.lookup("b")) == ([2], [3])
+    assert (tuning.lookup("a"), tuning.lookup("b")) == ([1], None)
+    with pytest.raises(KeyError), tuning.trial("a", [2]):
+        raise KeyError
+    assert tuning.lookup("a") == [1]
+
+
+def test_choices_follow():
+    calls = []
+
+    @tuning.cached
+    def choose(key):
+        calls.append(key)
+        return tuning.lookup(key)
+
+    assert [choose("a"), choose("a")] == [None, None]
+    with tuning.trial("a", [2]):
+        assert [choose("a"), choose("a")] == [[2], [2]]
+    assert choose("a") is None
+    tuning.remember("a", [1])
+    assert choose("a") == [1]
+    assert len(calls) == 4
+
+
+def _write(number):
+    for _ in range(50):
+        tuning.remember("a", [number] * 1000)
+
+
+def test_many_writers_leave_one_whole_file(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # can not be asked after a fork
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write, args=(n,)) for n in (1, 2)]
+    writers.append(threading.Thread(target=_write, args=(3,)))
+    tuning.remember("a", [0] * 1000)
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        found = tuning.lookup("a")
+        assert len(found) == 1000 and len(set(found)) == 1
+    for writer in writers:
+        writer.join()
+    assert len(list(tuning.directory().iterdir())) == 1
+
+
+def test_triton_uses_what_was_measured():
+    tiles = pytest.importorskip("natten.backends.triton.tiles")
+    from natten.neighborhood import Neighborhood
+
+    problem = (Neighborhood.create(2, 5), (30, 20), (30, 20), 64, 64, 2)
+    for kind in tiles.KINDS:
+        first, *rest = tiles.candidates(kind, *problem)
+        assert tiles.choose(kind, *problem) == first
+        other = rest[7]
+        tuning.remember(tiles.key(kind, *problem), other)
+        assert tiles.choose(kind, *problem) == other
+        assert isinstance(tiles.choose(kind, *problem).query, tuple)
+    longer = (Neighborhood.create(2, 5), (31, 20), (31, 20), 64, 64, 2)
+    assert tiles.choose("forward", *longer) == tiles.candidates("forward", *longer)[0]
+
+
+def test_kernels_follow_a_trial():
+    tiles = pytest.importorskip("natten.backends.triton.tiles")
+    from natten.backends.triton.plan import plan
+    from natten.neighborhood import Neighborhood
+
+    rule, query = Neighborhood.create(1, 9), torch.empty(1, 300, 1, 64, dtype=torch.bfloat16)
+    problem = ("forward", rule, (300,), (300,), 64, 64, 2)
+
+    def used():
+        constants = plan(query, query, query, None, None, rule, 1.0).forward.constants
+        return constants["TQ"], constants["TK"]
+
+    first, other = tiles.candidates(*problem)[:2]
+    assert used() == first[:2]
+    with tuning.trial(tiles.key(*problem), other):
+        assert used() == other[:2] != first[:2]
+    assert used() == first[:2]
+
+
+def test_triton_counts_the_pairs_it_computes():
+    """Query tiles of 4 positions, boxes of 8 keys, in both dilation groups of an axis of 21."""
+    tiles = pytest.importorskip("natten.backends.triton.tiles")
+    from natten.neighborhood import Neighborhood
+
+    rule = Neighborhood.create(1, 3, dilation=2)
+    shape = tiles.Tiles((1, 1, 4), (1, 1, 8), 4, 2)
+    # Groups of 11 and 10 positions: 3 tiles each, which reach 5 or 6 keys at most: one box.
+    assert tiles.computed_pairs("forward", rule, (21,), (21,), shape) == 2 * 3 * 4 * 8
+    transposed = tiles.Tiles((1, 1, 4), (1, 1, 2), 4, 2)
+    # Queries that reach keys 0-1, 2-3, ...: of 11 positions 3, 5, 4, 4, 4, 2; of 10: 3, 5, 4, 5, 3.
+    found = tiles.computed_pairs("key", rule, (21,), (21,), transposed)
+    assert found == (7 + 7) * 2 * 4
