@@ -82,6 +82,8 @@ def compile_variant(variant: Variant, kind: str, target: GPUTarget) -> Any:
             signature[name] = "fp32" if name == "scale" else "i32"
     source = ASTSource(kernel, signature, constexprs=kept, attrs=attributes)
     options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages}
+    if choice.registers is not None and target.backend == "cuda":
+        options["maxnreg"] = choice.registers
     return choice, triton.compile(source, target=target, options=options)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natten.backends.triton.plan import Packed, Plan, plan
+from natten.backends.triton.plan import Packed, Plan, plan_for
 from natten.neighborhood import Rule
 
 
@@ -58,7 +58,7 @@ def forward(
         return out, lse
     query, key, value = _readable(query), _readable(key), _readable(value)
     rpb, extra_keys, extra_values = (_contiguous(x) for x in (rpb, extra_keys, extra_values))
-    found = plan(query, key, value, rpb, extra_keys, rule, scale, packed)
+    found = plan_for(query, key, value, rpb, extra_keys, rule, scale, packed)
     with _on_device(query):
         # What is missing is never read.
         missing = (query if x is None else x for x in (rpb, extra_keys, extra_values, documents))
@@ -93,7 +93,7 @@ def backward(
     query, key, value = _readable(query), _readable(key), _readable(value)
     rpb, extra_keys, extra_values = (_contiguous(x) for x in (rpb, extra_keys, extra_values))
     grad_out = grad_out.contiguous()
-    found = plan(query, key, value, rpb, extra_keys, rule, scale, packed)
+    found = plan_for(query, key, value, rpb, extra_keys, rule, scale, packed)
     with _on_device(query):
         given = lse if grad_lse is None else grad_lse.contiguous()
         found.terms[grad_lse is not None](out, lse, grad_out, given, terms)

@@ -15,6 +15,7 @@ from natten.backends.triton.primitives import (
     LOG2E,
     bias_offset,
     coordinates,
+    count_boxes,
     document,
     group_length,
     inside,
@@ -24,8 +25,10 @@ from natten.backends.triton.primitives import (
     row_number,
     split,
     store_rows,
+    straddling_box,
     token,
     token_offset,
+    whole_box,
     window,
 )
 
@@ -147,35 +150,41 @@ def query_kernel(
     c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
 
     acc = tl.zeros([M, BLOCK_D], dtype=tl.float32)
-    b1, b2 = tl.cdiv(high1 - low1, TK[1]), tl.cdiv(high2 - low2, TK[2])
-    for box in range(0, tl.cdiv(high0 - low0, TK[0]) * b1 * b2):
-        a0, a1 = low0 + box // (b1 * b2) * TK[0], low1 + box // b2 % b1 * TK[1]
-        a2 = low2 + box % b2 * TK[2]
-        p0, p1, p2 = a0 + c0, a1 + c1, a2 + c2
-        present = (p0 < high0) & (p1 < high1) & (p2 < high2)
-        y0, y1 = token(p0, g0, D0, MODES[0]), token(p1, g1, D1, MODES[1])
-        y2 = token(p2, g2, D2, MODES[2])
-        k_rows = token_offset(k_start, y0, y1, y2, k_0, k_1, k_2, ALIGN)
-        v_rows = token_offset(v_start, y0, y1, y2, v_0, v_1, v_2, ALIGN)
-        k = load_rows(key, k_rows, present, d, D)
-        v = load_rows(value, v_rows, present, dv, DV)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        whole = (a0 >= all_low0) & (a0 + TK[0] <= all_high0)
-        whole &= (a1 >= all_low1) & (a1 + TK[1] <= all_high1)
-        whole &= (a2 >= all_low2) & (a2 + TK[2] <= all_high2)
-        if HAS_RPB | (whole == 0):
+    b0, f0, w0 = count_boxes(low0, high0, all_low0, all_high0, TK[0])
+    b1, f1, w1 = count_boxes(low1, high1, all_low1, all_high1, TK[1])
+    b2, f2, w2 = count_boxes(low2, high2, all_low2, all_high2, TK[2])
+    whole = w0 * w1 * w2
+    # Boxes that need no mask, then those that straddle the edge of a window.
+    for MASKED in tl.static_range(2):
+        for box in range(0, b0 * b1 * b2 - whole if MASKED else whole):
+            if MASKED:
+                j0, j1, j2 = straddling_box(box, b0, b1, b2, f0, f1, f2, w0, w1, w2)
+            else:
+                j0, j1, j2 = whole_box(box, f0, f1, f2, w0, w1, w2)
+            p0, p1 = low0 + j0 * TK[0] + c0, low1 + j1 * TK[1] + c1
+            p2 = low2 + j2 * TK[2] + c2
+            present = (p0 < high0) & (p1 < high1) & (p2 < high2) if MASKED else c0 >= 0
+            y0, y1 = token(p0, g0, D0, MODES[0]), token(p1, g1, D1, MODES[1])
+            y2 = token(p2, g2, D2, MODES[2])
+            k_rows = token_offset(k_start, y0, y1, y2, k_0, k_1, k_2, ALIGN)
+            v_rows = token_offset(v_start, y0, y1, y2, v_0, v_1, v_2, ALIGN)
+            k = load_rows(key, k_rows, present, d, D)
+            v = load_rows(value, v_rows, present, dv, DV)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
             allowed = present[None, :]
-            allowed = inside(p0[None, :], s0[:, None], e0[:, None], MODES[0], allowed)
-            allowed = inside(p1[None, :], s1[:, None], e1[:, None], MODES[1], allowed)
-            allowed = inside(p2[None, :], s2[:, None], e2[:, None], MODES[2], allowed)
+            if MASKED:
+                allowed = inside(p0[None, :], s0[:, None], e0[:, None], MODES[0], allowed)
+                allowed = inside(p1[None, :], s1[:, None], e1[:, None], MODES[1], allowed)
+                allowed = inside(p2[None, :], s2[:, None], e2[:, None], MODES[2], allowed)
             if HAS_RPB:
                 at = bias_offset(
                     p0[None, :] - i0[:, None], p1[None, :] - i1[:, None],
                     p2[None, :] - i2[:, None], (K0, K1, K2), head,
                 )  # fmt: skip
                 s += tl.load(rpb + at, mask=allowed, other=0.0).to(tl.float32) * LOG2E
-            s = tl.where(allowed, s, float("-inf"))
-        acc = _query_step(acc, q, k, v, g, row_lse, row_delta, s, PRECISION)
+            if MASKED:
+                s = tl.where(allowed, s, float("-inf"))
+            acc = _query_step(acc, q, k, v, g, row_lse, row_delta, s, PRECISION)
 
     if HAS_EXTRA:
         kv_heads = heads // per_kv
@@ -255,38 +264,43 @@ def key_kernel(
 
     dk_acc = tl.zeros([N, BLOCK_D], dtype=tl.float32)
     dv_acc = tl.zeros([N, BLOCK_DV], dtype=tl.float32)
-    b1, b2 = tl.cdiv(high1 - low1, TQ[1]), tl.cdiv(high2 - low2, TQ[2])
-    boxes = tl.cdiv(tl.maximum(high0 - low0, 0), TQ[0]) * tl.maximum(b1, 0) * tl.maximum(b2, 0)
-    for step in range(0, boxes * per_kv):
-        head, box = kv_head * per_kv + step // boxes, step % boxes
-        a0, a1 = low0 + box // (b1 * b2) * TQ[0], low1 + box // b2 % b1 * TQ[1]
-        a2 = low2 + box % b2 * TQ[2]
-        i0, i1, i2 = a0 + r0, a1 + r1, a2 + r2
-        real = (i0 < high0) & (i1 < high1) & (i2 < high2)
-        x0, x1 = token(i0, g0, D0, MODES[0]), token(i1, g1, D1, MODES[1])
-        x2 = token(i2, g2, D2, MODES[2])
-        rows = token_offset(q_start + head * q_h, x0, x1, x2, q_0, q_1, q_2, ALIGN)
-        q = load_rows(query, rows, real, d, D)
-        rows = row_number(first, x0, x1, x2, L1, L2, kv_heads * per_kv, head)
-        g = load_rows(grad_out, rows * DV, real, dv, DV)
-        row_lse, row_delta = _load_terms(terms, rows, real)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
-        whole = (a0 >= all_low0) & (a0 + TQ[0] <= all_high0)
-        whole &= (a1 >= all_low1) & (a1 + TQ[1] <= all_high1)
-        whole &= (a2 >= all_low2) & (a2 + TQ[2] <= all_high2)
-        if HAS_RPB | (whole == 0):
+    b0, f0, w0 = count_boxes(low0, high0, all_low0, all_high0, TQ[0])
+    b1, f1, w1 = count_boxes(low1, high1, all_low1, all_high1, TQ[1])
+    b2, f2, w2 = count_boxes(low2, high2, all_low2, all_high2, TQ[2])
+    whole = w0 * w1 * w2
+    for MASKED in tl.static_range(2):
+        boxes = b0 * b1 * b2 - whole if MASKED else whole
+        for step in range(0, boxes * per_kv):
+            head, box = kv_head * per_kv + step // boxes, step % boxes
+            if MASKED:
+                j0, j1, j2 = straddling_box(box, b0, b1, b2, f0, f1, f2, w0, w1, w2)
+            else:
+                j0, j1, j2 = whole_box(box, f0, f1, f2, w0, w1, w2)
+            i0, i1 = low0 + j0 * TQ[0] + r0, low1 + j1 * TQ[1] + r1
+            i2 = low2 + j2 * TQ[2] + r2
+            real = (i0 < high0) & (i1 < high1) & (i2 < high2) if MASKED else r0 >= 0
+            x0, x1 = token(i0, g0, D0, MODES[0]), token(i1, g1, D1, MODES[1])
+            x2 = token(i2, g2, D2, MODES[2])
+            rows = token_offset(q_start + head * q_h, x0, x1, x2, q_0, q_1, q_2, ALIGN)
+            q = load_rows(query, rows, real, d, D)
+            rows = row_number(first, x0, x1, x2, L1, L2, kv_heads * per_kv, head)
+            g = load_rows(grad_out, rows * DV, real, dv, DV)
+            row_lse, row_delta = _load_terms(terms, rows, real)
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
             allowed = present[:, None]
-            allowed = inside(i0[None, :], s0[:, None], e0[:, None], MODES[0], allowed)
-            allowed = inside(i1[None, :], s1[:, None], e1[:, None], MODES[1], allowed)
-            allowed = inside(i2[None, :], s2[:, None], e2[:, None], MODES[2], allowed)
+            if MASKED:
+                allowed = inside(i0[None, :], s0[:, None], e0[:, None], MODES[0], allowed)
+                allowed = inside(i1[None, :], s1[:, None], e1[:, None], MODES[1], allowed)
+                allowed = inside(i2[None, :], s2[:, None], e2[:, None], MODES[2], allowed)
             if HAS_RPB:
                 at = bias_offset(
                     p0[:, None] - i0[None, :], p1[:, None] - i1[None, :],
                     p2[:, None] - i2[None, :], (K0, K1, K2), head,
                 )  # fmt: skip
                 s += tl.load(rpb + at, mask=allowed, other=0.0).to(tl.float32) * LOG2E
-            s = tl.where(allowed, s, float("-inf"))
-        dk_acc, dv_acc = _key_step(dk_acc, dv_acc, q, k, v, g, row_lse, row_delta, s, PRECISION)
+            if MASKED:
+                s = tl.where(allowed, s, float("-inf"))
+            dk_acc, dv_acc = _key_step(dk_acc, dv_acc, q, k, v, g, row_lse, row_delta, s, PRECISION)
 
     cols = row_number(key_first, y0, y1, y2, L1, KEYS, kv_heads, kv_head)
     store_rows(grad_key, cols * D, present, d, D, dk_acc * scale)

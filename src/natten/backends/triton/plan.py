@@ -106,7 +106,7 @@ def _parts(work: int, least: int, most: int) -> tuple[int, int]:
 
 
 class Plan:
-    """The kernels of one problem; see :func:`plan` for the arguments."""
+    """The kernels of one problem; see :func:`plan_for` for the arguments."""
 
     def __init__(
         self,
@@ -169,6 +169,8 @@ class Plan:
             **self.channels,
             **self.precision,
         }
+        if tiles.registers is not None and torch.version.hip is None:
+            constants["maxnreg"] = tiles.registers
         if not keys:
             constants["HAS_EXTRA"] = bool(self.extra)
         numbers = (*self.strides, *self.shape, self.key_space[-1], *self.window, *counts, *tail)
@@ -237,7 +239,7 @@ class Plan:
 _cached_plan = tuning.cached(Plan)
 
 
-def plan(
+def plan_for(
     query: Tensor,
     key: Tensor,
     value: Tensor,

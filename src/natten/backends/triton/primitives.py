@@ -170,6 +170,45 @@ def split(pid, n0, n1, n2):
 
 
 @triton.jit
+def count_boxes(low, high, all_low, all_high, T: tl.constexpr):
+    """Boxes of ``T`` along ``low .. high``, the first one that is whole, and how many are.
+
+    A whole box lies in ``all_low .. all_high``, which all rows of the tile have in common: nothing
+    in it has to be masked.
+    """
+    count = tl.maximum(tl.cdiv(high - low, T), 0)
+    first = tl.cdiv(all_low - low, T)
+    return count, first, tl.maximum((all_high - low) // T - first, 0)
+
+
+@triton.jit
+def _beside(i, first, whole):
+    """The ``i``-th box of an axis that is not whole."""
+    return tl.where(i < first, i, i + whole)
+
+
+@triton.jit
+def whole_box(i, f0, f1, f2, w0, w1, w2):
+    """The ``i``-th of the boxes that are whole on every axis."""
+    return f0 + i // (w1 * w2), f1 + i // w2 % w1, f2 + i % w2
+
+
+@triton.jit
+def straddling_box(i, b0, b1, b2, f0, f1, f2, w0, w1, w2):
+    """The ``i``-th other box: not whole on axis 0, or else on axis 1, or else on axis 2."""
+    on0 = (b0 - w0) * b1 * b2
+    on1 = w0 * (b1 - w1) * b2
+    is0, is2 = i < on0, i >= on0 + on1
+    i -= tl.where(is0, 0, tl.where(is2, on0 + on1, on0))
+    n1 = tl.where(is0, b1, tl.where(is2, w1, b1 - w1))
+    n2 = tl.where(is2, b2 - w2, b2)
+    j0, j1, j2 = i // (n1 * n2), i // n2 % n1, i % n2
+    j0 = tl.where(is0, _beside(j0, f0, w0), j0 + f0)
+    j1 = tl.where(is0, j1, tl.where(is2, j1 + f1, _beside(j1, f1, w1)))
+    return j0, j1, tl.where(is2, _beside(j2, f2, w2), j2)
+
+
+@triton.jit
 def inside(p, start, end, MODE: tl.constexpr, allowed):
     """``allowed`` and the keys ``p`` of this axis that lie in the windows ``start .. end``."""
     if MODE != UNIT:

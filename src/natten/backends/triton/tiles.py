@@ -32,6 +32,7 @@ class Tiles(NamedTuple):
     key: Shape
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
 
 class _Axis(NamedTuple):
@@ -48,15 +49,23 @@ def block(channels: int) -> int:
 
 
 def _limits(kind: str, dim: int, value_dim: int, itemsize: int) -> tuple[int, int]:
-    """Most rows of an outer tile and of a box, by registers and shared memory."""
+    """Most rows of an outer tile and of a box, by registers and shared memory.
+
+    Tiles of 64 rows, one group of warps, leave room for several programs per processor, which hide
+    each other's waiting. dK and dV of wide heads fill the registers anyway and are better shared by
+    two groups.
+    """
     wide = max(block(dim), block(value_dim)) * itemsize // 2
+    rows = 128 if kind == "key" and wide == 128 else 64
+    return min(rows, max(16, 16384 // wide)), max(16, min(64, 8192 // wide))
 
-    def clamp(rows: int, most: int) -> int:
-        return max(16, min(rows, most))
 
-    if kind == "forward":
-        return clamp(16384 // wide, 128), clamp(8192 // wide, 128)
-    return clamp(8192 // wide, 128), clamp(8192 // wide, 64)
+def _registers(kind: str, dim: int, value_dim: int, itemsize: int) -> int | None:
+    """Most registers of a thread where one program more per processor is worth spilling nothing."""
+    channels = (block(dim) + block(value_dim)) * itemsize // 2
+    if channels > 128:
+        return None
+    return {"forward": 128, "query": 168, "key": 168 if channels <= 64 else None}[kind]
 
 
 def _reach(
@@ -114,8 +123,8 @@ def choose(
     tuned = tuning.lookup(key(*problem))
     if tuned is None:
         return candidates(*problem)[0]
-    query, keys, num_warps, num_stages = tuned
-    return Tiles(tuple(query), tuple(keys), num_warps, num_stages)
+    query, keys, *options = tuned
+    return Tiles(tuple(query), tuple(keys), *options)
 
 
 @lru_cache(maxsize=64)
@@ -130,6 +139,7 @@ def candidates(
         _axis(rule, axis, length, key_length, transposed)
         for axis, (length, key_length) in enumerate(zip(shape, key_shape))
     ]
+    registers = _registers(kind, dim, value_dim, itemsize)
     costs: dict[Tiles, float] = {}
     for tile in itertools.product(*axes):
         rows = math.prod(axis.size for axis in tile)
@@ -143,10 +153,10 @@ def candidates(
             outer = tuple(axis.size for axis in tile)
             # Eight warps are two groups of matrix units, 64 rows each.
             warps = 8 if rows >= 128 else 4
-            stages = 2 if cols * channels * itemsize <= 40_000 else 1
+            stages = 1 if cols * channels * itemsize > 40_000 else 3 if kind == "forward" else 2
             query, keys = (box, outer) if transposed else (outer, box)
             cost = visited * (work + _BOX) + programs * _PROGRAM
-            costs[Tiles(query, keys, warps, stages)] = cost
+            costs[Tiles(query, keys, warps, stages, registers)] = cost
     return sorted(costs, key=lambda tiles: costs[tiles])
 
 
