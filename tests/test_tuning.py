@@ -112,14 +112,14 @@ def test_triton_uses_what_was_measured():
 
 def test_kernels_follow_a_trial():
     tiles = pytest.importorskip("natten.backends.triton.tiles")
-    from natten.backends.triton.plan import plan
+    from natten.backends.triton.plan import plan_for
     from natten.neighborhood import Neighborhood
 
     rule, query = Neighborhood.create(1, 9), torch.empty(1, 300, 1, 64, dtype=torch.bfloat16)
     problem = ("forward", rule, (300,), (300,), 64, 64, 2)
 
     def used():
-        constants = plan(query, query, query, None, None, rule, 1.0).forward.constants
+        constants = plan_for(query, query, query, None, None, rule, 1.0).forward.constants
         return constants["TQ"], constants["TK"]
 
     first, other = tiles.candidates(*problem)[:2]
