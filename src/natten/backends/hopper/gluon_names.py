@@ -1,0 +1,51 @@
+"""What drifts between Triton releases: every Gluon name the kernels use, in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Releases whose names and results were checked.
+KNOWN = ((3, 6), (3, 7), (3, 8))
+
+load_box = tma.async_copy_global_to_shared
+store_box = tma.async_copy_shared_to_global
+store_wait = tma.store_wait
+
+__all__ = [
+    "KNOWN",
+    "TensorDescriptor",
+    "fence_async_shared",
+    "from_triton",
+    "gl",
+    "gluon",
+    "load_box",
+    "mbarrier",
+    "release",
+    "store_box",
+    "store_wait",
+    "warpgroup_mma",
+    "warpgroup_mma_wait",
+]
+
+
+def release() -> tuple[int, int]:
+    """Major and minor number of the Triton that is installed."""
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def from_triton(function: Any) -> Any:
+    """A ``triton.jit`` function as one that Gluon kernels can call."""
+    return gluon.jit(function.fn)
