@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from natten.backends.hopper.descriptors import View, box_layout, tile_count, unreadable, view
+from natten.backends.hopper.descriptors import (
+    View,
+    box_layout,
+    readable,
+    tile_count,
+    too_wide,
+    view,
+)
 from natten.backends.hopper.forward import forward_kernel
 from natten.backends.hopper.gluon_names import KNOWN, release
 from natten.backends.hopper.tiles import Shape, Tiles, choose
@@ -26,35 +33,41 @@ _LOG2E = math.log2(math.e)
 
 
 def unsupported(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: Shape,
+    value_dim: int,
     rule: Rule,
     scale: float,
+    bias: bool,
 ) -> str | None:
     """Why these kernels can not run a call, or None.
 
-    Tensors are ``[batch, *space, heads, head dim]``, as in :func:`forward`.
+    Args:
+        device, dtype: of all tensors.
+        shape: of the query, ``[batch, *space, heads, head dim]``.
+        value_dim: head dim of the values.
+        rule, scale: as in :func:`forward`.
+        bias: whether there is a relative positional bias.
     """
     if not isinstance(rule, Neighborhood):
         return "has kernels for neighborhoods only"
-    if rpb is not None:
+    if bias:
         return "has no relative positional bias"
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        return f"has no kernels for {query.dtype}"
-    if query.shape[-1] not in HEAD_DIMS or value.shape[-1] not in HEAD_DIMS:
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"has no kernels for {dtype}"
+    if shape[-1] not in HEAD_DIMS or value_dim not in HEAD_DIMS:
         return f"has kernels for head dims {HEAD_DIMS}"
+    if any(n % d for n, d in zip(shape[1:-2], rule.dilation)):
+        return f"needs dilations that divide the token layout, {shape[1:-2]}"
+    if too_wide((*shape[:-1], max(shape[-1], value_dim)), rule.dilation):
+        return "needs dilation groups that begin within 2^31 elements"
     if not 1e-20 < scale < 1e6:
         return "masks scores that are scaled by a positive number of usual size"
     if release() not in KNOWN:
         return f"is checked with Triton {KNOWN}, not with {release()}"
-    if query.device.type != "cuda" or torch.cuda.get_device_capability(query.device) != (9, 0):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return "needs a GPU of compute capability 9.0"
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        reason = unreadable(name, x, rule.dilation)
-        if reason is not None:
-            return reason
     return None
 
 
@@ -141,6 +154,7 @@ def forward(
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
+    query, key, value = (readable(x, rule.dilation) for x in (query, key, value))
     extra = 0 if extra_keys is None else extra_keys.shape[1]
     plan = _plan(
         (query.shape, query.stride()), (key.shape, key.stride()), (value.shape, value.stride()),
@@ -165,6 +179,6 @@ def forward(
 
 def _extra_boxes(x: Tensor, box: list[int], layout: Any) -> Any:
     """Additional tokens ``[batch, extra, heads, channels]`` in boxes of as many tokens."""
-    x = x.contiguous()
+    x = readable(x.contiguous(), (1,))
     rows = math.prod(box[1:-1])
     return view(x.shape, x.stride(), (1,)).boxes(x, [1, 1, 1, rows, box[-1]], layout)

@@ -57,20 +57,28 @@ def view(shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -
     )
 
 
-def unreadable(name: str, x: Tensor, dilation: Sequence[int]) -> str | None:
-    """Why TMA can not read ``x [batch, *space, heads, channels]``."""
-    if x.stride(-1) != 1:
-        return f"reads contiguous channels; `{name}` has stride {x.stride(-1)} there"
-    if x.data_ptr() % 16:
-        return f"reads from addresses that 16 divides; `{name}` starts elsewhere"
-    strides = [s for n, s in zip(x.shape[:-1], x.stride()[:-1]) if n > 1]
-    if any(s % 8 or s <= 0 for s in strides):
-        return f"reads strides that are multiples of 8 elements, `{name}` has {x.stride()}"
-    if any(n % d for n, d in zip(x.shape[1:-2], dilation)):
-        return f"reads dilated tokens where the dilation divides the layout {tuple(x.shape[1:-2])}"
-    if view(x.shape, x.stride(), dilation).shape[-1] > _MOST or max(strides, default=0) >= 2**39:
-        return f"reads offsets of 31 bits; `{name}` is wider"
-    return None
+def too_wide(shape: Sequence[int], dilation: Sequence[int]) -> bool:
+    """Whether a dilation group of a contiguous tensor is farther away than TMA can say."""
+    stride, n = [1], 1
+    for length in reversed(shape[1:]):
+        n *= length
+        stride.append(n)
+    return view(shape, stride[::-1], dilation).shape[-1] > _MOST
+
+
+def readable(x: Tensor, dilation: Sequence[int]) -> Tensor:
+    """``x [batch, *space, heads, channels]``, copied if TMA can not read it where it is.
+
+    TMA reads contiguous channels, from addresses and with strides that 16 bytes divide.
+    """
+    if x.data_ptr() % 16 == 0:
+        if x.is_contiguous():
+            return x
+        strides = [s for n, s in zip(x.shape[:-1], x.stride()[:-1]) if n > 1]
+        aligned = x.stride(-1) == 1 and all(s > 0 and s % 8 == 0 for s in strides)
+        if aligned and view(x.shape, x.stride(), dilation).shape[-1] <= _MOST:
+            return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def box_layout(channels: int, dtype: torch.dtype) -> Any:
