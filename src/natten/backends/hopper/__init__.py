@@ -8,6 +8,7 @@ strided or have one token, tile shapes and the kind of mask, whether there are a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -25,11 +26,30 @@ from natten.backends.hopper.descriptors import (
 from natten.backends.hopper.forward import forward_kernel
 from natten.backends.hopper.gluon_names import KNOWN, release
 from natten.backends.hopper.tiles import Shape, Tiles, choose
-from natten.backends.triton import _modes, _padded
+from natten.backends.triton import primitives
 from natten.neighborhood import Neighborhood, Rule
 
 HEAD_DIMS = (32, 64, 128, 256)
 _LOG2E = math.log2(math.e)
+
+
+def _padded(values: Sequence[int], fill: int) -> tuple[int, ...]:
+    """Three axes: the missing ones come first."""
+    return (*(fill,) * (3 - len(values)), *values)
+
+
+def _modes(rule: Neighborhood, shape: Sequence[int]) -> tuple[int, ...]:
+    """How the windows of each of three axes go, in the terms of ``primitives.window``."""
+    modes = []
+    for length, stride, causal in zip(shape, rule.stride, rule.is_causal):
+        if length == 1:
+            mode = primitives.UNIT
+        elif causal:
+            mode = primitives.CAUSAL if stride == 1 else primitives.CAUSAL_STRIDED
+        else:
+            mode = primitives.SLIDING if stride == 1 else primitives.STRIDED
+        modes.append(mode.value)
+    return _padded(modes, primitives.UNIT.value)
 
 
 def unsupported(
