@@ -84,6 +84,53 @@ print("done")
     assert "done" in interpreted(code)
 
 
+PACKED = """
+import torch, natten
+from helpers import assert_close
+from natten import packed
+torch.set_num_threads(1)
+torch.manual_seed(0)
+launches = []
+whole = packed.packed_attention
+packed.packed_attention = lambda *a: launches.append(a) or whole(*a)
+
+def check(function, *tensors):
+    leaves = [x.requires_grad_() for x in tensors]
+    found = []
+    for backend in ("triton", "tiled"):
+        out, lse = function(*leaves, backend=backend, return_lse=True)
+        finite = lse.isfinite()
+        total = (out * weight(out)).sum() + (lse[finite] * weight(lse)[finite]).sum()
+        found.append((out, lse, *torch.autograd.grad(total, leaves)))
+    for actual, expected in zip(*found):
+        assert_close("packed", expected, actual, 2e-5)
+
+def weight(x):
+    return torch.linspace(-1, 1, x.numel()).view(x.shape)
+
+layout = natten.VarlenLayout([(5, 4), (3, 9), (1, 2)])
+q, k, v = torch.randn(49, 4, 6), torch.randn(49, 2, 6), torch.randn(49, 2, 5)
+for window in ((3, 4), (3, 2), (2, 1)), ((2, 5), 1, (2, 1), (True, False)):
+    check(lambda *x, **y: natten.na2d_varlen(*x, layout, *window, **y), q, k, v)
+q, k, v = torch.randn(1, 12, 2, 4), torch.randn(1, 11, 1, 4), torch.randn(1, 11, 1, 4)
+lengths = dict(seqlens_Q=torch.tensor([5, 0, 4, 3]), seqlens_KV=torch.tensor([7, 2, 2, 0]))
+for causal in (False, True):
+    check(lambda *x, **y: natten.attention(*x, causal, **lengths, **y), q, k, v)
+assert len(launches) == 4
+out = natten.attention(q, k, v, **lengths)
+first, = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+second, = torch.autograd.grad(first.square().sum(), q)
+tiled = natten.attention(q, k, v, backend="tiled", **lengths)
+first, = torch.autograd.grad(tiled.square().sum(), q, create_graph=True)
+assert_close("second derivative", torch.autograd.grad(first.square().sum(), q)[0], second, 1e-4)
+print("packed", len(launches))
+"""
+
+
+def test_packed_documents_in_one_launch():
+    assert "packed 5" in interpreted(PACKED)
+
+
 WINDOWS = """
 import torch, triton, triton.language as tl
 from natten.backends.triton.plan import modes

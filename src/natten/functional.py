@@ -14,12 +14,13 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from natten import operators
+from natten import operators, packed
 from natten._checks import (
     autocast_tensors,
     check_additional,
@@ -35,7 +36,7 @@ from natten.backends import check_name
 from natten.errors import ArgumentError
 from natten.neighborhood import Dense, Neighborhood, fit_window
 from natten.nested import is_nested, per_item
-from natten.varlen import VarlenLayout, sequence_lengths
+from natten.varlen import VarlenLayout, check_starts, sequence_lengths, sequences
 
 Dimension = int | Sequence[int]
 Causal = bool | Sequence[bool]
@@ -441,29 +442,50 @@ def attention(
     def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return operators.attention(q, k, v, None, None, None, rule, factor, name)
 
-    lengths = sequence_lengths("Q", query.shape[1], seqlens_Q, cumulative_seqlen_Q)
-    lengths_kv = sequence_lengths("KV", key.shape[1], seqlens_KV, cumulative_seqlen_KV)
-    if lengths is None and lengths_kv is None:
+    starts = cumulative_seqlen_Q, cumulative_seqlen_KV
+    if all(x is None for x in (seqlens_Q, seqlens_KV, *starts)):
         out, lse = dense(query, key, value)
         return (out, lse) if return_lse else out
-    if lengths is None or lengths_kv is None or len(lengths) != len(lengths_kv):
-        raise ArgumentError(
-            "the lengths of packed sequences must be given for `query` and for `key`, as many "
-            f"each, got {lengths} and {lengths_kv}."
-        )
     if query.shape[0] != 1:
         raise ArgumentError(
             f"`query` must have batch size 1 when sequences are packed, got {query.shape[0]}."
         )
-    parts = [
-        dense(q, k, v)
-        for q, k, v in zip(
-            query.split(lengths, 1), key.split(lengths_kv, 1), value.split(lengths_kv, 1)
+
+    def lengths() -> tuple[list[int], list[int]]:
+        ours = sequence_lengths("Q", query.shape[1], seqlens_Q, starts[0])
+        theirs = sequence_lengths("KV", key.shape[1], seqlens_KV, starts[1])
+        if ours is None or theirs is None or len(ours) != len(theirs):
+            raise ArgumentError(
+                "the lengths of packed sequences must be given for `query` and for `key`, as many "
+                f"each, got {ours} and {theirs}."
+            )
+        return ours, theirs
+
+    def one_by_one(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        ours, theirs = lengths()
+        if not ours:
+            return dense(q, k, v)
+        triples = zip(q.split(ours, 1), k.split(theirs, 1), v.split(theirs, 1))
+        outputs, exponents = zip(*(dense(*triple) for triple in triples))
+        return torch.cat(outputs, dim=1), torch.cat(exponents, dim=1)
+
+    runs = packed.backend_for(query, key, value, name)
+    if runs is None:
+        out, lse = one_by_one(query, key, value)
+        return (out, lse) if return_lse else out
+    sums, longest = [x for x in starts if x is not None], [max_seqlen_Q, max_seqlen_KV]
+    if query.is_cuda and len(sums) == 2 and None not in longest:
+        check_starts("Q", query.shape[1], sums[0], max_seqlen_Q)
+        check_starts("KV", key.shape[1], sums[1], max_seqlen_KV)
+        check_same_shape(
+            "cumulative_seqlen_KV", sums[1].shape, "cumulative_seqlen_Q", sums[0].shape
         )
-    ]
-    if not parts:
-        parts = [dense(query, key, value)]
-    out, lse = (torch.cat(each, dim=1) for each in zip(*parts))
+    else:
+        both = lengths()
+        sums = [torch.tensor([0, *accumulate(each)], device=query.device) for each in both]
+        longest = [max(each, default=0) for each in both]
+    documents = sequences(sums, [int(each or 0) for each in longest])
+    out, lse = packed.packed_attention(runs, query, key, value, documents, rule, factor, one_by_one)
     return (out, lse) if return_lse else out
 
 
@@ -573,39 +595,50 @@ def _varlen(
     unknown = sorted(hints.keys() - _HINTS)
     if unknown:
         raise ArgumentError(f"`{unknown[0]}` is no argument of na{layout.rank}d_varlen.")
-    results = []
-    packed = (("query", query), ("key", key), ("value", value))
-    documents = [_unpack(name, x, layout) for name, x in packed]
+    for tensor_name, x in (("query", query), ("key", key), ("value", value)):
+        _check_packed(tensor_name, x, layout)
     check_rpb(rpb, query, rule, heads=query.shape[-2])
-    for shape, *qkv in zip(layout, *documents):
-        window, step, gap = fit_window(shape, rule.kernel_size, rule.stride, rule.dilation)
-        q, k, v = (x[None] for x in qkv)
-        out, lse = neighborhood_attention_generic(
-            q,
-            k,
-            v,
-            window,
-            step,
-            gap,
-            rule.is_causal,
-            scale,
-            backend=backend,
-            return_lse=True,
-            rpb=crop_rpb(rpb, rule.kernel_size, window),
+
+    def one_by_one(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        results = []
+        for shape, *qkv in zip(layout, *(layout.unpack(x[0]) for x in (q, k, v))):
+            window, step, gap = fit_window(shape, rule.kernel_size, rule.stride, rule.dilation)
+            out, lse = neighborhood_attention_generic(
+                *(x[None] for x in qkv),
+                window,
+                step,
+                gap,
+                rule.is_causal,
+                scale,
+                backend=backend,
+                return_lse=True,
+                rpb=crop_rpb(rpb, rule.kernel_size, window),
+            )
+            results.append((out.flatten(1, -3), lse.flatten(1, -2)))
+        outputs, exponents = zip(*results)
+        return torch.cat(outputs, dim=1), torch.cat(exponents, dim=1)
+
+    query, key, value = (x[None] for x in autocast_tensors(query, key, value))
+    check_qkv(query, key, value)
+    factor, name = check_scale(scale, query.shape[-1]), check_name(backend)
+    runs = None if rpb is not None else packed.backend_for(query, key, value, name)
+    if runs is None:
+        out, lse = one_by_one(query, key, value)
+    else:
+        documents = layout.documents(rule, query.device)
+        out, lse = packed.packed_attention(
+            runs, query, key, value, documents, rule, factor, one_by_one
         )
-        results.append((out[0].flatten(0, -3), lse[0].flatten(0, -2)))
-    out, lse = (torch.cat(each) for each in zip(*results))
-    return (out, lse) if return_lse else out
+    return (out[0], lse[0]) if return_lse else out[0]
 
 
-def _unpack(name: str, packed: Tensor, layout: VarlenLayout) -> list[Tensor]:
+def _check_packed(name: str, packed: Tensor, layout: VarlenLayout) -> None:
     check_tensors(**{name: packed})
     layout.check(name, packed)
     if packed.dim() != 3:
         raise ArgumentError(
             f"`{name}` must be [tokens, heads, head_dim], got {tuple(packed.shape)}."
         )
-    return layout.unpack(packed)
 
 
 def crop_rpb(rpb: Any, kernel_size: Sequence[int], fitted: Sequence[int]) -> Any:

@@ -50,7 +50,7 @@ _library.define(f"rpb_bias(Tensor rpb, SymInt[] shape, {_RULE}) -> Tensor")
 _library.define(f"rpb_bias_transposed(Tensor grad, {_RULE}) -> Tensor")
 
 
-def _is_plain(tensors: Sequence[Any]) -> bool:
+def is_plain(tensors: Sequence[Any]) -> bool:
     """Whether nothing watches what an eager call does, so that it needs no operator.
 
     The dispatcher costs as much time on the host as a small kernel takes on a GPU.
@@ -443,7 +443,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         *tensors, scale, backend, rule = args
-        if _is_plain(tensors) or torch.jit.is_tracing():
+        if is_plain(tensors) or torch.jit.is_tracing():
             return _module("attention", args[0], args[2], backend).forward(*tensors, rule, scale)
         return _ops.attention(*tensors, *_pack(rule), scale, backend)
 
@@ -504,7 +504,7 @@ def _gradient(
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grads = (grad_out, grad_lse)
-    if _is_plain((*grads, *saved)):
+    if is_plain((*grads, *saved)):
         module = _module("attention", saved[0], saved[2], backend)
         return list(module.backward(*grads, *saved, rule, scale))
     found = iter(_ops.attention_backward(*grads, *saved, *_pack(rule), scale, backend))
@@ -563,7 +563,7 @@ def attention(
     if torch.compiler.is_compiling():
         _refuse_forward_mode()
         return _ops.attention(*tensors, *_pack(rule), scale, backend)
-    if not _is_plain(tensors):
+    if not is_plain(tensors):
         return _Attention.apply(*tensors, scale, backend, rule)
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return _PlainAttention.apply(*tensors, scale, backend, rule)

@@ -1,4 +1,4 @@
-"""Sequences of different shapes packed into one: their layout, and attention inside each.
+"""Sequences of different shapes packed into one: their layout, as people and kernels see it.
 
 A packed tensor holds the tokens of all documents one after another, each in row-major order.
 """
@@ -8,12 +8,51 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from natten.errors import ArgumentError
+from natten.neighborhood import Neighborhood, fit_window
+
+
+class Documents(NamedTuple):
+    """Packed documents as a kernel reads them.
+
+    Attributes:
+        table: int64 ``[documents, 16]``: the first token of the queries and of the keys, lengths of
+            three axes, keys of the last axis, window, stride and dilation of three axes, 0. Axes
+            that a layout lacks come first, with length 1.
+        number: how many documents.
+        space, key_space: at least the longest of each axis.
+    """
+
+    table: Tensor
+    number: int
+    space: tuple[int, ...]
+    key_space: tuple[int, ...]
+
+
+def _roomy(length: int) -> int:
+    """``length`` or up to a quarter more, so that kernels are planned for few different sizes."""
+    step = max(1, 1 << (length.bit_length() - 3) if length > 3 else 1)
+    return -(-length // step) * step
+
+
+def sequences(starts: Sequence[Tensor], longest: Sequence[int]) -> Documents:
+    """Sequences of queries and of keys for plain attention.
+
+    Args:
+        starts: two cumulative sums ``[sequences + 1]``.
+        longest: at least the two longest lengths.
+    """
+    table = starts[0].new_ones(len(starts[0]) - 1, 16, dtype=torch.int64)
+    for side, start in enumerate(starts):
+        table[:, side] = start[:-1]
+        table[:, 4 + side] = start.diff()
+    space, key_space = ((_roomy(length),) for length in longest)
+    return Documents(table, len(table), space, key_space)
 
 
 class VarlenLayout:
@@ -55,6 +94,7 @@ class VarlenLayout:
         self.total_tokens: int = sum(self.lengths)
         ends = torch.tensor((0, *self.lengths), dtype=torch.int64).cumsum(0)
         self.offsets: Tensor = ends.to(device=device, dtype=torch.int32)
+        self._documents: dict[tuple[Neighborhood, torch.device], Documents] = {}
 
     @classmethod
     def from_tensor_list(cls, tensors: Sequence[Tensor]) -> VarlenLayout:
@@ -81,6 +121,21 @@ class VarlenLayout:
             part.unflatten(0, shape) for part, shape in zip(packed.split(self.lengths), self.shapes)
         ]
 
+    def documents(self, rule: Neighborhood, device: torch.device) -> Documents:
+        """The documents with, each, the largest window up to ``rule``'s that fits it."""
+        if (rule, device) not in self._documents:
+            missing = [1] * (3 - self.rank)
+            rows, first = [], 0
+            for shape, length in zip(self.shapes, self.lengths):
+                fitted = fit_window(shape, rule.kernel_size, rule.stride, rule.dilation)
+                window = [n for each in fitted for n in (*missing, *each)]
+                rows.append([first, first, *missing, *shape, shape[-1], *window, 0])
+                first += length
+            longest = tuple(_roomy(max(lengths)) for lengths in zip(*self.shapes))
+            table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+            self._documents[rule, device] = Documents(table, len(rows), longest, longest)
+        return self._documents[rule, device]
+
     def check(self, name: str, packed: Any) -> None:
         """Raise ArgumentError unless ``packed`` is a tensor of as many tokens."""
         if (
@@ -103,6 +158,17 @@ class VarlenLayout:
         return f"VarlenLayout({list(self.shapes)})"
 
 
+def check_starts(name: str, tokens: int, starts: Tensor, longest: int) -> None:
+    """As :func:`sequence_lengths` for cumulative sums on a GPU, without waiting for it.
+
+    What they hold is checked on the GPU, where a failure is an error of the next synchronisation.
+    """
+    _check_integers(name, starts)
+    lengths = starts.diff()
+    whole = (starts[0] == 0) & (starts[-1] == tokens)
+    torch._assert_async(whole & (lengths >= 0).all() & (lengths <= longest).all())
+
+
 def sequence_lengths(
     side: str, tokens: int, seqlens: Tensor | None, cumulative: Tensor | None
 ) -> list[int] | None:
@@ -121,9 +187,7 @@ def sequence_lengths(
     if given is None:
         return None
     name = f"cumulative_seqlen_{side}" if cumulative is not None else f"seqlens_{side}"
-    if not isinstance(given, Tensor) or given.dim() != 1 or given.is_floating_point():
-        got = (given.dtype, tuple(given.shape)) if isinstance(given, Tensor) else type(given)
-        raise ArgumentError(f"`{name}` must be a 1-D integer tensor, got {got}.")
+    _check_integers(name, given)
     numbers = given.tolist()
     if cumulative is not None:
         lengths = [b - a for a, b in itertools.pairwise(numbers)]
@@ -135,3 +199,9 @@ def sequence_lengths(
             f"`{name}` must describe sequences that add up to {tokens} tokens, got {numbers}."
         )
     return lengths
+
+
+def _check_integers(name: str, given: Any) -> None:
+    if not isinstance(given, Tensor) or given.dim() != 1 or given.is_floating_point():
+        got = (given.dtype, tuple(given.shape)) if isinstance(given, Tensor) else type(given)
+        raise ArgumentError(f"`{name}` must be a 1-D integer tensor, got {got}.")

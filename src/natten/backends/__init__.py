@@ -28,7 +28,7 @@ _log = logging.getLogger("natten")
 class Problem(NamedTuple):
     """What decides which backend runs."""
 
-    operation: str  # "attention", or "unfused" for qk, av, av_transposed and the bias
+    operation: str  # "attention", "packed", or "unfused": qk, av, av_transposed and the bias
     device: torch.device
     dtype: torch.dtype
     head_dim: int = 0
@@ -55,7 +55,7 @@ def _without_triton(problem: Problem) -> str | None:
         return f"runs on GPUs, not on {problem.device.type}"
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton"
-    if problem.operation != "attention":
+    if problem.operation == "unfused":
         return "has no unfused operators"
     if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"has no kernels for {problem.dtype}"
@@ -69,6 +69,8 @@ def _without_triton(problem: Problem) -> str | None:
 
 
 def _floating(problem: Problem) -> str | None:
+    if problem.operation == "packed":
+        return "runs packed documents one by one"
     dtype = problem.dtype
     return None if dtype.is_floating_point else f"needs a floating-point dtype, not {dtype}"
 
@@ -106,17 +108,25 @@ def check_name(name: str | None) -> str:
 
 
 @lru_cache(maxsize=1024)
-def choose(name: str, problem: Problem) -> Backend:
-    """The backend called ``name`` if it can run, else the first that can."""
+def find(name: str, problem: Problem) -> Backend | None:
+    """The backend called ``name`` if it can run, else the first that can, if any."""
     wanted = [backend for backend in BACKENDS if backend.name == name]
     for backend in (*wanted, *BACKENDS):
         reason = backend.unsupported(problem)
         if reason is None:
             return backend
         _log.debug("backend %s is passed over: it %s", backend.name, reason)
-    raise ArgumentError(
-        f"`query` has dtype {problem.dtype}; natten computes in floating point only."
-    )
+    return None
+
+
+def choose(name: str, problem: Problem) -> Backend:
+    """As :func:`find`, for what some backend can run in every floating-point dtype."""
+    backend = find(name, problem)
+    if backend is None:
+        raise ArgumentError(
+            f"`query` has dtype {problem.dtype}; natten computes in floating point only."
+        )
+    return backend
 
 
 def explain(

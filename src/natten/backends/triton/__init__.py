@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natten.backends.triton.plan import Packed, Plan, plan_for
+from natten.backends.triton.plan import Plan, plan_for
 from natten.neighborhood import Rule
+from natten.varlen import Documents
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -44,13 +45,11 @@ def forward(
     extra_values: Tensor | None,
     rule: Rule,
     scale: float,
-    documents: Tensor | None = None,
-    packed: Packed | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``.
 
-    With ``documents``, a table as :mod:`natten.packed` makes it, batch is 1 and space is the
-    tokens of all documents.
+    With ``documents``, batch is 1 and space is the tokens of all of them.
     """
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
@@ -58,11 +57,12 @@ def forward(
         return out, lse
     query, key, value = _readable(query), _readable(key), _readable(value)
     rpb, extra_keys, extra_values = (_contiguous(x) for x in (rpb, extra_keys, extra_values))
-    found = plan_for(query, key, value, rpb, extra_keys, rule, scale, packed)
+    found = plan_for(query, key, value, rpb, extra_keys, rule, scale, documents)
     with _on_device(query):
         # What is missing is never read.
-        missing = (query if x is None else x for x in (rpb, extra_keys, extra_values, documents))
-        found.forward(query, key, value, *missing, out, lse)
+        others = (rpb, extra_keys, extra_values, None if documents is None else documents.table)
+        filled = (query if x is None else x for x in others)
+        found.forward(query, key, value, *filled, out, lse)
     return out, lse
 
 
@@ -79,8 +79,7 @@ def backward(
     lse: Tensor,
     rule: Rule,
     scale: float,
-    documents: Tensor | None = None,
-    packed: Packed | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, rpb, additional keys and additional values."""
     if query.numel() == 0 or key.numel() == 0:
@@ -93,13 +92,12 @@ def backward(
     query, key, value = _readable(query), _readable(key), _readable(value)
     rpb, extra_keys, extra_values = (_contiguous(x) for x in (rpb, extra_keys, extra_values))
     grad_out = grad_out.contiguous()
-    found = plan_for(query, key, value, rpb, extra_keys, rule, scale, packed)
+    found = plan_for(query, key, value, rpb, extra_keys, rule, scale, documents)
     with _on_device(query):
         given = lse if grad_lse is None else grad_lse.contiguous()
         found.terms[grad_lse is not None](out, lse, grad_out, given, terms)
-        bias, ek, ev, table = (
-            query if x is None else x for x in (rpb, extra_keys, extra_values, documents)
-        )
+        others = (rpb, extra_keys, extra_values, None if documents is None else documents.table)
+        bias, ek, ev, table = (query if x is None else x for x in others)
         found.query(query, key, value, bias, ek, ev, table, grad_out, terms, grad_query)
         found.key(query, key, value, bias, table, grad_out, terms, grad_key, grad_value)
         if extra_keys is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,14 +35,10 @@ from natten.backends.triton.primitives import (
     UNIT,
 )
 from natten.neighborhood import Dense, Rule
+from natten.varlen import Documents
 
-
-class Packed(NamedTuple):
-    """Documents one after another in a batch of one: how many, and the longest of each axis."""
-
-    number: int
-    space: tuple[int, ...]
-    key_space: tuple[int, ...]
+# Of packed documents: how many, and the longest of each axis, queries and keys.
+_Sizes = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
 class Launch:
@@ -118,15 +114,15 @@ class Plan:
         strides: Sequence[Sequence[int]],
         bias_dtype: torch.dtype | None,
         extra: int | None,
-        packed: Packed | None,
+        packed: _Sizes | None,
         tf32: bool,
     ) -> None:
         query, key, value = shapes
         self.rule, self.scale, self.device = rule, scale, device
         self.itemsize, self.packed = dtype.itemsize, packed is not None
         self.rows = math.prod(query[:-1])
-        sizes = packed or Packed(query[0], tuple(query[1:-2]), tuple(key[1:-2]))
-        self.batch, self.space, self.key_space = sizes
+        own = query[0], tuple(query[1:-2]), tuple(key[1:-2])
+        self.batch, self.space, self.key_space = packed or own
         self.shape = padded(self.space, 1)
         self.heads, self.kv_heads = query[-2], key[-2]
         self.per_kv = self.heads // self.kv_heads
@@ -247,7 +243,7 @@ def plan_for(
     extra_keys: Tensor | None,
     rule: Rule,
     scale: float,
-    packed: Packed | None = None,
+    documents: Documents | None = None,
 ) -> Plan:
     """The plan of a call; tensors have channels one after another."""
     return _cached_plan(
@@ -259,7 +255,7 @@ def plan_for(
         (query.stride(), key.stride(), value.stride()),
         None if rpb is None else rpb.dtype,
         None if extra_keys is None else extra_keys.shape[1],
-        packed,
+        None if documents is None else documents[1:],
         query.dtype == torch.float32 and _allows_tf32(),
     )
 

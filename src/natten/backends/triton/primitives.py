@@ -109,7 +109,7 @@ def _size(row, column: tl.constexpr):
 
 @triton.jit
 def document(documents, number):
-    """A row of the table of :mod:`natten.packed`: where a document starts, and its sizes."""
+    """A row of the table of :class:`natten.varlen.Documents`."""
     row = documents + number * 16
     return (
         tl.load(row), tl.load(row + 1), _size(row, 2), _size(row, 3), _size(row, 4), _size(row, 5),
