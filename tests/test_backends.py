@@ -235,7 +235,7 @@ def test_cpu_default_is_tiled():
 
 
 def test_falling_back_is_said_at_debug_level(caplog):
-    backends.choose.cache_clear()
+    backends.find.cache_clear()
     with caplog.at_level("DEBUG", logger="natten"):
         backends.choose("triton", problem())
     assert "triton is passed over" in caplog.text

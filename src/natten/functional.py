@@ -603,8 +603,11 @@ def _varlen(
         results = []
         for shape, *qkv in zip(layout, *(layout.unpack(x[0]) for x in (q, k, v))):
             window, step, gap = fit_window(shape, rule.kernel_size, rule.stride, rule.dilation)
+            each = [x[None] for x in qkv]
             out, lse = neighborhood_attention_generic(
-                *(x[None] for x in qkv),
+                each[0],
+                each[1],
+                each[2],
                 window,
                 step,
                 gap,

@@ -56,7 +56,8 @@ def is_plain(tensors: Sequence[Any]) -> bool:
     The dispatcher costs as much time on the host as a small kernel takes on a GPU.
     """
     return not (
-        torch._C._are_functorch_transforms_active()
+        torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or any(type(x) not in _PLAIN_TYPES for x in tensors)
     )
@@ -83,10 +84,18 @@ def _unpack(
     return Neighborhood(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
 
 
-def _module(operation: str, x: Tensor, value: Tensor | None = None, name: str = "") -> Any:
-    """The backend's functions."""
-    value_dim = 0 if value is None else value.shape[-1]
-    problem = backends.Problem(operation, x.device, x.dtype, x.shape[-1], value_dim)
+def _unfused_module(x: Tensor) -> Any:
+    """The functions of the backend that runs the unfused maps."""
+    return backends.choose("", backends.Problem("unfused", x.device, x.dtype)).module
+
+
+def _module(operation: str, inputs: Sequence[Any], rule: Rule, scale: float, name: str) -> Any:
+    """The functions of the backend that runs "attention" or its "gradient"."""
+    query, _, value, rpb, *_ = inputs
+    dims = query.shape[-1], value.shape[-1]
+    problem = backends.Problem(
+        operation, query.device, query.dtype, *dims, query.shape, rule, scale, rpb is not None
+    )
     return backends.choose(name, problem).module
 
 
@@ -95,7 +104,7 @@ def _module(operation: str, x: Tensor, value: Tensor | None = None, name: str = 
 
 def _unfused(name: str) -> Callable[..., Tensor]:
     def real(a: Tensor, b: Tensor, *rule: Any) -> Tensor:
-        module = _module("unfused", b)
+        module = _unfused_module(b)
         out = getattr(module, name)(a.movedim(1, -2), b.movedim(1, -2), _unpack(*rule))
         return out.movedim(-2, 1).contiguous()
 
@@ -111,7 +120,7 @@ def _fake_av(attn: Tensor, value: Tensor, *_: Any) -> Tensor:
 
 
 def _bias(rpb: Tensor, shape: Sequence[int], *rule: Any) -> Tensor:
-    module = _module("unfused", rpb)
+    module = _unfused_module(rpb)
     return module.bias(rpb, shape, _unpack(*rule)).movedim(-2, 0).contiguous()
 
 
@@ -120,7 +129,7 @@ def _fake_bias(rpb: Tensor, shape: Sequence[int], kernel_size: Sequence[int], *_
 
 
 def _bias_transposed(grad: Tensor, *rule: Any) -> Tensor:
-    module = _module("unfused", grad)
+    module = _unfused_module(grad)
     return module.bias_transposed(grad.movedim(0, -2), _unpack(*rule)).contiguous()
 
 
@@ -287,8 +296,8 @@ def _attention(
     kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rule = _unpack(kernel_size, stride, dilation, is_causal)
-    module = _module("attention", query, value, backend)
-    return module.forward(query, key, value, rpb, extra_keys, extra_values, rule, scale)
+    inputs = (query, key, value, rpb, extra_keys, extra_values)
+    return _module("attention", inputs, rule, scale, backend).forward(*inputs, rule, scale)
 
 
 def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -302,10 +311,9 @@ def _attention_backward(
     kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, scale: float, backend: str,
 ) -> list[Tensor]:  # fmt: skip
     rule = _unpack(kernel_size, stride, dilation, is_causal)
-    module = _module("attention", query, value, backend)
-    grads = module.backward(
-        grad_out, grad_lse, query, key, value, rpb, extra_keys, extra_values, out, lse, rule, scale
-    )
+    inputs = (query, key, value, rpb, extra_keys, extra_values)
+    module = _module("gradient", inputs, rule, scale, backend)
+    grads = module.backward(grad_out, grad_lse, *inputs, out, lse, rule, scale)
     return [grad for grad in grads if grad is not None]
 
 
@@ -444,7 +452,9 @@ class _Attention(torch.autograd.Function):
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         *tensors, scale, backend, rule = args
         if is_plain(tensors) or torch.jit.is_tracing():
-            return _module("attention", args[0], args[2], backend).forward(*tensors, rule, scale)
+            return _module("attention", tensors, rule, scale, backend).forward(
+                *tensors, rule, scale
+            )
         return _ops.attention(*tensors, *_pack(rule), scale, backend)
 
     @staticmethod
@@ -505,7 +515,7 @@ def _gradient(
         grad_out = torch.zeros_like(out)
     grads = (grad_out, grad_lse)
     if is_plain((*grads, *saved)):
-        module = _module("attention", saved[0], saved[2], backend)
+        module = _module("gradient", inputs, rule, scale, backend)
         return list(module.backward(*grads, *saved, rule, scale))
     found = iter(_ops.attention_backward(*grads, *saved, *_pack(rule), scale, backend))
     return [None if x is None else next(found) for x in inputs]

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -21,18 +21,34 @@ import torch
 from torch import Tensor
 
 from natten.errors import ArgumentError
+from natten.neighborhood import Neighborhood
 
 _log = logging.getLogger("natten")
 
 
 class Problem(NamedTuple):
-    """What decides which backend runs."""
+    """What decides which backend runs.
 
-    operation: str  # "attention", "packed", or "unfused": qk, av, av_transposed and the bias
+    Attributes:
+        operation: "attention", its "gradient", "packed" documents, or "unfused": qk, av,
+            av_transposed and the bias.
+        device, dtype: of the tensors.
+        head_dim, value_dim: channels of a head.
+        shape: of the query, heads-last; of attention and its gradient only, as what follows.
+        rule: the neighborhood, None where only tensors are asked about.
+        scale: factor on the scores.
+        bias: whether there is a relative positional bias.
+    """
+
+    operation: str
     device: torch.device
     dtype: torch.dtype
     head_dim: int = 0
     value_dim: int = 0
+    shape: tuple[int, ...] = ()
+    rule: Any = None
+    scale: float = 1.0
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,19 @@ class Backend:
     def module(self) -> ModuleType:
         """The functions."""
         return importlib.import_module(f"natten.backends.{self.name}")
+
+
+def _without_hopper(problem: Problem) -> str | None:
+    """Why the Hopper kernels can not run a problem."""
+    if problem.device.type != "cuda":
+        return f"runs on GPUs, not on {problem.device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton"
+    if torch.version.hip is not None:
+        return "needs an NVIDIA GPU"
+    if problem.operation != "attention":
+        return f"has no kernels for {problem.operation}"
+    return importlib.import_module("natten.backends.hopper").unsupported(problem)
 
 
 def _without_triton(problem: Problem) -> str | None:
@@ -77,6 +106,7 @@ def _floating(problem: Problem) -> str | None:
 
 # In order of preference.
 BACKENDS: tuple[Backend, ...] = (
+    Backend("hopper", _without_hopper),
     Backend("triton", _without_triton),
     Backend("tiled", _floating),
     Backend("reference", _floating),
@@ -133,28 +163,50 @@ def explain(
     query: Tensor,
     key: Tensor | None = None,
     value: Tensor | None = None,
+    kernel_size: int | Sequence[int] | None = None,
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] | None = False,
+    scale: float | None = None,
     *_: Any,
     backend: str | None = None,
+    rpb: Tensor | None = None,
     **__: Any,
 ) -> str:
     """Say which backend a call of a fused operator runs, and why the others do not.
 
     Args:
-        query, key, value: as in the call; what follows them is accepted.
-        backend: as in the call.
+        query, key, value, kernel_size, stride, dilation, is_causal, scale, backend, rpb: as in the
+            call; its other arguments are accepted. Without a ``kernel_size`` the answer is about
+            the tensors only.
 
     Returns:
         One line per backend.
 
     Example:
-        >>> print(explain(torch.zeros(1, 16, 1, 8)))
+        >>> print(explain(torch.zeros(1, 16, 1, 8), kernel_size=3))
+        hopper: runs on GPUs, not on cpu
         triton: runs on GPUs, not on cpu
         tiled: runs
         reference: can run, comes later in the order of preference
     """
     name = check_name(backend)
     value = query if value is None else value
-    problem = Problem("attention", query.device, query.dtype, query.shape[-1], value.shape[-1])
+    rule = None
+    if kernel_size is not None:
+        rank = query.dim() - 3
+        rule = Neighborhood.create(rank, kernel_size, stride, dilation, is_causal)
+    problem = Problem(
+        "attention",
+        query.device,
+        query.dtype,
+        query.shape[-1],
+        value.shape[-1],
+        tuple(query.shape),
+        rule,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        rpb is not None,
+    )
     chosen = choose(name, problem)
     lines = []
     for candidate in BACKENDS:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from natten.backends import Problem
 from natten.backends.hopper.descriptors import (
     View,
     box_layout,
@@ -52,42 +53,30 @@ def _modes(rule: Neighborhood, shape: Sequence[int]) -> tuple[int, ...]:
     return _padded(modes, primitives.UNIT.value)
 
 
-def unsupported(
-    device: torch.device,
-    dtype: torch.dtype,
-    shape: Shape,
-    value_dim: int,
-    rule: Rule,
-    scale: float,
-    bias: bool,
-) -> str | None:
-    """Why these kernels can not run a call, or None.
-
-    Args:
-        device, dtype: of all tensors.
-        shape: of the query, ``[batch, *space, heads, head dim]``.
-        value_dim: head dim of the values.
-        rule, scale: as in :func:`forward`.
-        bias: whether there is a relative positional bias.
-    """
-    if not isinstance(rule, Neighborhood):
-        return "has kernels for neighborhoods only"
-    if bias:
+def unsupported(problem: Problem) -> str | None:
+    """Why these kernels can not run a problem of CUDA tensors, or None."""
+    dims = problem.head_dim, problem.value_dim
+    if problem.bias:
         return "has no relative positional bias"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"has no kernels for {dtype}"
-    if shape[-1] not in HEAD_DIMS or value_dim not in HEAD_DIMS:
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        return f"has no kernels for {problem.dtype}"
+    if not set(dims) <= set(HEAD_DIMS):
         return f"has kernels for head dims {HEAD_DIMS}"
-    if any(n % d for n, d in zip(shape[1:-2], rule.dilation)):
-        return f"needs dilations that divide the token layout, {shape[1:-2]}"
-    if too_wide((*shape[:-1], max(shape[-1], value_dim)), rule.dilation):
-        return "needs dilation groups that begin within 2^31 elements"
-    if not 1e-20 < scale < 1e6:
+    if not 1e-20 < problem.scale < 1e6:
         return "masks scores that are scaled by a positive number of usual size"
     if release() not in KNOWN:
         return f"is checked with Triton {KNOWN}, not with {release()}"
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+    if torch.cuda.get_device_capability(problem.device) != (9, 0):
         return "needs a GPU of compute capability 9.0"
+    if problem.rule is None:
+        return None
+    if not isinstance(problem.rule, Neighborhood):
+        return "has kernels for neighborhoods only"
+    shape, dilation = problem.shape, problem.rule.dilation
+    if any(n % d for n, d in zip(shape[1:-2], dilation)):
+        return f"needs dilations that divide the token layout, {shape[1:-2]}"
+    if too_wide((*shape[:-1], max(dims)), dilation):
+        return "needs dilation groups that begin within 2^31 elements"
     return None
 
 
