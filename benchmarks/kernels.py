@@ -26,9 +26,11 @@ from natten.backends.triton.backward import key_kernel, query_kernel
 from natten.backends.triton.forward import forward_kernel
 from natten.backends.triton.plan import modes
 from natten.backends.triton.primitives import POINTERS
+from natten.backends.triton.unfused import KERNELS as UNFUSED
+from natten.backends.triton.unfused import choose_tiles
 from natten.neighborhood import Neighborhood
 
-KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
+KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel, **UNFUSED}
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -62,12 +64,22 @@ def compile_variant(variant: Variant, kind: str, target: GPUTarget) -> Any:
         len(variant.shape), variant.kernel_size, variant.stride, 1, variant.is_causal
     )
     d = variant.head_dim
-    choice = tiles.choose(kind, rule, variant.shape, variant.shape, d, d, variant.dtype.itemsize)
-    constants = {
-        "MODES": modes(rule, variant.shape), "TQ": choice.query, "TK": choice.key, "ALIGN": 16,
-        "D": d, "DV": d, "BLOCK_D": tiles.block(d), "BLOCK_DV": tiles.block(d),
-        "HAS_RPB": False, "HAS_EXTRA": False, "PACKED": False, "PRECISION": "ieee",
-    }  # fmt: skip
+    size = variant.dtype.itemsize
+    constants = {"ALIGN": 16, "PRECISION": "ieee"}
+    if kind in UNFUSED:
+        choice, more = choose_tiles(kind, rule, variant.shape, d, size)
+        options = {name: more.pop(name) for name in ("num_warps", "num_stages")}
+        constants |= more
+    else:
+        choice = tiles.choose(kind, rule, variant.shape, variant.shape, d, d, size)
+        options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages}
+        if choice.registers is not None and target.backend == "cuda":
+            options["maxnreg"] = choice.registers
+        constants |= {
+            "MODES": modes(rule, variant.shape), "TQ": choice.query, "TK": choice.key,
+            "D": d, "DV": d, "BLOCK_D": tiles.block(d), "BLOCK_DV": tiles.block(d),
+            "HAS_RPB": False, "HAS_EXTRA": False, "PACKED": False,
+        }  # fmt: skip
     kernel = KERNELS[kind]
     kept = {name: x for name, x in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
@@ -81,9 +93,6 @@ def compile_variant(variant: Variant, kind: str, target: GPUTarget) -> Any:
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
     source = ASTSource(kernel, signature, constexprs=kept, attrs=attributes)
-    options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages}
-    if choice.registers is not None and target.backend == "cuda":
-        options["maxnreg"] = choice.registers
     return choice, triton.compile(source, target=target, options=options)
 
 

@@ -19,7 +19,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def interpreted(code: str) -> str:
     """Run code with Triton's interpreter, which must be chosen before Triton is imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests")}
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         env=environment,
@@ -67,6 +68,44 @@ print("checked", len(CASES))
 
 def test_kernels_interpreted():
     assert "checked 6" in interpreted(SWEEP)
+
+
+UNFUSED = """
+import torch
+from helpers import Case, assert_close
+from natten.backends import reference, triton
+torch.set_num_threads(1)
+torch.manual_seed(0)
+CASES = [
+    Case((13,), (4,), dilation=3, dim=5),
+    Case((11,), (5,), stride=4, is_causal=True),
+    Case((7, 5), (3, 2), stride=(2, 1), dilation=(2, 2)),
+    Case((4, 6), (3, 5), stride=(1, 3), is_causal=(True, False)),
+    Case((3, 4, 5), (2, 3, 3), stride=(1, 2, 3), batch=1),
+    Case((4, 1, 5), (2, 1, 2), dilation=(2, 1, 2), is_causal=(False, True, True), batch=1),
+    Case((5,), (3,), batch=1, heads=1, dim=130),
+]
+for case in CASES:
+    rule, space = case.rule, case.space
+    q, k, v = (torch.randn(case.heads, case.batch, *space, case.dim).movedim(0, -2) for _ in "qkv")
+    attn = torch.randn(case.batch, *space, rule.window_tokens, case.heads).transpose(-1, -2)
+    # What is masked must not even be read.
+    attn = attn.masked_fill(~rule.attended_slots(space)[..., None, :], float("nan"))
+    rpb = torch.randn(case.heads, *(2 * n - 1 for n in rule.kernel_size))
+    for name, args in {
+        "qk": (q, k), "av": (attn, v), "av_transposed": (attn, q), "bias": (rpb, space),
+        "bias_transposed": (attn[0],),
+    }.items():
+        expected, actual = (getattr(m, name)(*args, rule) for m in (reference, triton))
+        assert_close(f"{name} {rule}", expected, actual, 1e-5)
+empty = q[:0]
+assert triton.qk(empty, empty, rule).shape == (0, 5, 1, 3)
+print("checked", len(CASES))
+"""
+
+
+def test_unfused_kernels_interpreted():
+    assert "checked 7" in interpreted(UNFUSED)
 
 
 def test_choice_under_the_interpreter():
@@ -194,7 +233,7 @@ def test_kernels_compile_without_a_gpu(target):
     command = [sys.executable, "benchmarks/kernels.py", "--target", target, "--variants", "NAT"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("| NAT |") == 3
+    assert done.stdout.count("| NAT |") == 6
 
 
 @pytest.mark.gpu

@@ -84,11 +84,10 @@ def _without_triton(problem: Problem) -> str | None:
         return f"runs on GPUs, not on {problem.device.type}"
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton"
-    if problem.operation == "unfused":
-        return "has no unfused operators"
     if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"has no kernels for {problem.dtype}"
-    if problem.head_dim > 256 or problem.value_dim > 512:
+    fused = problem.operation != "unfused"
+    if fused and (problem.head_dim > 256 or problem.value_dim > 512):
         return "has kernels for head_dim up to 256 and value head_dim up to 512"
     if interpreted:
         return None

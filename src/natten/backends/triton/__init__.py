@@ -9,31 +9,19 @@ strides.
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from natten.backends.triton.plan import Plan, plan_for
+from natten.backends.triton.plan import Plan, on_device, plan_for, readable
+from natten.backends.triton.unfused import av, av_transposed, bias, bias_transposed, qk
 from natten.neighborhood import Rule
 from natten.varlen import Documents
 
-
-def _readable(x: Tensor) -> Tensor:
-    """Kernels read channels one after another."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+__all__ = ["av", "av_transposed", "backward", "bias", "bias_transposed", "forward", "qk"]
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
-
-
-def _on_device(x: Tensor) -> Any:
-    """Kernels launch on the current device: make it the tensor's."""
-    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
 
 
 def forward(
@@ -55,10 +43,10 @@ def forward(
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    query, key, value = _readable(query), _readable(key), _readable(value)
+    query, key, value = readable(query), readable(key), readable(value)
     rpb, extra_keys, extra_values = (_contiguous(x) for x in (rpb, extra_keys, extra_values))
     found = plan_for(query, key, value, rpb, extra_keys, rule, scale, documents)
-    with _on_device(query):
+    with on_device(query):
         # What is missing is never read.
         others = (rpb, extra_keys, extra_values, None if documents is None else documents.table)
         filled = (query if x is None else x for x in others)
@@ -89,11 +77,11 @@ def backward(
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     terms = lse.new_empty(*lse.shape, 4)
     grad_rpb = grad_ek = grad_ev = None
-    query, key, value = _readable(query), _readable(key), _readable(value)
+    query, key, value = readable(query), readable(key), readable(value)
     rpb, extra_keys, extra_values = (_contiguous(x) for x in (rpb, extra_keys, extra_values))
     grad_out = grad_out.contiguous()
     found = plan_for(query, key, value, rpb, extra_keys, rule, scale, documents)
-    with _on_device(query):
+    with on_device(query):
         given = lse if grad_lse is None else grad_lse.contiguous()
         found.terms[grad_lse is not None](out, lse, grad_out, given, terms)
         others = (rpb, extra_keys, extra_values, None if documents is None else documents.table)

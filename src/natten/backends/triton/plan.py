@@ -7,6 +7,7 @@ through its compiled object.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -66,6 +67,18 @@ class Launch:
             constants = (self.constants[name] for name in names if name in self.constants)
             self.numbers += tuple(constants)
             self.compiled = compiled[self.grid]
+
+
+def readable(x: Tensor) -> Tensor:
+    """Kernels read channels one after another."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def on_device(x: Tensor) -> Any:
+    """Kernels launch on the current device: make it the tensor's."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def padded(values: Sequence[Any], fill: Any) -> tuple[Any, ...]:
@@ -256,11 +269,12 @@ def plan_for(
         None if rpb is None else rpb.dtype,
         None if extra_keys is None else extra_keys.shape[1],
         None if documents is None else documents[1:],
-        query.dtype == torch.float32 and _allows_tf32(),
+        query.dtype == torch.float32 and allows_tf32(),
     )
 
 
-def _allows_tf32() -> bool:
+def allows_tf32() -> bool:
+    """Whether float32 products may be rounded to TF32."""
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):  # 2.9's, which also knows what allow_tf32 was set to
         return matmul.fp32_precision == "tf32"

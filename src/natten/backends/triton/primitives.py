@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 POINTERS = {
-    "query", "key", "value", "rpb", "extra_key", "extra_value", "documents", "out", "lse", "terms",
-    "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_rpb",
+    "query", "key", "value", "attn", "rpb", "extra_key", "extra_value", "documents", "out", "lse",
+    "terms", "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_rpb",
 }  # fmt: skip
 
 
