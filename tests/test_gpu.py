@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import RATIO, assert_close
 
 import natten
 from natten import NeighborhoodAttention2D, VarlenLayout, na2d, na2d_av, na2d_qk
+from natten.neighborhood import Neighborhood
 
 pytestmark = pytest.mark.gpu
 FULL = ((3, 5), (2, 1), (1, 2), (True, False))
@@ -41,15 +42,53 @@ def test_fused_with_gradients():
             assert_close(f"{dtype} {backend}", a, b.cpu(), ratio)
 
 
-def test_unfused():
-    q, k, v = (x.movedim(-2, 1) for x in inputs())
+UNFUSED = {
+    "plain": {"kernel_size": (3, 5)},
+    "dilated": {"kernel_size": (3, 3), "stride": (2, 1), "dilation": (1, 3)},
+    "causal": {"kernel_size": (4, 3), "stride": (3, 1), "is_causal": (True, False)},
+}
 
-    def function(q, k, v, rpb):
-        attn = na2d_qk(q, k, 3, 2, rpb=rpb).softmax(-1)
-        return na2d_av(attn, v, 3, 2)
 
-    a, b = on_both(function, q, k, v, torch.randn(4, 5, 5))
-    assert_close("unfused", a, b.cpu(), 1e-5)
+@pytest.mark.parametrize("name", UNFUSED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_unfused(name, dtype):
+    """Values, tangents and gradients of the unfused operators against float64."""
+    options, space = UNFUSED[name], (9, 11)
+    rule = Neighborhood.create(2, **options)
+    seen = rule.attended_slots(space)
+
+    def products(q, k, rpb, attn, v):
+        # Causality fills slots with -inf, on which no error can be measured.
+        scores = na2d_qk(q, k, rpb=rpb, **options).masked_fill(~seen.to(q.device), 0)
+        return scores, na2d_av(attn, v, **options)
+
+    def derivatives(*tensors):
+        inputs, changes, grads = tensors[:5], tensors[5:10], tensors[10:]
+        _, tangents = torch.func.jvp(products, inputs, changes)
+        out, pull = torch.func.vjp(products, *inputs)
+        return (*out, *tangents, *pull(grads))
+
+    q, k, v = (torch.randn(2, *space, 3, 20, dtype=dtype).movedim(-2, 1) for _ in range(3))
+    rpb = torch.randn(3, *(2 * n - 1 for n in rule.kernel_size), dtype=dtype)
+    attn = torch.randn(2, 3, *space, rule.window_tokens, dtype=dtype)
+    inputs = (q, k, rpb, attn, v)
+    tensors = (*inputs, *(torch.randn_like(x) for x in (*inputs, attn, v)))
+    expected = derivatives(*(x.double() for x in tensors))
+    actual = derivatives(*(x.to("cuda") for x in tensors))
+    for i, (a, b) in enumerate(zip(expected, actual)):
+        assert_close(f"{name} {i}", a, b.cpu(), RATIO[dtype] * (1 if i < 2 else 2))
+
+
+def test_unfused_runs_without_gathers():
+    """The default backend has the unfused operators, for any head dim; they need no workspace."""
+    problem = natten.backends.Problem("unfused", torch.device("cuda"), torch.bfloat16, 300)
+    assert natten.backends.choose("", problem).name == "triton"
+    q = torch.randn(2, 2, 128, 128, 64, device="cuda", dtype=torch.bfloat16)
+    attn = na2d_qk(q, q, 7)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = na2d_av(attn, q, 7)
+    assert torch.cuda.max_memory_allocated() - before <= out.nbytes + 2**20
 
 
 def test_forward_mode():

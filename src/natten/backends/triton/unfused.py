@@ -323,8 +323,9 @@ def choose_tiles(
         "TK": tiles.key,
         "D": dim,
         "BLOCK_D": tiling.block(most),
-        "num_warps": tiles.num_warps,
-        "num_stages": min(tiles.num_stages, 2),
+        # Addresses of single weights fill the registers beside wide accumulators.
+        "num_warps": 8 if most > 64 else tiles.num_warps,
+        "num_stages": 2,
     }
 
 
