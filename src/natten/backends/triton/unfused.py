@@ -36,8 +36,8 @@ from natten.backends.triton.primitives import (
 )
 from natten.neighborhood import Neighborhood
 
-# Wider heads are worked on in blocks of channels.
-MOST_CHANNELS = 128
+# Wider heads are worked on in blocks of channels of so many bytes a row.
+MOST_BYTES = 256
 
 
 @triton.jit
@@ -315,16 +315,17 @@ def choose_tiles(
 ) -> tuple[tiling.Tiles, dict[str, Any]]:
     """Tiles of a map and the constants that follow from them; any head dim."""
     kind = "key" if name == "av_transposed" else "forward"
-    most = min(dim, MOST_CHANNELS)
-    tiles = tiling.choose(kind, rule, space, space, most, most, itemsize)
+    most = min(dim, MOST_BYTES // itemsize)
+    # As of narrow heads: addresses of single weights fill the registers beside large tiles.
+    narrow = min(dim, 128 // itemsize)
+    tiles = tiling.choose(kind, rule, space, space, narrow, narrow, itemsize)
     return tiles, {
         "MODES": modes(rule, space),
         "TQ": tiles.query,
         "TK": tiles.key,
         "D": dim,
         "BLOCK_D": tiling.block(most),
-        # Addresses of single weights fill the registers beside wide accumulators.
-        "num_warps": 8 if most > 64 else tiles.num_warps,
+        "num_warps": 8 if most > 32 else 4,
         "num_stages": 2,
     }
 
