@@ -473,18 +473,19 @@ def attention(
     if runs is None:
         out, lse = one_by_one(query, key, value)
         return (out, lse) if return_lse else out
-    sums, longest = [x for x in starts if x is not None], [max_seqlen_Q, max_seqlen_KV]
-    if query.is_cuda and len(sums) == 2 and None not in longest:
-        check_starts("Q", query.shape[1], sums[0], max_seqlen_Q)
-        check_starts("KV", key.shape[1], sums[1], max_seqlen_KV)
+    sums = [x for x in starts if x is not None]
+    longest = [n for n in (max_seqlen_Q, max_seqlen_KV) if n is not None]
+    if query.is_cuda and len(sums) == len(longest) == 2:
         check_same_shape(
             "cumulative_seqlen_KV", sums[1].shape, "cumulative_seqlen_Q", sums[0].shape
         )
+        check_starts("Q", query.shape[1], sums[0], longest[0])
+        check_starts("KV", key.shape[1], sums[1], longest[1])
     else:
         both = lengths()
         sums = [torch.tensor([0, *accumulate(each)], device=query.device) for each in both]
         longest = [max(each, default=0) for each in both]
-    documents = sequences(sums, [int(each or 0) for each in longest])
+    documents = sequences(sums, longest)
     out, lse = packed.packed_attention(runs, query, key, value, documents, rule, factor, one_by_one)
     return (out, lse) if return_lse else out
 

@@ -158,12 +158,12 @@ class VarlenLayout:
         return f"VarlenLayout({list(self.shapes)})"
 
 
-def check_starts(name: str, tokens: int, starts: Tensor, longest: int) -> None:
+def check_starts(side: str, tokens: int, starts: Tensor, longest: int) -> None:
     """As :func:`sequence_lengths` for cumulative sums on a GPU, without waiting for it.
 
     What they hold is checked on the GPU, where a failure is an error of the next synchronisation.
     """
-    _check_integers(name, starts)
+    _check_integers(f"cumulative_seqlen_{side}", starts)
     lengths = starts.diff()
     whole = (starts[0] == 0) & (starts[-1] == tokens)
     torch._assert_async(whole & (lengths >= 0).all() & (lengths <= longest).all())
