@@ -354,7 +354,7 @@ def op_calls():
     out, lse = fused(FULL)(q, k, v, rpb, ek, ev)
     x, attn = torch.randn(2, 3, 4, 7, 5), torch.randn(2, 3, 4, 7, 6)
     return {
-        "attention": (q, k, v, rpb, ek, ev, *RULE, 0.7, ""),
+        "attention": (q, k, v, rpb, ek, ev, *RULE, 0.7, "", [8, 8] * 4),
         "attention-plain": (q, k, v, None, None, None, *RULE, 0.7, "tiled"),
         "attention-dense": (
             q[:, 0],
@@ -369,8 +369,9 @@ def op_calls():
             [True],
             0.7,
             "",
+            [],
         ),
-        "attention_backward": (out, lse, q, k, v, rpb, ek, ev, out, lse, *RULE, 0.7, ""),
+        "attention_backward": (out, lse, q, k, v, rpb, ek, ev, out, lse, *RULE, 0.7, "", []),
         "qk": (x, x, *RULE),
         "av": (attn, x, *RULE),
         "av_transposed": (attn, x, *RULE),

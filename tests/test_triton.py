@@ -242,3 +242,19 @@ def test_sweep_on_a_gpu():
         [sys.executable, "tests/sweep.py", "40"], cwd=ROOT, capture_output=True, text=True
     )
     assert " 0 failures" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_tiles_asked_for_are_used(caplog):
+    plan = pytest.importorskip("natten.backends.triton.plan")
+    rule, x = Neighborhood.create(2, 5), torch.empty(1, 30, 20, 1, 64, dtype=torch.bfloat16)
+
+    def used(*tiles):
+        found = plan.plan_for(x, x, x, None, None, rule, 1.0, tiles=tiles)
+        return [(each.constants["TQ"], each.constants["TK"]) for each in (found.forward, found.key)]
+
+    _, backward = used()
+    assert used(2, 16, 8, 8, 0, 0, 0, 0) == [((1, 2, 16), (1, 8, 8)), backward]
+    assert used(4, 8, 0, 0, 8, 4, 4, 16) == [((1, 4, 8), used(4, 8)[0][1]), ((1, 8, 4), (1, 4, 16))]
+    with caplog.at_level("DEBUG", logger="natten"):
+        assert used(3, 5, 0, 0, 0, 0, 0, 0) == used()
+    assert "the forward kernel has no tiles (3, 5)" in caplog.text

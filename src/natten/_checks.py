@@ -130,6 +130,23 @@ def check_scale(scale: Any, head_dim: int) -> float:
     return float(scale)
 
 
+def check_tiles(rank: int, **shapes: Any) -> tuple[int, ...]:
+    """Tile shapes one after another, 0 where none is given; () if there is none at all."""
+    if all(shape is None for shape in shapes.values()):
+        return ()
+    flat: list[int] = []
+    for name, shape in shapes.items():
+        sizes = (0,) * rank if shape is None else shape
+        sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes)
+        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
+        if len(sizes) != rank or not whole or (shape is not None and min(sizes) < 1):
+            raise ArgumentError(
+                f"`{name}` must be None or {rank} positive integers, one per axis, got {shape!r}."
+            )
+        flat.extend(sizes)
+    return tuple(flat)
+
+
 def check_hints(attention_kwargs: Any) -> None:
     """Hints change nothing, but a wrong type is a wrong call."""
     if attention_kwargs is not None and not isinstance(attention_kwargs, dict):

@@ -31,6 +31,7 @@ from natten._checks import (
     check_same_shape,
     check_scale,
     check_tensors,
+    check_tiles,
 )
 from natten.backends import check_name
 from natten.errors import ArgumentError
@@ -87,10 +88,11 @@ def neighborhood_attention_generic(
         rpb: relative positional bias ``[heads, 2 * kernel_size - 1, ...]``, trainable.
         return_lse: also return the logarithm of the sum of exponentials of the scores.
         backend: None, or the name of a backend; upstream's names are hints.
-        attention_kwargs, q_tile_shape, kv_tile_shape, backward_q_tile_shape,
-        backward_kv_tile_shape, backward_kv_splits, backward_use_pt_reduction,
-        run_persistent_kernel, kernel_schedule, torch_compile: accepted as hints; they change how
-            the result is computed at most, never the result.
+        q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape: tiles of queries
+            and of keys of the forward and of the backward pass, one size per axis, instead of those
+            that a cost model chooses; a backend that has no such tiles ignores them.
+        attention_kwargs, backward_kv_splits, backward_use_pt_reduction, run_persistent_kernel,
+        kernel_schedule, torch_compile: accepted as hints, without effect.
 
     Returns:
         ``[batch, *space, heads, value_dim]``; with ``return_lse`` also the LSE, natural logarithm,
@@ -134,7 +136,16 @@ def neighborhood_attention_generic(
         additional_values,
         rule,
         check_scale(scale, query.shape[-1]),
-        check_name(backend),
+        operators.Choice(
+            check_name(backend),
+            check_tiles(
+                rank,
+                q_tile_shape=q_tile_shape,
+                kv_tile_shape=kv_tile_shape,
+                backward_q_tile_shape=backward_q_tile_shape,
+                backward_kv_tile_shape=backward_kv_tile_shape,
+            ),
+        ),
     )
     return (out, lse) if return_lse else out
 
@@ -438,9 +449,17 @@ def attention(
         raise ArgumentError(f"`is_causal` must be a bool, got {type(is_causal)}.")
     check_qkv(query, key, value, same_space=False)
     rule, factor, name = Dense(is_causal), check_scale(scale, query.shape[-1]), check_name(backend)
+    tiles = check_tiles(
+        1,
+        q_tile_size=q_tile_size,
+        kv_tile_size=kv_tile_size,
+        backward_q_tile_size=backward_q_tile_size,
+        backward_kv_tile_size=backward_kv_tile_size,
+    )
+    choice = operators.Choice(name, tiles)
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return operators.attention(q, k, v, None, None, None, rule, factor, name)
+        return operators.attention(q, k, v, None, None, None, rule, factor, choice)
 
     starts = cumulative_seqlen_Q, cumulative_seqlen_KV
     if all(x is None for x in (seqlens_Q, seqlens_KV, *starts)):

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,15 +33,16 @@ from natten.errors import UnsupportedError
 from natten.neighborhood import Dense, Neighborhood, Rule, window_mask
 
 _RULE = "SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation, bool[] is_causal"
+_CHOICE = "str backend, SymInt[] tiles"
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? extra_keys, Tensor? extra_values"
 )
 
 _library = torch.library.Library("natten", "DEF")
-_library.define(f"attention({_INPUTS}, {_RULE}, float scale, str backend) -> (Tensor, Tensor)")
+_library.define(f"attention({_INPUTS}, {_RULE}, float scale, {_CHOICE}) -> (Tensor, Tensor)")
 _library.define(
     f"attention_backward(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, "
-    f"{_RULE}, float scale, str backend) -> Tensor[]"
+    f"{_RULE}, float scale, {_CHOICE}) -> Tensor[]"
 )
 _library.define(f"qk(Tensor query, Tensor key, {_RULE}) -> Tensor")
 _library.define(f"av(Tensor attn, Tensor value, {_RULE}) -> Tensor")
@@ -89,14 +90,31 @@ def _unfused_module(x: Tensor) -> Any:
     return backends.choose("", backends.Problem("unfused", x.device, x.dtype)).module
 
 
-def _module(operation: str, inputs: Sequence[Any], rule: Rule, scale: float, name: str) -> Any:
-    """The functions of the backend that runs "attention" or its "gradient"."""
+class Choice(NamedTuple):
+    """Which backend is asked for, and with which tiles; "" and () leave the choice.
+
+    ``tiles`` are sizes along every axis, of tiles of queries and of keys in the forward pass, and
+    of both in the backward pass; 0 leaves the choice.
+    """
+
+    backend: str = ""
+    tiles: tuple[int, ...] = ()
+
+
+_ANY = Choice()
+
+
+def _backend(
+    operation: str, inputs: Sequence[Any], rule: Rule, scale: float, choice: Choice
+) -> tuple[Any, dict[str, Any]]:
+    """The functions that run "attention" or its "gradient", and their options."""
     query, _, value, rpb, *_ = inputs
     dims = query.shape[-1], value.shape[-1]
     problem = backends.Problem(
         operation, query.device, query.dtype, *dims, query.shape, rule, scale, rpb is not None
     )
-    return backends.choose(name, problem).module
+    chosen = backends.choose(choice.backend, problem)
+    return chosen.module, {"tiles": choice.tiles} if choice.tiles and chosen.has_tiles else {}
 
 
 # --- unfused: maps that are linear in each tensor, [batch, heads, *space, channels] ------------
@@ -291,13 +309,21 @@ rpb_bias_transposed: Callable[..., Tensor] = _linear(
 # --- fused: [batch, *space, heads, channels] ----------------------------------------------------
 
 
+def _forward(
+    inputs: Sequence[Any], rule: Rule, scale: float, choice: Choice
+) -> tuple[Tensor, Tensor]:
+    module, options = _backend("attention", inputs, rule, scale, choice)
+    return module.forward(*inputs, rule, scale, **options)
+
+
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, rpb: Any, extra_keys: Any, extra_values: Any,
     kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, scale: float, backend: str,
+    tiles: Sequence[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rule = _unpack(kernel_size, stride, dilation, is_causal)
     inputs = (query, key, value, rpb, extra_keys, extra_values)
-    return _module("attention", inputs, rule, scale, backend).forward(*inputs, rule, scale)
+    return _forward(inputs, rule, scale, Choice(backend, tuple(tiles)))
 
 
 def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -309,11 +335,13 @@ def _attention_backward(
     grad_out: Tensor, grad_lse: Any, query: Tensor, key: Tensor, value: Tensor, rpb: Any,
     extra_keys: Any, extra_values: Any, out: Tensor, lse: Tensor,
     kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, scale: float, backend: str,
+    tiles: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     rule = _unpack(kernel_size, stride, dilation, is_causal)
     inputs = (query, key, value, rpb, extra_keys, extra_values)
-    module = _module("gradient", inputs, rule, scale, backend)
-    grads = module.backward(grad_out, grad_lse, *inputs, out, lse, rule, scale)
+    choice = Choice(backend, tuple(tiles))
+    module, options = _backend("gradient", inputs, rule, scale, choice)
+    grads = module.backward(grad_out, grad_lse, *inputs, out, lse, rule, scale, **options)
     return [grad for grad in grads if grad is not None]
 
 
@@ -450,16 +478,14 @@ _HEADS = (-2, -2, -2, 0, -2, -2)
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, scale, backend, rule = args
+        *tensors, scale, choice, rule = args
         if is_plain(tensors) or torch.jit.is_tracing():
-            return _module("attention", tensors, rule, scale, backend).forward(
-                *tensors, rule, scale
-            )
-        return _ops.attention(*tensors, *_pack(rule), scale, backend)
+            return _forward(tensors, rule, scale, choice)
+        return _ops.attention(*tensors, *_pack(rule), scale, *choice)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.scale, ctx.backend, ctx.rule = inputs
+        *tensors, ctx.scale, ctx.choice, ctx.rule = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output)
         ctx.save_for_forward(*tensors)
@@ -471,7 +497,7 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             grads = _differentiable_gradient(saved[:6], grad_out, grad_lse, ctx)
         else:
-            grads = _gradient(grad_out, grad_lse, saved, ctx.rule, ctx.scale, ctx.backend)
+            grads = _gradient(grad_out, grad_lse, saved, ctx.rule, ctx.scale, ctx.choice)
         return (*grads, None, None, None)
 
     @staticmethod
@@ -481,10 +507,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        scale, backend, rule = args[6:]
+        scale, choice, rule = args[6:]
         size = info.batch_size
         merged = [_merge(x, dim, size, heads) for x, dim, heads in zip(args, in_dims, _HEADS)]
-        out, lse = attention(*merged, rule, scale, backend)  # type: ignore[call-arg]
+        out, lse = attention(*merged, rule, scale, choice)  # type: ignore[call-arg]
         return (_split(out, size, -2), _split(lse, size, -1)), (0, 0)
 
 
@@ -507,7 +533,7 @@ def _gradient(
     saved: Sequence[Any],
     rule: Rule,
     scale: float,
-    backend: str,
+    choice: Choice,
 ) -> list[Any]:
     """Gradients of the six inputs, None for those that are None."""
     inputs, out = saved[:6], saved[6]
@@ -515,9 +541,9 @@ def _gradient(
         grad_out = torch.zeros_like(out)
     grads = (grad_out, grad_lse)
     if is_plain((*grads, *saved)):
-        module = _module("gradient", inputs, rule, scale, backend)
-        return list(module.backward(*grads, *saved, rule, scale))
-    found = iter(_ops.attention_backward(*grads, *saved, *_pack(rule), scale, backend))
+        module, options = _backend("gradient", inputs, rule, scale, choice)
+        return list(module.backward(*grads, *saved, rule, scale, **options))
+    found = iter(_ops.attention_backward(*grads, *saved, *_pack(rule), scale, *choice))
     return [None if x is None else next(found) for x in inputs]
 
 
@@ -541,15 +567,16 @@ def _differentiable_gradient(
 
 
 def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *rule, ctx.scale, ctx.backend = inputs[6:]
+    *rule, ctx.scale, backend, tiles = inputs[6:]
+    ctx.choice = Choice(backend, tuple(tiles))
     ctx.rule = _unpack(*rule)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:6], *output)
 
 
 def _attention_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-    grads = _gradient(grad_out, grad_lse, ctx.saved_tensors, ctx.rule, ctx.scale, ctx.backend)
-    return (*grads, *(None for _ in range(6)))
+    grads = _gradient(grad_out, grad_lse, ctx.saved_tensors, ctx.rule, ctx.scale, ctx.choice)
+    return (*grads, *(None for _ in range(7)))
 
 
 torch.library.register_autograd(
@@ -566,15 +593,15 @@ def attention(
     extra_values: Tensor | None,
     rule: Rule,
     scale: float,
-    backend: str = "",
+    choice: Choice = _ANY,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``."""
     tensors = (query, key, value, rpb, extra_keys, extra_values)
     if torch.compiler.is_compiling():
         _refuse_forward_mode()
-        return _ops.attention(*tensors, *_pack(rule), scale, backend)
+        return _ops.attention(*tensors, *_pack(rule), scale, *choice)
     if not is_plain(tensors):
-        return _Attention.apply(*tensors, scale, backend, rule)
+        return _Attention.apply(*tensors, scale, choice, rule)
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        return _PlainAttention.apply(*tensors, scale, backend, rule)
-    return _Attention.forward(*tensors, scale, backend, rule)
+        return _PlainAttention.apply(*tensors, scale, choice, rule)
+    return _Attention.forward(*tensors, scale, choice, rule)

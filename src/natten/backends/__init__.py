@@ -57,6 +57,7 @@ class Backend:
 
     name: str
     unsupported: Callable[[Problem], str | None]
+    has_tiles: bool = False  # whether forward and backward take ``tiles``
 
     @property
     def module(self) -> ModuleType:
@@ -106,7 +107,7 @@ def _floating(problem: Problem) -> str | None:
 # In order of preference.
 BACKENDS: tuple[Backend, ...] = (
     Backend("hopper", _without_hopper),
-    Backend("triton", _without_triton),
+    Backend("triton", _without_triton, has_tiles=True),
     Backend("tiled", _floating),
     Backend("reference", _floating),
 )

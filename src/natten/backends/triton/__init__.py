@@ -34,6 +34,7 @@ def forward(
     rule: Rule,
     scale: float,
     documents: Documents | None = None,
+    tiles: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``.
 
@@ -45,7 +46,7 @@ def forward(
         return out, lse
     query, key, value = readable(query), readable(key), readable(value)
     rpb, extra_keys, extra_values = (_contiguous(x) for x in (rpb, extra_keys, extra_values))
-    found = plan_for(query, key, value, rpb, extra_keys, rule, scale, documents)
+    found = plan_for(query, key, value, rpb, extra_keys, rule, scale, documents, tiles)
     with on_device(query):
         # What is missing is never read.
         others = (rpb, extra_keys, extra_values, None if documents is None else documents.table)
@@ -68,6 +69,7 @@ def backward(
     rule: Rule,
     scale: float,
     documents: Documents | None = None,
+    tiles: tuple[int, ...] = (),
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, rpb, additional keys and additional values."""
     if query.numel() == 0 or key.numel() == 0:
@@ -80,7 +82,7 @@ def backward(
     query, key, value = readable(query), readable(key), readable(value)
     rpb, extra_keys, extra_values = (_contiguous(x) for x in (rpb, extra_keys, extra_values))
     grad_out = grad_out.contiguous()
-    found = plan_for(query, key, value, rpb, extra_keys, rule, scale, documents)
+    found = plan_for(query, key, value, rpb, extra_keys, rule, scale, documents, tiles)
     with on_device(query):
         given = lse if grad_lse is None else grad_lse.contiguous()
         found.terms[grad_lse is not None](out, lse, grad_out, given, terms)

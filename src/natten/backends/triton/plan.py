@@ -128,6 +128,7 @@ class Plan:
         bias_dtype: torch.dtype | None,
         extra: int | None,
         packed: _Sizes | None,
+        tiles: tuple[int, ...],
         tf32: bool,
     ) -> None:
         query, key, value = shapes
@@ -147,6 +148,10 @@ class Plan:
             self.window = (*padded(rule.kernel_size, 1), *padded(rule.stride, 1), *self.dilation)
         self.modes = modes(rule, self.space if packed is None else [2] * len(self.space))
         self.strides = tuple(s for each in strides for s in _strides(each))
+        # Tile shapes asked for, of queries and keys: of the forward pass, then of the backward.
+        rank = len(self.space)
+        asked = [tiles[i : i + rank] for i in range(0, 4 * rank, rank)]
+        self.asked = {"forward": asked[:2], "query": asked[2:], "key": asked[2:]}
         self.bias, self.extra = bias_dtype is not None, extra
         self.channels = {
             "ALIGN": math.gcd(16, *self.strides),
@@ -160,8 +165,9 @@ class Plan:
     def _tiled(self, kernel: Any, kind: str, heads: int, tail: Sequence[Any]) -> Launch:
         """A kernel with a program per tile; ``tail``: its numbers after the sizes."""
         tiles = tiling.choose(
-            kind, self.rule, self.space, self.key_space, self.dim, self.value_dim, self.itemsize
-        )
+            kind, self.rule, self.space, self.key_space, self.dim, self.value_dim, self.itemsize,
+            *self.asked[kind],
+        )  # fmt: skip
         keys = kind == "key"
         outer = tiles.key if keys else tiles.query
         lengths = zip(padded(self.key_space if keys else self.space, 1), self.dilation, outer)
@@ -257,6 +263,7 @@ def plan_for(
     rule: Rule,
     scale: float,
     documents: Documents | None = None,
+    tiles: tuple[int, ...] = (),
 ) -> Plan:
     """The plan of a call; tensors have channels one after another."""
     return _cached_plan(
@@ -269,6 +276,7 @@ def plan_for(
         None if rpb is None else rpb.dtype,
         None if extra_keys is None else extra_keys.shape[1],
         None if documents is None else documents[1:],
+        tiles,
         query.dtype == torch.float32 and allows_tf32(),
     )
 

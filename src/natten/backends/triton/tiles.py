@@ -6,6 +6,7 @@ The estimate ranks them; what :mod:`natten.tuning` remembers from measuring come
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,6 +16,8 @@ import torch
 from natten import tuning
 from natten.neighborhood import Rule, group_length
 from natten.tiling import group_kinds
+
+_log = logging.getLogger("natten")
 
 Shape = tuple[int, ...]
 KINDS = ("forward", "query", "key")  # of kernels; the gradients are of the query, of key and value
@@ -112,19 +115,35 @@ def key(
 
 @tuning.cached
 def choose(
-    kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int
-) -> Tiles:
-    """The tiles that were measured to be fastest, else those estimated to be cheapest.
+    kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int,
+    asked_query: Shape = (), asked_key: Shape = (),
+) -> Tiles:  # fmt: skip
+    """The tiles asked for, else those measured to be fastest, else those estimated to be cheapest.
 
     Args:
         kind: of kernel, one of ``KINDS``.
+        asked_query, asked_key: tile shapes, 0 or nothing where any will do.
     """
     problem = (kind, rule, shape, key_shape, dim, value_dim, itemsize)
+    if any(asked_query) or any(asked_key):
+        fitting = (
+            tiles
+            for tiles in candidates(*problem)
+            if _is_asked(tiles.query, asked_query) and _is_asked(tiles.key, asked_key)
+        )
+        found = next(fitting, None)
+        if found is not None:
+            return found
+        _log.debug("the %s kernel has no tiles %s and %s", kind, asked_query, asked_key)
     tuned = tuning.lookup(key(*problem))
     if tuned is None:
         return candidates(*problem)[0]
     query, keys, *options = tuned
     return Tiles(tuple(query), tuple(keys), *options)
+
+
+def _is_asked(tile: Shape, asked: Shape) -> bool:
+    return not any(asked) or tile[3 - len(asked) :] == asked
 
 
 @lru_cache(maxsize=64)
