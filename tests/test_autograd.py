@@ -355,7 +355,7 @@ def op_calls():
     x, attn = torch.randn(2, 3, 4, 7, 5), torch.randn(2, 3, 4, 7, 6)
     return {
         "attention": (q, k, v, rpb, ek, ev, *RULE, 0.7, "", [8, 8] * 4),
-        "attention-plain": (q, k, v, None, None, None, *RULE, 0.7, "tiled"),
+        "attention-plain": (q, k, v, None, None, None, *RULE, 0.7, "tiled", []),
         "attention-dense": (
             q[:, 0],
             k[:, 0],

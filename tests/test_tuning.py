@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 
+import natten
 from natten import tuning
 
 
@@ -142,3 +143,31 @@ def test_triton_counts_the_pairs_it_computes():
     # Queries that reach keys 0-1, 2-3, ...: of 11 positions 3, 5, 4, 4, 4, 2; of 10: 3, 5, 4, 5, 3.
     found = tiles.computed_pairs("key", rule, (21,), (21,), transposed)
     assert found == (7 + 7) * 2 * 4
+
+
+def test_the_first_call_keeps_the_fastest_tiles(monkeypatch):
+    plan = pytest.importorskip("natten.backends.triton.plan")
+    from natten.backends.triton import tiles
+    from natten.neighborhood import Neighborhood
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    launched, rule = [], Neighborhood.create(1, 9)
+    monkeypatch.setattr(plan.Launch, "__call__", lambda self, *_: launched.append(self.constants))
+    x = torch.empty(1, 310, 1, 64, dtype=torch.bfloat16)
+    problem = ("forward", rule, (310,), (310,), 64, 64, 2)
+    natten.use_autotuner(True, False)
+    try:
+        found = plan.plan_for(x, x, x, None, None, rule, 1.0)
+        assert isinstance(found.forward, plan.Trials) and isinstance(found.key, plan.Launch)
+        ranked = tiles.candidates(*problem)[:6]
+        times = dict(zip(found.forward.launches.values(), (6, 5, 1, 7, 8, 9)))
+        monkeypatch.setattr(plan, "_time", lambda launch, tensors: times[launch])
+        found.forward(x)
+        found.forward(x)
+        assert [(c["TQ"], c["TK"]) for c in launched] == [(ranked[2].query, ranked[2].key)] * 2
+        assert tuning.lookup(tiles.key(*problem)) is not None
+    finally:
+        natten.disable_autotuner()
+    again = plan.plan_for(x, x, x, None, None, rule, 1.0)
+    assert isinstance(again.forward, plan.Launch)
+    assert tiles.choose(*problem) == ranked[2]

@@ -1,7 +1,8 @@
 """Tiles that were measured to be fastest, remembered on disk.
 
-``natten profile --optimize`` writes them, the backends read them. There is one small file per
-device, version and problem, which is replaced in one step: processes that write at once do no harm.
+``natten profile --optimize`` and :func:`natten.use_autotuner` write them, the backends read them.
+There is one small file per device, version and problem, which is replaced in one step: processes
+that write at once do no harm.
 
 The directory is ``$NATTEN_CACHE``, else ``$XDG_CACHE_HOME/natten``, else ``~/.cache/natten``.
 """
@@ -25,6 +26,7 @@ from natten.version import __version__
 
 _log = logging.getLogger("natten")
 _trials: dict[str, Any] = {}
+_wanted = {"forward": 0, "backward": 0}
 _caches: list[Any] = []
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -59,12 +61,13 @@ def lookup(key: str) -> Any | None:
         return None
 
 
-def remember(key: str, tiles: Any) -> Path:
+def remember(key: str, tiles: Any, forget: bool = True) -> Path:
     """Write what :func:`lookup` shall return from now on, in every process.
 
     Args:
         key: as in :func:`lookup`.
         tiles: anything that JSON can hold.
+        forget: whether functions under :func:`cached` forget what they chose before.
 
     Returns:
         The file.
@@ -82,7 +85,8 @@ def remember(key: str, tiles: Any) -> Path:
     except BaseException:
         os.unlink(name)
         raise
-    _forget_choices()
+    if forget:
+        _forget_choices()
     return path
 
 
@@ -98,6 +102,21 @@ def trial(key: str, tiles: Any) -> Iterator[None]:
         _trials.clear()
         _trials.update(before)
         _forget_choices()
+
+
+def autotune(forward: int, backward: int) -> None:
+    """How many tiles to time at the first call of a problem of which nothing is remembered.
+
+    Args:
+        forward, backward: for kernels of the forward and of the backward pass; 0 is off.
+    """
+    _wanted.update(forward=forward, backward=backward)
+    _forget_choices()
+
+
+def wanted(backward: bool) -> int:
+    """What :func:`autotune` was told."""
+    return _wanted["backward" if backward else "forward"]
 
 
 def cached(function: Function) -> Function:

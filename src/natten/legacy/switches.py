@@ -1,8 +1,8 @@
 """The switches and feature queries of 0.14 to 0.21.
 
-They steered kernels that this package does not have: here they only remember what they were told,
-so that their getters stay consistent, and refuse what eras refused. Feature queries say whether
-there is a GPU.
+Except for the autotuner's, they steered kernels that this package does not have: they remember what
+they were told, so that their getters stay consistent, and refuse what eras refused. Feature queries
+say whether there is a GPU.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from natten import tuning
 from natten.errors import ArgumentError
 
 __all__ = [
@@ -104,7 +105,7 @@ class NattenContext:
 
 
 class AutotunerContext:
-    """What :func:`use_autotuner` was told; there is nothing to tune on the CPU."""
+    """What :func:`use_autotuner` was told."""
 
     enabled_for_forward: bool = False
     enabled_for_backward: bool = False
@@ -119,6 +120,7 @@ class AutotunerContext:
     def reset() -> None:
         """Back to the defaults."""
         _restore(AutotunerContext, _AUTOTUNER_DEFAULTS)
+        _autotune()
 
 
 def _values(context: type) -> dict[str, Any]:
@@ -175,6 +177,7 @@ def use_deterministic_algorithms(mode: bool = True) -> None:
     if mode:
         NattenContext.is_kv_parallelism_enabled = False
         AutotunerContext.enabled_for_forward = AutotunerContext.enabled_for_backward = False
+        _autotune()
 
 
 def are_deterministic_algorithms_enabled() -> bool:
@@ -303,7 +306,13 @@ def use_autotuner(
     steps_forward: int | None = None,
     steps_backward: int | None = None,
 ) -> None:
-    """Remember the settings; without effect. None leaves a setting as it is.
+    """Time a few tiles at the first GPU call of each problem, and remember the fastest on disk.
+
+    Args:
+        forward_pass, backward_pass: of which passes; None leaves a setting as it is, as below.
+        thorough_mode_forward, thorough_mode_backward: time 24 tiles instead of 6.
+        warmup_steps_forward, warmup_steps_backward, steps_forward, steps_backward: remembered,
+            without effect.
 
     Raises:
         ArgumentError: a setting has the wrong type, or determinism forbids the autotuner.
@@ -328,11 +337,21 @@ def use_autotuner(
             raise ArgumentError(f"`{name}` must be None or a positive integer, got {count!r}.")
     if forward_pass is False and backward_pass is False:
         _restore(AutotunerContext, {name: False for name in flags})
+        _autotune()
         return
     if (forward_pass or backward_pass) and _forbidden("the autotuner"):
         return
     given = {**flags, **modes, **steps}
     _restore(AutotunerContext, {name: x for name, x in given.items() if x is not None})
+    _autotune()
+
+
+def _autotune() -> None:
+    context = AutotunerContext
+    tuning.autotune(
+        forward=context.enabled_for_forward * (24 if context.thorough_mode_forward else 6),
+        backward=context.enabled_for_backward * (24 if context.thorough_mode_backward else 6),
+    )
 
 
 def disable_autotuner() -> None:
@@ -340,6 +359,7 @@ def disable_autotuner() -> None:
     for each in ("forward", "backward"):
         off = {f"enabled_for_{each}": False, f"thorough_mode_{each}": False}
         _restore(AutotunerContext, off)
+    _autotune()
 
 
 def is_autotuner_enabled_for_forward() -> bool:

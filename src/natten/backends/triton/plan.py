@@ -8,6 +8,7 @@ through its compiled object.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -37,6 +38,8 @@ from natten.backends.triton.primitives import (
 )
 from natten.neighborhood import Dense, Rule
 from natten.varlen import Documents
+
+_log = logging.getLogger("natten")
 
 # Of packed documents: how many, and the longest of each axis, queries and keys.
 _Sizes = tuple[int, tuple[int, ...], tuple[int, ...]]
@@ -79,6 +82,36 @@ def on_device(x: Tensor) -> Any:
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
+
+
+class Trials:
+    """Launches that do the same with different tiles; the first call keeps the fastest."""
+
+    def __init__(self, key: str, launches: dict[tiling.Tiles, Launch]) -> None:
+        self.key, self.launches = key, launches
+        self.chosen, *_ = launches.values()
+
+    def __call__(self, *tensors: Tensor) -> None:
+        if self.launches and not torch.cuda.is_current_stream_capturing():
+            tiles = min(self.launches, key=lambda each: _time(self.launches[each], tensors))
+            self.chosen, self.launches = self.launches[tiles], {}
+            tuning.remember(self.key, list(tiles), forget=False)
+            _log.debug("%s: %s", self.key, tiles)
+        self.chosen(*tensors)
+
+
+def _time(launch: Launch, tensors: Sequence[Tensor]) -> float:
+    """Milliseconds of a launch, the median of five."""
+    launch(*tensors)
+    times = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        launch(*tensors)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[2]
 
 
 def padded(values: Sequence[Any], fill: Any) -> tuple[Any, ...]:
@@ -162,12 +195,25 @@ class Plan:
         }
         self.precision = {"PRECISION": "tf32" if tf32 else "ieee"}
 
-    def _tiled(self, kernel: Any, kind: str, heads: int, tail: Sequence[Any]) -> Launch:
+    def _tiled(self, kernel: Any, kind: str, heads: int, tail: Sequence[Any]) -> Launch | Trials:
         """A kernel with a program per tile; ``tail``: its numbers after the sizes."""
-        tiles = tiling.choose(
+        problem = (
             kind, self.rule, self.space, self.key_space, self.dim, self.value_dim, self.itemsize,
-            *self.asked[kind],
         )  # fmt: skip
+
+        def launch(tiles: tiling.Tiles) -> Launch:
+            return self._launch(kernel, kind, heads, tail, tiles)
+
+        name, count = tiling.key(*problem), tuning.wanted(backward=kind != "forward")
+        if count > 1 and not any(map(any, self.asked[kind])) and tuning.lookup(name) is None:
+            return Trials(
+                name, {each: launch(each) for each in tiling.candidates(*problem)[:count]}
+            )
+        return launch(tiling.choose(*problem, *self.asked[kind]))
+
+    def _launch(
+        self, kernel: Any, kind: str, heads: int, tail: Sequence[Any], tiles: tiling.Tiles
+    ) -> Launch:
         keys = kind == "key"
         outer = tiles.key if keys else tiles.query
         lengths = zip(padded(self.key_space if keys else self.space, 1), self.dilation, outer)
@@ -192,18 +238,18 @@ class Plan:
         return Launch(kernel, (programs,), numbers, constants)
 
     @cached_property
-    def forward(self) -> Launch:
+    def forward(self) -> Launch | Trials:
         tail = (self.heads, self.per_kv, self.extra or 0, self.scale)
         return self._tiled(forward_kernel, "forward", self.heads, tail)
 
     @cached_property
-    def query(self) -> Launch:
+    def query(self) -> Launch | Trials:
         """dQ."""
         tail = (self.heads, self.per_kv, self.extra or 0, self.scale)
         return self._tiled(query_kernel, "query", self.heads, tail)
 
     @cached_property
-    def key(self) -> Launch:
+    def key(self) -> Launch | Trials:
         """dK and dV."""
         tail = (self.kv_heads, self.per_kv, self.scale)
         return self._tiled(key_kernel, "key", self.kv_heads, tail)
