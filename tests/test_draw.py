@@ -1,5 +1,8 @@
 """Pictures show the definition: colors are compared with window masks."""
 
+import json
+import re
+import runpy
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -7,7 +10,18 @@ import pytest
 import torch
 
 from natten import Neighborhood, na2d_qk
-from natten.draw import ATTENDED, QUERY, TOKEN, draw_examples, draw_neighborhood, main
+from natten.cli import main
+from natten.draw import (
+    ATTENDED,
+    PARTLY,
+    QUERY,
+    TOKEN,
+    WASTED,
+    draw_mask,
+    draw_neighborhood,
+    draw_tiles,
+    draw_walk,
+)
 from natten.errors import ArgumentError
 from natten.neighborhood import window_mask
 
@@ -103,9 +117,166 @@ def test_bad_arguments(arguments, name):
         draw_neighborhood(**{"shape": (8, 8), "kernel_size": 3, **arguments})
 
 
-def test_picture_of_the_readme_is_current(tmp_path):
-    path = tmp_path / "images" / "picture.svg"
-    main([str(path)])
-    written = path.read_text(encoding="utf-8")
-    assert written == draw_examples()
-    assert written == (ROOT / "docs/images/neighborhoods.svg").read_text(encoding="utf-8")
+# 12 tokens, window 5: a tile of 4 queries walks over boxes of 3 keys.
+TILED = {"shape": (12,), "kernel_size": 5, "q_tile": (4,), "kv_tile": (3,)}
+
+
+def test_mask():
+    svg = draw_mask((3, 4), (3, 2), dilation=(1, 2), is_causal=(True, False))
+    rule = Neighborhood.create(2, (3, 2), 1, (1, 2), (True, False))
+    expected = window_mask(rule, (3, 4), (3, 4)).flatten().tolist()
+    assert [rect.get("fill") == ATTENDED for rect in squares(svg)] == expected
+
+
+def test_mask_by_tiles():
+    fills = [rect.get("fill") for rect in squares(draw_mask(**TILED))]
+    cells, lines = fills[: 12 * 12], fills[12 * 12 :]
+    letters = "".join({ATTENDED: "a", WASTED: "w", TOKEN: "."}[fill] for fill in cells)
+    # The second tile, queries 4 to 7, needs keys 2 to 9: three boxes from key 2 on, up to key 10.
+    assert [letters[12 * q : 12 * q + 12] for q in (0, 4, 7)] == [
+        "aaaaaw......",
+        "..aaaaawwww.",
+        "..wwwaaaaaw.",
+    ]
+    assert len(lines) == 2
+
+
+def test_mask_with_many_tokens_has_the_same_pairs():
+    svg = draw_mask((256,), 9)
+    width = sum(float(r.get("width")) for r in squares(svg) if r.get("fill") == ATTENDED)
+    rule = Neighborhood.create(1, 9)
+    assert width == 2 * window_mask(rule, (256,), (256,)).sum()  # a pair is 2 wide
+
+
+def test_mask_orders_tokens_by_tiles():
+    """Blocks that match the tiles attend themselves only: squares on the diagonal."""
+    svg = draw_mask((4, 4), 2, 2, q_tile=(2, 2), kv_tile=(2, 2))
+    fills = [rect.get("fill") for rect in squares(svg)][: 16 * 16]
+    diagonal = [q // 4 == k // 4 for q in range(16) for k in range(16)]
+    assert [fill == ATTENDED for fill in fills] == diagonal and WASTED not in fills
+
+
+def test_tiles():
+    rects = squares(draw_tiles(**TILED, query=(5,)))
+    tokens, boxes = rects[:12], rects[12:]
+    some, every = {2, 3, 4, 7, 8, 9}, {5, 6}  # windows 2-6, 3-7, 4-8, 5-9
+    for x, token in enumerate(tokens):
+        kind = PARTLY if x in some else ATTENDED if x in every else WASTED if x == 10 else TOKEN
+        assert token.get("fill") == kind, x
+        assert (token.get("stroke") == QUERY) == (x in (4, 5, 6, 7))
+    assert len(boxes) == 3
+    text = "".join(ET.fromstring(draw_tiles(**TILED)).itertext())
+    assert "3 boxes of 3 keys, none without a mask" in text
+
+
+def test_tiles_with_a_dilation_stay_in_their_group():
+    svg = draw_tiles((4, 12), (3, 3), dilation=(1, 2), q_tile=(2, 2), kv_tile=(2, 2), query=(1, 5))
+    for x, token in enumerate(squares(svg)[: 4 * 12]):
+        assert x % 2 == 1 or token.get("fill") == TOKEN
+
+
+def test_whole_boxes_are_counted():
+    text = draw_tiles((16, 16), 8, 8, q_tile=(4, 8), kv_tile=(4, 4))
+    assert "4 boxes of 4x4 keys, 4 without a mask" in text
+    assert "1.00 pairs computed per pair needed" in text
+
+
+def test_walk_page_looks_up_the_definition(tmp_path):
+    path = tmp_path / "walk.html"
+    draw_walk((4, 5), (3, 2), (1, 2), path=path, queries=[(0, 0), (3, 4)])
+    page = path.read_text(encoding="utf-8")
+    constants = re.search(r"lengths = (.*), masks = (.*), walk = (.*), framed = (.*);", page)
+    lengths, masks, walk, framed = map(json.loads, constants.groups())
+    rule = Neighborhood.create(2, (3, 2), (1, 2))
+    both = torch.kron(*(torch.tensor(mask, dtype=torch.float64) for mask in masks)).bool()
+    assert torch.equal(both, window_mask(rule, (4, 5), (4, 5)))
+    assert (lengths, walk, framed) == ([4, 5], [0, 19], True)
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_walk_has_a_frame_per_query(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    path = tmp_path / "walk.gif"
+    draw_walk(5, 3, path=path)
+    with image.open(path) as animation:
+        assert animation.n_frames == 5
+
+
+@pytest.mark.parametrize(
+    "arguments, name",
+    [
+        ({"q_tile": None}, "q_tile"),
+        ({"kv_tile": (2, 2)}, "kv_tile"),
+        ({"kv_tile": (0,)}, "kv_tile"),
+        ({"shape": (1025,)}, "shape"),
+    ],
+    ids=str,
+)
+def test_bad_tiles(arguments, name):
+    with pytest.raises(ArgumentError, match=f"`{name}`"):
+        draw_mask(**{**TILED, **arguments})
+
+
+@pytest.mark.parametrize(
+    "arguments, name",
+    [
+        ({"path": "walk.svg"}, "path"),
+        ({"queries": []}, "queries"),
+        ({"queries": [9]}, "query"),
+        ({"shape": (401,)}, "shape"),
+        ({"frames_per_second": 0}, "frames_per_second"),
+    ],
+    ids=str,
+)
+def test_bad_walks(arguments, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError, match=f"`{name}`"):
+        draw_walk(**{"shape": 9, "kernel_size": 3, "path": "walk.gif", **arguments})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "line, output, starts",
+    [
+        ("-i 6 6 -w 3 -q 0 5", "natten-window.svg", b"<svg"),
+        ("-i 2 6 6 -w 2 3 3 -c true 0 0 -o new/window.png", "new/window.png", b"\x89PNG"),
+        ("mask -i 12 -w 5 --dilation 2", "natten-mask.svg", b"<svg"),
+        ("tiles -i 12 -w 5 --q-tile 4 --kv-tile 3 --no-legend", "natten-tiles.svg", b"<svg"),
+        ("walk -i 6 -w 3", "natten-walk.gif", b"GIF8"),
+        ("walk -i 6 -w 3 -s 2 -o walk.html", "walk.html", b"<!doctype html>"),
+    ],
+)
+def test_command(line, output, starts, tmp_path, monkeypatch, capsys):
+    if not output.endswith((".svg", ".html")):
+        pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert main(["draw", *line.split()]) == 0
+    assert output in capsys.readouterr().out
+    assert (tmp_path / output).read_bytes().startswith(starts)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("-i 6 -w 7", "7 * 1 > 6"),
+        ("-i 6 -w 3 -o window.bmp", ".svg or .png"),
+        ("-i 6 -w 3 -q 6", "`query`"),
+        ("tiles -i 6 -w 3 --q-tile 2", "`--kv-tile`"),
+        ("walk -i 6 -w 3 --q-tile 2", "`--q-tile` is for mask and tiles, not for walk"),
+        ("mask -i 6 -w 3 -q 2", "`--query` is for window and tiles, not for mask"),
+        ("circle -i 6 -w 3", "invalid choice"),
+    ],
+)
+def test_command_refuses(line, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["draw", *line.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_of_the_documentation_are_current():
+    """Those that are text; ``python docs/pictures.py`` writes them."""
+    script = runpy.run_path(str(ROOT / "docs/pictures.py"))
+    for name, svg in script["pictures"]().items():
+        written = (ROOT / "docs/images" / name).read_text(encoding="utf-8")
+        assert written == svg, f"{name} is stale: python docs/pictures.py"

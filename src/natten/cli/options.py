@@ -40,9 +40,9 @@ def _at_least(least: int, text: str) -> int:
     return number
 
 
-def add_layer_arguments(parser: argparse.ArgumentParser, head_dim: int) -> None:
-    """Layout, window and sizes of an attention layer."""
-    layer = parser.add_argument_group("layer", "one number for all axes, or one per axis")
+def add_window_arguments(parser: argparse.ArgumentParser, title: str) -> Any:
+    """Layout and window, as the group of options that is returned."""
+    layer = parser.add_argument_group(title, "one number for all axes, or one per axis")
     layer.add_argument(
         "-i", "--input-size", nargs="+", type=positive, required=True, metavar="N",
         help="token layout: length; height and width; or depth, height and width",
@@ -60,6 +60,12 @@ def add_layer_arguments(parser: argparse.ArgumentParser, head_dim: int) -> None:
         "-c", "--causal", nargs="+", type=boolean, default=[False], metavar="BOOL",
         help="true, false, 1 or 0; default: false",
     )  # fmt: skip
+    return layer
+
+
+def add_layer_arguments(parser: argparse.ArgumentParser, head_dim: int) -> None:
+    """Layout, window and sizes of an attention layer."""
+    layer = add_window_arguments(parser, "layer")
     layer.add_argument("-b", "--batch-size", type=positive, default=1, metavar="N")
     layer.add_argument("-n", "--heads", type=positive, default=1, metavar="N")
     layer.add_argument(

@@ -1,0 +1,111 @@
+"""Draw what a query attends, the attention mask, how tiles cover it, or a walk over the queries.
+
+window   the tokens, one query, and what it attends; three axes become slices
+mask     one row per query, one column per key, at most 1024 tokens
+tiles    one tile of queries, and the boxes of keys that a kernel visits for it
+walk     one query after the other: a GIF, or an HTML page that follows the pointer
+
+Pictures are SVG or, with matplotlib (pip install natten[cli]), PNG.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from natten import draw
+from natten.cli.options import add_window_arguments, by, not_negative, positive, window_of
+from natten.errors import ArgumentError
+from natten.neighborhood import Neighborhood
+
+EPILOG = """examples:
+  a 5x5 window near a corner:
+    natten draw -i 11 11 -w 5 --query 1 9
+  the queries that share a window, as PNG:
+    natten draw -i 12 12 -w 6 -s 3 -o shared.png
+  causal along time, dilated in space:
+    natten draw -i 4 9 9 -w 3 3 3 --dilation 1 2 2 -c true false false
+  the mask of a dilated 1-D window:
+    natten draw mask -i 48 -w 7 --dilation 2
+  the same pairs as a kernel computes them:
+    natten draw mask -i 16 16 -w 7 --q-tile 4 4 --kv-tile 2 4
+  one tile and its boxes:
+    natten draw tiles -i 24 24 -w 9 --q-tile 4 8 --kv-tile 4 4
+  an animation, and a page to point at:
+    natten draw walk -i 8 8 -w 3 -o walk.gif
+    natten draw walk -i 12 12 -w 5 -s 2 -o walk.html
+"""
+KINDS: dict[str, Callable[..., Any]] = {
+    "window": draw.draw_neighborhood,
+    "mask": draw.draw_mask,
+    "tiles": draw.draw_tiles,
+    "walk": draw.draw_walk,
+}
+# Which pictures know an option; elsewhere it is a mistake.
+USES = {"query": ("window", "tiles"), "q_tile": ("mask", "tiles"), "kv_tile": ("mask", "tiles")}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``natten draw``; those of the window are named as in the profiler."""
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "kind", nargs="?", default="window", choices=KINDS, help="what to draw; default: window"
+    )
+    add_window_arguments(parser, "window")
+    picture = parser.add_argument_group("picture")
+    picture.add_argument(
+        "-q", "--query", nargs="+", type=not_negative, metavar="X",
+        help="position of the query, one number per axis; default: the middle",
+    )  # fmt: skip
+    for option, what in (("--q-tile", "queries in a tile"), ("--kv-tile", "keys in a box")):
+        picture.add_argument(
+            option, nargs="+", type=positive, metavar="N", help=f"{what}, one size per axis"
+        )
+    picture.add_argument("--title", default="", help="a line above")
+    picture.add_argument("--no-legend", action="store_true", help="leave the colors unexplained")
+    picture.add_argument(
+        "-o", "--output", type=Path, metavar="FILE",
+        help="where to write: .svg or .png; walk: .gif or .html; default: natten-KIND.svg or .gif",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the picture and say where."""
+    rule = window_of(args)
+    for option, kinds in USES.items():
+        if getattr(args, option) is not None and args.kind not in kinds:
+            name = option.replace("_", "-")
+            raise ArgumentError(f"`--{name}` is for {' and '.join(kinds)}, not for {args.kind}.")
+    if args.kind == "tiles" and not (args.q_tile and args.kv_tile):
+        raise ArgumentError("`tiles` needs `--q-tile` and `--kv-tile`, one size per axis.")
+    options: dict[str, Any] = {
+        name: tuple(getattr(args, name)) for name in USES if getattr(args, name) is not None
+    }
+    if args.kind != "walk":
+        options["legend"] = not args.no_legend
+    if args.kind != "tiles":  # which has a caption of its own
+        options["caption"] = _caption(rule)
+    path = args.output or Path(f"natten-{args.kind}.{'gif' if args.kind == 'walk' else 'svg'}")
+    KINDS[args.kind](
+        tuple(args.input_size),
+        rule.kernel_size,
+        rule.stride,
+        rule.dilation,
+        rule.is_causal,
+        title=args.title,
+        path=path,
+        **options,
+    )
+    print(f"wrote {path}")
+    return 0
+
+
+def _caption(rule: Neighborhood) -> str:
+    parts = [f"window {by(rule.kernel_size)}"]
+    parts += [f"stride {by(rule.stride)}"] if max(rule.stride) > 1 else []
+    parts += [f"dilation {by(rule.dilation)}"] if max(rule.dilation) > 1 else []
+    causal = [str(axis) for axis, is_causal in enumerate(rule.is_causal) if is_causal]
+    parts += [f"causal along axis {', '.join(causal)}"] if causal else []
+    return ", ".join(parts)

@@ -1,0 +1,16 @@
+"""Pictures of neighborhoods as SVG and PNG, and walks over query positions as GIF and HTML.
+
+What is marked comes from :mod:`natten.neighborhood`, so a picture shows what the operators compute.
+
+canvas.py   rectangles and text, written as SVG or painted by matplotlib
+window.py   what one query attends
+pairs.py    all pairs of queries and keys; how tiles cover them
+walk.py     one query after the other
+"""
+
+from natten.draw.canvas import ATTENDED, PARTLY, QUERY, TOKEN, WASTED
+from natten.draw.pairs import draw_mask, draw_tiles
+from natten.draw.walk import draw_walk
+from natten.draw.window import draw_examples, draw_neighborhood
+
+__all__ = ["draw_examples", "draw_mask", "draw_neighborhood", "draw_tiles", "draw_walk"]

@@ -1,0 +1,155 @@
+"""One query after the other: a GIF, or a page on which the pointer chooses the query."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+
+from natten.draw.canvas import ATTENDED, CARD, INK, QUERY, QUIET_INK, TOKEN, check_suffix, compose
+from natten.draw.window import LEGEND, Sizes, axis_masks, layout, position, window_panel
+from natten.errors import ArgumentError
+
+MAX_FRAMES = 400
+MAX_PAGE_TOKENS = 4096
+
+
+def draw_walk(
+    shape: Sizes,
+    kernel_size: Sizes,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: bool | Sequence[bool] = False,
+    *,
+    path: str | Path,
+    queries: Sequence[Sizes] | None = None,
+    frames_per_second: float = 8,
+    title: str = "",
+    caption: str = "",
+) -> None:
+    """Write an animation of what one query after the other attends.
+
+    A ``.gif`` needs matplotlib and pillow. An ``.html`` is one file without anything else: it plays
+    by itself, and the pointer on a token shows what that one attends.
+
+    Args:
+        shape: token layout, one to three axis lengths.
+        kernel_size, stride, dilation, is_causal: as in ``na1d``, ``na2d`` and ``na3d``.
+        path: where to write it; the end of the name chooses the format.
+        queries: positions to visit; None is every token in row-major order.
+        frames_per_second: queries a second.
+        title, caption: a line above and lines below the tokens.
+
+    Raises:
+        ArgumentError: an argument has a type, shape or value that is not allowed.
+
+    Example:
+        >>> import tempfile
+        >>> page = Path(tempfile.mkdtemp()) / "walk.html"
+        >>> draw_walk((6, 6), kernel_size=3, dilation=2, path=page)
+        >>> page.stat().st_size > 1000
+        True
+    """
+    path = Path(path)
+    suffix = check_suffix(path, (".gif", ".html"))
+    limit = MAX_FRAMES if suffix == ".gif" and queries is None else MAX_PAGE_TOKENS
+    lengths, rule = layout(shape, kernel_size, stride, dilation, is_causal, limit)
+    every = itertools.product(*(range(n) for n in lengths))
+    visited = [position(query, lengths) for query in (every if queries is None else queries)]
+    if not 1 <= len(visited) <= MAX_PAGE_TOKENS:
+        raise ArgumentError(
+            f"`queries` must be 1 to {MAX_PAGE_TOKENS} positions, got {len(visited)}."
+        )
+    if frames_per_second <= 0:
+        raise ArgumentError(f"`frames_per_second` must be above 0, got {frames_per_second}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    key = LEGEND if max(rule.stride) > 1 else LEGEND[:2]
+    pictures = (
+        compose([window_panel(lengths, rule, at, None, title, caption)], key) for at in visited
+    )
+    if suffix == ".html":
+        masks = [mask.int().tolist() for mask in axis_masks(rule, lengths)]
+        strides = [math.prod(lengths[axis + 1 :]) for axis in range(len(lengths))]
+        page = Template(_PAGE).substitute(
+            title=title or "Neighborhood attention",
+            svg=next(pictures).svg(),
+            walk=json.dumps([sum(x * s for x, s in zip(at, strides)) for at in visited]),
+            lengths=json.dumps(lengths), masks=json.dumps(masks, separators=(",", ":")),
+            framed=json.dumps(max(rule.stride) > 1), delay=round(1000 / frames_per_second),
+            token=TOKEN, attended=ATTENDED, query=QUERY, card=CARD, ink=INK, quiet=QUIET_INK,
+        )  # fmt: skip
+        path.write_text(page, encoding="utf-8")
+        return
+    figures = [picture.figure() for picture in pictures]
+    from matplotlib.animation import PillowWriter
+
+    writer = PillowWriter(fps=frames_per_second)
+    writer.setup(figures[0], str(path))
+    for figure in figures:
+        writer.fig = figure
+        figure.patch.set(alpha=1, facecolor=CARD)  # a GIF has no soft transparency
+        writer.grab_frame()
+    writer.finish()
+
+
+# Who attends whom comes as one table per axis; the script only looks it up.
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>$title</title>
+<style>
+  body { margin: 2rem; font: 14px system-ui, sans-serif; color: $ink; background: $card }
+  svg rect { transition: fill 80ms }
+  p { color: $quiet }
+</style>
+<p>Move the pointer over the tokens, or click to <b>pause and play</b>.</p>
+$svg
+<p id="where"></p>
+<script>
+const lengths = $lengths, masks = $masks, walk = $walk, framed = $framed;
+const tokens = [...document.querySelector("svg g").querySelectorAll("rect")];
+const position = index => {
+  const at = [];
+  for (const n of [...lengths].reverse()) { at.unshift(index % n); index = Math.floor(index / n); }
+  return at;
+};
+const positions = tokens.map((_, index) => position(index));
+const rows = masks.map(mask => mask.map(row => row.join("")));
+const size = Number(tokens.find(rect => !rect.hasAttribute("stroke")).getAttribute("width"));
+const corners = tokens.map(rect => {
+  const inset = Number(rect.getAttribute("stroke-width") || 0) / 2;
+  return [rect.getAttribute("x") - inset, rect.getAttribute("y") - inset];
+});
+function show(query) {
+  const at = positions[query];
+  tokens.forEach((rect, index) => {
+    const other = positions[index];
+    const attended = other.every((x, axis) => masks[axis][at[axis]][x]);
+    const shared = framed && index !== query
+      && other.every((x, axis) => rows[axis][x] === rows[axis][at[axis]]);
+    const inset = shared ? size * 0.075 : 0;
+    rect.setAttribute("fill", index === query ? "$query" : attended ? "$attended" : "$token");
+    rect.setAttribute("stroke", shared ? "$query" : "none");
+    rect.setAttribute("stroke-width", 2 * inset);
+    rect.setAttribute("x", corners[index][0] + inset);
+    rect.setAttribute("y", corners[index][1] + inset);
+    rect.setAttribute("width", size - 2 * inset);
+    rect.setAttribute("height", size - 2 * inset);
+  });
+  document.getElementById("where").textContent = "query (" + at.join(", ") + ")";
+}
+let step = 0, playing = true;
+setInterval(() => { if (playing) show(walk[step++ % walk.length]); }, $delay);
+tokens.forEach((rect, index) => rect.addEventListener("mouseenter", () => {
+  playing = false;
+  show(index);
+}));
+document.querySelector("svg").addEventListener("mouseleave", () => { playing = true; });
+document.querySelector("svg").addEventListener("click", () => { playing = !playing; });
+show(walk[0]);
+</script>
+</html>
+"""
