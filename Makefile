@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint wheel bench
+.PHONY: demo test lint wheel bench tables site
 
 demo: $(VENV)/.demo
 	$(PY) examples/digits.py
@@ -26,7 +26,13 @@ wheel: $(VENV)/.dev
 		print(w, size, 'bytes'); assert w.endswith('-py3-none-any.whl') and size < 1_000_000"
 
 bench: $(VENV)/.dev
-	$(PY) benchmarks/cpu.py
+	$(PY) benchmarks/run.py --device cpu --out .bench.csv
+
+tables: $(VENV)/.dev
+	$(PY) benchmarks/report.py
+
+site: $(VENV)/.docs
+	$(PY) -m mkdocs build --strict
 
 # PyTorch goes first, so that nothing that depends on it picks another build.
 $(VENV)/bin/python:
@@ -34,6 +40,6 @@ $(VENV)/bin/python:
 	$(PY) -m pip install -q --upgrade pip
 	$(PY) -m pip install -q "$(TORCH)"
 
-$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/bin/python pyproject.toml
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(VENV)/bin/python pyproject.toml
 	$(PY) -m pip install -q "$(TORCH)" -e ".[$*]"
 	touch $@

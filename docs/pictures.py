@@ -42,12 +42,14 @@ def pictures() -> dict[str, str]:
     }  # fmt: skip
 
 
-def main() -> None:
-    """Write all, the animation too."""
+def write(directory: Path) -> None:
+    """Write all, the walk too."""
     for name, svg in pictures().items():
-        (IMAGES / name).write_text(svg, encoding="utf-8")
-    draw_walk((8, 8), 4, 2, path=IMAGES / "walk.gif", caption="kernel_size=4, stride=2")
+        (directory / name).write_text(svg, encoding="utf-8")
+    walk = {"shape": (8, 8), "kernel_size": 4, "stride": 2}
+    draw_walk(**walk, path=directory / "walk.html", title="kernel_size=4, stride=2")
+    draw_walk(**walk, path=directory / "walk.gif", title="kernel_size=4, stride=2")
 
 
 if __name__ == "__main__":
-    main()
+    write(IMAGES)

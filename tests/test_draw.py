@@ -274,9 +274,14 @@ def test_command_refuses(line, message, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_pictures_of_the_documentation_are_current():
+def test_pictures_of_the_documentation_are_current(tmp_path):
     """Those that are text; ``python docs/pictures.py`` writes them."""
-    script = runpy.run_path(str(ROOT / "docs/pictures.py"))
-    for name, svg in script["pictures"]().items():
-        written = (ROOT / "docs/images" / name).read_text(encoding="utf-8")
-        assert written == svg, f"{name} is stale: python docs/pictures.py"
+    pytest.importorskip("matplotlib")
+    runpy.run_path(str(ROOT / "docs/pictures.py"))["write"](tmp_path)
+    for path in tmp_path.iterdir():
+        written = ROOT / "docs/images" / path.name
+        if path.suffix == ".gif":  # its bytes depend on the versions of matplotlib and pillow
+            assert written.exists()
+        else:
+            same = path.read_text(encoding="utf-8") == written.read_text(encoding="utf-8")
+            assert same, f"{path.name} is stale: python docs/pictures.py"

@@ -45,6 +45,7 @@ from natten.simulator import simulate
 
 MAX_PAIR_TOKENS = 1024
 _SIDE = 640  # of a mask
+_FRAME = 1.5  # thickness of a box's frame
 
 
 def draw_mask(
@@ -280,13 +281,18 @@ def _matrix(
 
 
 def _outline(grid: Grid, tokens: Sequence[int]) -> list[Rect | Text]:
-    """A frame around tokens, one per slice."""
+    """A frame around tokens, one per slice, in the middle of the gap that neighbors share."""
     frames: list[Rect | Text] = []
+    out = (grid.step - grid.cell + _FRAME) / 2
     for _, group in itertools.groupby(tokens, key=lambda i: i // (grid.rows * grid.columns)):
         inside = list(group)
         (left, top), (right, bottom) = grid.place(inside[0]), grid.place(inside[-1])
         width, height = right - left + grid.cell, bottom - top + grid.cell
-        frames.append(Rect(left - 1, top - 1, width + 2, height + 2, "none", 4, INK, 1.5))
+        frames.append(
+            Rect(
+                left - out, top - out, width + 2 * out, height + 2 * out, "none", 3, INK, _FRAME
+            )
+        )  # fmt: skip
     return frames
 
 

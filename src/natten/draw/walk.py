@@ -26,7 +26,7 @@ def draw_walk(
     *,
     path: str | Path,
     queries: Sequence[Sizes] | None = None,
-    frames_per_second: float = 8,
+    frames_per_second: int = 8,
     title: str = "",
     caption: str = "",
 ) -> None:

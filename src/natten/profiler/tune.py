@@ -30,7 +30,8 @@ def tiles_module(backend: str) -> Any | None:
     try:
         if importlib.util.find_spec(f"natten.backends.{backend}.tiles") is None:
             return None
-        return importlib.import_module(f"natten.backends.{backend}.tiles")
+        module = importlib.import_module(f"natten.backends.{backend}.tiles")
+        return module if hasattr(module, "KINDS") else None
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("natten"):
             return None  # a backend in one file
@@ -48,7 +49,7 @@ def arguments(problem: Problem) -> tuple[Any, ...]:
 
 
 def computed_over_needed(problem: Problem, backend: str, backward: bool) -> dict[str, float]:
-    """Pairs computed per pair needed, per kind of kernel."""
+    """Pairs computed per pair needed, per kind of kernel; empty if the backend does not tell."""
     tiles = tiles_module(backend)
     if tiles is not None:
         kinds = tiles.KINDS if backward else (FORWARD_KIND,)
@@ -61,8 +62,10 @@ def computed_over_needed(problem: Problem, backend: str, backward: bool) -> dict
         }  # fmt: skip
     elif backend == "tiled":
         computed = {FORWARD_KIND: math.prod(axis.products for axis in tiled_axes(problem))}
-    else:
+    elif backend == "reference":
         computed = {FORWARD_KIND: problem.tokens**2}
+    else:
+        return {}
     extra = problem.tokens * problem.extra
     return {kind: (pairs + extra) / problem.needed_pairs for kind, pairs in computed.items()}
 

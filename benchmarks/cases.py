@@ -1,0 +1,108 @@
+"""The problems that are measured, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from natten import Neighborhood
+from natten.profiler import Problem
+
+Sizes = int | tuple[int, ...]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem.
+
+    ``target`` is the most that our time may be of dense time on a CPU, forward and
+    forward+backward.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    batch: int
+    heads: int
+    dim: int
+    kernel_size: Sizes
+    stride: Sizes = 1
+    dilation: Sizes = 1
+    is_causal: bool | tuple[bool, ...] = False
+    dtype: torch.dtype = BF16
+    target: tuple[float, float] | None = None
+
+    def describe(self, usual: torch.dtype) -> str:
+        """What is computed; the dtype only if it is not the usual one."""
+        rule = self.problem("cpu").rule
+        parts = [
+            f"{len(self.shape)}-D {_by(self.shape)}",
+            f"batch {self.batch}",
+            f"{self.heads} head" + "s" * (self.heads > 1),
+            f"d {self.dim}",
+            f"window {_by(rule.kernel_size)}",
+            f"stride {_by(rule.stride)}" if max(rule.stride) > 1 else "",
+            f"dilation {_by(rule.dilation)}" if max(rule.dilation) > 1 else "",
+            "causal along the first axis" if rule.is_causal[0] else "",
+            str(self.dtype).removeprefix("torch.") if self.dtype is not usual else "",
+        ]
+        return ", ".join(part for part in parts if part)
+
+    def problem(self, device: str) -> Problem:
+        """What the profiler measures."""
+        rule = Neighborhood.create(
+            len(self.shape), self.kernel_size, self.stride, self.dilation, self.is_causal
+        )
+        return Problem(
+            self.shape, rule, self.batch, self.heads, self.heads, self.dim, self.dim,
+            dtype=self.dtype, device=torch.device(device),
+        )  # fmt: skip
+
+
+def _by(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes))
+
+
+GPU = [
+    Case("1d", (32768,), 1, 1, 128, 2048),
+    Case("1d-s256", (32768,), 1, 1, 128, 2048, 256),
+    Case("nat", (56, 56), 64, 2, 32, 7),
+    Case("nat-fp16", (56, 56), 64, 2, 32, 7, dtype=FP16),
+    Case("nat-d64", (56, 56), 64, 2, 64, 7),
+    Case("dinat", (28, 28), 64, 4, 32, 7, 1, 4),
+    Case("hdit", (64, 64), 16, 8, 64, 13),
+    Case("video", (16, 32, 32), 2, 12, 64, (7, 11, 11)),
+    Case("causal", (30, 32, 32), 1, 24, 128, (30, 16, 16), is_causal=(True, False, False)),
+    Case("flux", (256, 256), 1, 24, 128, 80),
+    Case("flux-s16", (256, 256), 1, 24, 128, 80, 16),
+    Case("hunyuan", (30, 48, 80), 1, 24, 128, (18, 24, 24)),
+    Case("hunyuan-s", (30, 48, 80), 1, 24, 128, (18, 24, 24), (16, 8, 8)),
+]
+
+_MAIN = {
+    "nat": ((56, 56), 4, 2, 32, 7, 1, 1, (0.25, 0.25)),
+    "dinat": ((28, 28), 4, 4, 32, 7, 1, 4, (1.0, 1.0)),
+    "hdit": ((64, 64), 1, 4, 64, 13, 1, 1, (0.40, 0.30)),
+    "1d": ((4096,), 1, 4, 64, 129, 1, 1, (0.15, 0.13)),
+    "video": ((16, 28, 28), 1, 2, 32, 7, 1, 1, (0.30, 0.22)),
+}
+# From 1024 tokens on, a window of a quarter of the tokens or less is never slower than dense.
+_QUARTER = {
+    "quarter-1d-small": ((1024,), 1, 1, 32, 255),
+    "quarter-1d": ((1024,), 4, 8, 64, 256),
+    "quarter-2d-small": ((32, 32), 1, 2, 32, 16),
+    "quarter-2d-window3": ((32, 32), 1, 1, 16, 3),
+    "quarter-2d-dilated": ((32, 32), 4, 4, 64, 8, 1, 2),
+    "quarter-2d": ((64, 64), 1, 2, 64, 31),
+    "quarter-3d-small": ((8, 12, 12), 1, 2, 32, 6),
+    "quarter-3d-dilated": ((8, 12, 12), 1, 1, 32, 3, 1, 2),
+    "quarter-3d": ((8, 32, 32), 1, 2, 64, 7),
+}
+CPU = [
+    *(Case(n, *each, dtype=FP32, target=target) for n, (*each, target) in _MAIN.items()),
+    *(Case(f"{n}-bf16", *each) for n, (*each, _) in _MAIN.items()),
+    *(Case(n, *each, dtype=FP32, target=(1.0, 1.0)) for n, each in _QUARTER.items()),
+]
+
+CASES = {"cuda": {case.name: case for case in GPU}, "cpu": {case.name: case for case in CPU}}

@@ -1,0 +1,54 @@
+"""The one schema of results: a CSV file with a line per time."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Record(NamedTuple):
+    """One time; what is not known is an empty string.
+
+    ``case`` is a name of ``cases.py``. ``backend`` is "natten" and ours, "dense" and the
+    implementation, or a peer. ``pass_`` is "forward", "backward" or "forward+backward"; ``time`` is
+    "graph", kernels in a CUDA graph, or "eager", a call from Python. ``spread_us`` is the range of
+    the middle half. ``computed_over_needed`` is pairs computed per pair needed, by kernel;
+    ``peak_over_inputs`` is memory that the pass adds, over the size of query, key and value.
+    """
+
+    case: str
+    backend: str
+    pass_: str
+    time: str
+    median_us: str
+    spread_us: str = ""
+    computed_over_needed: str = ""
+    peak_over_inputs: str = ""
+    device: str = ""
+    versions: str = ""
+    commit: str = ""
+    date: str = ""
+
+
+COLUMNS = tuple(name.rstrip("_") for name in Record._fields)
+
+
+def read(name: str) -> list[Record]:
+    """The results ``NAME.csv``."""
+    with open(RESULTS / f"{name}.csv", newline="", encoding="utf-8") as file:
+        rows = csv.reader(file)
+        if tuple(next(rows)) != COLUMNS:
+            raise ValueError(f"{name}.csv has other columns than {COLUMNS}")
+        return [Record(*row) for row in rows]
+
+
+def write(path: Path, records: list[Record], new: bool = True) -> None:
+    """Write a file of results, or append to it."""
+    with open(path, "w" if new else "a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(COLUMNS)
+        writer.writerows(records)

@@ -1,0 +1,297 @@
+"""Make the tables and the chart of README and documentation from benchmarks/results/*.csv.
+
+    python benchmarks/report.py            # write what changed
+    python benchmarks/report.py --check    # write nothing; fail if something is stale
+
+A file says with `<!-- table: NAME -->` and `<!-- /table -->` where a table goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cases import BF16, CASES, FP32, Case
+from records import read
+
+from natten.draw.canvas import ATTENDED, INK, QUIET_INK, Key, Panel, Rect, Text, compose
+from natten.profiler.report import BOTH, FORWARD
+from natten.simulator import DEVICES
+
+ROOT = Path(__file__).parents[1]
+FILES = (
+    "README.md",
+    "docs/performance.md",
+    "benchmarks/results/cpu.md",
+    "benchmarks/results/h200.md",
+)
+CHART = "docs/images/speed.svg"
+TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+README_CPU = ("nat", "dinat", "hdit", "1d", "video", "nat-bf16")
+UPSTREAM, FLEX = "upstream hopper-fna", "flex attention"
+PEERS = "peers-h100"
+
+
+class Times:
+    """The medians of a file, microseconds."""
+
+    def __init__(self, name: str) -> None:
+        self.records = read(name)
+        self.medians = {
+            (each.case, *_kind(each.backend), each.pass_, each.time): float(each.median_us)
+            for each in self.records
+        }
+
+    @property
+    def cases(self) -> list[str]:
+        """Names, in the order of the file."""
+        return list(dict.fromkeys(each.case for each in self.records))
+
+    def of(self, case: str, backend: str, pass_: str, *kinds: str) -> float | None:
+        """The median of the first kind that was measured."""
+        found = (self.medians.get((case, backend, pass_, kind)) for kind in kinds)
+        return next((each for each in found if each is not None), None)
+
+    def machine(self) -> str:
+        """Device, versions, commit and date; one line, because a file is of one run."""
+        about = {(r.device, r.versions, r.commit, r.date) for r in self.records}
+        return "; ".join(
+            ", ".join(filter(None, (device, versions, commit and f"commit {commit}", date)))
+            for device, versions, commit, date in sorted(about)
+        )
+
+
+def _kind(backend: str) -> tuple[str]:
+    """Ours is "natten" whichever backend ran, dense is "dense"."""
+    first = backend.split()[0]
+    return (first,) if first in ("natten", "dense") else (backend,)
+
+
+def cpu_table(names: Sequence[str] | None = None) -> list[str]:
+    """Ours beside dense attention on a CPU; with the targets and memory if of all cases."""
+    times, whole = Times("cpu"), names is None
+    rows = [["case", "dense ms, forward / forward+backward", "natten ms", "natten / dense"]]
+    rows[0] += ["target", "peak extra memory over inputs"] if whole else []
+    memory = {r.case: r.peak_over_inputs for r in times.records if r.peak_over_inputs}
+    for name in names or times.cases:
+        case = CASES["cpu"][name]
+        ours, dense = (
+            [times.of(name, backend, pass_, "eager") for pass_ in (FORWARD, BOTH)]
+            for backend in ("natten", "dense")
+        )
+        row = [case.describe(FP32), _pair(dense, _ms), _pair(ours, _ms), _pair_over(ours, dense)]
+        if whole:
+            target = case.target
+            row += [f"{target[0]:.2f} / {target[1]:.2f}" if target else ""]
+            row += [f"{memory[name]}x" if name in memory else ""]
+        rows.append(row)
+    return [*_table(rows), "", f"{times.machine()}; float32 unless said, medians of one run."]
+
+
+def gpu_table() -> list[str]:
+    """Ours beside dense cuDNN attention on a GPU."""
+    times = Times("h200")
+    rows = [
+        [
+            "case", "dense cuDNN us, forward / forward+backward", "ideal us",
+            "natten us, graph", "natten us, eager", "dense / natten, graph",
+        ]
+    ]  # fmt: skip
+    for name in times.cases:
+        dense, graph, eager = (
+            [times.of(name, backend, pass_, kind) for pass_ in (FORWARD, BOTH)]
+            for backend, kind in (("dense", "graph"), ("natten", "graph"), ("natten", "eager"))
+        )
+        kept = _kept(CASES["cuda"][name])
+        ideal = [None if each is None else each * kept for each in dense]
+        columns = [_pair(each, _us) for each in (dense, ideal, graph, eager)]
+        rows.append([_label(name), *columns, _pair_over(dense, graph, "{:.1f}x")])
+    return [*_table(rows), "", f"{times.machine()}; bfloat16 unless said, medians of one run."]
+
+
+def short_gpu_table() -> list[str]:
+    """Kernel times on a GPU, and how much faster that is than dense attention."""
+    times = Times("h200")
+    rows = [["case", "natten us, forward / forward+backward", "dense / natten"]]
+    for name in times.cases:
+        dense, ours = (
+            [times.of(name, backend, pass_, "graph") for pass_ in (FORWARD, BOTH)]
+            for backend in ("dense", "natten")
+        )
+        layout, window = _short(CASES["cuda"][name])
+        label = f"{name}: {layout}, {window}"
+        rows.append([label, _pair(ours, _us), _pair_over(dense, ours, "{:.1f}x")])
+    return [*_table(rows), "", f"{times.machine()}; bfloat16 unless said, medians of one run."]
+
+
+def floor_table() -> list[str]:
+    """What each GPU case needs at least, and how far from it we are."""
+    times, device = Times("h200"), DEVICES["h200"]
+    rows = [
+        [
+            "case", "kept", "MB moved", "TFLOP needed", "computed / needed", "floor us", "set by",
+            "natten us", "natten / floor",
+        ]
+    ]  # fmt: skip
+    waste = {r.case: r.computed_over_needed for r in times.records if r.computed_over_needed}
+    for name in times.cases:
+        case = CASES["cuda"][name]
+        problem = case.problem("cpu")
+        pairs = problem.needed_pairs * problem.batch * problem.heads
+        floors = {
+            "memory": problem.bytes() / device.bandwidth / 1e6,
+            "products": problem.flops() / device.tflops / 1e6,
+            "exponentials": pairs / device.exponentials / 1e6,
+        }
+        limit = max(floors, key=floors.__getitem__)
+        ours = times.of(name, "natten", FORWARD, "graph")
+        rows.append(
+            [
+                name, f"{_kept(case):.1%}", f"{problem.bytes() / 1e6:.0f}",
+                f"{problem.flops() / 1e12:.3g}", waste.get(name, "not recorded"),
+                _us(floors[limit]), limit, _us(ours),
+                "" if ours is None else f"{ours / floors[limit]:.1f}",
+            ]
+        )  # fmt: skip
+    return _table(rows)
+
+
+def peer_table() -> list[str]:
+    """What others measured on an H100."""
+    times = Times(PEERS)
+    rows = [["case", "dense cuDNN", "upstream NATTEN", "upstream, eager", "FlexAttention"]]
+    for name in times.cases:
+        kinds = ("graph", ""), ("graph", ""), ("eager",), ("graph", "")
+        backends = "dense", UPSTREAM, UPSTREAM, FLEX
+        medians = [times.of(name, b, FORWARD, *kind) for b, kind in zip(backends, kinds)]
+        rows.append([_label(name), *map(_us, medians)])
+    return [*_table(rows), "", f"{times.machine()}."]
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "cpu-short": lambda: cpu_table(README_CPU),
+    "cpu": cpu_table,
+    "gpu-short": short_gpu_table,
+    "gpu": gpu_table,
+    "floors": floor_table,
+    "peers": peer_table,
+}
+
+
+def chart() -> str:
+    """Forward speed over dense attention, each on its own machine: bars, longer is better."""
+    ours, peers = Times("h200"), Times(PEERS)
+    device = ours.records[0].device
+    bars = (
+        (ours, "natten", ATTENDED, f"natten, {device}"),
+        (peers, UPSTREAM, "#94a3b8", "upstream NATTEN 0.21.6, H100"),
+        (peers, FLEX, "#cbd5e1", "FlexAttention, H100"),
+    )
+    found = {
+        name: [_speedup(times, name, backend) for times, backend, *_ in bars]
+        for name in peers.cases
+        if _speedup(ours, name, "natten") is not None
+    }
+    left, right, height, group = 230, 560, 13, 3 * 15 + 16
+    scale = right / max(s for each in found.values() for s in each if s is not None)
+    title = "How much faster than dense cuDNN attention on the same GPU, forward, kernel time"
+    parts: list[Rect | Text] = [Text(0, 13, title, 14, INK, 700)]
+    top = 36
+    for name, speedups in found.items():
+        layout, window = _short(CASES["cuda"][name])
+        parts += [Text(0, top + 20, f"{name}: {layout}", 12, INK), Text(0, top + 36, window, 11)]
+        for number, (speedup, (_, _, color, _)) in enumerate(zip(speedups, bars)):
+            y = top + number * 15
+            if speedup is None:
+                parts.append(Text(left + scale + 6, y + 10, "not measured", 10))
+                continue
+            parts.append(Rect(left, y, speedup * scale, height, color, 3))
+            label = left + max(speedup, 1) * scale + 6, y + 10, f"{speedup:.1f}x", 11
+            parts.append(Text(*label, *((INK, 700) if number == 0 else (QUIET_INK, 400))))
+        top += group
+    parts.insert(0, Rect(left + scale, 30, 1, top - 36, QUIET_INK))
+    parts.append(Text(left + scale - 22, top + 8, "dense = 1", 10))
+    panel = Panel(parts, left + right + 50, top + 10, title)
+    return compose([panel], [Key(color, False, label) for _, _, color, label in bars]).svg()
+
+
+def _speedup(times: Times, case: str, backend: str) -> float | None:
+    dense = times.of(case, "dense", FORWARD, "graph", "")
+    other = times.of(case, backend, FORWARD, "graph", "")
+    return None if dense is None or other is None else dense / other
+
+
+def _short(case: Case) -> tuple[str, str]:
+    shape, *_, window = case.describe(case.dtype).partition(", window ")
+    return shape.split(",")[0].split(" ")[1], f"window {window}"
+
+
+def _label(name: str) -> str:
+    return f"{name}: {CASES['cuda'][name].describe(BF16)}"
+
+
+def _kept(case: Case) -> float:
+    problem = case.problem("cpu")
+    return problem.needed_pairs / problem.all_pairs
+
+
+def _pair(values: Sequence[float | None], show: Callable[[float | None], str]) -> str:
+    return " / ".join(map(show, values))
+
+
+def _pair_over(
+    above: Sequence[float | None], below: Sequence[float | None], form: str = "{:.2f}"
+) -> str:
+    return " / ".join(
+        "-" if a is None or b is None else form.format(a / b) for a, b in zip(above, below)
+    )
+
+
+def _ms(us: float | None) -> str:
+    return "-" if us is None else f"{us / 1000:.1f}"
+
+
+def _us(us: float | None) -> str:
+    return "-" if us is None else f"{us:.0f}"
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    return ["| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])]
+
+
+def generate() -> dict[str, str]:
+    """What the files of README and documentation should contain, by path."""
+
+    def fill(match: re.Match[str]) -> str:
+        body = "\n".join(TABLES[match.group(2)]())
+        return f"{match.group(1)}{body}\n{match.group(3)}"
+
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
+    return {name: TABLE.sub(fill, text) for name, text in texts.items()} | {CHART: chart()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write or check what :func:`generate` returns."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args(arguments).check
+    stale = []
+    for name, text in generate().items():
+        path = ROOT / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(name)
+            if not check:
+                path.write_text(text, encoding="utf-8")
+    print("\n".join(f"{'stale' if check else 'wrote'} {name}" for name in stale) or "all current")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Time neighborhood attention beside dense attention over all tokens, in one run.
+
+    python benchmarks/run.py --device cpu                  # print, write benchmarks/results/cpu.csv
+    python benchmarks/run.py --device cuda --out h200.csv
+    python benchmarks/run.py --device cuda --cases nat,flux --passes forward --out some.csv
+
+`python benchmarks/report.py` makes tables and charts of the results. Dense attention is cuDNN's on
+a GPU. On a CPU it is PyTorch's, in float32 for every case, because bfloat16 is not faster there.
+Only ratios within one run mean anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import CASES, Case
+from memory import peak_over_inputs
+from records import RESULTS, Record, write
+
+from natten.profiler import Problem, choose_backend, dense_call, measure, natten_call
+from natten.profiler.machine import device_name, versions
+from natten.profiler.report import BOTH, FORWARD
+from natten.profiler.tune import computed_over_needed
+
+WARMUP = 2
+
+
+def times(call: Callable[[], Any], device: torch.device) -> dict[str, measure.Timing]:
+    """Median and spread of a call, by kind of time."""
+    found = {}
+    if device.type == "cuda":
+        found["graph"] = measure.graph_time(call, device, WARMUP, seconds=0.15)
+    found["eager"] = measure.eager_time(call, device, WARMUP, seconds=0.3, calls=20)
+    return found
+
+
+@cache  # the cases of one layout share it
+def dense_times(problem: Problem, name: str, backward: bool) -> dict[str, measure.Timing]:
+    """Of dense attention over a problem's tokens."""
+    return times(dense_call(problem, name, backward), problem.device)
+
+
+def measure_case(
+    case: Case, device: str, passes: list[str], backend: str | None, dense: bool
+) -> Iterator[Record]:
+    """One record per time."""
+    problem = case.problem(device)
+    ours = choose_backend(problem, backend)
+    everything = replace(problem, rule=replace_window(problem))
+    if device == "cpu":
+        everything = replace(everything, dtype=torch.float32)
+    about = {
+        "device": device_name(problem.device),
+        "versions": " ".join(f"{name}={each}" for name, each in versions().items()),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+    yard = "cudnn" if device == "cuda" else "sdpa"
+    for pass_ in passes:
+        backward = pass_ == BOTH
+        computed = computed_over_needed(problem, ours, backward)
+        waste = " ".join(f"{kernel}={ratio:.3f}" for kernel, ratio in computed.items())
+        memory = f"{peak_over_inputs(case):.2f}" if device == "cpu" and backward else ""
+        calls = {
+            f"natten {ours}": partial(
+                times, natten_call(problem, ours, backward), problem.device
+            )
+        }  # fmt: skip
+        if dense:
+            calls[f"dense {yard}"] = partial(dense_times, everything, yard, backward)
+        for name, timed in calls.items():
+            extra = (waste, memory) if name.startswith("natten") else ("", "")
+            for kind, timing in timed().items():
+                numbers = f"{timing.median_us:.1f}", f"{timing.spread_us:.1f}"
+                yield Record(case.name, name, pass_, kind, *numbers, *extra, **about)
+
+
+def replace_window(problem: Problem) -> Any:
+    """The window that is the whole layout, so that problems of one layout are equal."""
+    rank = problem.rule.rank
+    return replace(
+        problem.rule, kernel_size=problem.shape, stride=(1,) * rank, dilation=(1,) * rank,
+        is_causal=(False,) * rank,
+    )  # fmt: skip
+
+
+@cache
+def commit() -> str:
+    """The commit that is measured; "" where there is no git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure the chosen cases; the file grows as they finish."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=CASES, required=True)
+    parser.add_argument("--cases", help="comma-separated names of cases.py; default: all")
+    parser.add_argument("--passes", default=f"{FORWARD},{BOTH}", help="comma-separated")
+    parser.add_argument("--backend", help="one of ours; default: our choice")
+    parser.add_argument("--no-dense", action="store_true")
+    parser.add_argument("--threads", type=int, default=2, help="of a CPU")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/cpu.csv on a CPU")
+    args = parser.parse_args(arguments)
+    known, passes = CASES[args.device], args.passes.split(",")
+    names = args.cases.split(",") if args.cases else list(known)
+    if unknown := [*(set(names) - set(known)), *(set(passes) - {FORWARD, BOTH})]:
+        parser.error(f"unknown {unknown}; cases: {', '.join(known)}; passes: {FORWARD}, {BOTH}")
+    if args.device == "cuda" and args.out is None:
+        parser.error("--out is needed with --device cuda: GPUs differ")
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    out = args.out or RESULTS / "cpu.csv"
+    write(out, [])
+    failed = []
+    for name in names:
+        try:
+            case = known[name]
+            for record in measure_case(
+                case, args.device, passes, args.backend, not args.no_dense
+            ):  # fmt: skip
+                write(out, [record], new=False)
+                text = f"{record.median_us:>12} us  +-{record.spread_us}"
+                print(f"{name:20}{record.backend:16}{record.pass_:18}{record.time:7}{text}")
+                sys.stdout.flush()
+        except (RuntimeError, ValueError) as error:  # the other cases are still worth their time
+            failed.append(name)
+            print(f"{name}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

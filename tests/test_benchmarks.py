@@ -1,0 +1,66 @@
+"""Results have one schema; tables and charts are what they make; the runner runs."""
+
+import csv
+import importlib
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RESULTS = sorted((BENCHMARKS / "results").glob("*.csv"))
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))  # as `python benchmarks/run.py` has it
+    return importlib.import_module
+
+
+def test_tables_and_charts_are_current(load, capsys):
+    assert load("report").main(["--check"]) == 0, capsys.readouterr().out + "make tables"
+
+
+def test_stale_table_is_found(load, monkeypatch, capsys):
+    report = load("report")
+    monkeypatch.setitem(report.TABLES, "cpu", lambda: ["other"])
+    assert report.main(["--check"]) == 1
+    assert capsys.readouterr().out == "stale benchmarks/results/cpu.md\n"
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results(path, load):
+    records = load("records").read(path.stem)
+    known = load("cases").CASES["cpu" if path.stem == "cpu" else "cuda"]
+    keys = [(each.case, each.backend, each.pass_, each.time) for each in records]
+    assert len(set(keys)) == len(keys)
+    for each in records:
+        assert each.case in known
+        assert each.pass_ in ("forward", "backward", "forward+backward")
+        assert each.time in ("graph", "eager", "")
+        assert float(each.median_us) > 0 and each.device and each.versions
+
+
+def test_cases_are_problems(load):
+    for device, cases in load("cases").CASES.items():
+        for name, case in cases.items():
+            problem = case.problem("cpu")  # checks the window
+            assert problem.needed_pairs < problem.all_pairs, (device, name)
+
+
+def test_runner_writes_the_schema(load, tmp_path, capsys):
+    path = tmp_path / "some.csv"
+    arguments = ["--device", "cpu", "--cases", "quarter-3d-dilated", "--passes", "forward"]
+    assert load("run").main([*arguments, "--threads", "1", "--out", str(path)]) == 0
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == load("records").COLUMNS
+    assert [row["backend"] for row in rows] == ["natten tiled", "dense sdpa"]
+    assert all(float(row["median_us"]) > 0 and row["device"] and row["versions"] for row in rows)
+    assert rows[0]["computed_over_needed"].startswith("forward=")
+
+
+def test_runner_refuses_unknown_cases(load, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        load("run").main(["--device", "cpu", "--cases", "nothing", "--out", str(tmp_path / "x")])
+    assert "nothing" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
