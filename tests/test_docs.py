@@ -1,14 +1,32 @@
-"""Every ```python block of the documentation runs; one file's blocks share their names."""
+"""Every block of code in the documentation runs; one file's blocks share their names.
+
+What docstrings show runs too, by pytest's ``--doctest-modules``. Blocks marked ``text`` are output,
+or commands that install something.
+"""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
+from natten.cli import main
+
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SITE = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *SITE]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#]+?)(?:#[^)]*)?\)")
+
+
+COMMANDS = [
+    pytest.param(line, id=f"{page.stem}: {line}")
+    for page in PAGES
+    for block in SHELL.findall(page.read_text(encoding="utf-8"))
+    for line in block.splitlines()
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -22,8 +40,34 @@ def test_code_runs(page, tmp_path, monkeypatch):
         exec(compile("\n" * line + block.group(1), str(page), "exec"), names)
 
 
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_run(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    program, *arguments = shlex.split(line)
+    assert program == "natten"
+    code = main(arguments)
+    if "--optimize" in arguments and not torch.cuda.is_available():
+        assert code == 2 and "GPU" in capsys.readouterr().err
+    else:
+        assert code == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_say_what_they_are(page):
+    """A block without a known name would not run."""
+    kinds = re.findall(r"^ *```(.*)\n(?:.*\n)*?^ *```$", page.read_text("utf-8"), re.MULTILINE)
+    assert set(kinds) <= {"python", "sh", "text"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_files_exist(page):
-    targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    targets = LINK.findall(page.read_text(encoding="utf-8"))
     local = [target for target in targets if "://" not in target]
     assert [target for target in local if not (page.parent / target).exists()] == []
+    if page in SITE:  # the site has nothing but docs/
+        assert [target for target in local if target.startswith("..")] == []
+
+
+def test_every_page_is_in_the_navigation():
+    listed = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
+    assert sorted(listed) == [page.name for page in SITE]
