@@ -26,10 +26,11 @@ from cases import CASES, Case
 from memory import peak_over_inputs
 from records import RESULTS, Record, write
 
+from natten import Neighborhood
 from natten.profiler import Problem, choose_backend, dense_call, measure, natten_call
 from natten.profiler.machine import device_name, versions
 from natten.profiler.report import BOTH, FORWARD
-from natten.profiler.tune import computed_over_needed
+from natten.profiler.tune import FORWARD_KIND, computed_over_needed
 
 WARMUP = 2
 
@@ -54,8 +55,9 @@ def measure_case(
 ) -> Iterator[Record]:
     """One record per time."""
     problem = case.problem(device)
-    ours = choose_backend(problem, backend)
-    everything = replace(problem, rule=replace_window(problem))
+    forward = choose_backend(problem, backend)
+    gradient = choose_backend(problem, backend, "gradient")
+    everything = replace(problem, rule=whole_layout(problem))
     if device == "cpu":
         everything = replace(everything, dtype=torch.float32)
     about = {
@@ -67,24 +69,26 @@ def measure_case(
     yard = "cudnn" if device == "cuda" else "sdpa"
     for pass_ in passes:
         backward = pass_ == BOTH
-        computed = computed_over_needed(problem, ours, backward)
+        computed = computed_over_needed(problem, forward, backward=False)
+        ours = f"natten {forward}"
+        if backward:
+            ours += f"+{gradient}" if gradient != forward else ""
+            others = computed_over_needed(problem, gradient, backward=True)
+            computed |= {kind: each for kind, each in others.items() if kind != FORWARD_KIND}
         waste = " ".join(f"{kernel}={ratio:.3f}" for kernel, ratio in computed.items())
         memory = f"{peak_over_inputs(case):.2f}" if device == "cpu" and backward else ""
-        calls = {
-            f"natten {ours}": partial(
-                times, natten_call(problem, ours, backward), problem.device
-            )
-        }  # fmt: skip
+        call = natten_call(problem, backend, backward)
+        calls = {ours: partial(times, call, problem.device)}
         if dense:
             calls[f"dense {yard}"] = partial(dense_times, everything, yard, backward)
         for name, timed in calls.items():
-            extra = (waste, memory) if name.startswith("natten") else ("", "")
+            extra = (waste, memory) if name == ours else ("", "")
             for kind, timing in timed().items():
                 numbers = f"{timing.median_us:.1f}", f"{timing.spread_us:.1f}"
                 yield Record(case.name, name, pass_, kind, *numbers, *extra, **about)
 
 
-def replace_window(problem: Problem) -> Any:
+def whole_layout(problem: Problem) -> Neighborhood:
     """The window that is the whole layout, so that problems of one layout are equal."""
     rank = problem.rule.rank
     return replace(

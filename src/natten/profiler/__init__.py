@@ -38,29 +38,32 @@ DENSE = {
 PLAIN_DENSE = "sdpa"  # PyTorch's own choice, on CPUs
 
 
-def choose_backend(problem: Problem, name: str | None) -> str:
+def choose_backend(problem: Problem, name: str | None, operation: str = "attention") -> str:
     """The backend that runs a problem.
 
     Args:
         problem: what to run.
         name: a backend's name, one of upstream's (hints), or None.
+        operation: "attention", or its "gradient", which another backend may run.
 
     Raises:
         ArgumentError: the backend is unknown, or can not run the problem; says why.
     """
     wanted = backends.check_name(name)
     question = backends.Problem(
-        "attention", problem.device, problem.dtype, problem.dim, problem.value_dim
-    )
+        operation, problem.device, problem.dtype, problem.dim, problem.value_dim,
+        (problem.batch, *problem.shape, problem.heads, problem.dim), problem.rule,
+        problem.dim**-0.5,
+    )  # fmt: skip
     chosen = backends.choose(wanted, question)
-    if wanted and chosen.name != wanted:
+    if wanted and operation == "attention" and chosen.name != wanted:
         asked = next(each for each in backends.BACKENDS if each.name == wanted)
         raise ArgumentError(f"`backend` {wanted}: it {asked.unsupported(question)}.")
     return chosen.name
 
 
 def natten_call(
-    problem: Problem, backend: str, backward: bool, compiled: bool = False, **hints: Any
+    problem: Problem, backend: str | None, backward: bool, compiled: bool = False, **hints: Any
 ) -> Callable[[], Any]:
     """A call of our operator on random inputs; with ``backward``, its gradients too."""
     function: Callable[..., Any] = neighborhood_attention_generic
