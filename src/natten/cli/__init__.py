@@ -25,6 +25,7 @@ _EXAMPLES = """examples:
   natten env
   natten profile -i 56 56 -w 7 7 -n 2 -d 32
   natten simulate -i 30 48 80 -w 18 24 24 -n 24
+  natten draw -i 11 11 -w 5 --query 1 9
   natten simulate --help
 
 exit codes: 0 done, 1 failed, 2 wrong arguments
