@@ -141,3 +141,160 @@ def test_same_bits_on_every_run():
 def test_queries_say_there_is_a_gpu():
     assert natten.has_fused_na() and natten.HAS_LIBNATTEN
     assert "triton: runs" in natten.backends.explain(torch.zeros(1, 9, 1, 8, device="cuda"))
+
+
+def leaves(*shape, dtype=torch.bfloat16, count=3):
+    return [torch.randn(shape, dtype=dtype, device="cuda").requires_grad_() for _ in range(count)]
+
+
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_more_than_2_to_the_31_elements(backend):
+    """Upstream's issue 347: gradients of 2,097,153 x 16 x 64 were silently wrong."""
+    tokens, window, tail = 2_097_153, 9, 256
+    q, k, v = leaves(1, tokens, 16, 64, dtype=torch.float16)
+    out = natten.na1d(q, k, v, window, backend=backend)
+    grad = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, k, v), grad)
+    # The end by itself; where it was cut, queries and keys lack neighbors.
+    ends = [x.detach()[:, -tail:].cpu().double().requires_grad_() for x in (q, k, v)]
+    expected = natten.na1d(*ends, window, backend="reference")
+    expected_grads = torch.autograd.grad(expected, ends, grad[:, -tail:].cpu().double())
+    for name, a, b in zip(("out", "dq", "dk", "dv"), (expected, *expected_grads), (out, *grads)):
+        inner = slice(2 * window, None)
+        found = b.detach()[:, -tail:].cpu()[:, inner]
+        assert_close(name, a.detach()[:, inner], found, 4e-3)
+
+
+def test_wide_values_dilated_over_a_large_picture():
+    """Groups of a dilation are problems of their own: one near the end is compared."""
+    size, dilation, window = 1216, 16, 5
+    q, k = leaves(1, size, size, 4, 32, count=2)
+    (v,) = leaves(1, size, size, 4, 384, count=1)  # 2.27e9 elements
+    out = na2d(q, k, v, window, dilation=dilation)
+    grads = torch.autograd.grad(out, (q, k, v), out.detach())
+    group = (slice(None), slice(13, None, dilation), slice(15, None, dilation))
+    own = [x.detach()[group].double().requires_grad_() for x in (q, k, v)]
+    expected = na2d(*own, window, backend="tiled")
+    expected_grads = torch.autograd.grad(expected, own, out.detach()[group].double())
+    for a, b in zip((expected, *expected_grads), (out, *grads)):
+        assert_close("group", a.detach(), b.detach()[group], 2e-2)
+
+
+def test_operators_under_opcheck():
+    rule = ((3, 5), (2, 1), (1, 2), (True, False))
+    q, k, v = leaves(1, 9, 11, 2, 32)
+    for backend in ("", "triton"):
+        args = (q, k, v, None, None, None, *rule, 0.3, backend, [])
+        torch.library.opcheck(torch.ops.natten.attention.default, args)
+        out, lse = (x.detach() for x in torch.ops.natten.attention(*args))
+        plain = [x.detach() for x in (q, k, v)]
+        given = (out, lse, *plain, None, None, None, out, lse, *rule, 0.3, backend, [])
+        torch.library.opcheck(torch.ops.natten.attention_backward.default, given)
+
+
+def test_exported():
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return na2d(q, k, v, 5, dilation=2)
+
+    qkv = [x.detach() for x in leaves(1, 12, 14, 2, 32)]
+    program = torch.export.export(Model(), tuple(qkv))
+    assert_close("exported", Model()(*qkv).cpu(), program.module()(*qkv).cpu(), 1e-3)
+
+
+def test_training_step_is_captured():
+    q, k, v = leaves(2, 12, 14, 2, 64)
+
+    def step():
+        out = na2d(q, k, v, 5)
+        return (out, *torch.autograd.grad(out, (q, k, v), out.detach()))
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x in (q, k, v):
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    for a, b in zip(step(), captured):
+        assert torch.equal(a, b)
+
+
+def test_calls_neither_wait_nor_allocate_more_than_they_return():
+    q, k, v = leaves(2, 64, 64, 4, 64)
+    size = q.numel() * q.element_size()
+    rows = q.numel() // 64
+    torch.use_deterministic_algorithms(True)
+    try:
+        out = na2d(q, k, v, 7)
+        torch.autograd.grad(out, (q, k, v), out.detach())
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = na2d(q, k, v, 7)
+        after_forward = torch.cuda.max_memory_allocated() - before
+        grad = out.detach()
+        torch.autograd.grad(out, (q, k, v), grad)
+        after_backward = torch.cuda.max_memory_allocated() - before
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.use_deterministic_algorithms(False)
+    assert after_forward <= 1.01 * (size + 4 * rows)
+    assert after_backward <= 1.01 * (4 * size + (4 + 16) * rows) + (1 << 20)
+
+
+def test_new_sizes_compile_nothing():
+    from natten.backends.triton.forward import forward_kernel
+
+    tiles = {"q_tile_shape": (8, 8), "kv_tile_shape": (8, 8), "backend": "triton"}
+
+    def compiled():
+        return sum(len(caches[0]) for caches in forward_kernel.device_caches.values())
+
+    counts = []
+    for height, width, heads in ((20, 30, 2), (21, 33, 3), (64, 17, 1), (50, 50, 4)):
+        q, k, v = (x.detach() for x in leaves(1, height, width, heads, 32))
+        na2d(q, k, v, (5, 7), **tiles)
+        na2d(q, k, v, (3, 11), dilation=(2, 1), **tiles)
+        counts.append(compiled())
+    assert len(set(counts)) == 1
+
+
+def test_autotuner_keeps_the_fastest(tmp_path, monkeypatch):
+    monkeypatch.setenv("NATTEN_CACHE", str(tmp_path))
+    q, k, v = leaves(1, 40, 40, 2, 32)
+    expected = na2d(q, k, v, 7, backend="triton")
+    natten.use_autotuner(True, True)
+    try:
+        out = na2d(q, k, v, 7, backend="triton")
+        torch.autograd.grad(out, (q, k, v), out.detach())
+    finally:
+        natten.disable_autotuner()
+    assert_close("tuned", expected.detach().cpu(), out.detach().cpu(), 1e-2)
+    assert len(list(tmp_path.rglob("*.json"))) == 3
+
+
+def test_packed_sequences_without_waiting():
+    q, k, v = leaves(1, 700, 2, 64)
+    starts = torch.tensor([0, 100, 100, 300, 700], dtype=torch.int32, device="cuda")
+    options = {"cumulative_seqlen_Q": starts, "cumulative_seqlen_KV": starts}
+    options |= {"max_seqlen_Q": 400, "max_seqlen_KV": 400, "return_lse": True}
+    found = []
+    for backend in (None, "tiled"):
+        if backend is None:
+            natten.attention(q, k, v, **options)
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            out, lse = natten.attention(q, k, v, is_causal=True, backend=backend, **options)
+            grads = torch.autograd.grad((out, lse), (q, k, v), (out.detach(), lse.detach()))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        found.append((out, lse, *grads))
+    for a, b in zip(*found):
+        assert_close("packed", b.detach().cpu(), a.detach().cpu(), 2e-2)
