@@ -1,102 +1,183 @@
-"""A random sweep of fused problems on a GPU against the float64 oracle.
+"""A random sweep of problems on a GPU against the float64 oracle.
 
-    python tests/sweep.py [problems] [seed]
+    python tests/sweep.py [--problems 1000] [--backend triton] [--processes 12] [--seed 0]
 
-Not a pytest file: it compiles many kernel variants. It prints what fails, then a summary.
+Not a pytest file: it compiles kernels for a minute. Problems come in kinds, which share what
+kernels are compiled for (dtype, head dims, tiles, which axes are strided or causal), and differ in
+sizes and windows. Outputs are poisoned before every call. It prints what fails, the worst errors, a
+summary.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import math
+import multiprocessing
 import random
-import sys
 import time
+from collections import Counter
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from natten import backends
 from natten.backends import reference
 from natten.neighborhood import Dense, Neighborhood
+from natten.varlen import VarlenLayout
 
-RATIO = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+# RMS of the error over RMS of the value; gradients may have twice as much.
+RATIO = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+TILES = {1: [(64,), (32,)], 2: [(8, 8), (4, 16)], 3: [(2, 4, 8), (4, 4, 4)]}
+MOST = {1: 300, 2: 30, 3: 10}  # tokens of an axis
 
 
-def ratio(expected: torch.Tensor, actual: torch.Tensor) -> float:
-    """RMS of the error over RMS of the value; infinite if anything is NaN."""
-    if not torch.isfinite(actual).all():
+class Kind(NamedTuple):
+    """What kernels are compiled for."""
+
+    operation: str  # "fused", "dense", "packed" or "unfused"
+    rank: int
+    dtype: torch.dtype
+    dim: int
+    value_dim: int
+    strided: tuple[bool, ...]
+    causal: tuple[bool, ...]
+    unit: bool  # whether the first axis has one token
+    rpb: bool
+    extra: bool
+    tile: tuple[int, ...]
+
+
+def kinds(backend: str) -> list[Kind]:
+    """Kinds that cover what a backend supports."""
+    rng = random.Random(0)
+    dtypes = [torch.bfloat16, torch.float16, torch.float32]
+    dims = [(32, 32), (64, 64), (128, 128), (24, 24), (96, 96), (7, 40), (256, 64), (1, 512)]
+    operations = ["fused"] * 5 + ["dense", "packed", "unfused"]
+    if backend == "hopper":
+        dtypes, dims, operations = dtypes[:2], [(32, 32), (64, 64), (128, 128)], ["fused"]
+    found = []
+    for i, (dim, value_dim) in zip(range(64), itertools.cycle(dims)):
+        operation = operations[i // len(dims) % len(operations)]
+        rank = 1 if operation == "dense" else i % 3 + 1
+        plain = operation != "fused" or backend == "hopper"
+        found.append(
+            Kind(
+                operation, rank, dtypes[i // 3 % len(dtypes)], dim, value_dim,
+                tuple(rng.random() < 0.5 for _ in range(rank)),
+                tuple(rng.random() < 0.3 for _ in range(rank)),
+                rank > 1 and rng.random() < 0.15,
+                not plain and rng.random() < 0.4,
+                operation == "fused" and rng.random() < 0.3,
+                rng.choice(TILES[rank]),
+            )
+        )  # fmt: skip
+    return found
+
+
+def random_rule(kind: Kind, rng: random.Random) -> tuple[list[int], Neighborhood]:
+    """A token layout, odd sizes included, and a window that fits it."""
+    space, dilation, window, stride = [], [], [], []
+    for axis in range(kind.rank):
+        n = 1 if kind.unit and axis == 0 else rng.randint(2, MOST[kind.rank])
+        d = rng.randint(1, min(rng.choice([1, 1, 4]), n))
+        if BACKEND == "hopper" and n % d:  # dilations must divide the layout
+            n += d - n % d
+        k = rng.randint(1, n // d)
+        strided = kind.strided[axis] and k > 1 and n > 1
+        if kind.strided[axis] and not strided and n // d > 1:
+            k, strided = 2, True
+        space.append(n)
+        dilation.append(d)
+        window.append(k)
+        stride.append(rng.randint(2, k) if strided else 1)
+    return space, Neighborhood.create(kind.rank, window, stride, dilation, kind.causal)
+
+
+BACKEND = "triton"
+
+
+def ratio(expected: Tensor, actual: Tensor) -> float:
+    """RMS of the error over RMS of the value; infinite where one is finite and the other not."""
+    finite = expected.isfinite()
+    if actual.shape != expected.shape or not torch.equal(actual.isfinite(), finite):
         return math.inf
-    error = (expected.double() - actual.double().cpu()).square().mean().sqrt()
-    return float(error / expected.double().square().mean().sqrt().clamp(min=1e-3))
+    if not finite.any():
+        return 0.0
+    error = (expected.double() - actual.double())[finite].square().mean().sqrt()
+    # Inputs are of size 1: a sum that cancels to nothing keeps their rounding errors.
+    return float(error / expected.double()[finite].square().mean().sqrt().clamp(min=0.1))
 
 
-def random_problem(rng: random.Random, dims: list[int]) -> dict:
-    """Shapes, windows and options, odd sizes included."""
-    rank = rng.choice([1, 2, 3])
-    space = [rng.randint(1, [300, 30, 10][rank - 1]) for _ in range(rank)]
-    dilation = [rng.randint(1, min(rng.choice([1, 4]), n)) for n in space]
-    kernel = [rng.randint(1, n // d) for n, d in zip(space, dilation)]
-    stride = [rng.choice([1, rng.randint(1, k)]) for k in kernel]
-    causal = [rng.random() < 0.25 for _ in space]
-    kv_heads = rng.choice([1, 2])
-    return {
-        "rule": Neighborhood.create(rank, kernel, stride, dilation, causal),
-        "space": space,
-        "batch": rng.choice([1, 2]),
-        "kv_heads": kv_heads,
-        "heads": kv_heads * rng.choice([1, 1, 3]),
-        "dim": rng.choice(dims),
-        "value_dim": rng.choice(dims),
-        "extra": rng.choice([0, 0, 0, 5]),
-        "rpb": rng.random() < 0.3,
-        "dense": rank == 1 and rng.random() < 0.3,
-        "view": rng.random() < 0.3,
-        "grad_lse": rng.random() < 0.5,
-        "dtype": rng.choice([torch.float32, torch.float16, torch.bfloat16, torch.bfloat16]),
-    }
+def poison() -> None:
+    """Make memory that a call asks for hold NaN."""
+    new_empty = Tensor.new_empty
+
+    def poisoned(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = new_empty(self, *args, **kwargs)
+        return x.fill_(math.nan) if x.is_floating_point() else x
+
+    Tensor.new_empty = poisoned  # type: ignore[method-assign]
 
 
-def check(p: dict, device: str) -> dict[str, float]:
-    """Error ratios of output, LSE and gradients."""
-    rule, dtype, batch = p["rule"], p["dtype"], p["batch"]
+def tensor(rng: random.Random, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Random numbers, in a third of the cases with heads and batch swapped in memory."""
+    if rng.random() < 0.33:
+        moved = (shape[-2], *shape[:-2], shape[-1])
+        return torch.randn(moved, dtype=dtype, device=DEVICE).movedim(0, -2)
+    return torch.randn(shape, dtype=dtype, device=DEVICE)
 
-    def make(*shape: int) -> torch.Tensor:
-        if p["view"] and len(shape) > 2:  # heads and batch swapped in memory
-            return torch.randn(shape[-2], *shape[:-2], shape[-1], dtype=dtype).movedim(0, -2)
-        return torch.randn(shape, dtype=dtype)
 
-    space, key_space = p["space"], p["space"]
-    if p["dense"]:
-        rule, key_space = Dense(any(rule.is_causal)), [random.randint(1, 200)]
-    rpb_shape = [2 * k - 1 for k in p["rule"].kernel_size]
-    inputs = [
-        make(batch, *space, p["heads"], p["dim"]),
-        make(batch, *key_space, p["kv_heads"], p["dim"]),
-        make(batch, *key_space, p["kv_heads"], p["value_dim"]),
-        make(p["heads"], *rpb_shape) if p["rpb"] and not p["dense"] else None,
-        make(batch, p["extra"], p["kv_heads"], p["dim"]) if p["extra"] and not p["dense"] else None,
-        make(batch, p["extra"], p["kv_heads"], p["value_dim"])
-        if p["extra"] and not p["dense"]
-        else None,
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check(kind: Kind, rng: random.Random) -> dict[str, float]:
+    """Error ratios of everything that a problem of a kind returns."""
+    module = next(each for each in backends.BACKENDS if each.name == BACKEND).module
+    space, rule = random_rule(kind, rng)
+    if kind.operation == "unfused":
+        return check_unfused(kind, module, space, rule, rng)
+    batch, kv_heads = rng.choice([1, 2]), rng.choice([1, 2])
+    heads, dtype = kv_heads * rng.choice([1, 1, 3]), kind.dtype
+    rule_: Any = Dense(kind.causal[0]) if kind.operation == "dense" else rule
+    key_space = [rng.randint(1, 200)] if kind.operation == "dense" else space
+    options: dict[str, Any] = {"tiles": kind.tile * 4} if BACKEND == "triton" else {}
+    if kind.operation == "packed":
+        layout = VarlenLayout([random_rule(kind, rng)[0] for _ in range(rng.randint(1, 4))])
+        batch, space, key_space = 1, [layout.total_tokens], [layout.total_tokens]
+        options["documents"] = layout.documents(rule, torch.device(DEVICE))
+    extra = rng.randint(1, 20) if kind.extra else 0
+    inputs: list[Any] = [
+        tensor(rng, dtype, batch, *space, heads, kind.dim),
+        tensor(rng, dtype, batch, *key_space, kv_heads, kind.dim),
+        tensor(rng, dtype, batch, *key_space, kv_heads, kind.value_dim),
+        tensor(rng, dtype, heads, *(2 * k - 1 for k in rule.kernel_size)) if kind.rpb else None,
+        tensor(rng, dtype, batch, extra, kv_heads, kind.dim) if extra else None,
+        tensor(rng, dtype, batch, extra, kv_heads, kind.value_dim) if extra else None,
     ]
-    scale = p["dim"] ** -0.5
-    oracle = [None if x is None else x.double() for x in inputs]
-    out, lse = reference.forward(*oracle, rule, scale)
-    grad_out = torch.randn(out.shape, dtype=dtype)
-    grad_lse = torch.randn(lse.shape) if p["grad_lse"] else None
-    grads = reference.backward(
-        grad_out.double(), None if grad_lse is None else grad_lse.double(),
-        *oracle, out, lse, rule, scale,
-    )  # fmt: skip
-
-    problem = backends.Problem("attention", torch.device(device), dtype, p["dim"], p["value_dim"])
-    module = backends.choose("", problem).module
-    assert backends.choose("", problem).name == "triton"
-    given = [None if x is None else x.to(device) for x in inputs]
-    found, found_lse = module.forward(*given, rule, scale)
+    scale = rng.choice([kind.dim**-0.5, 0.3])
+    exact = [None if x is None else x.double() for x in inputs]
+    if kind.operation == "packed":
+        leaves = [x.requires_grad_() for x in exact[:3]]
+        out, lse = packed_oracle(leaves, layout, rule, scale)
+    else:
+        out, lse = reference.forward(*exact, rule_, scale)
+    grad_out = torch.randn_like(out).to(dtype)
+    grad_lse = torch.randn_like(lse, dtype=torch.float32) if rng.random() < 0.5 else None
+    if kind.operation == "packed":
+        exponents = torch.zeros_like(lse) if grad_lse is None else grad_lse.double()
+        given = (grad_out.double(), exponents)
+        grads = torch.autograd.grad((out, lse), leaves, given)
+    else:
+        grads = reference.backward(
+            grad_out.double(), None if grad_lse is None else grad_lse.double(),
+            *exact, out, lse, rule_, scale,
+        )  # fmt: skip
+    found, found_lse = module.forward(*inputs, rule_, scale, **options)
     found_grads = module.backward(
-        grad_out.to(device), None if grad_lse is None else grad_lse.to(device),
-        *given, found, found_lse, rule, scale,
-    )  # fmt: skip
+        grad_out, grad_lse, *inputs, found, found_lse, rule_, scale, **options
+    )
     errors = {"out": ratio(out, found), "lse": ratio(lse, found_lse)}
     names = ("dq", "dk", "dv", "drpb", "dek", "dev")
     for name, expected, actual in zip(names, grads, found_grads):
@@ -105,38 +186,116 @@ def check(p: dict, device: str) -> dict[str, float]:
     return errors
 
 
-def main() -> None:
-    """Run the sweep."""
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    rng = random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    failures, start, worst = 0, time.time(), {}
-    limit = float(sys.argv[3]) if len(sys.argv) > 3 else math.inf
-    done = 0
-    for i in range(count):
-        if time.time() - start > limit:
-            break
-        # Head dims come in groups, so that kernels are compiled for few of them at a time.
-        dims = [[32, 64, 128], [16, 24, 96], [12, 80, 256], [1, 7, 40]][i * 4 // count]
-        p = random_problem(rng, dims)
+def packed_oracle(
+    leaves: list[Tensor], layout: VarlenLayout, rule: Neighborhood, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Document by document."""
+    from natten.functional import fit_window, neighborhood_attention_generic
+
+    results = []
+    for shape, *qkv in zip(layout, *(layout.unpack(x[0]) for x in leaves)):
+        window = fit_window(shape, rule.kernel_size, rule.stride, rule.dilation)
+        q, k, v = (x[None] for x in qkv)
+        options = {"scale": scale, "backend": "reference", "return_lse": True}
+        out, lse = neighborhood_attention_generic(q, k, v, *window, rule.is_causal, **options)
+        results.append((out.flatten(1, -3), lse.flatten(1, -2)))
+    outputs, exponents = zip(*results)
+    return torch.cat(outputs, 1), torch.cat(exponents, 1)
+
+
+def check_unfused(
+    kind: Kind, module: Any, space: list[int], rule: Neighborhood, rng: random.Random
+) -> dict[str, float]:
+    """The five unfused maps; slots that causality masks hold NaN and must not be read."""
+    batch, heads = rng.choice([1, 2]), rng.choice([1, 3])
+    x, y = (tensor(rng, kind.dtype, batch, *space, heads, kind.dim) for _ in range(2))
+    attn = tensor(rng, kind.dtype, batch, *space, heads, rule.window_tokens)
+    hidden = ~rule.attended_slots(space, DEVICE)[..., None, :]
+    attn = attn.masked_fill(hidden, math.nan)
+    rpb = tensor(rng, kind.dtype, heads, *(2 * k - 1 for k in rule.kernel_size))
+    calls = {
+        "qk": (x, y),
+        "av": (attn, y),
+        "av_transposed": (attn, x),
+        "bias": (rpb, space),
+        "bias_transposed": (attn[0],),
+    }
+    errors = {}
+    for name, args in calls.items():
+        exact = (z.double() if isinstance(z, Tensor) else z for z in args)
+        expected = getattr(reference, name)(*exact, rule)
+        errors[name] = ratio(expected, getattr(module, name)(*args, rule))
+    return errors
+
+
+def work(backend: str, jobs: list[tuple[Kind, int]], results: Any) -> None:
+    """Run jobs, ``(kind, seed)``, and send ``(kind, seed, errors or message)``."""
+    global BACKEND
+    BACKEND = backend
+    torch.set_num_threads(1)
+    poison()
+    for kind, seed in jobs:
+        torch.manual_seed(seed)
         try:
-            errors = check(p, device)
+            results.put((kind, seed, check(kind, random.Random(seed))))
         except Exception as error:
-            failures += 1
-            print("ERROR", p, repr(error)[:500], flush=True)
+            results.put((kind, seed, f"{type(error).__name__}: {str(error)[:300]}"))
+    results.put(None)
+
+
+def main() -> None:
+    """Run the sweep; the exit code is 1 if anything failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--problems", type=int, default=1000)
+    parser.add_argument("--backend", default="triton", choices=("triton", "hopper"))
+    parser.add_argument("--processes", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--silence", type=float, default=120, help="seconds before giving up")
+    args = parser.parse_args()
+    start, pool = time.time(), kinds(args.backend)
+    jobs = [(pool[i % len(pool)], args.seed + i) for i in range(args.problems)]
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    # A kind belongs to one process, which compiles it once.
+    shares: list[list[tuple[Kind, int]]] = [[] for _ in range(args.processes)]
+    for kind, seed in jobs:
+        shares[pool.index(kind) % args.processes].append((kind, seed))
+    workers = [context.Process(target=work, args=(args.backend, s, results)) for s in shares if s]
+    for worker in workers:
+        worker.start()
+    done, failures, running = Counter(), 0, len(workers)
+    worst: dict[tuple[str, str], float] = {}
+    while running:
+        try:
+            got = results.get(timeout=args.silence)
+        except Exception:
+            print(f"no answer for {args.silence:.0f} s", flush=True)
+            failures += len(jobs) - done.total()
+            break
+        if got is None:
+            running -= 1
             continue
-        done += 1
-        bad = {name: e for name, e in errors.items() if not e <= RATIO[p["dtype"]]}
-        for name, e in errors.items():
-            key = (str(p["dtype"])[6:], name)
-            worst[key] = max(worst.get(key, 0.0), e)
+        kind, seed, errors = got
+        done[kind.operation] += 1
+        if isinstance(errors, str):
+            failures += 1
+            print("ERROR", seed, kind, errors, flush=True)
+            continue
+        bad = {name: f"{e:.1e}" for name, e in errors.items() if not e <= RATIO[kind.dtype]}
         if bad:
             failures += 1
-            print("BAD", {n: f"{e:.2e}" for n, e in bad.items()}, p, flush=True)
-    for key, e in sorted(worst.items()):
-        print(*key, f"{e:.1e}")
-    print(f"{done} problems, {failures} failures, {time.time() - start:.0f} s")
+            print("BAD", bad, seed, kind, flush=True)
+        for name, e in errors.items():
+            at = str(kind.dtype)[6:], name
+            worst[at] = max(worst.get(at, 0.0), e)
+    for worker in workers:
+        worker.terminate()
+    table = "  ".join(f"{dtype} {name} {e:.1e}" for (dtype, name), e in sorted(worst.items()))
+    print(table)
+    total = done.total()
+    print(f"{args.backend}: {total} problems {dict(done)}, {failures} failures", end=", ")
+    print(f"{time.time() - start:.0f} s")
+    raise SystemExit(failures > 0 or total < args.problems)
 
 
 if __name__ == "__main__":
