@@ -5,6 +5,7 @@ or commands that install something.
 """
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -71,3 +72,10 @@ def test_links_between_files_exist(page):
 def test_every_page_is_in_the_navigation():
     listed = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
     assert sorted(listed) == [page.name for page in SITE]
+
+
+def test_the_table_of_backends_is_what_they_say():
+    """``python docs/backends.py`` writes it."""
+    names = runpy.run_path(str(ROOT / "docs" / "backends.py"))
+    text = names["PAGE"].read_text(encoding="utf-8")
+    assert names["page"](text) == text and names["table"]() in text

@@ -114,7 +114,7 @@ def _backend(
         operation, query.device, query.dtype, *dims, query.shape, rule, scale, rpb is not None
     )
     chosen = backends.choose(choice.backend, problem)
-    return chosen.module, {"tiles": choice.tiles} if choice.tiles and chosen.has_tiles else {}
+    return chosen.module, {"tiles": choice.tiles} if choice.tiles and chosen.tiles else {}
 
 
 # --- unfused: maps that are linear in each tensor, [batch, heads, *space, channels] ------------

@@ -1,8 +1,9 @@
 """Which backend runs, and why.
 
 A backend is a module with the functions ``forward``, ``backward``, ``qk``, ``av``,
-``av_transposed``, ``bias`` and ``bias_transposed``, as in :mod:`natten.backends.reference`.
-Adding one is a folder and a line in ``BACKENDS``; one without unfused operators says so.
+``av_transposed``, ``bias`` and ``bias_transposed``, as in :mod:`natten.backends.reference`, or some
+of them. Adding one is a folder and an entry in ``BACKENDS``, from which the choice, :func:`explain`
+and the table of the documentation follow.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from natten.errors import ArgumentError
-from natten.neighborhood import Neighborhood
+from natten.neighborhood import Dense, Neighborhood
 
 _log = logging.getLogger("natten")
 
@@ -51,13 +52,67 @@ class Problem(NamedTuple):
     bias: bool = False
 
 
+# What a problem's operation is called.
+OPERATIONS = {
+    "attention": "fused forward",
+    "gradient": "fused backward",
+    "packed": "packed documents in one launch",
+    "unfused": "unfused operators",
+}
+
+
 @dataclass(frozen=True)
 class Backend:
-    """A name, the module that is imported at first use, and what it can not run."""
+    """What a backend can run; the functions are imported at first use.
+
+    Attributes:
+        name: of the module below ``natten.backends``.
+        devices: where it runs, for people.
+        missing: what a problem's device or this machine lacks, None if nothing.
+        operations: keys of ``OPERATIONS``.
+        dtypes: None for every floating-point dtype.
+        head_dims, value_dims: None for all.
+        bias: whether fused operators take a relative positional bias.
+        plain: whether fused operators run plain attention.
+        tiles: whether fused operators take tile shapes.
+        limits: further reasons why it can not run a problem of a device that it can run on.
+    """
 
     name: str
-    unsupported: Callable[[Problem], str | None]
-    has_tiles: bool = False  # whether forward and backward take ``tiles``
+    devices: str
+    missing: Callable[[Problem], str | None]
+    operations: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...] | None = None
+    head_dims: Sequence[int] | None = None
+    value_dims: Sequence[int] | None = None
+    bias: bool = True
+    plain: bool = True
+    tiles: bool = False
+    limits: Callable[[Problem], str | None] | None = None
+
+    def unsupported(self, problem: Problem) -> str | None:
+        """Why it can not run a problem, or None."""
+        dtype, fused = problem.dtype, problem.operation != "unfused"
+        missing = self.missing(problem)
+        if missing is not None:
+            return missing
+        if problem.operation not in self.operations:
+            return f"has no {OPERATIONS[problem.operation]}"
+        if not dtype.is_floating_point:
+            return f"needs a floating-point dtype, not {dtype}"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"has no kernels for {dtype}"
+        for name, dims, dim in (
+            ("head_dim", self.head_dims, problem.head_dim),
+            ("value head_dim", self.value_dims, problem.value_dim),
+        ):
+            if fused and dims is not None and dim not in dims:
+                return f"has kernels for {name} {describe(dims)}"
+        if problem.bias and not self.bias:
+            return "has no relative positional bias"
+        if isinstance(problem.rule, Dense) and not self.plain:
+            return "has kernels for neighborhoods only"
+        return None if self.limits is None else self.limits(problem)
 
     @property
     def module(self) -> ModuleType:
@@ -65,51 +120,73 @@ class Backend:
         return importlib.import_module(f"natten.backends.{self.name}")
 
 
-def _without_hopper(problem: Problem) -> str | None:
-    """Why the Hopper kernels can not run a problem."""
-    if problem.device.type != "cuda":
-        return f"runs on GPUs, not on {problem.device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "needs the package triton"
-    if torch.version.hip is not None:
-        return "needs an NVIDIA GPU"
-    if problem.operation != "attention":
-        return f"has no kernels for {problem.operation}"
-    return importlib.import_module("natten.backends.hopper").unsupported(problem)
+def describe(dims: Sequence[int] | None) -> str:
+    """Head dims for people."""
+    if dims is None:
+        return "any"
+    return f"up to {dims[-1]}" if isinstance(dims, range) else ", ".join(map(str, dims))
 
 
 def _without_triton(problem: Problem) -> str | None:
-    """Why the Triton kernels can not run a problem."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if problem.device.type != "cuda" and not interpreted:
         return f"runs on GPUs, not on {problem.device.type}"
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton"
-    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"has no kernels for {problem.dtype}"
-    fused = problem.operation != "unfused"
-    if fused and (problem.head_dim > 256 or problem.value_dim > 512):
-        return "has kernels for head_dim up to 256 and value head_dim up to 512"
-    if interpreted:
+    if interpreted or torch.version.hip is not None:
         return None
-    if torch.version.hip is None and torch.cuda.get_device_capability(problem.device) < (8, 0):
+    if torch.cuda.get_device_capability(problem.device) < (8, 0):
         return "needs a GPU of compute capability 8.0 or newer"
     return None
 
 
-def _floating(problem: Problem) -> str | None:
-    if problem.operation == "packed":
-        return "runs packed documents one by one"
-    dtype = problem.dtype
-    return None if dtype.is_floating_point else f"needs a floating-point dtype, not {dtype}"
+def _without_hopper(problem: Problem) -> str | None:
+    if problem.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return _without_triton(problem)
+    if torch.version.hip is not None:
+        return "needs an NVIDIA GPU"
+    if torch.cuda.get_device_capability(problem.device) != (9, 0):
+        return "needs a GPU of compute capability 9.0"
+    return None
 
+
+def _beyond_hopper(problem: Problem) -> str | None:
+    return importlib.import_module("natten.backends.hopper").unsupported(problem)
+
+
+def _nothing_missing(problem: Problem) -> str | None:
+    return None
+
+
+_HALF = (torch.float16, torch.bfloat16)
+_EVERYWHERE = ("attention", "gradient", "unfused")
 
 # In order of preference.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("hopper", _without_hopper),
-    Backend("triton", _without_triton, has_tiles=True),
-    Backend("tiled", _floating),
-    Backend("reference", _floating),
+    Backend(
+        "hopper",
+        "NVIDIA H100 and H200 (compute capability 9.0)",
+        _without_hopper,
+        ("attention",),
+        dtypes=_HALF,
+        head_dims=(32, 64, 128, 256),
+        value_dims=(32, 64, 128, 256),
+        bias=False,
+        plain=False,
+        limits=_beyond_hopper,
+    ),
+    Backend(
+        "triton",
+        "NVIDIA from compute capability 8.0, AMD",
+        _without_triton,
+        (*_EVERYWHERE, "packed"),
+        dtypes=(*_HALF, torch.float32),
+        head_dims=range(1, 257),
+        value_dims=range(1, 513),
+        tiles=True,
+    ),
+    Backend("tiled", "every device of PyTorch", _nothing_missing, _EVERYWHERE),
+    Backend("reference", "every device of PyTorch", _nothing_missing, _EVERYWHERE),
 )
 
 # Upstream's names: hints, because our own choice serves the same problems.

@@ -54,28 +54,17 @@ def _modes(rule: Neighborhood, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def unsupported(problem: Problem) -> str | None:
-    """Why these kernels can not run a problem of CUDA tensors, or None."""
-    dims = problem.head_dim, problem.value_dim
-    if problem.bias:
-        return "has no relative positional bias"
-    if problem.dtype not in (torch.float16, torch.bfloat16):
-        return f"has no kernels for {problem.dtype}"
-    if not set(dims) <= set(HEAD_DIMS):
-        return f"has kernels for head dims {HEAD_DIMS}"
+    """Why these kernels can not run a problem whose dtype and head dims they can, or None."""
     if not 1e-20 < problem.scale < 1e6:
         return "masks scores that are scaled by a positive number of usual size"
     if release() not in KNOWN:
         return f"is checked with Triton {KNOWN}, not with {release()}"
-    if torch.cuda.get_device_capability(problem.device) != (9, 0):
-        return "needs a GPU of compute capability 9.0"
     if problem.rule is None:
         return None
-    if not isinstance(problem.rule, Neighborhood):
-        return "has kernels for neighborhoods only"
     shape, dilation = problem.shape, problem.rule.dilation
     if any(n % d for n, d in zip(shape[1:-2], dilation)):
-        return f"needs dilations that divide the token layout, {shape[1:-2]}"
-    if too_wide((*shape[:-1], max(dims)), dilation):
+        return f"needs dilations that divide the token layout, {tuple(shape[1:-2])}"
+    if too_wide((*shape[:-1], max(problem.head_dim, problem.value_dim)), dilation):
         return "needs dilation groups that begin within 2^31 elements"
     return None
 
