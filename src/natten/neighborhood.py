@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -88,27 +89,13 @@ class Neighborhood:
         Raises:
             ArgumentError: an argument has the wrong type, length or value.
         """
-        if rank not in (1, 2, 3):
-            raise ArgumentError(f"`rank` must be 1, 2 or 3, got {rank}.")
-        kernel = _per_axis("kernel_size", kernel_size, rank, int, "an integer")
-        strides = _per_axis("stride", stride, rank, int, "an integer", 1)
-        dilations = _per_axis("dilation", dilation, rank, int, "an integer", 1)
-        causal = _per_axis("is_causal", is_causal, rank, bool, "a boolean", False)
-        for k, s, d in zip(kernel, strides, dilations):
-            if k < 1:
-                raise ArgumentError(
-                    f"`kernel_size` must be at least 1 on every axis, got {kernel}."
-                )
-            if d < 1:
-                raise ArgumentError(
-                    f"`dilation` must be at least 1 on every axis, got {dilations}."
-                )
-            if s < 1 or s > k:
-                raise ArgumentError(
-                    "`stride` must be at least 1 and at most `kernel_size` on every axis, "
-                    f"got stride {strides} with kernel_size {kernel}."
-                )
-        return cls(kernel, strides, dilations, causal)
+        given: tuple[Any, ...] = (kernel_size, stride, dilation, is_causal)
+        if torch.compiler.is_compiling():
+            return _created.__wrapped__(rank, *given)
+        try:
+            return _created(rank, *given, *map(_kinds, given))
+        except TypeError:  # lists are not hashable
+            return _created.__wrapped__(rank, *given)
 
     @property
     def rank(self) -> int:
@@ -205,6 +192,40 @@ def window_bounds(
     leader = (position // s * s + s // 2).clamp(max=n - 1)
     start = (leader - k // 2).clamp(min=0).clamp(max=n - k)
     return start, start + k
+
+
+def _kinds(value: Any) -> Any:
+    """Types, because True and 1 are equal but not both a window."""
+    return tuple(map(type, value)) if isinstance(value, tuple) else type(value)
+
+
+@lru_cache(maxsize=1024)
+def _created(
+    rank: int,
+    kernel_size: Any,
+    stride: Any,
+    dilation: Any,
+    is_causal: Any,
+    *kinds: Any,
+) -> Neighborhood:
+    """:meth:`Neighborhood.create`, kept because models call with the same few windows."""
+    if rank not in (1, 2, 3):
+        raise ArgumentError(f"`rank` must be 1, 2 or 3, got {rank}.")
+    kernel = _per_axis("kernel_size", kernel_size, rank, int, "an integer")
+    strides = _per_axis("stride", stride, rank, int, "an integer", 1)
+    dilations = _per_axis("dilation", dilation, rank, int, "an integer", 1)
+    causal = _per_axis("is_causal", is_causal, rank, bool, "a boolean", False)
+    for k, s, d in zip(kernel, strides, dilations):
+        if k < 1:
+            raise ArgumentError(f"`kernel_size` must be at least 1 on every axis, got {kernel}.")
+        if d < 1:
+            raise ArgumentError(f"`dilation` must be at least 1 on every axis, got {dilations}.")
+        if s < 1 or s > k:
+            raise ArgumentError(
+                "`stride` must be at least 1 and at most `kernel_size` on every axis, "
+                f"got stride {strides} with kernel_size {kernel}."
+            )
+    return Neighborhood(kernel, strides, dilations, causal)
 
 
 @dataclass(frozen=True)

@@ -60,11 +60,11 @@ def is_plain(tensors: Sequence[Any]) -> bool:
         torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
-        or any(type(x) not in _PLAIN_TYPES for x in tensors)
+        or not _PLAIN_TYPES.issuperset(map(type, tensors))
     )
 
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def _pack(rule: Rule) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[bool]]:
@@ -519,7 +519,8 @@ class _PlainAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        output = _Attention.forward(*args)
+        *tensors, scale, choice, rule = args
+        output = _forward(tensors, rule, scale, choice)
         _Attention.setup_context(ctx, args, output)
         return output
 
@@ -604,4 +605,4 @@ def attention(
         return _Attention.apply(*tensors, scale, choice, rule)
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return _PlainAttention.apply(*tensors, scale, choice, rule)
-    return _Attention.forward(*tensors, scale, choice, rule)
+    return _forward(tensors, rule, scale, choice)

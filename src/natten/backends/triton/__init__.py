@@ -75,8 +75,9 @@ def backward(
     if query.numel() == 0 or key.numel() == 0:
         inputs = (query, key, value, rpb, extra_keys, extra_values)
         return tuple(None if x is None else x.new_zeros(x.shape) for x in inputs)
-    # Empty like contiguous tensors, whatever the strides of the inputs.
-    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
+    grad_query, grad_key, grad_value = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
+    )
     terms = lse.new_empty(*lse.shape, 4)
     grad_rpb = grad_ek = grad_ev = None
     query, key, value = readable(query), readable(key), readable(value)

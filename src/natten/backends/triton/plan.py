@@ -11,7 +11,8 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class Launch:
         """Tensors must be on the current device."""
         addresses = [x.data_ptr() for x in tensors]
         # Triton compiles for addresses that 16 divides, which only views can lack.
-        aligned = not any(address % 16 for address in addresses)
+        aligned = reduce(or_, addresses) % 16 == 0
         if aligned and self.compiled is not None:
             self.compiled(*addresses, *self.numbers)
             return
