@@ -7,7 +7,6 @@ layout with contiguous channels is read in place, whatever its strides.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ from torch import Tensor
 from natten.backends.hopper.gluon_names import TensorDescriptor, gl
 
 _MOST = 2**31 - 1  # TMA coordinates are 32 bits
-TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 class View(NamedTuple):
@@ -30,6 +28,23 @@ class View(NamedTuple):
     def boxes(self, tensor: Tensor, block: Sequence[int], layout: Any) -> TensorDescriptor:
         """A descriptor of boxes of shape ``block``."""
         return TensorDescriptor(tensor, self.shape, self.strides, block, layout)
+
+
+class Boxes:
+    """Descriptors of boxes of shape ``block`` of tensors that have a view."""
+
+    def __init__(self, view: View, block: Sequence[int], layout: Any) -> None:
+        self.view, self.block, self.layout = view, list(block), layout
+        self.fields: dict[str, Any] = {}
+
+    def __call__(self, tensor: Tensor) -> TensorDescriptor:
+        """The descriptor of one; what its class checks does not change with the address."""
+        if not self.fields:
+            checked = self.view.boxes(tensor, self.block, self.layout)
+            self.fields = {name: x for name, x in vars(checked).items() if name != "base"}
+        descriptor = object.__new__(TensorDescriptor)
+        descriptor.__dict__ = {**self.fields, "base": tensor}
+        return descriptor
 
 
 def view(shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> View:
@@ -57,13 +72,18 @@ def view(shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -
     )
 
 
+def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    strides, n = [], 1
+    for length in reversed(shape):
+        strides.append(n)
+        n *= length
+    return tuple(reversed(strides))
+
+
 def too_wide(shape: Sequence[int], dilation: Sequence[int]) -> bool:
     """Whether a dilation group of a contiguous tensor is farther away than TMA can say."""
-    stride, n = [1], 1
-    for length in reversed(shape[1:]):
-        n *= length
-        stride.append(n)
-    return view(shape, stride[::-1], dilation).shape[-1] > _MOST
+    return view(shape, contiguous(shape), dilation).shape[-1] > _MOST
 
 
 def readable(x: Tensor, dilation: Sequence[int]) -> Tensor:
@@ -84,8 +104,3 @@ def readable(x: Tensor, dilation: Sequence[int]) -> Tensor:
 def box_layout(channels: int, dtype: torch.dtype) -> Any:
     """Shared memory layout of five-axis boxes with that many channels."""
     return gl.NVMMASharedLayout(min(128, channels * dtype.itemsize), 16, 5)
-
-
-def tile_count(length: int, size: int) -> int:
-    """Tiles that cover an axis."""
-    return math.ceil(length / size)

@@ -15,17 +15,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.core import _aggregate as aggregate
 
-# Releases whose names and results were checked.
-KNOWN = ((3, 6), (3, 7), (3, 8))
+# Releases that the kernels compile with.
+KNOWN = ((3, 6), (3, 7), (3, 8), (3, 9))
 
-load_box = tma.async_copy_global_to_shared
-store_box = tma.async_copy_shared_to_global
+# 3.9 named what copies after what it does.
+load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_box = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 store_wait = tma.store_wait
 
 __all__ = [
     "KNOWN",
     "TensorDescriptor",
+    "aggregate",
     "fence_async_shared",
     "from_triton",
     "gl",

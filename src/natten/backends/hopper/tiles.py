@@ -1,163 +1,247 @@
-"""Tile shapes of the Hopper forward, by cost: products, boxes visited, programs started."""
+"""Tile shapes of the Hopper kernels, by cost: products, boxes visited, tiles, waiting.
+
+The estimate ranks them; what :mod:`natten.tuning` remembers from measuring comes first.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from natten.neighborhood import Neighborhood, group_length
+from natten import tuning
+from natten.backends.triton.plan import padded
+from natten.neighborhood import Neighborhood, Rule, group_length
 
 Shape = tuple[int, ...]
+KINDS = ("forward",)
 ROWS = 64  # queries of a warpgroup
-SHARED = 227 * 1024  # bytes a program may have
+_SHARED = 227 * 1024  # bytes a program may have
 
-NONE, SELECT, BRANCH, PRODUCT = range(4)
-
-# Beside its products, what a score, a box and a program cost, in multiply-adds of one row.
-_SCORE, _BOX, _PROGRAM = 90, 4000, 40000
+NONE, COMPARE, PRODUCT = range(3)  # kinds of masks, as in the kernels
 
 
 class Tiles(NamedTuple):
-    """What the forward kernel is compiled for, beside dtype, head dims and axis modes."""
+    """A program's tiles of queries and of keys, three axes each, and how it runs."""
 
     query: Shape  # of one warpgroup
     key: Shape
-    split: int  # the axis along which a program's two warpgroups are neighbors
-    mask: int = NONE
-    masked: tuple[bool, ...] = (False, False, False)
-    phased: bool = False  # boxes that are whole along ``split`` have their own loop
-    ahead: bool = False  # start the next scores before this box's softmax
-    code: Shape = (0, 0, 0)  # columns of a PRODUCT mask, summed up over the axes
+    split: int  # the axis along which the warpgroups are neighbors
+    groups: int  # of warps with queries
+    programs: int  # at once on a multiprocessor
+    stages: int
+
+
+class Mask(NamedTuple):
+    """How scores are masked; see the kernel."""
+
+    kind: int = NONE
+    code: Shape = (0, 0, 0)  # columns of a product, summed up over the axes
     by_row: bool = False
-    steps: int = 1
+    steps: int = 1  # of 16 columns
     tables: int = 1
-    stages: int = 2
-    groups: int = 2  # warpgroups with queries
-    programs: int = 1  # at once on a multiprocessor
 
 
 class _Axis(NamedTuple):
-    """One way to cut an axis: what a half and a box cover, summed over the axis's tiles."""
+    """One way to cut an axis: what a warpgroup and a box cover, summed over the axis's tiles."""
 
     query: int
     key: int
-    halved: bool
     tiles: int
-    boxes: int  # attended, of both halves if it is halved, else of either
+    boxes: int  # attended, of all warpgroups if the axis is split, else of one
     most: int  # boxes of one tile
     masked: bool
 
 
-def _cut(first: torch.Tensor, last: torch.Tensor, query: int, key: int, halved: bool) -> _Axis:
-    """Cut an axis whose queries have windows ``first .. last``."""
-    n = len(first)
-    size = query * (2 if halved else 1)
-    begin = torch.arange(0, n, size, device="cpu")
-    low, high = first[begin], last[(begin + size - 1).clamp(max=n - 1)]
+def _cut(first: torch.Tensor, last: torch.Tensor, query: int, key: int, parts: int) -> _Axis:
+    """Cut an axis whose queries have windows ``first .. last``; ``parts`` warpgroups a tile."""
+    end = len(first) - 1
+    begin = torch.arange(0, len(first), query * parts, device="cpu")
+    low, high = first[begin], last[(begin + query * parts - 1).clamp(max=end)]
     boxes, masked = 0, False
-    for half in range(2 if halved else 1):
-        head = (begin + half * query).clamp(max=n - 1)
-        tail = (begin + half * query + query - 1).clamp(max=n - 1)
+    for part in range(parts):
+        head = (begin + part * query).clamp(max=end)
+        tail = (begin + part * query + query - 1).clamp(max=end)
         before, past = first[head] - low, last[tail] - low
         boxes += int((-(-past // key) - before // key).sum())
         masked |= bool((first[tail] > first[head]).any() or (last[tail] > last[head]).any())
         masked |= bool((before % key).any() or (past % key).any())
     most = int((-(-(high - low) // key)).max())
-    return _Axis(query, key, halved, len(begin), boxes, most, masked)
+    return _Axis(query, key, len(begin), boxes, most, masked)
 
 
-def _powers(most: int) -> list[int]:
-    return [1 << i for i in range(most.bit_length())]
+class _Cuts:
+    """The axes of a problem, cut for given tiles."""
 
-
-def _masks(axes: tuple[_Axis, ...], split: int, rank: int) -> Iterator[dict[str, Any]]:
-    """The ways to mask that tiles allow, the best first."""
-    masked = tuple(axis.masked for axis in axes)
-    if not any(masked):
-        yield {}
-        return
-    if rank > 1:
-        by_row = masked[2] and split != 2 and axes[2].query < axes[2].key
-        widths = [axis.key if axis.masked else 0 for axis in axes]
-        if by_row:
-            widths[2] = axes[2].query
-        tables = axes[2].most if by_row else 1
-        if sum(widths) <= 32 and tables <= 8:
-            yield {
-                "mask": PRODUCT, "masked": masked, "code": tuple(itertools.accumulate(widths)),
-                "by_row": by_row, "steps": 1 if sum(widths) <= 16 else 2, "tables": tables,
-            }  # fmt: skip
-    yield {"mask": BRANCH, "masked": masked}
-    yield {"mask": SELECT, "masked": masked, "phased": True}
-
-
-def shared_bytes(tiles: Tiles, dim: int, value_dim: int) -> int:
-    """Shared memory of a program, without its barriers."""
-    keys = math.prod(tiles.key)
-    out = 0 if dim == value_dim else value_dim
-    bias = tiles.tables * keys * 32 * tiles.steps if tiles.mask == PRODUCT else 0
-    return (
-        2 * tiles.groups * ROWS * (dim + out) + tiles.stages * keys * 2 * (dim + value_dim) + bias
-    )
-
-
-def candidates(
-    rule: Neighborhood, shape: Shape, dim: int, value_dim: int
-) -> list[tuple[float, Tiles]]:
-    """All tiles that fit, each with its best mask, cheapest first."""
-    rank = len(shape)
-    lengths = [group_length(n, d, 0) for n, d in zip(shape, rule.dilation)]
-    windows = []
-    for axis, n in enumerate(lengths):
-        windows.append(rule.windows(axis, torch.arange(n, device="cpu"), n, n))
-    most_keys = 64 if max(dim, value_dim) > 128 else 128
-    programs_per_head = math.prod(rule.dilation)
-
-    @cache
-    def cut(axis: int, query: int, key: int, halved: bool) -> _Axis:
-        if axis < 3 - rank:
-            return _Axis(1, 1, False, 1, 1, 1, False)
-        return _cut(*windows[axis - 3 + rank], query, key, halved)
-
-    def shapes(volume: int) -> list[Shape]:
-        """Three-axis powers of two of a volume that do not pass twice an axis."""
-        ways = [[1]] * (3 - rank) + [
-            [p for p in _powers(volume) if p == 1 or p < 2 * n] for n in lengths
+    def __init__(self, rule: Neighborhood, shape: Shape) -> None:
+        self.missing = 3 - len(shape)
+        self.lengths = [group_length(n, d, 0) for n, d in zip(shape, rule.dilation)]
+        self.windows = [
+            rule.windows(axis, torch.arange(n, device="cpu"), n, n)
+            for axis, n in enumerate(self.lengths)
         ]
-        return [s for s in itertools.product(*ways) if math.prod(s) == volume]
+        self.axis = cache(self._axis)
 
-    found = []
-    keys = [k for volume in (most_keys, most_keys // 2) for k in shapes(volume)] or [
-        (1, 1, most_keys // 2)
-    ]
-    for query in shapes(ROWS) or [(1, 1, ROWS)]:
-        for key in keys:
-            for split in range(3 - rank, 3):
-                axes = tuple(cut(a, query[a], key[a], a == split) for a in range(3))
-                for mask in _masks(axes, split, rank):
-                    tiles = Tiles(query, key, split, **mask)
-                    if shared_bytes(tiles, dim, value_dim) > SHARED:
-                        continue
-                    columns = math.prod(key)
-                    products = dim + value_dim + 16 * tiles.steps * (tiles.mask == PRODUCT)
-                    masking = {NONE: 0, PRODUCT: 10, BRANCH: 40, SELECT: 70}[tiles.mask]
-                    halves = math.prod(axis.boxes for axis in axes)
-                    if not any(axis.halved for axis in axes):
-                        halves *= 2
-                    box = ROWS * columns * (products + _SCORE + masking) / 64 + _BOX
-                    programs = math.prod(axis.tiles for axis in axes)
-                    cost = (halves * box + programs * _PROGRAM) * programs_per_head
-                    found.append((cost, tiles))
+    def _axis(self, axis: int, query: int, key: int, parts: int) -> _Axis:
+        if axis < self.missing:
+            return _Axis(1, 1, 1, 1, 1, False)
+        return _cut(*self.windows[axis - self.missing], query, key, parts)
+
+    def __call__(self, query: Shape, key: Shape, split: int, groups: int) -> tuple[_Axis, ...]:
+        return tuple(self.axis(a, query[a], key[a], groups if a == split else 1) for a in range(3))
+
+
+_cuts = lru_cache(maxsize=64)(_Cuts)
+
+
+def _mask(rule: Neighborhood, axes: tuple[_Axis, ...], split: int, groups: int) -> Mask:
+    if not any(axis.masked for axis in axes):
+        return Mask()
+    # The windows of a tile's queries start in as many places, at the same distances everywhere.
+    by_row = axes[2].masked and axes[2].query < axes[2].key and (split != 2 or groups == 1)
+    by_row &= rule.stride[-1] == 1 and not rule.is_causal[-1]
+    widths = [axis.key if axis.masked else 0 for axis in axes]
+    if by_row:
+        widths[2] = axes[2].query
+    tables = axes[2].most if by_row else 1
+    if sum(widths) > 32 or tables > 8:
+        return Mask(COMPARE)
+    code = tuple(itertools.accumulate(widths))
+    return Mask(PRODUCT, code, by_row, 1 if sum(widths) <= 16 else 2, tables)
+
+
+def mask(rule: Neighborhood, shape: Shape, tiles: Tiles) -> Mask:
+    """How tiles are masked."""
+    axes = _cuts(rule, shape)(tiles.query, tiles.key, tiles.split, tiles.groups)
+    return _mask(rule, axes, tiles.split, tiles.groups)
+
+
+def _shared(tiles: Tiles, mask: Mask, dim: int, value_dim: int, own_out: bool) -> int:
+    """Bytes of shared memory of a multiprocessor's programs; 2 kB each for barriers and Triton."""
+    keys = math.prod(tiles.key)
+    queries = tiles.groups * ROWS * (dim + value_dim * own_out)
+    table = mask.tables * keys * 16 * mask.steps * (mask.kind == PRODUCT)
+    each = 2 * (queries + tiles.stages * keys * (dim + value_dim) + table)
+    return tiles.programs * (each + 2048)
+
+
+def own_out(tiles: Tiles, mask: Mask, dim: int, value_dim: int) -> bool:
+    """Whether the output has shared memory of its own, or takes the queries'."""
+    return dim != value_dim or _shared(tiles, mask, dim, value_dim, True) <= _SHARED
+
+
+def registers(tiles: Tiles) -> tuple[int, int, int]:
+    """Of a thread: when a program starts, of warpgroups that compute, and of warps that fetch."""
+    fetch = 40 if tiles.programs == 1 else 24
+    # What the fetching warpgroup leaves (two of its warps are idle) goes to the others.
+    start = 65536 // tiles.programs // (128 * tiles.groups + 128) // 8 * 8
+    return start, (start * (tiles.groups + 1) - fetch) // tiles.groups // 8 * 8, fetch
+
+
+def _has_registers(tiles: Tiles, value_dim: int) -> bool:
+    """Whether sums, scores and weights fit; a product alone must fit what a program starts with."""
+    start, most, _ = registers(tiles)
+    out, scores = value_dim // 2, math.prod(tiles.key) // 2
+    return max(out, scores) + 30 <= start and out + scores * 3 // 2 + 40 <= most
+
+
+# What a box and a tile cost a multiprocessor beside products, and what they wait: cycles.
+_SCORE, _BOX, _BOX_WAIT, _TILE, _TILE_WAIT = 8.0, 100.0, 1200.0, 500.0, 3000.0
+
+
+def _cost(axes: tuple[_Axis, ...], tiles: Tiles, mask: Mask, dim: int, value_dim: int) -> float:
+    """Cycles of a multiprocessor per batch entry, head and dilation group."""
+    columns = math.prod(tiles.key)
+    boxes = math.prod(axis.boxes for axis in axes)
+    number = math.prod(axis.tiles for axis in axes)
+    # Warpgroups of one program wait for the same boxes.
+    at_once = tiles.programs if tiles.groups == 1 else 1.5 * tiles.programs
+    product = columns * (dim + value_dim + 16 * mask.steps * (mask.kind == PRODUCT)) / 32
+    score = _SCORE * (1.3 if mask.kind == COMPARE else 1)
+    box = product + columns * score + _BOX + _BOX_WAIT / at_once
+    return boxes * box + number * tiles.groups * (_TILE + _TILE_WAIT / at_once)
+
+
+def key(
+    kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int
+) -> str:
+    """The name of a problem in :mod:`natten.tuning`."""
+    return f"hopper-{kind}-{'x'.join(map(str, shape))}-{rule}-{dim}-{value_dim}"
+
+
+@tuning.cached
+def choose(
+    kind: str,
+    rule: Neighborhood,
+    shape: Shape,
+    key_shape: Shape,
+    dim: int,
+    value_dim: int,
+    itemsize: int = 2,
+) -> Tiles:
+    """The tiles that were measured to be fastest, else those estimated to be cheapest.
+
+    Args:
+        kind: of kernel, one of ``KINDS``.
+    """
+    tuned = tuning.lookup(key(kind, rule, shape, key_shape, dim, value_dim, itemsize))
+    if tuned is None:
+        return candidates(kind, rule, shape, key_shape, dim, value_dim, itemsize)[0]
+    query, keys, *options = tuned
+    return Tiles(tuple(query), tuple(keys), *options)
+
+
+@lru_cache(maxsize=64)
+def candidates(
+    kind: str,
+    rule: Neighborhood,
+    shape: Shape,
+    key_shape: Shape,
+    dim: int,
+    value_dim: int,
+    itemsize: int = 2,
+) -> list[Tiles]:
+    """Tiles that fit the registers and shared memory, cheapest first by estimate."""
+    cuts = _cuts(rule, shape)
+    most_keys = 64 if max(dim, value_dim) > 128 else 128
+    keys = _shapes(most_keys, cuts.lengths) + _shapes(most_keys // 2, cuts.lengths)
+    costs: dict[Tiles, float] = {}
+    for query, box in itertools.product(_shapes(ROWS, cuts.lengths), keys):
+        for split, groups, programs in _ways(len(shape)):
+            axes = cuts(query, box, split, groups)
+            found = _mask(rule, axes, split, groups)
+            # An output buffer that delays no query is worth more than a third stage.
+            for stages, own in ((3, True), (2, True), (2, dim != value_dim)):
+                tiles = Tiles(query, box, split, groups, programs, stages)
+                fits = _shared(tiles, found, dim, value_dim, own) <= _SHARED
+                if fits and _has_registers(tiles, value_dim):
+                    costs[tiles] = _cost(axes, tiles, found, dim, value_dim)
                     break
-    return sorted(found, key=lambda pair: pair[0])
+    return sorted(costs, key=lambda tiles: (costs[tiles], max(tiles.query)))
 
 
-@lru_cache(maxsize=512)
-def choose(rule: Neighborhood, shape: Shape, dim: int, value_dim: int) -> Tiles:
-    """The cheapest tiles."""
-    return candidates(rule, shape, dim, value_dim)[0][1]
+def _ways(rank: int) -> list[tuple[int, int, int]]:
+    """Axis of the split, warpgroups, programs at once: two that share boxes, or one alone."""
+    pairs = [(split, 2, 1) for split in range(3 - rank, 3)]
+    return pairs + [(3 - rank, 1, programs) for programs in (2, 3, 4)]
+
+
+def _shapes(volume: int, lengths: Sequence[int]) -> list[Shape]:
+    """Three-axis powers of two of a volume, none twice its axis; if there is none, a row."""
+    powers = [1 << i for i in range(volume.bit_length())]
+    ways = [[p for p in powers if p == 1 or p < 2 * n] for n in padded(lengths, 1)]
+    fitting = [s for s in itertools.product(*ways) if math.prod(s) == volume]
+    return fitting or [(1, 1, volume)]
+
+
+def computed_pairs(
+    kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape, tiles: Tiles
+) -> int:
+    """Query-key pairs that a kernel computes per batch entry and head, wasted ones included."""
+    axes = _cuts(rule, shape)(tiles.query, tiles.key, tiles.split, tiles.groups)
+    boxes = math.prod(axis.boxes for axis in axes) * math.prod(rule.dilation)
+    return boxes * ROWS * math.prod(tiles.key)

@@ -1,0 +1,62 @@
+"""Shared memory that one warp fills by TMA and warpgroups empty."""
+
+# Triton reads the annotations of an aggregate as objects: no ``from __future__``.
+
+from natten.backends.hopper.gluon_names import aggregate, gl, gluon, load_box, mbarrier
+
+
+@aggregate
+class Ring:
+    """Buffers that are filled and emptied in turn; ``i`` counts the boxes that went through."""
+
+    buffers: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    STAGES: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, buffers, full, empty, STAGES):
+        self.buffers, self.full, self.empty = buffers, full, empty
+        self.STAGES = gl.constexpr(STAGES)
+
+    @gluon.jit
+    def fill(self, i, descriptor, at):
+        """Fetch the box that starts at ``at``, once its buffer is empty."""
+        stage = i % self.STAGES
+        buffer = self.buffers.index(stage).reshape(descriptor.block_type.shape)
+        mbarrier.wait(self.empty.index(stage), (i // self.STAGES & 1) ^ 1)
+        mbarrier.expect(self.full.index(stage), descriptor.block_type.nbytes)
+        load_box(descriptor, at, self.full.index(stage), buffer)
+
+    @gluon.jit
+    def wait(self, i, ROWS: gl.constexpr):
+        """Box ``i`` as a matrix ``[ROWS, channels]``, once it is there."""
+        stage = i % self.STAGES
+        mbarrier.wait(self.full.index(stage), i // self.STAGES & 1)
+        return self.buffers.index(stage).reshape([ROWS, self.buffers.shape[5]])
+
+    @gluon.jit
+    def release(self, i):
+        """This warpgroup has no more need of box ``i``."""
+        mbarrier.arrive(self.empty.index(i % self.STAGES), count=1)
+
+    @gluon.jit
+    def skip(self, i):
+        """Hand box ``i`` back unread."""
+        stage = i % self.STAGES
+        mbarrier.wait(self.full.index(stage), i // self.STAGES & 1)
+        mbarrier.arrive(self.empty.index(stage), count=1)
+
+
+@gluon.jit
+def ring(descriptor, STAGES: gl.constexpr, READERS: gl.constexpr):
+    """A ring of boxes as the descriptor has them, that many warpgroups read."""
+    buffers = gl.allocate_shared_memory(
+        descriptor.dtype, [STAGES] + descriptor.block_type.shape, descriptor.layout
+    )
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=READERS)
+    return Ring(buffers, full, empty, STAGES)

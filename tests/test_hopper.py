@@ -1,0 +1,264 @@
+"""The Hopper backend: tiles and masks on the CPU, compiled without a GPU, results with one."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+
+from natten import tuning
+from natten.backends import BACKENDS, Problem, reference
+from natten.neighborhood import Neighborhood
+
+pytest.importorskip("triton")
+
+from natten.backends import hopper
+from natten.backends.hopper import tiles as tiling
+from natten.backends.hopper.plan import plan_for
+
+# shape, window, stride, dilation, causal
+PROBLEMS: list[tuple[Any, ...]] = [
+    ((19,), 7, 1, 1, False),
+    ((17, 19), (7, 7), 1, 1, False),
+    ((40, 24), (16, 12), (4, 8), 1, False),
+    ((24, 36), (5, 7), (2, 1), (2, 3), (True, False)),
+    ((3, 100), (2, 50), 1, 1, False),
+    ((20, 33), (9, 11), (3, 2), 1, (False, True)),
+    ((9, 13, 17), (5, 7, 9), 1, 1, False),
+    ((8, 16, 32), (8, 8, 16), 1, 1, (True, False, False)),
+    ((10, 24, 30), (6, 12, 16), (2, 4, 4), 1, False),
+]
+FAR = Neighborhood.create(2, 5, 1, (256, 1), False)
+IDS = ["x".join(map(str, p[0])) + f"-{p[2]}-{p[4]}" for p in PROBLEMS]
+
+
+def rule_of(shape: Any, *parameters: Any) -> Neighborhood:
+    return Neighborhood.create(len(shape), *parameters)
+
+
+def ways(rule: Neighborhood, shape: Any, dim: int = 64) -> list[tiling.Tiles]:
+    """The best tiles of each kind of program and mask."""
+    found = {}
+    for tiles in tiling.candidates("forward", rule, shape, shape, dim, dim):
+        mask = tiling.mask(rule, shape, tiles)
+        found.setdefault((tiles.groups, mask.kind, mask.by_row, mask.steps), tiles)
+    return list(found.values())
+
+
+def windows(rule: Neighborhood, axis: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return rule.windows(axis, torch.arange(n), n, n)
+
+
+def hidden(
+    rule: Neighborhood, shape: Any, tiles: tiling.Tiles, tile: Any, part: int, box: Any
+) -> torch.Tensor:
+    """The product of a mask's two factors, as the kernel builds them: ``[queries, keys]``."""
+    mask = tiling.mask(rule, shape, tiles)
+    missing = 3 - len(shape)
+    product = torch.zeros(tiling.ROWS, math.prod(tiles.key))
+    rows = torch.cartesian_prod(*(torch.arange(n) for n in tiles.query)).reshape(-1, 3)
+    keys = torch.cartesian_prod(*(torch.arange(n) for n in tiles.key)).reshape(-1, 3)
+    before = 0
+    for axis, end in enumerate(mask.code):
+        width, before = end - before, end
+        if width == 0:
+            continue
+        n = shape[axis - missing] // rule.dilation[axis - missing]
+        start, stop = windows(rule, axis - missing, n)
+        size = tiles.query[axis] * (tiles.groups if axis == tiles.split else 1)
+        first = tile[axis] * size
+        low = start[first]
+        own = first + (part * tiles.query[axis] if axis == tiles.split else 0)
+        i = (own + rows[:, axis]).clamp(max=n - 1)
+        c = torch.arange(width)
+        if mask.by_row and axis == 2:
+            left = (start[i] - low)[:, None] == c
+            at = (box[2] * tiles.key[2] + keys[:, 2])[:, None]
+            right = (at < c) | (at >= c + rule.kernel_size[-1])
+        else:
+            at = low + box[axis] * tiles.key[axis]
+            left = (at < start[i][:, None] - c) | (at >= stop[i][:, None] - c)
+            right = keys[:, axis, None] == c
+        product += left.float() @ right.float().T
+    return product > 0
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
+def test_mask_is_the_window(problem: Any) -> None:
+    shape, *parameters = problem
+    rule = rule_of(shape, *parameters)
+    missing = 3 - len(shape)
+    lengths = [1] * missing + [n // d for n, d in zip(shape, rule.dilation)]
+    for tiles in ways(rule, shape):
+        mask = tiling.mask(rule, shape, tiles)
+        if mask.kind == tiling.COMPARE:
+            continue
+        sizes = [
+            size * (tiles.groups if axis == tiles.split else 1)
+            for axis, size in enumerate(tiles.query)
+        ]
+        # The first, the last and one tile between of each axis.
+        counts = [-(-n // size) for n, size in zip(lengths, sizes)]
+        for tile in itertools.product(*({0, n // 2, n - 1} for n in counts)):
+            for part in range(tiles.groups):
+                check_tile(rule, shape, lengths, tiles, sizes, tile, part)
+
+
+def check_tile(
+    rule: Any, shape: Any, lengths: Any, tiles: Any, sizes: Any, tile: Any, part: int
+) -> None:
+    """Boxes a warpgroup attends hold each key of its queries once, and no other key unmasked."""
+    missing, seen, expected, boxes = 3 - len(shape), [], [], []
+    for axis, n in enumerate(lengths):
+        if axis < missing:
+            seen.append(torch.zeros(tiles.query[axis], 1, dtype=torch.long))
+            expected.append(torch.ones(tiles.query[axis], 1, dtype=torch.bool))
+            boxes.append(range(1))
+            continue
+        start, stop = windows(rule, axis - missing, n)
+        first = tile[axis] * sizes[axis]
+        low = int(start[first])
+        own = first + (part * tiles.query[axis] if axis == tiles.split else 0)
+        i = torch.arange(own, own + tiles.query[axis]).clamp(max=n - 1)
+        end = stop[min(first + sizes[axis] - 1, n - 1)]
+        count = -(-(int(end) - low) // tiles.key[axis])
+        if axis == tiles.split:
+            attended = range(
+                (int(start[i[0]]) - low) // tiles.key[axis],
+                -(-(int(stop[i[-1]]) - low) // tiles.key[axis]),
+            )
+        else:
+            attended = range(count)
+        at = low + torch.arange(count * tiles.key[axis])
+        expected.append((at >= start[i][:, None]) & (at < stop[i][:, None]))
+        boxes.append(attended)
+        outside = set(range(count)) - set(attended)
+        assert not any(
+            expected[-1][:, j * tiles.key[axis] : (j + 1) * tiles.key[axis]].any() for j in outside
+        )
+    for box in itertools.product(*boxes):
+        parts = [e[:, j * k : (j + 1) * k] for e, j, k in zip(expected, box, tiles.key)]
+        visible = torch.einsum("ax,by,cz->abcxyz", *(p.double() for p in parts)) > 0
+        visible = visible.reshape(tiling.ROWS, -1)
+        assert torch.equal(hidden(rule, shape, tiles, tile, part, box), ~visible)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
+def test_tiles_fit_and_cover(problem: Any) -> None:
+    shape, *parameters = problem
+    rule = rule_of(shape, *parameters)
+    needed = 1
+    for axis, (n, d) in enumerate(zip(shape, rule.dilation)):
+        start, stop = windows(rule, axis, n // d)
+        needed *= int((stop - start).sum()) * d
+    for dim in (32, 64, 128, 256):
+        for tiles in ways(rule, shape, dim):
+            mask = tiling.mask(rule, shape, tiles)
+            assert math.prod(tiles.query) == tiling.ROWS
+            assert mask.code[-1] <= 16 * mask.steps or mask.kind != tiling.PRODUCT
+            own = tiling.own_out(tiles, mask, dim, dim)
+            assert tiling._shared(tiles, mask, dim, dim, own) <= 227 * 1024
+            start_registers, registers, fetch = tiling.registers(tiles)
+            used = 128 * (tiles.groups * registers + fetch) * tiles.programs
+            assert max(used, start_registers * 128 * (tiles.groups + 1)) <= 65536
+            assert tiling.computed_pairs("forward", rule, shape, shape, tiles) >= needed
+
+
+def test_measured_tiles_are_taken() -> None:
+    rule, shape = rule_of((56, 56), 7, 1, 1, False), (56, 56)
+    problem = ("forward", rule, shape, shape, 32, 32, 2)
+    best, *others = tiling.candidates(*problem)
+    assert tiling.choose(*problem) == best
+    with tuning.trial(tiling.key(*problem), list(others[3])):
+        assert tiling.choose(*problem) == others[3]
+        q = torch.empty(1, *shape, 2, 32, dtype=torch.bfloat16)
+        assert plan_for(q, q, q, None, rule, 1.0).tiles == others[3]
+
+
+PLAIN = Problem(
+    "attention", torch.device("cpu"), torch.bfloat16, 64, 64, (1, 16, 16, 2, 64),
+    Neighborhood.create(2, 5, 1, 1, False), 0.1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"scale": -1.0}, "scaled"),
+        ({"rule": Neighborhood.create(2, 5, 1, 3, False)}, "divide"),
+        ({"shape": (1, 2**15, 2**15, 16, 64), "rule": FAR}, "2^31"),
+    ],
+)
+def test_unsupported_says_why(change: dict[str, Any], reason: str) -> None:
+    assert hopper.unsupported(PLAIN) is None
+    said = hopper.unsupported(PLAIN._replace(**change))
+    assert said is not None and reason in said
+
+
+def test_unknown_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "release", lambda: (9, 9))
+    said = hopper.unsupported(PLAIN)
+    assert said is not None and "(9, 9)" in said
+
+
+@pytest.mark.parametrize("name", ["flux", "nat"])
+def test_compiles_without_a_gpu(name: str) -> None:
+    path = pathlib.Path(__file__).parents[1] / "benchmarks" / "hopper_kernels.py"
+    spec = importlib.util.spec_from_file_location("hopper_kernels", path)
+    assert spec is not None and spec.loader is not None
+    kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernels)
+    (row,) = kernels.compile_all([name])
+    assert row.spilled == 0 and row.products > 0 and row.tma >= 4
+    assert row.name == name  # products are not serialised
+
+
+# heads, heads of keys, head dim, value dim, additional tokens, dtype
+TENSORS = [
+    (2, 2, 64, 64, 0, torch.bfloat16),
+    (4, 2, 128, 128, 3, torch.float16),
+    (2, 1, 32, 256, 130, torch.bfloat16),
+    (2, 2, 256, 256, 0, torch.float16),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
+@pytest.mark.parametrize("tensors", TENSORS)
+def test_forward(problem: Any, tensors: Any) -> None:
+    shape, *parameters = problem
+    heads, kv_heads, dim, value_dim, extra, dtype = tensors
+    rule, scale = rule_of(shape, *parameters), dim**-0.5
+    torch.manual_seed(0)
+    packed = torch.randn(2, *shape, heads * dim + kv_heads * (dim + value_dim), device="cuda")
+    q, k, v = packed.to(dtype).split([heads * dim, kv_heads * dim, kv_heads * value_dim], -1)
+    q, k, v = (x.unflatten(-1, (-1, d)) for x, d in ((q, dim), (k, dim), (v, value_dim)))
+    more = [
+        torch.randn(2, extra, kv_heads, d, device="cuda", dtype=dtype) for d in (dim, value_dim)
+    ]
+    ek, ev = more if extra else (None, None)
+    (backend,) = (each for each in BACKENDS if each.name == "hopper")
+    problem = Problem(
+        "attention", q.device, dtype, dim, value_dim, tuple(q.shape), rule, scale
+    )
+    reason = backend.unsupported(problem)
+    if reason is not None:
+        pytest.skip(reason)
+    double = [None if x is None else x.double() for x in (q, k, v, None, ek, ev)]
+    expected, expected_lse = reference.forward(*double, rule, scale)
+    for tiles in ways(rule, shape, max(dim, value_dim)):
+        key = tiling.key("forward", rule, shape, shape, dim, value_dim, 2)
+        with tuning.trial(key, list(tiles)):
+            results = [hopper.forward(q, k, v, None, ek, ev, rule, scale) for _ in range(2)]
+        (out, lse), (again, _) = results
+        assert not out.isnan().any() and not lse.isnan().any()
+        assert torch.equal(out, again)
+        error = (out - expected).square().mean() / expected.square().mean()
+        assert error.sqrt() < (1e-2 if dtype == torch.bfloat16 else 2e-3)
+        assert (lse - expected_lse).abs().max() < 1e-4
