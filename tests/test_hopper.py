@@ -244,9 +244,7 @@ def test_forward(problem: Any, tensors: Any) -> None:
     ]
     ek, ev = more if extra else (None, None)
     (backend,) = (each for each in BACKENDS if each.name == "hopper")
-    problem = Problem(
-        "attention", q.device, dtype, dim, value_dim, tuple(q.shape), rule, scale
-    )
+    problem = Problem("attention", q.device, dtype, dim, value_dim, tuple(q.shape), rule, scale)
     reason = backend.unsupported(problem)
     if reason is not None:
         pytest.skip(reason)
