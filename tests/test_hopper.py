@@ -18,8 +18,8 @@ from natten.neighborhood import Neighborhood
 pytest.importorskip("triton")
 
 from natten.backends import hopper
+from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
-from natten.backends.hopper.plan import plan_for
 
 # shape, window, stride, dilation, causal
 PROBLEMS: list[tuple[Any, ...]] = [
@@ -177,7 +177,7 @@ def test_measured_tiles_are_taken() -> None:
     with tuning.trial(tiling.key(*problem), list(others[3])):
         assert tiling.choose(*problem) == others[3]
         q = torch.empty(1, *shape, 2, 32, dtype=torch.bfloat16)
-        assert plan_for(q, q, q, None, rule, 1.0).tiles == others[3]
+        assert planning.plan_for(q, q, q, None, rule, 1.0).tiles == others[3]
 
 
 PLAIN = Problem(
@@ -231,7 +231,7 @@ TENSORS = [
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
 @pytest.mark.parametrize("tensors", TENSORS)
-def test_forward(problem: Any, tensors: Any) -> None:
+def test_forward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shape, *parameters = problem
     heads, kv_heads, dim, value_dim, extra, dtype = tensors
     rule, scale = rule_of(shape, *parameters), dim**-0.5
@@ -252,11 +252,14 @@ def test_forward(problem: Any, tensors: Any) -> None:
     expected, expected_lse = reference.forward(*double, rule, scale)
     for tiles in ways(rule, shape, max(dim, value_dim)):
         key = tiling.key("forward", rule, shape, shape, dim, value_dim, 2)
-        with tuning.trial(key, list(tiles)):
-            results = [hopper.forward(q, k, v, None, ek, ev, rule, scale) for _ in range(2)]
-        (out, lse), (again, _) = results
+        results = []
+        for processors in (132, 1):  # with one, a program takes many tiles
+            monkeypatch.setattr(planning, "_processors", lambda _, n=processors: n)
+            with tuning.trial(key, list(tiles)):
+                results += [hopper.forward(q, k, v, None, ek, ev, rule, scale) for _ in range(2)]
+        (out, lse), *others = results
         assert not out.isnan().any() and not lse.isnan().any()
-        assert torch.equal(out, again)
+        assert all(torch.equal(out, a) and torch.equal(lse, b) for a, b in others)
         error = (out - expected).square().mean() / expected.square().mean()
         assert error.sqrt() < (1e-2 if dtype == torch.bfloat16 else 2e-3)
         assert (lse - expected_lse).abs().max() < 1e-4
