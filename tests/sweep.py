@@ -14,6 +14,7 @@ import argparse
 import itertools
 import math
 import multiprocessing
+import queue
 import random
 import time
 from collections import Counter
@@ -29,7 +30,11 @@ from natten.varlen import VarlenLayout
 
 # RMS of the error over RMS of the value; gradients may have twice as much.
 RATIO = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-TILES = {1: [(64,), (32,)], 2: [(8, 8), (4, 16)], 3: [(2, 4, 8), (4, 4, 4)]}
+TILES = {  # of as many tokens, which is what registers and shared memory allow
+    64: {1: (64,), 2: (8, 8), 3: (4, 4, 4)},
+    32: {1: (32,), 2: (4, 8), 3: (2, 4, 4)},
+    16: {1: (16,), 2: (4, 4), 3: (2, 2, 4)},
+}
 MOST = {1: 300, 2: 30, 3: 10}  # tokens of an axis
 
 
@@ -62,15 +67,17 @@ def kinds(backend: str) -> list[Kind]:
         operation = operations[i // len(dims) % len(operations)]
         rank = 1 if operation == "dense" else i % 3 + 1
         plain = operation != "fused" or backend == "hopper"
+        dtype = dtypes[i // 3 % len(dtypes)]
+        widest = 1 << (max(dim, value_dim) - 1).bit_length()
         found.append(
             Kind(
-                operation, rank, dtypes[i // 3 % len(dtypes)], dim, value_dim,
+                operation, rank, dtype, dim, value_dim,
                 tuple(rng.random() < 0.5 for _ in range(rank)),
                 tuple(rng.random() < 0.3 for _ in range(rank)),
                 rank > 1 and rng.random() < 0.15,
                 not plain and rng.random() < 0.4,
                 operation == "fused" and rng.random() < 0.3,
-                rng.choice(TILES[rank]),
+                TILES[max(16, min(64, 16384 // widest // dtype.itemsize))][rank],
             )
         )  # fmt: skip
     return found
@@ -250,7 +257,7 @@ def main() -> None:
     parser.add_argument("--backend", default="triton", choices=("triton", "hopper"))
     parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--silence", type=float, default=120, help="seconds before giving up")
+    parser.add_argument("--seconds", type=float, default=600, help="stop after so many")
     args = parser.parse_args()
     start, pool = time.time(), kinds(args.backend)
     jobs = [(pool[i % len(pool)], args.seed + i) for i in range(args.problems)]
@@ -265,13 +272,12 @@ def main() -> None:
         worker.start()
     done, failures, running = Counter(), 0, len(workers)
     worst: dict[tuple[str, str], float] = {}
-    while running:
+    while running and time.time() - start < args.seconds:
         try:
-            got = results.get(timeout=args.silence)
-        except Exception:
-            print(f"no answer for {args.silence:.0f} s", flush=True)
-            failures += len(jobs) - done.total()
-            break
+            got = results.get(timeout=5)
+        except queue.Empty:
+            print(f"{done.total()} of {len(jobs)}, {time.time() - start:.0f} s", flush=True)
+            continue
         if got is None:
             running -= 1
             continue

@@ -85,12 +85,12 @@ class Plan:
             *padded(rule.dilation, 1),
         )  # fmt: skip
         self.heads = (batch * heads, heads, heads // kv_heads)
-        self.modes = modes(rule, space)
+        self.modes, self.space = modes(rule, space), tuple(space)
         self.own_out = tiling.own_out(tiles, self.mask, dim, value_dim)
 
     @cached_property
     def forward(self) -> Launch:
-        """A program per place on the GPU, which takes tiles in turn."""
+        """A program per place on the GPU takes tiles in turn; long tiles have one each."""
         tiles, mask = self.tiles, self.mask
         counts = [
             -(-n // (size * (tiles.groups if axis == tiles.split else 1)))
@@ -110,8 +110,18 @@ class Plan:
         numbers = (
             *self.numbers, *counts, total, heads, per_kv, self.extra, self.scale * _LOG2E
         )  # fmt: skip
+        pairs = tiling.computed_pairs("forward", self.rule, self.space, self.space, tiles)
+        boxes = (
+            pairs * every / total / (tiles.groups * math.prod(tiles.query) * math.prod(tiles.key))
+        )
         places = _processors(self.device) * tiles.programs
-        return Launch(forward_kernel, min(total, places), numbers, constants)
+        programs = total if boxes > _LONG else min(total, places)
+        return Launch(forward_kernel, programs, numbers, constants)
+
+
+# A program that takes tiles in turn begins the next one while it ends the last. Tiles of more boxes
+# than this are long enough without, and are shared out better one by one (hopper-log.md).
+_LONG = 48
 
 
 @lru_cache(maxsize=64)
