@@ -1,4 +1,4 @@
-"""Launches of the backward passes."""
+"""What the launches of the backward passes need, worked out once for a call's shapes."""
 
 from __future__ import annotations
 
@@ -9,135 +9,143 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natten import tuning
 from natten.backends import triton as portable
 from natten.backends.hopper import backward_tiles
-from natten.backends.hopper.backward_kernel import BRANCH, EARLY, pass_kernel, terms_kernel
+from natten.backends.hopper.backward_kernel import BRANCH, EARLY, NEVER, pass_kernel, terms_kernel
 from natten.backends.hopper.backward_tiles import Tiles
-from natten.backends.hopper.common import modes, padded
-from natten.backends.hopper.descriptors import View, box_layout, readable, view
-from natten.backends.hopper.gluon_names import TensorDescriptor, gl
+from natten.backends.hopper.descriptors import Boxes, View, box_layout, contiguous, readable, view
+from natten.backends.hopper.gluon_names import gl
+from natten.backends.hopper.plan import Launch, Shape
+from natten.backends.triton.plan import modes, on_device, padded
 from natten.neighborhood import Neighborhood
 
+_OPTIONS: dict[str, Any] = {}
 
-class Call:
-    """What the launches of one call share."""
+
+class _Pass:
+    """dQ, from tiles of queries and boxes of keys, or dK and dV, from the reverse."""
+
+    def __init__(self, plan: Plan, of_keys: bool, tiles: Tiles, terms: Shape) -> None:
+        order, outer, inner, stages, masked = tiles
+        layout = box_layout(plan.dim, plan.dtype)
+        outer_box, inner_box = [1, *outer, plan.dim], [1, *inner, plan.dim]
+        views = [_ordered(each, order) for each in plan.views]
+        queries, keys = (views[0], views[3]), (views[1], views[2])
+        fixed, walked = (keys, queries) if of_keys else (queries, keys)
+        grad = _ordered(plan.grad_views[of_keys], order)
+        self.outer = [Boxes(each, outer_box, layout) for each in fixed]
+        self.inner = [Boxes(each, inner_box, layout) for each in walked]
+        self.grad = Boxes(grad, outer_box, layout)
+        self.rows = None
+        # Of LSE and delta: how far apart tokens are, along the axes as this pass has them.
+        steps = dict(zip(plan.terms_order, contiguous(terms)[2:]))
+        if of_keys:
+            seen = View(list(terms), list(contiguous(terms)), ())
+            self.rows = Boxes(seen, [1, 2, *inner], gl.NVMMASharedLayout(0, 32, rank=5))
+        extra = 0 if of_keys else plan.extra
+        box = [1, 1, 1, math.prod(inner), plan.dim]
+        self.extra = Boxes(plan.extra_view, box, layout) if extra else None
+        sizes = (outer[0], outer[1], 2 * outer[2])
+        lengths = [plan.groups[axis] for axis in order]
+        counts = [-(-length // size) for length, size in zip(lengths, sizes)]
+        heads = plan.kv_heads if of_keys else plan.heads
+        rule = plan.rule
+        numbers = (
+            *(step for each in (*fixed, *walked, grad) for step in each.steps),
+            *(steps[axis] for axis in order), contiguous(terms)[1], *lengths,
+            *(x[axis] for x in (plan.window, plan.stride, plan.dilation) for axis in order),
+            *counts, heads, plan.heads // plan.kv_heads, extra, plan.scale,
+        )  # fmt: skip
+        constants = {
+            "MODES": tuple(plan.modes[axis] for axis in order), "STAGES": stages,
+            "MASK": (BRANCH if masked else NEVER).value, "HELD": not of_keys, "DP": EARLY.value,
+            "OF_KEYS": of_keys, "HAS_EXTRA": extra > 0, "num_warps": 4, "maxnreg": 168,
+            **_OPTIONS,
+        }  # fmt: skip
+        programs = math.prod(counts) * math.prod(rule.dilation) * heads * plan.batch
+        self.launch = Launch(pass_kernel, programs, numbers, constants)
+
+    def __call__(
+        self, outer: Sequence[Tensor], inner: Sequence[Tensor], extra: Sequence[Tensor],
+        terms: Tensor, grads: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        """Sum over ``inner`` for the tiles of ``outer``, into ``grads``."""
+        tiles = [make(x) for make, x in zip(self.outer, outer)]
+        boxes = [make(x) for make, x in zip(self.inner, inner)]
+        # What is missing is never read.
+        rows = boxes[0] if self.rows is None else self.rows(terms)
+        more = boxes if self.extra is None else [self.extra(x) for x in extra]
+        found = [self.grad(x) for x in grads]
+        self.launch(*tiles, *boxes, rows, *more, found[0], found[-1], terms)
+
+
+def _ordered(each: View, order: Sequence[int]) -> View:
+    """A view with its axes in another order."""
+    axes = [axis + 1 for axis in order]
+    return View(
+        [each.shape[0], *(each.shape[axis] for axis in axes), each.shape[4]],
+        [each.strides[0], *(each.strides[axis] for axis in axes), 1],
+        (*(each.steps[axis] for axis in order), each.steps[3]),
+    )
+
+
+class Plan:
+    """The passes of one problem; tensors are query, key, value and the gradient of the output."""
 
     def __init__(
         self,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        extra_keys: Tensor | None,
-        extra_values: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
         rule: Neighborhood,
         scale: float,
+        device: torch.device,
+        dtype: torch.dtype,
+        shapes: Sequence[Shape],
+        strides: Sequence[Shape],
+        extra: int,
+        has_grad_lse: bool,
     ) -> None:
-        tensors = (query, key, value, grad_out)
-        self.query, self.key, self.value, self.grad_out = (
-            readable(x, rule.dilation) for x in tensors
-        )
-        self.extras = None
-        if extra_keys is not None and extra_values is not None and extra_keys.shape[1] > 0:
-            self.extras = extra_keys.contiguous(), extra_values.contiguous()
-        self.out, self.lse, self.grad_lse = out.contiguous(), lse.contiguous(), grad_lse
-        self.rule, self.scale = rule, scale
-        self.batch, self.heads, self.dim = query.shape[0], query.shape[-2], query.shape[-1]
-        self.kv_heads = key.shape[-2]
-        space = query.shape[1:-2]
+        batch, *space, heads, dim = shapes[0]
+        self.rule, self.scale, self.dtype, self.extra = rule, scale, dtype, extra
+        self.batch, self.heads, self.dim, self.kv_heads = batch, heads, dim, shapes[1][-2]
+        self.views = [view(*each, rule.dilation) for each in zip(shapes, strides)]
+        self.grad_views = [view(x, contiguous(x), rule.dilation) for x in shapes[:2]]
+        more = (batch, extra, self.kv_heads, dim)
+        self.extra_view = view(more, contiguous(more), (1,))
         self.dilation = padded(rule.dilation, 1)
-        self.shape = padded([n // d for n, d in zip(space, rule.dilation)], 1)
+        self.groups = padded([n // d for n, d in zip(space, rule.dilation)], 1)
+        self.window, self.stride = padded(rule.kernel_size, 1), padded(rule.stride, 1)
         self.modes = modes(rule, space)
-        self.window, self.stride = (padded(x, 1) for x in (rule.kernel_size, rule.stride))
-        self.groups = math.prod(self.dilation)
+        queries, keys = (
+            backward_tiles.choose(of_keys, rule, self.groups, dim, 64) for of_keys in (False, True)
+        )
+        # TMA reads LSE and delta in the order of the keys' pass, in rows of 16 bytes.
+        self.terms_order = keys.order
+        lengths = [self.groups[axis] for axis in keys.order]
+        wide = -(-lengths[2] // 4) * 4
+        groups = math.prod(rule.dilation)
+        self.terms_shape = (batch * heads * groups, 2, *lengths[:2], wide)
+        self.terms = self._terms(shapes, lengths, wide, groups, has_grad_lse)
+        self.of_queries = _Pass(self, False, queries, self.terms_shape)
+        self.of_keys = _Pass(self, True, keys, self.terms_shape)
 
-    def tiles(self, of_keys: bool, columns: int = 64) -> Tiles:
-        """The tiles of a pass."""
-        return backward_tiles.choose(of_keys, self.rule, self.shape, self.dim, columns)
-
-    def terms(self, order: Sequence[int]) -> Tensor:
-        """LSE and delta as the passes read them, ``[batch * heads * groups, 2, *space]``."""
-        x0, x1, x2 = (self.shape[axis] for axis in order)
-        wide = -(-x2 // 4) * 4  # TMA wants rows of 16 bytes
-        shape = (self.batch * self.heads * self.groups, 2, x0, x1, wide)
-        terms = torch.empty(shape, dtype=torch.float32, device=self.lse.device)
-        grad_lse = self.lse if self.grad_lse is None else self.grad_lse.contiguous()
-        strides: list[int] = []
-        for x in (self.out, self.grad_out, self.lse[..., None]):
-            batch, *space, heads, _ = x.stride()
+    def _terms(
+        self, shapes: Sequence[Shape], lengths: Sequence[int], wide: int, groups: int, given: bool
+    ) -> Launch:
+        order, strides = self.terms_order, []
+        for shape in (shapes[3], shapes[3], (*shapes[3][:-1], 1)):
+            batch, *space, heads, _ = contiguous(shape)
             axes = padded(space, 0)
             strides += [batch, *(axes[axis] for axis in order), heads]
         rows = 4096 // self.dim
-        lines = -(-x0 * x1 * wide // rows)
-        terms_kernel[(lines * self.groups * self.heads, self.batch)](
-            self.out, self.grad_out, self.lse, grad_lse, terms, *strides[:-1],
-            x0, x1, x2, wide, *(self.dilation[axis] for axis in order), self.heads,
-            D=self.dim, HAS_GRAD_LSE=self.grad_lse is not None, M=rows,
+        lines = -(-lengths[0] * lengths[1] * wide // rows)
+        numbers = (
+            *strides[:-1], *lengths, wide, *(self.dilation[axis] for axis in order), self.heads,
         )  # fmt: skip
-        return terms
+        constants = {"D": self.dim, "HAS_GRAD_LSE": given, "M": rows}
+        return Launch(terms_kernel, lines * groups * self.heads, numbers, constants, self.batch)
 
-    def view(self, x: Tensor, order: Sequence[int]) -> View:
-        """How TMA sees ``x``, axes in ``order``."""
-        shape, strides, steps = view(x.shape, x.stride(), self.rule.dilation)
-        axes = [axis + 1 for axis in order]
-        return View(
-            [shape[0], *(shape[axis] for axis in axes), shape[4]],
-            [strides[0], *(strides[axis] for axis in axes), 1],
-            (*(steps[axis] for axis in order), steps[3]),
-        )
 
-    def run(
-        self,
-        of_keys: bool,
-        terms: Tensor,
-        grad_a: Tensor,
-        grad_b: Tensor,
-        tiles: Tiles,
-        **options: Any,
-    ) -> None:
-        """A pass: dQ into ``grad_a``, or dK and dV into ``grad_a`` and ``grad_b``."""
-        order, outer, inner, stages = tiles
-        queries, keys = (self.query, self.grad_out), (self.key, self.value)
-        fixed, walked = (keys, queries) if of_keys else (queries, keys)
-        layout = box_layout(self.dim, self.query.dtype)
-        outer_box, inner_box = [1, *outer, self.dim], [1, *inner, self.dim]
-        outer_views, inner_views = ([self.view(x, order) for x in xs] for xs in (fixed, walked))
-        outer_a, outer_b = (v.boxes(x, outer_box, layout) for v, x in zip(outer_views, fixed))
-        inner_a, inner_b = (v.boxes(x, inner_box, layout) for v, x in zip(inner_views, walked))
-        grad_view = self.view(grad_a, order)
-        extra_a, extra_b, extra = inner_a, inner_b, 0
-        if self.extras is not None and not of_keys:
-            extra = self.extras[0].shape[1]
-            box = [1, 1, 1, math.prod(inner), self.dim]
-            extra_a, extra_b = (
-                view(x.shape, x.stride(), (1,)).boxes(x, box, layout) for x in self.extras
-            )
-        lengths, window, stride, dilation, modes = (
-            tuple(x[axis] for axis in order)
-            for x in (self.shape, self.window, self.stride, self.dilation, self.modes)
-        )
-        rows = inner_a
-        if of_keys:
-            plain = gl.NVMMASharedLayout(0, 32, rank=5)
-            rows = TensorDescriptor(
-                terms, list(terms.shape), list(terms.stride()), [1, 2, *inner], plain
-            )
-        sizes = (outer[0], outer[1], 2 * outer[2])
-        counts = tuple(-(-length // size) for length, size in zip(lengths, sizes))
-        heads = self.kv_heads if of_keys else self.heads
-        pass_kernel[(math.prod(counts) * self.groups * heads * self.batch,)](
-            outer_a, outer_b, inner_a, inner_b, rows, extra_a, extra_b,
-            grad_view.boxes(grad_a, outer_box, layout), grad_view.boxes(grad_b, outer_box, layout),
-            terms, *(step for v in (*outer_views, *inner_views, grad_view) for step in v.steps),
-            *lengths, *window, *stride, *dilation, *counts,
-            heads, self.heads // self.kv_heads, extra, self.scale,
-            MODES=modes, STAGES=stages, OF_KEYS=of_keys, HAS_EXTRA=extra > 0,
-            num_warps=4, maxnreg=168,
-            **{"MASK": BRANCH.value, "HELD": not of_keys, "DP": EARLY.value, **options},
-        )  # fmt: skip
+_plan = tuning.cached(Plan)
 
 
 def backward(
@@ -155,37 +163,40 @@ def backward(
     scale: float,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, rpb (None), additional keys and additional values."""
-    assert rpb is None, "the Hopper backend has no bias"
     if query.numel() == 0 or key.numel() == 0:
         inputs = (query, key, value, None, extra_keys, extra_values)
         return tuple(None if x is None else x.new_zeros(x.shape) for x in inputs)
-    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
-    with torch.cuda.device(query.device):
-        call = Call(
-            grad_out, grad_lse, query, key, value, extra_keys, extra_values, out, lse, rule, scale
-        )
-        queries, keys = call.tiles(False), call.tiles(True)
-        terms = call.terms(queries.order)
-        call.run(False, terms, grad_query, grad_query, queries)
-        if keys.order != queries.order:
-            terms = call.terms(keys.order)
-        call.run(True, terms, grad_key, grad_value, keys)
+    grads = [
+        x.new_empty(x.shape) for x in (query, key, value)
+    ]  # contiguous: a view's strides are not kept
+    query, key, value = (readable(x, rule.dilation) for x in (query, key, value))
+    grad_out, out, lse = grad_out.contiguous(), out.contiguous(), lse.contiguous()
+    grad_out = readable(grad_out, rule.dilation)
+    extra: list[Tensor] = []
+    if extra_keys is not None and extra_values is not None and extra_keys.shape[1] > 0:
+        extra = [readable(x.contiguous(), (1,)) for x in (extra_keys, extra_values)]
+    tensors = (query, key, value, grad_out)
+    found = _plan(
+        rule, scale, query.device, query.dtype, tuple(x.shape for x in tensors),
+        tuple(x.stride() for x in tensors), extra[0].shape[1] if extra else 0,
+        grad_lse is not None,
+    )  # fmt: skip
+    given = lse if grad_lse is None else grad_lse.contiguous()
+    terms = lse.new_empty(found.terms_shape)
     grad_ek = grad_ev = None
-    if extra_keys is not None and extra_values is not None:
-        grad_ek, grad_ev = _extra_gradients(call, extra_keys, extra_values, grad_out)
-    return grad_query, grad_key, grad_value, None, grad_ek, grad_ev
-
-
-def _extra_gradients(
-    call: Call, extra_keys: Tensor, extra_values: Tensor, grad_out: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Every query reaches the additional tokens: the portable backend's sums over parts."""
-    tokens = extra_keys.contiguous(), extra_values.contiguous()
-    grad_out, terms = grad_out.contiguous(), call.lse.new_empty(*call.lse.shape, 4)
-    given = call.lse if call.grad_lse is None else call.grad_lse.contiguous()
-    found = portable.plan_for(
-        call.query, call.key, call.value, None, tokens[0], call.rule, call.scale
-    )
-    with torch.cuda.device(call.query.device):
-        found.terms[call.grad_lse is not None](call.out, call.lse, grad_out, given, terms)
-        return portable._extra_gradients(found, call.query, *tokens, grad_out, terms)
+    with on_device(query):
+        found.terms(out, grad_out, lse, given, terms)
+        found.of_queries((query, grad_out), (key, value), extra, terms, grads[:1])
+        found.of_keys((key, value), (query, grad_out), (), terms, grads[1:])
+        if extra:
+            # Every query reaches the additional tokens: the portable backend's sums over parts.
+            sums = portable.plan_for(query, key, value, None, extra[0], rule, scale)
+            rows = lse.new_empty(*lse.shape, 4)
+            sums.terms[grad_lse is not None](out, lse, grad_out, given, rows)
+            grad_ek, grad_ev = portable._extra_gradients(sums, query, *extra, grad_out, rows)
+        elif extra_keys is not None and extra_values is not None:
+            grad_ek, grad_ev = (
+                extra_keys.new_zeros(extra_keys.shape),
+                extra_values.new_zeros(extra_values.shape),
+            )
+    return (*grads, None, grad_ek, grad_ev)

@@ -313,6 +313,7 @@ def _step(
 def _consumer(
     terms, bounds,
     outer_a_bufs, outer_b_bufs, a_bufs, b_bufs, term_bufs, outer_full, full, empty, done,
+    t_0, t_1, t_2, plane,
     L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, extra, scale,
     HALF: gl.constexpr, OUTER: gl.constexpr, INNER: gl.constexpr, MODES: gl.constexpr,
     MASK: gl.constexpr, HELD: gl.constexpr, DP: gl.constexpr,
@@ -353,10 +354,8 @@ def _consumer(
     else:
         # A row that is no query gets weights of zero.
         real = (i0 < L0) & (i1 < L1) & (i2 < L2)
-        padded = (L2 + 3) // 4 * 4
-        plane = L0 * L1 * padded
         row = (batch * heads + head).to(gl.int64) * (D0 * D1 * D2) + (g0 * D1 + g1) * D2 + g2
-        at = row * 2 * plane + (i0 * L1 + i1) * padded + i2
+        at = row * 2 * plane + i0 * t_0 + i1 * t_1 + i2 * t_2
         lse = gl.load(terms + at, mask=real, other=float("inf"))
         minus_delta = gl.load(terms + at + plane, mask=real, other=0.0)
 
@@ -408,7 +407,7 @@ def _consumer(
 # Compiled once for all of them, whatever divides them.
 _NUMBERS = """
 oa_0 oa_1 oa_2 oa_h ob_0 ob_1 ob_2 ob_h ia_0 ia_1 ia_2 ia_h ib_0 ib_1 ib_2 ib_h g_0 g_1 g_2 g_h
-L0 L1 L2 K0 K1 K2 S0 S1 S2 D0 D1 D2 T0 T1 T2 heads per_kv extra scale
+t_0 t_1 t_2 plane L0 L1 L2 K0 K1 K2 S0 S1 S2 D0 D1 D2 T0 T1 T2 heads per_kv extra scale
 """.split()  # noqa: SIM905
 
 
@@ -416,7 +415,7 @@ L0 L1 L2 K0 K1 K2 S0 S1 S2 D0 D1 D2 T0 T1 T2 heads per_kv extra scale
 def pass_kernel(
     outer_a, outer_b, inner_a, inner_b, inner_terms, extra_a, extra_b, grad_a, grad_b, terms,
     oa_0, oa_1, oa_2, oa_h, ob_0, ob_1, ob_2, ob_h, ia_0, ia_1, ia_2, ia_h, ib_0, ib_1, ib_2, ib_h,
-    g_0, g_1, g_2, g_h,
+    g_0, g_1, g_2, g_h, t_0, t_1, t_2, plane,
     L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, extra, scale,
     MODES: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr,
     HELD: gl.constexpr, DP: gl.constexpr, OF_KEYS: gl.constexpr, HAS_EXTRA: gl.constexpr,
@@ -427,7 +426,7 @@ def pass_kernel(
     ``inner_a`` and ``inner_b`` (key and value; query and dO); ``grad_a`` and ``grad_b`` take the
     gradients. Per axis: ``L`` tokens of a dilation group, window ``K``, stride ``S``, dilation
     ``D``, ``T`` pairs of tiles. ``oa`` .. ``ib``, ``g``: how far apart dilation groups, and heads,
-    are in memory.
+    are in memory. ``t``, ``plane``: how far apart tokens, and LSE and delta, are in ``terms``.
     """
     OUTER: gl.constexpr = outer_a.block_type.shape[1:4]
     INNER: gl.constexpr = inner_a.block_type.shape[1:4]
@@ -466,7 +465,7 @@ def pass_kernel(
             (_consumer, (
                 terms, bounds,
                 outer_a_bufs, outer_b_bufs, a_bufs, b_bufs, term_bufs, outer_full, full, empty,
-                done,
+                done, t_0, t_1, t_2, plane,
                 L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, extra,
                 scale,
                 0, OUTER, INNER, MODES, MASK, HELD, DP, OF_KEYS, HAS_EXTRA,
@@ -474,7 +473,7 @@ def pass_kernel(
             (_consumer, (
                 terms, bounds,
                 outer_a_bufs, outer_b_bufs, a_bufs, b_bufs, term_bufs, outer_full, full, empty,
-                done,
+                done, t_0, t_1, t_2, plane,
                 L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, extra,
                 scale,
                 1, OUTER, INNER, MODES, MASK, HELD, DP, OF_KEYS, HAS_EXTRA,

@@ -28,20 +28,23 @@ class Tiles(NamedTuple):
     outer: Shape
     inner: Shape
     stages: int
+    masked: bool  # whether a box is ever in part outside of what a token pairs with
 
 
 class _Cut(NamedTuple):
     """An axis cut into tiles: how many, and per box size the boxes they visit, and, where it is
-    the axis along which tiles are paired, how many pairs, and the boxes that the pairs fetch."""
+    the axis along which tiles are paired, how many pairs, and the boxes that the pairs fetch;
+    and the box sizes that need no mask, where tiles are not paired and where they are."""
 
     size: int
     tiles: int
     boxes: dict[int, int]
     pairs: int
     pair_boxes: dict[int, int]
+    whole: tuple[set[int], set[int]]
 
 
-_UNIT = [_Cut(1, 1, {1: 1}, 1, {1: 1})]
+_UNIT = [_Cut(1, 1, {1: 1}, 1, {1: 1}, ({1}, {1}))]
 
 
 def _cuts(rule: Neighborhood, axis: int, length: int, of_keys: bool) -> list[_Cut]:
@@ -56,17 +59,23 @@ def _cuts(rule: Neighborhood, axis: int, length: int, of_keys: bool) -> list[_Cu
     cuts = []
     for size in _SIZES[:-1]:
         first = torch.arange(0, rows, size, device="cpu")
-        low, high = start[first], end[(first + size - 1).clamp(max=rows - 1)]
+        last = (first + size - 1).clamp(max=rows - 1)
+        low, high = start[first], end[last]
+        alike = torch.equal(start[last], low) and torch.equal(end[first], high)
         high = high.maximum(low)
         pair_low = low[::2]
         pair_high = torch.cat([high[1::2], high[len(high) // 2 * 2 :]])
         origin = pair_low.repeat_interleave(2)[: len(low)]
         boxes, pair_boxes = {}, {}
+        whole: tuple[set[int], set[int]] = (set(), set())
         for box in _SIZES:
+            for paired, base in enumerate((low, origin)):
+                if alike and not ((low - base) % box).any() and not ((high - base) % box).any():
+                    whole[paired].add(box)
             own = -((origin - high) // box) - (low - origin) // box
             boxes[box] = int(own[high > low].sum())
             pair_boxes[box] = int((-((pair_low - pair_high) // box)).sum())
-        cuts.append(_Cut(size, len(first), boxes, len(pair_low), pair_boxes))
+        cuts.append(_Cut(size, len(first), boxes, len(pair_low), pair_boxes, whole))
     return cuts
 
 
@@ -104,12 +113,17 @@ def choose(of_keys: bool, rule: Neighborhood, shape: Shape, dim: int, columns: i
                 fetched = around * outer[2].pair_boxes[inner[2]]
                 cost = own * (columns + _BOX) + (2 * fetched - own) * _IDLE * columns
                 cost += programs * _PROGRAM
-                if inner[2] < 8:  # masks no longer see whole groups of 8 columns
-                    cost += own * _BOX
+                masked = any(
+                    size not in cut.whole[axis == 2]
+                    for axis, (size, cut) in enumerate(zip(inner, outer))
+                )
+                # Masks see groups of 8 columns.
+                cost += own * masked * (_BOX if inner[2] >= 8 else 2 * _BOX)
                 if cost < best_cost:
-                    best_cost, best = cost, (order, tuple(c.size for c in outer), inner)
+                    best_cost = cost
+                    best = order, tuple(c.size for c in outer), inner, stages(dim, columns), masked
     assert best is not None
-    return Tiles(*best, stages(dim, columns))
+    return Tiles(*best)
 
 
 def stages(dim: int, columns: int) -> int:

@@ -25,10 +25,15 @@ class Launch:
     """A kernel with its grid, numbers and constants; call it with descriptors and tensors."""
 
     def __init__(
-        self, kernel: Any, programs: int, numbers: Sequence[Any], constants: dict[str, Any]
+        self,
+        kernel: Any,
+        programs: int,
+        numbers: Sequence[Any],
+        constants: dict[str, Any],
+        batches: int = 1,
     ) -> None:
         self.kernel, self.constants = kernel, constants
-        self.grid, self.numbers = (programs, 1, 1), tuple(numbers)
+        self.grid, self.numbers = (programs, batches, 1), tuple(numbers)
         self.compiled: Any = None
 
     def __call__(self, *tensors: Any) -> None:
