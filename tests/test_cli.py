@@ -228,7 +228,7 @@ def test_simulate(capsys):
     out = called(capsys, "simulate", *layer, "-s", 16, 8, 8, "--device", "h200").out
     rows = {row[1]: row for row in table(out)}
     assert "at most 11.1x by FLOPs" in out and "of 10368 strides" in out
-    assert rows["1x1x1"][7] == "7.2x" and rows["16x8x8"][6] == "all"
+    assert rows["1x1x1"][7] == "7.5x" and rows["16x8x8"][6] == "all"
     every = json.loads(called(capsys, "simulate", "-i", 9, "-w", 4, "--all", "--json").out)
     assert [each["stride"] for each in every] == [[1], [2], [3], [4]]
 
@@ -258,7 +258,22 @@ def test_simulate_windows_near_a_wish(capsys, tmp_path):
 def test_simulate_a_device_as_given(capsys):
     arguments = ["-i", 32, "-w", 8, "--tflops", 1.5, "--q-tile", 4, "--kv-tile", 2, "--aligned"]
     out = called(capsys, "simulate", *arguments).out
-    assert "as given: 1.5 TFLOP/s, 3.35 TB/s, tiles of 4 queries, boxes of 2 keys" in out
+    assert "as given: 1.5 TFLOP/s, 3.35 TB/s, tiles of 4 queries, boxes of 2 keys, on a " in out
+
+
+@pytest.mark.parametrize(
+    "options, tiles",
+    [
+        (["--device", "h200"], "tiles of our hopper backend"),
+        (["--device", "h200", "-d", "48"], "tiles of 128 queries, boxes of 64 keys"),
+        (["--device", "a100"], "tiles of 128 queries, boxes of 64 keys"),
+        (["--device", "cpu"], "tiles of 16 queries, boxes as large as needed"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_simulate_says_whose_tiles_it_counts(options, tiles, capsys):
+    out = called(capsys, "simulate", "-i", 64, "-w", 16, *options).out
+    assert re.search(rf", {tiles}$", out, re.MULTILINE), out
 
 
 def test_env(capsys, monkeypatch):

@@ -265,8 +265,9 @@ def simulate(
         device: a :class:`Device`, or the name of one of ``DEVICES``: "h100", "h200", "a100", "cpu".
         batch, heads, head_dim: of the attention layer; 1, 1 and 128.
         itemsize: bytes of a number, 2 for half precision.
-        q_tile, kv_tile: tile of queries and box of keys, one size per axis; None tries all powers
-            of two that multiply to the device's numbers and takes the cheapest.
+        q_tile, kv_tile: tile of queries and box of keys, one size per axis. Without them, those
+            that the device's backend chooses; if it has none that can run the layer, the cheapest
+            powers of two that multiply to the device's numbers.
         aligned: whether boxes lie on a fixed grid, as in kernels that reorder tokens first.
             Our kernels' boxes start where a tile's first window starts.
 
@@ -276,7 +277,7 @@ def simulate(
     Example:
         >>> video = simulate((30, 48, 80), (18, 24, 24), heads=24)
         >>> f"{video.flop_bound:.1f} by FLOPs, {video.tile_bound:.1f} by tiling"
-        '11.1 by FLOPs, 7.2 by tiling'
+        '11.1 by FLOPs, 7.5 by tiling'
         >>> simulate((30, 48, 80), (18, 24, 24), (16, 8, 8), heads=24).is_whole
         True
     """
