@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from natten.cli.options import add_layer_arguments, by, positive, window_of
+from natten.cli.options import add_layer_arguments, by, output, positive, window_of
 from natten.cli.tables import duration, print_table
 from natten.errors import ArgumentError
 from natten.simulator import (
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--all", action="store_true", help="every stride, or every best window")
     what.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE",
+        "--json", nargs="?", const="-", type=output, metavar="FILE",
         help="write the rows as JSON to a file, or instead of the table",
     )  # fmt: skip
 
