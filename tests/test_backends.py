@@ -247,6 +247,14 @@ def test_explain_names_the_backend_that_runs(backend):
     assert f"{backend or 'tiled'}: runs" in text
 
 
+def test_gluon_is_not_interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    hopper = next(each for each in backends.BACKENDS if each.name == "hopper")
+    for device in ("cpu", "cuda"):
+        problem = backends.Problem("attention", torch.device(device), torch.bfloat16, 64, 64)
+        assert "interpret" in hopper.unsupported(problem)
+
+
 def test_integers_have_no_backend():
     with pytest.raises(backends.ArgumentError, match="int64"):
         backends.choose("", problem(torch.int64))

@@ -381,3 +381,14 @@ def test_as_a_program(module, arguments):
     assert __version__ in done.stdout
     done = subprocess.run([*command, "--frobnicate"], capture_output=True, text=True)
     assert done.returncode == 2
+
+
+def test_a_reader_that_leaves_is_no_failure(tmp_path):
+    """As in ``natten env | head -1``."""
+    code = "import os, sys; from natten.cli import main; sys.exit(main(['env']))"
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "wb") as closed, open(tmp_path / "err", "w+") as err:
+        subprocess.run([sys.executable, "-c", code], stdout=closed, stderr=err)
+        err.seek(0)
+        assert err.read() == ""

@@ -141,6 +141,8 @@ def _without_triton(problem: Problem) -> str | None:
 
 
 def _without_hopper(problem: Problem) -> str | None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "has no kernels that Triton can interpret"
     if problem.device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return _without_triton(problem)
     if torch.version.hip is not None:

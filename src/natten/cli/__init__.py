@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -68,12 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             allow_abbrev=False,
         )
         command.add_arguments(parser)
-        return command.run(parser.parse_args(chosen.arguments))
+        code: int = command.run(parser.parse_args(chosen.arguments))
+        sys.stdout.flush()
+        return code
     except SystemExit as stop:  # argparse has printed help or usage
         return stop.code if isinstance(stop.code, int) else 1
     except ArgumentError as error:
         print(f"natten {chosen.command}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (OSError, RuntimeError) as error:  # a file that can not be written, out of memory
         if logging.getLogger("natten").isEnabledFor(logging.DEBUG):
             raise

@@ -85,8 +85,11 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.kind != "walk":
         options["legend"] = not args.no_legend
-    if args.kind != "tiles":  # which has a caption of its own
-        options["caption"] = _caption(rule)
+    title = args.title
+    if args.kind == "tiles":  # which has a caption of its own
+        title = title or _caption(args, rule)
+    else:
+        options["caption"] = _caption(args, rule)
     path = args.output or Path(f"natten-{args.kind}.{'gif' if args.kind == 'walk' else 'svg'}")
     KINDS[args.kind](
         tuple(args.input_size),
@@ -94,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         rule.stride,
         rule.dilation,
         rule.is_causal,
-        title=args.title,
+        title=title,
         path=path,
         **options,
     )
@@ -102,10 +105,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _caption(rule: Neighborhood) -> str:
+def _caption(args: argparse.Namespace, rule: Neighborhood) -> str:
     parts = [f"window {by(rule.kernel_size)}"]
     parts += [f"stride {by(rule.stride)}"] if max(rule.stride) > 1 else []
     parts += [f"dilation {by(rule.dilation)}"] if max(rule.dilation) > 1 else []
     causal = [str(axis) for axis, is_causal in enumerate(rule.is_causal) if is_causal]
     parts += [f"causal along axis {', '.join(causal)}"] if causal else []
+    if args.kind == "mask":
+        for sizes, what in (
+            (args.q_tile, "tiles of {} queries"),
+            (args.kv_tile, "boxes of {} keys"),
+        ):
+            parts += [what.format(by(sizes))] if sizes else []
     return ", ".join(parts)

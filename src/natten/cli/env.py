@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
         return 0
     for section, entries in found.items():
-        print(f"{section}:")
+        print(f"{section}:" + ("" if entries else " none"))
         for name, value in entries.items():
             if not isinstance(value, dict):
                 print(f"  {name}: {value}")

@@ -277,6 +277,7 @@ def _matrix(
         Rect(0, y * grid.step - (gap + thick) / 2, grid.width, thick, QUIET_INK) for y in edges
     ]
     label = "one row per query, one column per key"
+    label += ", in the order of the tiles" if edges else ""
     return grid.panel(parts, title, f"{label}\n{caption}".rstrip(), f"{title or 'Mask'}: {label}")
 
 
