@@ -110,6 +110,7 @@ def test_examples_are_well_formed(line):
         (["simulate", "-i", "8", "-w", "9"], "on axis 0, 9 * 1 > 8"),
         (["simulate", "-i", "8", "-w", "3", "--device", "abacus"], "'abacus'"),
         (["simulate", "-i", "8", "-w", "3", "--tflops", "0"], "`--tflops`"),
+        (["simulate", "-i", "8", "-w", "3", "--bandwidth", "nan"], "`--bandwidth`"),
         (["simulate", "-i", "8", "-w", "3", "--near", "2"], "`near`"),
         (["env", "--frobnicate"], "--frobnicate"),
     ],

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -242,11 +243,38 @@ def test_for_machines():
         ({"heads": 0}, "`heads`.*0"),
         ({"q_tile": (4, 4)}, "`q_tile`"),
         ({"kv_tile": (0,)}, "`kv_tile`"),
+        ({"q_tile": 4.0}, "`q_tile`.*4.0"),
+        ({"heads": "2"}, "`heads`.*'2'"),
+        ({"batch": 1.5}, "`batch`.*1.5"),
+        ({"device": None}, "`device`.*None"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ArgumentError, match=message):
         simulate((8,), **({"kernel_size": 3} | arguments))
+
+
+@pytest.mark.parametrize("shape", ["8", (8.0,), (), (2, 2, 2, 2), (0,)], ids=str)
+def test_bad_shapes(shape):
+    with pytest.raises(ArgumentError, match="`shape`"):
+        simulate(shape, 1)
+
+
+def test_one_axis_may_be_a_number():
+    assert simulate(8, 3) == simulate((8,), 3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tflops": 0}, {"bandwidth": math.inf}, {"exponentials": math.nan}, {"q_tile": 100},
+        {"kv_tile": 0}, {"masking": -1}, {"backend": "abacus"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_devices(changes):
+    with pytest.raises(ArgumentError, match=f"`{next(iter(changes))}`"):
+        replace(DEVICES["h100"], **changes)
 
 
 def test_bad_near():

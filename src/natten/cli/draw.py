@@ -5,7 +5,7 @@ mask     one row per query, one column per key, at most 1024 tokens
 tiles    one tile of queries, and the boxes of keys that a kernel visits for it
 walk     one query after the other: a GIF, or an HTML page that follows the pointer
 
-Pictures are SVG or, with matplotlib (pip install natten[cli]), PNG.
+Pictures are SVG or, with matplotlib (pip install matplotlib), PNG.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -126,8 +127,8 @@ def _device(args: argparse.Namespace) -> Device:
     device = DEVICES[args.device]
     for name in ("tflops", "bandwidth"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise ArgumentError(f"`--{name}` must be above 0, got {value}.")
+        if value is not None and not 0 < value < math.inf:
+            raise ArgumentError(f"`--{name}` must be a number above 0, got {value}.")
         if value is not None:
             device = replace(device, name="as given", **{name: value})
     return device
@@ -172,7 +173,7 @@ def _print(rows: Sequence[Prediction], wish: Prediction, title: str) -> None:
             by(row.kv_tile),
             f"{row.kept:.2%}",
             f"{row.computed_over_needed:.2f}",
-            "all" if row.is_whole else f"{row.whole_boxes:.0%}",
+            "all" if row.is_whole else f"{min(row.whole_boxes, 0.99):.0%}",  # 100% would be all
             f"{row.tile_bound:.1f}x",
             duration(row.time_us),
             f"{row.speedup:.1f}x",

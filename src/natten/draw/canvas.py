@@ -120,7 +120,7 @@ class Picture:
         except ImportError:
             raise ArgumentError(
                 "`path` must end in .svg or .html, because matplotlib, which paints other formats, "
-                "is not installed; pip install natten[cli] brings it."
+                "is not installed; pip install matplotlib brings it."
             ) from None
 
         dpi = 72  # one unit is one point

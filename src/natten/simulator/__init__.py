@@ -47,8 +47,8 @@ class Device:
         tflops: matrix products, 10^12 operations a second (2 per multiply-add), in half precision.
         bandwidth: of memory, 10^12 bytes a second.
         exponentials: 10^12 a second.
-        q_tile: queries in a tile.
-        kv_tile: keys in a box; 1 means that a tile takes exactly the keys it needs.
+        q_tile: queries in a tile, a power of two.
+        kv_tile: keys in a box, as well; 1 means that a tile takes exactly the keys it needs.
         masking: what masking by comparisons adds to the products of a box, as a fraction.
         backend: whose tiles are taken where it can run the layer, instead of those sizes: "hopper",
             or "" for none.
@@ -62,6 +62,21 @@ class Device:
     kv_tile: int = 64
     masking: float = 0.2  # measured on an H100: 0.13 to 0.25
     backend: str = ""
+
+    def __post_init__(self) -> None:
+        """Check what a prediction divides by, and what tiles are made of."""
+        for name in ("tflops", "bandwidth", "exponentials"):
+            rate = getattr(self, name)
+            if not 0 < rate < math.inf:
+                raise ArgumentError(f"`{name}` must be a number above 0, got {rate!r}.")
+        for name in ("q_tile", "kv_tile"):
+            size = getattr(self, name)
+            if type(size) is not int or size < 1 or size & (size - 1):
+                raise ArgumentError(f"`{name}` must be a power of two, got {size!r}.")
+        if self.masking < 0:
+            raise ArgumentError(f"`masking` must be at least 0, got {self.masking!r}.")
+        if self.backend not in ("", Hopper.name):
+            raise ArgumentError(f"`backend` must be '' or {Hopper.name!r}, got {self.backend!r}.")
 
 
 # GPUs: dense bf16 and memory from data sheets; exponentials are 16 per multiprocessor and clock.
@@ -158,7 +173,7 @@ class Layer:
     @classmethod
     def create(
         cls,
-        shape: Sequence[int],
+        shape: int | Sequence[int],
         kernel_size: int | Sequence[int],
         stride: int | Sequence[int] = 1,
         dilation: int | Sequence[int] = 1,
@@ -180,21 +195,25 @@ class Layer:
                     f"`device` must be a Device or one of {sorted(DEVICES)}, got {device!r}."
                 )
             device = DEVICES[device]
-        rank = len(shape)
+        if not isinstance(device, Device):
+            raise ArgumentError(
+                f"`device` must be a Device or one of {sorted(DEVICES)}, got {device!r}."
+            )
+        lengths = _integers("shape", shape)
+        rank = len(lengths)
         rule = Neighborhood.create(rank, kernel_size, stride, dilation, is_causal)
-        rule.check(shape)
+        rule.check(lengths)
         for name, number in (
             ("batch", batch), ("heads", heads), ("head_dim", head_dim), ("itemsize", itemsize)
         ):  # fmt: skip
-            if number < 1:
-                raise ArgumentError(f"`{name}` must be at least 1, got {number}.")
-        for name, tile in (("q_tile", q_tile), ("kv_tile", kv_tile)):
-            if tile is not None and (len(tile) != rank or min(tile) < 1):
-                raise ArgumentError(
-                    f"`{name}` must be {rank} numbers of at least 1, one per axis, got {tile!r}."
-                )
+            if type(number) is not int or number < 1:
+                raise ArgumentError(f"`{name}` must be an integer of at least 1, got {number!r}.")
+        tiles = (
+            None if tile is None else _integers(name, tile, rank)
+            for name, tile in (("q_tile", q_tile), ("kv_tile", kv_tile))
+        )
         return cls(
-            shape=tuple(shape),
+            shape=lengths,
             kernel_size=rule.kernel_size,
             stride=rule.stride,
             dilation=rule.dilation,
@@ -204,8 +223,8 @@ class Layer:
             heads=heads,
             head_dim=head_dim,
             itemsize=itemsize,
-            q_tile=None if q_tile is None else tuple(q_tile),
-            kv_tile=None if kv_tile is None else tuple(kv_tile),
+            q_tile=next(tiles),
+            kv_tile=next(tiles),
             aligned=aligned,
         )
 
@@ -249,8 +268,18 @@ class Layer:
         return times[bound_by] / 1e6, bound_by
 
 
+def _integers(name: str, value: Any, count: int | None = None) -> Shape:
+    """``value`` as integers of at least 1: ``count`` of them, or one to three."""
+    entries = tuple(value) if isinstance(value, Sequence) else (value,)
+    known = all(type(entry) is int and entry >= 1 for entry in entries)
+    if not known or len(entries) not in ((1, 2, 3) if count is None else (count,)):
+        wanted = "one to three" if count is None else f"{count}, one per axis,"
+        raise ArgumentError(f"`{name}` must be {wanted} integers of at least 1, got {value!r}.")
+    return entries
+
+
 def simulate(
-    shape: Sequence[int],
+    shape: int | Sequence[int],
     kernel_size: int | Sequence[int],
     stride: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
@@ -286,7 +315,7 @@ def simulate(
 
 
 def simulate_strides(
-    shape: Sequence[int], kernel_size: int | Sequence[int], **options: Any
+    shape: int | Sequence[int], kernel_size: int | Sequence[int], **options: Any
 ) -> list[Prediction]:
     """Predict every stride, finest first: the fewer queries share a window, the finer.
 
@@ -317,7 +346,7 @@ def recommended_strides(predictions: Sequence[Prediction]) -> list[Prediction]:
 
 
 def recommend(
-    shape: Sequence[int],
+    shape: int | Sequence[int],
     kernel_size: int | Sequence[int],
     stride: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
@@ -345,8 +374,8 @@ def recommend(
         >>> front[0].kept < front[-1].kept and front[0].time_us < front[-1].time_us
         True
     """
-    if not 0 <= near < 1:
-        raise ArgumentError(f"`near` must be at least 0 and below 1, got {near!r}.")
+    if not isinstance(near, (int, float)) or not 0 <= near < 1:
+        raise ArgumentError(f"`near` must be a number of at least 0 and below 1, got {near!r}.")
     layer = Layer.create(shape, kernel_size, stride, dilation, is_causal, **options)
     options_per_axis = []
     for axis, (length, d, k) in enumerate(zip(layer.shape, layer.dilation, layer.kernel_size)):
