@@ -133,6 +133,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--out is needed with --device cuda: GPUs differ")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU here")
+    if args.threads < 1:
+        parser.error(f"--threads must be at least 1, got {args.threads}")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     out = args.out or RESULTS / "cpu.csv"

@@ -81,6 +81,7 @@ def test_runner_refuses_unknown_cases(load, tmp_path, capsys):
         (["--device", "cuda", "--cases", "strides"], "--out"),
         (["--device", "cuda", "--cases", "strides", "--out", "x.csv"], "no GPU"),
         (["--device", "cpu", "--passes", "sideways"], "sideways"),
+        (["--device", "cpu", "--threads", "0"], "--threads"),
     ],
 )
 def test_runner_refuses_what_it_can_not_do(arguments, message, load, tmp_path, monkeypatch, capsys):

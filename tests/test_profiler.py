@@ -109,6 +109,10 @@ def test_report(tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == 8 and {row["time"] for row in rows} == {"eager"}
     assert rows[0]["case"] == str(problem) and float(rows[0]["median_us"]) > 0
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ArgumentError, match=r"`csv`.*other.csv with a,b"):
+        report.append_csv(tmp_path / "other.csv")
+    assert (tmp_path / "other.csv").read_text() == "a,b\n1,2\n"
 
 
 def test_dense_attention_that_can_not_run_is_a_note(monkeypatch):
@@ -163,6 +167,9 @@ def test_problem_checks_itself():
         small().__class__((7, 4), small().rule)
     with pytest.raises(ArgumentError, match="`heads`"):
         small(kv_heads=3)
+    for name, size in (("batch", 0), ("kv_heads", 0), ("dim", 8.0), ("extra", -1)):
+        with pytest.raises(ArgumentError, match=f"`{name}`.*{size}"):
+            small(**{name: size})
 
 
 def test_clocks():

@@ -113,6 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Profile, list or tune; see the module."""
     from natten import profiler
+    from natten.profiler.report import check_csv
     from natten.profiler.tune import Forced, forced_tiles, kernels
 
     problem = problem_of(args)
@@ -127,6 +128,8 @@ def run(args: argparse.Namespace) -> int:
         backends.check_name(args.fmha_backend)
     if args.dry_run:
         return _dry_run(args, problem)
+    if args.csv is not None:
+        check_csv(Path(args.csv))
     gradient = None
     if args.backend in profiler.DENSE:
         backend = args.backend

@@ -49,6 +49,14 @@ class Problem:
 
     def __post_init__(self) -> None:
         self.rule.check(self.shape)
+        for name, least in (
+            ("batch", 1), ("heads", 1), ("kv_heads", 1), ("dim", 1), ("value_dim", 1), ("extra", 0)
+        ):  # fmt: skip
+            size = getattr(self, name)
+            if type(size) is not int or size < least:
+                raise ArgumentError(
+                    f"`{name}` must be an integer of at least {least}, got {size!r}."
+                )
         if self.heads % self.kv_heads != 0:
             raise ArgumentError(
                 f"`heads` must be a multiple of `kv_heads`, got {self.heads} and {self.kv_heads}."

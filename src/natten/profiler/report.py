@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from natten.errors import ArgumentError
 from natten.profiler.machine import device_name, versions
 from natten.profiler.measure import Kernel, Timing
 from natten.profiler.problem import Problem
@@ -128,11 +129,37 @@ class Report:
             }
 
     def append_csv(self, path: Path) -> None:
-        """Append the times to a file; a new one gets a line of column names first."""
-        records = list(self.records())
-        new = not path.exists() or path.stat().st_size == 0
+        """Append the times to a file; a new one gets a line of column names first.
+
+        Raises:
+            ArgumentError: the file has other columns.
+        """
+        new = check_csv(path)
         with open(path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(records[0]))
+            writer = csv.DictWriter(file, fieldnames=COLUMNS)
             if new:
                 writer.writeheader()
-            writer.writerows(records)
+            writer.writerows(self.records())
+
+
+COLUMNS = (
+    "case", "backend", "pass", "time", "median_us", "spread_us", "device", "versions", "date",
+)  # fmt: skip
+
+
+def check_csv(path: Path) -> bool:
+    """Whether a file is yet to be begun.
+
+    Raises:
+        ArgumentError: it has other columns than a report.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return True
+    with open(path, newline="", encoding="utf-8") as file:
+        first = tuple(next(csv.reader(file), ()))
+    if first != COLUMNS:
+        raise ArgumentError(
+            f"`csv` must be a new file or have the columns {','.join(COLUMNS)}, got {path} with "
+            f"{','.join(first)}."
+        )
+    return False
