@@ -457,10 +457,12 @@ def _predict(
     """
     kernel = layer.kernel()
     device, rank = layer.device, len(layer.shape)
+    sizes = [torch.tensor([option[0][0] for option in axis]).double() for axis in options]
+    size = outer(sizes)  # of windows, which costs are compared per token of
 
     @cache
-    def cheapest(axis: int, query: int, key: int, parts: int) -> tuple[Axis, list[int]]:
-        """Counts and index of the cheapest alternative of each option."""
+    def cheapest(axis: int, query: int, key: int, parts: int) -> tuple[Axis, list[int], float]:
+        """Counts and index of the cheapest alternative of each option; fewest boxes per token."""
         alternatives = len(options[axis][0])
         counts = _count(
             layer.shape[axis], layer.dilation[axis], layer.is_causal[axis],
@@ -469,25 +471,27 @@ def _predict(
         cost = counts.visited + device.masking * (counts.visited - counts.whole)
         chosen = cost.view(-1, alternatives).argmin(1)
         index = chosen + alternatives * torch.arange(len(chosen))
-        return counts.of(index), chosen.tolist()
+        found = counts.of(index)
+        return found, chosen.tolist(), float((found.visited / sizes[axis]).min())
 
-    def cut(tiling: Tiling) -> list[tuple[Axis, list[int]]]:
-        query, key, split, parts = tiling
+    def cut(tiles: Tiling) -> list[tuple[Axis, list[int], float]]:
+        """What :func:`cheapest` says of every axis."""
+        query, key, split, parts = tiles
         return [cheapest(a, query[a], key[a], parts if a == split else 1) for a in range(rank)]
 
     bounds = []
     for number, tiles in enumerate(kernel.tilings):
-        axes = [axis for axis, _ in cut(tiles)]
-        fewest = math.prod(float(axis.visited.min()) for axis in axes)
-        bounds.append(kernel.least(number, fewest, math.prod(axis.blocks for axis in axes)))
+        axes, _, fewest = zip(*cut(tiles))
+        blocks = math.prod(axis.blocks for axis in axes) / float(size.max())
+        bounds.append(kernel.least(number, math.prod(fewest), blocks))
     combinations = list(itertools.product(*(range(len(axis)) for axis in options)))
     best = torch.full([len(combinations)], math.inf, dtype=torch.float64)
     chosen = torch.zeros(len(combinations), dtype=torch.int64)
     # The most promising first, so that the others need not be looked at.
     for number in sorted(range(len(bounds)), key=bounds.__getitem__):
-        if bounds[number] > float(best.max()):
+        if bounds[number] > float((best / size).max()):
             break
-        axes = [axis for axis, _ in cut(kernel.tilings[number])]
+        axes, *_ = zip(*cut(kernel.tilings[number]))
         cost = kernel.cost(number, axes) * (1 + _LATER * number)
         better = cost < best
         best = torch.where(better, cost, best)
@@ -495,9 +499,13 @@ def _predict(
 
     names = "needed", "visited", "whole", "most", "masking"
     columns = {name: torch.empty_like(best) for name in names}
+    windows = {}  # per tiling and axis, of each option
     for number in chosen.unique().tolist():
         of_tiling = chosen == number
-        axes = [axis for axis, _ in cut(kernel.tilings[number])]
+        axes, indices, _ = zip(*cut(kernel.tilings[number]))
+        windows[number] = [
+            [option[i] for option, i in zip(*each)] for each in zip(options, indices)
+        ]
         found = [outer(each) for each in list(zip(*axes))[:4]]
         for name, column in zip(names, [*found, kernel.masking(number, axes)]):
             columns[name][of_tiling] = column[of_tiling]
@@ -507,11 +515,7 @@ def _predict(
     rows = zip(combinations, chosen.tolist(), *(each.tolist() for each in columns.values()))
     for combination, number, needed, visited, whole, most, masking in rows:
         tiles = kernel.tilings[number]
-        window = [
-            options[axis][i][index[i]]
-            for axis, (i, (_, index)) in enumerate(zip(combination, cut(tiles)))
-        ]
-        kernel_size, stride = zip(*window)
+        kernel_size, stride = zip(*(axis[i] for axis, i in zip(windows[number], combination)))
         pairs = visited * tiles.pairs
         time_us, bound_by = layer.time_us(pairs, masking)
         predictions.append(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -40,6 +40,8 @@ class Tiling(NamedTuple):
     @property
     def tile(self) -> Shape:
         """Queries of all parts."""
+        if self.parts == 1:
+            return self.query
         return tuple(q * (self.parts if a == self.split else 1) for a, q in enumerate(self.query))
 
 
@@ -68,7 +70,7 @@ class Kernel(Protocol):
     name: str
     tilings: list[Tiling]  # of equal cost, the first is taken
 
-    def least(self, number: int, visited: float, blocks: int) -> float:
+    def least(self, number: int, visited: float, blocks: float) -> float:
         """A bound of :meth:`cost` of the tiling of this number, that takes no time."""
 
     def cost(self, number: int, axes: Sequence[Axis]) -> Tensor:
@@ -84,6 +86,11 @@ def outer(vectors: Sequence[Tensor]) -> Tensor:
     for vector in vectors[1:]:
         product = (product[:, None] * vector).flatten()
     return product
+
+
+def _boxes(axes: Sequence[Axis]) -> tuple[Tensor, Tensor]:
+    """Boxes visited, and those of them that are attended whole."""
+    return outer([axis.visited for axis in axes]), outer([axis.whole for axis in axes])
 
 
 def tile_shapes(count: int, lengths: Sequence[int]) -> list[Shape]:
@@ -106,18 +113,18 @@ class Sized:
         self.tilings = [Tiling(*each) for each in itertools.product(queries, keys)]
         self.fraction = masking
 
-    def least(self, number: int, visited: float, blocks: int) -> float:
+    def least(self, number: int, visited: float, blocks: float) -> float:
         """Of boxes without masks."""
         return visited * self.tilings[number].pairs
 
     def cost(self, number: int, axes: Sequence[Axis]) -> Tensor:
         """Pairs computed, more of them where there are masks."""
-        visited, whole = (outer(each) for each in list(zip(*axes))[1:3])
+        visited, whole = _boxes(axes)
         return (visited + self.fraction * (visited - whole)) * self.tilings[number].pairs
 
     def masking(self, number: int, axes: Sequence[Axis]) -> Tensor:
         """Of the boxes that are attended in part."""
-        visited, whole = (outer(each) for each in list(zip(*axes))[1:3])
+        visited, whole = _boxes(axes)
         return self.fraction * (1 - whole / visited)
 
 
@@ -138,8 +145,9 @@ class Hopper:
             for each in self.found
         ]
         self.bare = [hopper.prices(each, hopper.Mask(), dim, dim) for each in self.found]
+        self.kinds = cache(_kinds)
 
-    def least(self, number: int, visited: float, blocks: int) -> float:
+    def least(self, number: int, visited: float, blocks: float) -> float:
         """Of boxes without masks."""
         box, block = self.bare[number]
         return visited * box + blocks * block
@@ -154,8 +162,8 @@ class Hopper:
         return self._by_mask(number, axes, 1)
 
     def _by_mask(self, number: int, axes: Sequence[Axis], what: int) -> Tensor:
-        """The price of a box or the work of its mask, for every combination of masked axes."""
-        kinds, places = zip(*(_kinds(axis, axis is axes[-1]) for axis in axes))
+        """The price of a box (0) or the work of its mask (1), for every combination."""
+        kinds, places = zip(*(self.kinds(axis, axis is axes[-1]) for axis in axes))
         values = [self._priced(number, kind)[what] for kind in itertools.product(*kinds)]
         table = torch.tensor(values, dtype=torch.float64).view(*map(len, kinds))
         for axis, place in reversed(list(enumerate(places))):
@@ -183,7 +191,6 @@ class _Masked(NamedTuple):
     most: int
 
 
-@lru_cache(maxsize=1 << 14)
 def _kinds(axis: Axis, is_last: bool) -> tuple[list[_Masked], Tensor]:
     """How windows of an axis are masked, each way once, and which way each window is."""
     masked = axis.whole < axis.visited
