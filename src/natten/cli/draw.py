@@ -111,6 +111,8 @@ def _caption(args: argparse.Namespace, rule: Neighborhood) -> str:
     parts += [f"dilation {by(rule.dilation)}"] if max(rule.dilation) > 1 else []
     causal = [str(axis) for axis, is_causal in enumerate(rule.is_causal) if is_causal]
     parts += [f"causal along axis {', '.join(causal)}"] if causal else []
+    if args.kind == "window" and args.query is not None:
+        parts.append(f"query at {', '.join(map(str, args.query))}")
     if args.kind == "mask":
         for sizes, what in (
             (args.q_tile, "tiles of {} queries"),
