@@ -40,7 +40,7 @@ EPILOG = """examples:
   a kernel that reorders tokens into tiles first, with its tile shapes:
     natten simulate -i 30 48 80 -w 18 24 24 --q-tile 4 8 8 --kv-tile 2 8 8 --aligned
   another device, from its data sheet:
-    natten simulate -i 32768 -w 2048 --device h100 --tflops 2250 --bandwidth 8
+    natten simulate -i 32768 -w 2048 --tflops 2250 --bandwidth 8 --exponentials 4.4
 """
 
 
@@ -48,12 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``natten simulate``."""
     parser.epilog = EPILOG
     add_layer_arguments(parser, head_dim=128)
-    device = parser.add_argument_group("device")
+    device = parser.add_argument_group("device", "rates replace those of --device")
     device.add_argument("--device", choices=sorted(DEVICES), default="h100", help="default: h100")
     device.add_argument("--tflops", type=float, metavar="X", help="10^12 operations a second")
     device.add_argument("--bandwidth", type=float, metavar="X", help="10^12 bytes a second")
-    device.add_argument("--q-tile", nargs="+", type=positive, metavar="N", help="one per axis")
-    device.add_argument("--kv-tile", nargs="+", type=positive, metavar="N", help="one per axis")
+    device.add_argument("--exponentials", type=float, metavar="X", help="10^12 a second")
+    for option, what in (("--q-tile", "queries in a tile"), ("--kv-tile", "keys in a box")):
+        device.add_argument(
+            option, nargs="+", type=positive, metavar="N",
+            help=f"{what}, one size per axis; default: what the kernels choose",
+        )  # fmt: skip
     device.add_argument(
         "--aligned", action="store_true",
         help="boxes of keys lie on a fixed grid; ours start where a tile's windows start",
@@ -125,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _device(args: argparse.Namespace) -> Device:
     device = DEVICES[args.device]
-    for name in ("tflops", "bandwidth"):
+    for name in ("tflops", "bandwidth", "exponentials"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise ArgumentError(f"`--{name}` must be a number above 0, got {value}.")
