@@ -53,10 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     device.add_argument("--tflops", type=float, metavar="X", help="10^12 operations a second")
     device.add_argument("--bandwidth", type=float, metavar="X", help="10^12 bytes a second")
     device.add_argument("--exponentials", type=float, metavar="X", help="10^12 a second")
-    for option, what in (("--q-tile", "queries in a tile"), ("--kv-tile", "keys in a box")):
+    for option, meaning in (("--q-tile", "queries in a tile"), ("--kv-tile", "keys in a box")):
         device.add_argument(
             option, nargs="+", type=positive, metavar="N",
-            help=f"{what}, one size per axis; default: what the kernels choose",
+            help=f"{meaning}, one size per axis; default: what the kernels choose",
         )  # fmt: skip
     device.add_argument(
         "--aligned", action="store_true",
