@@ -29,16 +29,6 @@ from natten.backends.hopper.gluon_names import (
 )
 from natten.backends.triton import primitives
 
-# Which boxes are masked: none (right only if tiles make them whole), all, those that are not whole.
-NEVER = gl.constexpr(0)
-ALWAYS = gl.constexpr(1)
-BRANCH = gl.constexpr(2)
-
-# When dP is issued: with S and waited for alone, with S and waited for with it, after the weights.
-EARLY = gl.constexpr(0)
-JOINT = gl.constexpr(1)
-LATE = gl.constexpr(2)
-
 UNIT = gl.constexpr(primitives.UNIT.value)
 FULL = gl.constexpr(primitives.FULL.value)
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -220,8 +210,8 @@ def _column_term(buffers, i, WHICH: gl.constexpr, COUNT: gl.constexpr, LAYOUT: g
 def _step(
     acc_a, acc_b, i, a, b, lse, delta, a_bufs, b_bufs, term_bufs, full, empty, scale,
     whole, x0, x1, x2, bounds,
-    AT: gl.constexpr, INNER: gl.constexpr, MODES: gl.constexpr, MASK: gl.constexpr,
-    DP: gl.constexpr, OF_KEYS: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
+    AT: gl.constexpr, INNER: gl.constexpr, MODES: gl.constexpr, MASKED: gl.constexpr,
+    OF_KEYS: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
 ):  # fmt: skip
     """Add box ``i``."""
     M: gl.constexpr = 64
@@ -234,19 +224,16 @@ def _step(
     inner_b = b_bufs.index(stage).reshape([N, D])
     zeros = gl.zeros([M, N], gl.float32, SCORES)
     s = warpgroup_mma(a, inner_a.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    if DP == LATE:
+    if OF_KEYS:
         s = warpgroup_mma_wait(0, deps=(s,))
     else:
         dp = warpgroup_mma(b, inner_b.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        if DP == JOINT:
-            s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-        else:
-            s = warpgroup_mma_wait(1, deps=(s,))
+        s = warpgroup_mma_wait(1, deps=(s,))
     if OF_KEYS:
         lse = _column_term(term_bufs, stage, 0, N, SCORES)
     e = s * (scale * LOG2E) - lse
-    if MASK != NEVER:  # noqa: SIM102 (decided when compiling)
-        if (MASK == ALWAYS) | (whole == 0):
+    if MASKED:  # noqa: SIM102 (decided when compiling)
+        if not whole:
             columns = gl.arange(0, N, layout=gl.SliceLayout(0, SCORES))
             c0, c1, c2 = coordinates(columns, INNER[1], INNER[2])
             allowed = gl.full([M, N], 1, gl.int1, SCORES)
@@ -256,14 +243,13 @@ def _step(
             allowed = _inside(x2 + c2, bounds, AT + 4, MODES[2], ROWS, allowed)
             e = gl.where(allowed, e, float("-inf"))
     w = gl.exp2(e)
-    if DP == LATE:
-        dp = warpgroup_mma(b, inner_b.permute((1, 0)), zeros, use_acc=False, is_async=True)
     if OF_KEYS:
+        # Only now: with four sums in flight registers do not suffice.
+        dp = warpgroup_mma(b, inner_b.permute((1, 0)), zeros, use_acc=False, is_async=True)
         p = gl.convert_layout(w.to(a_bufs.dtype), WEIGHTS)
         acc_b = warpgroup_mma(p, inner_b, acc_b, is_async=True)
-        if DP != JOINT:
-            dp = warpgroup_mma_wait(1, deps=(dp,))
-    elif DP != JOINT:
+        dp = warpgroup_mma_wait(1, deps=(dp,))
+    else:
         dp = warpgroup_mma_wait(0, deps=(dp,))
     if OF_KEYS:
         delta = _column_term(term_bufs, stage, 1, N, SCORES)
@@ -283,7 +269,7 @@ def _consumer(
     bounds, outer_a_bufs, outer_b_bufs, a_bufs, b_bufs, term_bufs, outer_full, full, empty, done,
     L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, extra, scale,
     HALF: gl.constexpr, OUTER: gl.constexpr, INNER: gl.constexpr, MODES: gl.constexpr,
-    MASK: gl.constexpr, DP: gl.constexpr,
+    MASKED: gl.constexpr,
     OF_KEYS: gl.constexpr, HAS_EXTRA: gl.constexpr,
 ):  # fmt: skip
     """Sum over the boxes of one tile of the pair, and store its gradients."""
@@ -338,7 +324,7 @@ def _consumer(
                     acc_a, acc_b = _step(
                         acc_a, acc_b, i, a, b, lse, delta, a_bufs, b_bufs, term_bufs, full,
                         empty, scale, whole, x0, x1, x2, bounds,
-                        8 * HALF, INNER, MODES, MASK, DP, OF_KEYS, SCORES, WEIGHTS,
+                        8 * HALF, INNER, MODES, MASKED, OF_KEYS, SCORES, WEIGHTS,
                     )  # fmt: skip
                     i += 1
                 i = _hand_back(i, after, full, empty)
@@ -349,7 +335,7 @@ def _consumer(
             acc_a, acc_b = _step(
                 acc_a, acc_b, i, a, b, lse, delta, a_bufs, b_bufs, term_bufs, full, empty,
                 scale, e + N <= extra, 0, 0, e, bounds,
-                8 * HALF, (1, 1, N), (UNIT, UNIT, FULL), MASK, DP, OF_KEYS, SCORES, WEIGHTS,
+                8 * HALF, (1, 1, N), (UNIT, UNIT, FULL), MASKED, OF_KEYS, SCORES, WEIGHTS,
             )  # fmt: skip
             i += 1
 
@@ -376,8 +362,8 @@ def pass_kernel(
     oa_0, oa_1, oa_2, oa_h, ob_0, ob_1, ob_2, ob_h, ia_0, ia_1, ia_2, ia_h, ib_0, ib_1, ib_2, ib_h,
     t_0, t_1, t_2, t_h, g_0, g_1, g_2, g_h,
     L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, extra, scale,
-    MODES: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr,
-    DP: gl.constexpr, OF_KEYS: gl.constexpr, HAS_EXTRA: gl.constexpr,
+    MODES: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, OF_KEYS: gl.constexpr,
+    HAS_EXTRA: gl.constexpr,
 ):  # fmt: skip
     """One pass: dQ, or with ``OF_KEYS`` dK and dV.
 
@@ -424,14 +410,14 @@ def pass_kernel(
                 empty, done,
                 L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, extra,
                 scale,
-                0, OUTER, INNER, MODES, MASK, DP, OF_KEYS, HAS_EXTRA,
+                0, OUTER, INNER, MODES, MASKED, OF_KEYS, HAS_EXTRA,
             )),
             (_consumer, (
                 bounds, outer_a_bufs, outer_b_bufs, a_bufs, b_bufs, term_bufs, outer_full, full,
                 empty, done,
                 L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, extra,
                 scale,
-                1, OUTER, INNER, MODES, MASK, DP, OF_KEYS, HAS_EXTRA,
+                1, OUTER, INNER, MODES, MASKED, OF_KEYS, HAS_EXTRA,
             )),
             (_producer, (
                 outer_a, outer_b, inner_a, inner_b, terms, extra_a, extra_b, grad_a, grad_b,

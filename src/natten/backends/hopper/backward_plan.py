@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +11,13 @@ from torch import Tensor
 from natten import tuning
 from natten.backends import triton as portable
 from natten.backends.hopper import backward_tiles
-from natten.backends.hopper.backward_kernel import BRANCH, EARLY, NEVER, pass_kernel
+from natten.backends.hopper.backward_kernel import pass_kernel
 from natten.backends.hopper.backward_tiles import Tiles
 from natten.backends.hopper.descriptors import Boxes, View, box_layout, contiguous, readable, view
 from natten.backends.hopper.gluon_names import gl
 from natten.backends.hopper.plan import Launch, Shape
 from natten.backends.triton.plan import modes, on_device, padded
 from natten.neighborhood import Neighborhood
-
-_OPTIONS: dict[str, Any] = {}
 
 
 class _Pass:
@@ -57,9 +54,8 @@ class _Pass:
         )  # fmt: skip
         constants = {
             "MODES": tuple(plan.modes[axis] for axis in order), "STAGES": stages,
-            "MASK": (BRANCH if masked else NEVER).value, "DP": EARLY.value,
+            "MASKED": masked,
             "OF_KEYS": of_keys, "HAS_EXTRA": extra > 0, "num_warps": 4, "maxnreg": 168,
-            **{x: y for x, y in _OPTIONS.items() if x != "COLUMNS"},
         }  # fmt: skip
         programs = math.prod(counts) * math.prod(rule.dilation) * heads * plan.batch
         self.launch = Launch(pass_kernel, programs, numbers, constants)
@@ -114,10 +110,7 @@ class Plan:
         self.window, self.stride = padded(rule.kernel_size, 1), padded(rule.stride, 1)
         self.modes = modes(rule, space)
         queries, keys = (
-            backward_tiles.choose(
-                of_keys, rule, self.groups, dim, 64 if of_keys else _OPTIONS.get("COLUMNS", 64)
-            )
-            for of_keys in (False, True)
+            backward_tiles.choose(of_keys, rule, self.groups, dim, 64) for of_keys in (False, True)
         )
         self.of_queries = _Pass(self, False, queries)
         self.of_keys = _Pass(self, True, keys)
