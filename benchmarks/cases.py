@@ -1,4 +1,8 @@
-"""The problems that are measured, by name."""
+"""The problems that are measured, by name.
+
+``GROUPS`` has the names of the tables' cases, "cuda" and "cpu", and of "strides", which compares
+strides of two layers.
+"""
 
 from __future__ import annotations
 
@@ -80,6 +84,17 @@ GPU = [
     Case("hunyuan-s", (30, 48, 80), 1, 24, 128, (18, 24, 24), (16, 8, 8)),
 ]
 
+# Two layers with every kind of stride, to hold the simulator's order against.
+_FLUX = {f"flux-s{s}": ((256, 256), 1, 24, 128, 80, s) for s in (2, 4, 8, 40, 80)}
+_HUNYUAN = {
+    f"hunyuan-s{_by(s)}": ((30, 48, 80), 1, 24, 128, (18, 24, 24), s)
+    for s in ((2, 2, 2), (4, 4, 4), (6, 8, 8), (18, 24, 24), (1, 8, 8))
+}
+STRIDES = [
+    *(case for case in GPU if case.name.startswith(("flux", "hunyuan"))),
+    *(Case(name, *each) for name, each in (_FLUX | _HUNYUAN).items()),
+]
+
 _MAIN = {
     "nat": ((56, 56), 4, 2, 32, 7, 1, 1, (0.25, 0.25)),
     "dinat": ((28, 28), 4, 4, 32, 7, 1, 4, (1.0, 1.0)),
@@ -105,4 +120,11 @@ CPU = [
     *(Case(n, *each, dtype=FP32, target=(1.0, 1.0)) for n, each in _QUARTER.items()),
 ]
 
-CASES = {"cuda": {case.name: case for case in GPU}, "cpu": {case.name: case for case in CPU}}
+CASES = {
+    "cuda": {case.name: case for case in GPU + STRIDES},
+    "cpu": {case.name: case for case in CPU},
+}
+GROUPS = {
+    name: [case.name for case in cases]
+    for name, cases in (("cuda", GPU), ("cpu", CPU), ("strides", STRIDES))
+}
