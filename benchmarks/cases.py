@@ -41,13 +41,13 @@ class Case:
         """What is computed; the dtype only if it is not the usual one."""
         rule = self.problem("cpu").rule
         parts = [
-            f"{len(self.shape)}-D {_by(self.shape)}",
+            f"{len(self.shape)}-D {by(self.shape)}",
             f"batch {self.batch}",
             f"{self.heads} head" + "s" * (self.heads > 1),
             f"d {self.dim}",
-            f"window {_by(rule.kernel_size)}",
-            f"stride {_by(rule.stride)}" if max(rule.stride) > 1 else "",
-            f"dilation {_by(rule.dilation)}" if max(rule.dilation) > 1 else "",
+            f"window {by(rule.kernel_size)}",
+            f"stride {by(rule.stride)}" if max(rule.stride) > 1 else "",
+            f"dilation {by(rule.dilation)}" if max(rule.dilation) > 1 else "",
             "causal along the first axis" if rule.is_causal[0] else "",
             str(self.dtype).removeprefix("torch.") if self.dtype is not usual else "",
         ]
@@ -64,7 +64,8 @@ class Case:
         )  # fmt: skip
 
 
-def _by(sizes: tuple[int, ...]) -> str:
+def by(sizes: tuple[int, ...]) -> str:
+    """``8x16`` for ``(8, 16)``."""
     return "x".join(map(str, sizes))
 
 
@@ -87,7 +88,7 @@ GPU = [
 # Two layers with every kind of stride, to hold the simulator's order against.
 _FLUX = {f"flux-s{s}": ((256, 256), 1, 24, 128, 80, s) for s in (2, 4, 8, 40, 80)}
 _HUNYUAN = {
-    f"hunyuan-s{_by(s)}": ((30, 48, 80), 1, 24, 128, (18, 24, 24), s)
+    f"hunyuan-s{by(s)}": ((30, 48, 80), 1, 24, 128, (18, 24, 24), s)
     for s in ((2, 2, 2), (4, 4, 4), (6, 8, 8), (18, 24, 24), (1, 8, 8))
 }
 STRIDES = [

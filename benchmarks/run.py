@@ -32,7 +32,7 @@ from natten import Neighborhood
 from natten.profiler import Problem, choose_backend, dense_call, measure, natten_call
 from natten.profiler.machine import device_name, versions
 from natten.profiler.report import BOTH, FORWARD
-from natten.profiler.tune import FORWARD_KIND, computed_over_needed
+from natten.profiler.tune import computed_over_needed
 
 WARMUP = 2
 
@@ -71,12 +71,10 @@ def measure_case(
     yard = "cudnn" if device == "cuda" else "sdpa"
     for pass_ in passes:
         backward = pass_ == BOTH
-        computed = computed_over_needed(problem, forward, backward=False)
+        computed = computed_over_needed(problem, forward, gradient if backward else None)
         ours = f"natten {forward}"
-        if backward:
-            ours += f"+{gradient}" if gradient != forward else ""
-            others = computed_over_needed(problem, gradient, backward=True)
-            computed |= {kind: each for kind, each in others.items() if kind != FORWARD_KIND}
+        if backward and gradient != forward:
+            ours += f"+{gradient}"
         waste = " ".join(f"{kernel}={ratio:.3f}" for kernel, ratio in computed.items())
         memory = f"{peak_over_inputs(case):.2f}" if device == "cpu" and backward else ""
         call = natten_call(problem, backend, backward)

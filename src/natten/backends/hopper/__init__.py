@@ -8,16 +8,21 @@ whether there is dilation.
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
 from natten.backends import Problem
-from natten.backends.hopper.backward_plan import backward
-from natten.backends.hopper.descriptors import readable, too_wide
-from natten.backends.hopper.gluon_names import KNOWN, release
-from natten.backends.hopper.plan import plan_for
-from natten.backends.triton.plan import on_device
 from natten.neighborhood import Neighborhood, Rule
+
+# The simulator reads this package's tiles, also where there is no Triton.
+if importlib.util.find_spec("triton") is not None:
+    from natten.backends.hopper.backward_plan import backward
+    from natten.backends.hopper.descriptors import readable, too_wide
+    from natten.backends.hopper.gluon_names import KNOWN, release
+    from natten.backends.hopper.plan import plan_for
+    from natten.backends.triton.plan import on_device
 
 __all__ = ["backward", "forward", "unsupported"]
 
