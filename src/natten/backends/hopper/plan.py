@@ -105,7 +105,7 @@ class Plan:
         total = math.prod(counts) * math.prod(self.rule.dilation) * every
         start, registers, fetch = tiling.registers(tiles)
         constants = {
-            "MODES": self.modes, "WQ": tiles.query, "TK": tiles.key, "SPLIT": tiles.split,
+            "MODES": self.modes, "TILE": tiles.query, "BOX": tiles.key, "SPLIT": tiles.split,
             "STAGES": tiles.stages, "MASK": mask.kind, "CODE": mask.code, "BY_ROW": mask.by_row,
             "STEPS": mask.steps, "TABLES": mask.tables, "HAS_EXTRA": self.extra > 0,
             "OWN_OUT": self.own_out, "REGISTERS": registers, "FETCH": fetch, "GROUPS": tiles.groups,
