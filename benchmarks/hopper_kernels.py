@@ -84,14 +84,13 @@ def plan(name: str, tiles: tiling.Tiles | None = None) -> Plan:
 
 def compile_forward(found: Plan, dtype: torch.dtype) -> Any:
     """The compiled forward kernel of a plan."""
-    described = {
-        "q_desc": found.query, "k_desc": found.key, "v_desc": found.value, "o_desc": found.out,
-    }  # fmt: skip
+    run = found.forward
+    described = {"q_desc": run.query, "k_desc": run.key, "v_desc": run.value, "o_desc": run.out}
     missing: dict[str, Any] = {"ek_desc": None, "ev_desc": None}
     if found.extra:
-        described |= {"ek_desc": found.extra_key, "ev_desc": found.extra_value}
+        described |= {"ek_desc": run.extra_key, "ev_desc": run.extra_value}
         missing = {}
-    return _compile(found.forward, described, missing, dtype)
+    return _compile(run.run, described, missing, dtype)
 
 
 def _compile(
@@ -129,11 +128,11 @@ def measure(name: str, found: Plan, dtype: torch.dtype) -> tuple[Row, Any]:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = re.search(r"(\d+) bytes spill stores", said)
     used = re.search(r"Used (\d+) registers", said)
-    t = found.tiles
+    t = found.forward.tiles
     shape = "q{}k{}".format(*("x".join(map(str, x)) for x in t[:2]))
     row = Row(
         name, f"{shape} split {t.split} {t.groups}x{t.programs} stages {t.stages} "
-        f"mask {found.mask.kind} own {found.own_out:d}",
+        f"mask {found.forward.mask.kind} own {found.forward.own_out:d}",
         int(used[1]) if used else -1, int(spilled[1]) if spilled else -1, kernel.metadata.shared,
         ptx.count("wgmma.mma_async"), ptx.count("cp.async.bulk.tensor"), seconds,
     )  # fmt: skip

@@ -217,13 +217,14 @@ def test_dry_run_of_gpu_kernels_needs_no_gpu(capsys):
 
 def test_dry_run_of_a_backend_whose_gradient_another_runs(capsys):
     pytest.importorskip("triton")
-    arguments = ["-i", 64, 64, "-w", 9, "-d", 64, "--dtype", "bf16", "--device", "cpu"]
+    arguments = ["-i", 64, 64, "-w", 9, "--dtype", "bf16", "--device", "cpu"]
     arguments += ["--backend", "hopper", "--dry-run", "--backprop", "--max-configs", 2]
-    out = called(capsys, "profile", *arguments).out
-    assert re.search(r"hopper, kernel forward: 2 of \d+ tiles", out)
-    for kind in ("query", "key"):
-        assert re.search(rf"triton, kernel {kind}: 2 of \d+ tiles", out)
-    assert len(table(out)) == 6
+    for dim, gradient in ((64, "hopper"), (256, "triton")):
+        out = called(capsys, "profile", *arguments, "-d", dim).out
+        assert re.search(r"hopper, kernel forward: 2 of \d+ tiles", out)
+        for kind in ("query", "key"):
+            assert re.search(rf"{gradient}, kernel {kind}: 2 of \d+ tiles", out)
+        assert len(table(out)) == 6
 
 
 def test_optimize(capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """The profiler's arithmetic, its clocks, and tuning with a made-up clock."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -247,6 +248,19 @@ def test_forced_tiles():
         tune.forced_tiles(problem, found, tune.Forced(None, None), impossible),
     ):
         pass
+
+
+def test_forced_tiles_of_kernels_that_hold_keys():
+    """Of the keys' gradients: ``--backward-q-tile`` is its box of queries."""
+    problem = dataclasses.replace(triton_problem()[0], shape=(32, 32))
+    tiles, arguments = tune.tiles_module("hopper"), tune.arguments(problem)
+    for kind in ("query", "key"):
+        other = tiles.candidates(kind, *arguments)[-1]
+        queries, keys = tune.shapes(kind, other)
+        assert (queries, keys) == ((other.tile, other.box)[:: 1 if kind == "query" else -1])
+        wanted = tune.Forced(queries[1:], keys[1:])
+        with tune.forced_tiles(problem, [("hopper", kind)], tune.Forced(None, None), wanted):
+            assert tune.shapes(kind, tiles.choose(kind, *arguments)) == (queries, keys)
 
 
 @pytest.mark.gpu

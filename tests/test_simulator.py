@@ -305,13 +305,13 @@ def test_the_tiles_are_those_that_the_hopper_backend_chooses(layer):
         rule = Neighborhood.create(len(shape), kernel_size, stride, dilation, is_causal)
         chosen = hopper.candidates("forward", rule, shape, shape, dim, dim)[0]
         computed = hopper.computed_pairs("forward", rule, shape, shape, chosen)
-        mask = hopper.mask(rule, shape, chosen)
+        mask = hopper.mask("forward", rule, shape, chosen, hopper.work("forward", dim, dim))
         found = every[stride]
         missing = 3 - len(shape)
         split = [chosen.groups if axis == chosen.split else 1 for axis in range(3)]
-        tile = tuple(q * n for q, n in zip(chosen.query, split))
+        tile = tuple(q * n for q, n in zip(chosen.tile, split))
         assert found.backend == "hopper"
-        assert (found.q_tile, found.kv_tile) == (tile[missing:], chosen.key[missing:]), stride
+        assert (found.q_tile, found.kv_tile) == (tile[missing:], chosen.box[missing:]), stride
         assert found.tile_bound == pytest.approx(math.prod(shape) ** 2 / computed)
         assert found.is_whole == (mask.kind == hopper.NONE)
 

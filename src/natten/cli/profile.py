@@ -9,6 +9,7 @@ times the fraction of query-key pairs that are needed.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -276,14 +277,8 @@ def _dry_run(args: argparse.Namespace, problem: Problem) -> int:
 
     asked = next((each for each in backends.BACKENDS if each.name == args.backend), None)
     backend = asked.name if asked else choose_backend(problem, args.backend)
-    if asked is not None:  # what it needs of the machine is no matter, as nothing runs
-        reason = replace(asked, missing=lambda _: None, limits=None).unsupported(
-            backends.Problem(
-                "attention", problem.device, problem.dtype, problem.dim, problem.value_dim
-            )
-        )
-        if reason is not None:
-            raise ArgumentError(f"`--backend` {backend}: it {reason}.")
+    if asked is not None and (reason := _lacks(asked, problem, "attention")) is not None:
+        raise ArgumentError(f"`--backend` {backend}: it {reason}.")
     tiles = tiles_module(backend)
     print(problem)
     if tiles is None and backend == "tiled":
@@ -300,8 +295,8 @@ def _dry_run(args: argparse.Namespace, problem: Problem) -> int:
     gradient = None
     if args.backprop and problem.device.type == "cuda":
         gradient = choose_backend(problem, args.backend, "gradient")
-    elif args.backprop:  # the next in the order of preference
-        names = [each.name for each in backends.BACKENDS if "gradient" in each.operations]
+    elif args.backprop:  # this backend, or the next one that can
+        names = [x.name for x in backends.BACKENDS if _lacks(x, problem, "gradient") is None]
         gradient = backend if backend in names else names[0]
     if problem.device.type != "cuda":
         print("\nNo GPU is used: what would run on one is listed.")
@@ -310,9 +305,20 @@ def _dry_run(args: argparse.Namespace, problem: Problem) -> int:
     return 0
 
 
+def _lacks(backend: backends.Backend, problem: Problem, operation: str) -> str | None:
+    """Why a backend can not run a problem, whatever this machine lacks: nothing runs."""
+    limits = backend.limits if importlib.util.find_spec("triton") is not None else None
+    question = backends.Problem(
+        operation, problem.device, problem.dtype, problem.dim, problem.value_dim,
+        (problem.batch, *problem.shape, problem.heads, problem.dim), problem.rule,
+        problem.dim**-0.5,
+    )  # fmt: skip
+    return replace(backend, missing=lambda _: None, limits=limits).unsupported(question)
+
+
 def _print_tiles(problem: Problem, backend: str, kind: str, most: int) -> None:
     """What a kernel can use; columns are the fields of its tiles."""
-    from natten.profiler.tune import arguments, tiles_module
+    from natten.profiler.tune import arguments, shapes, tiles_module
 
     tiles: Any = tiles_module(backend)
     found = tiles.candidates(kind, *arguments(problem))
@@ -321,11 +327,11 @@ def _print_tiles(problem: Problem, backend: str, kind: str, most: int) -> None:
     shown = found[: most or None]
     if chosen not in shown:  # tuned
         shown = [chosen, *shown]
-    others = [name for name in chosen._fields if name not in ("query", "key")]
+    others = chosen._fields[2:]
     rows = [
         (
-            f"{by(each.query[-rank:])}{' *' if each == chosen else ''}",
-            by(each.key[-rank:]),
+            f"{by(queries[-rank:])}{' *' if each == chosen else ''}",
+            by(keys[-rank:]),
             *(_cell(name, getattr(each, name), rank) for name in others),
             "{:.2f}".format(
                 tiles.computed_pairs(kind, problem.rule, problem.shape, problem.shape, each)
@@ -333,6 +339,7 @@ def _print_tiles(problem: Problem, backend: str, kind: str, most: int) -> None:
             ),
         )
         for each in shown
+        for queries, keys in [shapes(kind, each)]
     ]
     header = ("queries", "keys", *(n.removeprefix("num_") for n in others), "computed/needed")
     title = f"Backend {backend}, kernel {kind}: {len(shown)} of {len(found)} tiles, "
@@ -351,7 +358,7 @@ def _optimize(
 ) -> None:
     from natten.profiler import natten_call
     from natten.profiler.measure import graph_time
-    from natten.profiler.tune import FORWARD_KIND, arguments, optimize, tiles_module
+    from natten.profiler.tune import FORWARD_KIND, arguments, optimize, shapes, tiles_module
 
     if not found:
         raise ArgumentError(
@@ -377,10 +384,11 @@ def _optimize(
         of_kind = [trial for trial in trials if trial.kind == kind]
         best = min(of_kind, key=lambda trial: trial.time_us)
         pass_name = "forward" if kind == FORWARD_KIND else "forward+backward"
+        queries, keys = shapes(kind, best.tiles)
         print(
             f"{kind}: {len(of_kind)} tiles tried; {duration(of_kind[0].time_us)} {pass_name} with "
             f"the first by estimate, {duration(best.time_us)} with the fastest, queries "
-            f"{best.tiles.query}, keys {best.tiles.key}",
+            f"{queries}, keys {keys}",
             file=out,
         )
     for path in paths:

@@ -19,6 +19,7 @@ from natten.errors import ArgumentError
 from natten.profiler.problem import Problem
 
 FORWARD_KIND = "forward"
+Shape = tuple[int, ...]
 
 
 def tiles_module(backend: str) -> Any | None:
@@ -123,7 +124,7 @@ def forced_tiles(
             tiles = tiles_module(backend)
             assert tiles is not None
             candidates = tiles.candidates(kind, *arguments(problem))
-            fitting = next((each for each in candidates if _fits(each, wanted)), None)
+            fitting = next((x for x in candidates if _fits(shapes(kind, x), wanted)), None)
             if fitting is None:
                 prefix = "" if kind == FORWARD_KIND else "backward-"
                 pairs = zip((f"--{prefix}q-tile", f"--{prefix}kv-tile"), wanted)
@@ -138,10 +139,17 @@ def forced_tiles(
         yield
 
 
-def _fits(tiles: Any, wanted: Forced) -> bool:
-    pairs = ((tiles.query, wanted.query), (tiles.key, wanted.key))
+def shapes(kind: str, tiles: Any) -> tuple[Shape, Shape]:
+    """Queries and keys that a kind of kernel takes at once, three axes each."""
+    if hasattr(tiles, "query"):
+        return tiles.query, tiles.key
+    # The kernel of the keys' gradients holds a tile of keys and walks over boxes of queries.
+    return (tiles.box, tiles.tile) if kind == "key" else (tiles.tile, tiles.box)
+
+
+def _fits(found: tuple[Shape, Shape], wanted: Forced) -> bool:
     return all(
-        shape is None or tuple(found[-len(shape) :]) == tuple(shape) for found, shape in pairs
+        sizes is None or shape[-len(sizes) :] == tuple(sizes) for shape, sizes in zip(found, wanted)
     )
 
 
@@ -185,7 +193,8 @@ def optimize(
         of_kind = []
         reason: Exception | None = None
         for candidate in tiles.candidates(kind, *arguments(problem))[: most or None]:
-            step(f"{kind}: queries {candidate.query}, keys {candidate.key}")
+            queries, keys = shapes(kind, candidate)
+            step(f"{kind}: queries {queries}, keys {keys}")
             with tuning.trial(key, candidate):
                 try:
                     time_us = measure(kind)
