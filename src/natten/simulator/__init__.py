@@ -459,6 +459,7 @@ def _predict(
     device, rank = layer.device, len(layer.shape)
     sizes = [torch.tensor([option[0][0] for option in axis]).double() for axis in options]
     size = outer(sizes)  # of windows, which costs are compared per token of
+    largest = float(size.max())
 
     @cache
     def cheapest(axis: int, query: int, key: int, parts: int) -> tuple[Axis, list[int], float]:
@@ -482,7 +483,7 @@ def _predict(
     bounds = []
     for number, tiles in enumerate(kernel.tilings):
         axes, _, fewest = zip(*cut(tiles))
-        blocks = math.prod(axis.blocks for axis in axes) / float(size.max())
+        blocks = math.prod(axis.blocks for axis in axes) / largest
         bounds.append(kernel.least(number, math.prod(fewest), blocks))
     combinations = list(itertools.product(*(range(len(axis)) for axis in options)))
     best = torch.full([len(combinations)], math.inf, dtype=torch.float64)
