@@ -201,7 +201,7 @@ def own_out(tiles: Tiles, mask: Mask, work: Work) -> bool:
 
 def registers(tiles: Tiles, work: Work) -> tuple[int, int, int]:
     """Of a thread: when a program starts, of warpgroups that compute, and of warps that fetch."""
-    fetch = 40 if tiles.programs == 1 and work.sums < 128 else 24
+    fetch = 40 if tiles.programs == 1 and work.factor else 24
     # What the fetching warpgroup leaves (two of its warps are idle) goes to the others.
     start = 65536 // tiles.programs // (128 * tiles.groups + 128) // 8 * 8
     return start, (start * (tiles.groups + 1) - fetch) // tiles.groups // 8 * 8, fetch
