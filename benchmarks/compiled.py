@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import re
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -20,10 +20,10 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from natten.backends.hopper.backward import backward as hopper_backward
-from natten.backends.hopper import forward as hopper_forward
-from natten.backends.hopper.plan import Launch as HopperLaunch
 from natten.backends import triton as portable
+from natten.backends.hopper import forward as hopper_forward
+from natten.backends.hopper.backward import backward as hopper_backward
+from natten.backends.hopper.plan import Launch as HopperLaunch
 from natten.backends.triton.plan import Launch
 from natten.neighborhood import Neighborhood
 
@@ -48,12 +48,13 @@ class Kernel(NamedTuple):
     """A compiled kernel and what it needs."""
 
     name: str
+    variant: str
     tiles: str
     registers: int  # of a thread; of Hopper's kernels, when a program starts
     spilled: int  # bytes of a thread
     shared: int  # bytes
     serialised: bool  # ptxas waits after each asynchronous product
-    compiled: Any
+    asm: dict[str, Any]
 
 
 def call_portable(variant: Variant) -> None:
@@ -129,28 +130,45 @@ class _Driver:
         return 0
 
 
-def compile_calls(target: GPUTarget, call: Callable[[], None]) -> Iterator[Kernel]:
-    """The kernels that ``call`` launches, compiled for ``target``.
-
-    Triton must have an empty cache: of a kernel from the cache nothing is known but its code.
-    """
+@contextlib.contextmanager
+def _compiler(target: GPUTarget) -> Iterator[None]:
+    """Triton as on a machine with that GPU, and with an empty cache: a kernel's log is kept
+    nowhere."""
+    before = driver._active
     driver.set_active(_Driver(target))
-    for launch, tensors in launches(call):
-        constants = dict(launch.constants)
-        if target.backend == "hip":
-            constants.pop("maxnreg", None)  # as in a plan where PyTorch is AMD's
-        log = io.StringIO()
-        with contextlib.redirect_stdout(log), knobs.nvidia.scope():
-            knobs.nvidia.dump_ptxas_log = True
-            compiled = launch.kernel.run(
-                *tensors, *launch.numbers, grid=launch.grid, warmup=True, **constants
-            )
-        said = log.getvalue()
-        used = _amd(compiled.asm["amdgcn"]) if target.backend == "hip" else _nvidia(said)
-        yield Kernel(
-            _name(launch), _tiles(launch, tensors), *used, compiled.metadata.shared,
-            "C7510" in said or "C7514" in said, compiled,
-        )  # fmt: skip
+    try:
+        with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.nvidia.scope():
+            knobs.cache.dir, knobs.nvidia.dump_ptxas_log = folder, True
+            yield
+    finally:
+        driver._active = before
+
+
+def compile_calls(
+    target: GPUTarget, call: Callable[[Variant], None], variants: Iterable[Variant]
+) -> Iterator[Kernel]:
+    """The kernels that ``call`` launches, compiled for ``target``; none twice."""
+    seen = set()
+    with _compiler(target):
+        for variant in variants:
+            for launch, tensors in launches(lambda: call(variant)):
+                constants = dict(launch.constants)
+                if target.backend == "hip":
+                    constants.pop("maxnreg", None)  # as in a plan where PyTorch is AMD's
+                log = io.StringIO()
+                with contextlib.redirect_stdout(log):
+                    compiled = launch.kernel.run(
+                        *tensors, *launch.numbers, grid=launch.grid, warmup=True, **constants
+                    )
+                if compiled.hash in seen:
+                    continue
+                seen.add(compiled.hash)
+                said, asm = log.getvalue(), compiled.asm
+                used = _amd(asm["amdgcn"]) if target.backend == "hip" else _nvidia(said)
+                yield Kernel(
+                    _name(launch), variant.name, _tiles(launch, tensors), *used,
+                    compiled.metadata.shared, "C7510" in said or "C7514" in said, asm,
+                )  # fmt: skip
 
 
 def _nvidia(log: str) -> tuple[int, int]:
@@ -177,14 +195,14 @@ def _name(launch: Any) -> str:
 
 
 def _tiles(launch: Any, tensors: tuple[Any, ...]) -> str:
-    """Tiles and boxes, queries first where a kernel has both, and what goes with them."""
+    """Shapes of queries and of keys, and what goes with them."""
     constants = launch.constants
     shapes = [constants[name] for name in ("TQ", "WQ", "TK") if name in constants]
-    if not shapes and "OF_KEYS" in constants:
-        shapes = [tensors[i].block_shape[1:4] for i in (0, 2)]
-        shapes.reverse() if constants["OF_KEYS"] else None
+    if "OF_KEYS" in constants:  # tiles are of keys, and boxes of queries, or the reverse
+        places = (2, 0) if constants["OF_KEYS"] else (0, 2)
+        shapes = [tensors[i].block_shape[1:4] for i in places]
     if not shapes:
-        return ""
+        return "-"
     text = " ".join("x".join(map(str, shape)) for shape in shapes)
     stages = constants.get("STAGES", constants.get("num_stages"))
     return f"{text}, {constants['num_warps']} warps, {stages} stages"

@@ -1,10 +1,11 @@
 """Compile the default kernels without a GPU: registers, spills, shared memory.
 
-    python benchmarks/kernels.py                             # everything CI checks
-    python benchmarks/kernels.py --target 90 --variants NAT  # some, with the Triton that is installed
+    python benchmarks/kernels.py                             # what CI checks; `make kernels`
+    python benchmarks/kernels.py --target 90 --variants NAT  # some, with the Triton of this Python
 
-Targets are NVIDIA compute capabilities (80, 86, 90, 100) and AMD's gfx942 for the portable kernels,
-90a for the Hopper kernels. What spills fails, and so does what has more shared memory than the GPU.
+Targets are NVIDIA's compute capabilities (80, 86, 90, 100) and AMD's gfx942 for the portable
+kernels, and 90a for the Hopper kernels. It is an error if a kernel spills registers, if it needs
+more shared memory than the GPU has, or if its asynchronous products wait for one another.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -26,9 +26,8 @@ import triton
 from compiled import Variant, call_hopper, call_portable, compile_calls
 from triton.backends.compiler import GPUTarget
 
-ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks/results/kernels.md"
-FP16 = torch.float16
+RESULT = Path(__file__).parent / "results/kernels.md"
+FP16, FP32 = torch.float16, torch.float32
 
 PORTABLE = [
     Variant("NAT", (56, 56), 7, 32),
@@ -58,3 +57,129 @@ HOPPER = [
     Variant("wide", (64, 64), 13, 256),
     Variant("extra", (64, 64), 13, 128, value_dim=64, extra=5),
 ]
+
+# Bytes of shared memory that a program may have.
+TARGETS = {"80": 166912, "86": 101376, "90": 232448, "100": 232448, "gfx942": 65536, "90a": 232448}
+
+# What is known to spill, and how many bytes at most, until somebody mends it.
+KNOWN: dict[str, dict[tuple[str, str], int]] = {}
+
+
+class Job(NamedTuple):
+    """What one process compiles."""
+
+    target: str
+    variants: tuple[str, ...]
+    release: str = ""  # of Triton, as `make kernels` names its folder; "" is this Python's
+
+
+class Row(NamedTuple):
+    """A kernel in the table."""
+
+    target: str
+    triton: str
+    kernel: str
+    variant: str
+    tiles: str
+    registers: int
+    spilled: int
+    shared: int
+    serialised: bool
+
+    def problem(self) -> str | None:
+        """Why this kernel must not be a default."""
+        known = KNOWN.get(self.target, {}).get((self.kernel, self.variant), 0)
+        found = []
+        if self.spilled > known:
+            found.append(f"spills {self.spilled} bytes")
+        if self.shared > TARGETS[self.target]:
+            found.append(f"needs {self.shared} bytes of shared memory")
+        if self.serialised:
+            found.append("has serialised products")
+        if not found:
+            return None
+        where = f"{self.kernel} of {self.variant!r}, target {self.target}, Triton {self.triton}"
+        return f"{where}: {', '.join(found)}"
+
+
+def variants(target: str, names: Sequence[str] = ()) -> list[Variant]:
+    """The default variants for a target, or some of them."""
+    every = {each.name: each for each in (HOPPER if target == "90a" else PORTABLE)}
+    return [every[name] for name in names or every]
+
+
+def compile_target(target: str, names: Sequence[str] = ()) -> list[Row]:
+    """Compile default variants with the Triton of this Python."""
+    amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.rstrip("a")), 32)
+    call = call_hopper if target == "90a" else call_portable
+    found = compile_calls(gpu, call, variants(target, names))
+    return [Row(target, triton.__version__, *kernel[:-1]) for kernel in found]
+
+
+# The longest come first, so that two processes end together.
+JOBS = [Job(target, ()) for target in ("gfx942", "100", "80", "90", "86", "90a")]
+JOBS += [Job("90a", ("NAT", "FLUX"), release) for release in ("3.7", "3.8", "newest")]
+JOBS += [Job("90", ("NAT", "FLUX", "video"), "newest")]
+
+
+def run(job: Job) -> list[Row]:
+    """A job in a process of its own: there is one Triton in a process."""
+    began = time.time()
+    environment = dict(os.environ)
+    if job.release:
+        environment["PYTHONPATH"] = str(Path(sys.prefix) / f"triton-{job.release}")
+    command = [sys.executable, __file__, "--json", "--target", job.target]
+    if job.variants:
+        command += ["--variants", ",".join(job.variants)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{job} failed")
+    rows = [Row(*each) for each in json.loads(done.stdout)]
+    print(f"{job}: Triton {rows[0].triton}, {time.time() - began:.0f} s", file=sys.stderr)
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A table in Markdown."""
+    lines = [
+        "| target | Triton | kernel | variant | tiles | registers | spilled | shared |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += ["| " + " | ".join(map(str, row[:-1])) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+ABOUT = """# What the default kernels need
+
+Made by `make kernels`, which compiles them without a GPU. Registers are of a thread, spilled bytes
+too; of the Hopper kernels, registers are what a program starts with. Shared memory is in bytes.
+Tiles are tokens of queries, then of keys.
+
+"""
+
+
+def main() -> None:
+    """Compile, show the table, and fail if a kernel must not be a default."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=TARGETS, help="one target, in this process")
+    parser.add_argument("--variants", default="", help="names, with commas; all by default")
+    parser.add_argument("--json", action="store_true", help="rows only, for another process")
+    args = parser.parse_args()
+    if args.target:
+        rows = compile_target(args.target, args.variants.split(",") if args.variants else ())
+    else:
+        with ThreadPoolExecutor(2) as pool:
+            rows = [row for found in pool.map(run, JOBS) for row in found]
+        RESULT.write_text(ABOUT + table(rows), encoding="utf-8")
+    if args.json:
+        json.dump(rows, sys.stdout)
+        return
+    print(table(rows), end="")
+    problems = [problem for row in rows if (problem := row.problem())]
+    if problems:
+        sys.exit("\n".join(["These must not be defaults:", *problems]))
+
+
+if __name__ == "__main__":
+    main()
