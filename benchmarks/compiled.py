@@ -20,10 +20,12 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from natten import tuning
 from natten.backends import triton as portable
 from natten.backends.hopper import forward as hopper_forward
 from natten.backends.hopper.backward import backward as hopper_backward
 from natten.backends.hopper.plan import Launch as HopperLaunch
+from natten.backends.triton import tiles as tiling
 from natten.backends.triton.plan import Launch
 from natten.neighborhood import Neighborhood
 
@@ -99,8 +101,10 @@ def _attention(
         backward(out, None, q, k, v, *more, out, lse, rule, scale)
 
 
-def launches(call: Callable[[], None]) -> list[tuple[Any, tuple[Any, ...]]]:
-    """What ``call`` would launch, each with its tensors."""
+def launches(
+    call: Callable[[Variant], None], variant: Variant
+) -> list[tuple[Any, tuple[Any, ...]]]:
+    """What a call would launch, each with its tensors."""
     found = []
 
     def keep(launch: Any, *tensors: Any) -> None:
@@ -110,7 +114,7 @@ def launches(call: Callable[[], None]) -> list[tuple[Any, tuple[Any, ...]]]:
         mock.patch.object(Launch, "__call__", keep),
         mock.patch.object(HopperLaunch, "__call__", keep),
     ):
-        call()
+        call(variant)
     return found
 
 
@@ -131,27 +135,44 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def _compiler(target: GPUTarget) -> Iterator[None]:
-    """Triton as on a machine with that GPU, and with an empty cache: a kernel's log is kept
-    nowhere."""
+def _compiler(target: GPUTarget, shared: int) -> Iterator[None]:
+    """Tiles and Triton as on a machine with that GPU.
+
+    The cache is empty: of a kernel from there, nothing would be known but its code.
+    """
     before = driver._active
     driver.set_active(_Driver(target))
+    gpu = tiling.Gpu(target.arch if target.backend == "cuda" else 0, shared)
     try:
-        with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.nvidia.scope():
+        with (
+            mock.patch.object(tiling, "gpu", lambda: gpu),
+            tempfile.TemporaryDirectory() as folder,
+            knobs.cache.scope(),
+            knobs.nvidia.scope(),
+        ):
+            tuning._forget_choices()
             knobs.cache.dir, knobs.nvidia.dump_ptxas_log = folder, True
             yield
     finally:
         driver._active = before
+        tuning._forget_choices()
 
 
 def compile_calls(
-    target: GPUTarget, call: Callable[[Variant], None], variants: Iterable[Variant]
+    target: GPUTarget, shared: int, call: Callable[[Variant], None], variants: Iterable[Variant]
 ) -> Iterator[Kernel]:
-    """The kernels that ``call`` launches, compiled for ``target``; none twice."""
+    """The kernels that calls launch, compiled for a GPU; none twice.
+
+    Args:
+        target: the GPU.
+        shared: bytes of shared memory that a program may have there.
+        call: :func:`call_portable` or :func:`call_hopper`.
+        variants: what it is called for.
+    """
     seen = set()
-    with _compiler(target):
+    with _compiler(target, shared):
         for variant in variants:
-            for launch, tensors in launches(lambda: call(variant)):
+            for launch, tensors in launches(call, variant):
                 constants = dict(launch.constants)
                 if target.backend == "hip":
                     constants.pop("maxnreg", None)  # as in a plan where PyTorch is AMD's

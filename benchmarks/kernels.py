@@ -113,7 +113,7 @@ def compile_target(target: str, names: Sequence[str] = ()) -> list[Row]:
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.rstrip("a")), 32)
     call = call_hopper if target == "90a" else call_portable
-    found = compile_calls(gpu, call, variants(target, names))
+    found = compile_calls(gpu, TARGETS[target], call, variants(target, names))
     return [Row(target, triton.__version__, *kernel[:-1]) for kernel in found]
 
 
