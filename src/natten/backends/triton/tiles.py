@@ -77,16 +77,18 @@ def block(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
-def _limits(kind: str, dim: int, value_dim: int, itemsize: int) -> tuple[int, int]:
-    """Most rows of an outer tile and of a box, by registers and shared memory.
+def _limits(kind: str, dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> tuple[int, int]:
+    """Most rows of an outer tile and of a box, by registers.
 
     Tiles of 64 rows, one group of warps, leave room for several programs per processor, which hide
     each other's waiting. dK and dV of wide heads fill the registers anyway and are better shared by
-    two groups.
+    two groups; on AMD, whose threads have no more of them, smaller tiles spill less.
     """
     wide = max(block(dim), block(value_dim)) * itemsize // 2
-    rows = 128 if kind == "key" and wide == 128 else 64
-    return min(rows, max(16, 16384 // wide)), max(16, min(64, 8192 // wide))
+    rows, cols = 64, 8192
+    if kind == "key" and wide == 128:
+        rows, cols = (64, 4096) if gpu.capability == 0 else (128, 8192)
+    return min(rows, max(16, 16384 // wide)), max(16, min(64, cols // wide))
 
 
 def _registers(kind: str, dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> int | None:
@@ -204,7 +206,7 @@ def _candidates(
     gpu: Gpu,
 ) -> list[Tiles]:  # fmt: skip
     transposed = kind == "key"
-    most_rows, most_cols = _limits(kind, dim, value_dim, itemsize)
+    most_rows, most_cols = _limits(kind, dim, value_dim, itemsize, gpu)
     channels = block(dim) + block(value_dim)
     axes = [_ONE] * (3 - len(shape)) + [
         _axis(rule, axis, length, key_length, transposed)
