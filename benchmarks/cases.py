@@ -1,4 +1,8 @@
-"""The problems that are measured, by name."""
+"""The problems that are measured, by name.
+
+``GROUPS`` has the names of the tables' cases, "cuda" and "cpu", and of "strides", which compares
+strides of two layers.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +41,13 @@ class Case:
         """What is computed; the dtype only if it is not the usual one."""
         rule = self.problem("cpu").rule
         parts = [
-            f"{len(self.shape)}-D {_by(self.shape)}",
+            f"{len(self.shape)}-D {by(self.shape)}",
             f"batch {self.batch}",
             f"{self.heads} head" + "s" * (self.heads > 1),
             f"d {self.dim}",
-            f"window {_by(rule.kernel_size)}",
-            f"stride {_by(rule.stride)}" if max(rule.stride) > 1 else "",
-            f"dilation {_by(rule.dilation)}" if max(rule.dilation) > 1 else "",
+            f"window {by(rule.kernel_size)}",
+            f"stride {by(rule.stride)}" if max(rule.stride) > 1 else "",
+            f"dilation {by(rule.dilation)}" if max(rule.dilation) > 1 else "",
             "causal along the first axis" if rule.is_causal[0] else "",
             str(self.dtype).removeprefix("torch.") if self.dtype is not usual else "",
         ]
@@ -60,7 +64,8 @@ class Case:
         )  # fmt: skip
 
 
-def _by(sizes: tuple[int, ...]) -> str:
+def by(sizes: tuple[int, ...]) -> str:
+    """``8x16`` for ``(8, 16)``."""
     return "x".join(map(str, sizes))
 
 
@@ -78,6 +83,17 @@ GPU = [
     Case("flux-s16", (256, 256), 1, 24, 128, 80, 16),
     Case("hunyuan", (30, 48, 80), 1, 24, 128, (18, 24, 24)),
     Case("hunyuan-s", (30, 48, 80), 1, 24, 128, (18, 24, 24), (16, 8, 8)),
+]
+
+# Two layers with every kind of stride, to hold the simulator's order against.
+_FLUX = {f"flux-s{s}": ((256, 256), 1, 24, 128, 80, s) for s in (2, 4, 8, 40, 80)}
+_HUNYUAN = {
+    f"hunyuan-s{by(s)}": ((30, 48, 80), 1, 24, 128, (18, 24, 24), s)
+    for s in ((2, 2, 2), (4, 4, 4), (6, 8, 8), (18, 24, 24), (1, 8, 8))
+}
+STRIDES = [
+    *(case for case in GPU if case.name.startswith(("flux", "hunyuan"))),
+    *(Case(name, *each) for name, each in (_FLUX | _HUNYUAN).items()),
 ]
 
 _MAIN = {
@@ -105,4 +121,11 @@ CPU = [
     *(Case(n, *each, dtype=FP32, target=(1.0, 1.0)) for n, each in _QUARTER.items()),
 ]
 
-CASES = {"cuda": {case.name: case for case in GPU}, "cpu": {case.name: case for case in CPU}}
+CASES = {
+    "cuda": {case.name: case for case in GPU + STRIDES},
+    "cpu": {case.name: case for case in CPU},
+}
+GROUPS = {
+    name: [case.name for case in cases]
+    for name, cases in (("cuda", GPU), ("cpu", CPU), ("strides", STRIDES))
+}

@@ -14,17 +14,18 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cases import BF16, CASES, FP32, Case
-from records import read
+from cases import BF16, CASES, FP32, Case, by
+from records import RESULTS, read
 
 from natten.draw.canvas import ATTENDED, INK, QUIET_INK, Key, Panel, Rect, Text, compose
 from natten.profiler.report import BOTH, FORWARD
-from natten.simulator import DEVICES
+from natten.simulator import DEVICES, simulate
 
 ROOT = Path(__file__).parents[1]
 FILES = (
     "README.md",
     "docs/performance.md",
+    "docs/simulator.md",
     "benchmarks/results/cpu.md",
     "benchmarks/results/h200.md",
 )
@@ -172,6 +173,66 @@ def peer_table() -> list[str]:
     return [*_table(rows), "", f"{times.machine()}."]
 
 
+# Layers of arXiv 2504.16922 with its tiles of queries and boxes of keys: layout, window, stride.
+_GNA_3D = ((4, 8, 8), (2, 8, 8))
+_GNA_2D = ((16, 16), (16, 8))
+_GNA = (
+    ("Cosmos", (16, 44, 80), (16, 32, 48), (1, 1, 1), _GNA_3D),
+    ("Cosmos", (16, 44, 80), (16, 32, 48), (1, 1, 8), _GNA_3D),
+    ("FLUX", (256, 256), (80, 80), (1, 1), _GNA_2D),
+    ("FLUX", (256, 256), (80, 80), (16, 16), _GNA_2D),
+    ("HunyuanVideo", (30, 48, 80), (18, 24, 24), (1, 1, 1), _GNA_3D),
+    ("HunyuanVideo", (30, 48, 80), (18, 24, 24), (16, 8, 8), _GNA_3D),
+)
+
+
+def bounds_table() -> list[str]:
+    """What strides gain at most, on a fixed grid of boxes and with our own."""
+    rows = [
+        [
+            "layer", "window", "stride", "by FLOPs", "fixed grid, interior", "fixed grid",
+            "ours, interior", "ours", "ours without masks",
+        ]
+    ]  # fmt: skip
+    for name, shape, window, stride, (q_tile, kv_tile) in _GNA:
+        grid = simulate(shape, window, stride, q_tile=q_tile, kv_tile=kv_tile, aligned=True)
+        ours = simulate(shape, window, stride, device="h100")
+        bounds = (
+            ours.flop_bound, grid.interior_bound, grid.tile_bound, ours.interior_bound,
+            ours.tile_bound,
+        )  # fmt: skip
+        rows.append(
+            [
+                f"{name} {by(shape)}", by(window), by(stride), *(f"{x:.1f}x" for x in bounds),
+                "yes" if ours.is_whole else "no",
+            ]
+        )  # fmt: skip
+    return _table(rows)
+
+
+def stride_table() -> list[str]:
+    """Measured beside predicted times of strides, fastest first."""
+    if not (RESULTS / "strides.csv").exists():
+        return ["The times of these strides are not measured yet."]
+    times = Times("strides")
+    rows = [["layer", "stride", "measured us", "predicted us", "measured / predicted"]]
+    found = []
+    for name in times.cases:
+        case, measured = CASES["cuda"][name], times.of(name, "natten", FORWARD, "graph")
+        if measured is not None:
+            rule = case.problem("cpu").rule
+            predicted = simulate(
+                case.shape, rule.kernel_size, rule.stride, rule.dilation, rule.is_causal,
+                device="h200", batch=case.batch, heads=case.heads, head_dim=case.dim,
+            )  # fmt: skip
+            layer = f"{by(case.shape)}, window {by(rule.kernel_size)}"
+            found.append((layer, measured, by(rule.stride), predicted.time_us))
+    for layer, measured, stride, predicted_us in sorted(found):
+        cells = (stride, _us(measured), _us(predicted_us), f"{measured / predicted_us:.2f}")
+        rows.append([layer, *cells])
+    return [*_table(rows), "", f"{times.machine()}; forward, kernel times, medians of one run."]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "cpu-short": lambda: cpu_table(README_CPU),
     "cpu": cpu_table,
@@ -179,6 +240,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "gpu": gpu_table,
     "floors": floor_table,
     "peers": peer_table,
+    "bounds": bounds_table,
+    "strides": stride_table,
 }
 
 

@@ -3,6 +3,8 @@
     python benchmarks/run.py --device cpu                  # print, write benchmarks/results/cpu.csv
     python benchmarks/run.py --device cuda --out h200.csv
     python benchmarks/run.py --device cuda --cases nat,flux --passes forward --out some.csv
+    python benchmarks/run.py --device cuda --cases strides --passes forward --no-dense \\
+        --out benchmarks/results/strides.csv           # what the simulator's order is held against
 
 `python benchmarks/report.py` makes tables and charts of the results. Dense attention is cuDNN's on
 a GPU. On a CPU it is PyTorch's, in float32 for every case, because bfloat16 is not faster there.
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES, Case
+from cases import CASES, GROUPS, Case
 from memory import peak_over_inputs
 from records import RESULTS, Record, write
 
@@ -30,7 +32,7 @@ from natten import Neighborhood
 from natten.profiler import Problem, choose_backend, dense_call, measure, natten_call
 from natten.profiler.machine import device_name, versions
 from natten.profiler.report import BOTH, FORWARD
-from natten.profiler.tune import FORWARD_KIND, computed_over_needed
+from natten.profiler.tune import computed_over_needed
 
 WARMUP = 2
 
@@ -69,12 +71,10 @@ def measure_case(
     yard = "cudnn" if device == "cuda" else "sdpa"
     for pass_ in passes:
         backward = pass_ == BOTH
-        computed = computed_over_needed(problem, forward, backward=False)
+        computed = computed_over_needed(problem, forward, gradient if backward else None)
         ours = f"natten {forward}"
-        if backward:
-            ours += f"+{gradient}" if gradient != forward else ""
-            others = computed_over_needed(problem, gradient, backward=True)
-            computed |= {kind: each for kind, each in others.items() if kind != FORWARD_KIND}
+        if backward and gradient != forward:
+            ours += f"+{gradient}"
         waste = " ".join(f"{kernel}={ratio:.3f}" for kernel, ratio in computed.items())
         memory = f"{peak_over_inputs(case):.2f}" if device == "cpu" and backward else ""
         call = natten_call(problem, backend, backward)
@@ -113,23 +113,33 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=CASES, required=True)
-    parser.add_argument("--cases", help="comma-separated names of cases.py; default: all")
+    parser.add_argument(
+        "--cases", metavar="NAMES",
+        help="comma-separated names of cases.py, or of its groups; default: all of the table",
+    )  # fmt: skip
     parser.add_argument("--passes", default=f"{FORWARD},{BOTH}", help="comma-separated")
     parser.add_argument("--backend", help="one of ours; default: our choice")
-    parser.add_argument("--no-dense", action="store_true")
+    parser.add_argument("--no-dense", action="store_true", help="time ours only")
     parser.add_argument("--threads", type=int, default=2, help="of a CPU")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/cpu.csv on a CPU")
     args = parser.parse_args(arguments)
     known, passes = CASES[args.device], args.passes.split(",")
-    names = args.cases.split(",") if args.cases else list(known)
-    if unknown := [*(set(names) - set(known)), *(set(passes) - {FORWARD, BOTH})]:
+    asked = (args.cases or args.device).split(",")
+    names = list(dict.fromkeys(name for each in asked for name in GROUPS.get(each, [each])))
+    unknown = [name for name in names if name not in known]
+    if unknown := unknown + [each for each in passes if each not in (FORWARD, BOTH)]:
         parser.error(f"unknown {unknown}; cases: {', '.join(known)}; passes: {FORWARD}, {BOTH}")
     if args.device == "cuda" and args.out is None:
         parser.error("--out is needed with --device cuda: GPUs differ")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no GPU here")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     out = args.out or RESULTS / "cpu.csv"
-    write(out, [])
+    try:
+        write(out, [])
+    except OSError as error:
+        parser.error(f"--out: {error}")
     failed = []
     for name in names:
         try:

@@ -47,6 +47,14 @@ def test_cases_are_problems(load):
             assert problem.needed_pairs < problem.all_pairs, (device, name)
 
 
+def test_groups_are_of_known_cases(load):
+    cases = load("cases")
+    for name, group in cases.GROUPS.items():
+        assert group and set(group) <= set(cases.CASES["cpu" if name == "cpu" else "cuda"])
+    main, strides = cases.GROUPS["cuda"], cases.GROUPS["strides"]
+    assert set(strides) - set(main), "strides have cases of their own, which no table has"
+
+
 def test_runner_writes_the_schema(load, tmp_path, capsys):
     path = tmp_path / "some.csv"
     arguments = ["--device", "cpu", "--cases", "quarter-3d-dilated", "--passes", "forward"]
@@ -64,3 +72,21 @@ def test_runner_refuses_unknown_cases(load, tmp_path, capsys):
         load("run").main(["--device", "cpu", "--cases", "nothing", "--out", str(tmp_path / "x")])
     assert "nothing" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--device", "cpu", "--cases", "nat", "--out", "no/such/folder.csv"], "no/such/folder"),
+        (["--device", "cuda", "--cases", "strides"], "--out"),
+        (["--device", "cuda", "--cases", "strides", "--out", "x.csv"], "no GPU"),
+        (["--device", "cpu", "--passes", "sideways"], "sideways"),
+    ],
+)
+def test_runner_refuses_what_it_can_not_do(arguments, message, load, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        load("run").main(arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

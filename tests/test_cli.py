@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -105,6 +106,7 @@ def test_examples_are_well_formed(line):
         (["profile", "-i", "8", "--device", "cpu", "--backend", "fav2"], "GPU"),
         (["profile", "-i", "8", "--device", "cpu", "--backend", "fav2", "--optimize"], "fav2"),
         (["profile", "-i", "8", "--device", "cpu", "--optimize"], "nothing to tune"),
+        (["profile", "-i", "8", "-d", "16", "--backend", "hopper", "--dry-run"], "torch.float32"),
         (["simulate", "-i", "8", "-w", "9"], "on axis 0, 9 * 1 > 8"),
         (["simulate", "-i", "8", "-w", "3", "--device", "abacus"], "'abacus'"),
         (["simulate", "-i", "8", "-w", "3", "--tflops", "0"], "`--tflops`"),
@@ -123,10 +125,29 @@ def test_a_gpu_that_is_not_there(capsys):
     assert "sees no GPU" in called(capsys, "profile", "-i", 8, "--device", "cuda", code=2).err
 
 
-def test_failures_are_told_without_a_traceback(capsys, tmp_path):
-    path = tmp_path / "no" / "such" / "folder.json"
+def test_files_that_can_not_be_written_are_told_before_anything_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("natten.profiler.profile", None)
+    missing, full = tmp_path / "no" / "such" / "folder.json", tmp_path / "full.csv"
+    full.touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != full)
+    for command, path, why in (
+        (["profile", *SMALL, "--json"], missing, "there is no folder"),
+        (["profile", *SMALL, "--csv"], tmp_path, "is a folder"),
+        (["profile", *SMALL, "--csv"], full, "can not be written"),
+        (["simulate", "-i", 8, "-w", 3, "--json"], missing, "there is no folder"),
+    ):
+        captured = called(capsys, *command, path, code=2)
+        assert why in captured.err and str(path) in captured.err and captured.out == ""
+
+
+def test_failures_are_told_without_a_traceback(capsys, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    path = tmp_path / "report.json"
     err = called(capsys, "profile", *SMALL, "--no-dense", "--json", path, code=1).err
-    assert str(path) in err and "Traceback" not in err
+    assert "no space left" in err and "Traceback" not in err
 
 
 def test_profile(capsys, tmp_path):
@@ -161,6 +182,7 @@ def test_hints_of_upstream_are_accepted_and_explained(capsys):
     out = called(capsys, "profile", *SMALL, *hints).out
     assert "hopper-fna is a hint here: backend tiled runs." in out
     assert "Tile sizes have no effect on backend tiled" in out
+    assert "Accepted, without effect here: --fmha-backend, --schedule, --persistent." in out
 
 
 def test_the_whole_layout_is_the_default_window(capsys):
@@ -192,6 +214,17 @@ def test_dry_run_of_gpu_kernels_needs_no_gpu(capsys):
     assert len(every) == sum(len(tiles.candidates(k, *problem[1:])) for k in tiles.KINDS)
 
 
+def test_dry_run_of_a_backend_whose_gradient_another_runs(capsys):
+    pytest.importorskip("triton")
+    arguments = ["-i", 64, 64, "-w", 9, "-d", 64, "--dtype", "bf16", "--device", "cpu"]
+    arguments += ["--backend", "hopper", "--dry-run", "--backprop", "--max-configs", 2]
+    out = called(capsys, "profile", *arguments).out
+    assert re.search(r"hopper, kernel forward: 2 of \d+ tiles", out)
+    for kind in ("query", "key"):
+        assert re.search(rf"triton, kernel {kind}: 2 of \d+ tiles", out)
+    assert len(table(out)) == 6
+
+
 def test_optimize(capsys, monkeypatch):
     """With a made-up clock: the machinery needs no GPU."""
     tiles = pytest.importorskip("natten.backends.triton.tiles")
@@ -206,7 +239,7 @@ def test_optimize(capsys, monkeypatch):
     monkeypatch.setattr("natten.profiler.natten_call", lambda *_, **__: None)
     args = type("Arguments", (), {"json": None, "backprop": False, "max_configs": 3})()
     args.optimize_warmup_steps = 1
-    profile_command._optimize(args, problem, "triton")
+    profile_command._optimize(args, problem, "triton", [("triton", "forward")])
     out = capsys.readouterr().out
     assert "3 tiles tried; 5.00 us forward" in out and "3.00 us with the fastest" in out
     arguments = ("forward", rule, (8, 6), (8, 6), 64, 64, 4)
@@ -228,7 +261,7 @@ def test_simulate(capsys):
     out = called(capsys, "simulate", *layer, "-s", 16, 8, 8, "--device", "h200").out
     rows = {row[1]: row for row in table(out)}
     assert "at most 11.1x by FLOPs" in out and "of 10368 strides" in out
-    assert rows["1x1x1"][7] == "7.2x" and rows["16x8x8"][6] == "all"
+    assert rows["1x1x1"][7] == "7.5x" and rows["16x8x8"][6] == "all"
     every = json.loads(called(capsys, "simulate", "-i", 9, "-w", 4, "--all", "--json").out)
     assert [each["stride"] for each in every] == [[1], [2], [3], [4]]
 
@@ -258,7 +291,22 @@ def test_simulate_windows_near_a_wish(capsys, tmp_path):
 def test_simulate_a_device_as_given(capsys):
     arguments = ["-i", 32, "-w", 8, "--tflops", 1.5, "--q-tile", 4, "--kv-tile", 2, "--aligned"]
     out = called(capsys, "simulate", *arguments).out
-    assert "as given: 1.5 TFLOP/s, 3.35 TB/s, tiles of 4 queries, boxes of 2 keys" in out
+    assert "as given: 1.5 TFLOP/s, 3.35 TB/s, tiles of 4 queries, boxes of 2 keys, on a " in out
+
+
+@pytest.mark.parametrize(
+    "options, tiles",
+    [
+        (["--device", "h200"], "tiles of our hopper backend"),
+        (["--device", "h200", "-d", "48"], "tiles of 128 queries, boxes of 64 keys"),
+        (["--device", "a100"], "tiles of 128 queries, boxes of 64 keys"),
+        (["--device", "cpu"], "tiles of 16 queries, boxes as large as needed"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_simulate_says_whose_tiles_it_counts(options, tiles, capsys):
+    out = called(capsys, "simulate", "-i", 64, "-w", 16, *options).out
+    assert re.search(rf", {tiles}$", out, re.MULTILINE), out
 
 
 def test_env(capsys, monkeypatch):

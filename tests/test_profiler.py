@@ -131,7 +131,7 @@ def test_compiled(monkeypatch):
 def test_computed_pairs_of_each_backend():
     rule = Neighborhood.create(1, 4, stride=4)
     problem = Problem((16,), rule)
-    assert tune.computed_over_needed(problem, "reference", backward=False) == {"forward": 4.0}
+    assert tune.computed_over_needed(problem, "reference", None) == {"forward": 4.0}
     rule = Neighborhood.create(2, (7, 5), dilation=(1, 2))
     plane = Problem((40, 30), rule)
     blocks = tiled._plan(rule, plane.shape, plane.shape, 1, 64)
@@ -139,11 +139,13 @@ def test_computed_pairs_of_each_backend():
         math.prod(run.repeats * run.groups * run.query_size * run.key_size for run in block.runs)
         for block in blocks
     )
-    found = tune.computed_over_needed(plane, "tiled", backward=True)
+    found = tune.computed_over_needed(plane, "tiled", "tiled")
     assert found == {"forward": computed / plane.needed_pairs}
     pytest.importorskip("triton")
-    found = tune.computed_over_needed(problem, "triton", backward=True)
+    found = tune.computed_over_needed(problem, "triton", "triton")
     assert set(found) == {"forward", "query", "key"} and min(found.values()) >= 1
+    mixed = tune.computed_over_needed(problem, "hopper", "triton")
+    assert set(mixed) == set(found) and mixed["query"] == found["query"]
 
 
 def test_choosing_a_backend():
@@ -203,7 +205,7 @@ def test_optimize_remembers_the_fastest():
         return 1.0 if now == wanted[kind] else 2.0
 
     trials, paths = tune.optimize(
-        problem, "triton", measured, kinds=tiles.KINDS, most=6, step=steps.append
+        problem, tune.kernels("triton", "triton"), measured, most=6, step=steps.append
     )
     assert len(trials) == len(steps) == 18 and len(paths) == 3
     assert trials[0].time_us == math.inf
@@ -218,7 +220,7 @@ def test_nothing_is_remembered_if_nothing_runs():
         raise ValueError("no such luck")
 
     with pytest.raises(RuntimeError, match=r"none of the tiles.*no such luck"):
-        tune.optimize(problem, "triton", broken, kinds=["forward"], most=2)
+        tune.optimize(problem, tune.kernels("triton", None), broken, most=2)
     assert not tuning.directory().exists()
 
 
@@ -228,13 +230,14 @@ def test_forced_tiles():
     before = tiles.choose("forward", *arguments)
     other = next(each for each in tiles.candidates("forward", *arguments) if each != before)
     forward = tune.Forced(other.query[1:], other.key[1:])
-    with tune.forced_tiles(problem, "triton", forward, tune.Forced(None, None)):
+    found = tune.kernels("triton", "triton")
+    with tune.forced_tiles(problem, found, forward, tune.Forced(None, None)):
         assert tiles.choose("forward", *arguments)[:2] == other[:2]
     assert tiles.choose("forward", *arguments) == before
     impossible = tune.Forced((7, 7), None)
     with (
-        pytest.raises(ArgumentError, match=r"--backward-q-tile.*\(7, 7\)"),
-        tune.forced_tiles(problem, "triton", tune.Forced(None, None), impossible),
+        pytest.raises(ArgumentError, match="`--backward-q-tile` 7 7 is nothing"),
+        tune.forced_tiles(problem, found, tune.Forced(None, None), impossible),
     ):
         pass
 

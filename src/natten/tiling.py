@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +55,11 @@ _RUN = 60_000.0  # Python, per run
 _MAX_SCORES = 1 << 20  # query-key pairs of one tile
 
 
+def padded(values: Sequence[Any], fill: Any) -> tuple[Any, ...]:
+    """Three axes: the missing ones come first."""
+    return (*(fill,) * (3 - len(values)), *values)
+
+
 def group_kinds(length: int, dilation: int) -> list[tuple[int, int]]:
     """``(first group, how many groups)`` of the dilation groups that are alike: at most two."""
     longer = length % dilation  # groups 0 .. longer - 1 have one position more than the rest
@@ -70,7 +76,7 @@ class BoxCount(NamedTuple):
 
 
 def count_boxes(
-    low: Tensor, start: Tensor, end: Tensor, high: Tensor, size: int | Tensor, aligned: bool = False
+    low: Tensor, start: Tensor, end: Tensor, high: Tensor, size: int | Tensor, origin: Tensor
 ) -> BoxCount:
     """Count the boxes of ``size`` key positions that tiles visit along one axis.
 
@@ -78,10 +84,8 @@ def count_boxes(
         low, start: ``[..., tiles]``, first window start among a tile's queries, and the last one.
         end, high: ``[..., tiles]``, first window end among a tile's queries, and the last one.
         size: key positions in a box.
-        aligned: boxes lie on a grid of multiples of ``size``; else a tile's first box starts at its
-            ``low``.
+        origin: a key position at which a box starts; those of one tile lie side by side.
     """
-    origin = torch.zeros_like(low) if aligned else low
     first, last = (low - origin) // size, -((origin - high) // size)
     whole = ((end - origin) // size + (origin - start) // size).clamp(min=0)
     visited = last - first

@@ -167,7 +167,7 @@ BACKENDS: tuple[Backend, ...] = (
         "hopper",
         "NVIDIA H100 and H200 (compute capability 9.0)",
         _without_hopper,
-        ("attention",),
+        ("attention", "gradient"),
         dtypes=_HALF,
         head_dims=(32, 64, 128, 256),
         value_dims=(32, 64, 128, 256),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from natten.errors import ArgumentError
@@ -40,6 +42,21 @@ def _at_least(least: int, text: str) -> int:
     return number
 
 
+def output(text: str) -> str:
+    """A file that can be written, as far as can be told before it is; "-" is stdout."""
+    path = Path(text)
+    folder = path.parent
+    if text == "-":
+        return text
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder")
+    if not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(folder)!r} for {text!r}")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} can not be written")
+    return text
+
+
 def add_window_arguments(parser: argparse.ArgumentParser, title: str) -> Any:
     """Layout and window, as the group of options that is returned."""
     layer = parser.add_argument_group(title, "one number for all axes, or one per axis")
@@ -49,16 +66,19 @@ def add_window_arguments(parser: argparse.ArgumentParser, title: str) -> Any:
     )  # fmt: skip
     layer.add_argument(
         "-w", "--window-size", nargs="+", type=positive, metavar="N",
-        help="tokens in the window (kernel_size); default: the whole layout, self attention",
+        help="tokens of the window (kernel_size); default: the whole layout, self attention",
     )  # fmt: skip
     layer.add_argument(
         "-s", "--stride", nargs="+", type=positive, default=[1], metavar="N",
         help="queries that share a window; default: 1",
     )  # fmt: skip
-    layer.add_argument("--dilation", nargs="+", type=positive, default=[1], metavar="N")
+    layer.add_argument(
+        "--dilation", nargs="+", type=positive, default=[1], metavar="N",
+        help="distance between tokens of a window; default: 1",
+    )  # fmt: skip
     layer.add_argument(
         "-c", "--causal", nargs="+", type=boolean, default=[False], metavar="BOOL",
-        help="true, false, 1 or 0; default: false",
+        help="whether queries attend no later token: true, false, 1 or 0; default: false",
     )  # fmt: skip
     return layer
 
@@ -66,8 +86,10 @@ def add_window_arguments(parser: argparse.ArgumentParser, title: str) -> Any:
 def add_layer_arguments(parser: argparse.ArgumentParser, head_dim: int) -> None:
     """Layout, window and sizes of an attention layer."""
     layer = add_window_arguments(parser, "layer")
-    layer.add_argument("-b", "--batch-size", type=positive, default=1, metavar="N")
-    layer.add_argument("-n", "--heads", type=positive, default=1, metavar="N")
+    for names, what in ((("-b", "--batch-size"), "batch size"), (("-n", "--heads"), "heads")):
+        layer.add_argument(
+            *names, type=positive, default=1, metavar="N", help=f"{what}; default: 1"
+        )
     layer.add_argument(
         "-d", "--dim", type=positive, default=head_dim, metavar="N",
         help=f"head dim; default: {head_dim}",

@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from natten import backends
-from natten.cli.options import add_layer_arguments, by, not_negative, positive, window_of
+from natten.cli.options import add_layer_arguments, by, not_negative, output, positive, window_of
 from natten.cli.tables import duration, print_table, progress
 from natten.errors import ArgumentError
 
@@ -67,9 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how it is computed")
     how.add_argument(
         "--backend",
-        help="triton, tiled, reference; one of NATTEN's (cutlass-fna, hopper-fna, blackwell-fna, "
-        "flex-fna), which leave the choice to us; or dense attention alone on a GPU: cudnn, fav2, "
-        "xformers",
+        help="hopper, triton, tiled, reference; one of NATTEN's (cutlass-fna, hopper-fna, "
+        "blackwell-fna, flex-fna), which leave the choice to us; or dense attention alone on a "
+        "GPU: cudnn, fav2, xformers",
     )
     how.add_argument("--fmha-backend", metavar="NAME", help="accepted; has no effect here")
     for prefix, kernel in (("", "forward"), ("backward-", "backward")):
@@ -102,16 +104,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="calls before those that count, of each tile; default: 5",
     )  # fmt: skip
     what.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE",
+        "--json", nargs="?", const="-", type=output, metavar="FILE",
         help="write everything as JSON to a file, or instead of the tables",
     )  # fmt: skip
-    what.add_argument("--csv", type=Path, metavar="FILE", help="append one line per time")
+    what.add_argument("--csv", type=output, metavar="FILE", help="append one line per time")
 
 
 def run(args: argparse.Namespace) -> int:
     """Profile, list or tune; see the module."""
     from natten import profiler
-    from natten.profiler.tune import Forced, forced_tiles, tiles_module
+    from natten.profiler.tune import Forced, forced_tiles, kernels
 
     problem = problem_of(args)
     for tile in ("q_tile", "kv_tile", "backward_q_tile", "backward_kv_tile"):
@@ -125,27 +127,35 @@ def run(args: argparse.Namespace) -> int:
         backends.check_name(args.fmha_backend)
     if args.dry_run:
         return _dry_run(args, problem)
+    gradient = None
     if args.backend in profiler.DENSE:
         backend = args.backend
         if args.optimize:
             raise ArgumentError(f"`--optimize` needs a backend of natten, not {backend}.")
     else:
         backend = profiler.choose_backend(problem, args.backend)
+        if args.backprop:
+            gradient = profiler.choose_backend(problem, args.backend, "gradient")
+    found = kernels(backend, gradient)
     on_gpu = problem.device.type == "cuda"
     warmup = args.warmup_steps if args.warmup_steps is not None else (10 if on_gpu else 2)
     forward = Forced(args.q_tile, args.kv_tile)
     backward = Forced(args.backward_q_tile, args.backward_kv_tile)
     notes = []
+    ignored = {"--fmha-backend": args.fmha_backend, "--schedule": args.schedule}
+    ignored |= {"--persistent": args.persistent}
+    if named := [name for name, value in ignored.items() if value]:
+        notes.append(f"Accepted, without effect here: {', '.join(named)}.")
     if not on_gpu:
         notes.append("No GPU is used: this is the CPU.")
     if args.backend in backends.HINTS:
         notes.append(f"{args.backend} is a hint here: backend {backend} runs.")
-    if any(each is not None for each in (*forward, *backward)) and tiles_module(backend) is None:
+    if any(each is not None for each in (*forward, *backward)) and not found:
         notes.append(f"Tile sizes have no effect on backend {backend}: it chooses its own.")
     if args.optimize:
-        _optimize(args, problem, backend)
+        _optimize(args, problem, backend, found)
     steps = profiler.count_steps(problem, backend, args.backprop, not args.no_dense)
-    with forced_tiles(problem, backend, forward, backward), progress(steps) as step:
+    with forced_tiles(problem, found, forward, backward), progress(steps) as step:
         report = profiler.profile(
             problem,
             backend=backend,
@@ -157,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
         )
     report.notes = notes + report.notes
     if args.csv is not None:
-        report.append_csv(args.csv)
+        report.append_csv(Path(args.csv))
     if args.json is not None:
         text = json.dumps(report.as_dict(), indent=2)
         if args.json == "-":
@@ -259,10 +269,18 @@ def _print_kernels(report: Report, pass_name: str, kernels: list[Any]) -> None:
 
 def _dry_run(args: argparse.Namespace, problem: Problem) -> int:
     from natten.profiler import choose_backend
-    from natten.profiler.tune import FORWARD_KIND, arguments, tiled_axes, tiles_module
+    from natten.profiler.tune import kernels, tiled_axes, tiles_module
 
-    asked = any(backend.name == args.backend for backend in backends.BACKENDS)
-    backend = args.backend if asked else choose_backend(problem, args.backend)
+    asked = next((each for each in backends.BACKENDS if each.name == args.backend), None)
+    backend = asked.name if asked else choose_backend(problem, args.backend)
+    if asked is not None:  # what it needs of the machine is no matter, as nothing runs
+        reason = replace(asked, missing=lambda _: None, limits=None).unsupported(
+            backends.Problem(
+                "attention", problem.device, problem.dtype, problem.dim, problem.value_dim
+            )
+        )
+        if reason is not None:
+            raise ArgumentError(f"`--backend` {backend}: it {reason}.")
     tiles = tiles_module(backend)
     print(problem)
     if tiles is None and backend == "tiled":
@@ -276,46 +294,67 @@ def _dry_run(args: argparse.Namespace, problem: Problem) -> int:
     if tiles is None:
         print(f"\nBackend {backend} has no tiles.")
         return 0
+    gradient = None
+    if args.backprop and problem.device.type == "cuda":
+        gradient = choose_backend(problem, args.backend, "gradient")
+    elif args.backprop:  # the next in the order of preference
+        names = [each.name for each in backends.BACKENDS if "gradient" in each.operations]
+        gradient = backend if backend in names else names[0]
     if problem.device.type != "cuda":
         print("\nNo GPU is used: what would run on one is listed.")
-    for kind in tiles.KINDS if args.backprop else (FORWARD_KIND,):
-        found = tiles.candidates(kind, *arguments(problem))
-        chosen = tiles.choose(kind, *arguments(problem))
-        rank = len(problem.shape)
-        shown = found[: args.max_configs or None]
-        if chosen not in shown:  # tuned
-            shown = [chosen, *shown]
-        rows = [
-            (
-                f"{by(each.query[-rank:])}{' *' if each == chosen else ''}",
-                by(each.key[-rank:]),
-                str(each.num_warps),
-                str(each.num_stages),
-                "{:.2f}".format(
-                    tiles.computed_pairs(kind, problem.rule, problem.shape, problem.shape, each)
-                    / (problem.needed_pairs - problem.tokens * problem.extra)
-                ),
-            )
-            for each in shown
-        ]
-        header = ("queries", "keys", "warps", "stages", "computed/needed")
-        title = f"Backend {backend}, kernel {kind}: {len(shown)} of {len(found)} tiles, "
-        print_table(title + "best estimate first, * is used:", header, rows)
+    for name, kind in kernels(backend, gradient):
+        _print_tiles(problem, name, kind, args.max_configs)
     return 0
 
 
-def _optimize(args: argparse.Namespace, problem: Problem, backend: str) -> None:
+def _print_tiles(problem: Problem, backend: str, kind: str, most: int) -> None:
+    """What a kernel can use; columns are the fields of its tiles."""
+    from natten.profiler.tune import arguments, tiles_module
+
+    tiles: Any = tiles_module(backend)
+    found = tiles.candidates(kind, *arguments(problem))
+    chosen = tiles.choose(kind, *arguments(problem))
+    rank = len(problem.shape)
+    shown = found[: most or None]
+    if chosen not in shown:  # tuned
+        shown = [chosen, *shown]
+    others = [name for name in chosen._fields if name not in ("query", "key")]
+    rows = [
+        (
+            f"{by(each.query[-rank:])}{' *' if each == chosen else ''}",
+            by(each.key[-rank:]),
+            *(_cell(name, getattr(each, name), rank) for name in others),
+            "{:.2f}".format(
+                tiles.computed_pairs(kind, problem.rule, problem.shape, problem.shape, each)
+                / (problem.needed_pairs - problem.tokens * problem.extra)
+            ),
+        )
+        for each in shown
+    ]
+    header = ("queries", "keys", *(n.removeprefix("num_") for n in others), "computed/needed")
+    title = f"Backend {backend}, kernel {kind}: {len(shown)} of {len(found)} tiles, "
+    print_table(title + "best estimate first, * is used:", header, rows)
+
+
+def _cell(field: str, value: int | None, rank: int) -> str:
+    """A field of tiles; those have three axes, of which the last are the problem's."""
+    if value is None:
+        return ""
+    return str(value - (3 - rank) if field == "split" else value)
+
+
+def _optimize(
+    args: argparse.Namespace, problem: Problem, backend: str, found: Sequence[tuple[str, str]]
+) -> None:
     from natten.profiler import natten_call
     from natten.profiler.measure import graph_time
     from natten.profiler.tune import FORWARD_KIND, arguments, optimize, tiles_module
 
-    tiles = tiles_module(backend)
-    if tiles is None:
+    if not found:
         raise ArgumentError(
             f"`--optimize`: backend {backend} chooses its tiles by cost for each problem and has "
             "nothing to tune; the GPU backends have."
         )
-    kinds = tiles.KINDS if args.backprop else (FORWARD_KIND,)
     forward = natten_call(problem, backend, backward=False)
     both = natten_call(problem, backend, backward=True) if args.backprop else forward
 
@@ -323,13 +362,15 @@ def _optimize(args: argparse.Namespace, problem: Problem, backend: str) -> None:
         call = forward if kind == FORWARD_KIND else both
         return graph_time(call, problem.device, args.optimize_warmup_steps).median_us
 
-    counts = (len(tiles.candidates(kind, *arguments(problem))) for kind in kinds)
-    with progress(sum(min(n, args.max_configs or n) for n in counts)) as step:
-        trials, paths = optimize(
-            problem, backend, measure, kinds=kinds, most=args.max_configs, step=step
-        )
+    steps = 0
+    for name, kind in found:
+        tiles: Any = tiles_module(name)
+        count = len(tiles.candidates(kind, *arguments(problem)))
+        steps += min(count, args.max_configs or count)
+    with progress(steps) as step:
+        trials, paths = optimize(problem, found, measure, most=args.max_configs, step=step)
     out = sys.stderr if args.json == "-" else sys.stdout
-    for kind in kinds:
+    for _, kind in found:
         of_kind = [trial for trial in trials if trial.kind == kind]
         best = min(of_kind, key=lambda trial: trial.time_us)
         pass_name = "forward" if kind == FORWARD_KIND else "forward+backward"

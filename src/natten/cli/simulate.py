@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from natten.cli.options import add_layer_arguments, by, positive, window_of
+from natten.cli.options import add_layer_arguments, by, output, positive, window_of
 from natten.cli.tables import duration, print_table
 from natten.errors import ArgumentError
 from natten.simulator import (
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--all", action="store_true", help="every stride, or every best window")
     what.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE",
+        "--json", nargs="?", const="-", type=output, metavar="FILE",
         help="write the rows as JSON to a file, or instead of the table",
     )  # fmt: skip
 
@@ -111,13 +111,10 @@ def run(args: argparse.Namespace) -> int:
             return 0
         Path(args.json).write_text(text + "\n", encoding="utf-8")
     device = options["device"]
-    queries = by(args.q_tile) if args.q_tile else device.q_tile
-    keys = by(args.kv_tile) if args.kv_tile else device.kv_tile
-    boxes = "boxes as large as needed" if keys == 1 else f"boxes of {keys} keys"
     print(
         f"{len(shape)}-D {by(shape)}, window {by(rule.kernel_size)}, batch {args.batch_size}, "
         f"heads {args.heads}, dim {args.dim}\n{device.name}: {device.tflops:g} TFLOP/s, "
-        f"{device.bandwidth:g} TB/s, tiles of {queries} queries, {boxes}\n"
+        f"{device.bandwidth:g} TB/s, {_tiles(args, device, wish)}\n"
         f"Dense attention: {duration(wish.dense_us)}. Needed: {wish.kept:.2%} of the "
         f"query-key pairs, so at most {wish.flop_bound:.1f}x by FLOPs."
     )
@@ -134,6 +131,16 @@ def _device(args: argparse.Namespace) -> Device:
         if value is not None:
             device = replace(device, name="as given", **{name: value})
     return device
+
+
+def _tiles(args: argparse.Namespace, device: Device, wish: Prediction) -> str:
+    """How the kernels are tiled."""
+    if wish.backend:
+        return f"tiles of our {wish.backend} backend"
+    queries = by(args.q_tile) if args.q_tile else device.q_tile
+    keys = by(args.kv_tile) if args.kv_tile else device.kv_tile
+    boxes = "boxes as large as needed" if keys == 1 else f"boxes of {keys} keys"
+    return f"tiles of {queries} queries, {boxes}{', on a fixed grid' if args.aligned else ''}"
 
 
 def _worth_showing(every: Sequence[Prediction], wish: Prediction) -> list[Prediction]:

@@ -170,7 +170,8 @@ def profile(
     else:
         report = Report(problem, choose_backend(problem, backend))
         names = ([*DENSE] if on_gpu else [PLAIN_DENSE]) if dense else []
-        report.computed_over_needed = computed_over_needed(problem, report.backend, backward)
+        gradient = choose_backend(problem, report.backend, "gradient") if backward else None
+        report.computed_over_needed = computed_over_needed(problem, report.backend, gradient)
     kinds = ("graph", "eager") if on_gpu else ("eager",)
     times: dict[tuple[str, str, str], measure.Timing] = {}
     for pass_name in (FORWARD, BOTH) if backward else (FORWARD,):

@@ -48,24 +48,39 @@ def arguments(problem: Problem) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def computed_over_needed(problem: Problem, backend: str, backward: bool) -> dict[str, float]:
-    """Pairs computed per pair needed, per kind of kernel; empty if the backend does not tell."""
-    tiles = tiles_module(backend)
-    if tiles is not None:
-        kinds = tiles.KINDS if backward else (FORWARD_KIND,)
-        computed = {
-            kind: tiles.computed_pairs(
-                kind, problem.rule, problem.shape, problem.shape,
-                tiles.choose(kind, *arguments(problem)),
-            )
-            for kind in kinds
-        }  # fmt: skip
-    elif backend == "tiled":
-        computed = {FORWARD_KIND: math.prod(axis.products for axis in tiled_axes(problem))}
-    elif backend == "reference":
-        computed = {FORWARD_KIND: problem.tokens**2}
-    else:
-        return {}
+def kernels(forward: str, gradient: str | None) -> list[tuple[str, str]]:
+    """``(backend, kind)`` of each kernel that has tiles.
+
+    Args:
+        forward: the backend of the forward pass.
+        gradient: that of the backward pass, which may be another; None is none.
+    """
+    found = [(forward, FORWARD_KIND)] if tiles_module(forward) is not None else []
+    module = None if gradient is None else tiles_module(gradient)
+    if gradient is not None and module is not None:
+        found += [(gradient, kind) for kind in module.KINDS if kind != FORWARD_KIND]
+    return found
+
+
+def computed_over_needed(problem: Problem, forward: str, gradient: str | None) -> dict[str, float]:
+    """Pairs computed per pair needed, per kind of kernel; of those that tell.
+
+    Args:
+        problem: what is computed.
+        forward, gradient: backends, as in :func:`kernels`.
+    """
+    computed = {}
+    for backend, kind in kernels(forward, gradient):
+        tiles = tiles_module(backend)
+        assert tiles is not None
+        chosen = tiles.choose(kind, *arguments(problem))
+        computed[kind] = tiles.computed_pairs(
+            kind, problem.rule, problem.shape, problem.shape, chosen
+        )
+    if forward == "tiled":
+        computed[FORWARD_KIND] = math.prod(axis.products for axis in tiled_axes(problem))
+    elif forward == "reference":
+        computed[FORWARD_KIND] = problem.tokens**2
     extra = problem.tokens * problem.extra
     return {kind: (pairs + extra) / problem.needed_pairs for kind, pairs in computed.items()}
 
@@ -88,32 +103,38 @@ class Forced(NamedTuple):
 
 @contextlib.contextmanager
 def forced_tiles(
-    problem: Problem, backend: str, forward: Forced, backward: Forced
+    problem: Problem, found: Sequence[tuple[str, str]], forward: Forced, backward: Forced
 ) -> Iterator[None]:
-    """Inside, the backend's kernels have the tile shapes asked for.
+    """Inside, the kernels have the tile shapes asked for.
+
+    Args:
+        problem: what is computed.
+        found: what :func:`kernels` returns.
+        forward, backward: tile shapes of the kernels of either pass.
 
     Raises:
-        ArgumentError: the backend has no such tiles.
+        ArgumentError: a kernel has no such tiles.
     """
-    tiles = tiles_module(backend)
-    if tiles is None:
-        yield
-        return
     with contextlib.ExitStack() as stack:
-        for kind in tiles.KINDS:
+        for backend, kind in found:
             wanted = forward if kind == FORWARD_KIND else backward
             if wanted == Forced(None, None):
                 continue
+            tiles = tiles_module(backend)
+            assert tiles is not None
             candidates = tiles.candidates(kind, *arguments(problem))
-            found = next((each for each in candidates if _fits(each, wanted)), None)
-            if found is None:
+            fitting = next((each for each in candidates if _fits(each, wanted)), None)
+            if fitting is None:
                 prefix = "" if kind == FORWARD_KIND else "backward-"
+                pairs = zip((f"--{prefix}q-tile", f"--{prefix}kv-tile"), wanted)
+                asked = " with ".join(
+                    f"`{name}` {' '.join(map(str, sizes))}" for name, sizes in pairs if sizes
+                )
                 raise ArgumentError(
-                    f"`--{prefix}q-tile` {wanted.query} with `--{prefix}kv-tile` {wanted.key} is "
-                    f"nothing that the kernel {kind!r} of backend {backend} can run; "
+                    f"{asked} is nothing that the kernel {kind!r} of backend {backend} can run; "
                     "--dry-run --max-configs 0 lists what it can."
                 )
-            stack.enter_context(tuning.trial(tiles.key(kind, *arguments(problem)), found))
+            stack.enter_context(tuning.trial(tiles.key(kind, *arguments(problem)), fitting))
         yield
 
 
@@ -134,10 +155,9 @@ class Trial(NamedTuple):
 
 def optimize(
     problem: Problem,
-    backend: str,
+    found: Sequence[tuple[str, str]],
     measure: Callable[[str], float],
     *,
-    kinds: Sequence[str],
     most: int,
     step: Callable[[str], None] = lambda name: None,
 ) -> tuple[list[Trial], list[Path]]:
@@ -145,9 +165,8 @@ def optimize(
 
     Args:
         problem: what to tune for.
-        backend: one that :func:`tiles_module` knows.
+        found: what :func:`kernels` returns.
         measure: time of a kind of kernel with the tiles then chosen, microseconds.
-        kinds: which kernels.
         most: candidates to try of each; 0 means all.
         step: called with a name before each trial.
 
@@ -157,11 +176,11 @@ def optimize(
     Raises:
         RuntimeError: no candidate runs.
     """
-    tiles = tiles_module(backend)
-    assert tiles is not None
     trials: list[Trial] = []
     paths = []
-    for kind in kinds:
+    for backend, kind in found:
+        tiles = tiles_module(backend)
+        assert tiles is not None
         key = tiles.key(kind, *arguments(problem))
         of_kind = []
         reason: Exception | None = None

@@ -8,19 +8,30 @@ whether there is dilation.
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
 from natten.backends import Problem
-from natten.backends.hopper.descriptors import readable, too_wide
-from natten.backends.hopper.gluon_names import KNOWN, release
-from natten.backends.hopper.plan import plan_for
-from natten.backends.triton.plan import on_device
 from natten.neighborhood import Neighborhood, Rule
+
+# The simulator reads this package's tiles, also where there is no Triton.
+if importlib.util.find_spec("triton") is not None:
+    from natten.backends.hopper.backward_plan import backward
+    from natten.backends.hopper.descriptors import readable, too_wide
+    from natten.backends.hopper.gluon_names import KNOWN, release
+    from natten.backends.hopper.plan import plan_for
+    from natten.backends.triton.plan import on_device
+
+__all__ = ["backward", "forward", "unsupported"]
 
 
 def unsupported(problem: Problem) -> str | None:
     """Why these kernels can not run a problem whose dtype and head dims they can, or None."""
+    dims = problem.head_dim, problem.value_dim
+    if problem.operation == "gradient" and (max(dims) > 128 or dims[0] != dims[1]):
+        return "has backward kernels for a head_dim of 32, 64 or 128, the value's like the key's"
     if not 1e-20 < problem.scale < 1e6:
         return "masks scores that are scaled by a positive number of usual size"
     if release() not in KNOWN:

@@ -15,9 +15,6 @@ The host orders the axes as a program walks them: axis 0, 1, 2 here may be any a
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
-
 from natten.backends.hopper.gluon_names import (
     fence_async_shared,
     from_triton,
@@ -32,16 +29,6 @@ from natten.backends.hopper.gluon_names import (
 )
 from natten.backends.triton import primitives
 
-# Which boxes are masked: none (right only if tiles make them whole), all, those that are not whole.
-NEVER = gl.constexpr(0)
-ALWAYS = gl.constexpr(1)
-BRANCH = gl.constexpr(2)
-
-# When dP is issued: with S and waited for alone, with S and waited for with it, after the weights.
-EARLY = gl.constexpr(0)
-JOINT = gl.constexpr(1)
-LATE = gl.constexpr(2)
-
 UNIT = gl.constexpr(primitives.UNIT.value)
 FULL = gl.constexpr(primitives.FULL.value)
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -50,45 +37,6 @@ window = from_triton(primitives.window)
 queries_of = from_triton(primitives.queries_of)
 coordinates = from_triton(primitives.coordinates)
 split = from_triton(primitives.split)
-
-
-@triton.jit(do_not_specialize=["X0", "X1", "X2", "X2P", "D0", "D1", "D2", "heads"])
-def terms_kernel(
-    out, grad_out, lse, grad_lse, terms,
-    o_b, o_0, o_1, o_2, o_h, g_b, g_0, g_1, g_2, g_h, l_b, l_0, l_1, l_2,
-    X0, X1, X2, X2P, D0, D1, D2, heads,
-    D: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
-    """What the passes need of each query: ``terms [batch * heads * groups, 2, X0, X1, X2P]``.
-
-    The LSE as exponents of two, and minus ``delta = sum(out * grad_out) - grad_lse``; X2P is X2,
-    padded.
-    """
-    head, pid = tl.program_id(0) % heads, tl.program_id(0) // heads
-    groups = D0 * D1 * D2
-    group, line = pid % groups, pid // groups
-    batch = tl.program_id(1).to(tl.int64)
-    x = line * M + tl.arange(0, M)
-    x0, x1, x2 = x // (X1 * X2P), x // X2P % X1, x % X2P
-    inside = x < X0 * X1 * X2P
-    real = inside & (x2 < X2)
-    x0 = x0.to(tl.int64) * D0 + group // (D1 * D2)
-    x1, x2 = x1.to(tl.int64) * D1 + group // D2 % D1, x2.to(tl.int64) * D2 + group % D2
-    d = tl.arange(0, D)
-    at = batch * o_b + x0 * o_0 + x1 * o_1 + x2 * o_2 + head * o_h
-    o = tl.load(out + at[:, None] + d[None, :], mask=real[:, None], other=0.0).to(tl.float32)
-    at = batch * g_b + x0 * g_0 + x1 * g_1 + x2 * g_2 + head * g_h
-    g = tl.load(grad_out + at[:, None] + d[None, :], mask=real[:, None], other=0.0).to(tl.float32)
-    delta = tl.sum(o * g, 1)
-    at = batch * l_b + x0 * l_0 + x1 * l_1 + x2 * l_2 + head
-    row = tl.load(lse + at, mask=real, other=0.0) * 1.4426950408889634
-    # A query that attends nothing has weights of zero.
-    row = tl.where(row == float("-inf"), float("inf"), row)
-    if HAS_GRAD_LSE:
-        delta -= tl.load(grad_lse + at, mask=real, other=0.0)
-    at = ((batch * heads + head) * groups + group) * 2 * X0 * X1 * X2P + x
-    tl.store(terms + at, row, mask=inside)
-    tl.store(terms + at + X0 * X1 * X2P, -delta, mask=inside)
 
 
 @gluon.jit
@@ -130,10 +78,10 @@ def _boxes(low, high, SIZE: gl.constexpr):
 
 @gluon.jit
 def _producer(
-    outer_a, outer_b, inner_a, inner_b, inner_terms, extra_a, extra_b, grad_a, grad_b,
+    outer_a, outer_b, inner_a, inner_b, terms, extra_a, extra_b, grad_a, grad_b,
     outer_a_bufs, outer_b_bufs, a_bufs, b_bufs, term_bufs, outer_full, full, empty, done,
     oa_0, oa_1, oa_2, oa_h, ob_0, ob_1, ob_2, ob_h, ia_0, ia_1, ia_2, ia_h, ib_0, ib_1, ib_2, ib_h,
-    g_0, g_1, g_2, g_h,
+    t_0, t_1, t_2, t_h, g_0, g_1, g_2, g_h,
     L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, extra,
     OUTER: gl.constexpr, INNER: gl.constexpr, MODES: gl.constexpr, OF_KEYS: gl.constexpr,
     HAS_EXTRA: gl.constexpr,
@@ -148,12 +96,17 @@ def _producer(
     ob_c = head * ob_h + g0 * ob_0 + g1 * ob_1 + g2 * ob_2
     ia_c = g0 * ia_0 + g1 * ia_1 + g2 * ia_2
     ib_c = g0 * ib_0 + g1 * ib_1 + g2 * ib_2
-    group = (g0 * D1 + g1) * D2 + g2
-    mbarrier.expect(outer_full, 4 * outer_a.block_type.nbytes)
+    t_c = g0 * t_0 + g1 * t_1 + g2 * t_2
+    term_bytes: gl.constexpr = terms.block_type.nbytes
+    outer_bytes: gl.constexpr = 4 * outer_a.block_type.nbytes + (0 if OF_KEYS else 2 * term_bytes)
+    mbarrier.expect(outer_full, outer_bytes)
     for half in gl.static_range(2):
         at = f2 + half * OUTER[2]
         load_box(outer_a, [batch, f0, f1, at, oa_c], outer_full, outer_a_bufs.index(half))
         load_box(outer_b, [batch, f0, f1, at, ob_c], outer_full, outer_b_bufs.index(half))
+        if not OF_KEYS:
+            at_terms = [batch, f0, f1, at, t_c + head * t_h]
+            load_box(terms, at_terms, outer_full, term_bufs.index(half))
 
     low0, _, _, high0 = _span(f0, OUTER[0], L0, K0, S0, MODES[0], OF_KEYS)
     low1, _, _, high1 = _span(f1, OUTER[1], L1, K1, S1, MODES[1], OF_KEYS)
@@ -163,8 +116,7 @@ def _producer(
         first_head, rounds = head * per_kv, per_kv
     else:
         first_head, rounds = head // per_kv, 1
-    term_bytes: gl.constexpr = inner_terms.block_type.nbytes if OF_KEYS else 0
-    box_bytes: gl.constexpr = 2 * inner_a.block_type.nbytes + term_bytes
+    box_bytes: gl.constexpr = 2 * inner_a.block_type.nbytes + (term_bytes if OF_KEYS else 0)
     i = 0
     for h in range(first_head, first_head + rounds):
         for x0 in range(low0, high0, INNER[0]):
@@ -178,8 +130,8 @@ def _producer(
                         inner_a, [batch, x0, x1, x2, ia_c + h * ia_h], bar, a_bufs.index(stage)
                     )
                     if OF_KEYS:
-                        row = (batch * (heads * per_kv) + h) * (D0 * D1 * D2) + group
-                        load_box(inner_terms, [row, 0, x0, x1, x2], bar, term_bufs.index(stage))
+                        at_terms = [batch, x0, x1, x2, t_c + h * t_h]
+                        load_box(terms, at_terms, bar, term_bufs.index(stage))
                     load_box(
                         inner_b, [batch, x0, x1, x2, ib_c + h * ib_h], bar, b_bufs.index(stage)
                     )
@@ -239,11 +191,27 @@ def _inside(x, bounds, AT: gl.constexpr, MODE: gl.constexpr, ROWS: gl.constexpr,
 
 
 @gluon.jit
+def _row_terms(buffers, i, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
+    """LSE and delta of the rows' queries, ``[COUNT, 1]``."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    four = buffers.index(i)._reinterpret(gl.float32, [COUNT, 4], flat)
+    return four.slice(0, 1, 1).load(LAYOUT), four.slice(1, 1, 1).load(LAYOUT)
+
+
+@gluon.jit
+def _column_term(buffers, i, WHICH: gl.constexpr, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
+    """LSE (0) or delta (1) of the columns' queries, ``[1, COUNT]``."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0, 1])
+    four = buffers.index(i)._reinterpret(gl.float32, [4, COUNT], flat)
+    return four.slice(WHICH, 1, 0).load(LAYOUT)
+
+
+@gluon.jit
 def _step(
-    acc_a, acc_b, i, a, b, lse, minus_delta, a_bufs, b_bufs, term_bufs, full, empty, scale,
+    acc_a, acc_b, i, a, b, lse, delta, a_bufs, b_bufs, term_bufs, full, empty, scale,
     whole, x0, x1, x2, bounds,
-    AT: gl.constexpr, INNER: gl.constexpr, MODES: gl.constexpr, MASK: gl.constexpr,
-    DP: gl.constexpr, OF_KEYS: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
+    AT: gl.constexpr, INNER: gl.constexpr, MODES: gl.constexpr, MASKED: gl.constexpr,
+    OF_KEYS: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
 ):  # fmt: skip
     """Add box ``i``."""
     M: gl.constexpr = 64
@@ -257,29 +225,15 @@ def _step(
     zeros = gl.zeros([M, N], gl.float32, SCORES)
     s = warpgroup_mma(a, inner_a.permute((1, 0)), zeros, use_acc=False, is_async=True)
     if OF_KEYS:
-        terms = term_bufs.index(stage)._reinterpret(
-            gl.float32, [2, N], gl.SwizzledSharedLayout(1, 1, 1, [0])
-        )
-        less = terms.index(1).load(gl.SliceLayout(0, SCORES))[None, :]
-    else:
-        less = minus_delta[:, None]
-    # dP - delta, as a sum that starts at -delta: delta is out of the registers early.
-    dp = zeros + less
-    if DP == LATE:
         s = warpgroup_mma_wait(0, deps=(s,))
     else:
-        dp = warpgroup_mma(b, inner_b.permute((1, 0)), dp, is_async=True)
-        if DP == JOINT:
-            s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-        else:
-            s = warpgroup_mma_wait(1, deps=(s,))
+        dp = warpgroup_mma(b, inner_b.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(1, deps=(s,))
     if OF_KEYS:
-        lse = terms.index(0).load(gl.SliceLayout(0, SCORES))
-        e = s * (scale * LOG2E) - lse[None, :]
-    else:
-        e = s * (scale * LOG2E) - lse[:, None]
-    if MASK != NEVER:  # noqa: SIM102 (decided when compiling)
-        if (MASK == ALWAYS) | (whole == 0):
+        lse = _column_term(term_bufs, stage, 0, N, SCORES)
+    e = s * (scale * LOG2E) - lse
+    if MASKED:  # noqa: SIM102 (decided when compiling)
+        if not whole:
             columns = gl.arange(0, N, layout=gl.SliceLayout(0, SCORES))
             c0, c1, c2 = coordinates(columns, INNER[1], INNER[2])
             allowed = gl.full([M, N], 1, gl.int1, SCORES)
@@ -289,16 +243,17 @@ def _step(
             allowed = _inside(x2 + c2, bounds, AT + 4, MODES[2], ROWS, allowed)
             e = gl.where(allowed, e, float("-inf"))
     w = gl.exp2(e)
-    if DP == LATE:
-        dp = warpgroup_mma(b, inner_b.permute((1, 0)), dp, is_async=True)
     if OF_KEYS:
+        # Only now: with four sums in flight registers do not suffice.
+        dp = warpgroup_mma(b, inner_b.permute((1, 0)), zeros, use_acc=False, is_async=True)
         p = gl.convert_layout(w.to(a_bufs.dtype), WEIGHTS)
         acc_b = warpgroup_mma(p, inner_b, acc_b, is_async=True)
-        if DP != JOINT:
-            dp = warpgroup_mma_wait(1, deps=(dp,))
-    elif DP != JOINT:
+        dp = warpgroup_mma_wait(1, deps=(dp,))
+    else:
         dp = warpgroup_mma_wait(0, deps=(dp,))
-    ds = w * dp
+    if OF_KEYS:
+        delta = _column_term(term_bufs, stage, 1, N, SCORES)
+    ds = w * (dp - delta)
     ds = gl.convert_layout(ds.to(a_bufs.dtype), WEIGHTS)
     acc_a = warpgroup_mma(ds, inner_a, acc_a, is_async=True)
     if OF_KEYS:
@@ -311,12 +266,10 @@ def _step(
 
 @gluon.jit
 def _consumer(
-    terms, bounds,
-    outer_a_bufs, outer_b_bufs, a_bufs, b_bufs, term_bufs, outer_full, full, empty, done,
-    t_0, t_1, t_2, plane,
+    bounds, outer_a_bufs, outer_b_bufs, a_bufs, b_bufs, term_bufs, outer_full, full, empty, done,
     L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, extra, scale,
     HALF: gl.constexpr, OUTER: gl.constexpr, INNER: gl.constexpr, MODES: gl.constexpr,
-    MASK: gl.constexpr, HELD: gl.constexpr, DP: gl.constexpr,
+    MASKED: gl.constexpr,
     OF_KEYS: gl.constexpr, HAS_EXTRA: gl.constexpr,
 ):  # fmt: skip
     """Sum over the boxes of one tile of the pair, and store its gradients."""
@@ -327,7 +280,7 @@ def _consumer(
     GRADS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, GRADS, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
-    batch, head, g0, g1, g2, f0, f1, f2 = _place(T0, T1, T2, D0, D1, D2, heads, OUTER)
+    _, _, _, _, _, f0, f1, f2 = _place(T0, T1, T2, D0, D1, D2, heads, OUTER)
 
     # The boxes of the pair along the last axis, and which of them are this tile's.
     low2, _, _, high2 = _span(f2, 2 * OUTER[2], L2, K2, S2, MODES[2], OF_KEYS)
@@ -349,21 +302,13 @@ def _consumer(
     _bound(gl.minimum(i0, L0 - 1), L0, K0, S0, bounds, 8 * HALF, MODES[0], OF_KEYS)
     _bound(gl.minimum(i1, L1 - 1), L1, K1, S1, bounds, 8 * HALF + 2, MODES[1], OF_KEYS)
     _bound(gl.minimum(i2, L2 - 1), L2, K2, S2, bounds, 8 * HALF + 4, MODES[2], OF_KEYS)
-    if OF_KEYS:
-        lse, minus_delta = 0.0, 0.0
-    else:
-        # A row that is no query gets weights of zero.
-        real = (i0 < L0) & (i1 < L1) & (i2 < L2)
-        row = (batch * heads + head).to(gl.int64) * (D0 * D1 * D2) + (g0 * D1 + g1) * D2 + g2
-        at = row * 2 * plane + i0 * t_0 + i1 * t_1 + i2 * t_2
-        lse = gl.load(terms + at, mask=real, other=float("inf"))
-        minus_delta = gl.load(terms + at + plane, mask=real, other=0.0)
-
     a, b = outer_a_bufs.index(HALF).reshape([M, D]), outer_b_bufs.index(HALF).reshape([M, D])
     mbarrier.wait(outer_full, 0)
-    if HELD:
-        operand: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
-        a, b = a.load(operand), b.load(operand)
+    if OF_KEYS:
+        lse, delta = 0.0, 0.0
+    else:
+        # Rows that are no query have zeros, and gradients that nobody reads.
+        lse, delta = _row_terms(term_bufs, HALF, M, SCORES)
     acc_a = gl.zeros([M, D], gl.float32, GRADS)
     acc_b = gl.zeros([M, D], gl.float32, GRADS) if OF_KEYS else 0
 
@@ -377,9 +322,9 @@ def _consumer(
                 for x2 in range(start2, end2, INNER[2]):
                     whole = whole1 & (x2 >= all_low2) & (x2 + INNER[2] <= all_high2)
                     acc_a, acc_b = _step(
-                        acc_a, acc_b, i, a, b, lse, minus_delta, a_bufs, b_bufs, term_bufs, full,
+                        acc_a, acc_b, i, a, b, lse, delta, a_bufs, b_bufs, term_bufs, full,
                         empty, scale, whole, x0, x1, x2, bounds,
-                        8 * HALF, INNER, MODES, MASK, DP, OF_KEYS, SCORES, WEIGHTS,
+                        8 * HALF, INNER, MODES, MASKED, OF_KEYS, SCORES, WEIGHTS,
                     )  # fmt: skip
                     i += 1
                 i = _hand_back(i, after, full, empty)
@@ -388,9 +333,9 @@ def _consumer(
         bounds.index(8 * HALF + 5).store(gl.full([M], extra, gl.int32, ROWS))
         for e in range(0, extra, N):
             acc_a, acc_b = _step(
-                acc_a, acc_b, i, a, b, lse, minus_delta, a_bufs, b_bufs, term_bufs, full, empty,
+                acc_a, acc_b, i, a, b, lse, delta, a_bufs, b_bufs, term_bufs, full, empty,
                 scale, e + N <= extra, 0, 0, e, bounds,
-                8 * HALF, (1, 1, N), (UNIT, UNIT, FULL), MASK, DP, OF_KEYS, SCORES, WEIGHTS,
+                8 * HALF, (1, 1, N), (UNIT, UNIT, FULL), MASKED, OF_KEYS, SCORES, WEIGHTS,
             )  # fmt: skip
             i += 1
 
@@ -406,27 +351,27 @@ def _consumer(
 
 # Compiled once for all of them, whatever divides them.
 _NUMBERS = """
-oa_0 oa_1 oa_2 oa_h ob_0 ob_1 ob_2 ob_h ia_0 ia_1 ia_2 ia_h ib_0 ib_1 ib_2 ib_h g_0 g_1 g_2 g_h
-t_0 t_1 t_2 plane L0 L1 L2 K0 K1 K2 S0 S1 S2 D0 D1 D2 T0 T1 T2 heads per_kv extra scale
+oa_0 oa_1 oa_2 oa_h ob_0 ob_1 ob_2 ob_h ia_0 ia_1 ia_2 ia_h ib_0 ib_1 ib_2 ib_h t_0 t_1 t_2 t_h
+g_0 g_1 g_2 g_h L0 L1 L2 K0 K1 K2 S0 S1 S2 D0 D1 D2 T0 T1 T2 heads per_kv extra scale
 """.split()  # noqa: SIM905
 
 
 @gluon.jit(do_not_specialize=_NUMBERS)
 def pass_kernel(
-    outer_a, outer_b, inner_a, inner_b, inner_terms, extra_a, extra_b, grad_a, grad_b, terms,
+    outer_a, outer_b, inner_a, inner_b, terms, extra_a, extra_b, grad_a, grad_b,
     oa_0, oa_1, oa_2, oa_h, ob_0, ob_1, ob_2, ob_h, ia_0, ia_1, ia_2, ia_h, ib_0, ib_1, ib_2, ib_h,
-    g_0, g_1, g_2, g_h, t_0, t_1, t_2, plane,
+    t_0, t_1, t_2, t_h, g_0, g_1, g_2, g_h,
     L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, extra, scale,
-    MODES: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr,
-    HELD: gl.constexpr, DP: gl.constexpr, OF_KEYS: gl.constexpr, HAS_EXTRA: gl.constexpr,
+    MODES: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, OF_KEYS: gl.constexpr,
+    HAS_EXTRA: gl.constexpr,
 ):  # fmt: skip
     """One pass: dQ, or with ``OF_KEYS`` dK and dV.
 
     Tiles come from ``outer_a`` and ``outer_b`` (query and dO; key and value), boxes from
     ``inner_a`` and ``inner_b`` (key and value; query and dO); ``grad_a`` and ``grad_b`` take the
     gradients. Per axis: ``L`` tokens of a dilation group, window ``K``, stride ``S``, dilation
-    ``D``, ``T`` pairs of tiles. ``oa`` .. ``ib``, ``g``: how far apart dilation groups, and heads,
-    are in memory. ``t``, ``plane``: how far apart tokens, and LSE and delta, are in ``terms``.
+    ``D``, ``T`` pairs of tiles. ``oa`` .. ``ib``, ``t``, ``g``: how far apart dilation groups, and
+    heads, are in memory. ``terms`` has four numbers a query: LSE in exponents of two, delta, zeros.
     """
     OUTER: gl.constexpr = outer_a.block_type.shape[1:4]
     INNER: gl.constexpr = inner_a.block_type.shape[1:4]
@@ -442,12 +387,10 @@ def pass_kernel(
     b_bufs = gl.allocate_shared_memory(
         inner_b.dtype, [STAGES] + inner_b.block_type.shape, inner_b.layout
     )
-    if OF_KEYS:
-        term_bufs = gl.allocate_shared_memory(
-            gl.float32, [STAGES] + inner_terms.block_type.shape, inner_terms.layout
-        )
-    else:
-        term_bufs = a_bufs
+    # Of queries, in the first pass fetched once, in the second box by box.
+    term_bufs = gl.allocate_shared_memory(
+        gl.float32, [STAGES if OF_KEYS else 2] + terms.block_type.shape, terms.layout
+    )
     bounds = gl.allocate_shared_memory(gl.int32, [16, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     outer_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -463,27 +406,25 @@ def pass_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                terms, bounds,
-                outer_a_bufs, outer_b_bufs, a_bufs, b_bufs, term_bufs, outer_full, full, empty,
-                done, t_0, t_1, t_2, plane,
+                bounds, outer_a_bufs, outer_b_bufs, a_bufs, b_bufs, term_bufs, outer_full, full,
+                empty, done,
                 L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, extra,
                 scale,
-                0, OUTER, INNER, MODES, MASK, HELD, DP, OF_KEYS, HAS_EXTRA,
+                0, OUTER, INNER, MODES, MASKED, OF_KEYS, HAS_EXTRA,
             )),
             (_consumer, (
-                terms, bounds,
-                outer_a_bufs, outer_b_bufs, a_bufs, b_bufs, term_bufs, outer_full, full, empty,
-                done, t_0, t_1, t_2, plane,
+                bounds, outer_a_bufs, outer_b_bufs, a_bufs, b_bufs, term_bufs, outer_full, full,
+                empty, done,
                 L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, extra,
                 scale,
-                1, OUTER, INNER, MODES, MASK, HELD, DP, OF_KEYS, HAS_EXTRA,
+                1, OUTER, INNER, MODES, MASKED, OF_KEYS, HAS_EXTRA,
             )),
             (_producer, (
-                outer_a, outer_b, inner_a, inner_b, inner_terms, extra_a, extra_b, grad_a, grad_b,
+                outer_a, outer_b, inner_a, inner_b, terms, extra_a, extra_b, grad_a, grad_b,
                 outer_a_bufs, outer_b_bufs, a_bufs, b_bufs, term_bufs, outer_full, full, empty,
                 done,
                 oa_0, oa_1, oa_2, oa_h, ob_0, ob_1, ob_2, ob_h, ia_0, ia_1, ia_2, ia_h,
-                ib_0, ib_1, ib_2, ib_h, g_0, g_1, g_2, g_h,
+                ib_0, ib_1, ib_2, ib_h, t_0, t_1, t_2, t_h, g_0, g_1, g_2, g_h,
                 L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, extra,
                 OUTER, INNER, MODES, OF_KEYS, HAS_EXTRA,
             )),

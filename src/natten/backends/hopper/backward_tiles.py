@@ -105,7 +105,7 @@ def choose(of_keys: bool, rule: Neighborhood, shape: Shape, dim: int, columns: i
             if math.prod(cut.size for cut in outer) != _ROWS:
                 continue
             programs = outer[0].tiles * outer[1].tiles * outer[2].pairs
-            for inner in _boxes(columns, of_keys):
+            for inner in _boxes(columns):
                 if any(size not in cut.boxes for size, cut in zip(inner, outer)):
                     continue
                 around = outer[0].boxes[inner[0]] * outer[1].boxes[inner[1]]
@@ -128,16 +128,11 @@ def choose(of_keys: bool, rule: Neighborhood, shape: Shape, dim: int, columns: i
 
 def stages(dim: int, columns: int) -> int:
     """Boxes in flight: as shared memory allows, at most 4."""
-    outer, inner = 4 * _ROWS * dim * 2, 2 * columns * dim * 2 + 8 * columns
+    outer, inner = 4 * _ROWS * dim * 2, 2 * columns * dim * 2 + 16 * columns
     return min(4, (_SHARED - outer - 8192) // inner)
 
 
 @lru_cache(maxsize=8)
-def _boxes(columns: int, of_keys: bool) -> list[Shape]:
-    """Box shapes; TMA needs 16 bytes, and LSE and delta come as float32 in the second pass."""
-    least = 4 if of_keys else 1
-    return [
-        shape
-        for shape in itertools.product(_SIZES, repeat=3)
-        if math.prod(shape) == columns and shape[2] >= least
-    ]
+def _boxes(columns: int) -> list[Shape]:
+    """Box shapes."""
+    return [s for s in itertools.product(_SIZES, repeat=3) if math.prod(s) == columns]

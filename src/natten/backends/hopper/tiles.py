@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 
 from natten import tuning
-from natten.backends.triton.plan import padded
 from natten.neighborhood import Neighborhood, Rule, group_length
+from natten.tiling import padded
 
 Shape = tuple[int, ...]
 KINDS = ("forward",)
@@ -46,7 +46,7 @@ class Mask(NamedTuple):
     tables: int = 1
 
 
-class _Axis(NamedTuple):
+class Axis(NamedTuple):
     """One way to cut an axis: what a warpgroup and a box cover, summed over the axis's tiles."""
 
     query: int
@@ -57,7 +57,7 @@ class _Axis(NamedTuple):
     masked: bool
 
 
-def _cut(first: torch.Tensor, last: torch.Tensor, query: int, key: int, parts: int) -> _Axis:
+def _cut(first: torch.Tensor, last: torch.Tensor, query: int, key: int, parts: int) -> Axis:
     """Cut an axis whose queries have windows ``first .. last``; ``parts`` warpgroups a tile."""
     end = len(first) - 1
     begin = torch.arange(0, len(first), query * parts, device="cpu")
@@ -71,7 +71,7 @@ def _cut(first: torch.Tensor, last: torch.Tensor, query: int, key: int, parts: i
         masked |= bool((first[tail] > first[head]).any() or (last[tail] > last[head]).any())
         masked |= bool((before % key).any() or (past % key).any())
     most = int((-(-(high - low) // key)).max())
-    return _Axis(query, key, len(begin), boxes, most, masked)
+    return Axis(query, key, len(begin), boxes, most, masked)
 
 
 class _Cuts:
@@ -86,24 +86,25 @@ class _Cuts:
         ]
         self.axis = cache(self._axis)
 
-    def _axis(self, axis: int, query: int, key: int, parts: int) -> _Axis:
+    def _axis(self, axis: int, query: int, key: int, parts: int) -> Axis:
         if axis < self.missing:
-            return _Axis(1, 1, 1, 1, 1, False)
+            return Axis(1, 1, 1, 1, 1, False)
         return _cut(*self.windows[axis - self.missing], query, key, parts)
 
-    def __call__(self, query: Shape, key: Shape, split: int, groups: int) -> tuple[_Axis, ...]:
+    def __call__(self, query: Shape, key: Shape, split: int, groups: int) -> tuple[Axis, ...]:
         return tuple(self.axis(a, query[a], key[a], groups if a == split else 1) for a in range(3))
 
 
 _cuts = lru_cache(maxsize=64)(_Cuts)
 
 
-def _mask(rule: Neighborhood, axes: tuple[_Axis, ...], split: int, groups: int) -> Mask:
+def mask_of(sliding: bool, axes: Sequence[Axis], split: int, groups: int) -> Mask:
+    """How three axes are masked; ``sliding``: every query of the last has a window of its own."""
     if not any(axis.masked for axis in axes):
         return Mask()
     # The windows of a tile's queries start in as many places, at the same distances everywhere.
     by_row = axes[2].masked and axes[2].query < axes[2].key and (split != 2 or groups == 1)
-    by_row &= rule.stride[-1] == 1 and not rule.is_causal[-1]
+    by_row &= sliding
     widths = [axis.key if axis.masked else 0 for axis in axes]
     if by_row:
         widths[2] = axes[2].query
@@ -114,10 +115,15 @@ def _mask(rule: Neighborhood, axes: tuple[_Axis, ...], split: int, groups: int) 
     return Mask(PRODUCT, code, by_row, 1 if sum(widths) <= 16 else 2, tables)
 
 
+def slides(rule: Neighborhood) -> bool:
+    """Whether windows move by one position from query to query along the last axis."""
+    return rule.stride[-1] == 1 and not rule.is_causal[-1]
+
+
 def mask(rule: Neighborhood, shape: Shape, tiles: Tiles) -> Mask:
     """How tiles are masked."""
     axes = _cuts(rule, shape)(tiles.query, tiles.key, tiles.split, tiles.groups)
-    return _mask(rule, axes, tiles.split, tiles.groups)
+    return mask_of(slides(rule), axes, tiles.split, tiles.groups)
 
 
 def _shared(tiles: Tiles, mask: Mask, dim: int, value_dim: int, own_out: bool) -> int:
@@ -153,17 +159,22 @@ def _has_registers(tiles: Tiles, value_dim: int) -> bool:
 _SCORE, _BOX, _BOX_WAIT, _TILE, _TILE_WAIT = 8.0, 100.0, 1200.0, 500.0, 3000.0
 
 
-def _cost(axes: tuple[_Axis, ...], tiles: Tiles, mask: Mask, dim: int, value_dim: int) -> float:
-    """Cycles of a multiprocessor per batch entry, head and dilation group."""
+def prices(tiles: Tiles, mask: Mask, dim: int, value_dim: int) -> tuple[float, float]:
+    """Cycles of a multiprocessor that a box costs, and a warpgroup's tile beside its boxes."""
     columns = math.prod(tiles.key)
-    boxes = math.prod(axis.boxes for axis in axes)
-    number = math.prod(axis.tiles for axis in axes)
     # Warpgroups of one program wait for the same boxes.
     at_once = tiles.programs if tiles.groups == 1 else 1.5 * tiles.programs
     product = columns * (dim + value_dim + 16 * mask.steps * (mask.kind == PRODUCT)) / 32
     score = _SCORE * (1.3 if mask.kind == COMPARE else 1)
     box = product + columns * score + _BOX + _BOX_WAIT / at_once
-    return boxes * box + number * tiles.groups * (_TILE + _TILE_WAIT / at_once)
+    return box, _TILE + _TILE_WAIT / at_once
+
+
+def _cost(axes: tuple[Axis, ...], tiles: Tiles, mask: Mask, dim: int, value_dim: int) -> float:
+    """Cycles of a multiprocessor per batch entry, head and dilation group."""
+    box, tile = prices(tiles, mask, dim, value_dim)
+    number = math.prod(axis.tiles for axis in axes)
+    return math.prod(axis.boxes for axis in axes) * box + number * tiles.groups * tile
 
 
 def key(
@@ -207,21 +218,42 @@ def candidates(
 ) -> list[Tiles]:
     """Tiles that fit the registers and shared memory, cheapest first by estimate."""
     cuts = _cuts(rule, shape)
-    most_keys = 64 if max(dim, value_dim) > 128 else 128
-    keys = _shapes(most_keys, cuts.lengths) + _shapes(most_keys // 2, cuts.lengths)
     costs: dict[Tiles, float] = {}
-    for query, box in itertools.product(_shapes(ROWS, cuts.lengths), keys):
-        for split, groups, programs in _ways(len(shape)):
-            axes = cuts(query, box, split, groups)
-            found = _mask(rule, axes, split, groups)
-            # An output buffer that delays no query is worth more than a third stage.
-            for stages, own in ((3, True), (2, True), (2, dim != value_dim)):
-                tiles = Tiles(query, box, split, groups, programs, stages)
-                fits = _shared(tiles, found, dim, value_dim, own) <= _SHARED
-                if fits and _has_registers(tiles, value_dim):
-                    costs[tiles] = _cost(axes, tiles, found, dim, value_dim)
-                    break
-    return sorted(costs, key=lambda tiles: (costs[tiles], max(tiles.query)))
+    for tiles in cuttings(cuts.lengths, dim, value_dim):
+        axes = cuts(tiles.query, tiles.key, tiles.split, tiles.groups)
+        found = mask_of(slides(rule), axes, tiles.split, tiles.groups)
+        fitting = fitted(tiles, found, dim, value_dim)
+        if fitting is not None:
+            costs[fitting] = _cost(axes, fitting, found, dim, value_dim)
+    return sorted(costs, key=costs.__getitem__)
+
+
+def cuttings(lengths: Sequence[int], dim: int, value_dim: int) -> list[Tiles]:
+    """Tiles that fit the registers, to be :func:`fitted`; of equal cost, the first is better.
+
+    Args:
+        lengths: positions of a dilation group, per axis.
+        dim, value_dim: of a head.
+    """
+    most_keys = 64 if max(dim, value_dim) > 128 else 128
+    keys = _shapes(most_keys, lengths) + _shapes(most_keys // 2, lengths)
+    every = (
+        Tiles(query, box, *way, stages=2)
+        for query, box in itertools.product(_shapes(ROWS, lengths), keys)
+        for way in _ways(len(lengths))
+    )
+    fitting = (tiles for tiles in every if _has_registers(tiles, value_dim))
+    return sorted(fitting, key=lambda tiles: max(tiles.query))
+
+
+def fitted(tiles: Tiles, mask: Mask, dim: int, value_dim: int) -> Tiles | None:
+    """The tiles with the stages that fit the shared memory, or None if not even two do."""
+    # An output buffer that delays no query is worth more than a third stage.
+    for stages, own in ((3, True), (2, True), (2, dim != value_dim)):
+        tiles = tiles._replace(stages=stages)
+        if _shared(tiles, mask, dim, value_dim, own) <= _SHARED:
+            return tiles
+    return None
 
 
 def _ways(rank: int) -> list[tuple[int, int, int]]:

@@ -92,13 +92,13 @@ def backward(
         found.query(query, key, value, bias, ek, ev, table, grad_out, terms, grad_query)
         found.key(query, key, value, bias, table, grad_out, terms, grad_key, grad_value)
         if extra_keys is not None:
-            grad_ek, grad_ev = _extra_gradients(found, query, ek, ev, grad_out, terms)
+            grad_ek, grad_ev = extra_gradients(found, query, ek, ev, grad_out, terms)
         if rpb is not None:
             grad_rpb = _bias_gradient(found, query, key, value, rpb, grad_out, terms)
     return grad_query, grad_key, grad_value, grad_rpb, grad_ek, grad_ev
 
 
-def _extra_gradients(found: Plan, query: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+def extra_gradients(found: Plan, query: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     """Every query reaches the additional tokens: sums over parts, then over the parts."""
     parts, launch = found.extra_tokens
     shape = (found.batch, found.kv_heads, parts, found.extra or 0)

@@ -38,6 +38,7 @@ from natten.backends.triton.primitives import (
     UNIT,
 )
 from natten.neighborhood import Dense, Rule
+from natten.tiling import padded
 from natten.varlen import Documents
 
 _log = logging.getLogger("natten")
@@ -113,11 +114,6 @@ def _time(launch: Launch, tensors: Sequence[Tensor]) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end))
     return sorted(times)[2]
-
-
-def padded(values: Sequence[Any], fill: Any) -> tuple[Any, ...]:
-    """Three axes: the missing ones come first."""
-    return (*(fill,) * (3 - len(values)), *values)
 
 
 def modes(rule: Rule, shape: Sequence[int]) -> tuple[int, ...]:

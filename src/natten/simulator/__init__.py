@@ -20,18 +20,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from natten import tiling
+from natten.backends import BACKENDS
 from natten.errors import ArgumentError
 from natten.neighborhood import Neighborhood, group_length, window_bounds
+from natten.simulator.kernels import Axis, Hopper, Kernel, Sized, Tiling, outer, tile_shapes
 
 Shape = tuple[int, ...]
 
-_SAME = 1e-9  # relative difference below which two costs are one
+_SAME = 1e-9  # relative difference below which two times are one
+_LATER = 1e-12  # what a tiling's place adds to its cost, so that of equal ones the first is taken
 _CHUNK = 64  # windows counted position by position at a time
 
 
@@ -46,7 +49,9 @@ class Device:
         exponentials: 10^12 a second.
         q_tile: queries in a tile.
         kv_tile: keys in a box; 1 means that a tile takes exactly the keys it needs.
-        masking: what masking adds to a box that some query attends in part, as a fraction.
+        masking: what masking by comparisons adds to the products of a box, as a fraction.
+        backend: whose tiles are taken where it can run the layer, instead of those sizes: "hopper",
+            or "" for none.
     """
 
     name: str
@@ -56,6 +61,7 @@ class Device:
     q_tile: int = 128
     kv_tile: int = 64
     masking: float = 0.2  # measured on an H100: 0.13 to 0.25
+    backend: str = ""
 
 
 # GPUs: dense bf16 and memory from data sheets; exponentials are 16 per multiprocessor and clock.
@@ -63,8 +69,8 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device("h100", tflops=989, bandwidth=3.35, exponentials=3.7),
-        Device("h200", tflops=989, bandwidth=4.8, exponentials=3.7),
+        Device("h100", tflops=989, bandwidth=3.35, exponentials=3.7, backend="hopper"),
+        Device("h200", tflops=989, bandwidth=4.8, exponentials=3.7, backend="hopper"),
         Device("a100", tflops=312, bandwidth=2.04, exponentials=2.4),
         Device(
             "cpu",
@@ -86,6 +92,7 @@ class Prediction:
     Attributes:
         kernel_size, stride: the window.
         kept: fraction of all pairs of tokens that attend each other.
+        backend: whose tiles these are: "hopper", or "" if only their sizes were given.
         q_tile, kv_tile: the cheapest tile of queries and box of keys.
         computed_over_needed: pairs computed per pair needed; 1 is no waste.
         whole_boxes: fraction of the visited boxes that need no mask.
@@ -100,6 +107,7 @@ class Prediction:
     kernel_size: Shape
     stride: Shape
     kept: float
+    backend: str
     q_tile: Shape
     kv_tile: Shape
     computed_over_needed: float
@@ -206,13 +214,31 @@ class Layer:
         """Tokens of one batch entry."""
         return math.prod(self.shape)
 
-    def time_us(self, pairs: float, masked: float = 0.0) -> tuple[float, str]:
-        """Roofline of ``pairs`` computed per head, of which ``masked`` are masked; what bounds it.
+    def kernel(self) -> Kernel:
+        """The kernels that run the layer."""
+        lengths = [group_length(n, d, 0) for n, d in zip(self.shape, self.dilation)]
+        device, given = self.device, self.q_tile or self.kv_tile or self.aligned
+        if device.backend == Hopper.name and not given and self._suits_hopper():
+            return Hopper(lengths, self.head_dim, device.masking)
+        queries = [self.q_tile] if self.q_tile else tile_shapes(device.q_tile, lengths)
+        keys = [self.kv_tile] if self.kv_tile else tile_shapes(device.kv_tile, lengths)
+        return Sized(queries, keys, device.masking)
 
-        Microseconds.
+    def _suits_hopper(self) -> bool:
+        """Whether the backend has kernels for this layer; else the Triton kernels run it."""
+        dims = next(each.head_dims for each in BACKENDS if each.name == Hopper.name)
+        divides = all(n % d == 0 for n, d in zip(self.shape, self.dilation))
+        return self.itemsize == 2 and divides and dims is not None and self.head_dim in dims
+
+    def time_us(self, pairs: float, masking: float = 0.0) -> tuple[float, str]:
+        """Roofline of ``pairs`` computed per head, and what bounds it; microseconds.
+
+        Args:
+            pairs: query-key pairs.
+            masking: work of masking them, as a fraction of the products.
         """
         matrices, device = self.batch * self.heads, self.device
-        work = matrices * (pairs + device.masking * masked)
+        work = matrices * pairs * (1 + masking)
         moved = 4 * matrices * self.tokens * self.head_dim * self.itemsize
         times = {
             "products": 4 * work * self.head_dim / device.tflops,
@@ -239,8 +265,9 @@ def simulate(
         device: a :class:`Device`, or the name of one of ``DEVICES``: "h100", "h200", "a100", "cpu".
         batch, heads, head_dim: of the attention layer; 1, 1 and 128.
         itemsize: bytes of a number, 2 for half precision.
-        q_tile, kv_tile: tile of queries and box of keys, one size per axis; None tries all powers
-            of two that multiply to the device's numbers and takes the cheapest.
+        q_tile, kv_tile: tile of queries and box of keys, one size per axis. Without them, those
+            that the device's backend chooses; if it has none that can run the layer, the cheapest
+            powers of two that multiply to the device's numbers.
         aligned: whether boxes lie on a fixed grid, as in kernels that reorder tokens first.
             Our kernels' boxes start where a tile's first window starts.
 
@@ -250,7 +277,7 @@ def simulate(
     Example:
         >>> video = simulate((30, 48, 80), (18, 24, 24), heads=24)
         >>> f"{video.flop_bound:.1f} by FLOPs, {video.tile_bound:.1f} by tiling"
-        '11.1 by FLOPs, 7.2 by tiling'
+        '11.1 by FLOPs, 7.5 by tiling'
         >>> simulate((30, 48, 80), (18, 24, 24), (16, 8, 8), heads=24).is_whole
         True
     """
@@ -343,18 +370,6 @@ def recommend(
 # --- counting ---
 
 
-class _Axis(NamedTuple):
-    """Counts of one axis for a tile size and a box size; one entry per window.
-
-    float64: counts of three axes are multiplied.
-    """
-
-    needed: Tensor
-    visited: Tensor
-    whole: Tensor
-    most: Tensor
-
-
 def _needed(n: int, kernel_size: Tensor, stride: Tensor, is_causal: bool) -> Tensor:
     """Pairs that attend each other among ``n`` positions, for each window ``[windows, 1]``."""
     if not is_causal:
@@ -372,47 +387,34 @@ def _count(
     dilation: int,
     is_causal: bool,
     windows: Sequence[tuple[int, int]],
-    tile: int,
-    box: int,
+    query: int,
+    key: int,
+    parts: int,
     aligned: bool,
-) -> _Axis:
+) -> Axis:
     """Count what one axis contributes, for every ``(kernel_size, stride)`` of ``windows``."""
     kernel, stride = torch.tensor(windows)[:, :, None].unbind(1)
-    zero = torch.zeros(len(windows), dtype=torch.float64)
-    total = _Axis(zero, zero, zero, zero)
+    needed = visited = whole = most = torch.zeros(len(windows), dtype=torch.float64)
+    blocks = 0
     for group, groups in tiling.group_kinds(length, dilation):
         n = group_length(length, dilation, group)
-        first = torch.arange(0, n, tile)
-        last = (first + tile - 1).clamp(max=n - 1)
-        low, end = window_bounds(first, n, kernel, stride, is_causal)
-        start, high = window_bounds(last, n, kernel, stride, is_causal)
-        count = tiling.count_boxes(low, start, end, high, box, aligned)
-        total = _Axis(
-            total.needed + groups * _needed(n, kernel, stride, is_causal),
-            total.visited + groups * count.visited,
-            total.whole + groups * count.whole,
-            torch.maximum(total.most, count.most),
-        )
-    return total
-
-
-def _tile_shapes(count: int, lengths: Sequence[int]) -> list[Shape]:
-    """Powers of two, one per axis, whose product is ``count``; no axis is far longer than needed.
-
-    If the layout has too few tokens, the last axis is as long as it must be.
-    """
-    most = [max(1, 1 << (n - 1).bit_length()) for n in lengths]
-    most[-1] = max(most[-1], count // math.prod(most[:-1]))
-    sizes = [[1 << i for i in range(count.bit_length()) if 1 << i <= m] for m in most]
-    return [shape for shape in itertools.product(*sizes) if math.prod(shape) == count]
-
-
-def _outer(vectors: Sequence[Tensor]) -> Tensor:
-    """The product of one entry per axis, for every combination, flat."""
-    product = vectors[0]
-    for vector in vectors[1:]:
-        product = (product[:, None] * vector).flatten()
-    return product
+        begin = torch.arange(0, n, query * parts)
+        blocks += groups * len(begin) * parts
+        needed = needed + groups * _needed(n, kernel, stride, is_causal)
+        origin, _ = window_bounds(begin, n, kernel, stride, is_causal)
+        for part in range(parts):
+            first = (begin + part * query).clamp(max=n - 1)
+            last = (begin + part * query + query - 1).clamp(max=n - 1)
+            low, end = window_bounds(first, n, kernel, stride, is_causal)
+            start, high = window_bounds(last, n, kernel, stride, is_causal)
+            count = tiling.count_boxes(
+                low, start, end, high, key, torch.zeros_like(low) if aligned else origin
+            )
+            visited = visited + groups * count.visited
+            whole = whole + groups * count.whole
+            most = torch.maximum(most, count.most)
+    slides = (stride[:, 0] == 1) & (not is_causal)
+    return Axis(needed, visited, whole, most, slides, blocks)
 
 
 def _predict(
@@ -424,67 +426,78 @@ def _predict(
         options: per axis, a list of options; an option is ``(kernel_size, stride)`` alternatives
             of which the cheapest counts. Options of an axis have as many alternatives.
     """
-    lengths = [group_length(n, d, 0) for n, d in zip(layer.shape, layer.dilation)]
-    device, rank = layer.device, len(lengths)
-    queries = [layer.q_tile] if layer.q_tile else _tile_shapes(device.q_tile, lengths)
-    keys = [layer.kv_tile] if layer.kv_tile else _tile_shapes(device.kv_tile, lengths)
+    kernel = layer.kernel()
+    device, rank = layer.device, len(layer.shape)
 
     @cache
-    def cheapest(axis: int, tile: int, box: int) -> tuple[_Axis, list[int]]:
+    def cheapest(axis: int, query: int, key: int, parts: int) -> tuple[Axis, list[int]]:
         """Counts and index of the cheapest alternative of each option."""
         alternatives = len(options[axis][0])
         counts = _count(
             layer.shape[axis], layer.dilation[axis], layer.is_causal[axis],
-            tuple(itertools.chain(*options[axis])), tile, box, layer.aligned,
+            tuple(itertools.chain(*options[axis])), query, key, parts, layer.aligned,
         )  # fmt: skip
         cost = counts.visited + device.masking * (counts.visited - counts.whole)
         chosen = cost.view(-1, alternatives).argmin(1)
         index = chosen + alternatives * torch.arange(len(chosen))
-        return _Axis(*(x[index] for x in counts)), chosen.tolist()
+        return counts.of(index), chosen.tolist()
 
-    tilings = list(itertools.product(queries, keys))
-    best: dict[str, Tensor] = {}
-    for number, (query, key) in enumerate(tilings):
-        axes = [cheapest(axis, query[axis], key[axis])[0] for axis in range(rank)]
-        needed, visited, whole, most = (_outer(each) for each in zip(*axes))
-        row = {
-            "cost": (visited + device.masking * (visited - whole)) * math.prod(query + key),
-            "needed": needed,
-            "visited": visited,
-            "whole": whole,
-            "most": most,
-            "tiling": torch.full_like(visited, number, dtype=torch.int64),
-        }
-        if best:
-            better = row["cost"] < best["cost"] * (1 - _SAME)
-            row = {name: torch.where(better, row[name], best[name]) for name in best}
-        best = row
+    def cut(tiling: Tiling) -> list[tuple[Axis, list[int]]]:
+        query, key, split, parts = tiling
+        return [cheapest(a, query[a], key[a], parts if a == split else 1) for a in range(rank)]
+
+    bounds = []
+    for number, tiles in enumerate(kernel.tilings):
+        axes = [axis for axis, _ in cut(tiles)]
+        fewest = math.prod(float(axis.visited.min()) for axis in axes)
+        bounds.append(kernel.least(number, fewest, math.prod(axis.blocks for axis in axes)))
+    combinations = list(itertools.product(*(range(len(axis)) for axis in options)))
+    best = torch.full([len(combinations)], math.inf, dtype=torch.float64)
+    chosen = torch.zeros(len(combinations), dtype=torch.int64)
+    # The most promising first, so that the others need not be looked at.
+    for number in sorted(range(len(bounds)), key=bounds.__getitem__):
+        if bounds[number] > float(best.max()):
+            break
+        axes = [axis for axis, _ in cut(kernel.tilings[number])]
+        cost = kernel.cost(number, axes) * (1 + _LATER * number)
+        better = cost < best
+        best = torch.where(better, cost, best)
+        chosen.masked_fill_(better, number)
+
+    names = "needed", "visited", "whole", "most", "masking"
+    columns = {name: torch.empty_like(best) for name in names}
+    for number in chosen.unique().tolist():
+        of_tiling = chosen == number
+        axes = [axis for axis, _ in cut(kernel.tilings[number])]
+        found = [outer(each) for each in list(zip(*axes))[:4]]
+        for name, column in zip(names, [*found, kernel.masking(number, axes)]):
+            columns[name][of_tiling] = column[of_tiling]
 
     dense_us, _ = layer.time_us(float(layer.tokens) ** 2)
     predictions = []
-    combinations = itertools.product(*(range(len(axis)) for axis in options))
-    columns = (best[name].tolist() for name in ("needed", "visited", "whole", "most", "tiling"))
-    for combination, needed, visited, whole, most, number in zip(combinations, *columns):
-        query, key = tilings[number]
-        box = math.prod(query + key)
+    rows = zip(combinations, chosen.tolist(), *(each.tolist() for each in columns.values()))
+    for combination, number, needed, visited, whole, most, masking in rows:
+        tiles = kernel.tilings[number]
         window = [
-            options[axis][i][cheapest(axis, query[axis], key[axis])[1][i]]
-            for axis, i in enumerate(combination)
+            options[axis][i][index[i]]
+            for axis, (i, (_, index)) in enumerate(zip(combination, cut(tiles)))
         ]
-        kernel, stride = zip(*window)
-        time_us, bound_by = layer.time_us(visited * box, (visited - whole) * box)
+        kernel_size, stride = zip(*window)
+        pairs = visited * tiles.pairs
+        time_us, bound_by = layer.time_us(pairs, masking)
         predictions.append(
             Prediction(
-                kernel_size=kernel,
+                kernel_size=kernel_size,
                 stride=stride,
                 kept=needed / layer.tokens**2,
-                q_tile=query,
-                kv_tile=key,
-                computed_over_needed=visited * box / needed,
+                backend=kernel.name,
+                q_tile=tiles.tile,
+                kv_tile=tiles.key,
+                computed_over_needed=pairs / needed,
                 whole_boxes=whole / visited,
                 flop_bound=layer.tokens**2 / needed,
-                tile_bound=layer.tokens**2 / (visited * box),
-                interior_bound=layer.tokens / (most * math.prod(key)),
+                tile_bound=layer.tokens**2 / pairs,
+                interior_bound=layer.tokens / (most * math.prod(tiles.key)),
                 time_us=time_us,
                 dense_us=dense_us,
                 bound_by=bound_by,

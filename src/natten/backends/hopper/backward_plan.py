@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from natten import tuning
 from natten.backends import triton as portable
 from natten.backends.hopper import backward_tiles
-from natten.backends.hopper.backward_kernel import BRANCH, EARLY, NEVER, pass_kernel, terms_kernel
+from natten.backends.hopper.backward_kernel import pass_kernel
 from natten.backends.hopper.backward_tiles import Tiles
 from natten.backends.hopper.descriptors import Boxes, View, box_layout, contiguous, readable, view
 from natten.backends.hopper.gluon_names import gl
@@ -20,13 +19,11 @@ from natten.backends.hopper.plan import Launch, Shape
 from natten.backends.triton.plan import modes, on_device, padded
 from natten.neighborhood import Neighborhood
 
-_OPTIONS: dict[str, Any] = {}
-
 
 class _Pass:
     """dQ, from tiles of queries and boxes of keys, or dK and dV, from the reverse."""
 
-    def __init__(self, plan: Plan, of_keys: bool, tiles: Tiles, terms: Shape) -> None:
+    def __init__(self, plan: Plan, of_keys: bool, tiles: Tiles) -> None:
         order, outer, inner, stages, masked = tiles
         layout = box_layout(plan.dim, plan.dtype)
         outer_box, inner_box = [1, *outer, plan.dim], [1, *inner, plan.dim]
@@ -37,12 +34,10 @@ class _Pass:
         self.outer = [Boxes(each, outer_box, layout) for each in fixed]
         self.inner = [Boxes(each, inner_box, layout) for each in walked]
         self.grad = Boxes(grad, outer_box, layout)
-        self.rows = None
-        # Of LSE and delta: how far apart tokens are, along the axes as this pass has them.
-        steps = dict(zip(plan.terms_order, contiguous(terms)[2:]))
-        if of_keys:
-            seen = View(list(terms), list(contiguous(terms)), ())
-            self.rows = Boxes(seen, [1, 2, *inner], gl.NVMMASharedLayout(0, 32, rank=5))
+        terms = _ordered(plan.terms_view, order)
+        self.terms = Boxes(
+            terms, [1, *(inner if of_keys else outer), 4], gl.NVMMASharedLayout(0, 32, rank=5)
+        )
         extra = 0 if of_keys else plan.extra
         box = [1, 1, 1, math.prod(inner), plan.dim]
         self.extra = Boxes(plan.extra_view, box, layout) if extra else None
@@ -52,16 +47,15 @@ class _Pass:
         heads = plan.kv_heads if of_keys else plan.heads
         rule = plan.rule
         numbers = (
-            *(step for each in (*fixed, *walked, grad) for step in each.steps),
-            *(steps[axis] for axis in order), contiguous(terms)[1], *lengths,
+            *(step for each in (*fixed, *walked, terms, grad) for step in each.steps),
+            *lengths,
             *(x[axis] for x in (plan.window, plan.stride, plan.dilation) for axis in order),
             *counts, heads, plan.heads // plan.kv_heads, extra, plan.scale,
         )  # fmt: skip
         constants = {
             "MODES": tuple(plan.modes[axis] for axis in order), "STAGES": stages,
-            "MASK": (BRANCH if masked else NEVER).value, "HELD": not of_keys, "DP": EARLY.value,
+            "MASKED": masked,
             "OF_KEYS": of_keys, "HAS_EXTRA": extra > 0, "num_warps": 4, "maxnreg": 168,
-            **_OPTIONS,
         }  # fmt: skip
         programs = math.prod(counts) * math.prod(rule.dilation) * heads * plan.batch
         self.launch = Launch(pass_kernel, programs, numbers, constants)
@@ -74,10 +68,9 @@ class _Pass:
         tiles = [make(x) for make, x in zip(self.outer, outer)]
         boxes = [make(x) for make, x in zip(self.inner, inner)]
         # What is missing is never read.
-        rows = boxes[0] if self.rows is None else self.rows(terms)
         more = boxes if self.extra is None else [self.extra(x) for x in extra]
         found = [self.grad(x) for x in grads]
-        self.launch(*tiles, *boxes, rows, *more, found[0], found[-1], terms)
+        self.launch(*tiles, *boxes, self.terms(terms), *more, found[0], found[-1])
 
 
 def _ordered(each: View, order: Sequence[int]) -> View:
@@ -102,7 +95,6 @@ class Plan:
         shapes: Sequence[Shape],
         strides: Sequence[Shape],
         extra: int,
-        has_grad_lse: bool,
     ) -> None:
         batch, *space, heads, dim = shapes[0]
         self.rule, self.scale, self.dtype, self.extra = rule, scale, dtype, extra
@@ -111,6 +103,8 @@ class Plan:
         self.grad_views = [view(x, contiguous(x), rule.dilation) for x in shapes[:2]]
         more = (batch, extra, self.kv_heads, dim)
         self.extra_view = view(more, contiguous(more), (1,))
+        four = (*shapes[0][:-1], 4)
+        self.terms_view = view(four, contiguous(four), rule.dilation)
         self.dilation = padded(rule.dilation, 1)
         self.groups = padded([n // d for n, d in zip(space, rule.dilation)], 1)
         self.window, self.stride = padded(rule.kernel_size, 1), padded(rule.stride, 1)
@@ -118,31 +112,8 @@ class Plan:
         queries, keys = (
             backward_tiles.choose(of_keys, rule, self.groups, dim, 64) for of_keys in (False, True)
         )
-        # TMA reads LSE and delta in the order of the keys' pass, in rows of 16 bytes.
-        self.terms_order = keys.order
-        lengths = [self.groups[axis] for axis in keys.order]
-        wide = -(-lengths[2] // 4) * 4
-        groups = math.prod(rule.dilation)
-        self.terms_shape = (batch * heads * groups, 2, *lengths[:2], wide)
-        self.terms = self._terms(shapes, lengths, wide, groups, has_grad_lse)
-        self.of_queries = _Pass(self, False, queries, self.terms_shape)
-        self.of_keys = _Pass(self, True, keys, self.terms_shape)
-
-    def _terms(
-        self, shapes: Sequence[Shape], lengths: Sequence[int], wide: int, groups: int, given: bool
-    ) -> Launch:
-        order, strides = self.terms_order, []
-        for shape in (shapes[3], shapes[3], (*shapes[3][:-1], 1)):
-            batch, *space, heads, _ = contiguous(shape)
-            axes = padded(space, 0)
-            strides += [batch, *(axes[axis] for axis in order), heads]
-        rows = 4096 // self.dim
-        lines = -(-lengths[0] * lengths[1] * wide // rows)
-        numbers = (
-            *strides[:-1], *lengths, wide, *(self.dilation[axis] for axis in order), self.heads,
-        )  # fmt: skip
-        constants = {"D": self.dim, "HAS_GRAD_LSE": given, "M": rows}
-        return Launch(terms_kernel, lines * groups * self.heads, numbers, constants, self.batch)
+        self.of_queries = _Pass(self, False, queries)
+        self.of_keys = _Pass(self, True, keys)
 
 
 _plan = tuning.cached(Plan)
@@ -179,24 +150,20 @@ def backward(
     found = _plan(
         rule, scale, query.device, query.dtype, tuple(x.shape for x in tensors),
         tuple(x.stride() for x in tensors), extra[0].shape[1] if extra else 0,
-        grad_lse is not None,
     )  # fmt: skip
-    given = lse if grad_lse is None else grad_lse.contiguous()
-    terms = lse.new_empty(found.terms_shape)
+    # LSE and delta, and what every query reaches, are the portable backend's work.
+    shared = portable.plan_for(
+        query, key, value, None, extra[0] if extra else None, rule, scale, None, ()
+    )
+    terms = lse.new_empty(*lse.shape, 4)
     grad_ek = grad_ev = None
     with on_device(query):
-        found.terms(out, grad_out, lse, given, terms)
+        given = lse if grad_lse is None else grad_lse.contiguous()
+        shared.terms[grad_lse is not None](out, lse, grad_out, given, terms)
         found.of_queries((query, grad_out), (key, value), extra, terms, grads[:1])
         found.of_keys((key, value), (query, grad_out), (), terms, grads[1:])
         if extra:
-            # Every query reaches the additional tokens: the portable backend's sums over parts.
-            sums = portable.plan_for(query, key, value, None, extra[0], rule, scale)
-            rows = lse.new_empty(*lse.shape, 4)
-            sums.terms[grad_lse is not None](out, lse, grad_out, given, rows)
-            grad_ek, grad_ev = portable._extra_gradients(sums, query, *extra, grad_out, rows)
+            grad_ek, grad_ev = portable.extra_gradients(shared, query, *extra, grad_out, terms)
         elif extra_keys is not None and extra_values is not None:
-            grad_ek, grad_ev = (
-                extra_keys.new_zeros(extra_keys.shape),
-                extra_values.new_zeros(extra_values.shape),
-            )
+            grad_ek, grad_ev = (torch.zeros_like(x) for x in (extra_keys, extra_values))
     return (*grads, None, grad_ek, grad_ev)

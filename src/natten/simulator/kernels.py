@@ -1,0 +1,205 @@
+"""How kernels cut a layer into tiles of queries and boxes of keys, and what that costs them.
+
+Two kinds: kernels of which only the sizes of tiles and boxes are known, and our Hopper kernels,
+whose own estimate says what they choose. :mod:`natten.simulator` counts boxes for both.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from natten.backends.hopper import tiles as hopper
+
+Shape = tuple[int, ...]
+
+
+class Tiling(NamedTuple):
+    """Blocks of queries, and boxes of keys.
+
+    ``parts`` blocks that are neighbors along the axis ``split`` are a tile: their boxes start where
+    the tile's first window starts, and each visits those of them that it needs.
+    """
+
+    query: Shape  # of a block
+    key: Shape
+    split: int = 0
+    parts: int = 1
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs of a block and a box."""
+        return math.prod(self.query + self.key)
+
+    @property
+    def tile(self) -> Shape:
+        """Queries of all parts."""
+        return tuple(q * (self.parts if a == self.split else 1) for a, q in enumerate(self.query))
+
+
+class Axis(NamedTuple):
+    """Counts of one axis for one tiling; one entry per window and stride.
+
+    float64: counts of three axes are multiplied.
+    """
+
+    needed: Tensor  # pairs
+    visited: Tensor  # boxes, by every block
+    whole: Tensor  # those that every query of their block attends whole
+    most: Tensor  # boxes of the block that visits the most
+    slides: Tensor  # whether every query has a window of its own, one position after the other
+    blocks: int
+
+    def of(self, windows: Tensor) -> Axis:
+        """Of some of the windows."""
+        counts = {name: x[windows] for name, x in self._asdict().items() if name != "blocks"}
+        return self._replace(**counts)
+
+
+class Kernel(Protocol):
+    """What the simulator asks of a kind of kernel; results have an entry per combination."""
+
+    name: str
+    tilings: list[Tiling]  # of equal cost, the first is taken
+
+    def least(self, number: int, visited: float, blocks: int) -> float:
+        """A bound of :meth:`cost` of the tiling of this number, that takes no time."""
+
+    def cost(self, number: int, axes: Sequence[Axis]) -> Tensor:
+        """What tilings are chosen by, in any unit."""
+
+    def masking(self, number: int, axes: Sequence[Axis]) -> Tensor:
+        """Work of masking, as a fraction of the products."""
+
+
+def outer(vectors: Sequence[Tensor]) -> Tensor:
+    """The product of one entry per axis, for every combination, flat."""
+    product = vectors[0]
+    for vector in vectors[1:]:
+        product = (product[:, None] * vector).flatten()
+    return product
+
+
+def tile_shapes(count: int, lengths: Sequence[int]) -> list[Shape]:
+    """Powers of two, one per axis, whose product is ``count``; no axis is far longer than needed.
+
+    If the layout has too few tokens, the last axis is as long as it must be.
+    """
+    most = [max(1, 1 << (n - 1).bit_length()) for n in lengths]
+    most[-1] = max(most[-1], count // math.prod(most[:-1]))
+    sizes = [[1 << i for i in range(count.bit_length()) if 1 << i <= m] for m in most]
+    return [shape for shape in itertools.product(*sizes) if math.prod(shape) == count]
+
+
+class Sized:
+    """Kernels with tiles and boxes of these shapes, which mask boxes that are attended in part."""
+
+    name = ""
+
+    def __init__(self, queries: Sequence[Shape], keys: Sequence[Shape], masking: float) -> None:
+        self.tilings = [Tiling(*each) for each in itertools.product(queries, keys)]
+        self.fraction = masking
+
+    def least(self, number: int, visited: float, blocks: int) -> float:
+        """Of boxes without masks."""
+        return visited * self.tilings[number].pairs
+
+    def cost(self, number: int, axes: Sequence[Axis]) -> Tensor:
+        """Pairs computed, more of them where there are masks."""
+        visited, whole = (outer(each) for each in list(zip(*axes))[1:3])
+        return (visited + self.fraction * (visited - whole)) * self.tilings[number].pairs
+
+    def masking(self, number: int, axes: Sequence[Axis]) -> Tensor:
+        """Of the boxes that are attended in part."""
+        visited, whole = (outer(each) for each in list(zip(*axes))[1:3])
+        return self.fraction * (1 - whole / visited)
+
+
+class Hopper:
+    """The forward of the ``hopper`` backend: as it estimates, so it chooses.
+
+    Its masks are part of the compiled kernel, so that all boxes have one if some box needs it.
+    """
+
+    name = "hopper"
+
+    def __init__(self, lengths: Sequence[int], dim: int, masking: float) -> None:
+        self.dim, self.fraction = dim, masking
+        self.found = hopper.cuttings(lengths, dim, dim)
+        missing = 3 - len(lengths)
+        self.tilings = [
+            Tiling(each.query[missing:], each.key[missing:], each.split - missing, each.groups)
+            for each in self.found
+        ]
+        self.bare = [hopper.prices(each, hopper.Mask(), dim, dim) for each in self.found]
+
+    def least(self, number: int, visited: float, blocks: int) -> float:
+        """Of boxes without masks."""
+        box, block = self.bare[number]
+        return visited * box + blocks * block
+
+    def cost(self, number: int, axes: Sequence[Axis]) -> Tensor:
+        """Cycles of a multiprocessor; infinite where masks leave no room."""
+        block = math.prod(axis.blocks for axis in axes) * self.bare[number][1]
+        return outer([axis.visited for axis in axes]) * self._by_mask(number, axes, 0) + block
+
+    def masking(self, number: int, axes: Sequence[Axis]) -> Tensor:
+        """A step of the product, or comparisons."""
+        return self._by_mask(number, axes, 1)
+
+    def _by_mask(self, number: int, axes: Sequence[Axis], what: int) -> Tensor:
+        """The price of a box or the work of its mask, for every combination of masked axes."""
+        kinds, places = zip(*(_kinds(axis, axis is axes[-1]) for axis in axes))
+        values = [self._priced(number, kind)[what] for kind in itertools.product(*kinds)]
+        table = torch.tensor(values, dtype=torch.float64).view(*map(len, kinds))
+        for axis, place in reversed(list(enumerate(places))):
+            table = table.index_select(axis, place)
+        return table.flatten()
+
+    def _priced(self, number: int, kinds: tuple[_Masked, ...]) -> tuple[float, float]:
+        tiles = self.found[number]
+        missing = 3 - len(kinds)
+        axes = [
+            hopper.Axis(query, key, 1, 1, most, masked)
+            for query, key, (masked, _, most) in zip(
+                tiles.query, tiles.key, (*[_Masked(False, False, 1)] * missing, *kinds)
+            )
+        ]
+        mask = hopper.mask_of(kinds[-1].slides, axes, tiles.split, tiles.groups)
+        return _priced(tiles, mask, self.dim, self.fraction)
+
+
+class _Masked(NamedTuple):
+    """What a mask needs to know of an axis."""
+
+    masked: bool
+    slides: bool
+    most: int
+
+
+@lru_cache(maxsize=1 << 14)
+def _kinds(axis: Axis, is_last: bool) -> tuple[list[_Masked], Tensor]:
+    """How windows of an axis are masked, each way once, and which way each window is."""
+    masked = axis.whole < axis.visited
+    slides = masked & axis.slides & is_last
+    rows = map(_Masked, masked.tolist(), slides.tolist(), (axis.most.long() * slides).tolist())
+    places: dict[_Masked, int] = {}
+    numbers = [places.setdefault(row, len(places)) for row in rows]
+    return list(places), torch.tensor(numbers)
+
+
+@lru_cache(maxsize=1 << 14)
+def _priced(
+    tiles: hopper.Tiles, mask: hopper.Mask, dim: int, masking: float
+) -> tuple[float, float]:
+    fitted = hopper.fitted(tiles, mask, dim, dim)
+    if fitted is None:
+        return math.inf, 0.0
+    work = {hopper.NONE: 0.0, hopper.COMPARE: masking, hopper.PRODUCT: 8 * mask.steps / dim}
+    return hopper.prices(fitted, mask, dim, dim)[0], work[mask.kind]
