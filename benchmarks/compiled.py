@@ -21,9 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from natten import tuning
+from natten.backends import Problem, hopper
 from natten.backends import triton as portable
-from natten.backends.hopper import forward as hopper_forward
-from natten.backends.hopper.backward import backward as hopper_backward
 from natten.backends.hopper.plan import Launch as HopperLaunch
 from natten.backends.triton import tiles as tiling
 from natten.backends.triton.plan import Launch
@@ -70,9 +69,11 @@ def call_portable(variant: Variant) -> None:
 
 
 def call_hopper(variant: Variant) -> None:
-    """Attention, and its gradient where heads of values are as wide as those of keys."""
-    same = variant.value_dim in (None, variant.dim) and variant.dim <= 128
-    _attention(variant, hopper_forward, hopper_backward if same else None)
+    """Attention, and its gradient where there is one."""
+    rule, q, _, v = _inputs(variant)
+    problem = Problem("gradient", q.device, q.dtype, q.shape[-1], v.shape[-1], tuple(q.shape), rule)
+    supported = hopper.unsupported(problem) is None
+    _attention(variant, hopper.forward, hopper.backward if supported else None)
 
 
 def _inputs(variant: Variant) -> tuple[Neighborhood, Tensor, Tensor, Tensor]:

@@ -22,6 +22,7 @@ from natten.backends.hopper.gluon_names import (
     gluon,
     load_box,
     mbarrier,
+    reinterpret,
     store_box,
     store_wait,
     warpgroup_mma,
@@ -194,7 +195,7 @@ def _inside(x, bounds, AT: gl.constexpr, MODE: gl.constexpr, ROWS: gl.constexpr,
 def _row_terms(buffers, i, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
     """LSE and delta of the rows' queries, ``[COUNT, 1]``."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    four = buffers.index(i)._reinterpret(gl.float32, [COUNT, 4], flat)
+    four = reinterpret(buffers.index(i), gl.float32, [COUNT, 4], flat)
     return four.slice(0, 1, 1).load(LAYOUT), four.slice(1, 1, 1).load(LAYOUT)
 
 
@@ -202,7 +203,7 @@ def _row_terms(buffers, i, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
 def _column_term(buffers, i, WHICH: gl.constexpr, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
     """LSE (0) or delta (1) of the columns' queries, ``[1, COUNT]``."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0, 1])
-    four = buffers.index(i)._reinterpret(gl.float32, [4, COUNT], flat)
+    four = reinterpret(buffers.index(i), gl.float32, [4, COUNT], flat)
     return four.slice(WHICH, 1, 0).load(LAYOUT)
 
 
