@@ -11,6 +11,7 @@ more shared memory than the GPU has, or if its asynchronous products wait for on
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -35,11 +36,14 @@ PORTABLE = [
     Variant("NAT fp32", (56, 56), 7, 32, dtype=torch.float32),
     Variant("HDiT", (64, 64), 13, 64),
     Variant("FLUX", (256, 256), 80, 128),
-    Variant("FLUX strided", (256, 256), 80, 128, stride=16),
     Variant("1-D causal", (32768,), 2048, 128, causal=True),
     Variant("video", (16, 32, 32), (7, 11, 11), 64),
+    Variant("extra", (64, 64), 13, 64, extra=5),
+]
+# More of the same kind, for one target: the others would say the same.
+MORE = [
+    Variant("FLUX strided", (256, 256), 80, 128, stride=16),
     Variant("Hunyuan", (30, 48, 80), (18, 24, 24), 128),
-    Variant("extra", (64, 64), 13, 128, extra=5),
 ]
 HOPPER = [
     Variant("1-D", (32768,), 2048, 128),
@@ -55,14 +59,15 @@ HOPPER = [
     Variant("Hunyuan strided", (30, 48, 80), (18, 24, 24), 128, stride=(16, 8, 8)),
     Variant("causal", (30, 32, 32), (30, 16, 16), 128, causal=(True, False, False)),
     Variant("wide", (64, 64), 13, 256),
-    Variant("extra", (64, 64), 13, 128, value_dim=64, extra=5),
+    Variant("two widths", (64, 64), 13, 128, value_dim=64),
+    Variant("extra", (64, 64), 13, 64, extra=5),
 ]
 
 # Bytes of shared memory that a program may have.
 TARGETS = {"80": 166912, "86": 101376, "90": 232448, "100": 232448, "gfx942": 65536, "90a": 232448}
 
 # What is known to spill, and how many bytes at most, until somebody mends it.
-KNOWN: dict[str, dict[tuple[str, str], int]] = {}
+KNOWN: dict[tuple[str, str], dict[str, int]] = {}
 
 
 class Job(NamedTuple):
@@ -88,7 +93,7 @@ class Row(NamedTuple):
 
     def problem(self) -> str | None:
         """Why this kernel must not be a default."""
-        known = KNOWN.get(self.target, {}).get((self.kernel, self.variant), 0)
+        known = KNOWN.get((self.target, self.kernel), {}).get(self.variant, 0)
         found = []
         if self.spilled > known:
             found.append(f"spills {self.spilled} bytes")
@@ -104,7 +109,8 @@ class Row(NamedTuple):
 
 def variants(target: str, names: Sequence[str] = ()) -> list[Variant]:
     """The default variants for a target, or some of them."""
-    every = {each.name: each for each in (HOPPER if target == "90a" else PORTABLE)}
+    portable = PORTABLE + MORE if target == "90" else PORTABLE
+    every = {each.name: each for each in (HOPPER if target == "90a" else portable)}
     return [every[name] for name in names or every]
 
 
@@ -118,7 +124,7 @@ def compile_target(target: str, names: Sequence[str] = ()) -> list[Row]:
 
 
 # The longest come first, so that two processes end together.
-JOBS = [Job(target, ()) for target in ("gfx942", "100", "80", "90", "86", "90a")]
+JOBS = [Job(target, ()) for target in ("90", "100", "gfx942", "80", "86", "90a")]
 JOBS += [Job("90a", ("NAT", "FLUX"), release) for release in ("3.7", "3.8", "newest")]
 JOBS += [Job("90", ("NAT", "FLUX", "video"), "newest")]
 
@@ -141,20 +147,29 @@ def run(job: Job) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A table in Markdown."""
-    lines = [
-        "| target | Triton | kernel | variant | tiles | registers | spilled | shared |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += ["| " + " | ".join(map(str, row[:-1])) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    """A table per target and Triton, in Markdown."""
+    lines: list[str] = []
+    for (target, release), part in itertools.groupby(rows, lambda row: row[:2]):
+        kernels = (
+            "Hopper kernels, sm_90a"
+            if target == "90a"
+            else f"Portable kernels, {'' if target.startswith('gfx') else 'sm_'}{target}"
+        )
+        lines += [
+            f"## {kernels}, Triton {release}\n",
+            "| kernel | variant | queries, keys | registers | spilled | shared |",
+            "|---|---|---|---:|---:|---:|",
+        ]
+        lines += ["| " + " | ".join(map(str, row[2:-1])) + " |" for row in part]
+        lines.append("")
+    return "\n".join(lines)
 
 
 ABOUT = """# What the default kernels need
 
-Made by `make kernels`, which compiles them without a GPU. Registers are of a thread, spilled bytes
-too; of the Hopper kernels, registers are what a program starts with. Shared memory is in bytes.
-Tiles are tokens of queries, then of keys.
+Made by `make kernels`, which compiles them without a GPU. Registers are of a thread, and so are
+spilled bytes; of the Hopper kernels, registers are what a program starts with. Shared memory is in
+bytes. What may spill, and why, is in `benchmarks/kernels.py`.
 
 """
 
