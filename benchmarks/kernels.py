@@ -42,6 +42,7 @@ PORTABLE = [
 ]
 # More of the same kind, for one target: the others would say the same.
 MORE = [
+    Variant("HDiT fp32", (64, 64), 13, 64, dtype=torch.float32),
     Variant("FLUX strided", (256, 256), 80, 128, stride=16),
     Variant("Hunyuan", (30, 48, 80), (18, 24, 24), 128),
 ]

@@ -82,13 +82,16 @@ def _limits(kind: str, dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> tup
 
     Tiles of 64 rows, one group of warps, leave room for several programs per processor, which hide
     each other's waiting. dK and dV of wide heads fill the registers anyway and are better shared by
-    two groups; on AMD, whose threads have no more of them, smaller tiles spill less.
+    two groups; on AMD, whose threads have no more of them, smaller tiles spill less. Exact products
+    of 32 bits have both operands in registers, whole.
     """
     wide = max(block(dim), block(value_dim)) * itemsize // 2
-    rows, cols = 64, 8192
+    rows, cols = max(16, min(64, 16384 // wide)), max(16, min(64, 8192 // wide))
+    if itemsize > 2:
+        return min(32, rows), min(32, cols)
     if kind == "key" and wide == 128:
-        rows, cols = (64, 4096) if gpu.capability == 0 else (128, 8192)
-    return min(rows, max(16, 16384 // wide)), max(16, min(64, cols // wide))
+        return (64, 32) if gpu.capability == 0 else (128, 64)
+    return rows, cols
 
 
 def _registers(kind: str, dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> int | None:
@@ -96,8 +99,8 @@ def _registers(kind: str, dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> 
 
     Measured on Hopper; elsewhere the same kernels take more registers, and nothing was measured.
     """
-    channels = (block(dim) + block(value_dim)) * itemsize // 2
-    if channels > 128 or gpu.capability != 90:
+    channels = block(dim) + block(value_dim)
+    if channels > 128 or itemsize > 2 or gpu.capability != 90:
         return None
     return {"forward": 128, "query": 168, "key": 168 if channels <= 64 else None}[kind]
 
