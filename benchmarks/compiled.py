@@ -128,10 +128,10 @@ class _Driver:
     def get_current_target(self) -> GPUTarget:
         return self.target
 
-    def get_current_device(self) -> GPUTarget:
-        return self.target  # kernels are kept by device: one of each target
+    def get_current_device(self) -> _Driver:
+        return self  # kernels are kept by device: none from another time
 
-    def get_current_stream(self, device: GPUTarget) -> int:
+    def get_current_stream(self, device: _Driver) -> int:
         return 0
 
 
@@ -174,13 +174,14 @@ def compile_calls(
     with _compiler(target, shared):
         for variant in variants:
             for launch, tensors in launches(call, variant):
-                constants = dict(launch.constants)
-                if target.backend == "hip":
-                    constants.pop("maxnreg", None)  # as in a plan where PyTorch is AMD's
                 log = io.StringIO()
                 with contextlib.redirect_stdout(log):
                     compiled = launch.kernel.run(
-                        *tensors, *launch.numbers, grid=launch.grid, warmup=True, **constants
+                        *tensors,
+                        *launch.numbers,
+                        grid=launch.grid,
+                        warmup=True,
+                        **launch.constants,
                     )
                 if compiled.hash in seen:
                     continue

@@ -68,7 +68,63 @@ HOPPER = [
 TARGETS = {"80": 166912, "86": 101376, "90": 232448, "100": 232448, "gfx942": 65536, "90a": 232448}
 
 # What is known to spill, and how many bytes at most, until somebody mends it.
-KNOWN: dict[tuple[str, str], dict[str, int]] = {}
+KNOWN: dict[tuple[str, str], dict[str, int]] = {
+    # No GPU of this generation was there to choose smaller tiles by: heads of 128 channels want
+    # them, and the gather of a bias per pair.
+    ("80", "forward"): {"NAT fp16 bias": 1276, "FLUX": 92, "1-D causal": 24},
+    ("80", "key"): {
+        "NAT fp16 bias": 636,
+        "NAT fp32": 12,
+        "HDiT": 64,
+        "FLUX": 716,
+        "1-D causal": 204,
+        "video": 168,
+    },
+    ("80", "query"): {"FLUX": 80, "1-D causal": 32, "video": 28, "extra": 36},
+    # As 80.
+    ("86", "forward"): {"NAT fp16 bias": 880, "NAT fp32": 8, "FLUX": 128, "1-D causal": 64},
+    ("86", "key"): {
+        "NAT fp16 bias": 216,
+        "NAT fp32": 8,
+        "HDiT": 40,
+        "FLUX": 724,
+        "1-D causal": 204,
+        "video": 76,
+    },
+    ("86", "query"): {"FLUX": 132, "1-D causal": 12, "extra": 44},
+    # The portable kernels where the Hopper kernels do not run. Caps on registers and tiles are as
+    # measured on an H200, where a program more per processor was worth these bytes; Triton 3.9
+    # needs more of them than 3.6.
+    ("90", "key"): {
+        "NAT": 276,
+        "NAT fp32": 36,
+        "HDiT": 28,
+        "FLUX": 532,
+        "1-D causal": 92,
+        "video": 72,
+        "HDiT fp32": 1000,
+        "FLUX strided": 344,
+        "Hunyuan": 464,
+    },
+    ("90", "forward"): {"NAT fp16 bias": 828, "NAT fp32": 4, "HDiT": 56, "video": 116, "extra": 48},
+    ("90", "query"): {"FLUX": 8, "video": 32, "extra": 16, "FLUX strided": 32, "Hunyuan": 48},
+    # The gather of a bias per pair, and exact products of 32 bits.
+    ("100", "forward"): {"NAT fp16 bias": 2848},
+    ("100", "key"): {"NAT fp32": 16},
+    # dK and dV have two sums.
+    ("gfx942", "key"): {"NAT fp16 bias": 32, "FLUX": 92, "1-D causal": 80},
+    # Of 240 registers, two sums of 128 channels take 128. Triton 3.9 spills more than 3.6.
+    ("90a", "pass dK dV"): {
+        "1-D": 28,
+        "FLUX": 92,
+        "FLUX strided": 40,
+        "Hunyuan": 116,
+        "Hunyuan strided": 80,
+        "causal": 88,
+    },
+    ("90a", "pass dQ"): {"1-D strided": 32, "FLUX": 12, "FLUX strided": 20, "Hunyuan strided": 12},
+    ("90a", "forward"): {"wide": 124},
+}
 
 
 class Job(NamedTuple):
