@@ -189,7 +189,7 @@ def compile_calls(
                 said, asm = log.getvalue(), compiled.asm
                 used = _amd(asm["amdgcn"]) if target.backend == "hip" else _nvidia(said)
                 yield Kernel(
-                    _name(launch), variant.name, _tiles(launch, tensors), *used,
+                    _name(launch), variant.name, _tiles(launch), *used,
                     compiled.metadata.shared, "C7510" in said or "C7514" in said, asm,
                 )  # fmt: skip
 
@@ -217,13 +217,13 @@ def _name(launch: Any) -> str:
     return name
 
 
-def _tiles(launch: Any, tensors: tuple[Any, ...]) -> str:
+def _tiles(launch: Any) -> str:
     """Shapes of queries and of keys, and what goes with them."""
     constants = launch.constants
-    shapes = [constants[name] for name in ("TQ", "WQ", "TK") if name in constants]
-    if "OF_KEYS" in constants:  # tiles are of keys, and boxes of queries, or the reverse
-        places = (2, 0) if constants["OF_KEYS"] else (0, 2)
-        shapes = [tensors[i].block_shape[1:4] for i in places]
+    names = ("TQ", "TK") if "TQ" in constants else ("TILE", "BOX")
+    shapes = [constants[name] for name in names if name in constants]
+    if constants.get("OF_KEYS"):  # tiles are of keys, boxes of queries
+        shapes.reverse()
     if not shapes:
         return "-"
     text = " ".join("x".join(map(str, shape)) for shape in shapes)

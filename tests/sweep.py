@@ -105,7 +105,7 @@ def random_rule(kind: Kind, rng: random.Random) -> tuple[list[int], Neighborhood
 BACKEND = "triton"
 
 
-def ratio(expected: Tensor, actual: Tensor) -> float:
+def ratio(expected: Tensor, actual: Tensor, value_dim: int = 1) -> float:
     """RMS of the error over RMS of the value; infinite where one is finite and the other not."""
     finite = expected.isfinite()
     if actual.shape != expected.shape or not torch.equal(actual.isfinite(), finite):
@@ -113,8 +113,10 @@ def ratio(expected: Tensor, actual: Tensor) -> float:
     if not finite.any():
         return 0.0
     error = (expected.double() - actual.double())[finite].square().mean().sqrt()
-    # Inputs are of size 1: a sum that cancels to nothing keeps their rounding errors.
-    return float(error / expected.double()[finite].square().mean().sqrt().clamp(min=0.1))
+    # Inputs are of size 1: a sum that cancels to nothing keeps their rounding errors. Gradients
+    # keep delta's, a sum over value_dim products with the rounded output.
+    least = 0.1 * max(1.0, value_dim / 16) ** 0.5
+    return float(error / expected.double()[finite].square().mean().sqrt().clamp(min=least))
 
 
 def poison() -> None:
@@ -189,7 +191,7 @@ def check(kind: Kind, rng: random.Random) -> dict[str, float]:
     names = ("dq", "dk", "dv", "drpb", "dek", "dev")
     for name, expected, actual in zip(names, grads, found_grads):
         if expected is not None:
-            errors[name] = ratio(expected, actual) / 2
+            errors[name] = ratio(expected, actual, value_dim=kind.value_dim) / 2
     return errors
 
 

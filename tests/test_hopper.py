@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import math
@@ -43,132 +44,141 @@ def rule_of(shape: Any, *parameters: Any) -> Neighborhood:
     return Neighborhood.create(len(shape), *parameters)
 
 
-def ways(rule: Neighborhood, shape: Any, dim: int = 64) -> list[tiling.Tiles]:
+def ways(kind: str, rule: Neighborhood, shape: Any, dim: int = 64) -> list[tiling.Tiles]:
     """The best tiles of each kind of program and mask."""
     found = {}
-    for tiles in tiling.candidates("forward", rule, shape, shape, dim, dim):
-        mask = tiling.mask(rule, shape, tiles)
+    for tiles in tiling.candidates(kind, rule, shape, shape, dim, dim):
+        mask = tiling.mask(kind, rule, shape, tiles, tiling.work(kind, dim, dim))
         found.setdefault((tiles.groups, mask.kind, mask.by_row, mask.steps), tiles)
     return list(found.values())
 
 
-def windows(rule: Neighborhood, axis: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return rule.windows(axis, torch.arange(n), n, n)
+def partners(kind: str, rule: Neighborhood, axis: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and one-past-last key of each query, or query of each key."""
+    tokens = torch.arange(n)
+    start, stop = rule.windows(axis, tokens, n, n)
+    if kind != "key":
+        return start, stop
+    attended = (start <= tokens[:, None]) & (tokens[:, None] < stop)  # [key, query]
+    return attended.int().argmax(1), n - attended.flip(1).int().argmax(1)
 
 
 def hidden(
-    rule: Neighborhood, shape: Any, tiles: tiling.Tiles, tile: Any, part: int, box: Any
+    kind: str, rule: Neighborhood, shape: Any, tiles: tiling.Tiles, tile: Any, part: int, box: Any
 ) -> torch.Tensor:
-    """The product of a mask's two factors, as the kernel builds them: ``[queries, keys]``."""
-    mask = tiling.mask(rule, shape, tiles)
+    """The product of a mask's two factors, as the kernel builds them: ``[rows, columns]``."""
+    mask = tiling.mask(kind, rule, shape, tiles, tiling.work(kind, 64, 64))
     missing = 3 - len(shape)
-    product = torch.zeros(tiling.ROWS, math.prod(tiles.key))
-    rows = torch.cartesian_prod(*(torch.arange(n) for n in tiles.query)).reshape(-1, 3)
-    keys = torch.cartesian_prod(*(torch.arange(n) for n in tiles.key)).reshape(-1, 3)
+    product = torch.zeros(tiling.ROWS, math.prod(tiles.box))
+    rows = torch.cartesian_prod(*(torch.arange(n) for n in tiles.tile)).reshape(-1, 3)
+    keys = torch.cartesian_prod(*(torch.arange(n) for n in tiles.box)).reshape(-1, 3)
     before = 0
     for axis, end in enumerate(mask.code):
         width, before = end - before, end
         if width == 0:
             continue
         n = shape[axis - missing] // rule.dilation[axis - missing]
-        start, stop = windows(rule, axis - missing, n)
-        size = tiles.query[axis] * (tiles.groups if axis == tiles.split else 1)
+        start, stop = partners(kind, rule, axis - missing, n)
+        size = tiles.tile[axis] * (tiles.groups if axis == tiles.split else 1)
         first = tile[axis] * size
         low = start[first]
-        own = first + (part * tiles.query[axis] if axis == tiles.split else 0)
+        own = first + (part * tiles.tile[axis] if axis == tiles.split else 0)
         i = (own + rows[:, axis]).clamp(max=n - 1)
         c = torch.arange(width)
         if mask.by_row and axis == 2:
             left = (start[i] - low)[:, None] == c
-            at = (box[2] * tiles.key[2] + keys[:, 2])[:, None]
+            at = (box[2] * tiles.box[2] + keys[:, 2])[:, None]
             right = (at < c) | (at >= c + rule.kernel_size[-1])
         else:
-            at = low + box[axis] * tiles.key[axis]
+            at = low + box[axis] * tiles.box[axis]
             left = (at < start[i][:, None] - c) | (at >= stop[i][:, None] - c)
             right = keys[:, axis, None] == c
         product += left.float() @ right.float().T
     return product > 0
 
 
+@pytest.mark.parametrize("kind", tiling.KINDS)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
-def test_mask_is_the_window(problem: Any) -> None:
+def test_mask_is_the_window(problem: Any, kind: str) -> None:
     shape, *parameters = problem
     rule = rule_of(shape, *parameters)
     missing = 3 - len(shape)
     lengths = [1] * missing + [n // d for n, d in zip(shape, rule.dilation)]
-    for tiles in ways(rule, shape):
-        mask = tiling.mask(rule, shape, tiles)
+    for tiles in ways(kind, rule, shape):
+        mask = tiling.mask(kind, rule, shape, tiles, tiling.work(kind, 64, 64))
         if mask.kind == tiling.COMPARE:
             continue
         sizes = [
             size * (tiles.groups if axis == tiles.split else 1)
-            for axis, size in enumerate(tiles.query)
+            for axis, size in enumerate(tiles.tile)
         ]
         # The first, the last and one tile between of each axis.
         counts = [-(-n // size) for n, size in zip(lengths, sizes)]
         for tile in itertools.product(*({0, n // 2, n - 1} for n in counts)):
             for part in range(tiles.groups):
-                check_tile(rule, shape, lengths, tiles, sizes, tile, part)
+                check_tile(kind, rule, shape, lengths, tiles, sizes, tile, part)
 
 
 def check_tile(
-    rule: Any, shape: Any, lengths: Any, tiles: Any, sizes: Any, tile: Any, part: int
+    kind: str, rule: Any, shape: Any, lengths: Any, tiles: Any, sizes: Any, tile: Any, part: int
 ) -> None:
-    """Boxes a warpgroup attends hold each key of its queries once, and no other key unmasked."""
+    """A warpgroup's boxes hold each partner of its tokens once, and no other token unmasked."""
     missing, seen, expected, boxes = 3 - len(shape), [], [], []
     for axis, n in enumerate(lengths):
         if axis < missing:
-            seen.append(torch.zeros(tiles.query[axis], 1, dtype=torch.long))
-            expected.append(torch.ones(tiles.query[axis], 1, dtype=torch.bool))
+            seen.append(torch.zeros(tiles.tile[axis], 1, dtype=torch.long))
+            expected.append(torch.ones(tiles.tile[axis], 1, dtype=torch.bool))
             boxes.append(range(1))
             continue
-        start, stop = windows(rule, axis - missing, n)
+        start, stop = partners(kind, rule, axis - missing, n)
         first = tile[axis] * sizes[axis]
         low = int(start[first])
-        own = first + (part * tiles.query[axis] if axis == tiles.split else 0)
-        i = torch.arange(own, own + tiles.query[axis]).clamp(max=n - 1)
+        own = first + (part * tiles.tile[axis] if axis == tiles.split else 0)
+        i = torch.arange(own, own + tiles.tile[axis]).clamp(max=n - 1)
         end = stop[min(first + sizes[axis] - 1, n - 1)]
-        count = -(-(int(end) - low) // tiles.key[axis])
+        count = -(-(int(end) - low) // tiles.box[axis])
         if axis == tiles.split:
             attended = range(
-                (int(start[i[0]]) - low) // tiles.key[axis],
-                -(-(int(stop[i[-1]]) - low) // tiles.key[axis]),
+                (int(start[i[0]]) - low) // tiles.box[axis],
+                -(-(int(stop[i[-1]]) - low) // tiles.box[axis]),
             )
         else:
             attended = range(count)
-        at = low + torch.arange(count * tiles.key[axis])
+        at = low + torch.arange(count * tiles.box[axis])
         expected.append((at >= start[i][:, None]) & (at < stop[i][:, None]))
         boxes.append(attended)
         outside = set(range(count)) - set(attended)
         assert not any(
-            expected[-1][:, j * tiles.key[axis] : (j + 1) * tiles.key[axis]].any() for j in outside
+            expected[-1][:, j * tiles.box[axis] : (j + 1) * tiles.box[axis]].any() for j in outside
         )
     for box in itertools.product(*boxes):
-        parts = [e[:, j * k : (j + 1) * k] for e, j, k in zip(expected, box, tiles.key)]
+        parts = [e[:, j * k : (j + 1) * k] for e, j, k in zip(expected, box, tiles.box)]
         visible = torch.einsum("ax,by,cz->abcxyz", *(p.double() for p in parts)) > 0
         visible = visible.reshape(tiling.ROWS, -1)
-        assert torch.equal(hidden(rule, shape, tiles, tile, part, box), ~visible)
+        assert torch.equal(hidden(kind, rule, shape, tiles, tile, part, box), ~visible)
 
 
+@pytest.mark.parametrize("kind", tiling.KINDS)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
-def test_tiles_fit_and_cover(problem: Any) -> None:
+def test_tiles_fit_and_cover(problem: Any, kind: str) -> None:
     shape, *parameters = problem
     rule = rule_of(shape, *parameters)
     needed = 1
     for axis, (n, d) in enumerate(zip(shape, rule.dilation)):
-        start, stop = windows(rule, axis, n // d)
+        start, stop = partners(kind, rule, axis, n // d)
         needed *= int((stop - start).sum()) * d
-    for dim in (32, 64, 128, 256):
-        for tiles in ways(rule, shape, dim):
-            mask = tiling.mask(rule, shape, tiles)
-            assert math.prod(tiles.query) == tiling.ROWS
+    for dim in (32, 64, 128, 256)[: 4 if kind == "forward" else 3]:
+        work = tiling.work(kind, dim, dim)
+        for tiles in ways(kind, rule, shape, dim):
+            mask = tiling.mask(kind, rule, shape, tiles, work)
+            assert math.prod(tiles.tile) == tiling.ROWS
             assert mask.code[-1] <= 16 * mask.steps or mask.kind != tiling.PRODUCT
-            own = tiling.own_out(tiles, mask, dim, dim)
-            assert tiling._shared(tiles, mask, dim, dim, own) <= 227 * 1024
-            start_registers, registers, fetch = tiling.registers(tiles)
+            own = tiling.own_out(tiles, mask, work)
+            assert tiling._shared(tiles, mask, work, own) <= 227 * 1024
+            start_registers, registers, fetch = tiling.registers(tiles, work)
             used = 128 * (tiles.groups * registers + fetch) * tiles.programs
             assert max(used, start_registers * 128 * (tiles.groups + 1)) <= 65536
-            assert tiling.computed_pairs("forward", rule, shape, shape, tiles) >= needed
+            assert tiling.computed_pairs(kind, rule, shape, shape, tiles) >= needed
 
 
 def test_measured_tiles_are_taken() -> None:
@@ -179,7 +189,7 @@ def test_measured_tiles_are_taken() -> None:
     with tuning.trial(tiling.key(*problem), list(others[3])):
         assert tiling.choose(*problem) == others[3]
         q = torch.empty(1, *shape, 2, 32, dtype=torch.bfloat16)
-        assert planning.plan_for(q, q, q, None, rule, 1.0).tiles == others[3]
+        assert planning.plan_for(q, q, q, (), rule, 1.0).forward.tiles == others[3]
 
 
 PLAIN = Problem(
@@ -262,7 +272,7 @@ def test_forward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) ->
         pytest.skip(reason)
     double = [None if x is None else x.double() for x in (q, k, v, None, ek, ev)]
     expected, expected_lse = reference.forward(*double, rule, scale)
-    for tiles in ways(rule, shape, max(dim, value_dim)):
+    for tiles in ways("forward", rule, shape, max(dim, value_dim)):
         key = tiling.key("forward", rule, shape, shape, dim, value_dim, 2)
         results = []
         for processors in (132, 1):  # with one, a program takes many tiles
@@ -275,3 +285,57 @@ def test_forward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) ->
         error = (out - expected).square().mean() / expected.square().mean()
         assert error.sqrt() < (1e-2 if dtype == torch.bfloat16 else 2e-3)
         assert (lse - expected_lse).abs().max() < 1e-4
+
+
+# heads, heads of keys, head dim, additional tokens, gradient of the LSE, dtype
+GRADIENTS = [
+    (2, 2, 64, 0, False, torch.bfloat16),
+    (4, 2, 128, 3, True, torch.float16),
+    (3, 1, 32, 130, True, torch.bfloat16),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
+@pytest.mark.parametrize("tensors", GRADIENTS)
+def test_backward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, *parameters = problem
+    heads, kv_heads, dim, extra, has_grad_lse, dtype = tensors
+    rule, scale = rule_of(shape, *parameters), dim**-0.5
+    torch.manual_seed(0)
+
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, device="cuda", dtype=dtype)
+
+    q, k, v = (random(2, *shape, n, dim) for n in (heads, kv_heads, kv_heads))
+    ek, ev = (random(2, extra, kv_heads, dim) if extra else None for _ in range(2))
+    inputs = (q, k, v, None, ek, ev)
+    out, lse = hopper.forward(*inputs, rule, scale)
+    grad_out, grad_lse = random(*out.shape), torch.randn_like(lse) if has_grad_lse else None
+    double = [None if x is None else x.double() for x in (grad_out, grad_lse, *inputs)]
+    exact = reference.forward(*double[2:], rule, scale)
+    expected = reference.backward(*double, *exact, rule, scale)
+    # Pairwise: the passes do not know of each other's tiles.
+    choices = itertools.zip_longest(*(ways(x, rule, shape, dim) for x in ("query", "key")))
+    for choice in choices:
+        results = []
+        for processors in (132, 1):  # with one, a program takes many tiles
+            monkeypatch.setattr(planning, "_processors", lambda _, n=processors: n)
+            with contextlib.ExitStack() as stack:
+                for kind, tiles in zip(("query", "key"), choice):
+                    key = tiling.key(kind, rule, shape, shape, dim, dim, 2)
+                    if tiles is not None:
+                        stack.enter_context(tuning.trial(key, list(tiles)))
+                for _ in range(2):
+                    results.append(
+                        hopper.backward(grad_out, grad_lse, *inputs, out, lse, rule, scale)
+                    )
+        grads, *others = results
+        for name, right, found, *same in zip("qkvbef", expected, grads, *others):
+            if right is None:
+                assert found is None
+                continue
+            assert all(torch.equal(found, x) for x in same), name
+            error = (found - right).square().mean() / right.square().mean()
+            assert error.sqrt() < 2 * (1e-2 if dtype == torch.bfloat16 else 2e-3), name

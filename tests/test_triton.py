@@ -46,13 +46,14 @@ CASES = [
     Case((3, 4, 5), (2, 3, 3), stride=(1, 2, 3), batch=1, dim=5),
     Case((4, 3, 4), (2, 2, 2), dilation=(2, 1, 2), is_causal=(False, True, False), batch=1),
 ]
-def check(inputs, rule):
-    expected, actual = (m.forward(*inputs, rule, 0.6) for m in (reference, triton))
+def check(inputs, rule, **tiles):
+    backends = (reference, {}), (triton, tiles)
+    expected, actual = (m.forward(*inputs, rule, 0.6, **options) for m, options in backends)
     grads = torch.randn_like(expected[0]), torch.randn_like(expected[1])
     for a, b in zip(expected, actual):
         assert_close(f"forward {rule}", a, b, 1e-5)
-    both = (m.backward(*grads, *inputs, *x, rule, 0.6)
-            for m, x in ((reference, expected), (triton, actual)))
+    both = (m.backward(*grads, *inputs, *x, rule, 0.6, **options)
+            for (m, options), x in zip(backends, (expected, actual)))
     for a, b in zip(*both):
         assert_close(f"backward {rule}", a, b, 2e-5)
 for case in CASES:
@@ -60,6 +61,14 @@ for case in CASES:
 for causal in (False, True):
     q, k = torch.randn(1, 9, 2, 4), torch.randn(1, 5, 1, 4)
     check([q, k, k.clone(), None, None, None], Dense(causal))
+# Tiles longer than an axis of one token: nothing beyond the bias is read.
+case = Case((1, 9), (1, 4), is_causal=(False, True), rpb=True, batch=1)
+inputs = case.inputs(torch.float32)
+bias = inputs[3]
+around = torch.full((3, *bias.shape), float("inf"))
+around[1] = bias
+inputs[3] = around[1]
+check(inputs, case.rule, tiles=(8, 8) * 4)
 q = torch.randn(0, 5, 1, 4)
 assert triton.forward(q, q, q, None, None, None, CASES[0].rule, 1.0)[0].shape == q.shape
 print("checked", len(CASES))

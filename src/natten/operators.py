@@ -488,7 +488,8 @@ class _Attention(torch.autograd.Function):
         *tensors, ctx.scale, ctx.choice, ctx.rule = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output)
-        ctx.save_for_forward(*tensors)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
@@ -603,6 +604,7 @@ def attention(
         return _ops.attention(*tensors, *_pack(rule), scale, *choice)
     if not is_plain(tensors):
         return _Attention.apply(*tensors, scale, choice, rule)
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+    watched = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if watched or forward_ad._current_level >= 0:
         return _PlainAttention.apply(*tensors, scale, choice, rule)
     return _forward(tensors, rule, scale, choice)

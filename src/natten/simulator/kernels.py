@@ -130,14 +130,14 @@ class Hopper:
     name = "hopper"
 
     def __init__(self, lengths: Sequence[int], dim: int, masking: float) -> None:
-        self.dim, self.fraction = dim, masking
-        self.found = hopper.cuttings(lengths, dim, dim)
+        self.work, self.fraction = hopper.work("forward", dim, dim), masking
+        self.found = hopper.cuttings(lengths, self.work)
         missing = 3 - len(lengths)
         self.tilings = [
-            Tiling(each.query[missing:], each.key[missing:], each.split - missing, each.groups)
+            Tiling(each.tile[missing:], each.box[missing:], each.split - missing, each.groups)
             for each in self.found
         ]
-        self.bare = [hopper.prices(each, hopper.Mask(), dim, dim) for each in self.found]
+        self.bare = [hopper.prices(each, hopper.Mask(), self.work) for each in self.found]
 
     def least(self, number: int, visited: float, blocks: int) -> float:
         """Of boxes without masks."""
@@ -166,13 +166,13 @@ class Hopper:
         tiles = self.found[number]
         missing = 3 - len(kinds)
         axes = [
-            hopper.Axis(query, key, 1, 1, most, masked)
-            for query, key, (masked, _, most) in zip(
-                tiles.query, tiles.key, (*[_Masked(False, False, 1)] * missing, *kinds)
+            hopper.Axis(tile, box, 1, 1, most, masked)
+            for tile, box, (masked, _, most) in zip(
+                tiles.tile, tiles.box, (*[_Masked(False, False, 1)] * missing, *kinds)
             )
         ]
-        mask = hopper.mask_of(kinds[-1].slides, axes, tiles.split, tiles.groups)
-        return _priced(tiles, mask, self.dim, self.fraction)
+        mask = hopper.mask_of(kinds[-1].slides, axes, tiles.split, tiles.groups, self.work)
+        return _priced(tiles, mask, self.work, self.fraction)
 
 
 class _Masked(NamedTuple):
@@ -196,10 +196,11 @@ def _kinds(axis: Axis, is_last: bool) -> tuple[list[_Masked], Tensor]:
 
 @lru_cache(maxsize=1 << 14)
 def _priced(
-    tiles: hopper.Tiles, mask: hopper.Mask, dim: int, masking: float
+    tiles: hopper.Tiles, mask: hopper.Mask, work: hopper.Work, masking: float
 ) -> tuple[float, float]:
-    fitted = hopper.fitted(tiles, mask, dim, dim)
+    fitted = hopper.fitted(tiles, mask, work)
     if fitted is None:
         return math.inf, 0.0
-    work = {hopper.NONE: 0.0, hopper.COMPARE: masking, hopper.PRODUCT: 8 * mask.steps / dim}
-    return hopper.prices(fitted, mask, dim, dim)[0], work[mask.kind]
+    step = 16 * mask.steps / work.products
+    masks = {hopper.NONE: 0.0, hopper.COMPARE: masking, hopper.PRODUCT: step}
+    return hopper.prices(fitted, mask, work)[0], masks[mask.kind]

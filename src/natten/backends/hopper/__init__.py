@@ -18,7 +18,7 @@ from natten.neighborhood import Neighborhood, Rule
 
 # The simulator reads this package's tiles, also where there is no Triton.
 if importlib.util.find_spec("triton") is not None:
-    from natten.backends.hopper.backward_plan import backward
+    from natten.backends import triton as portable
     from natten.backends.hopper.descriptors import readable, too_wide
     from natten.backends.hopper.gluon_names import KNOWN, release
     from natten.backends.hopper.plan import plan_for
@@ -63,14 +63,57 @@ def forward(
     if out.numel() == 0:
         return out, lse
     query, key, value = (readable(x, rule.dilation) for x in (query, key, value))
-    found = plan_for(query, key, value, extra_keys, rule, scale)
-    more_keys = more_values = None
-    if found.extra and extra_keys is not None and extra_values is not None:
-        more_keys = found.extra_key(readable(extra_keys.contiguous(), (1,)))
-        more_values = found.extra_value(readable(extra_values.contiguous(), (1,)))
+    more = _additional(extra_keys, extra_values)
+    found = plan_for(query, key, value, more, rule, scale)
     with on_device(query):
-        found.forward(
-            found.query(query), found.key(key), found.value(value), found.out(out),
-            more_keys, more_values, lse,
-        )  # fmt: skip
+        found.forward(query, key, value, more, out, lse)
     return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    extra_keys: Tensor | None,
+    extra_values: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rule: Rule,
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, rpb (None), additional keys and additional values."""
+    assert isinstance(rule, Neighborhood) and rpb is None
+    if query.numel() == 0:
+        inputs = (query, key, value, None, extra_keys, extra_values)
+        return tuple(None if x is None else x.new_zeros(x.shape) for x in inputs)
+    grads = [x.new_empty(x.shape) for x in (query, key, value)]
+    terms = lse.new_empty(*lse.shape, 4)
+    query, key, value = (readable(x, rule.dilation) for x in (query, key, value))
+    grad_out = readable(grad_out.contiguous(), rule.dilation)
+    given = terms if grad_lse is None else grad_lse.contiguous()
+    more = _additional(extra_keys, extra_values)
+    found = plan_for(query, key, value, more, rule, scale)
+    # Terms, and what every query reaches, are the portable backend's.
+    shared = portable.plan_for(query, key, value, None, more[0] if more else None, rule, scale)
+    grad_ek, grad_ev = (
+        None if x is None else x.new_zeros(x.shape) for x in (extra_keys, extra_values)
+    )
+    with on_device(query):
+        shared.terms[grad_lse is not None](
+            out.contiguous(), lse.contiguous(), grad_out, given, terms
+        )
+        found.query((query, grad_out), (key, value), terms, more, grads[:1])
+        found.key((key, value), (query, grad_out), terms, (), grads[1:])
+        if more:
+            grad_ek, grad_ev = portable.extra_gradients(shared, query, *more, grad_out, terms)
+    return (*grads, None, grad_ek, grad_ev)
+
+
+def _additional(keys: Tensor | None, values: Tensor | None) -> tuple[Tensor, ...]:
+    """Additional keys and values, if there are any."""
+    if keys is None or values is None or keys.shape[1] == 0:
+        return ()
+    return readable(keys.contiguous(), (1,)), readable(values.contiguous(), (1,))

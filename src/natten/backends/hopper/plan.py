@@ -12,8 +12,10 @@ from torch import Tensor
 
 from natten import tuning
 from natten.backends.hopper import tiles as tiling
-from natten.backends.hopper.descriptors import Boxes, box_layout, contiguous, view
+from natten.backends.hopper.backward import pass_kernel
+from natten.backends.hopper.descriptors import Boxes, View, box_layout, contiguous, view
 from natten.backends.hopper.forward import forward_kernel
+from natten.backends.hopper.gluon_names import gl
 from natten.backends.triton.plan import modes, padded
 from natten.neighborhood import Neighborhood
 
@@ -30,10 +32,9 @@ class Launch:
         programs: int,
         numbers: Sequence[Any],
         constants: dict[str, Any],
-        batches: int = 1,
     ) -> None:
         self.kernel, self.constants = kernel, constants
-        self.grid, self.numbers = (programs, batches, 1), tuple(numbers)
+        self.grid, self.numbers = (programs, 1, 1), tuple(numbers)
         self.compiled: Any = None
 
     def __call__(self, *tensors: Any) -> None:
@@ -61,67 +62,148 @@ class Plan:
         extra: int,
     ) -> None:
         self.rule, self.scale, self.device, self.extra = rule, scale, device, extra
-        batch, *space, heads, dim = shapes[0]
-        kv_heads, value_dim = shapes[2][-2:]
-        tiles = tiling.choose("forward", rule, tuple(space), tuple(space), dim, value_dim)
-        self.tiles, self.mask = tiles, tiling.mask(rule, tuple(space), tiles)
-        out_shape = (*shapes[0][:-1], value_dim)
-        views = [view(*x, rule.dilation) for x in zip(shapes, strides)]
-        views.append(view(out_shape, contiguous(out_shape), rule.dilation))
-        layouts = box_layout(dim, dtype), box_layout(value_dim, dtype)
-        self.query = Boxes(views[0], [1, *tiles.query, dim], layouts[0])
-        self.key = Boxes(views[1], [1, *tiles.key, dim], layouts[0])
-        self.value = Boxes(views[2], [1, *tiles.key, value_dim], layouts[1])
-        self.out = Boxes(views[3], [1, *tiles.query, value_dim], layouts[1])
-        rows = math.prod(tiles.key)
-        extra_keys, extra_values = (
-            (batch, extra, kv_heads, dim),
-            (batch, extra, kv_heads, value_dim),
-        )
-        self.extra_key, self.extra_value = (
-            Boxes(view(x, contiguous(x), (1,)), [1, 1, 1, rows, x[-1]], layout)
-            for x, layout in zip((extra_keys, extra_values), layouts)
-        )
+        self.batch, *space, self.heads, self.dim = shapes[0]
+        self.kv_heads, self.value_dim = shapes[2][-2:]
+        self.dtype, self.space, self.modes = dtype, tuple(space), modes(rule, space)
         self.groups = padded([n // d for n, d in zip(space, rule.dilation)], 1)
-        self.numbers = (
-            *(s for each in views for s in each.steps),
-            dim, value_dim, *contiguous((batch, *padded(space, 1), heads))[:3], *self.groups,
-            *padded(rule.kernel_size, 1), *padded(rule.stride, 1),
-            *padded(rule.dilation, 1),
-        )  # fmt: skip
-        self.heads = (batch * heads, heads, heads // kv_heads)
-        self.modes, self.space = modes(rule, space), tuple(space)
-        self.own_out = tiling.own_out(tiles, self.mask, dim, value_dim)
+        self.views = [view(*x, rule.dilation) for x in zip(shapes, strides)]
+
+    def contiguous(self, heads: int, channels: int) -> View:
+        """Of a tensor with the tokens of all."""
+        shape = (self.batch, *self.space, heads, channels)
+        return view(shape, contiguous(shape), self.rule.dilation)
 
     @cached_property
-    def forward(self) -> Launch:
-        """A program per place on the GPU takes tiles in turn; long tiles have one each."""
-        tiles, mask = self.tiles, self.mask
+    def forward(self) -> Forward:
+        return Forward(self)
+
+    @cached_property
+    def query(self) -> Gradient:
+        """dQ."""
+        return Gradient(self, "query")
+
+    @cached_property
+    def key(self) -> Gradient:
+        """dK and dV."""
+        return Gradient(self, "key")
+
+
+class _Kernel:
+    """Tiles of one kernel of a plan, and what its launch is made of."""
+
+    def __init__(self, plan: Plan, kind: str) -> None:
+        space, dims = plan.space, (plan.dim, plan.value_dim)
+        self.work = tiling.work(kind, *dims)
+        self.tiles = tiling.choose(kind, plan.rule, space, space, *dims)
+        self.mask = tiling.mask(kind, plan.rule, space, self.tiles, self.work)
+        self.own_out = tiling.own_out(self.tiles, self.mask, self.work)
+        self.kind, self.plan = kind, plan
+
+    def boxes(self, view: View, channels: int, of_tiles: bool) -> Boxes:
+        """Descriptors of tiles, or of boxes."""
+        shape = self.tiles.tile if of_tiles else self.tiles.box
+        return Boxes(view, [1, *shape, channels], box_layout(channels, self.plan.dtype))
+
+    def extra(self, channels: int) -> Boxes:
+        """Descriptors of boxes of additional tokens."""
+        plan = self.plan
+        shape = (plan.batch, plan.extra, plan.kv_heads, channels)
+        box = [1, 1, 1, math.prod(self.tiles.box), channels]
+        return Boxes(view(shape, contiguous(shape), (1,)), box, box_layout(channels, plan.dtype))
+
+    def launch(self, kernel: Any, numbers: Sequence[Any], heads: int, extra: int) -> Launch:
+        """``numbers``, then what all kernels have; a program per place on the GPU takes tiles in
+        turn, long tiles have one each."""
+        plan, tiles, mask, rule = self.plan, self.tiles, self.mask, self.plan.rule
         counts = [
             -(-n // (size * (tiles.groups if axis == tiles.split else 1)))
-            for axis, (n, size) in enumerate(zip(self.groups, tiles.query))
+            for axis, (n, size) in enumerate(zip(plan.groups, tiles.tile))
         ]
-        every, heads, per_kv = self.heads
-        total = math.prod(counts) * math.prod(self.rule.dilation) * every
-        start, registers, fetch = tiling.registers(tiles)
+        every = plan.batch * heads
+        total = math.prod(counts) * math.prod(rule.dilation) * every
+        start, registers, fetch = tiling.registers(tiles, self.work)
         constants = {
-            "MODES": self.modes, "WQ": tiles.query, "TK": tiles.key, "SPLIT": tiles.split,
+            "MODES": plan.modes, "TILE": tiles.tile, "BOX": tiles.box, "SPLIT": tiles.split,
             "STAGES": tiles.stages, "MASK": mask.kind, "CODE": mask.code, "BY_ROW": mask.by_row,
-            "STEPS": mask.steps, "TABLES": mask.tables, "HAS_EXTRA": self.extra > 0,
+            "STEPS": mask.steps, "TABLES": mask.tables, "HAS_EXTRA": extra > 0,
             "OWN_OUT": self.own_out, "REGISTERS": registers, "FETCH": fetch, "GROUPS": tiles.groups,
-            "DILATED": max(self.rule.dilation) > 1,
+            "DILATED": max(rule.dilation) > 1, "OF_KEYS": self.kind == "key",
             "num_warps": 4, "maxnreg": start,
         }  # fmt: skip
+        if self.kind == "forward":
+            del constants["OF_KEYS"]
         numbers = (
-            *self.numbers, *counts, total, heads, per_kv, self.extra, self.scale * _LOG2E
+            *numbers, *plan.groups, *padded(rule.kernel_size, 1), *padded(rule.stride, 1),
+            *padded(rule.dilation, 1), *counts, total, heads, plan.heads // plan.kv_heads, extra,
+            plan.scale * _LOG2E,
         )  # fmt: skip
-        pairs = tiling.computed_pairs("forward", self.rule, self.space, self.space, tiles)
+        pairs = tiling.computed_pairs(self.kind, rule, plan.space, plan.space, tiles)
         boxes = (
-            pairs * every / total / (tiles.groups * math.prod(tiles.query) * math.prod(tiles.key))
+            pairs * every / total / (tiles.groups * math.prod(tiles.tile) * math.prod(tiles.box))
         )
-        places = _processors(self.device) * tiles.programs
-        programs = total if boxes > _LONG else min(total, places)
-        return Launch(forward_kernel, programs, numbers, constants)
+        places = _processors(plan.device) * tiles.programs
+        return Launch(kernel, total if boxes > _LONG else min(total, places), numbers, constants)
+
+
+class Forward(_Kernel):
+    """Output and LSE."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan, "forward")
+        dim, value_dim = plan.dim, plan.value_dim
+        views = [*plan.views, plan.contiguous(plan.heads, value_dim)]
+        self.query = self.boxes(views[0], dim, True)
+        self.key = self.boxes(views[1], dim, False)
+        self.value = self.boxes(views[2], value_dim, False)
+        self.out = self.boxes(views[3], value_dim, True)
+        self.extra_key, self.extra_value = self.extra(dim), self.extra(value_dim)
+        numbers = (
+            *(step for each in views for step in each.steps), dim, value_dim,
+            *contiguous((plan.batch, *padded(plan.space, 1), plan.heads))[:3],
+        )  # fmt: skip
+        self.run = self.launch(forward_kernel, numbers, plan.heads, plan.extra)
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, more: Sequence[Tensor], out: Tensor,
+        lse: Tensor,
+    ) -> None:  # fmt: skip
+        extra = (self.extra_key(more[0]), self.extra_value(more[1])) if more else (None, None)
+        self.run(self.query(query), self.key(key), self.value(value), self.out(out), *extra, lse)
+
+
+class Gradient(_Kernel):
+    """dQ, from tiles of queries and boxes of keys, or dK and dV, from the reverse."""
+
+    def __init__(self, plan: Plan, kind: str) -> None:
+        super().__init__(plan, kind)
+        of_keys, dim = kind == "key", plan.dim
+        heads = plan.kv_heads if of_keys else plan.heads
+        query, key, value = plan.views
+        queries = query, plan.contiguous(plan.heads, dim)
+        fixed, walked = ((key, value), queries) if of_keys else (queries, (key, value))
+        grad, terms = plan.contiguous(heads, dim), plan.contiguous(plan.heads, 4)
+        self.outer = [self.boxes(each, dim, True) for each in fixed]
+        self.inner = [self.boxes(each, dim, False) for each in walked]
+        rows = self.tiles.box if of_keys else self.tiles.tile
+        self.terms = Boxes(terms, [1, *rows, 4], gl.NVMMASharedLayout(0, 32, rank=5))
+        self.grad = self.boxes(grad, dim, True)
+        extra = 0 if of_keys else plan.extra
+        self.more = self.extra(dim) if extra else None
+        views = (*fixed, *walked, terms, grad)
+        numbers = [step for each in views for step in each.steps]
+        self.run = self.launch(pass_kernel, numbers, heads, extra)
+
+    def __call__(
+        self, outer: Sequence[Tensor], inner: Sequence[Tensor], terms: Tensor,
+        more: Sequence[Tensor], grads: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        """Sum over ``inner`` for the tiles of ``outer``, into ``grads``."""
+        boxes = [make(x) for make, x in zip(self.inner, inner)]
+        # What is missing is never read.
+        extra = boxes if self.more is None else [self.more(x) for x in more]
+        tiles = [make(x) for make, x in zip(self.outer, outer)]
+        grads = [self.grad(x) for x in grads]
+        self.run(*tiles, *boxes, self.terms(terms), *extra, grads[0], grads[-1])
 
 
 # A program that takes tiles in turn begins the next one while it ends the last. Tiles of more boxes
@@ -144,11 +226,11 @@ def plan_for(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    extra_keys: Tensor | None,
+    more: Sequence[Tensor],
     rule: Neighborhood,
     scale: float,
 ) -> Plan:
-    """The plan of a call; tensors are readable by TMA."""
+    """The plan of a call; tensors are readable by TMA. ``more``: additional keys and values."""
     return _cached_plan(
         rule,
         scale,
@@ -156,5 +238,5 @@ def plan_for(
         query.dtype,
         (query.shape, key.shape, value.shape),
         (query.stride(), key.stride(), value.stride()),
-        0 if extra_keys is None else extra_keys.shape[1],
+        more[0].shape[1] if more else 0,
     )

@@ -22,10 +22,21 @@ class Ring:
     @gluon.jit
     def fill(self, i, descriptor, at):
         """Fetch the box that starts at ``at``, once its buffer is empty."""
+        self.expect(i, descriptor.block_type.nbytes)
+        self.load(i, descriptor, at, self.buffers)
+
+    @gluon.jit
+    def expect(self, i, BYTES: gl.constexpr):
+        """Once buffer ``i`` is empty, announce what will fill it."""
         stage = i % self.STAGES
-        buffer = self.buffers.index(stage).reshape(descriptor.block_type.shape)
         mbarrier.wait(self.empty.index(stage), (i // self.STAGES & 1) ^ 1)
-        mbarrier.expect(self.full.index(stage), descriptor.block_type.nbytes)
+        mbarrier.expect(self.full.index(stage), BYTES)
+
+    @gluon.jit
+    def load(self, i, descriptor, at, buffers):
+        """Fetch a box into the ``i``-th of ``buffers``, which are filled with the ring's."""
+        stage = i % self.STAGES
+        buffer = buffers.index(stage).reshape(descriptor.block_type.shape)
         load_box(descriptor, at, self.full.index(stage), buffer)
 
     @gluon.jit
@@ -33,7 +44,12 @@ class Ring:
         """Box ``i`` as a matrix ``[ROWS, channels]``, once it is there."""
         stage = i % self.STAGES
         mbarrier.wait(self.full.index(stage), i // self.STAGES & 1)
-        return self.buffers.index(stage).reshape([ROWS, self.buffers.shape[5]])
+        return self.matrix(i, ROWS, self.buffers)
+
+    @gluon.jit
+    def matrix(self, i, ROWS: gl.constexpr, buffers):
+        """The ``i``-th of ``buffers``, filled with the ring's, as a matrix ``[ROWS, channels]``."""
+        return buffers.index(i % self.STAGES).reshape([ROWS, buffers.shape[5]])
 
     @gluon.jit
     def release(self, i):

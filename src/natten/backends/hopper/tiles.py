@@ -18,22 +18,64 @@ from natten.neighborhood import Neighborhood, Rule, group_length
 from natten.tiling import padded
 
 Shape = tuple[int, ...]
-KINDS = ("forward",)
-ROWS = 64  # queries of a warpgroup
+KINDS = ("forward", "query", "key")  # the gradients of these two
+ROWS = 64  # tokens of a warpgroup
 _SHARED = 227 * 1024  # bytes a program may have
 
 NONE, COMPARE, PRODUCT = range(3)  # kinds of masks, as in the kernels
 
 
 class Tiles(NamedTuple):
-    """A program's tiles of queries and of keys, three axes each, and how it runs."""
+    """A program's tiles and boxes, three axes each, and how it runs.
 
-    query: Shape  # of one warpgroup
-    key: Shape
+    Tiles are of queries and boxes of keys, but for the kind "key", where it is the reverse.
+    """
+
+    tile: Shape  # of one warpgroup
+    box: Shape
     split: int  # the axis along which the warpgroups are neighbors
-    groups: int  # of warps with queries
+    groups: int  # of warps with tiles
     programs: int  # at once on a multiprocessor
     stages: int
+
+
+class Work(NamedTuple):
+    """What a kernel does with a head: channels in shared memory, registers, cycles."""
+
+    tile: int  # channels of a row of a tile
+    box: int
+    out: int
+    sums: int  # registers of a thread
+    scores: float  # registers of a thread, per two columns of a box
+    factor: bool  # whether there are registers for the factor of a mask by products
+    products: int  # channels multiplied per score
+    cycles: float  # of a column's scores beside products
+    wait: float  # cycles until a box's products and scores are made, if nothing else runs
+    columns: Shape  # of a box
+    rooms: tuple[tuple[int, bool], ...]  # stages, and outputs not in the tile's place: best first
+
+
+def work(kind: str, dim: int, value_dim: int) -> Work:
+    """Of a kind of kernel; gradients need equal dims. With queries come 16 bytes of terms."""
+    both = dim + value_dim
+    if kind == "forward":
+        columns: Shape = (64, 32) if max(dim, value_dim) > 128 else (128, 64)
+        # Outputs that delay no tile are worth more than a third stage.
+        rooms = [(3, True), (2, True)] + [(2, False)] * (dim == value_dim)
+        return Work(
+            dim, both, value_dim, value_dim // 2, 1.5, True, both, 8.0, 1200.0, columns,
+            tuple(rooms),
+        )  # fmt: skip
+    # A box is held while the next is computed: two stages would leave none to fetch into.
+    rooms = [(stages, own) for stages in (4, 3, 2) for own in (True, False)]
+    if kind == "query":
+        columns = (64,) if dim > 64 else (128, 64)
+        return Work(
+            both + 8, both, dim, dim // 2, 2.5, True, 3 * dim, 12.0, 1600.0, columns, tuple(rooms)
+        )  # fmt: skip
+    return Work(
+        both, both + 8, both, dim, 2.25, dim < 128, 4 * dim, 12.0, 2000.0, (64,), tuple(rooms)
+    )  # fmt: skip
 
 
 class Mask(NamedTuple):
@@ -49,130 +91,148 @@ class Mask(NamedTuple):
 class Axis(NamedTuple):
     """One way to cut an axis: what a warpgroup and a box cover, summed over the axis's tiles."""
 
-    query: int
-    key: int
+    tile: int
+    box: int
     tiles: int
-    boxes: int  # attended, of all warpgroups if the axis is split, else of one
+    boxes: int  # with partners, of all warpgroups if the axis is split, else of one
     most: int  # boxes of one tile
     masked: bool
 
 
-def _cut(first: torch.Tensor, last: torch.Tensor, query: int, key: int, parts: int) -> Axis:
-    """Cut an axis whose queries have windows ``first .. last``; ``parts`` warpgroups a tile."""
+def _cut(first: torch.Tensor, last: torch.Tensor, tile: int, box: int, parts: int) -> Axis:
+    """Cut an axis whose tokens have partners ``first .. last``; ``parts`` warpgroups a tile."""
     end = len(first) - 1
-    begin = torch.arange(0, len(first), query * parts, device="cpu")
-    low, high = first[begin], last[(begin + query * parts - 1).clamp(max=end)]
+    begin = torch.arange(0, len(first), tile * parts, device="cpu")
+    low, high = first[begin], last[(begin + tile * parts - 1).clamp(max=end)]
     boxes, masked = 0, False
     for part in range(parts):
-        head = (begin + part * query).clamp(max=end)
-        tail = (begin + part * query + query - 1).clamp(max=end)
+        head = (begin + part * tile).clamp(max=end)
+        tail = (begin + part * tile + tile - 1).clamp(max=end)
         before, past = first[head] - low, last[tail] - low
-        boxes += int((-(-past // key) - before // key).sum())
+        boxes += int((-(-past // box) - before // box).sum())
         masked |= bool((first[tail] > first[head]).any() or (last[tail] > last[head]).any())
-        masked |= bool((before % key).any() or (past % key).any())
-    most = int((-(-(high - low) // key)).max())
-    return Axis(query, key, len(begin), boxes, most, masked)
+        masked |= bool((before % box).any() or (past % box).any())
+    most = int((-(-(high - low) // box)).max())
+    return Axis(tile, box, len(begin), boxes, most, masked)
 
 
 class _Cuts:
     """The axes of a problem, cut for given tiles."""
 
-    def __init__(self, rule: Neighborhood, shape: Shape) -> None:
+    def __init__(self, of_keys: bool, rule: Neighborhood, shape: Shape) -> None:
         self.missing = 3 - len(shape)
         self.lengths = [group_length(n, d, 0) for n, d in zip(shape, rule.dilation)]
-        self.windows = [
-            rule.windows(axis, torch.arange(n, device="cpu"), n, n)
-            for axis, n in enumerate(self.lengths)
+        self.partners = [
+            _partners(of_keys, rule, axis, length) for axis, length in enumerate(self.lengths)
         ]
         self.axis = cache(self._axis)
 
-    def _axis(self, axis: int, query: int, key: int, parts: int) -> Axis:
+    def _axis(self, axis: int, tile: int, box: int, parts: int) -> Axis:
         if axis < self.missing:
             return Axis(1, 1, 1, 1, 1, False)
-        return _cut(*self.windows[axis - self.missing], query, key, parts)
+        return _cut(*self.partners[axis - self.missing], tile, box, parts)
 
-    def __call__(self, query: Shape, key: Shape, split: int, groups: int) -> tuple[Axis, ...]:
-        return tuple(self.axis(a, query[a], key[a], groups if a == split else 1) for a in range(3))
+    def __call__(self, tiles: Tiles) -> tuple[Axis, ...]:
+        return tuple(
+            self.axis(a, tiles.tile[a], tiles.box[a], tiles.groups if a == tiles.split else 1)
+            for a in range(3)
+        )
 
 
-_cuts = lru_cache(maxsize=64)(_Cuts)
+def _partners(
+    of_keys: bool, rule: Neighborhood, axis: int, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and one-past-last key of each query of an axis, or query of each key."""
+    tokens = torch.arange(length, device="cpu")
+    start, end = rule.windows(axis, tokens, length, length)
+    if not of_keys:
+        return start, end
+    first = torch.searchsorted(end, tokens, right=True)
+    return first, torch.searchsorted(start, tokens, right=True)
 
 
-def mask_of(sliding: bool, axes: Sequence[Axis], split: int, groups: int) -> Mask:
-    """How three axes are masked; ``sliding``: every query of the last has a window of its own."""
+@lru_cache(maxsize=64)
+def _cuts(kind: str, rule: Neighborhood, shape: Shape) -> _Cuts:
+    return _Cuts(kind == "key", rule, shape)
+
+
+def mask_of(sliding: bool, axes: Sequence[Axis], split: int, groups: int, work: Work) -> Mask:
+    """How three axes are masked; ``sliding``: every token of the last has a window of its own."""
     if not any(axis.masked for axis in axes):
         return Mask()
     # The windows of a tile's queries start in as many places, at the same distances everywhere.
-    by_row = axes[2].masked and axes[2].query < axes[2].key and (split != 2 or groups == 1)
+    by_row = axes[2].masked and axes[2].tile < axes[2].box and (split != 2 or groups == 1)
     by_row &= sliding
-    widths = [axis.key if axis.masked else 0 for axis in axes]
+    widths = [axis.box if axis.masked else 0 for axis in axes]
     if by_row:
-        widths[2] = axes[2].query
+        widths[2] = axes[2].tile
     tables = axes[2].most if by_row else 1
-    if sum(widths) > 32 or tables > 8:
+    if sum(widths) > 32 or tables > 8 or not work.factor:
         return Mask(COMPARE)
     code = tuple(itertools.accumulate(widths))
     return Mask(PRODUCT, code, by_row, 1 if sum(widths) <= 16 else 2, tables)
 
 
-def slides(rule: Neighborhood) -> bool:
-    """Whether windows move by one position from query to query along the last axis."""
-    return rule.stride[-1] == 1 and not rule.is_causal[-1]
+def slides(kind: str, rule: Neighborhood) -> bool:
+    """Whether partners along the last axis are a window that moves by one from token to token."""
+    return kind != "key" and rule.stride[-1] == 1 and not rule.is_causal[-1]
 
 
-def mask(rule: Neighborhood, shape: Shape, tiles: Tiles) -> Mask:
+def mask(kind: str, rule: Neighborhood, shape: Shape, tiles: Tiles, work: Work) -> Mask:
     """How tiles are masked."""
-    axes = _cuts(rule, shape)(tiles.query, tiles.key, tiles.split, tiles.groups)
-    return mask_of(slides(rule), axes, tiles.split, tiles.groups)
+    axes = _cuts(kind, rule, shape)(tiles)
+    return mask_of(slides(kind, rule), axes, tiles.split, tiles.groups, work)
 
 
-def _shared(tiles: Tiles, mask: Mask, dim: int, value_dim: int, own_out: bool) -> int:
+def _shared(tiles: Tiles, mask: Mask, work: Work, own_out: bool) -> int:
     """Bytes of shared memory of a multiprocessor's programs; 2 kB each for barriers and Triton."""
-    keys = math.prod(tiles.key)
-    queries = tiles.groups * ROWS * (dim + value_dim * own_out)
-    table = mask.tables * keys * 16 * mask.steps * (mask.kind == PRODUCT)
-    each = 2 * (queries + tiles.stages * keys * (dim + value_dim) + table)
+    columns = math.prod(tiles.box)
+    rows = tiles.groups * ROWS * (work.tile + work.out * own_out)
+    table = mask.tables * columns * 16 * mask.steps * (mask.kind == PRODUCT)
+    each = 2 * (rows + tiles.stages * columns * work.box + table)
     return tiles.programs * (each + 2048)
 
 
-def own_out(tiles: Tiles, mask: Mask, dim: int, value_dim: int) -> bool:
-    """Whether the output has shared memory of its own, or takes the queries'."""
-    return dim != value_dim or _shared(tiles, mask, dim, value_dim, True) <= _SHARED
+def own_out(tiles: Tiles, mask: Mask, work: Work) -> bool:
+    """Whether outputs have shared memory of their own, or take the tile's."""
+    fits = _shared(tiles, mask, work, True) <= _SHARED
+    return fits or (tiles.stages, False) not in work.rooms
 
 
-def registers(tiles: Tiles) -> tuple[int, int, int]:
+def registers(tiles: Tiles, work: Work) -> tuple[int, int, int]:
     """Of a thread: when a program starts, of warpgroups that compute, and of warps that fetch."""
-    fetch = 40 if tiles.programs == 1 else 24
+    fetch = 40 if tiles.programs == 1 and work.factor else 24
     # What the fetching warpgroup leaves (two of its warps are idle) goes to the others.
     start = 65536 // tiles.programs // (128 * tiles.groups + 128) // 8 * 8
     return start, (start * (tiles.groups + 1) - fetch) // tiles.groups // 8 * 8, fetch
 
 
-def _has_registers(tiles: Tiles, value_dim: int) -> bool:
-    """Whether sums, scores and weights fit; a product alone must fit what a program starts with."""
-    start, most, _ = registers(tiles)
-    out, scores = value_dim // 2, math.prod(tiles.key) // 2
-    return max(out, scores) + 30 <= start and out + scores * 3 // 2 + 40 <= most
+def _has_registers(tiles: Tiles, work: Work) -> bool:
+    """Whether sums and scores fit; a product alone must fit what a program starts with."""
+    start, most, _ = registers(tiles, work)
+    scores = math.prod(tiles.box) // 2
+    alone = max(work.out // 2 if work.sums < work.out else work.sums // 2, scores)
+    return alone + 30 <= start and work.sums + scores * work.scores + 40 <= most
 
 
-# What a box and a tile cost a multiprocessor beside products, and what they wait: cycles.
-_SCORE, _BOX, _BOX_WAIT, _TILE, _TILE_WAIT = 8.0, 100.0, 1200.0, 500.0, 3000.0
+# What a box and a tile cost a multiprocessor beside products, and a tile's wait: cycles.
+_BOX, _TILE, _TILE_WAIT = 100.0, 500.0, 3000.0
 
 
-def prices(tiles: Tiles, mask: Mask, dim: int, value_dim: int) -> tuple[float, float]:
+def prices(tiles: Tiles, mask: Mask, work: Work) -> tuple[float, float]:
     """Cycles of a multiprocessor that a box costs, and a warpgroup's tile beside its boxes."""
-    columns = math.prod(tiles.key)
+    columns = math.prod(tiles.box)
     # Warpgroups of one program wait for the same boxes.
     at_once = tiles.programs if tiles.groups == 1 else 1.5 * tiles.programs
-    product = columns * (dim + value_dim + 16 * mask.steps * (mask.kind == PRODUCT)) / 32
-    score = _SCORE * (1.3 if mask.kind == COMPARE else 1)
-    box = product + columns * score + _BOX + _BOX_WAIT / at_once
+    product = columns * (work.products + 16 * mask.steps * (mask.kind == PRODUCT)) / 32
+    cycles = work.cycles * (1.3 if mask.kind == COMPARE else 1)
+    box = product + columns * cycles + _BOX + work.wait / at_once
     return box, _TILE + _TILE_WAIT / at_once
 
 
-def _cost(axes: tuple[Axis, ...], tiles: Tiles, mask: Mask, dim: int, value_dim: int) -> float:
+def _cost(axes: tuple[Axis, ...], tiles: Tiles, mask: Mask, work: Work) -> float:
     """Cycles of a multiprocessor per batch entry, head and dilation group."""
-    box, tile = prices(tiles, mask, dim, value_dim)
+    box, tile = prices(tiles, mask, work)
     number = math.prod(axis.tiles for axis in axes)
     return math.prod(axis.boxes for axis in axes) * box + number * tiles.groups * tile
 
@@ -202,8 +262,8 @@ def choose(
     tuned = tuning.lookup(key(kind, rule, shape, key_shape, dim, value_dim, itemsize))
     if tuned is None:
         return candidates(kind, rule, shape, key_shape, dim, value_dim, itemsize)[0]
-    query, keys, *options = tuned
-    return Tiles(tuple(query), tuple(keys), *options)
+    tile, box, *options = tuned
+    return Tiles(tuple(tile), tuple(box), *options)
 
 
 @lru_cache(maxsize=64)
@@ -217,41 +277,39 @@ def candidates(
     itemsize: int = 2,
 ) -> list[Tiles]:
     """Tiles that fit the registers and shared memory, cheapest first by estimate."""
-    cuts = _cuts(rule, shape)
+    cuts, needs = _cuts(kind, rule, shape), work(kind, dim, value_dim)
     costs: dict[Tiles, float] = {}
-    for tiles in cuttings(cuts.lengths, dim, value_dim):
-        axes = cuts(tiles.query, tiles.key, tiles.split, tiles.groups)
-        found = mask_of(slides(rule), axes, tiles.split, tiles.groups)
-        fitting = fitted(tiles, found, dim, value_dim)
+    for tiles in cuttings(cuts.lengths, needs):
+        axes = cuts(tiles)
+        found = mask_of(slides(kind, rule), axes, tiles.split, tiles.groups, needs)
+        fitting = fitted(tiles, found, needs)
         if fitting is not None:
-            costs[fitting] = _cost(axes, fitting, found, dim, value_dim)
+            costs[fitting] = _cost(axes, fitting, found, needs)
     return sorted(costs, key=costs.__getitem__)
 
 
-def cuttings(lengths: Sequence[int], dim: int, value_dim: int) -> list[Tiles]:
+def cuttings(lengths: Sequence[int], work: Work) -> list[Tiles]:
     """Tiles that fit the registers, to be :func:`fitted`; of equal cost, the first is better.
 
     Args:
         lengths: positions of a dilation group, per axis.
-        dim, value_dim: of a head.
+        work: of the kernel.
     """
-    most_keys = 64 if max(dim, value_dim) > 128 else 128
-    keys = _shapes(most_keys, lengths) + _shapes(most_keys // 2, lengths)
+    boxes = [shape for columns in work.columns for shape in _shapes(columns, lengths)]
     every = (
-        Tiles(query, box, *way, stages=2)
-        for query, box in itertools.product(_shapes(ROWS, lengths), keys)
+        Tiles(tile, box, *way, stages=2)
+        for tile, box in itertools.product(_shapes(ROWS, lengths), boxes)
         for way in _ways(len(lengths))
     )
-    fitting = (tiles for tiles in every if _has_registers(tiles, value_dim))
-    return sorted(fitting, key=lambda tiles: max(tiles.query))
+    fitting = (tiles for tiles in every if _has_registers(tiles, work))
+    return sorted(fitting, key=lambda tiles: max(tiles.tile))
 
 
-def fitted(tiles: Tiles, mask: Mask, dim: int, value_dim: int) -> Tiles | None:
+def fitted(tiles: Tiles, mask: Mask, work: Work) -> Tiles | None:
     """The tiles with the stages that fit the shared memory, or None if not even two do."""
-    # An output buffer that delays no query is worth more than a third stage.
-    for stages, own in ((3, True), (2, True), (2, dim != value_dim)):
+    for stages, own in work.rooms:
         tiles = tiles._replace(stages=stages)
-        if _shared(tiles, mask, dim, value_dim, own) <= _SHARED:
+        if _shared(tiles, mask, work, own) <= _SHARED:
             return tiles
     return None
 
@@ -274,6 +332,6 @@ def computed_pairs(
     kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape, tiles: Tiles
 ) -> int:
     """Query-key pairs that a kernel computes per batch entry and head, wasted ones included."""
-    axes = _cuts(rule, shape)(tiles.query, tiles.key, tiles.split, tiles.groups)
+    axes = _cuts(kind, rule, shape)(tiles)
     boxes = math.prod(axis.boxes for axis in axes) * math.prod(rule.dilation)
-    return boxes * ROWS * math.prod(tiles.key)
+    return boxes * ROWS * math.prod(tiles.box)

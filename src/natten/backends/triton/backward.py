@@ -289,6 +289,8 @@ def key_kernel(
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
             allowed = present[:, None]
             if MASKED:
+                # Along an axis of one token a box may be longer than that.
+                allowed = allowed & real[None, :]
                 allowed = inside(i0[None, :], s0[:, None], e0[:, None], MODES[0], allowed)
                 allowed = inside(i1[None, :], s1[:, None], e1[:, None], MODES[1], allowed)
                 allowed = inside(i2[None, :], s2[:, None], e2[:, None], MODES[2], allowed)
