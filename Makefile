@@ -1,11 +1,13 @@
 # make demo: train a small classifier and draw what it attends.  make test: everything CI checks of
-# the code.  Both make the environment first; TORCH= picks another build of PyTorch.
+# the code.  make kernels: compile the GPU kernels, without a GPU.  All make the environment first;
+# TORCH= picks another build of PyTorch.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
+TRITONS := 3.7 3.8 newest
 
-.PHONY: demo test lint wheel bench tables site
+.PHONY: demo test lint wheel kernels bench tables site
 
 demo: $(VENV)/.demo
 	$(PY) examples/digits.py
@@ -25,6 +27,9 @@ wheel: $(VENV)/.dev
 	$(PY) -c "import os; w, = os.listdir('dist'); size = os.path.getsize('dist/' + w); \
 		print(w, size, 'bytes'); assert w.endswith('-py3-none-any.whl') and size < 1_000_000"
 
+kernels: $(VENV)/.dev $(TRITONS:%=$(VENV)/triton-%/.installed)
+	$(PY) benchmarks/kernels.py
+
 bench: $(VENV)/.dev
 	$(PY) benchmarks/run.py --device cpu --out .bench.csv
 
@@ -42,4 +47,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.demo $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(VENV)/bin/python pyproject.toml
 	$(PY) -m pip install -q "$(TORCH)" -e ".[$*]"
+	touch $@
+
+# Releases of Triton beside the environment's, for benchmarks/kernels.py.
+$(VENV)/triton-%/.installed: | $(VENV)/bin/python
+	$(PY) -m pip install -q --no-deps --upgrade --target $(@D) \
+		"triton$(if $(filter newest,$*),,==$*.*)"
 	touch $@

@@ -236,13 +236,33 @@ def test_tiles_are_valid(kind):
             assert found.num_warps in (4, 8)
 
 
+@pytest.mark.parametrize("gpu", [(0, 65536), (86, 101376)], ids=["AMD", "consumer"])
+@pytest.mark.parametrize("kind", ["forward", "query", "key"])
+def test_tiles_fit_the_gpu(kind, gpu, monkeypatch):
+    tiles = pytest.importorskip("natten.backends.triton.tiles")
+    rule, shape = Neighborhood.create(2, 13), (64, 64)
+    before = tiles.candidates(kind, rule, shape, shape, 64, 64, 2)
+    gpu = tiles.Gpu(*gpu)
+    monkeypatch.setattr(tiles, "gpu", lambda: gpu)
+    for dim, itemsize in ((64, 2), (128, 2), (256, 2), (64, 4), (128, 4)):
+        for each in tiles.candidates(kind, rule, shape, shape, dim, dim, itemsize):
+            rows, cols = (torch.Size(x).numel() for x in each[:2])
+            if kind == "key":
+                rows, cols = cols, rows
+            sizes = kind, rows, cols, dim, dim, itemsize, each.num_stages
+            assert tiles._shared(*sizes, gpu) <= gpu.shared
+            assert each.registers is None  # caps are Hopper's
+    monkeypatch.undo()
+    assert tiles.candidates(kind, rule, shape, shape, 64, 64, 2) == before
+
+
 @pytest.mark.parametrize("target", ["80", "90", "gfx942"])
 def test_kernels_compile_without_a_gpu(target):
-    """The NAT variants; `python benchmarks/kernels.py` compiles the whole list."""
+    """The NAT variants; `make kernels` compiles the whole list."""
     command = [sys.executable, "benchmarks/kernels.py", "--target", target, "--variants", "NAT"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("| NAT |") == 6
+    assert done.stdout.count("| NAT |") == 7
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from natten.backends.hopper.gluon_names import (
     fence_async_shared,
     gl,
     gluon,
+    reinterpret,
     store_box,
     store_wait,
     warpgroup_mma,
@@ -67,7 +68,7 @@ class Inputs:
         """LSE and delta of queries that are rows, ``[rows, 1]``."""
         ROWS: gl.constexpr = LAYOUT.warps_per_cta[0] * 16
         flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        four = self.terms.index(i % self.ring.STAGES)._reinterpret(gl.float32, [ROWS, 4], flat)
+        four = reinterpret(self.terms.index(i % self.ring.STAGES), gl.float32, [ROWS, 4], flat)
         return four.slice(0, 1, 1).load(LAYOUT), four.slice(1, 1, 1).load(LAYOUT)
 
     @gluon.jit
@@ -75,7 +76,7 @@ class Inputs:
         """LSE (0) or delta (1) of queries that are columns, ``[1, columns]``."""
         COLUMNS: gl.constexpr = LAYOUT.instr_shape[1]
         flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0, 1])
-        four = self.terms.index(i % self.ring.STAGES)._reinterpret(gl.float32, [4, COLUMNS], flat)
+        four = reinterpret(self.terms.index(i % self.ring.STAGES), gl.float32, [4, COLUMNS], flat)
         return four.slice(WHICH, 1, 0).load(LAYOUT)
 
 

@@ -20,10 +20,12 @@ from triton.language.core import _aggregate as aggregate
 # Releases that the kernels compile with.
 KNOWN = ((3, 6), (3, 7), (3, 8), (3, 9))
 
-# 3.9 named what copies after what it does.
+# 3.9 named what copies after what it does, and made reinterpreting public.
 load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_box = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 store_wait = tma.store_wait
+_shared = gl.shared_memory_descriptor
+reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
 
 __all__ = [
     "KNOWN",
@@ -35,6 +37,7 @@ __all__ = [
     "gluon",
     "load_box",
     "mbarrier",
+    "reinterpret",
     "release",
     "store_box",
     "store_wait",

@@ -227,7 +227,8 @@ class Plan:
             **self.channels,
             **self.precision,
         }
-        if tiles.registers is not None and torch.version.hip is None:
+        # A bias per pair takes so many registers that one program more is not to be had.
+        if tiles.registers is not None and torch.version.hip is None and not self.bias:
             constants["maxnreg"] = tiles.registers
         if not keys:
             constants["HAS_EXTRA"] = bool(self.extra)

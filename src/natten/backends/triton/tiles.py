@@ -38,6 +38,32 @@ class Tiles(NamedTuple):
     registers: int | None = None
 
 
+class Gpu(NamedTuple):
+    """What of a GPU decides tiles.
+
+    Attributes:
+        capability: NVIDIA's, as 90 for 9.0; 0 for AMD's.
+        shared: bytes of shared memory that a program may have.
+    """
+
+    capability: int
+    shared: int
+
+
+def gpu() -> Gpu:
+    """The current GPU; an H100 where there is none."""
+    return _gpu(torch.cuda.current_device()) if torch.cuda.is_available() else Gpu(90, 232448)
+
+
+@lru_cache(maxsize=64)
+def _gpu(index: int) -> Gpu:
+    from triton.runtime import driver  # only who has a GPU needs it
+
+    shared = driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    major, minor = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(index)
+    return Gpu(10 * major + minor, shared)
+
+
 class _Axis(NamedTuple):
     """An axis cut into tiles of ``size``: how many, and the boxes they visit per box size."""
 
@@ -51,24 +77,48 @@ def block(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
-def _limits(kind: str, dim: int, value_dim: int, itemsize: int) -> tuple[int, int]:
-    """Most rows of an outer tile and of a box, by registers and shared memory.
+def _limits(kind: str, dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> tuple[int, int]:
+    """Most rows of an outer tile and of a box, by registers.
 
     Tiles of 64 rows, one group of warps, leave room for several programs per processor, which hide
     each other's waiting. dK and dV of wide heads fill the registers anyway and are better shared by
-    two groups.
+    two groups; on AMD, whose threads have no more of them, smaller tiles spill less. Exact products
+    of 32 bits have both operands in registers, whole.
     """
     wide = max(block(dim), block(value_dim)) * itemsize // 2
-    rows = 128 if kind == "key" and wide == 128 else 64
-    return min(rows, max(16, 16384 // wide)), max(16, min(64, 8192 // wide))
+    rows, cols = max(16, min(64, 16384 // wide)), max(16, min(64, 8192 // wide))
+    if itemsize > 2:
+        return min(32, rows), min(32, cols)
+    if kind == "key" and wide == 128:
+        return (64, 32) if gpu.capability == 0 else (128, 64)
+    return rows, cols
 
 
-def _registers(kind: str, dim: int, value_dim: int, itemsize: int) -> int | None:
-    """Most registers of a thread where one program more per processor is worth spilling nothing."""
-    channels = (block(dim) + block(value_dim)) * itemsize // 2
-    if channels > 128:
+def _registers(kind: str, dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> int | None:
+    """Most registers of a thread where one program more per processor is worth a few spilled bytes.
+
+    Measured on Hopper; elsewhere the same kernels take more registers, and nothing was measured.
+    """
+    channels = block(dim) + block(value_dim)
+    if channels > 128 or itemsize > 2 or gpu.capability != 90:
         return None
     return {"forward": 128, "query": 168, "key": 168 if channels <= 64 else None}[kind]
+
+
+def _shared(
+    kind: str, rows: int, cols: int, dim: int, value_dim: int, itemsize: int, stages: int, gpu: Gpu
+) -> int:
+    """Bytes of shared memory, as Triton 3.6 uses it where the limit matters.
+
+    That is on AMD (64 kB), and on NVIDIA's GPUs but those of data centers (99 kB), whose matrix
+    units take 16-bit weights of dK and dV from registers.
+    """
+    scores = rows * cols * itemsize
+    boxes = cols * (dim + value_dim) * itemsize * max(1, stages - 1)
+    if gpu.capability == 0:
+        return boxes + scores  # the outer tile is in registers
+    outer = rows * (dim if kind == "forward" else dim + value_dim) * itemsize
+    return outer + boxes + (scores if kind != "key" or itemsize > 2 else 0) + 1024
 
 
 def _reach(
@@ -146,20 +196,33 @@ def _is_asked(tile: Shape, asked: Shape) -> bool:
     return not any(asked) or tile[3 - len(asked) :] == asked
 
 
-@lru_cache(maxsize=64)
 def candidates(
     kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int
 ) -> list[Tiles]:
-    """Tiles that fit the registers and shared memory, cheapest first by estimate."""
+    """Tiles that fit the current GPU's registers and shared memory, cheapest first by estimate."""
+    return _candidates(kind, rule, shape, key_shape, dim, value_dim, itemsize, gpu())
+
+
+@lru_cache(maxsize=64)
+def _candidates(
+    kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int,
+    gpu: Gpu,
+) -> list[Tiles]:  # fmt: skip
     transposed = kind == "key"
-    most_rows, most_cols = _limits(kind, dim, value_dim, itemsize)
+    most_rows, most_cols = _limits(kind, dim, value_dim, itemsize, gpu)
     channels = block(dim) + block(value_dim)
     axes = [_ONE] * (3 - len(shape)) + [
         _axis(rule, axis, length, key_length, transposed)
         for axis, (length, key_length) in enumerate(zip(shape, key_shape))
     ]
-    registers = _registers(kind, dim, value_dim, itemsize)
+    registers = _registers(kind, dim, value_dim, itemsize, gpu)
+
+    def fits(rows: int, cols: int, stages: int) -> bool:
+        blocks = block(dim), block(value_dim)
+        return _shared(kind, rows, cols, *blocks, itemsize, stages, gpu) <= gpu.shared
+
     costs: dict[Tiles, float] = {}
+    fitting = []
     for tile in itertools.product(*axes):
         rows = math.prod(axis.size for axis in tile)
         if not 16 <= rows <= most_rows:
@@ -173,10 +236,15 @@ def candidates(
             # Eight warps are two groups of matrix units, 64 rows each.
             warps = 8 if rows >= 128 else 4
             stages = 1 if cols * channels * itemsize > 40_000 else 3 if kind == "forward" else 2
+            while stages > 1 and not fits(rows, cols, stages):
+                stages -= 1
             query, keys = (box, outer) if transposed else (outer, box)
-            cost = visited * (work + _BOX) + programs * _PROGRAM
-            costs[Tiles(query, keys, warps, stages, registers)] = cost
-    return sorted(costs, key=lambda tiles: costs[tiles])
+            tiles = Tiles(query, keys, warps, stages, registers)
+            costs[tiles] = visited * (work + _BOX) + programs * _PROGRAM
+            if fits(rows, cols, stages):
+                fitting.append(tiles)
+    # Where none fits, Triton says how much is missing.
+    return sorted(fitting or costs, key=lambda tiles: costs[tiles])
 
 
 def computed_pairs(kind: str, rule: Rule, shape: Shape, key_shape: Shape, tiles: Tiles) -> int:

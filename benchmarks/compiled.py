@@ -1,0 +1,231 @@
+"""The kernels that calls launch, compiled for a GPU that is not there.
+
+A call runs on tensors without data; what it would launch is compiled instead, by Triton's own way
+from arguments to a kernel. So tiles, options and types are what a user gets, whatever they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from natten import tuning
+from natten.backends import Problem, hopper
+from natten.backends import triton as portable
+from natten.backends.hopper.plan import Launch as HopperLaunch
+from natten.backends.triton import tiles as tiling
+from natten.backends.triton.plan import Launch
+from natten.neighborhood import Neighborhood
+
+
+class Variant(NamedTuple):
+    """A problem whose kernels are compiled."""
+
+    name: str
+    shape: tuple[int, ...]
+    window: int | tuple[int, ...]
+    dim: int
+    stride: int | tuple[int, ...] = 1
+    dilation: int | tuple[int, ...] = 1
+    causal: bool | tuple[bool, ...] = False
+    dtype: torch.dtype = torch.bfloat16
+    value_dim: int | None = None
+    extra: int = 0
+    bias: bool = False
+
+
+class Kernel(NamedTuple):
+    """A compiled kernel and what it needs."""
+
+    name: str
+    variant: str
+    tiles: str
+    registers: int  # of a thread; of Hopper's kernels, when a program starts
+    spilled: int  # bytes of a thread
+    shared: int  # bytes
+    serialised: bool  # ptxas waits after each asynchronous product
+    asm: dict[str, Any]
+
+
+def call_portable(variant: Variant) -> None:
+    """Attention and its gradient, then the unfused maps."""
+    _attention(variant, portable.forward, portable.backward)
+    if not variant.bias:
+        rule, q, k, v = _inputs(variant)
+        attn = portable.qk(q, k, rule)
+        portable.av(attn, v, rule)
+        portable.av_transposed(attn, q, rule)
+
+
+def call_hopper(variant: Variant) -> None:
+    """Attention, and its gradient where there is one."""
+    rule, q, _, v = _inputs(variant)
+    problem = Problem("gradient", q.device, q.dtype, q.shape[-1], v.shape[-1], tuple(q.shape), rule)
+    supported = hopper.unsupported(problem) is None
+    _attention(variant, hopper.forward, hopper.backward if supported else None)
+
+
+def _inputs(variant: Variant) -> tuple[Neighborhood, Tensor, Tensor, Tensor]:
+    rule = Neighborhood.create(
+        len(variant.shape), variant.window, variant.stride, variant.dilation, variant.causal
+    )
+    dims = variant.dim, variant.dim, variant.value_dim or variant.dim
+    q, k, v = (
+        torch.empty(2, *variant.shape, 4, d, dtype=variant.dtype, device="meta") for d in dims
+    )
+    return rule, q, k, v
+
+
+def _attention(
+    variant: Variant, forward: Callable[..., Any], backward: Callable[..., Any] | None
+) -> None:
+    rule, q, k, v = _inputs(variant)
+    more: list[Tensor | None] = [None, None, None]
+    if variant.bias:
+        more[0] = q.new_empty(4, *(2 * size - 1 for size in rule.kernel_size))
+    if variant.extra:
+        more[1:] = [x.new_empty(2, variant.extra, 4, x.shape[-1]) for x in (k, v)]
+    scale = variant.dim**-0.5
+    out, lse = forward(q, k, v, *more, rule, scale)
+    if backward is not None:
+        backward(out, None, q, k, v, *more, out, lse, rule, scale)
+
+
+def launches(
+    call: Callable[[Variant], None], variant: Variant
+) -> list[tuple[Any, tuple[Any, ...]]]:
+    """What a call would launch, each with its tensors."""
+    found = []
+
+    def keep(launch: Any, *tensors: Any) -> None:
+        found.append((launch, tensors))
+
+    with (
+        mock.patch.object(Launch, "__call__", keep),
+        mock.patch.object(HopperLaunch, "__call__", keep),
+    ):
+        call(variant)
+    return found
+
+
+class _Driver:
+    """The little that Triton asks of a driver to compile."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> _Driver:
+        return self  # kernels are kept by device: none from another time
+
+    def get_current_stream(self, device: _Driver) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def _compiler(target: GPUTarget, shared: int) -> Iterator[None]:
+    """Tiles and Triton as on a machine with that GPU.
+
+    The cache is empty: of a kernel from there, nothing would be known but its code.
+    """
+    before = driver._active
+    driver.set_active(_Driver(target))
+    gpu = tiling.Gpu(target.arch if target.backend == "cuda" else 0, shared)
+    try:
+        with (
+            mock.patch.object(tiling, "gpu", lambda: gpu),
+            tempfile.TemporaryDirectory() as folder,
+            knobs.cache.scope(),
+            knobs.nvidia.scope(),
+        ):
+            tuning._forget_choices()
+            knobs.cache.dir, knobs.nvidia.dump_ptxas_log = folder, True
+            yield
+    finally:
+        driver._active = before
+        tuning._forget_choices()
+
+
+def compile_calls(
+    target: GPUTarget, shared: int, call: Callable[[Variant], None], variants: Iterable[Variant]
+) -> Iterator[Kernel]:
+    """The kernels that calls launch, compiled for a GPU; none twice.
+
+    Args:
+        target: the GPU.
+        shared: bytes of shared memory that a program may have there.
+        call: :func:`call_portable` or :func:`call_hopper`.
+        variants: what it is called for.
+    """
+    seen = set()
+    with _compiler(target, shared):
+        for variant in variants:
+            for launch, tensors in launches(call, variant):
+                log = io.StringIO()
+                with contextlib.redirect_stdout(log):
+                    compiled = launch.kernel.run(
+                        *tensors,
+                        *launch.numbers,
+                        grid=launch.grid,
+                        warmup=True,
+                        **launch.constants,
+                    )
+                if compiled.hash in seen:
+                    continue
+                seen.add(compiled.hash)
+                said, asm = log.getvalue(), compiled.asm
+                used = _amd(asm["amdgcn"]) if target.backend == "hip" else _nvidia(said)
+                yield Kernel(
+                    _name(launch), variant.name, _tiles(launch), *used,
+                    compiled.metadata.shared, "C7510" in said or "C7514" in said, asm,
+                )  # fmt: skip
+
+
+def _nvidia(log: str) -> tuple[int, int]:
+    """Registers and spilled bytes, as ptxas says."""
+    spilled = re.findall(r"(\d+) bytes spill", log)  # stores and loads
+    return max(map(int, re.findall(r"Used (\d+) registers", log))), max(map(int, spilled))
+
+
+def _amd(code: str) -> tuple[int, int]:
+    """Vector registers and the bytes of those that were spilled."""
+    found = {
+        name: max(map(int, re.findall(rf"\.{name}:\s+(\d+)", code)))
+        for name in ("vgpr_count", "vgpr_spill_count")
+    }
+    return found["vgpr_count"], 4 * found["vgpr_spill_count"]
+
+
+def _name(launch: Any) -> str:
+    """A kernel's name; Hopper's passes are one kernel."""
+    name = launch.kernel.__name__.removesuffix("_kernel")
+    if "OF_KEYS" in launch.constants:
+        name += " dK dV" if launch.constants["OF_KEYS"] else " dQ"
+    return name
+
+
+def _tiles(launch: Any) -> str:
+    """Shapes of queries and of keys, and what goes with them."""
+    constants = launch.constants
+    names = ("TQ", "TK") if "TQ" in constants else ("TILE", "BOX")
+    shapes = [constants[name] for name in names if name in constants]
+    if constants.get("OF_KEYS"):  # tiles are of keys, boxes of queries
+        shapes.reverse()
+    if not shapes:
+        return "-"
+    text = " ".join("x".join(map(str, shape)) for shape in shapes)
+    stages = constants.get("STAGES", constants.get("num_stages"))
+    return f"{text}, {constants['num_warps']} warps, {stages} stages"
