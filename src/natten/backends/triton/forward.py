@@ -16,14 +16,15 @@ from natten.backends.triton.primitives import (
     inside,
     kernel,
     load_rows,
+    next_whole_box,
     row_number,
     split,
     store_rows,
     straddling_box,
     token,
     token_offset,
-    whole_box,
     window,
+    within_box,
 )
 
 
@@ -102,6 +103,8 @@ def forward_kernel(
     rows = token_offset(q_start, x0, x1, x2, q_0, q_1, q_2, ALIGN)
     q = load_rows(query, rows, real, d, D)
     c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
+    k_box = within_box(c0, c1, c2, D0, D1, D2, k_0, k_1, k_2, ALIGN)
+    v_box = within_box(c0, c1, c2, D0, D1, D2, v_0, v_1, v_2, ALIGN)
 
     acc = tl.zeros([M, BLOCK_DV], dtype=tl.float32)
     top = tl.full([M], float("-inf"), dtype=tl.float32)
@@ -112,20 +115,21 @@ def forward_kernel(
     whole = w0 * w1 * w2
     # Boxes that need no mask, then those that straddle the edge of a window.
     for MASKED in tl.static_range(2):
+        j0, j1, j2 = f0, f1, f2
         for box in range(0, b0 * b1 * b2 - whole if MASKED else whole):
             if MASKED:
                 j0, j1, j2 = straddling_box(box, b0, b1, b2, f0, f1, f2, w0, w1, w2)
-            else:
-                j0, j1, j2 = whole_box(box, f0, f1, f2, w0, w1, w2)
-            p0, p1 = low0 + j0 * TK[0] + c0, low1 + j1 * TK[1] + c1
-            p2 = low2 + j2 * TK[2] + c2
+            a0, a1, a2 = low0 + j0 * TK[0], low1 + j1 * TK[1], low2 + j2 * TK[2]
+            if not MASKED:
+                j0, j1, j2 = next_whole_box(j0, j1, j2, f0, f1, f2, w0, w1, w2)
+            p0, p1, p2 = a0 + c0, a1 + c1, a2 + c2
             present = (p0 < high0) & (p1 < high1) & (p2 < high2) if MASKED else c0 >= 0
-            y0, y1 = token(p0, g0, D0, MODES[0]), token(p1, g1, D1, MODES[1])
-            y2 = token(p2, g2, D2, MODES[2])
-            k_rows = token_offset(k_start, y0, y1, y2, k_0, k_1, k_2, ALIGN)
-            v_rows = token_offset(v_start, y0, y1, y2, v_0, v_1, v_2, ALIGN)
-            k = load_rows(key, k_rows, present, d, D)
-            v = load_rows(value, v_rows, present, dv, DV)
+            y0, y1 = token(a0, g0, D0, MODES[0]), token(a1, g1, D1, MODES[1])
+            y2 = token(a2, g2, D2, MODES[2])
+            k_at = token_offset(k_start, y0, y1, y2, k_0, k_1, k_2, ALIGN)
+            v_at = token_offset(v_start, y0, y1, y2, v_0, v_1, v_2, ALIGN)
+            k = load_rows(key + k_at, k_box, present, d, D)
+            v = load_rows(value + v_at, v_box, present, dv, DV)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
             allowed = present[None, :]
             if MASKED:

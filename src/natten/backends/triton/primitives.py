@@ -126,6 +126,15 @@ def token_offset(start, x0, x1, x2, s0, s1, s2, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def within_box(c0, c1, c2, D0, D1, D2, s0, s1, s2, ALIGN: tl.constexpr):
+    """Offset of a box's tokens from its first: positions ``c``, dilations ``D``, strides ``s``.
+
+    It is the same in every box, so that in a loop only the first token's has to be worked out.
+    """
+    return token_offset(0, c0 * D0, c1 * D1, c2 * D2, s0, s1, s2, ALIGN)
+
+
+@triton.jit
 def row_number(first, x0, x1, x2, L1, L2, heads, head):
     """Row, in ``[*, heads]``, of token ``x`` of a layout ``[*, L1, L2]`` from ``first`` on."""
     token = first + (x0.to(tl.int64) * L1 + x1) * L2 + x2
@@ -191,6 +200,21 @@ def _beside(i, first, whole):
 def whole_box(i, f0, f1, f2, w0, w1, w2):
     """The ``i``-th of the boxes that are whole on every axis."""
     return f0 + i // (w1 * w2), f1 + i // w2 % w1, f2 + i % w2
+
+
+@triton.jit
+def next_whole_box(j0, j1, j2, f0, f1, f2, w0, w1, w2):
+    """The box after ``j`` of those that are whole on every axis; after the last, the first.
+
+    Counting is cheaper than the divisions of :func:`whole_box`, and takes registers.
+    """
+    j2 += 1
+    end2 = j2 == f2 + w2
+    j1 = tl.where(end2, j1 + 1, j1)
+    end1 = j1 == f1 + w1
+    j0 = tl.where(end1, j0 + 1, j0)
+    j0 = tl.where(j0 == f0 + w0, f0, j0)
+    return j0, tl.where(end1, f1, j1), tl.where(end2, f2, j2)
 
 
 @triton.jit
