@@ -51,6 +51,7 @@ class Work(NamedTuple):
     products: int  # channels multiplied per score
     cycles: float  # of a column's scores beside products
     wait: float  # cycles until a box's products and scores are made, if nothing else runs
+    pair: float  # cycles that a box waits for the next one's buffer if there are only two
     columns: Shape  # of a box
     rooms: tuple[tuple[int, bool], ...]  # stages, and outputs not in the tile's place: best first
 
@@ -63,18 +64,18 @@ def work(kind: str, dim: int, value_dim: int) -> Work:
         # Outputs that delay no tile are worth more than a third stage.
         rooms = [(3, True), (2, True)] + [(2, False)] * (dim == value_dim)
         return Work(
-            dim, both, value_dim, value_dim // 2, 1.5, True, both, 8.0, 1200.0, columns,
+            dim, both, value_dim, value_dim // 2, 1.5, True, both, 8.0, 1200.0, 0.0, columns,
             tuple(rooms),
         )  # fmt: skip
-    # A box is held while the next is computed: two stages would leave none to fetch into.
+    # A box is held while the next one's scores are made.
     rooms = [(stages, own) for stages in (4, 3, 2) for own in (True, False)]
     if kind == "query":
         columns = (64,) if dim > 64 else (128, 64)
         return Work(
-            both + 8, both, dim, dim // 2, 2.5, True, 3 * dim, 12.0, 1600.0, columns, tuple(rooms)
+            both + 8, both, dim, dim // 2, 2.5, True, 3 * dim, 12.0, 1600.0, 400.0, columns, tuple(rooms)
         )  # fmt: skip
     return Work(
-        both, both + 8, both, dim, 2.25, dim < 128, 4 * dim, 12.0, 2000.0, (64,), tuple(rooms)
+        both, both + 8, both, dim, 2.25, dim < 128, 4 * dim, 12.0, 2000.0, 400.0, (64,), tuple(rooms)
     )  # fmt: skip
 
 
@@ -227,6 +228,7 @@ def prices(tiles: Tiles, mask: Mask, work: Work) -> tuple[float, float]:
     product = columns * (work.products + 16 * mask.steps * (mask.kind == PRODUCT)) / 32
     cycles = work.cycles * (1.3 if mask.kind == COMPARE else 1)
     box = product + columns * cycles + _BOX + work.wait / at_once
+    box += work.pair * (tiles.stages == 2)
     return box, _TILE + _TILE_WAIT / at_once
 
 
