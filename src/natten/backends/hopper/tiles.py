@@ -72,10 +72,12 @@ def work(kind: str, dim: int, value_dim: int) -> Work:
     if kind == "query":
         columns = (64,) if dim > 64 else (128, 64)
         return Work(
-            both + 8, both, dim, dim // 2, 2.5, True, 3 * dim, 12.0, 1600.0, 400.0, columns, tuple(rooms)
+            both + 8, both, dim, dim // 2, 2.5, True, 3 * dim, 12.0, 1600.0, 290.0, columns,
+            tuple(rooms),
         )  # fmt: skip
     return Work(
-        both, both + 8, both, dim, 2.25, dim < 128, 4 * dim, 12.0, 2000.0, 400.0, (64,), tuple(rooms)
+        both, both + 8, both, dim, 2.25, dim < 128, 4 * dim, 12.0, 2000.0, 290.0, (64,),
+        tuple(rooms),
     )  # fmt: skip
 
 
