@@ -266,6 +266,9 @@ def key_kernel(
     cols = token_offset(v_start, y0, y1, y2, v_0, v_1, v_2, ALIGN)
     v = load_rows(value, cols, present, dv, DV)
     r0, r1, r2 = coordinates(tl.arange(0, M), TQ[1], TQ[2])
+    heads = kv_heads * per_kv
+    q_box = within_box(r0, r1, r2, D0, D1, D2, q_0, q_1, q_2, ALIGN)
+    row_box = row_number(0, r0 * D0, r1 * D1, r2 * D2, L1, L2, heads, 0)
 
     dk_acc = tl.zeros([N, BLOCK_D], dtype=tl.float32)
     dv_acc = tl.zeros([N, BLOCK_DV], dtype=tl.float32)
@@ -281,16 +284,16 @@ def key_kernel(
                 j0, j1, j2 = straddling_box(box, b0, b1, b2, f0, f1, f2, w0, w1, w2)
             else:
                 j0, j1, j2 = whole_box(box, f0, f1, f2, w0, w1, w2)
-            i0, i1 = low0 + j0 * TQ[0] + r0, low1 + j1 * TQ[1] + r1
-            i2 = low2 + j2 * TQ[2] + r2
+            a0, a1, a2 = low0 + j0 * TQ[0], low1 + j1 * TQ[1], low2 + j2 * TQ[2]
+            i0, i1, i2 = a0 + r0, a1 + r1, a2 + r2
             real = (i0 < high0) & (i1 < high1) & (i2 < high2) if MASKED else r0 >= 0
-            x0, x1 = token(i0, g0, D0, MODES[0]), token(i1, g1, D1, MODES[1])
-            x2 = token(i2, g2, D2, MODES[2])
-            rows = token_offset(q_start + head * q_h, x0, x1, x2, q_0, q_1, q_2, ALIGN)
-            q = load_rows(query, rows, real, d, D)
-            rows = row_number(first, x0, x1, x2, L1, L2, kv_heads * per_kv, head)
-            g = load_rows(grad_out, rows * DV, real, dv, DV)
-            row_lse, row_delta = _load_terms(terms, rows, real)
+            x0, x1 = token(a0, g0, D0, MODES[0]), token(a1, g1, D1, MODES[1])
+            x2 = token(a2, g2, D2, MODES[2])
+            at = token_offset(q_start + head * q_h, x0, x1, x2, q_0, q_1, q_2, ALIGN)
+            q = load_rows(query + at, q_box, real, d, D)
+            at = row_number(first, x0, x1, x2, L1, L2, heads, head)
+            g = load_rows(grad_out + at * DV, row_box * DV, real, dv, DV)
+            row_lse, row_delta = _load_terms(terms + at * 4, row_box, real)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
             allowed = present[:, None]
             if MASKED:

@@ -81,7 +81,7 @@ def _limits(kind: str, dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> tup
     """Most rows of an outer tile and of a box, by registers.
 
     Tiles of 64 rows, one group of warps, leave room for several programs per processor, which hide
-    each other's waiting. dK and dV of wide heads fill the registers anyway and are better shared by
+    each other's waiting. Gradients of wide heads fill the registers anyway and are better shared by
     two groups; on AMD, whose threads have no more of them, smaller tiles spill less. Exact products
     of 32 bits have both operands in registers, whole.
     """
@@ -90,8 +90,17 @@ def _limits(kind: str, dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> tup
     if itemsize > 2:
         return min(32, rows), min(32, cols)
     if kind == "key" and wide == 128:
-        return (64, 32) if gpu.capability == 0 else (128, 64)
+        return (64 if gpu.capability == 0 else 128), 32
+    if kind == "query" and wide == 128 and gpu.capability == 90:
+        return 128, 64
     return rows, cols
+
+
+def _stages(kind: str, rows: int, cols: int, channels: int, itemsize: int) -> int:
+    """Boxes in flight; more than two pay where a tile's own operands leave room."""
+    if cols * channels * itemsize > 40_000:
+        return 1
+    return 3 if kind == "forward" or rows >= 128 or (kind == "query" and channels <= 128) else 2
 
 
 def _registers(kind: str, dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> int | None:
@@ -102,7 +111,7 @@ def _registers(kind: str, dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> 
     channels = block(dim) + block(value_dim)
     if channels > 128 or itemsize > 2 or gpu.capability != 90:
         return None
-    return {"forward": 128, "query": 168, "key": 168 if channels <= 64 else None}[kind]
+    return 168 if kind != "key" else None
 
 
 def _shared(
@@ -235,7 +244,7 @@ def _candidates(
             outer = tuple(axis.size for axis in tile)
             # Eight warps are two groups of matrix units, 64 rows each.
             warps = 8 if rows >= 128 else 4
-            stages = 1 if cols * channels * itemsize > 40_000 else 3 if kind == "forward" else 2
+            stages = _stages(kind, rows, cols, channels, itemsize)
             while stages > 1 and not fits(rows, cols, stages):
                 stages -= 1
             query, keys = (box, outer) if transposed else (outer, box)
