@@ -27,7 +27,7 @@ FILES = (
     "docs/performance.md",
     "docs/simulator.md",
     "benchmarks/results/cpu.md",
-    "benchmarks/results/h200.md",
+    "benchmarks/results/h100.md",
 )
 CHART = "docs/images/speed.svg"
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -35,6 +35,7 @@ TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTAL
 README_CPU = ("nat", "dinat", "hdit", "1d", "video", "nat-bf16")
 UPSTREAM, FLEX = "upstream hopper-fna", "flex attention"
 PEERS = "peers-h100"
+GPU = "h100"  # of the results, and as the simulator knows it
 
 
 class Times:
@@ -95,11 +96,11 @@ def cpu_table(names: Sequence[str] | None = None) -> list[str]:
 
 def gpu_table() -> list[str]:
     """Ours beside dense cuDNN attention on a GPU."""
-    times = Times("h200")
+    times = Times(GPU)
     rows = [
         [
             "case", "dense cuDNN us, forward / forward+backward", "ideal us",
-            "natten us, graph", "natten us, eager", "dense / natten, graph",
+            "natten us, graph", "natten us, eager", "dense / natten, graph", "ideal / natten, graph",
         ]
     ]  # fmt: skip
     for name in times.cases:
@@ -110,13 +111,27 @@ def gpu_table() -> list[str]:
         kept = _kept(CASES["cuda"][name])
         ideal = [None if each is None else each * kept for each in dense]
         columns = [_pair(each, _us) for each in (dense, ideal, graph, eager)]
-        rows.append([_label(name), *columns, _pair_over(dense, graph, "{:.1f}x")])
+        ratios = _pair_over(dense, graph, "{:.1f}x"), _pair_over(ideal, graph)
+        rows.append([_label(name), *columns, *ratios])
+    return [*_table(rows), "", f"{times.machine()}; bfloat16 unless said, medians of one run."]
+
+
+def portable_table() -> list[str]:
+    """The portable kernels where the default is another backend."""
+    times, default = Times(f"{GPU}-triton"), Times(GPU)
+    rows = [["case", "triton us, graph", "triton us, eager", "default us, graph"]]
+    for name in times.cases:
+        cells = [
+            [each.of(name, "natten", pass_, kind) for pass_ in (FORWARD, BOTH)]
+            for each, kind in ((times, "graph"), (times, "eager"), (default, "graph"))
+        ]
+        rows.append([_label(name), *(_pair(each, _us) for each in cells)])
     return [*_table(rows), "", f"{times.machine()}; bfloat16 unless said, medians of one run."]
 
 
 def short_gpu_table() -> list[str]:
     """Kernel times on a GPU, and how much faster that is than dense attention."""
-    times = Times("h200")
+    times = Times(GPU)
     rows = [["case", "natten us, forward / forward+backward", "dense / natten"]]
     for name in times.cases:
         dense, ours = (
@@ -131,7 +146,7 @@ def short_gpu_table() -> list[str]:
 
 def floor_table() -> list[str]:
     """What each GPU case needs at least, and how far from it we are."""
-    times, device = Times("h200"), DEVICES["h200"]
+    times, device = Times(GPU), DEVICES[GPU]
     rows = [
         [
             "case", "kept", "MB moved", "TFLOP needed", "computed / needed", "floor us", "set by",
@@ -196,7 +211,7 @@ def bounds_table() -> list[str]:
     ]  # fmt: skip
     for name, shape, window, stride, (q_tile, kv_tile) in _GNA:
         grid = simulate(shape, window, stride, q_tile=q_tile, kv_tile=kv_tile, aligned=True)
-        ours = simulate(shape, window, stride, device="h100")
+        ours = simulate(shape, window, stride, device=GPU)
         bounds = (
             ours.flop_bound, grid.interior_bound, grid.tile_bound, ours.interior_bound,
             ours.tile_bound,
@@ -223,7 +238,7 @@ def stride_table() -> list[str]:
             rule = case.problem("cpu").rule
             predicted = simulate(
                 case.shape, rule.kernel_size, rule.stride, rule.dilation, rule.is_causal,
-                device="h200", batch=case.batch, heads=case.heads, head_dim=case.dim,
+                device=GPU, batch=case.batch, heads=case.heads, head_dim=case.dim,
             )  # fmt: skip
             layer = f"{by(case.shape)}, window {by(rule.kernel_size)}"
             found.append((layer, measured, by(rule.stride), predicted.time_us))
@@ -238,6 +253,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "cpu": cpu_table,
     "gpu-short": short_gpu_table,
     "gpu": gpu_table,
+    "portable": portable_table,
     "floors": floor_table,
     "peers": peer_table,
     "bounds": bounds_table,
@@ -247,7 +263,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 
 def chart() -> str:
     """Forward speed over dense attention, each on its own machine: bars, longer is better."""
-    ours, peers = Times("h200"), Times(PEERS)
+    ours, peers = Times(GPU), Times(PEERS)
     device = ours.records[0].device
     bars = (
         (ours, "natten", ATTENDED, f"natten, {device}"),

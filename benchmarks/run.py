@@ -1,7 +1,7 @@
 """Time neighborhood attention beside dense attention over all tokens, in one run.
 
     python benchmarks/run.py --device cpu                  # print, write benchmarks/results/cpu.csv
-    python benchmarks/run.py --device cuda --out h200.csv
+    python benchmarks/run.py --device cuda --out h100.csv
     python benchmarks/run.py --device cuda --cases nat,flux --passes forward --out some.csv
     python benchmarks/run.py --device cuda --cases strides --passes forward --no-dense \\
         --out benchmarks/results/strides.csv           # what the simulator's order is held against

@@ -129,11 +129,11 @@ def measured(name, monkeypatch):
 def predicted(case):
     return simulate(
         case.shape, case.kernel_size, case.stride, case.dilation, case.is_causal,
-        device="h200", batch=case.batch, heads=case.heads, head_dim=case.dim,
+        device="h100", batch=case.batch, heads=case.heads, head_dim=case.dim,
     ).time_us  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["strides.csv", "h200.csv"])
+@pytest.mark.parametrize("name", ["strides.csv", "h100.csv"])
 def test_the_predicted_order_of_strides_is_the_measured_order(name, monkeypatch):
     """Of strides of one layer whose measured times are more than 5 % apart."""
     wrong, compared = [], 0
@@ -151,7 +151,7 @@ def test_the_predicted_order_of_strides_is_the_measured_order(name, monkeypatch)
 
 
 def test_a_roofline_is_a_lower_bound(monkeypatch):
-    for times in measured("h200.csv", monkeypatch).values():
+    for times in measured("h100.csv", monkeypatch).values():
         for case, time_us in times:
             assert predicted(case) < time_us, case.name
 
@@ -317,13 +317,19 @@ def test_the_tiles_are_those_that_the_hopper_backend_chooses(layer):
 
 
 def test_what_masks_of_the_hopper_backend_cost():
-    """Of the time without: 16 or 32 channels more in the product of scores, or comparisons."""
+    """Of the time without: 16 or 32 channels more in the product of scores, or comparisons.
+
+    Where neighbors do not share their window, they wait for boxes of each other too.
+    """
     layer = {"shape": (256, 256), "kernel_size": 80, "heads": 24, "device": "h200"}
     free = DEVICES["h200"].tflops * 1e6 / 24 / (4 * 128)  # pairs a microsecond
     for stride, extra in ((1, 16 / 256), (2, 32 / 256), (16, 0)):
         found = simulate(stride=stride, **layer)
         bare = 65536**2 / found.tile_bound / free
-        assert found.time_us == pytest.approx(bare * (1 + extra)), stride
+        waiting = found.time_us / bare - 1 - extra
+        # Inside, 12 columns of boxes pass by of which each needs 11; at borders it needs all.
+        most = 0 if stride == 16 else hopper.IDLE / 11
+        assert most / 2 - 1e-9 < waiting < most + 1e-9, stride
 
 
 def test_what_the_hopper_backend_can_not_run_has_other_tiles():

@@ -249,15 +249,15 @@ class Layer:
         divides = all(n % d == 0 for n, d in zip(self.shape, self.dilation))
         return self.itemsize == 2 and divides and dims is not None and self.head_dim in dims
 
-    def time_us(self, pairs: float, masking: float = 0.0) -> tuple[float, str]:
+    def time_us(self, pairs: float, overhead: float = 0.0) -> tuple[float, str]:
         """Roofline of ``pairs`` computed per head, and what bounds it; microseconds.
 
         Args:
             pairs: query-key pairs.
-            masking: work of masking them, as a fraction of the products.
+            overhead: work of masking them and of waiting, as a fraction of the products.
         """
         matrices, device = self.batch * self.heads, self.device
-        work = matrices * pairs * (1 + masking)
+        work = matrices * pairs * (1 + overhead)
         moved = 4 * matrices * self.tokens * self.head_dim * self.itemsize
         times = {
             "products": 4 * work * self.head_dim / device.tflops,
@@ -423,7 +423,7 @@ def _count(
 ) -> Axis:
     """Count what one axis contributes, for every ``(kernel_size, stride)`` of ``windows``."""
     kernel, stride = torch.tensor(windows)[:, :, None].unbind(1)
-    needed = visited = whole = most = torch.zeros(len(windows), dtype=torch.float64)
+    needed = visited = whole = most = fetched = torch.zeros(len(windows), dtype=torch.float64)
     blocks = 0
     for group, groups in tiling.group_kinds(length, dilation):
         n = group_length(length, dilation, group)
@@ -431,6 +431,9 @@ def _count(
         blocks += groups * len(begin) * parts
         needed = needed + groups * _needed(n, kernel, stride, is_causal)
         origin, _ = window_bounds(begin, n, kernel, stride, is_causal)
+        tail = (begin + parts * query - 1).clamp(max=n - 1)
+        _, past = window_bounds(tail, n, kernel, stride, is_causal)
+        fetched = fetched + groups * parts * (-((origin - past) // key)).sum(-1)
         for part in range(parts):
             first = (begin + part * query).clamp(max=n - 1)
             last = (begin + part * query + query - 1).clamp(max=n - 1)
@@ -443,7 +446,7 @@ def _count(
             whole = whole + groups * count.whole
             most = torch.maximum(most, count.most)
     slides = (stride[:, 0] == 1) & (not is_causal)
-    return Axis(needed, visited, whole, most, slides, blocks)
+    return Axis(needed, visited, whole, most, fetched, slides, blocks)
 
 
 def _predict(
@@ -498,7 +501,7 @@ def _predict(
         best = torch.where(better, cost, best)
         chosen.masked_fill_(better, number)
 
-    names = "needed", "visited", "whole", "most", "masking"
+    names = "needed", "visited", "whole", "most", "overhead"
     columns = {name: torch.empty_like(best) for name in names}
     windows = {}  # per tiling and axis, of each option
     for number in chosen.unique().tolist():
@@ -508,17 +511,17 @@ def _predict(
             [option[i] for option, i in zip(*each)] for each in zip(options, indices)
         ]
         found = [outer(each) for each in list(zip(*axes))[:4]]
-        for name, column in zip(names, [*found, kernel.masking(number, axes)]):
+        for name, column in zip(names, [*found, kernel.overhead(number, axes)]):
             columns[name][of_tiling] = column[of_tiling]
 
     dense_us, _ = layer.time_us(float(layer.tokens) ** 2)
     predictions = []
     rows = zip(combinations, chosen.tolist(), *(each.tolist() for each in columns.values()))
-    for combination, number, needed, visited, whole, most, masking in rows:
+    for combination, number, needed, visited, whole, most, overhead in rows:
         tiles = kernel.tilings[number]
         kernel_size, stride = zip(*(axis[i] for axis, i in zip(windows[number], combination)))
         pairs = visited * tiles.pairs
-        time_us, bound_by = layer.time_us(pairs, masking)
+        time_us, bound_by = layer.time_us(pairs, overhead)
         predictions.append(
             Prediction(
                 kernel_size=kernel_size,

@@ -55,6 +55,7 @@ class Axis(NamedTuple):
     visited: Tensor  # boxes, by every block
     whole: Tensor  # those that every query of their block attends whole
     most: Tensor  # boxes of the block that visits the most
+    fetched: Tensor  # boxes that pass by every block, whether it visits them or not
     slides: Tensor  # whether every query has a window of its own, one position after the other
     blocks: int
 
@@ -76,8 +77,8 @@ class Kernel(Protocol):
     def cost(self, number: int, axes: Sequence[Axis]) -> Tensor:
         """What tilings are chosen by, in any unit."""
 
-    def masking(self, number: int, axes: Sequence[Axis]) -> Tensor:
-        """Work of masking, as a fraction of the products."""
+    def overhead(self, number: int, axes: Sequence[Axis]) -> Tensor:
+        """Work of masking and of waiting, as a fraction of the products."""
 
 
 def outer(vectors: Sequence[Tensor]) -> Tensor:
@@ -122,8 +123,8 @@ class Sized:
         visited, whole = _boxes(axes)
         return (visited + self.fraction * (visited - whole)) * self.tilings[number].pairs
 
-    def masking(self, number: int, axes: Sequence[Axis]) -> Tensor:
-        """Of the boxes that are attended in part."""
+    def overhead(self, number: int, axes: Sequence[Axis]) -> Tensor:
+        """Masks of the boxes that are attended in part."""
         visited, whole = _boxes(axes)
         return self.fraction * (1 - whole / visited)
 
@@ -155,11 +156,17 @@ class Hopper:
     def cost(self, number: int, axes: Sequence[Axis]) -> Tensor:
         """Cycles of a multiprocessor; infinite where masks leave no room."""
         block = math.prod(axis.blocks for axis in axes) * self.bare[number][1]
-        return outer([axis.visited for axis in axes]) * self._by_mask(number, axes, 0) + block
+        visited = outer([axis.visited for axis in axes])
+        boxes = visited * (1 + self._idle(axes))
+        return boxes * self._by_mask(number, axes, 0) + block
 
-    def masking(self, number: int, axes: Sequence[Axis]) -> Tensor:
-        """A step of the product, or comparisons."""
-        return self._by_mask(number, axes, 1)
+    def overhead(self, number: int, axes: Sequence[Axis]) -> Tensor:
+        """Masks, a step of the product or comparisons, and boxes that are handed back."""
+        return self._by_mask(number, axes, 1) + self._idle(axes)
+
+    def _idle(self, axes: Sequence[Axis]) -> Tensor:
+        """Cost of boxes that are handed back, per visited box."""
+        return hopper.IDLE * (outer([axis.fetched / axis.visited for axis in axes]) - 1)
 
     def _by_mask(self, number: int, axes: Sequence[Axis], what: int) -> Tensor:
         """The price of a box (0) or the work of its mask (1), for every combination."""
@@ -174,7 +181,7 @@ class Hopper:
         tiles = self.found[number]
         missing = 3 - len(kinds)
         axes = [
-            hopper.Axis(tile, box, 1, 1, most, masked)
+            hopper.Axis(tile, box, 1, 1, 1, most, masked)
             for tile, box, (masked, _, most) in zip(
                 tiles.tile, tiles.box, (*[_Masked(False, False, 1)] * missing, *kinds)
             )

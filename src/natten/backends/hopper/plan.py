@@ -142,7 +142,8 @@ class _Kernel:
             pairs * every / total / (tiles.groups * math.prod(tiles.tile) * math.prod(tiles.box))
         )
         places = _processors(plan.device) * tiles.programs
-        return Launch(kernel, total if boxes > _LONG else min(total, places), numbers, constants)
+        programs = total if boxes >= _LONG else min(total, places)
+        return Launch(kernel, programs, numbers, constants)
 
 
 class Forward(_Kernel):
@@ -206,8 +207,8 @@ class Gradient(_Kernel):
         self.run(*tiles, *boxes, self.terms(terms), *extra, grads[0], grads[-1])
 
 
-# A program that takes tiles in turn begins the next one while it ends the last. Tiles of more boxes
-# than this are long enough without, and are shared out better one by one (hopper-log.md).
+# A program that takes tiles in turn begins the next one while it ends the last. Tiles of that many
+# boxes are long enough without, and are shared out better one by one (hopper-log.md).
 _LONG = 48
 
 

@@ -72,11 +72,11 @@ def work(kind: str, dim: int, value_dim: int) -> Work:
     if kind == "query":
         columns = (64,) if dim > 64 else (128, 64)
         return Work(
-            both + 8, both, dim, dim // 2, 2.5, True, 3 * dim, 12.0, 1600.0, 290.0, columns,
+            both + 8, both, dim, dim // 2, 2.5, True, 3 * dim, 12.0, 1600.0, 400.0, columns,
             tuple(rooms),
         )  # fmt: skip
     return Work(
-        both, both + 8, both, dim, 2.25, dim < 128, 4 * dim, 12.0, 2000.0, 290.0, (64,),
+        both, both + 8, both, dim, 2.25, dim < 128, 4 * dim, 12.0, 2000.0, 400.0, (64,),
         tuple(rooms),
     )  # fmt: skip
 
@@ -98,6 +98,7 @@ class Axis(NamedTuple):
     box: int
     tiles: int
     boxes: int  # with partners, of all warpgroups if the axis is split, else of one
+    fetched: int  # as boxes, with those that a warpgroup hands back unread
     most: int  # boxes of one tile
     masked: bool
 
@@ -115,8 +116,9 @@ def _cut(first: torch.Tensor, last: torch.Tensor, tile: int, box: int, parts: in
         boxes += int((-(-past // box) - before // box).sum())
         masked |= bool((first[tail] > first[head]).any() or (last[tail] > last[head]).any())
         masked |= bool((before % box).any() or (past % box).any())
-    most = int((-(-(high - low) // box)).max())
-    return Axis(tile, box, len(begin), boxes, most, masked)
+    fetched = -(-(high - low) // box)
+    total = int(fetched.sum()) * parts
+    return Axis(tile, box, len(begin), boxes, total, int(fetched.max()), masked)
 
 
 class _Cuts:
@@ -132,7 +134,7 @@ class _Cuts:
 
     def _axis(self, axis: int, tile: int, box: int, parts: int) -> Axis:
         if axis < self.missing:
-            return Axis(1, 1, 1, 1, 1, False)
+            return Axis(1, 1, 1, 1, 1, 1, False)
         return _cut(*self.partners[axis - self.missing], tile, box, parts)
 
     def __call__(self, tiles: Tiles) -> tuple[Axis, ...]:
@@ -220,6 +222,8 @@ def _has_registers(tiles: Tiles, work: Work) -> bool:
 
 # What a box and a tile cost a multiprocessor beside products, and a tile's wait: cycles.
 _BOX, _TILE, _TILE_WAIT = 100.0, 500.0, 3000.0
+# What a box costs that a warpgroup hands back, of one that it computes: the other works alone.
+IDLE = 0.15
 
 
 def prices(tiles: Tiles, mask: Mask, work: Work) -> tuple[float, float]:
@@ -238,7 +242,8 @@ def _cost(axes: tuple[Axis, ...], tiles: Tiles, mask: Mask, work: Work) -> float
     """Cycles of a multiprocessor per batch entry, head and dilation group."""
     box, tile = prices(tiles, mask, work)
     number = math.prod(axis.tiles for axis in axes)
-    return math.prod(axis.boxes for axis in axes) * box + number * tiles.groups * tile
+    boxes, fetched = (math.prod(each) for each in zip(*((a.boxes, a.fetched) for a in axes)))
+    return (boxes + IDLE * (fetched - boxes)) * box + number * tiles.groups * tile
 
 
 def key(
