@@ -71,56 +71,66 @@ TARGETS = {"80": 166912, "86": 101376, "90": 232448, "100": 232448, "gfx942": 65
 KNOWN: dict[tuple[str, str], dict[str, int]] = {
     # No GPU of this generation was there to choose smaller tiles by: heads of 128 channels want
     # them, and the gather of a bias per pair.
-    ("80", "forward"): {"NAT fp16 bias": 1276, "FLUX": 92},
-    ("80", "key"): {
-        "NAT fp16 bias": 636,
-        "NAT fp32": 12,
-        "HDiT": 64,
-        "FLUX": 716,
-        "video": 168,
+    ("80", "forward"): {"NAT fp16 bias": 1496, "FLUX": 88, "extra": 24},
+    ("80", "key"): {"NAT fp16 bias": 756, "NAT fp32": 20, "HDiT": 200, "FLUX": 388, "video": 232},
+    ("80", "query"): {
+        "NAT": 8,
+        "NAT fp16 bias": 12,
+        "HDiT": 16,
+        "FLUX": 112,
+        "video": 52,
+        "extra": 24,
     },
-    ("80", "query"): {"FLUX": 80, "video": 28, "extra": 36},
     # As 80.
-    ("86", "forward"): {"NAT fp16 bias": 880, "NAT fp32": 8, "FLUX": 128},
-    ("86", "key"): {
-        "NAT fp16 bias": 216,
-        "NAT fp32": 8,
-        "HDiT": 40,
-        "FLUX": 724,
+    ("86", "forward"): {"NAT fp16 bias": 1244, "FLUX": 84, "extra": 28},
+    ("86", "key"): {"NAT fp16 bias": 672, "NAT fp32": 28, "HDiT": 192, "FLUX": 396, "video": 144},
+    ("86", "query"): {
+        "NAT": 8,
+        "NAT fp16 bias": 4,
+        "HDiT": 16,
+        "FLUX": 112,
         "video": 76,
+        "extra": 16,
     },
-    ("86", "query"): {"FLUX": 132, "extra": 44},
-    # The portable kernels where the Hopper kernels do not run. Tiles and caps on
-    # registers were measured on an H200. Triton 3.9 spills more than 3.6.
+    # The portable kernels where the Hopper kernels do not run. Tiles and caps on registers were
+    # measured on an H100. Triton 3.9 spills more than 3.6.
+    ("90", "forward"): {"NAT fp16 bias": 1096, "extra": 12, "Hunyuan": 28, "FLUX": 4, "video": 20},
     ("90", "key"): {
-        "NAT": 276,
-        "NAT fp32": 36,
-        "HDiT": 28,
-        "FLUX": 532,
-        "1-D causal": 92,
-        "video": 72,
-        "HDiT fp32": 1000,
-        "FLUX strided": 344,
-        "Hunyuan": 464,
+        "NAT fp32": 28,
+        "HDiT": 8,
+        "video": 84,
+        "1-D causal": 36,
+        "HDiT fp32": 1328,
+        "FLUX strided": 8,
+        "Hunyuan": 72,
+        "FLUX": 96,
     },
-    ("90", "forward"): {"NAT fp16 bias": 828, "NAT fp32": 4, "HDiT": 56, "video": 116, "extra": 48},
-    ("90", "query"): {"FLUX": 8, "video": 32, "extra": 16, "FLUX strided": 32, "Hunyuan": 48},
+    ("90", "query"): {
+        "NAT fp32": 8,
+        "HDiT": 44,
+        "FLUX": 16,
+        "video": 168,
+        "extra": 80,
+        "FLUX strided": 12,
+        "Hunyuan": 32,
+        "NAT": 20,
+    },
     # The gather of a bias per pair, and exact products of 32 bits.
-    ("100", "forward"): {"NAT fp16 bias": 2848},
-    ("100", "key"): {"NAT fp32": 16},
+    ("100", "forward"): {"NAT fp16 bias": 1812},
+    ("100", "key"): {"NAT fp32": 8},
     # dK and dV have two sums.
-    ("gfx942", "key"): {"NAT fp16 bias": 32, "FLUX": 92},
+    ("gfx942", "key"): {"NAT fp16 bias": 12, "FLUX": 260},
     # Of 240 registers at most, two sums of 128 channels take 128.
+    ("90a", "forward"): {"wide": 124},
     ("90a", "pass dK dV"): {
         "1-D": 112,
         "FLUX": 232,
         "FLUX strided": 68,
-        "Hunyuan": 256,
+        "Hunyuan": 292,
         "Hunyuan strided": 100,
         "causal": 232,
     },
     ("90a", "pass dQ"): {"video": 4},
-    ("90a", "forward"): {"wide": 124},
 }
 
 

@@ -84,6 +84,7 @@ class Inputs:
 def _inputs(
     a, b, terms, STAGES: gl.constexpr, READERS: gl.constexpr, OF_QUERIES: gl.constexpr
 ):  # fmt: skip
+    """Inputs as the descriptors have them, that many warpgroups read."""
     first = ring(a, STAGES, READERS)
     other = gl.allocate_shared_memory(b.dtype, [STAGES] + b.block_type.shape, b.layout)
     fours = other
@@ -96,6 +97,7 @@ def _inputs(
 
 @gluon.jit
 def _channels(a_steps, b_steps, t_steps, group, head):
+    """Where a head and a dilation group begin in each tensor."""
     return (
         channel(a_steps, group, head),
         channel(b_steps, group, head),

@@ -111,9 +111,11 @@ class _Kernel:
         box = [1, 1, 1, math.prod(self.tiles.box), channels]
         return Boxes(view(shape, contiguous(shape), (1,)), box, box_layout(channels, plan.dtype))
 
-    def launch(self, kernel: Any, numbers: Sequence[Any], heads: int, extra: int) -> Launch:
-        """``numbers``, then what all kernels have; a program per place on the GPU takes tiles in
-        turn, long tiles have one each."""
+    def launch(
+        self, kernel: Any, numbers: Sequence[Any], heads: int, extra: int, **constants: Any
+    ) -> Launch:
+        """``numbers`` and ``constants``, and what all kernels have; a program per place on the GPU
+        takes tiles in turn, long tiles have one each."""
         plan, tiles, mask, rule = self.plan, self.tiles, self.mask, self.plan.rule
         counts = [
             -(-n // (size * (tiles.groups if axis == tiles.split else 1)))
@@ -122,16 +124,13 @@ class _Kernel:
         every = plan.batch * heads
         total = math.prod(counts) * math.prod(rule.dilation) * every
         start, registers, fetch = tiling.registers(tiles, self.work)
-        constants = {
+        constants |= {
             "MODES": plan.modes, "TILE": tiles.tile, "BOX": tiles.box, "SPLIT": tiles.split,
             "STAGES": tiles.stages, "MASK": mask.kind, "CODE": mask.code, "BY_ROW": mask.by_row,
             "STEPS": mask.steps, "TABLES": mask.tables, "HAS_EXTRA": extra > 0,
             "OWN_OUT": self.own_out, "REGISTERS": registers, "FETCH": fetch, "GROUPS": tiles.groups,
-            "DILATED": max(rule.dilation) > 1, "OF_KEYS": self.kind == "key",
-            "num_warps": 4, "maxnreg": start,
+            "DILATED": max(rule.dilation) > 1, "num_warps": 4, "maxnreg": start,
         }  # fmt: skip
-        if self.kind == "forward":
-            del constants["OF_KEYS"]
         numbers = (
             *numbers, *plan.groups, *padded(rule.kernel_size, 1), *padded(rule.stride, 1),
             *padded(rule.dilation, 1), *counts, total, heads, plan.heads // plan.kv_heads, extra,
@@ -192,7 +191,7 @@ class Gradient(_Kernel):
         self.more = self.extra(dim) if extra else None
         views = (*fixed, *walked, terms, grad)
         numbers = [step for each in views for step in each.steps]
-        self.run = self.launch(pass_kernel, numbers, heads, extra)
+        self.run = self.launch(pass_kernel, numbers, heads, extra, OF_KEYS=of_keys)
 
     def __call__(
         self, outer: Sequence[Tensor], inner: Sequence[Tensor], terms: Tensor,
