@@ -100,7 +100,8 @@ def gpu_table() -> list[str]:
     rows = [
         [
             "case", "dense cuDNN us, forward / forward+backward", "ideal us",
-            "natten us, graph", "natten us, eager", "dense / natten, graph", "ideal / natten, graph",
+            "natten us, graph", "natten us, eager", "dense / natten, graph",
+            "ideal / natten, graph",
         ]
     ]  # fmt: skip
     for name in times.cases:
