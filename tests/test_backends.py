@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -269,3 +270,14 @@ def test_hypothesis_draws_are_varied():
     )()
     assert {len(c.space) for c in drawn} == {1, 2, 3}
     assert any(c.rpb and any(c.is_causal) for c in drawn) and any(c.extra for c in drawn)
+
+
+def test_explain_names_the_backend_of_the_backward(monkeypatch):
+    """One backend may run the forward and another the backward of a call."""
+    first, *others = backends.BACKENDS[-2:]
+    only_forward = replace(first, operations=("attention",))
+    monkeypatch.setattr(backends, "BACKENDS", (only_forward, *others))
+    backends.find.cache_clear()
+    text = backends.explain(torch.zeros(1, 8, 1, 4))
+    backends.find.cache_clear()
+    assert text.splitlines() == ["tiled: runs forward", "reference: runs backward"]

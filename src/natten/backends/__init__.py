@@ -254,6 +254,8 @@ def explain(
 ) -> str:
     """Say which backend a call of a fused operator runs, and why the others do not.
 
+    Forward and backward are chosen separately; where they differ, each is named.
+
     Args:
         query, key, value, kernel_size, stride, dilation, is_causal, scale, backend, rpb: as in the
             call; its other arguments are accepted. Without a ``kernel_size`` the answer is about
@@ -286,12 +288,15 @@ def explain(
         query.shape[-1] ** -0.5 if scale is None else scale,
         rpb is not None,
     )
-    chosen = choose(name, problem)
+    forward = choose(name, problem)
+    backward = choose(name, problem._replace(operation="gradient"))
     lines = []
     for candidate in BACKENDS:
         reason = candidate.unsupported(problem)
-        if candidate is chosen:
-            lines.append(f"{candidate.name}: runs")
+        if candidate is forward:
+            lines.append(f"{candidate.name}: runs" + (" forward" if backward is not forward else ""))
+        elif candidate is backward:
+            lines.append(f"{candidate.name}: runs backward")
         elif reason is not None:
             lines.append(f"{candidate.name}: {reason}")
         elif name:
