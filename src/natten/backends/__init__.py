@@ -294,7 +294,7 @@ def explain(
     for candidate in BACKENDS:
         reason = candidate.unsupported(problem)
         if candidate is forward:
-            lines.append(f"{candidate.name}: runs" + (" forward" if backward is not forward else ""))
+            lines.append(f"{candidate.name}: runs{'' if backward is forward else ' forward'}")
         elif candidate is backward:
             lines.append(f"{candidate.name}: runs backward")
         elif reason is not None:
