@@ -20,9 +20,11 @@ pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget
 
+import natten
 from natten.backends import hopper
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
+from natten.backends.triton import plan as portable_plan
 
 # shape, window, stride, dilation, causal
 PROBLEMS: list[tuple[Any, ...]] = [
@@ -190,6 +192,29 @@ def test_measured_tiles_are_taken() -> None:
         assert tiling.choose(*problem) == others[3]
         q = torch.empty(1, *shape, 2, 32, dtype=torch.bfloat16)
         assert planning.plan_for(q, q, q, (), rule, 1.0).forward.tiles == others[3]
+
+
+def test_the_autotuner_keeps_the_fastest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setenv("NATTEN_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(planning.Launch, "__call__", lambda self, *tensors: None)
+    rule, shape = rule_of((56, 56), 7, 1, 1, False), (56, 56)
+    candidates = tiling.candidates("key", rule, shape, shape, 32, 32)
+    monkeypatch.setattr(portable_plan, "_time", lambda each, _: each.tiles != candidates[1])
+    q = torch.empty(1, *shape, 2, 32, dtype=torch.bfloat16)
+    terms = torch.empty(1, *shape, 2, 4)
+    natten.use_autotuner(False, True)
+    try:
+        found = planning.plan_for(q, q, q, (), rule, 1.0)
+        assert isinstance(found.forward, planning.Forward)
+        assert isinstance(found.key, portable_plan.Trials)
+        found.key((q, q), (q, q), terms, (), (q, q))
+        assert found.key.chosen.tiles == candidates[1]
+    finally:
+        natten.disable_autotuner()
+    assert planning.plan_for(q, q, q, (), rule, 1.0).key.tiles == candidates[1]
 
 
 PLAIN = Problem(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from natten.backends.hopper.backward import pass_kernel
 from natten.backends.hopper.descriptors import Boxes, View, box_layout, contiguous, view
 from natten.backends.hopper.forward import forward_kernel
 from natten.backends.hopper.gluon_names import gl
-from natten.backends.triton.plan import modes, padded
+from natten.backends.triton.plan import Trials, modes, padded
 from natten.neighborhood import Neighborhood
 
 Shape = tuple[int, ...]
@@ -74,30 +74,38 @@ class Plan:
         return view(shape, contiguous(shape), self.rule.dilation)
 
     @cached_property
-    def forward(self) -> Forward:
-        return Forward(self)
+    def forward(self) -> Forward | Trials:
+        return self._tiled("forward", partial(Forward, self))
 
     @cached_property
-    def query(self) -> Gradient:
+    def query(self) -> Gradient | Trials:
         """dQ."""
-        return Gradient(self, "query")
+        return self._tiled("query", partial(Gradient, self, "query"))
 
     @cached_property
-    def key(self) -> Gradient:
+    def key(self) -> Gradient | Trials:
         """dK and dV."""
-        return Gradient(self, "key")
+        return self._tiled("key", partial(Gradient, self, "key"))
+
+    def _tiled(self, kind: str, make: Callable[[tiling.Tiles], Any]) -> Any:
+        """A kernel with its tiles, or those among which the first call chooses."""
+        problem = (
+            kind, self.rule, self.space, self.space, self.dim, self.value_dim, self.dtype.itemsize,
+        )  # fmt: skip
+        name, count = tiling.key(*problem), tuning.wanted(backward=kind != "forward")
+        if count > 1 and tuning.lookup(name) is None:
+            return Trials(name, {each: make(each) for each in tiling.candidates(*problem)[:count]})
+        return make(tiling.choose(*problem))
 
 
 class _Kernel:
     """Tiles of one kernel of a plan, and what its launch is made of."""
 
-    def __init__(self, plan: Plan, kind: str) -> None:
-        space, dims = plan.space, (plan.dim, plan.value_dim)
-        self.work = tiling.work(kind, *dims)
-        self.tiles = tiling.choose(kind, plan.rule, space, space, *dims)
-        self.mask = tiling.mask(kind, plan.rule, space, self.tiles, self.work)
-        self.own_out = tiling.own_out(self.tiles, self.mask, self.work)
-        self.kind, self.plan = kind, plan
+    def __init__(self, plan: Plan, kind: str, tiles: tiling.Tiles) -> None:
+        self.plan, self.kind, self.tiles = plan, kind, tiles
+        self.work = tiling.work(kind, plan.dim, plan.value_dim)
+        self.mask = tiling.mask(kind, plan.rule, plan.space, tiles, self.work)
+        self.own_out = tiling.own_out(tiles, self.mask, self.work)
 
     def boxes(self, view: View, channels: int, of_tiles: bool) -> Boxes:
         """Descriptors of tiles, or of boxes."""
@@ -148,8 +156,8 @@ class _Kernel:
 class Forward(_Kernel):
     """Output and LSE."""
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan, "forward")
+    def __init__(self, plan: Plan, tiles: tiling.Tiles) -> None:
+        super().__init__(plan, "forward", tiles)
         dim, value_dim = plan.dim, plan.value_dim
         views = [*plan.views, plan.contiguous(plan.heads, value_dim)]
         self.query = self.boxes(views[0], dim, True)
@@ -174,8 +182,8 @@ class Forward(_Kernel):
 class Gradient(_Kernel):
     """dQ, from tiles of queries and boxes of keys, or dK and dV, from the reverse."""
 
-    def __init__(self, plan: Plan, kind: str) -> None:
-        super().__init__(plan, kind)
+    def __init__(self, plan: Plan, kind: str, tiles: tiling.Tiles) -> None:
+        super().__init__(plan, kind, tiles)
         of_keys, dim = kind == "key", plan.dim
         heads = plan.kv_heads if of_keys else plan.heads
         query, key, value = plan.views

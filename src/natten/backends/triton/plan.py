@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, reduce
 from operator import or_
 from typing import Any
@@ -89,11 +89,11 @@ def on_device(x: Tensor) -> Any:
 class Trials:
     """Launches that do the same with different tiles; the first call keeps the fastest."""
 
-    def __init__(self, key: str, launches: dict[tiling.Tiles, Launch]) -> None:
+    def __init__(self, key: str, launches: Mapping[Any, Callable[..., None]]) -> None:
         self.key, self.launches = key, launches
         self.chosen, *_ = launches.values()
 
-    def __call__(self, *tensors: Tensor) -> None:
+    def __call__(self, *tensors: Any) -> None:
         if self.launches and not torch.cuda.is_current_stream_capturing():
             tiles = min(self.launches, key=lambda each: _time(self.launches[each], tensors))
             self.chosen, self.launches = self.launches[tiles], {}
@@ -102,7 +102,7 @@ class Trials:
         self.chosen(*tensors)
 
 
-def _time(launch: Launch, tensors: Sequence[Tensor]) -> float:
+def _time(launch: Callable[..., None], tensors: Sequence[Any]) -> float:
     """Milliseconds of a launch, the median of five."""
     launch(*tensors)
     times = []
