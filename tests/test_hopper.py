@@ -7,6 +7,8 @@ import importlib
 import itertools
 import math
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 
 import natten
 from natten.backends import hopper
+from natten.backends.hopper import descriptors
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
 from natten.backends.triton import plan as portable_plan
@@ -37,6 +40,9 @@ PROBLEMS: list[tuple[Any, ...]] = [
     ((9, 13, 17), (5, 7, 9), 1, 1, False),
     ((8, 16, 32), (8, 8, 16), 1, 1, (True, False, False)),
     ((10, 24, 30), (6, 12, 16), (2, 4, 4), 1, False),
+    ((1,), 1, 1, 1, False),
+    ((20, 1), (7, 1), 1, 1, False),
+    ((4, 4, 1), (3, 2, 1), 1, 1, False),
 ]
 FAR = Neighborhood.create(2, 5, 1, (256, 1), False)
 IDS = ["x".join(map(str, p[0])) + f"-{p[2]}-{p[4]}" for p in PROBLEMS]
@@ -235,6 +241,33 @@ def test_unsupported_says_why(change: dict[str, Any], reason: str) -> None:
     assert hopper.unsupported(PLAIN) is None
     said = hopper.unsupported(PLAIN._replace(**change))
     assert said is not None and reason in said
+
+
+def test_masked_scores_are_exact() -> None:
+    """A column hidden on three axes scores -3 * 2^100: its weight must be one, not infinite."""
+    for scale in torch.rand(200).tolist():
+        factor = planning._exact_thrice(scale + 0.01)
+        assert torch.tensor(factor).item() == factor == pytest.approx(scale + 0.01, rel=1e-6)
+        assert (torch.tensor(factor) * 3).item() == factor * 3
+
+
+def test_strides_that_no_offset_needs_may_be_large() -> None:
+    """Coordinates have 32 bits: along axes without groups, and of one head, they are 0."""
+    shape = (1, 2, 2**24, 4, 32)
+    assert descriptors.view(shape, descriptors.contiguous(shape), (1, 1)).steps == (0, 0, 0, 32)
+    assert descriptors.view((1, 8, 1, 32), (256, 32, 32, 1), (2,)).steps == (0, 0, 32, 0)
+
+
+def test_an_older_triton_is_declined_before_gluon_is_imported() -> None:
+    code = (
+        "import sys, triton; triton.__version__ = '3.2.0'\n"
+        "sys.modules['triton.experimental'] = None\n"
+        "import torch; from natten import backends\n"
+        "problem = backends.Problem('attention', torch.device('cpu'), torch.bfloat16, 64, 64)\n"
+        "from natten.backends import hopper; print(hopper.unsupported(problem))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "3, 2" in done.stdout, done.stderr
 
 
 def test_unknown_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

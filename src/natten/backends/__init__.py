@@ -289,12 +289,14 @@ def explain(
         rpb is not None,
     )
     forward = choose(name, problem)
-    backward = choose(name, problem._replace(operation="gradient"))
+    gradient = problem._replace(operation="gradient")
+    backward = choose(name, gradient)
     lines = []
     for candidate in BACKENDS:
         reason = candidate.unsupported(problem)
         if candidate is forward:
-            lines.append(f"{candidate.name}: runs{'' if backward is forward else ' forward'}")
+            why = candidate.unsupported(gradient)
+            lines.append(f"{candidate.name}: runs{f' forward, but {why}' if why else ''}")
         elif candidate is backward:
             lines.append(f"{candidate.name}: runs backward")
         elif reason is not None:

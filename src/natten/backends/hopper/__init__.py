@@ -8,19 +8,17 @@ whether there is dilation.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from natten.backends import Problem
+from natten.backends.hopper.releases import KNOWN, release
 from natten.neighborhood import Neighborhood, Rule
 
-# The simulator reads this package's tiles, also where there is no Triton.
-if importlib.util.find_spec("triton") is not None:
+# The simulator reads this package's tiles, also where there is no Triton, or one without Gluon.
+if release() in KNOWN:
     from natten.backends import triton as portable
     from natten.backends.hopper.descriptors import readable, too_wide
-    from natten.backends.hopper.gluon_names import KNOWN, release
     from natten.backends.hopper.plan import plan_for
     from natten.backends.triton.plan import on_device
 
@@ -29,13 +27,13 @@ __all__ = ["backward", "forward", "unsupported"]
 
 def unsupported(problem: Problem) -> str | None:
     """Why these kernels can not run a problem whose dtype and head dims they can, or None."""
+    if release() not in KNOWN:
+        return f"is checked with Triton {KNOWN}, not with {release()}"
     dims = problem.head_dim, problem.value_dim
     if problem.operation == "gradient" and (max(dims) > 128 or dims[0] != dims[1]):
         return "has backward kernels for a head_dim of 32, 64 or 128, the value's like the key's"
     if not 1e-20 < problem.scale < 1e6:
         return "masks scores that are scaled by a positive number of usual size"
-    if release() not in KNOWN:
-        return f"is checked with Triton {KNOWN}, not with {release()}"
     if problem.rule is None:
         return None
     shape, dilation = problem.shape, problem.rule.dilation

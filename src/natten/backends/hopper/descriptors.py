@@ -68,7 +68,12 @@ def view(shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -
             *(step(n, s * d) for n, s, d in zip(lengths, tokens, dilation)),
             1,
         ],
-        (*[0] * missing, *tokens, stride[-2]),
+        # Only what is ever a multiple of: strides of axes without groups can be of any size.
+        (
+            *[0] * missing,
+            *(s if d > 1 else 0 for s, d in zip(tokens, dilation)),
+            stride[-2] if heads > 1 else 0,
+        ),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -17,9 +16,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
-# Releases that the kernels compile with.
-KNOWN = ((3, 6), (3, 7), (3, 8), (3, 9))
-
 # 3.9 named what copies after what it does, and made reinterpreting public.
 load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_box = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -28,7 +24,6 @@ _shared = gl.shared_memory_descriptor
 reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
 
 __all__ = [
-    "KNOWN",
     "TensorDescriptor",
     "aggregate",
     "fence_async_shared",
@@ -38,18 +33,11 @@ __all__ = [
     "load_box",
     "mbarrier",
     "reinterpret",
-    "release",
     "store_box",
     "store_wait",
     "warpgroup_mma",
     "warpgroup_mma_wait",
 ]
-
-
-def release() -> tuple[int, int]:
-    """Major and minor number of the Triton that is installed."""
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
 
 
 def from_triton(function: Any) -> Any:

@@ -13,8 +13,9 @@ NONE = gl.constexpr(0)
 COMPARE = gl.constexpr(1)
 PRODUCT = gl.constexpr(2)
 
-# What a masked score is lowered to or by. Finite, so that a row that has seen only masked columns
-# stays finite; what it summed is erased by the first real score.
+# What a masked score is lowered to or by, up to three times. Finite, and its multiples by the scale
+# are exact (the host sees to it), so that a row that has seen only masked columns has weights of
+# one; what it summed is erased by the first real score.
 HUGE = gl.constexpr(-(2.0**100))
 ROOT = gl.constexpr(2.0**50)
 FAR = gl.constexpr(1 << 30)
@@ -112,13 +113,13 @@ def compared(p, s, j, low, starts, ends):
     BOX: gl.constexpr = p.BOX
     a0, a1, a2, _ = p.box(j, low)
     c = gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
-    if p.MODES[0] != primitives.UNIT:
+    if p.MODES[0] != primitives.UNIT or BOX[0] > 1:
         at = (a0 + c // (BOX[1] * BOX[2]))[None, :]
         s = gl.where((at >= starts[0][:, None]) & (at < ends[0][:, None]), s, HUGE)
-    if p.MODES[1] != primitives.UNIT:
+    if p.MODES[1] != primitives.UNIT or BOX[1] > 1:
         at = (a1 + c // BOX[2] % BOX[1])[None, :]
         s = gl.where((at >= starts[1][:, None]) & (at < ends[1][:, None]), s, HUGE)
-    if p.MODES[2] != primitives.UNIT:
+    if p.MODES[2] != primitives.UNIT or BOX[2] > 1:
         at = (a2 + c % BOX[2])[None, :]
         s = gl.where((at >= starts[2][:, None]) & (at < ends[2][:, None]), s, HUGE)
     return s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial
 from typing import Any
@@ -35,17 +36,19 @@ class Launch:
     ) -> None:
         self.kernel, self.constants = kernel, constants
         self.grid, self.numbers = (programs, 1, 1), tuple(numbers)
-        self.compiled: Any = None
+        self.compiled: tuple[Any, tuple[Any, ...]] | None = None
 
     def __call__(self, *tensors: Any) -> None:
         """On the current device."""
         if self.compiled is not None:
-            self.compiled(*tensors, *self.numbers)
+            launch, numbers = self.compiled
+            launch(*tensors, *numbers)
             return
         compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
         names = self.kernel.arg_names
-        self.numbers += tuple(self.constants[name] for name in names if name in self.constants)
-        self.compiled = compiled[self.grid]
+        constants = (self.constants[name] for name in names if name in self.constants)
+        # At once: another thread may be here too.
+        self.compiled = compiled[self.grid], (*self.numbers, *constants)
 
 
 class Plan:
@@ -142,15 +145,22 @@ class _Kernel:
         numbers = (
             *numbers, *plan.groups, *padded(rule.kernel_size, 1), *padded(rule.stride, 1),
             *padded(rule.dilation, 1), *counts, total, heads, plan.heads // plan.kv_heads, extra,
-            plan.scale * _LOG2E,
+            _exact_thrice(plan.scale * _LOG2E),
         )  # fmt: skip
         pairs = tiling.computed_pairs(self.kind, rule, plan.space, plan.space, tiles)
         boxes = (
             pairs * every / total / (tiles.groups * math.prod(tiles.tile) * math.prod(tiles.box))
         )
+        boxes *= plan.heads // heads  # a key head's tile walks the boxes of all that share it
         places = _processors(plan.device) * tiles.programs
         programs = total if boxes >= _LONG else min(total, places)
         return Launch(kernel, programs, numbers, constants)
+
+
+def _exact_thrice(x: float) -> float:
+    """``x`` in float32 with two bits less: three times as much is exact, as ``masks.py`` needs."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", x))
+    return float(struct.unpack("<f", struct.pack("<I", bits & ~3))[0])
 
 
 class Forward(_Kernel):

@@ -18,7 +18,7 @@ from natten.neighborhood import Neighborhood, Rule, group_length
 from natten.tiling import padded
 
 Shape = tuple[int, ...]
-KINDS = ("forward", "query", "key")  # the gradients of these two
+KINDS = ("forward", "query", "key")  # the last two make the gradients of these
 ROWS = 64  # tokens of a warpgroup
 _SHARED = 227 * 1024  # bytes a program may have
 

@@ -82,7 +82,7 @@ def backward(
     grad_rpb = grad_ek = grad_ev = None
     query, key, value = readable(query), readable(key), readable(value)
     rpb, extra_keys, extra_values = (_contiguous(x) for x in (rpb, extra_keys, extra_values))
-    grad_out = grad_out.contiguous()
+    grad_out, out, lse = grad_out.contiguous(), out.contiguous(), lse.contiguous()
     found = plan_for(query, key, value, rpb, extra_keys, rule, scale, documents, tiles)
     with on_device(query):
         given = lse if grad_lse is None else grad_lse.contiguous()

@@ -329,9 +329,9 @@ def extra_kernel(
 
     ``grad_key`` and ``grad_value`` are ``[batch, kv heads, parts, extra, channels]``.
     """
-    part, parts = tl.program_id(0), tl.num_programs(0)
-    kv_head = (tl.program_id(2) % kv_heads).to(tl.int64)
-    batch = (tl.program_id(2) // kv_heads).to(tl.int64)
+    part, parts = tl.program_id(2), tl.num_programs(2)
+    kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    batch = (tl.program_id(0) // kv_heads).to(tl.int64)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     e = tl.program_id(1) * N + tl.arange(0, N)
     present = e < extra

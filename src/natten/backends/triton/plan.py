@@ -56,7 +56,7 @@ class Launch:
         self.kernel, self.constants = kernel, constants
         self.grid = (*grid, 1, 1)[:3]
         self.numbers = tuple(numbers)
-        self.compiled: Any = None
+        self.compiled: tuple[Any, tuple[Any, ...]] | None = None
 
     def __call__(self, *tensors: Tensor) -> None:
         """Tensors must be on the current device."""
@@ -64,14 +64,15 @@ class Launch:
         # Triton compiles for addresses that 16 divides, which only views can lack.
         aligned = reduce(or_, addresses) % 16 == 0
         if aligned and self.compiled is not None:
-            self.compiled(*addresses, *self.numbers)
+            launch, numbers = self.compiled
+            launch(*addresses, *numbers)
             return
         compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
         if aligned and compiled is not None:  # the interpreter compiles nothing
             names = self.kernel.arg_names
             constants = (self.constants[name] for name in names if name in self.constants)
-            self.numbers += tuple(constants)
-            self.compiled = compiled[self.grid]
+            # At once: another thread may be here too.
+            self.compiled = compiled[self.grid], (*self.numbers, *constants)
 
 
 def readable(x: Tensor) -> Tensor:
@@ -97,8 +98,11 @@ class Trials:
         if self.launches and not torch.cuda.is_current_stream_capturing():
             tiles = min(self.launches, key=lambda each: _time(self.launches[each], tensors))
             self.chosen, self.launches = self.launches[tiles], {}
-            tuning.remember(self.key, list(tiles), forget=False)
             _log.debug("%s: %s", self.key, tiles)
+            try:
+                tuning.remember(self.key, list(tiles), forget=False)
+            except OSError as error:
+                _log.debug("%s is not remembered: %s", self.key, error)
         self.chosen(*tensors)
 
 
@@ -275,7 +279,7 @@ class Plan:
             *self.strides[:5], *self.shape, self.kv_heads, self.per_kv, self.extra, per_part,
             self.scale,
         )  # fmt: skip
-        grid = (parts, -(-self.extra // 16), self.batch * self.kv_heads)
+        grid = (self.batch * self.kv_heads, -(-self.extra // 16), parts)
         constants = {"M": 32, "N": 16, **self.channels, **self.precision}
         return parts, Launch(extra_kernel, grid, numbers, constants)
 
