@@ -49,7 +49,7 @@ class Kind(NamedTuple):
     value_dim: int
     strided: tuple[bool, ...]
     causal: tuple[bool, ...]
-    unit: bool  # whether the first axis has one token
+    unit: int | None  # the axis that has one token
     rpb: bool
     extra: bool
     tile: tuple[int, ...]
@@ -62,7 +62,8 @@ def kinds(backend: str) -> list[Kind]:
     dims = [(32, 32), (64, 64), (128, 128), (24, 24), (96, 96), (7, 40), (256, 64), (1, 512)]
     operations = ["fused"] * 5 + ["dense", "packed", "unfused"]
     if backend == "hopper":
-        dtypes, dims, operations = dtypes[:2], [(32, 32), (64, 64), (128, 128)], ["fused"]
+        dims = [(32, 32), (64, 64), (128, 128), (64, 64), (128, 128), (256, 256), (32, 128)]
+        dtypes, operations = dtypes[:2], ["fused"]
     found = []
     for i, (dim, value_dim) in zip(range(64), itertools.cycle(dims)):
         operation = operations[i // len(dims) % len(operations)]
@@ -75,7 +76,7 @@ def kinds(backend: str) -> list[Kind]:
                 operation, rank, dtype, dim, value_dim,
                 tuple(rng.random() < 0.5 for _ in range(rank)),
                 tuple(rng.random() < 0.3 for _ in range(rank)),
-                rank > 1 and rng.random() < 0.15,
+                rng.choice([0, rank - 1]) if rank > 1 and rng.random() < 0.2 else None,
                 not plain and rng.random() < 0.4,
                 operation == "fused" and rng.random() < 0.3,
                 TILES[max(16, min(64, 16384 // widest // dtype.itemsize))][rank],
@@ -88,7 +89,7 @@ def random_rule(kind: Kind, rng: random.Random) -> tuple[list[int], Neighborhood
     """A token layout, odd sizes included, and a window that fits it."""
     space, dilation, window, stride = [], [], [], []
     for axis in range(kind.rank):
-        n = 1 if kind.unit and axis == 0 else rng.randint(2, MOST[kind.rank])
+        n = 1 if axis == kind.unit else rng.randint(2, MOST[kind.rank])
         d = rng.randint(1, min(rng.choice([1, 1, 4]), n))
         if BACKEND == "hopper" and n % d:  # dilations must divide the layout
             n += d - n % d
@@ -166,7 +167,7 @@ def check(kind: Kind, rng: random.Random) -> dict[str, float]:
         tensor(rng, dtype, batch, extra, kv_heads, kind.dim) if extra else None,
         tensor(rng, dtype, batch, extra, kv_heads, kind.value_dim) if extra else None,
     ]
-    scale = rng.choice([kind.dim**-0.5, 0.3])
+    scale = rng.choice([kind.dim**-0.5, 0.3, rng.uniform(0.01, 1)])
     exact = [None if x is None else x.double() for x in inputs]
     if kind.operation == "packed":
         leaves = [x.requires_grad_() for x in exact[:3]]
@@ -185,10 +186,12 @@ def check(kind: Kind, rng: random.Random) -> dict[str, float]:
             *exact, out, lse, rule_, scale,
         )  # fmt: skip
     found, found_lse = module.forward(*inputs, rule_, scale, **options)
+    errors = {"out": ratio(out, found), "lse": ratio(lse, found_lse)}
+    if BACKEND == "hopper" and (kind.dim > 128 or kind.dim != kind.value_dim):
+        return errors  # another backend's backward
     found_grads = module.backward(
         grad_out, grad_lse, *inputs, found, found_lse, rule_, scale, **options
     )
-    errors = {"out": ratio(out, found), "lse": ratio(lse, found_lse)}
     names = ("dq", "dk", "dv", "drpb", "dek", "dev")
     for name, expected, actual in zip(names, grads, found_grads):
         if expected is not None:
