@@ -55,6 +55,15 @@ _RUN = 60_000.0  # Python, per run
 _MAX_SCORES = 1 << 20  # query-key pairs of one tile
 
 
+def reach(rule: Rule, axis: int, n: int, n_keys: int, of_keys: bool) -> tuple[Tensor, Tensor]:
+    """First and one-past-last key of each of ``n`` queries of an axis, or query of each key."""
+    start, end = rule.windows(axis, torch.arange(n, device="cpu"), n, n_keys)
+    if not of_keys:
+        return start, end
+    keys = torch.arange(n_keys, device="cpu")
+    return torch.searchsorted(end, keys, right=True), torch.searchsorted(start, keys, right=True)
+
+
 def padded(values: Sequence[Any], fill: Any) -> tuple[Any, ...]:
     """Three axes: the missing ones come first."""
     return (*(fill,) * (3 - len(values)), *values)

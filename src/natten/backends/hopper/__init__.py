@@ -8,6 +8,8 @@ whether there is dilation.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -96,9 +98,7 @@ def backward(
     found = plan_for(query, key, value, more, rule, scale)
     # Terms, and what every query reaches, are the portable backend's.
     shared = portable.plan_for(query, key, value, None, more[0] if more else None, rule, scale)
-    grad_ek, grad_ev = (
-        None if x is None else x.new_zeros(x.shape) for x in (extra_keys, extra_values)
-    )
+    extra: Iterable[Tensor | None]
     with on_device(query):
         shared.terms[grad_lse is not None](
             out.contiguous(), lse.contiguous(), grad_out, given, terms
@@ -106,8 +106,12 @@ def backward(
         found.query((query, grad_out), (key, value), terms, more, grads[:1])
         found.key((key, value), (query, grad_out), terms, (), grads[1:])
         if more:
-            grad_ek, grad_ev = portable.extra_gradients(shared, query, *more, grad_out, terms)
-    return (*grads, None, grad_ek, grad_ev)
+            extra = portable.extra_gradients(shared, query, *more, grad_out, terms)
+        else:  # not there, or empty
+            extra = (
+                None if x is None else x.new_zeros(x.shape) for x in (extra_keys, extra_values)
+            )
+    return (*grads, None, *extra)
 
 
 def _additional(keys: Tensor | None, values: Tensor | None) -> tuple[Tensor, ...]:

@@ -24,7 +24,7 @@ from natten.backends.hopper.masks import (
     HUGE,
     NONE,
     PRODUCT,
-    column_factor,
+    column_tables,
     compared,
     hidden_bounds,
     is_whole,
@@ -396,15 +396,7 @@ def pass_kernel(
     boxes = _inputs(inner_a, inner_b, terms, STAGES, GROUPS, OF_KEYS)
     first = _inputs(outer_a, outer_b, terms, 1, 1, not OF_KEYS)
     out_a, out_b = _out(first, grad_a, OWN_OUT)
-    tables = out_a
-    if MASK == PRODUCT:
-        N: gl.constexpr = BOX[0] * BOX[1] * BOX[2]
-        TABLE: gl.constexpr = gl.NVMMASharedLayout(32 * STEPS, 16, 2)
-        ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [16 // STEPS, 2 * STEPS], [4, 1], [1, 0])
-        tables = gl.allocate_shared_memory(gl.bfloat16, [TABLES, N, 16 * STEPS], TABLE)
-        for j in gl.static_range(TABLES):
-            tables.index(j).store(column_factor(p, j, CODE, BY_ROW, STEPS, ROWS))
-        fence_async_shared()
+    tables = column_tables(p, out_a, MASK, CODE, BY_ROW, STEPS, TABLES)
     bounds = tables
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     if MASK == COMPARE:

@@ -18,7 +18,7 @@ from natten.backends.hopper.masks import (
     HUGE,
     NONE,
     PRODUCT,
-    column_factor,
+    column_tables,
     compared,
     hidden_bounds,
     is_whole,
@@ -240,15 +240,7 @@ def forward_kernel(
     out = first.buffers.index(0)
     if OWN_OUT:
         out = gl.allocate_shared_memory(o_desc.dtype, o_desc.block_type.shape, o_desc.layout)
-    tables = out
-    if MASK == PRODUCT:
-        N: gl.constexpr = BOX[0] * BOX[1] * BOX[2]
-        TABLE: gl.constexpr = gl.NVMMASharedLayout(32 * STEPS, 16, 2)
-        ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [16 // STEPS, 2 * STEPS], [4, 1], [1, 0])
-        tables = gl.allocate_shared_memory(gl.bfloat16, [TABLES, N, 16 * STEPS], TABLE)
-        for j in gl.static_range(TABLES):
-            tables.index(j).store(column_factor(p, j, CODE, BY_ROW, STEPS, ROWS))
-        fence_async_shared()
+    tables = column_tables(p, out, MASK, CODE, BY_ROW, STEPS, TABLES)
     if GROUPS == 2:
         second = ring(q_desc, 1, 1)
         out2 = second.buffers.index(0)

@@ -6,7 +6,7 @@ product is 0 or about -2^100. Where that takes too many columns, ``COMPARE`` loo
 a box that is not whole.
 """
 
-from natten.backends.hopper.gluon_names import gl, gluon, warpgroup_mma
+from natten.backends.hopper.gluon_names import fence_async_shared, gl, gluon, warpgroup_mma
 from natten.backends.triton import primitives
 
 NONE = gl.constexpr(0)
@@ -48,7 +48,7 @@ def hidden_bounds(
 
 
 @gluon.jit
-def column_factor(
+def _column_factor(
     p, j2, CODE: gl.constexpr, BY_ROW: gl.constexpr, STEPS: gl.constexpr, LAYOUT: gl.constexpr
 ):
     """The keys' factor: -2^50 at each key's own position of every axis.
@@ -69,6 +69,24 @@ def column_factor(
     own0 = k // (BOX[1] * BOX[2]) == c
     own = gl.where(c < CODE[0], own0, gl.where(c < CODE[1], own1, own2 & (c < CODE[2])))
     return gl.where(own, -ROOT, 0.0).to(gl.bfloat16)
+
+
+@gluon.jit
+def column_tables(
+    p, other, MASK: gl.constexpr, CODE: gl.constexpr, BY_ROW: gl.constexpr, STEPS: gl.constexpr,
+    TABLES: gl.constexpr,
+):  # fmt: skip
+    """The columns' factors in shared memory; ``other`` if the mask is no ``PRODUCT``."""
+    tables = other
+    if MASK == PRODUCT:
+        N: gl.constexpr = p.BOX[0] * p.BOX[1] * p.BOX[2]
+        TABLE: gl.constexpr = gl.NVMMASharedLayout(32 * STEPS, 16, 2)
+        ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [16 // STEPS, 2 * STEPS], [4, 1], [1, 0])
+        tables = gl.allocate_shared_memory(gl.bfloat16, [TABLES, N, 16 * STEPS], TABLE)
+        for j in gl.static_range(TABLES):
+            tables.index(j).store(_column_factor(p, j, CODE, BY_ROW, STEPS, ROWS))
+        fence_async_shared()
+    return tables
 
 
 @gluon.jit

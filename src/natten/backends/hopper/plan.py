@@ -17,6 +17,7 @@ from natten.backends.hopper.backward import pass_kernel
 from natten.backends.hopper.descriptors import Boxes, View, box_layout, contiguous, view
 from natten.backends.hopper.forward import forward_kernel
 from natten.backends.hopper.gluon_names import gl
+from natten.backends.triton import plan as portable
 from natten.backends.triton.plan import Trials, modes, padded
 from natten.neighborhood import Neighborhood
 
@@ -24,31 +25,16 @@ Shape = tuple[int, ...]
 _LOG2E = math.log2(math.e)
 
 
-class Launch:
-    """A kernel with its grid, numbers and constants; call it with descriptors and tensors."""
-
-    def __init__(
-        self,
-        kernel: Any,
-        programs: int,
-        numbers: Sequence[Any],
-        constants: dict[str, Any],
-    ) -> None:
-        self.kernel, self.constants = kernel, constants
-        self.grid, self.numbers = (programs, 1, 1), tuple(numbers)
-        self.compiled: tuple[Any, tuple[Any, ...]] | None = None
+class Launch(portable.Launch):
+    """A launch with descriptors, which take the place of addresses."""
 
     def __call__(self, *tensors: Any) -> None:
         """On the current device."""
         if self.compiled is not None:
             launch, numbers = self.compiled
             launch(*tensors, *numbers)
-            return
-        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
-        names = self.kernel.arg_names
-        constants = (self.constants[name] for name in names if name in self.constants)
-        # At once: another thread may be here too.
-        self.compiled = compiled[self.grid], (*self.numbers, *constants)
+        else:
+            self.compile(tensors, True)
 
 
 class Plan:
@@ -154,7 +140,7 @@ class _Kernel:
         boxes *= plan.heads // heads  # a key head's tile walks the boxes of all that share it
         places = _processors(plan.device) * tiles.programs
         programs = total if boxes >= _LONG else min(total, places)
-        return Launch(kernel, programs, numbers, constants)
+        return Launch(kernel, (programs,), numbers, constants)
 
 
 def _exact_thrice(x: float) -> float:

@@ -15,7 +15,7 @@ import torch
 
 from natten import tuning
 from natten.neighborhood import Neighborhood, Rule, group_length
-from natten.tiling import padded
+from natten.tiling import padded, reach
 
 Shape = tuple[int, ...]
 KINDS = ("forward", "query", "key")  # the last two make the gradients of these
@@ -128,7 +128,7 @@ class _Cuts:
         self.missing = 3 - len(shape)
         self.lengths = [group_length(n, d, 0) for n, d in zip(shape, rule.dilation)]
         self.partners = [
-            _partners(of_keys, rule, axis, length) for axis, length in enumerate(self.lengths)
+            reach(rule, axis, length, length, of_keys) for axis, length in enumerate(self.lengths)
         ]
         self.axis = cache(self._axis)
 
@@ -142,18 +142,6 @@ class _Cuts:
             self.axis(a, tiles.tile[a], tiles.box[a], tiles.groups if a == tiles.split else 1)
             for a in range(3)
         )
-
-
-def _partners(
-    of_keys: bool, rule: Neighborhood, axis: int, length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and one-past-last key of each query of an axis, or query of each key."""
-    tokens = torch.arange(length, device="cpu")
-    start, end = rule.windows(axis, tokens, length, length)
-    if not of_keys:
-        return start, end
-    first = torch.searchsorted(end, tokens, right=True)
-    return first, torch.searchsorted(start, tokens, right=True)
 
 
 @lru_cache(maxsize=64)

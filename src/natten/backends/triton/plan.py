@@ -66,9 +66,13 @@ class Launch:
         if aligned and self.compiled is not None:
             launch, numbers = self.compiled
             launch(*addresses, *numbers)
-            return
-        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
-        if aligned and compiled is not None:  # the interpreter compiles nothing
+        else:
+            self.compile(tensors, aligned)
+
+    def compile(self, arguments: Sequence[Any], keep: bool) -> None:
+        """Launch through Triton, which compiles at the first call; ``keep`` what it compiled."""
+        compiled = self.kernel[self.grid](*arguments, *self.numbers, **self.constants)
+        if keep and compiled is not None:  # the interpreter compiles nothing
             names = self.kernel.arg_names
             constants = (self.constants[name] for name in names if name in self.constants)
             # At once: another thread may be here too.

@@ -15,7 +15,7 @@ import torch
 
 from natten import tuning
 from natten.neighborhood import Rule, group_length
-from natten.tiling import group_kinds
+from natten.tiling import group_kinds, reach
 
 _log = logging.getLogger("natten")
 
@@ -130,17 +130,6 @@ def _shared(
     return outer + boxes + (scores if kind != "key" or itemsize > 2 else 0) + 1024
 
 
-def _reach(
-    rule: Rule, axis: int, n: int, n_keys: int, transposed: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the keys of each of ``n`` queries begin and end; ``transposed``: queries of keys."""
-    start, end = rule.windows(axis, torch.arange(n, device="cpu"), n, n_keys)
-    if not transposed:
-        return start, end
-    keys = torch.arange(n_keys, device="cpu")
-    return torch.searchsorted(end, keys, right=True), torch.searchsorted(start, keys, right=True)
-
-
 def _spans(start: torch.Tensor, end: torch.Tensor, size: int) -> torch.Tensor:
     """How many positions each tile of ``size`` reaches."""
     first = torch.arange(0, len(start), size, device="cpu")
@@ -151,7 +140,7 @@ def _axis(rule: Rule, axis: int, length: int, key_length: int, transposed: bool)
     """The ways to cut an axis; ``transposed``: tiles are of keys, boxes of queries."""
     d = rule.dilation[axis]
     n, n_keys = group_length(length, d, 0), group_length(key_length, d, 0)
-    start, end = _reach(rule, axis, n, n_keys, transposed)
+    start, end = reach(rule, axis, n, n_keys, transposed)
     ways = []
     for size in _SIZES:
         if size > 16 and size >= 2 * len(start):
@@ -266,7 +255,7 @@ def computed_pairs(kind: str, rule: Rule, shape: Shape, key_shape: Shape, tiles:
         visited = 0
         for group, groups in group_kinds(length, d):
             n, n_keys = group_length(length, d, group), group_length(key_length, d, group)
-            spans = _spans(*_reach(rule, axis, n, n_keys, transposed), outer[i])
+            spans = _spans(*reach(rule, axis, n, n_keys, transposed), outer[i])
             visited += groups * int((-(-spans // box[i])).sum())
         pairs *= visited
     return pairs
