@@ -26,6 +26,9 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 # Beside its products, what a visited box and a program cost, in products of 64 x 32 rows with 64
 # channels.
 _BOX, _PROGRAM = 1.0, 3.0
+# What a forward program costs more that has a processor for itself, where two can share it: nobody
+# computes while it waits.
+_ALONE = 1.05
 
 
 class Tiles(NamedTuple):
@@ -89,10 +92,10 @@ def _limits(kind: str, dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> tup
     rows, cols = max(16, min(64, 16384 // wide)), max(16, min(64, 8192 // wide))
     if itemsize > 2:
         return min(32, rows), min(32, cols)
+    if wide == 128 and gpu.capability == 90:
+        return 128, 64
     if kind == "key" and wide == 128:
         return (64 if gpu.capability == 0 else 128), 32
-    if kind == "query" and wide == 128 and gpu.capability == 90:
-        return 128, 64
     return rows, cols
 
 
@@ -238,7 +241,8 @@ def _candidates(
                 stages -= 1
             query, keys = (box, outer) if transposed else (outer, box)
             tiles = Tiles(query, keys, warps, stages, registers)
-            costs[tiles] = visited * (work + _BOX) + programs * _PROGRAM
+            cost = visited * (work + _BOX) + programs * _PROGRAM
+            costs[tiles] = cost * (_ALONE if kind == "forward" and warps == 8 else 1)
             if fits(rows, cols, stages):
                 fitting.append(tiles)
     # Where none fits, Triton says how much is missing.
