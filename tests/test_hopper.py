@@ -395,8 +395,10 @@ def test_backward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -
                 assert found is None
                 continue
             assert all(torch.equal(found, x) for x in same), name
-            error = (found - right).square().mean() / right.square().mean()
-            assert error.sqrt() < 2 * (1e-2 if dtype == torch.bfloat16 else 2e-3), name
+            error = (found - right).square().mean().sqrt()
+            # Inputs are of size 1: a gradient that cancels to nothing keeps their rounding errors.
+            size = right.square().mean().sqrt().clamp(min=0.1)
+            assert error < 2 * (1e-2 if dtype == torch.bfloat16 else 2e-3) * size, name
 
 
 @pytest.mark.gpu

@@ -26,9 +26,6 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 # Beside its products, what a visited box and a program cost, in products of 64 x 32 rows with 64
 # channels.
 _BOX, _PROGRAM = 1.0, 3.0
-# What a forward program costs more that has a processor for itself, where two can share it: nobody
-# computes while it waits.
-_ALONE = 1.05
 
 
 class Tiles(NamedTuple):
@@ -84,18 +81,17 @@ def _limits(kind: str, dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> tup
     """Most rows of an outer tile and of a box, by registers.
 
     Tiles of 64 rows, one group of warps, leave room for several programs per processor, which hide
-    each other's waiting. Gradients of wide heads fill the registers anyway and are better shared by
-    two groups; on AMD, whose threads have no more of them, smaller tiles spill less. Exact products
-    of 32 bits have both operands in registers, whole.
+    each other's waiting. Two sums of wide heads leave no registers for more than 32 columns. Exact
+    products of 32 bits have both operands in registers, whole.
     """
     wide = max(block(dim), block(value_dim)) * itemsize // 2
     rows, cols = max(16, min(64, 16384 // wide)), max(16, min(64, 8192 // wide))
     if itemsize > 2:
         return min(32, rows), min(32, cols)
-    if wide == 128 and gpu.capability == 90:
-        return 128, 64
     if kind == "key" and wide == 128:
-        return (64 if gpu.capability == 0 else 128), 32
+        return 64, 32
+    if kind == "query" and wide == 128 and gpu.capability == 90:
+        return 128, 64
     return rows, cols
 
 
@@ -103,7 +99,9 @@ def _stages(kind: str, rows: int, cols: int, channels: int, itemsize: int) -> in
     """Boxes in flight; more than two pay where a tile's own operands leave room."""
     if cols * channels * itemsize > 40_000:
         return 1
-    return 3 if kind == "forward" or rows >= 128 or (kind == "query" and channels <= 128) else 2
+    if kind == "key":
+        return 3 if channels > 128 else 2
+    return 3 if kind == "forward" or rows >= 128 or channels <= 128 else 2
 
 
 def _registers(kind: str, dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> int | None:
@@ -241,8 +239,7 @@ def _candidates(
                 stages -= 1
             query, keys = (box, outer) if transposed else (outer, box)
             tiles = Tiles(query, keys, warps, stages, registers)
-            cost = visited * (work + _BOX) + programs * _PROGRAM
-            costs[tiles] = cost * (_ALONE if kind == "forward" and warps == 8 else 1)
+            costs[tiles] = visited * (work + _BOX) + programs * _PROGRAM
             if fits(rows, cols, stages):
                 fitting.append(tiles)
     # Where none fits, Triton says how much is missing.
