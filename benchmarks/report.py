@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import limits
 from cases import BF16, CASES, FP32, Case, by
 from records import RESULTS, read
 
@@ -177,6 +178,19 @@ def floor_table() -> list[str]:
     return _table(rows)
 
 
+def limit_table() -> list[str]:
+    """How busy the kernels keep what may limit them."""
+    found = limits.read()
+    titles = dict(zip(limits.METRICS, ("tensor cores", "exponentials", "instruction issue")))
+    titles |= {"shared": "shared memory", "l2": "L2", "dram": "DRAM"}
+    rows = [["case", "kernel", *(f"{title} %" for title in titles.values())]]
+    for each in found:
+        rows.append(
+            [each.case, each.kernel, *(f"{float(getattr(each, name)):.0f}" for name in titles)]
+        )
+    return [*_table(rows), "", found[0].about + "."]
+
+
 def peer_table() -> list[str]:
     """What others measured on an H100."""
     times = Times(PEERS)
@@ -256,6 +270,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "gpu": gpu_table,
     "portable": portable_table,
     "floors": floor_table,
+    "limits": limit_table,
     "peers": peer_table,
     "bounds": bounds_table,
     "strides": stride_table,

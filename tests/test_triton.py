@@ -251,7 +251,6 @@ def test_tiles_fit_the_gpu(kind, gpu, monkeypatch):
                 rows, cols = cols, rows
             sizes = kind, rows, cols, dim, dim, itemsize, each.num_stages
             assert tiles._shared(*sizes, gpu) <= gpu.shared
-            assert each.registers is None  # caps are Hopper's
     monkeypatch.undo()
     assert tiles.candidates(kind, rule, shape, shape, 64, 64, 2) == before
 

@@ -235,9 +235,6 @@ class Plan:
             **self.channels,
             **self.precision,
         }
-        # A bias per pair takes so many registers that one program more is not to be had.
-        if tiles.registers is not None and torch.version.hip is None and not self.bias:
-            constants["maxnreg"] = tiles.registers
         if not keys:
             constants["HAS_EXTRA"] = bool(self.extra)
         numbers = (*self.strides, *self.shape, self.key_space[-1], *self.window, *counts, *tail)

@@ -35,7 +35,6 @@ class Tiles(NamedTuple):
     key: Shape
     num_warps: int
     num_stages: int
-    registers: int | None = None
 
 
 class Gpu(NamedTuple):
@@ -102,17 +101,6 @@ def _stages(kind: str, rows: int, cols: int, channels: int, itemsize: int) -> in
     if kind == "key":
         return 3 if channels > 128 else 2
     return 3 if kind == "forward" or rows >= 128 or channels <= 128 else 2
-
-
-def _registers(kind: str, dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> int | None:
-    """Most registers of a thread where one program more per processor is worth a few spilled bytes.
-
-    Measured on Hopper; elsewhere the same kernels take more registers, and nothing was measured.
-    """
-    channels = block(dim) + block(value_dim)
-    if channels > 128 or itemsize > 2 or gpu.capability != 90:
-        return None
-    return 168 if kind != "key" else None
 
 
 def _shared(
@@ -214,7 +202,6 @@ def _candidates(
         _axis(rule, axis, length, key_length, transposed)
         for axis, (length, key_length) in enumerate(zip(shape, key_shape))
     ]
-    registers = _registers(kind, dim, value_dim, itemsize, gpu)
 
     def fits(rows: int, cols: int, stages: int) -> bool:
         blocks = block(dim), block(value_dim)
@@ -238,7 +225,7 @@ def _candidates(
             while stages > 1 and not fits(rows, cols, stages):
                 stages -= 1
             query, keys = (box, outer) if transposed else (outer, box)
-            tiles = Tiles(query, keys, warps, stages, registers)
+            tiles = Tiles(query, keys, warps, stages)
             costs[tiles] = visited * (work + _BOX) + programs * _PROGRAM
             if fits(rows, cols, stages):
                 fitting.append(tiles)

@@ -1,0 +1,111 @@
+"""How busy each kernel of the table's cases keeps what may limit it, by Nsight Compute.
+
+    ncu --csv --page raw --section SpeedOfLight --section ComputeWorkloadAnalysis \\
+        --section MemoryWorkloadAnalysis -k regex:"forward_kernel|pass_kernel" \\
+        python benchmarks/limits.py > ncu.csv              # runs every case once
+    python benchmarks/limits.py --from ncu.csv --about "NVIDIA H100, ..."  # results/limits.csv
+
+Large cases run with four heads, which changes how long kernels take, not what they wait for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from cases import CASES, GROUPS
+from records import RESULTS
+
+from natten.functional import neighborhood_attention_generic
+
+NAMES = [name for name in GROUPS["cuda"] if name not in ("nat-fp16", "nat-d64", "dinat")]
+KERNELS = ("forward", "dQ", "dK, dV")  # in the order in which a training step launches them
+PERCENT = ".avg.pct_of_peak_sustained_elapsed"
+METRICS = {
+    "products": "sm__pipe_tensor_cycles_active",
+    "exponentials": "sm__inst_executed_pipe_xu",
+    "instructions": "sm__issue_active",
+    "shared": "l1tex__data_pipe_lsu_wavefronts",
+    "l2": "lts__throughput",
+    "dram": "gpu__dram_throughput",
+}
+
+
+class Limit(NamedTuple):
+    """A kernel: percent of the peak of the tensor cores, of exponentials, of issue slots, of
+    shared memory, of the L2 cache, of DRAM."""
+
+    case: str
+    kernel: str
+    products: str
+    exponentials: str
+    instructions: str
+    shared: str
+    l2: str
+    dram: str
+    about: str = ""
+
+
+def read() -> list[Limit]:
+    """The results."""
+    with (RESULTS / "limits.csv").open(newline="") as file:
+        return [Limit(**row) for row in csv.DictReader(file)]
+
+
+def run(names: list[str]) -> None:
+    """A training step of each case."""
+    for name in names:
+        case = CASES["cuda"][name]
+        rule = case.problem("cuda").rule
+        heads = min(case.heads, 4) if case.dim == 128 else case.heads
+        q, k, v = (
+            torch.randn(
+                case.batch, *case.shape, heads, case.dim, device="cuda", dtype=case.dtype
+            ).requires_grad_()
+            for _ in range(3)
+        )
+        out = neighborhood_attention_generic(
+            q, k, v, rule.kernel_size, rule.stride, rule.dilation, rule.is_causal
+        )
+        out.backward(torch.randn_like(out))
+        torch.cuda.synchronize()
+
+
+def parse(path: Path, names: list[str], about: str) -> list[Limit]:
+    """What ncu printed for :func:`run`."""
+    lines = path.read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith('"ID"'))
+    _units, *rows = csv.DictReader(lines[first:])
+    expected = [(name, kernel) for name in names for kernel in KERNELS]
+    if len(rows) != len(expected):
+        raise SystemExit(f"{path} has {len(rows)} kernels, expected {len(expected)}")
+    return [
+        Limit(*kernel, *(row[metric + PERCENT] for metric in METRICS.values()), about)
+        for kernel, row in zip(expected, rows)
+    ]
+
+
+def main() -> None:
+    """Run the cases, or write what ncu found."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", default=",".join(NAMES), help="comma-separated")
+    parser.add_argument("--from", dest="source", type=Path, help="what ncu printed")
+    parser.add_argument("--about", default="", help="device and versions")
+    args = parser.parse_args()
+    names = args.cases.split(",")
+    if args.source is None:
+        run(names)
+        return
+    with (RESULTS / "limits.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Limit._fields)
+        writer.writerows(parse(args.source, names, args.about))
+
+
+if __name__ == "__main__":
+    main()
