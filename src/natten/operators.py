@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -296,15 +297,17 @@ rpb_bias_transposed: Callable[..., Tensor] = _linear(
 # --- fused: [batch, *space, heads, channels] ----------------------------------------------------
 
 
+@dataclass
 class Call:
     """Attention of tensors of one kind: shapes, dtypes and devices are always the same.
 
-    What it is called with decides which backends run it, so they are chosen once.
+    They decide which backends run it, so these are chosen once.
     """
 
-    def __init__(self, rule: Rule, scale: float, choice: Choice = _ANY) -> None:
-        self.rule, self.scale, self.choice = rule, scale, choice
-        self._chosen: dict[str, tuple[Any, dict[str, Any]]] = {}
+    rule: Rule
+    scale: float
+    choice: Choice = _ANY
+    _chosen: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict, repr=False)
 
     def __call__(self, tensors: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Output and LSE of plain tensors, differentiable."""
@@ -535,7 +538,7 @@ class _Attention(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         call, size = args[6], info.batch_size
         merged = [_merge(x, dim, size, heads) for x, dim, heads in zip(args, in_dims, _HEADS)]
-        out, lse = attention(*merged, call.rule, call.scale, call.choice)
+        out, lse = attention(*merged, call.rule, call.scale, call.choice)  # type: ignore[call-arg]
         return (_split(out, size, -2), _split(lse, size, -1)), (0, 0)
 
 

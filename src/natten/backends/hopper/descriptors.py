@@ -25,9 +25,16 @@ class View(NamedTuple):
     strides: list[int]
     steps: tuple[int, ...]
 
-    def boxes(self, tensor: Tensor, block: Sequence[int], layout: Any) -> TensorDescriptor:
-        """A descriptor of boxes of shape ``block``."""
-        return TensorDescriptor(tensor, self.shape, self.strides, block, layout)
+
+class Place(NamedTuple):
+    """Where a tensor is, for a descriptor that does not keep it there."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        """As a tensor's."""
+        return self.address
 
 
 class Boxes:
@@ -35,16 +42,22 @@ class Boxes:
 
     def __init__(self, view: View, block: Sequence[int], layout: Any) -> None:
         self.view, self.block, self.layout = view, list(block), layout
-        self.fields: dict[str, Any] = {}
+        self.kept: dict[int, TensorDescriptor] = {}
 
     def __call__(self, tensor: Tensor) -> TensorDescriptor:
-        """The descriptor of one; what its class checks does not change with the address."""
-        if not self.fields:
-            checked = self.view.boxes(tensor, self.block, self.layout)
-            self.fields = {name: x for name, x in vars(checked).items() if name != "base"}
-        descriptor = object.__new__(TensorDescriptor)
-        descriptor.__dict__ = {**self.fields, "base": tensor}
-        return descriptor
+        """The descriptor of one; kept, because memory is allocated where memory was freed."""
+        address = tensor.data_ptr()
+        found = self.kept.get(address)
+        if found is None:
+            place = Place(address, tensor.dtype)
+            found = TensorDescriptor(
+                place, self.view.shape, self.view.strides, self.block, self.layout
+            )
+            found.encoded = None  # by the launcher
+            if len(self.kept) >= 256:
+                self.kept.clear()
+            self.kept[address] = found
+        return found
 
 
 def view(shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> View:

@@ -31,8 +31,7 @@ class Launch(portable.Launch):
     def __call__(self, *tensors: Any) -> None:
         """On the current device."""
         if self.compiled is not None:
-            launch, numbers = self.compiled
-            launch(*tensors, *numbers)
+            self.compiled(tensors)
         else:
             self.compile(tensors, True)
 
@@ -51,6 +50,7 @@ class Plan:
         extra: int,
     ) -> None:
         self.rule, self.scale, self.device, self.extra = rule, scale, device, extra
+        self.shapes, self.strides = shapes, strides
         self.batch, *space, self.heads, self.dim = shapes[0]
         self.kv_heads, self.value_dim = shapes[2][-2:]
         self.dtype, self.space, self.modes = dtype, tuple(space), modes(rule, space)
@@ -75,6 +75,14 @@ class Plan:
     def key(self) -> Gradient | Trials:
         """dK and dV."""
         return self._tiled("key", partial(Gradient, self, "key"))
+
+    @cached_property
+    def portable(self) -> portable.Plan:
+        """The portable backend's: terms, and what every query reaches, are as there."""
+        return portable.Plan(
+            self.rule, self.scale, self.device, self.dtype, self.shapes, self.strides,
+            None, self.extra or None, None, (), False,
+        )  # fmt: skip
 
     def _tiled(self, kind: str, make: Callable[[tiling.Tiles], Any]) -> Any:
         """A kernel with its tiles, or those among which the first call chooses."""

@@ -28,6 +28,7 @@ from natten.backends.triton.backward import (
     terms_kernel,
 )
 from natten.backends.triton.forward import forward_kernel
+from natten.backends.triton.launching import Launcher, launcher
 from natten.backends.triton.primitives import (
     CAUSAL,
     CAUSAL_STRIDED,
@@ -56,7 +57,7 @@ class Launch:
         self.kernel, self.constants = kernel, constants
         self.grid = (*grid, 1, 1)[:3]
         self.numbers = tuple(numbers)
-        self.compiled: tuple[Any, tuple[Any, ...]] | None = None
+        self.compiled: Launcher | None = None
 
     def __call__(self, *tensors: Tensor) -> None:
         """Tensors must be on the current device."""
@@ -64,8 +65,7 @@ class Launch:
         # Triton compiles for addresses that 16 divides, which only views can lack.
         aligned = reduce(or_, addresses) % 16 == 0
         if aligned and self.compiled is not None:
-            launch, numbers = self.compiled
-            launch(*addresses, *numbers)
+            self.compiled(addresses)
         else:
             self.compile(tensors, aligned)
 
@@ -75,8 +75,7 @@ class Launch:
         if keep and compiled is not None:  # the interpreter compiles nothing
             names = self.kernel.arg_names
             constants = (self.constants[name] for name in names if name in self.constants)
-            # At once: another thread may be here too.
-            self.compiled = compiled[self.grid], (*self.numbers, *constants)
+            self.compiled = launcher(compiled, self.grid, (*self.numbers, *constants))
 
 
 def readable(x: Tensor) -> Tensor:
@@ -161,7 +160,7 @@ class Plan:
         scale: float,
         device: torch.device,
         dtype: torch.dtype,
-        shapes: Sequence[torch.Size],
+        shapes: Sequence[tuple[int, ...]],
         strides: Sequence[Sequence[int]],
         bias_dtype: torch.dtype | None,
         extra: int | None,
