@@ -26,38 +26,15 @@ class View(NamedTuple):
     steps: tuple[int, ...]
 
 
-class Place(NamedTuple):
-    """Where a tensor is, for a descriptor that does not keep it there."""
-
-    address: int
-    dtype: torch.dtype
-
-    def data_ptr(self) -> int:
-        """As a tensor's."""
-        return self.address
-
-
 class Boxes:
     """Descriptors of boxes of shape ``block`` of tensors that have a view."""
 
     def __init__(self, view: View, block: Sequence[int], layout: Any) -> None:
         self.view, self.block, self.layout = view, list(block), layout
-        self.kept: dict[int, TensorDescriptor] = {}
 
     def __call__(self, tensor: Tensor) -> TensorDescriptor:
-        """The descriptor of one; kept, because memory is allocated where memory was freed."""
-        address = tensor.data_ptr()
-        found = self.kept.get(address)
-        if found is None:
-            place = Place(address, tensor.dtype)
-            found = TensorDescriptor(
-                place, self.view.shape, self.view.strides, self.block, self.layout
-            )
-            found.encoded = None  # by the launcher
-            if len(self.kept) >= 256:
-                self.kept.clear()
-            self.kept[address] = found
-        return found
+        """The descriptor of one."""
+        return TensorDescriptor(tensor, self.view.shape, self.view.strides, self.block, self.layout)
 
 
 def view(shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> View:
