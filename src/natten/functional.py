@@ -116,12 +116,13 @@ def neighborhood_attention_generic(
         q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape,
     )  # fmt: skip
     kind = _kind(tensors, arguments)
-    if kind is None:
-        out, lse = operators.attention(*tensors, *_checked(*tensors, *arguments))
+    call = None if kind is None else _calls.get(kind)
+    if call is None:
+        checked = _checked(*tensors, *arguments)
+        if kind is not None and _is_builtin(arguments):
+            _calls.keep(kind, operators.Call(*checked))
+        out, lse = operators.attention(*tensors, *checked)
     else:
-        call = _calls.get(kind)
-        if call is None:
-            call = _calls.keep(kind, operators.Call(*_checked(*tensors, *arguments)))
         out, lse = call(tensors)
     return (out, lse) if return_lse else out
 
@@ -135,12 +136,19 @@ def _kind(tensors: Sequence[Tensor | None], arguments: tuple[Any, ...]) -> Any |
     if torch.compiler.is_compiling() or not operators.is_plain(tensors):
         return None
     try:
-        # Bytes, because 1, 1.0 and True are equal and lists have no hash.
+        # Bytes, because 1, 1.0 and True are equal and lists have no hash. Those of other than
+        # builtin types may be equal where types differ.
         return marshal.dumps(arguments, 2), *[
             None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors
         ]
     except (RuntimeError, ValueError):  # nested tensors have no shape, some objects no bytes
         return None
+
+
+def _is_builtin(x: Any) -> bool:
+    if type(x) in (tuple, list):
+        return all(map(_is_builtin, x))
+    return x is None or type(x) in (bool, int, float, str)
 
 
 def _checked(

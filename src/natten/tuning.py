@@ -133,12 +133,11 @@ class Kept(dict[Any, Any]):
         super().__init__()
         _caches.append(self)
 
-    def keep(self, key: Any, value: Any) -> Any:
-        """``value``, from now on found at ``key``."""
+    def keep(self, key: Any, value: Any) -> None:
+        """Let ``value`` be found at ``key``."""
         if len(self) >= 1024:
             self.clear()
         self[key] = value
-        return value
 
     cache_clear = dict.clear
 
