@@ -157,6 +157,8 @@ def _attend(
         )
         s = warpgroup_mma_wait(0, deps=[s])
         keys.release(n + first)
+        if OWN_OUT:  # after the last scores the next tile's queries can come
+            queries.release(turn, first + 1 == last)
         if MASK == COMPARE:
             s = _compare(p, s, j, f, low, starts, ends)
         weights, top, total, by = _softmax(s, top, total, factor, ACC, DTYPE)
@@ -171,14 +173,14 @@ def _attend(
             acc = _add(acc, weights, n + i - 1, values)
             s = warpgroup_mma_wait(1, deps=[s])
             keys.release(n + i)
+            if OWN_OUT:
+                queries.release(turn, i + 1 == last)
             if MASK == COMPARE:
                 s = _compare(p, s, j, f, low, starts, ends)
             weights, top, total, by = _softmax(s, top, total, factor, ACC, DTYPE)
             acc = warpgroup_mma_wait(0, deps=[acc])
             values.release(n + i - 1)
             acc = _scaled(acc, by)
-        if OWN_OUT:
-            queries.release(turn)
         acc = _add(acc, weights, n + last - 1, values)
         acc = warpgroup_mma_wait(0, deps=[acc])
         values.release(n + last - 1)

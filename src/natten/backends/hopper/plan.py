@@ -121,7 +121,7 @@ class _Kernel:
         heads: int, extra: int, **constants: Any,
     ) -> Launch:  # fmt: skip
         """``numbers`` and ``constants``, and what all kernels have; a program per place on the GPU
-        takes tiles in turn, long tiles have one each."""
+        takes tiles in turn, or each tile has one of its own."""
         plan, tiles, mask, rule = self.plan, self.tiles, self.mask, self.plan.rule
         counts = [
             -(-n // (size * (tiles.groups if axis == tiles.split else 1)))
@@ -142,13 +142,14 @@ class _Kernel:
             *padded(rule.dilation, 1), *counts, total, heads, plan.heads // plan.kv_heads, extra,
             _exact_thrice(plan.scale * _LOG2E),
         )  # fmt: skip
-        pairs = tiling.computed_pairs(self.kind, rule, plan.space, plan.space, tiles)
-        boxes = (
-            pairs * every / total / (tiles.groups * math.prod(tiles.tile) * math.prod(tiles.box))
+        pairs = tiling.computed_pairs(self.kind, rule, plan.space, plan.space, tiles) * every
+        usual = pairs / total / (tiles.groups * math.prod(tiles.tile) * math.prod(tiles.box))
+        # A key head's tile walks the boxes of all heads that share it.
+        uneven = (tiling.longest(self.kind, rule, plan.space, tiles) - usual) * (
+            plan.heads // heads
         )
-        boxes *= plan.heads // heads  # a key head's tile walks the boxes of all that share it
         places = _processors(plan.device) * tiles.programs
-        programs = total if boxes >= _LONG else min(total, places)
+        programs = total if uneven >= _UNEVEN else min(total, places)
         return Launch(kernel, (programs,), numbers, constants, descriptors)
 
 
@@ -218,9 +219,10 @@ class Gradient(_Kernel):
         self.run(*outer, *inner, terms, *(more or inner), grads[0], grads[-1])
 
 
-# A program that takes tiles in turn begins the next one while it ends the last. Tiles of that many
-# boxes are long enough without, and are shared out better one by one (hopper-log.md).
-_LONG = 48
+# A program that takes tiles in turn begins the next one while it ends the last, but may get long
+# ones only. So where the longest has that many boxes more than usual, programs take one tile each
+# (measured: hopper-log.md).
+_UNEVEN = 32
 
 
 @lru_cache(maxsize=64)

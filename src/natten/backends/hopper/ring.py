@@ -52,9 +52,9 @@ class Ring:
         return buffers.index(i % self.STAGES).reshape([ROWS, buffers.shape[5]])
 
     @gluon.jit
-    def release(self, i):
-        """This warpgroup has no more need of box ``i``."""
-        mbarrier.arrive(self.empty.index(i % self.STAGES), count=1)
+    def release(self, i, pred=True):
+        """This warpgroup has no more need of box ``i``, if ``pred``."""
+        mbarrier.arrive(self.empty.index(i % self.STAGES), count=1, pred=pred)
 
     @gluon.jit
     def skip(self, i):

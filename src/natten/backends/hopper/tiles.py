@@ -332,3 +332,8 @@ def computed_pairs(
     axes = _cuts(kind, rule, shape)(tiles)
     boxes = math.prod(axis.boxes for axis in axes) * math.prod(rule.dilation)
     return boxes * ROWS * math.prod(tiles.box)
+
+
+def longest(kind: str, rule: Neighborhood, shape: Shape, tiles: Tiles) -> int:
+    """Boxes of the tile that has most."""
+    return math.prod(axis.most for axis in _cuts(kind, rule, shape)(tiles))

@@ -14,13 +14,16 @@ import triton.language as tl
 from natten.backends.triton.primitives import (
     LOG2E,
     bias_offset,
+    box_offset,
     coordinates,
     count_boxes,
     document,
     group_length,
+    hidden,
     inside,
     kernel,
     load_rows,
+    load_tile,
     next_whole_box,
     queries_of,
     row_number,
@@ -29,7 +32,8 @@ from natten.backends.triton.primitives import (
     straddling_box,
     token,
     token_offset,
-    whole_box,
+    whole_box_step,
+    whole_box_steps,
     window,
     within_box,
 )
@@ -61,11 +65,16 @@ def terms_kernel(
 
 
 @triton.jit
-def _load_terms(terms, rows, real):
-    """What :func:`terms_kernel` stored: LSE as an exponent of two, and delta."""
+def load_terms(terms, rows, real):
+    """What :func:`terms_kernel` stored, for :func:`exponent_and_delta`."""
     at = rows[:, None] * 4 + tl.arange(0, 4)[None, :]
-    four = tl.load(terms + at, mask=real[:, None], other=0.0)
-    even, odd = tl.split(four.reshape(four.shape[0], 2, 2))
+    return tl.load(terms + at, mask=real[:, None], other=0.0)
+
+
+@triton.jit
+def exponent_and_delta(terms):
+    """LSE as an exponent of two, and delta."""
+    even, odd = tl.split(terms.reshape(terms.shape[0], 2, 2))
     exponent, _ = tl.split(even)
     delta, _ = tl.split(odd)
     return exponent, delta
@@ -80,8 +89,9 @@ def _query_step(acc, q, k, v, g, lse, delta, s, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _key_step(dk, dv, q, k, v, g, lse, delta, s, PRECISION: tl.constexpr):
+def _key_step(dk, dv, q, k, v, g, terms, s, PRECISION: tl.constexpr):
     """Add one tile of queries, with scores ``s [keys, queries]``, to dK (without scale) and dV."""
+    lse, delta = exponent_and_delta(terms)
     p = tl.exp2(s - lse[None, :])
     dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
     ds = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :])
@@ -148,7 +158,7 @@ def query_kernel(
     q = load_rows(query, rows, real, d, D)
     rows = row_number(first, x0, x1, x2, L1, L2, heads, head)
     g = load_rows(grad_out, rows * DV, real, dv, DV)
-    row_lse, row_delta = _load_terms(terms, rows, real)
+    row_lse, row_delta = exponent_and_delta(load_terms(terms, rows, real))
     c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
     k_box = within_box(c0, c1, c2, D0, D1, D2, k_0, k_1, k_2, ALIGN)
     v_box = within_box(c0, c1, c2, D0, D1, D2, v_0, v_1, v_2, ALIGN)
@@ -158,37 +168,52 @@ def query_kernel(
     b1, f1, w1 = count_boxes(low1, high1, all_low1, all_high1, TK[1])
     b2, f2, w2 = count_boxes(low2, high2, all_low2, all_high2, TK[2])
     whole = w0 * w1 * w2
-    # Boxes that need no mask, then those that straddle the edge of a window.
-    for MASKED in tl.static_range(2):
-        j0, j1, j2 = f0, f1, f2
-        for box in range(0, b0 * b1 * b2 - whole if MASKED else whole):
-            if MASKED:
+    # Boxes that straddle the edge of a window, then those that need no mask: what masks need is
+    # not kept meanwhile.
+    for WHOLE in tl.static_range(2):
+        j0, j1, j2 = 0, 0, 0
+        if WHOLE:
+            a0, a1, a2 = low0 + f0 * TK[0], low1 + f1 * TK[1], low2 + f2 * TK[2]
+            k_at = box_offset(
+                k_start, a0, a1, a2, g0, g1, g2, D0, D1, D2, k_0, k_1, k_2, MODES, ALIGN
+            )  # fmt: skip
+            v_at = box_offset(
+                v_start, a0, a1, a2, g0, g1, g2, D0, D1, D2, v_0, v_1, v_2, MODES, ALIGN
+            )  # fmt: skip
+            k_rows = key + (k_at + k_box)[:, None] + d[None, :]
+            v_rows = value + (v_at + v_box)[:, None] + dv[None, :]
+            k_steps = whole_box_steps(w1, w2, D0, D1, D2, k_0, k_1, k_2, TK)
+            v_steps = whole_box_steps(w1, w2, D0, D1, D2, v_0, v_1, v_2, TK)
+        for box in range(0, whole if WHOLE else b0 * b1 * b2 - whole):
+            if WHOLE:
+                a0, a1 = low0 + (f0 + j0) * TK[0], low1 + (f1 + j1) * TK[1]
+                a2 = low2 + (f2 + j2) * TK[2]
+                k, v = load_tile(k_rows, d, D), load_tile(v_rows, dv, DV)
+                j0, j1, j2, end1, end2 = next_whole_box(j0, j1, j2, w1, w2)
+                k_rows += whole_box_step(k_steps, end1, end2, ALIGN)
+                v_rows += whole_box_step(v_steps, end1, end2, ALIGN)
+            else:
                 j0, j1, j2 = straddling_box(box, b0, b1, b2, f0, f1, f2, w0, w1, w2)
-            a0, a1, a2 = low0 + j0 * TK[0], low1 + j1 * TK[1], low2 + j2 * TK[2]
-            if not MASKED:
-                j0, j1, j2 = next_whole_box(j0, j1, j2, f0, f1, f2, w0, w1, w2)
-            p0, p1, p2 = a0 + c0, a1 + c1, a2 + c2
-            present = (p0 < high0) & (p1 < high1) & (p2 < high2) if MASKED else c0 >= 0
-            y0, y1 = token(a0, g0, D0, MODES[0]), token(a1, g1, D1, MODES[1])
-            y2 = token(a2, g2, D2, MODES[2])
-            k_at = token_offset(k_start, y0, y1, y2, k_0, k_1, k_2, ALIGN)
-            v_at = token_offset(v_start, y0, y1, y2, v_0, v_1, v_2, ALIGN)
-            k = load_rows(key + k_at, k_box, present, d, D)
-            v = load_rows(value + v_at, v_box, present, dv, DV)
+                a0, a1, a2 = low0 + j0 * TK[0], low1 + j1 * TK[1], low2 + j2 * TK[2]
+                present = (a0 + c0 < high0) & (a1 + c1 < high1) & (a2 + c2 < high2)
+                k_at = box_offset(
+                    k_start, a0, a1, a2, g0, g1, g2, D0, D1, D2, k_0, k_1, k_2, MODES, ALIGN
+                )  # fmt: skip
+                v_at = box_offset(
+                    v_start, a0, a1, a2, g0, g1, g2, D0, D1, D2, v_0, v_1, v_2, MODES, ALIGN
+                )  # fmt: skip
+                k = load_rows(key + k_at, k_box, present, d, D)
+                v = load_rows(value + v_at, v_box, present, dv, DV)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-            allowed = present[None, :]
-            if MASKED:
-                allowed = inside(p0[None, :], s0[:, None], e0[:, None], MODES[0], allowed)
-                allowed = inside(p1[None, :], s1[:, None], e1[:, None], MODES[1], allowed)
-                allowed = inside(p2[None, :], s2[:, None], e2[:, None], MODES[2], allowed)
+            if not WHOLE:
+                s += hidden(a0, a1, a2, s0, s1, s2, e0, e1, e2, TK, MODES)
             if HAS_RPB:
                 at = bias_offset(
-                    p0[None, :] - i0[:, None], p1[None, :] - i1[:, None],
-                    p2[None, :] - i2[:, None], (K0, K1, K2), head,
+                    (a0 + c0)[None, :] - i0[:, None], (a1 + c1)[None, :] - i1[:, None],
+                    (a2 + c2)[None, :] - i2[:, None], (K0, K1, K2), head,
                 )  # fmt: skip
-                s += tl.load(rpb + at, mask=allowed, other=0.0).to(tl.float32) * LOG2E
-            if MASKED:
-                s = tl.where(allowed, s, float("-inf"))
+                seen = s != float("-inf")
+                s += tl.load(rpb + at, mask=seen, other=0.0).to(tl.float32) * LOG2E
             acc = _query_step(acc, q, k, v, g, row_lse, row_delta, s, PRECISION)
 
     if HAS_EXTRA:
@@ -268,7 +293,8 @@ def key_kernel(
     r0, r1, r2 = coordinates(tl.arange(0, M), TQ[1], TQ[2])
     heads = kv_heads * per_kv
     q_box = within_box(r0, r1, r2, D0, D1, D2, q_0, q_1, q_2, ALIGN)
-    row_box = row_number(0, r0 * D0, r1 * D1, r2 * D2, L1, L2, heads, 0)
+    row_strides = L1.to(tl.int64) * L2 * heads, L2.to(tl.int64) * heads, heads
+    row_box = within_box(r0, r1, r2, D0, D1, D2, *row_strides, 1)
 
     dk_acc = tl.zeros([N, BLOCK_D], dtype=tl.float32)
     dv_acc = tl.zeros([N, BLOCK_DV], dtype=tl.float32)
@@ -276,41 +302,59 @@ def key_kernel(
     b1, f1, w1 = count_boxes(low1, high1, all_low1, all_high1, TQ[1])
     b2, f2, w2 = count_boxes(low2, high2, all_low2, all_high2, TQ[2])
     whole = w0 * w1 * w2
-    for MASKED in tl.static_range(2):
-        boxes = b0 * b1 * b2 - whole if MASKED else whole
-        for step in range(0, boxes * per_kv):
-            head, box = kv_head * per_kv + step // boxes, step % boxes
-            if MASKED:
-                j0, j1, j2 = straddling_box(box, b0, b1, b2, f0, f1, f2, w0, w1, w2)
-            else:
-                j0, j1, j2 = whole_box(box, f0, f1, f2, w0, w1, w2)
-            a0, a1, a2 = low0 + j0 * TQ[0], low1 + j1 * TQ[1], low2 + j2 * TQ[2]
-            i0, i1, i2 = a0 + r0, a1 + r1, a2 + r2
-            real = (i0 < high0) & (i1 < high1) & (i2 < high2) if MASKED else r0 >= 0
-            x0, x1 = token(a0, g0, D0, MODES[0]), token(a1, g1, D1, MODES[1])
-            x2 = token(a2, g2, D2, MODES[2])
-            at = token_offset(q_start + head * q_h, x0, x1, x2, q_0, q_1, q_2, ALIGN)
-            q = load_rows(query + at, q_box, real, d, D)
-            at = row_number(first, x0, x1, x2, L1, L2, heads, head)
-            g = load_rows(grad_out + at * DV, row_box * DV, real, dv, DV)
-            row_lse, row_delta = _load_terms(terms + at * 4, row_box, real)
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
-            allowed = present[:, None]
-            if MASKED:
-                # Along an axis of one token a box may be longer than that.
-                allowed = allowed & real[None, :]
-                allowed = inside(i0[None, :], s0[:, None], e0[:, None], MODES[0], allowed)
-                allowed = inside(i1[None, :], s1[:, None], e1[:, None], MODES[1], allowed)
-                allowed = inside(i2[None, :], s2[:, None], e2[:, None], MODES[2], allowed)
-            if HAS_RPB:
-                at = bias_offset(
-                    p0[:, None] - i0[None, :], p1[:, None] - i1[None, :],
-                    p2[:, None] - i2[None, :], (K0, K1, K2), head,
+    q_steps = whole_box_steps(w1, w2, D0, D1, D2, q_0, q_1, q_2, TQ)
+    row_steps = whole_box_steps(w1, w2, D0, D1, D2, *row_strides, TQ)
+    for WHOLE in tl.static_range(2):
+        for number in range(0, per_kv):
+            head = kv_head * per_kv + number
+            q_first = q_start + head * q_h
+            j0, j1, j2 = 0, 0, 0
+            if WHOLE:
+                a0, a1, a2 = low0 + f0 * TQ[0], low1 + f1 * TQ[1], low2 + f2 * TQ[2]
+                q_at = box_offset(
+                    q_first, a0, a1, a2, g0, g1, g2, D0, D1, D2, q_0, q_1, q_2, MODES, ALIGN
                 )  # fmt: skip
-                s += tl.load(rpb + at, mask=allowed, other=0.0).to(tl.float32) * LOG2E
-            if MASKED:
-                s = tl.where(allowed, s, float("-inf"))
-            dk_acc, dv_acc = _key_step(dk_acc, dv_acc, q, k, v, g, row_lse, row_delta, s, PRECISION)
+                x0, x1 = token(a0, g0, D0, MODES[0]), token(a1, g1, D1, MODES[1])
+                row = row_number(first, x0, x1, token(a2, g2, D2, MODES[2]), L1, L2, heads, head)
+                q_rows = query + (q_at + q_box)[:, None] + d[None, :]
+                g_rows = grad_out + (row + row_box)[:, None] * DV + dv[None, :]
+                terms_rows = terms + (row + row_box)[:, None] * 4 + tl.arange(0, 4)[None, :]
+            for box in range(0, whole if WHOLE else b0 * b1 * b2 - whole):
+                if WHOLE:
+                    a0, a1 = low0 + (f0 + j0) * TQ[0], low1 + (f1 + j1) * TQ[1]
+                    a2 = low2 + (f2 + j2) * TQ[2]
+                    q, g = load_tile(q_rows, d, D), load_tile(g_rows, dv, DV)
+                    row_terms = tl.load(terms_rows)
+                    j0, j1, j2, end1, end2 = next_whole_box(j0, j1, j2, w1, w2)
+                    q_rows += whole_box_step(q_steps, end1, end2, ALIGN)
+                    step = whole_box_step(row_steps, end1, end2, 1)
+                    g_rows += step * DV
+                    terms_rows += step * 4
+                else:
+                    j0, j1, j2 = straddling_box(box, b0, b1, b2, f0, f1, f2, w0, w1, w2)
+                    a0, a1, a2 = low0 + j0 * TQ[0], low1 + j1 * TQ[1], low2 + j2 * TQ[2]
+                    real = (a0 + r0 < high0) & (a1 + r1 < high1) & (a2 + r2 < high2)
+                    q_at = box_offset(
+                        q_first, a0, a1, a2, g0, g1, g2, D0, D1, D2, q_0, q_1, q_2, MODES, ALIGN
+                    )  # fmt: skip
+                    x0, x1 = token(a0, g0, D0, MODES[0]), token(a1, g1, D1, MODES[1])
+                    row = row_number(
+                        first, x0, x1, token(a2, g2, D2, MODES[2]), L1, L2, heads, head
+                    )
+                    q = load_rows(query + q_at, q_box, real, d, D)
+                    g = load_rows(grad_out + row * DV, row_box * DV, real, dv, DV)
+                    row_terms = load_terms(terms + row * 4, row_box, real)
+                s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
+                if not WHOLE:
+                    s += hidden(a0, a1, a2, s0, s1, s2, e0, e1, e2, TQ, MODES)
+                if HAS_RPB:
+                    at = bias_offset(
+                        p0[:, None] - (a0 + r0)[None, :], p1[:, None] - (a1 + r1)[None, :],
+                        p2[:, None] - (a2 + r2)[None, :], (K0, K1, K2), head,
+                    )  # fmt: skip
+                    seen = s != float("-inf")
+                    s += tl.load(rpb + at, mask=seen, other=0.0).to(tl.float32) * LOG2E
+                dk_acc, dv_acc = _key_step(dk_acc, dv_acc, q, k, v, g, row_terms, s, PRECISION)
 
     cols = row_number(key_first, y0, y1, y2, L1, KEYS, kv_heads, kv_head)
     store_rows(grad_key, cols * D, present, d, D, dk_acc * scale)
@@ -350,10 +394,10 @@ def extra_kernel(
         q = load_rows(query, rows, real, d, D)
         rows = row_number(batch * L0 * L1 * L2, x0, x1, x2, L1, L2, kv_heads * per_kv, head)
         g = load_rows(grad_out, rows * DV, real, dv, DV)
-        row_lse, row_delta = _load_terms(terms, rows, real)
+        row_terms = load_terms(terms, rows, real)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
         s = tl.where(real[None, :], s, float("-inf"))
-        dk_acc, dv_acc = _key_step(dk_acc, dv_acc, q, k, v, g, row_lse, row_delta, s, PRECISION)
+        dk_acc, dv_acc = _key_step(dk_acc, dv_acc, q, k, v, g, row_terms, s, PRECISION)
     row = ((batch * kv_heads + kv_head) * parts + part) * extra + e
     store_rows(grad_key, row * D, present, d, D, dk_acc * scale)
     store_rows(grad_value, row * DV, present, dv, DV, dv_acc)

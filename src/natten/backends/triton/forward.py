@@ -9,13 +9,15 @@ from natten.backends.triton.primitives import (
     LN2,
     LOG2E,
     bias_offset,
+    box_offset,
     coordinates,
     count_boxes,
     document,
     group_length,
-    inside,
+    hidden,
     kernel,
     load_rows,
+    load_tile,
     next_whole_box,
     row_number,
     split,
@@ -23,6 +25,8 @@ from natten.backends.triton.primitives import (
     straddling_box,
     token,
     token_offset,
+    whole_box_step,
+    whole_box_steps,
     window,
     within_box,
 )
@@ -113,37 +117,52 @@ def forward_kernel(
     b1, f1, w1 = count_boxes(low1, high1, all_low1, all_high1, TK[1])
     b2, f2, w2 = count_boxes(low2, high2, all_low2, all_high2, TK[2])
     whole = w0 * w1 * w2
-    # Boxes that need no mask, then those that straddle the edge of a window.
-    for MASKED in tl.static_range(2):
-        j0, j1, j2 = f0, f1, f2
-        for box in range(0, b0 * b1 * b2 - whole if MASKED else whole):
-            if MASKED:
+    # Boxes that straddle the edge of a window, then those that need no mask: what masks need is
+    # not kept meanwhile.
+    for WHOLE in tl.static_range(2):
+        j0, j1, j2 = 0, 0, 0
+        if WHOLE:
+            a0, a1, a2 = low0 + f0 * TK[0], low1 + f1 * TK[1], low2 + f2 * TK[2]
+            k_at = box_offset(
+                k_start, a0, a1, a2, g0, g1, g2, D0, D1, D2, k_0, k_1, k_2, MODES, ALIGN
+            )  # fmt: skip
+            v_at = box_offset(
+                v_start, a0, a1, a2, g0, g1, g2, D0, D1, D2, v_0, v_1, v_2, MODES, ALIGN
+            )  # fmt: skip
+            k_rows = key + (k_at + k_box)[:, None] + d[None, :]
+            v_rows = value + (v_at + v_box)[:, None] + dv[None, :]
+            k_steps = whole_box_steps(w1, w2, D0, D1, D2, k_0, k_1, k_2, TK)
+            v_steps = whole_box_steps(w1, w2, D0, D1, D2, v_0, v_1, v_2, TK)
+        for box in range(0, whole if WHOLE else b0 * b1 * b2 - whole):
+            if WHOLE:
+                a0, a1 = low0 + (f0 + j0) * TK[0], low1 + (f1 + j1) * TK[1]
+                a2 = low2 + (f2 + j2) * TK[2]
+                k, v = load_tile(k_rows, d, D), load_tile(v_rows, dv, DV)
+                j0, j1, j2, end1, end2 = next_whole_box(j0, j1, j2, w1, w2)
+                k_rows += whole_box_step(k_steps, end1, end2, ALIGN)
+                v_rows += whole_box_step(v_steps, end1, end2, ALIGN)
+            else:
                 j0, j1, j2 = straddling_box(box, b0, b1, b2, f0, f1, f2, w0, w1, w2)
-            a0, a1, a2 = low0 + j0 * TK[0], low1 + j1 * TK[1], low2 + j2 * TK[2]
-            if not MASKED:
-                j0, j1, j2 = next_whole_box(j0, j1, j2, f0, f1, f2, w0, w1, w2)
-            p0, p1, p2 = a0 + c0, a1 + c1, a2 + c2
-            present = (p0 < high0) & (p1 < high1) & (p2 < high2) if MASKED else c0 >= 0
-            y0, y1 = token(a0, g0, D0, MODES[0]), token(a1, g1, D1, MODES[1])
-            y2 = token(a2, g2, D2, MODES[2])
-            k_at = token_offset(k_start, y0, y1, y2, k_0, k_1, k_2, ALIGN)
-            v_at = token_offset(v_start, y0, y1, y2, v_0, v_1, v_2, ALIGN)
-            k = load_rows(key + k_at, k_box, present, d, D)
-            v = load_rows(value + v_at, v_box, present, dv, DV)
+                a0, a1, a2 = low0 + j0 * TK[0], low1 + j1 * TK[1], low2 + j2 * TK[2]
+                present = (a0 + c0 < high0) & (a1 + c1 < high1) & (a2 + c2 < high2)
+                k_at = box_offset(
+                    k_start, a0, a1, a2, g0, g1, g2, D0, D1, D2, k_0, k_1, k_2, MODES, ALIGN
+                )  # fmt: skip
+                v_at = box_offset(
+                    v_start, a0, a1, a2, g0, g1, g2, D0, D1, D2, v_0, v_1, v_2, MODES, ALIGN
+                )  # fmt: skip
+                k = load_rows(key + k_at, k_box, present, d, D)
+                v = load_rows(value + v_at, v_box, present, dv, DV)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-            allowed = present[None, :]
-            if MASKED:
-                allowed = inside(p0[None, :], s0[:, None], e0[:, None], MODES[0], allowed)
-                allowed = inside(p1[None, :], s1[:, None], e1[:, None], MODES[1], allowed)
-                allowed = inside(p2[None, :], s2[:, None], e2[:, None], MODES[2], allowed)
+            if not WHOLE:
+                s += hidden(a0, a1, a2, s0, s1, s2, e0, e1, e2, TK, MODES)
             if HAS_RPB:
                 at = bias_offset(
-                    p0[None, :] - i0[:, None], p1[None, :] - i1[:, None],
-                    p2[None, :] - i2[:, None], (K0, K1, K2), head,
+                    (a0 + c0)[None, :] - i0[:, None], (a1 + c1)[None, :] - i1[:, None],
+                    (a2 + c2)[None, :] - i2[:, None], (K0, K1, K2), head,
                 )  # fmt: skip
-                s += tl.load(rpb + at, mask=allowed, other=0.0).to(tl.float32) * LOG2E
-            if MASKED:
-                s = tl.where(allowed, s, float("-inf"))
+                seen = s != float("-inf")
+                s += tl.load(rpb + at, mask=seen, other=0.0).to(tl.float32) * LOG2E
             acc, top, total = _accumulate(acc, top, total, s, v, PRECISION)
 
     if HAS_EXTRA:

@@ -126,6 +126,16 @@ def token_offset(start, x0, x1, x2, s0, s1, s2, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def box_offset(
+    start, a0, a1, a2, g0, g1, g2, D0, D1, D2, s0, s1, s2,
+    MODES: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Offset of a box's first token, at position ``a`` of dilation group ``g``."""
+    x0, x1 = token(a0, g0, D0, MODES[0]), token(a1, g1, D1, MODES[1])
+    return token_offset(start, x0, x1, token(a2, g2, D2, MODES[2]), s0, s1, s2, ALIGN)
+
+
+@triton.jit
 def within_box(c0, c1, c2, D0, D1, D2, s0, s1, s2, ALIGN: tl.constexpr):
     """Offset of a box's tokens from its first: positions ``c``, dilations ``D``, strides ``s``.
 
@@ -146,6 +156,16 @@ def load_rows(base, offset, present, columns, COLUMNS: tl.constexpr):
     """Rows of ``COLUMNS`` channels, zeros where not ``present``; ``columns`` is padded."""
     mask = present[:, None] & (columns[None, :] < COLUMNS)
     return tl.load(base + offset[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_tile(at, columns, COLUMNS: tl.constexpr):
+    """Like :func:`load_rows` at the addresses ``at``, where all rows are present."""
+    if columns.shape[0] == COLUMNS:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=tl.broadcast_to(columns[None, :] < COLUMNS, at.shape), other=0.0)
+    return x
 
 
 @triton.jit
@@ -197,24 +217,33 @@ def _beside(i, first, whole):
 
 
 @triton.jit
-def whole_box(i, f0, f1, f2, w0, w1, w2):
-    """The ``i``-th of the boxes that are whole on every axis."""
-    return f0 + i // (w1 * w2), f1 + i // w2 % w1, f2 + i % w2
+def next_whole_box(j0, j1, j2, w1, w2):
+    """The box after ``j`` of those that are whole on every axis, and whether axes 1 and 2 ended."""
+    end2 = j2 + 1 == w2
+    j2 = tl.where(end2, 0, j2 + 1)
+    j1 = tl.where(end2, j1 + 1, j1)
+    end1 = j1 == w1
+    return tl.where(end1, j0 + 1, j0), tl.where(end1, 0, j1), j2, end1, end2
 
 
 @triton.jit
-def next_whole_box(j0, j1, j2, f0, f1, f2, w0, w1, w2):
-    """The box after ``j`` of those that are whole on every axis; after the last, the first.
+def whole_box_steps(w1, w2, D0, D1, D2, s0, s1, s2, T: tl.constexpr):
+    """What an offset grows by to :func:`next_whole_box`: usually, and where axes 2 and 1 ended.
 
-    Counting is cheaper than the divisions of :func:`whole_box`, and takes registers.
+    ``D`` are dilations, ``s`` strides of tokens. Adding one number to all addresses of a box takes
+    fewer registers and instructions than working them out, which counts where two sums fill them.
     """
-    j2 += 1
-    end2 = j2 == f2 + w2
-    j1 = tl.where(end2, j1 + 1, j1)
-    end1 = j1 == f1 + w1
-    j0 = tl.where(end1, j0 + 1, j0)
-    j0 = tl.where(j0 == f0 + w0, f0, j0)
-    return j0, tl.where(end1, f1, j1), tl.where(end2, f2, j2)
+    on0, on1 = D0.to(tl.int64) * T[0] * s0, D1.to(tl.int64) * T[1] * s1
+    on2 = D2.to(tl.int64) * T[2] * s2
+    back2 = (w2 - 1) * on2
+    return on2, on1 - back2, on0 - (w1 - 1) * on1 - back2
+
+
+@triton.jit
+def whole_box_step(steps, end1, end2, ALIGN: tl.constexpr):
+    """The one of :func:`whole_box_steps` to take, a multiple of ``ALIGN``."""
+    step = tl.where(end1, steps[2], tl.where(end2, steps[1], steps[0]))
+    return tl.multiple_of(step, ALIGN)
 
 
 @triton.jit
@@ -238,3 +267,28 @@ def inside(p, start, end, MODE: tl.constexpr, allowed):
     if MODE != UNIT:
         allowed = allowed & (p >= start) & (p < end)
     return allowed
+
+
+@triton.jit
+def _hidden(a, start, end, T: tl.constexpr, MODE: tl.constexpr):
+    """``[rows, T]``: zero where position ``a + column`` lies in ``start .. end``, else -inf."""
+    p = a + tl.arange(0, T)[None, :]
+    if MODE == UNIT:
+        # Along an axis of one token a box may be longer than that.
+        within = (p == 0) & (start[:, None] == 0)
+    else:
+        within = (p >= start[:, None]) & (p < end[:, None])
+    return tl.where(within, 0.0, float("-inf"))
+
+
+@triton.jit
+def hidden(a0, a1, a2, s0, s1, s2, e0, e1, e2, T: tl.constexpr, MODES: tl.constexpr):
+    """What to add to scores ``[rows, box]``: -inf where a column is not in its row's ``s .. e``.
+
+    The box begins at ``a``. Each axis compares on its own, so that a score costs little.
+    """
+    x0 = _hidden(a0, s0, e0, T[0], MODES[0])
+    x1 = _hidden(a1, s1, e1, T[1], MODES[1])
+    x2 = _hidden(a2, s2, e2, T[2], MODES[2])
+    x = x0[:, :, None, None] + x1[:, None, :, None] + x2[:, None, None, :]
+    return x.reshape(s0.shape[0], T[0] * T[1] * T[2])

@@ -81,16 +81,15 @@ def _limits(kind: str, dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> tup
     """Most rows of an outer tile and of a box, by registers.
 
     Tiles of 64 rows, one group of warps, leave room for several programs per processor, which hide
-    each other's waiting. Gradients of wide heads fill the registers anyway and are better shared by
-    two groups; on AMD, whose threads have no more of them, smaller tiles spill less. Exact products
-    of 32 bits have both operands in registers, whole.
+    each other's waiting. Two sums of wide heads leave no registers for more than 32 columns. Exact
+    products of 32 bits have both operands in registers, whole.
     """
     wide = max(block(dim), block(value_dim)) * itemsize // 2
     rows, cols = max(16, min(64, 16384 // wide)), max(16, min(64, 8192 // wide))
     if itemsize > 2:
         return min(32, rows), min(32, cols)
     if kind == "key" and wide == 128:
-        return (64 if gpu.capability == 0 else 128), 32
+        return 64, 32
     if kind == "query" and wide == 128 and gpu.capability == 90:
         return 128, 64
     return rows, cols
@@ -100,7 +99,9 @@ def _stages(kind: str, rows: int, cols: int, channels: int, itemsize: int) -> in
     """Boxes in flight; more than two pay where a tile's own operands leave room."""
     if cols * channels * itemsize > 40_000:
         return 1
-    return 3 if kind == "forward" or rows >= 128 or (kind == "query" and channels <= 128) else 2
+    if kind == "key":
+        return 3 if channels > 128 else 2
+    return 3 if kind == "forward" or rows >= 128 or channels <= 128 else 2
 
 
 def _registers(kind: str, dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> int | None:
