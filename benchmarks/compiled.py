@@ -177,7 +177,7 @@ def compile_calls(
                 log = io.StringIO()
                 with contextlib.redirect_stdout(log):
                     compiled = launch.kernel.run(
-                        *tensors,
+                        *launch.arguments(tensors),
                         *launch.numbers,
                         grid=launch.grid,
                         warmup=True,

@@ -10,7 +10,7 @@ from helpers import CASES, RATIO, Case, assert_close, dense_mask, masked_attenti
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from natten import backends
+from natten import backends, tuning
 from natten.backends import reference, tiled
 from natten.neighborhood import Dense
 
@@ -236,7 +236,7 @@ def test_cpu_default_is_tiled():
 
 
 def test_falling_back_is_said_at_debug_level(caplog):
-    backends.find.cache_clear()
+    tuning._forget_choices()
     with caplog.at_level("DEBUG", logger="natten"):
         backends.choose("triton", problem())
     assert "triton is passed over" in caplog.text
@@ -277,9 +277,9 @@ def test_explain_names_the_backend_of_the_backward(monkeypatch):
     first, *others = backends.BACKENDS[-2:]
     only_forward = replace(first, operations=("attention",))
     monkeypatch.setattr(backends, "BACKENDS", (only_forward, *others))
-    backends.find.cache_clear()
+    tuning._forget_choices()
     text = backends.explain(torch.zeros(1, 8, 1, 4))
-    backends.find.cache_clear()
+    tuning._forget_choices()
     assert text.splitlines() == [
         f"tiled: runs forward, but has no {backends.OPERATIONS['gradient']}",
         "reference: runs backward",

@@ -183,8 +183,10 @@ def autocast_tensors(*tensors: Any) -> tuple[Any, ...]:
 
     float64 stays as it is, and so does everything on another device.
     """
-    first = next((x for x in tensors if isinstance(x, Tensor)), None)
-    if first is None:
+    for first in tensors:
+        if isinstance(first, Tensor):
+            break
+    else:
         return tensors
     kind = first.device.type
     if kind not in _AUTOCAST or not torch.is_autocast_enabled(kind):

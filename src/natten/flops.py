@@ -141,8 +141,8 @@ def av_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
 def fna_generic_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
     """Multiply-adds of ``na*d``, from jit values; the node carries its Function's arguments."""
     node = outputs[0].node()
-    rule, (query, key, value, *rest) = node.scalar_args()[-1], _shapes(inputs)
-    kernel_size = getattr(rule, "kernel_size", ())
+    call, (query, key, value, *rest) = node.scalar_args()[-1], _shapes(inputs)
+    kernel_size = getattr(call.rule, "kernel_size", ())
     # Additional keys and values have rank 4 and come last; a bias has other heads or none.
     has_extra = len(rest) >= 2
     pairs = _rows(query) * _attended(query, key, rest[-2] if has_extra else None, kernel_size)

@@ -11,6 +11,7 @@ Attention" (2025).
 from __future__ import annotations
 
 import inspect
+import marshal
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from natten import operators, packed
+from natten import operators, packed, tuning
 from natten._checks import (
     autocast_tensors,
     check_additional,
@@ -106,10 +107,58 @@ def neighborhood_attention_generic(
         >>> neighborhood_attention_generic(q, k, v, kernel_size=(3, 5), dilation=(2, 1)).shape
         torch.Size([1, 8, 8, 2, 16])
     """
-    check_tensors(query=query, key=key, value=value)
     query, key, value, additional_keys, additional_values = autocast_tensors(
         query, key, value, additional_keys, additional_values
     )
+    tensors = (query, key, value, rpb, additional_keys, additional_values)
+    arguments = (
+        kernel_size, stride, dilation, is_causal, scale, attention_kwargs, backend,
+        q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape,
+    )  # fmt: skip
+    kind = _kind(tensors, arguments)
+    call = None if kind is None else _calls.get(kind)
+    if call is None:
+        checked = _checked(*tensors, *arguments)
+        if kind is not None and _is_builtin(arguments):
+            _calls.keep(kind, operators.Call(*checked))
+        out, lse = operators.attention(*tensors, *checked)
+    else:
+        out, lse = call(tensors)
+    return (out, lse) if return_lse else out
+
+
+# Calls of one kind come again, and checks of them would take longer than a small kernel.
+_calls = tuning.Kept()
+
+
+def _kind(tensors: Sequence[Tensor | None], arguments: tuple[Any, ...]) -> Any | None:
+    """All that checks and backends look at, hashable; None if something else may matter, too."""
+    if torch.compiler.is_compiling() or not operators.is_plain(tensors):
+        return None
+    try:
+        # Bytes, because 1, 1.0 and True are equal and lists have no hash. Those of other than
+        # builtin types may be equal where types differ.
+        return marshal.dumps(arguments, 2), *[
+            None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors
+        ]
+    except (RuntimeError, ValueError):  # nested tensors have no shape, some objects no bytes
+        return None
+
+
+def _is_builtin(x: Any) -> bool:
+    if type(x) in (tuple, list):
+        return all(map(_is_builtin, x))
+    return x is None or type(x) in (bool, int, float, str)
+
+
+def _checked(
+    query: Tensor, key: Tensor, value: Tensor, rpb: Any, additional_keys: Any,
+    additional_values: Any, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any,
+    scale: Any, attention_kwargs: Any, backend: Any, q_tile_shape: Any, kv_tile_shape: Any,
+    backward_q_tile_shape: Any, backward_kv_tile_shape: Any,
+) -> tuple[Neighborhood, float, operators.Choice]:  # fmt: skip
+    """Rule, scale and choice of a call of fused attention whose arguments are allowed."""
+    check_tensors(query=query, key=key, value=value)
     rank = query.dim() - 3
     if rank not in (1, 2, 3):
         raise ArgumentError(
@@ -127,27 +176,15 @@ def neighborhood_attention_generic(
     check_additional(query, key, value, additional_keys, additional_values)
     check_rpb(rpb, query, rule, heads=query.shape[-2])
     check_hints(attention_kwargs)
-    out, lse = operators.attention(
-        query,
-        key,
-        value,
-        rpb,
-        additional_keys,
-        additional_values,
-        rule,
-        check_scale(scale, query.shape[-1]),
-        operators.Choice(
-            check_name(backend),
-            check_tiles(
-                rank,
-                q_tile_shape=q_tile_shape,
-                kv_tile_shape=kv_tile_shape,
-                backward_q_tile_shape=backward_q_tile_shape,
-                backward_kv_tile_shape=backward_kv_tile_shape,
-            ),
-        ),
+    factor, name = check_scale(scale, query.shape[-1]), check_name(backend)
+    tiles = check_tiles(
+        rank,
+        q_tile_shape=q_tile_shape,
+        kv_tile_shape=kv_tile_shape,
+        backward_q_tile_shape=backward_q_tile_shape,
+        backward_kv_tile_shape=backward_kv_tile_shape,
     )
-    return (out, lse) if return_lse else out
+    return rule, factor, operators.Choice(name, tiles)
 
 
 def _is_bool(value: Any) -> bool:

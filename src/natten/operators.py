@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -102,19 +103,6 @@ class Choice(NamedTuple):
 
 
 _ANY = Choice()
-
-
-def _backend(
-    operation: str, inputs: Sequence[Any], rule: Rule, scale: float, choice: Choice
-) -> tuple[Any, dict[str, Any]]:
-    """The functions that run "attention" or its "gradient", and their options."""
-    query, _, value, rpb, *_ = inputs
-    dims = query.shape[-1], value.shape[-1]
-    problem = backends.Problem(
-        operation, query.device, query.dtype, *dims, query.shape, rule, scale, rpb is not None
-    )
-    chosen = backends.choose(choice.backend, problem)
-    return chosen.module, {"tiles": choice.tiles} if choice.tiles and chosen.tiles else {}
 
 
 # --- unfused: maps that are linear in each tensor, [batch, heads, *space, channels] ------------
@@ -309,11 +297,52 @@ rpb_bias_transposed: Callable[..., Tensor] = _linear(
 # --- fused: [batch, *space, heads, channels] ----------------------------------------------------
 
 
-def _forward(
-    inputs: Sequence[Any], rule: Rule, scale: float, choice: Choice
-) -> tuple[Tensor, Tensor]:
-    module, options = _backend("attention", inputs, rule, scale, choice)
-    return module.forward(*inputs, rule, scale, **options)
+@dataclass
+class Call:
+    """Attention of tensors of one kind: shapes, dtypes and devices are always the same.
+
+    They decide which backends run it, so these are chosen once.
+    """
+
+    rule: Rule
+    scale: float
+    choice: Choice = _ANY
+    _chosen: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict, repr=False)
+
+    def __call__(self, tensors: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Output and LSE of plain tensors, differentiable."""
+        watched = [x for x in tensors if x is not None and x.requires_grad]
+        if (watched and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
+            return _PlainAttention.apply(*tensors, self)
+        return self.forward(tensors)
+
+    def forward(self, inputs: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Output and LSE."""
+        module, options = self._backend("attention", inputs)
+        return module.forward(*inputs, self.rule, self.scale, **options)
+
+    def backward(
+        self, grad_out: Tensor, grad_lse: Tensor | None, saved: Sequence[Any]
+    ) -> Sequence[Any]:
+        """Gradients of the six inputs, None for those that are None; ``saved``: also outputs."""
+        module, options = self._backend("gradient", saved)
+        return module.backward(grad_out, grad_lse, *saved, self.rule, self.scale, **options)
+
+    def _backend(self, operation: str, inputs: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
+        """The functions that run "attention" or its "gradient", and their options."""
+        if operation not in self._chosen:
+            query, _, value, rpb, *_ = inputs
+            chosen = backends.choose(
+                self.choice.backend,
+                backends.Problem(
+                    operation, query.device, query.dtype, query.shape[-1], value.shape[-1],
+                    query.shape, self.rule, self.scale, rpb is not None,
+                ),
+            )  # fmt: skip
+            tiles = self.choice.tiles
+            options = {"tiles": tiles} if tiles and chosen.tiles else {}
+            self._chosen[operation] = chosen.module, options
+        return self._chosen[operation]
 
 
 def _attention(
@@ -323,7 +352,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rule = _unpack(kernel_size, stride, dilation, is_causal)
     inputs = (query, key, value, rpb, extra_keys, extra_values)
-    return _forward(inputs, rule, scale, Choice(backend, tuple(tiles)))
+    return Call(rule, scale, Choice(backend, tuple(tiles))).forward(inputs)
 
 
 def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -338,10 +367,8 @@ def _attention_backward(
     tiles: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     rule = _unpack(kernel_size, stride, dilation, is_causal)
-    inputs = (query, key, value, rpb, extra_keys, extra_values)
-    choice = Choice(backend, tuple(tiles))
-    module, options = _backend("gradient", inputs, rule, scale, choice)
-    grads = module.backward(grad_out, grad_lse, *inputs, out, lse, rule, scale, **options)
+    saved = (query, key, value, rpb, extra_keys, extra_values, out, lse)
+    grads = Call(rule, scale, Choice(backend, tuple(tiles))).backward(grad_out, grad_lse, saved)
     return [grad for grad in grads if grad is not None]
 
 
@@ -478,14 +505,14 @@ _HEADS = (-2, -2, -2, 0, -2, -2)
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, scale, choice, rule = args
+        *tensors, call = args
         if is_plain(tensors) or torch.jit.is_tracing():
-            return _forward(tensors, rule, scale, choice)
-        return _ops.attention(*tensors, *_pack(rule), scale, *choice)
+            return call.forward(tensors)
+        return _ops.attention(*tensors, *_pack(call.rule), call.scale, *call.choice)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.scale, ctx.choice, ctx.rule = inputs
+        *tensors, ctx.call = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output)
         if forward_ad._current_level >= 0:
@@ -496,22 +523,22 @@ class _Attention(torch.autograd.Function):
         saved = ctx.saved_tensors
         # The gradient must itself be differentiable for create_graph and under forward mode.
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            grads = _differentiable_gradient(saved[:6], grad_out, grad_lse, ctx)
+            grads = _differentiable_gradient(saved[:6], grad_out, grad_lse, ctx.call)
         else:
-            grads = _gradient(grad_out, grad_lse, saved, ctx.rule, ctx.scale, ctx.choice)
-        return (*grads, None, None, None)
+            grads = _gradient(grad_out, grad_lse, saved, ctx.call)
+        return (*grads, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
         _refuse_nested_forward_mode()
-        return _composed_tangent(ctx.saved_tensors[:6], tangents[:6], ctx.rule, ctx.scale)
+        call = ctx.call
+        return _composed_tangent(ctx.saved_tensors[:6], tangents[:6], call.rule, call.scale)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        scale, choice, rule = args[6:]
-        size = info.batch_size
+        call, size = args[6], info.batch_size
         merged = [_merge(x, dim, size, heads) for x, dim, heads in zip(args, in_dims, _HEADS)]
-        out, lse = attention(*merged, rule, scale, choice)  # type: ignore[call-arg]
+        out, lse = attention(*merged, call.rule, call.scale, call.choice)  # type: ignore[call-arg]
         return (_split(out, size, -2), _split(lse, size, -1)), (0, 0)
 
 
@@ -520,8 +547,8 @@ class _PlainAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, scale, choice, rule = args
-        output = _forward(tensors, rule, scale, choice)
+        *tensors, call = args
+        output = call.forward(tensors)
         _Attention.setup_context(ctx, args, output)
         return output
 
@@ -530,34 +557,27 @@ class _PlainAttention(torch.autograd.Function):
 
 
 def _gradient(
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    saved: Sequence[Any],
-    rule: Rule,
-    scale: float,
-    choice: Choice,
-) -> list[Any]:
+    grad_out: Tensor | None, grad_lse: Tensor | None, saved: Sequence[Any], call: Call
+) -> Sequence[Any]:
     """Gradients of the six inputs, None for those that are None."""
-    inputs, out = saved[:6], saved[6]
     if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = (grad_out, grad_lse)
-    if is_plain((*grads, *saved)):
-        module, options = _backend("gradient", inputs, rule, scale, choice)
-        return list(module.backward(*grads, *saved, rule, scale, **options))
-    found = iter(_ops.attention_backward(*grads, *saved, *_pack(rule), scale, *choice))
-    return [None if x is None else next(found) for x in inputs]
+        grad_out = torch.zeros_like(saved[6])
+    if is_plain((grad_out, grad_lse, *saved)):
+        return call.backward(grad_out, grad_lse, saved)
+    options = (*_pack(call.rule), call.scale, *call.choice)
+    found = iter(_ops.attention_backward(grad_out, grad_lse, *saved, *options))
+    return [None if x is None else next(found) for x in saved[:6]]
 
 
 def _differentiable_gradient(
-    inputs: Sequence[Any], grad_out: Tensor | None, grad_lse: Tensor | None, ctx: Any
-) -> list[Any]:
+    inputs: Sequence[Any], grad_out: Tensor | None, grad_lse: Tensor | None, call: Call
+) -> Sequence[Any]:
     def composed(*present: Tensor) -> tuple[Tensor, Tensor]:
         given = iter(present)
         q, k, v, *optional = (None if x is None else next(given) for x in inputs)
         assert q is not None and k is not None and v is not None
         rpb, extra_keys, extra_values = optional
-        return composed_attention(q, k, v, rpb, extra_keys, extra_values, ctx.rule, ctx.scale)
+        return composed_attention(q, k, v, rpb, extra_keys, extra_values, call.rule, call.scale)
 
     (out, lse), pull, *_ = torch.func.vjp(composed, *(x for x in inputs if x is not None))
     grads = (
@@ -569,15 +589,14 @@ def _differentiable_gradient(
 
 
 def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *rule, ctx.scale, backend, tiles = inputs[6:]
-    ctx.choice = Choice(backend, tuple(tiles))
-    ctx.rule = _unpack(*rule)
+    *rule, scale, backend, tiles = inputs[6:]
+    ctx.call = Call(_unpack(*rule), scale, Choice(backend, tuple(tiles)))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:6], *output)
 
 
 def _attention_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-    grads = _gradient(grad_out, grad_lse, ctx.saved_tensors, ctx.rule, ctx.scale, ctx.choice)
+    grads = _gradient(grad_out, grad_lse, ctx.saved_tensors, ctx.call)
     return (*grads, *(None for _ in range(7)))
 
 
@@ -602,9 +621,5 @@ def attention(
     if torch.compiler.is_compiling():
         _refuse_forward_mode()
         return _ops.attention(*tensors, *_pack(rule), scale, *choice)
-    if not is_plain(tensors):
-        return _Attention.apply(*tensors, scale, choice, rule)
-    watched = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if watched or forward_ad._current_level >= 0:
-        return _PlainAttention.apply(*tensors, scale, choice, rule)
-    return _forward(tensors, rule, scale, choice)
+    call = Call(rule, scale, choice)
+    return call(tensors) if is_plain(tensors) else _Attention.apply(*tensors, call)

@@ -126,6 +126,22 @@ def cached(function: Function) -> Function:
     return cache  # type: ignore[return-value]
 
 
+class Kept(dict[Any, Any]):
+    """As :func:`cached`, for what is worked out from more than its key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        _caches.append(self)
+
+    def keep(self, key: Any, value: Any) -> None:
+        """Let ``value`` be found at ``key``."""
+        if len(self) >= 1024:
+            self.clear()
+        self[key] = value
+
+    cache_clear = dict.clear
+
+
 def _forget_choices() -> None:
     for cache in _caches:
         cache.cache_clear()

@@ -14,13 +14,13 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from natten import tuning
 from natten.errors import ArgumentError
 from natten.neighborhood import Dense, Neighborhood
 
@@ -216,7 +216,7 @@ def check_name(name: str | None) -> str:
     return name
 
 
-@lru_cache(maxsize=1024)
+@tuning.cached
 def find(name: str, problem: Problem) -> Backend | None:
     """The backend called ``name`` if it can run, else the first that can, if any."""
     wanted = [backend for backend in BACKENDS if backend.name == name]

@@ -59,7 +59,7 @@ def forward(
     """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``."""
     assert isinstance(rule, Neighborhood) and rpb is None
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
-    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    lse = query.new_empty(*query.shape[:-1], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     query, key, value = (readable(x, rule.dilation) for x in (query, key, value))
@@ -89,24 +89,22 @@ def backward(
     if query.numel() == 0:
         inputs = (query, key, value, None, extra_keys, extra_values)
         return tuple(None if x is None else x.new_zeros(x.shape) for x in inputs)
-    grads = [x.new_empty(x.shape) for x in (query, key, value)]
+    grads = [x.new_empty(*x.shape) for x in (query, key, value)]
     terms = lse.new_empty(*lse.shape, 4)
     query, key, value = (readable(x, rule.dilation) for x in (query, key, value))
     grad_out = readable(grad_out.contiguous(), rule.dilation)
     given = terms if grad_lse is None else grad_lse.contiguous()
     more = _additional(extra_keys, extra_values)
     found = plan_for(query, key, value, more, rule, scale)
-    # Terms, and what every query reaches, are the portable backend's.
-    shared = portable.plan_for(query, key, value, None, more[0] if more else None, rule, scale)
     extra: Iterable[Tensor | None]
     with on_device(query):
-        shared.terms[grad_lse is not None](
+        found.portable.terms[grad_lse is not None](
             out.contiguous(), lse.contiguous(), grad_out, given, terms
         )
         found.query((query, grad_out), (key, value), terms, more, grads[:1])
         found.key((key, value), (query, grad_out), terms, (), grads[1:])
         if more:
-            extra = portable.extra_gradients(shared, query, *more, grad_out, terms)
+            extra = portable.extra_gradients(found.portable, query, *more, grad_out, terms)
         else:  # not there, or empty
             extra = (
                 None if x is None else x.new_zeros(x.shape) for x in (extra_keys, extra_values)

@@ -25,26 +25,16 @@ class View(NamedTuple):
     strides: list[int]
     steps: tuple[int, ...]
 
-    def boxes(self, tensor: Tensor, block: Sequence[int], layout: Any) -> TensorDescriptor:
-        """A descriptor of boxes of shape ``block``."""
-        return TensorDescriptor(tensor, self.shape, self.strides, block, layout)
-
 
 class Boxes:
     """Descriptors of boxes of shape ``block`` of tensors that have a view."""
 
     def __init__(self, view: View, block: Sequence[int], layout: Any) -> None:
         self.view, self.block, self.layout = view, list(block), layout
-        self.fields: dict[str, Any] = {}
 
     def __call__(self, tensor: Tensor) -> TensorDescriptor:
-        """The descriptor of one; what its class checks does not change with the address."""
-        if not self.fields:
-            checked = self.view.boxes(tensor, self.block, self.layout)
-            self.fields = {name: x for name, x in vars(checked).items() if name != "base"}
-        descriptor = object.__new__(TensorDescriptor)
-        descriptor.__dict__ = {**self.fields, "base": tensor}
-        return descriptor
+        """The descriptor of one."""
+        return TensorDescriptor(tensor, self.view.shape, self.view.strides, self.block, self.layout)
 
 
 def view(shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> View:

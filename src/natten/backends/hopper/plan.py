@@ -26,13 +26,12 @@ _LOG2E = math.log2(math.e)
 
 
 class Launch(portable.Launch):
-    """A launch with descriptors, which take the place of addresses."""
+    """A launch with descriptors; tensors that are missing are None."""
 
     def __call__(self, *tensors: Any) -> None:
-        """On the current device."""
+        """Tensors must be on the current device, where TMA can read them."""
         if self.compiled is not None:
-            launch, numbers = self.compiled
-            launch(*tensors, *numbers)
+            self.compiled(tensors)
         else:
             self.compile(tensors, True)
 
@@ -51,6 +50,7 @@ class Plan:
         extra: int,
     ) -> None:
         self.rule, self.scale, self.device, self.extra = rule, scale, device, extra
+        self.shapes, self.strides = shapes, strides
         self.batch, *space, self.heads, self.dim = shapes[0]
         self.kv_heads, self.value_dim = shapes[2][-2:]
         self.dtype, self.space, self.modes = dtype, tuple(space), modes(rule, space)
@@ -75,6 +75,14 @@ class Plan:
     def key(self) -> Gradient | Trials:
         """dK and dV."""
         return self._tiled("key", partial(Gradient, self, "key"))
+
+    @cached_property
+    def portable(self) -> portable.Plan:
+        """The portable backend's: terms, and what every query reaches, are as there."""
+        return portable.Plan(
+            self.rule, self.scale, self.device, self.dtype, self.shapes, self.strides,
+            None, self.extra or None, None, (), False,
+        )  # fmt: skip
 
     def _tiled(self, kind: str, make: Callable[[tiling.Tiles], Any]) -> Any:
         """A kernel with its tiles, or those among which the first call chooses."""
@@ -109,8 +117,9 @@ class _Kernel:
         return Boxes(view(shape, contiguous(shape), (1,)), box, box_layout(channels, plan.dtype))
 
     def launch(
-        self, kernel: Any, numbers: Sequence[Any], heads: int, extra: int, **constants: Any
-    ) -> Launch:
+        self, kernel: Any, descriptors: Sequence[Boxes | None], numbers: Sequence[Any],
+        heads: int, extra: int, **constants: Any,
+    ) -> Launch:  # fmt: skip
         """``numbers`` and ``constants``, and what all kernels have; a program per place on the GPU
         takes tiles in turn, or each tile has one of its own."""
         plan, tiles, mask, rule = self.plan, self.tiles, self.mask, self.plan.rule
@@ -141,7 +150,7 @@ class _Kernel:
         )
         places = _processors(plan.device) * tiles.programs
         programs = total if uneven >= _UNEVEN else min(total, places)
-        return Launch(kernel, (programs,), numbers, constants)
+        return Launch(kernel, (programs,), numbers, constants, descriptors)
 
 
 def _exact_thrice(x: float) -> float:
@@ -157,23 +166,25 @@ class Forward(_Kernel):
         super().__init__(plan, "forward", tiles)
         dim, value_dim = plan.dim, plan.value_dim
         views = [*plan.views, plan.contiguous(plan.heads, value_dim)]
-        self.query = self.boxes(views[0], dim, True)
-        self.key = self.boxes(views[1], dim, False)
-        self.value = self.boxes(views[2], value_dim, False)
-        self.out = self.boxes(views[3], value_dim, True)
-        self.extra_key, self.extra_value = self.extra(dim), self.extra(value_dim)
+        descriptors = [
+            self.boxes(views[0], dim, True),
+            self.boxes(views[1], dim, False),
+            self.boxes(views[2], value_dim, False),
+            self.boxes(views[3], value_dim, True),
+            *((self.extra(dim), self.extra(value_dim)) if plan.extra else (None, None)),
+            None,
+        ]
         numbers = (
             *(step for each in views for step in each.steps), dim, value_dim,
             *contiguous((plan.batch, *padded(plan.space, 1), plan.heads))[:3],
         )  # fmt: skip
-        self.run = self.launch(forward_kernel, numbers, plan.heads, plan.extra)
+        self.run = self.launch(forward_kernel, descriptors, numbers, plan.heads, plan.extra)
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, more: Sequence[Tensor], out: Tensor,
         lse: Tensor,
     ) -> None:  # fmt: skip
-        extra = (self.extra_key(more[0]), self.extra_value(more[1])) if more else (None, None)
-        self.run(self.query(query), self.key(key), self.value(value), self.out(out), *extra, lse)
+        self.run(query, key, value, out, *(more or (None, None)), lse)
 
 
 class Gradient(_Kernel):
@@ -187,28 +198,25 @@ class Gradient(_Kernel):
         queries = query, plan.contiguous(plan.heads, dim)
         fixed, walked = ((key, value), queries) if of_keys else (queries, (key, value))
         grad, terms = plan.contiguous(heads, dim), plan.contiguous(plan.heads, 4)
-        self.outer = [self.boxes(each, dim, True) for each in fixed]
-        self.inner = [self.boxes(each, dim, False) for each in walked]
+        outer = [self.boxes(each, dim, True) for each in fixed]
+        inner = [self.boxes(each, dim, False) for each in walked]
         rows = self.tiles.box if of_keys else self.tiles.tile
-        self.terms = Boxes(terms, [1, *rows, 4], gl.NVMMASharedLayout(0, 32, rank=5))
-        self.grad = self.boxes(grad, dim, True)
         extra = 0 if of_keys else plan.extra
-        self.more = self.extra(dim) if extra else None
+        descriptors = [
+            *outer, *inner, Boxes(terms, [1, *rows, 4], gl.NVMMASharedLayout(0, 32, rank=5)),
+            *([self.extra(dim)] * 2 if extra else inner), *[self.boxes(grad, dim, True)] * 2,
+        ]  # fmt: skip
         views = (*fixed, *walked, terms, grad)
         numbers = [step for each in views for step in each.steps]
-        self.run = self.launch(pass_kernel, numbers, heads, extra, OF_KEYS=of_keys)
+        self.run = self.launch(pass_kernel, descriptors, numbers, heads, extra, OF_KEYS=of_keys)
 
     def __call__(
         self, outer: Sequence[Tensor], inner: Sequence[Tensor], terms: Tensor,
         more: Sequence[Tensor], grads: Sequence[Tensor],
     ) -> None:  # fmt: skip
         """Sum over ``inner`` for the tiles of ``outer``, into ``grads``."""
-        boxes = [make(x) for make, x in zip(self.inner, inner)]
         # What is missing is never read.
-        extra = boxes if self.more is None else [self.more(x) for x in more]
-        tiles = [make(x) for make, x in zip(self.outer, outer)]
-        grads = [self.grad(x) for x in grads]
-        self.run(*tiles, *boxes, self.terms(terms), *extra, grads[0], grads[-1])
+        self.run(*outer, *inner, terms, *(more or inner), grads[0], grads[-1])
 
 
 # A program that takes tiles in turn begins the next one while it ends the last, but may get long

@@ -20,8 +20,16 @@ from natten.varlen import Documents
 __all__ = ["av", "av_transposed", "backward", "bias", "bias_transposed", "forward", "qk"]
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+def _others(
+    query: Tensor,
+    rpb: Tensor | None,
+    extra_keys: Tensor | None,
+    extra_values: Tensor | None,
+    documents: Documents | None,
+) -> list[Tensor]:
+    """Bias, additional tokens and table as kernels read them; what is missing is never read."""
+    table = None if documents is None else documents.table
+    return [query if x is None else x.contiguous() for x in (rpb, extra_keys, extra_values, table)]
 
 
 def forward(
@@ -41,17 +49,14 @@ def forward(
     With ``documents``, batch is 1 and space is the tokens of all of them.
     """
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
-    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    lse = query.new_empty(*query.shape[:-1], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     query, key, value = readable(query), readable(key), readable(value)
-    rpb, extra_keys, extra_values = (_contiguous(x) for x in (rpb, extra_keys, extra_values))
     found = plan_for(query, key, value, rpb, extra_keys, rule, scale, documents, tiles)
     with on_device(query):
-        # What is missing is never read.
-        others = (rpb, extra_keys, extra_values, None if documents is None else documents.table)
-        filled = (query if x is None else x for x in others)
-        found.forward(query, key, value, *filled, out, lse)
+        others = _others(query, rpb, extra_keys, extra_values, documents)
+        found.forward(query, key, value, *others, out, lse)
     return out, lse
 
 
@@ -81,20 +86,18 @@ def backward(
     terms = lse.new_empty(*lse.shape, 4)
     grad_rpb = grad_ek = grad_ev = None
     query, key, value = readable(query), readable(key), readable(value)
-    rpb, extra_keys, extra_values = (_contiguous(x) for x in (rpb, extra_keys, extra_values))
     grad_out, out, lse = grad_out.contiguous(), out.contiguous(), lse.contiguous()
     found = plan_for(query, key, value, rpb, extra_keys, rule, scale, documents, tiles)
     with on_device(query):
         given = lse if grad_lse is None else grad_lse.contiguous()
         found.terms[grad_lse is not None](out, lse, grad_out, given, terms)
-        others = (rpb, extra_keys, extra_values, None if documents is None else documents.table)
-        bias, ek, ev, table = (query if x is None else x for x in others)
+        bias, ek, ev, table = _others(query, rpb, extra_keys, extra_values, documents)
         found.query(query, key, value, bias, ek, ev, table, grad_out, terms, grad_query)
         found.key(query, key, value, bias, table, grad_out, terms, grad_key, grad_value)
         if extra_keys is not None:
             grad_ek, grad_ev = extra_gradients(found, query, ek, ev, grad_out, terms)
         if rpb is not None:
-            grad_rpb = _bias_gradient(found, query, key, value, rpb, grad_out, terms)
+            grad_rpb = _bias_gradient(found, query, key, value, bias, grad_out, terms)
     return grad_query, grad_key, grad_value, grad_rpb, grad_ek, grad_ev
 
 

@@ -28,6 +28,7 @@ from natten.backends.triton.backward import (
     terms_kernel,
 )
 from natten.backends.triton.forward import forward_kernel
+from natten.backends.triton.launching import Launcher, described, launcher
 from natten.backends.triton.primitives import (
     CAUSAL,
     CAUSAL_STRIDED,
@@ -48,15 +49,23 @@ _Sizes = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
 class Launch:
-    """A kernel with its grid, numbers and constants; call it with the tensors."""
+    """A kernel with its grid, numbers and constants; call it with the tensors.
+
+    ``descriptors``: for each tensor, what makes a descriptor of it, or None; empty if none has one.
+    """
 
     def __init__(
-        self, kernel: Any, grid: Iterable[int], numbers: Iterable[Any], constants: dict[str, Any]
+        self,
+        kernel: Any,
+        grid: Iterable[int],
+        numbers: Iterable[Any],
+        constants: dict[str, Any],
+        descriptors: Sequence[Any] = (),
     ) -> None:
-        self.kernel, self.constants = kernel, constants
+        self.kernel, self.constants, self.descriptors = kernel, constants, descriptors
         self.grid = (*grid, 1, 1)[:3]
         self.numbers = tuple(numbers)
-        self.compiled: tuple[Any, tuple[Any, ...]] | None = None
+        self.compiled: Launcher | None = None
 
     def __call__(self, *tensors: Tensor) -> None:
         """Tensors must be on the current device."""
@@ -64,19 +73,23 @@ class Launch:
         # Triton compiles for addresses that 16 divides, which only views can lack.
         aligned = reduce(or_, addresses) % 16 == 0
         if aligned and self.compiled is not None:
-            launch, numbers = self.compiled
-            launch(*addresses, *numbers)
+            self.compiled(addresses)
         else:
             self.compile(tensors, aligned)
 
-    def compile(self, arguments: Sequence[Any], keep: bool) -> None:
+    def arguments(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """Tensors as Triton takes them."""
+        return described(self.descriptors, tensors) if self.descriptors else tensors
+
+    def compile(self, tensors: Sequence[Any], keep: bool) -> None:
         """Launch through Triton, which compiles at the first call; ``keep`` what it compiled."""
+        arguments = self.arguments(tensors)
         compiled = self.kernel[self.grid](*arguments, *self.numbers, **self.constants)
         if keep and compiled is not None:  # the interpreter compiles nothing
             names = self.kernel.arg_names
             constants = (self.constants[name] for name in names if name in self.constants)
-            # At once: another thread may be here too.
-            self.compiled = compiled[self.grid], (*self.numbers, *constants)
+            last = (*self.numbers, *constants)
+            self.compiled = launcher(compiled, self.grid, last, self.descriptors)
 
 
 def readable(x: Tensor) -> Tensor:
@@ -161,7 +174,7 @@ class Plan:
         scale: float,
         device: torch.device,
         dtype: torch.dtype,
-        shapes: Sequence[torch.Size],
+        shapes: Sequence[tuple[int, ...]],
         strides: Sequence[Sequence[int]],
         bias_dtype: torch.dtype | None,
         extra: int | None,

@@ -1,0 +1,151 @@
+"""What the short way to launch passes to the GPU's driver, against what Triton passes."""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+import weakref
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
+from triton.runtime import _allocation, driver
+
+from natten.backends import hopper
+from natten.backends import triton as portable
+from natten.backends.hopper import plan as hopper_plan
+from natten.backends.triton import plan as portable_plan
+from natten.neighborhood import Neighborhood
+
+pytestmark = pytest.mark.skipif(
+    not triton.__version__.startswith("3.6."), reason="no short way with this Triton"
+)
+RULE = Neighborhood.create(2, (7, 5), 1, (1, 2), (False, True))
+Launches = list[tuple[Any, ...]]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
+    """What reaches the function in C, on a machine that believes to have an H100."""
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+    compiled = importlib.import_module("compiled")
+    found: Launches = []
+
+    def launch(*args: Any) -> None:
+        found.append(args)
+
+    built = SimpleNamespace(launch=launch)
+    monkeypatch.setattr(nvidia, "compile_module_from_src", lambda **_: built)
+    monkeypatch.setattr(nvidia, "library_dirs", lambda: [])
+    with compiled._compiler(GPUTarget("cuda", 90, 32), 227 * 1024):
+        active: Any = driver.active
+        active.launcher_cls = nvidia.CudaLauncher
+        active.utils = SimpleNamespace(
+            fill_tma_descriptor=lambda *args: ("map", *args),
+            get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
+            load_binary=lambda *_: (object(), 4321, 32, 0, 1024),
+        )
+        yield found
+
+
+def attention(module: Any, extra: int = 0) -> None:
+    """A forward and a backward on tensors of which nothing is read."""
+    q, k, v = (torch.empty(1, 12, 16, 2, 64, dtype=torch.bfloat16) for _ in range(3))
+    more = [q.new_empty(1, extra, 2, 64) for _ in range(2)] if extra else [None, None]
+    inputs = (q, k, v, None, *more)
+    outputs = module.forward(*inputs, RULE, 0.125)
+    module.backward(q.new_empty(q.shape), None, *inputs, *outputs, RULE, 0.125)
+
+
+def plain(args: tuple[Any, ...]) -> list[Any]:
+    """All but hooks and what is for them; tensors by their addresses."""
+    parts = (*args[:10], *args[13:])
+    return [x.data_ptr() if isinstance(x, Tensor) else x for x in parts]
+
+
+def launch_often(monkeypatch: pytest.MonkeyPatch, *before: Callable[[], None]) -> None:
+    """Let each launch be done once more after each of these."""
+    for kind in (portable_plan.Launch, hopper_plan.Launch):
+
+        def call(self: Any, *tensors: Any, once: Any = kind.__call__) -> None:
+            once(self, *tensors)
+            for each in before:
+                each()
+                once(self, *tensors)
+
+        monkeypatch.setattr(kind, "__call__", call)
+
+
+@pytest.mark.parametrize("extra", [0, 3])
+@pytest.mark.parametrize("module", [portable, hopper], ids=["triton", "hopper"])
+def test_the_short_way_passes_what_triton_passes(
+    module: Any, extra: int, launched: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = Mock()
+    chain = knobs.runtime.launch_enter_hook
+    launch_often(monkeypatch, lambda: None, lambda: chain.add(hook), lambda: chain.remove(hook))
+    attention(module, extra)
+    assert len(launched) == 4 * (4 + (extra > 0))
+    for first, short, hooked, again in zip(*(launched[i::4] for i in range(4))):
+        assert plain(first) == plain(short) == plain(hooked) == plain(again)
+        # Triton always passes its chains of hooks, the short way never: it tells them apart.
+        assert first[11] is hooked[11] is chain
+        assert short[10:13] == again[10:13] == (None, None, None)
+
+
+def test_a_map_is_encoded_once_per_address(
+    launched: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = Mock(return_value="map")
+    monkeypatch.setattr(driver.active.utils, "fill_tma_descriptor", encode)
+    q, out = (torch.empty(1, 12, 16, 2, 64, dtype=torch.bfloat16) for _ in range(2))
+    lse = q.new_empty(1, 12, 16, 2, dtype=torch.float32)
+    run = hopper_plan.plan_for(q, q, q, (), RULE, 0.125).forward
+    for x, encoded in ((q, 4), (q, 8), (q, 8), (q.clone(), 9), (q, 9)):
+        run(x, q, q, (), out, lse)
+        assert encode.call_count == encoded  # four by Triton's own first launch
+
+
+def test_descriptors_do_not_keep_memory(launched: Launches) -> None:
+    q, k, out = (torch.empty(1, 12, 16, 2, 64, dtype=torch.bfloat16) for _ in range(3))
+    lse, alive = q.new_empty(1, 12, 16, 2, dtype=torch.float32), weakref.ref(q)
+    run = hopper_plan.plan_for(q, q, q, (), RULE, 0.125).forward
+    run(q, k, k, (), out, lse)
+    run(q, k, k, (), out, lse)
+    del q
+    assert alive() is None
+
+
+@pytest.mark.parametrize("change", ["release", "driver", "scratch"])
+def test_triton_launches_where_its_internals_are_not_known(
+    change: str, launched: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if change == "release":
+        monkeypatch.setattr(triton, "__version__", "3.99.0")
+    elif change == "driver":
+        monkeypatch.setattr(nvidia.CudaLauncher, "__module__", "triton.backends.amd.driver")
+    else:
+        allocator = SimpleNamespace(get=lambda: lambda *_: None)
+        monkeypatch.setattr(_allocation, "_profile_allocator", allocator)
+        before = nvidia.CudaLauncher.__init__
+
+        def init(self: Any, *args: Any) -> None:
+            before(self, *args)
+            self.profile_scratch_size = 16
+
+        monkeypatch.setattr(nvidia.CudaLauncher, "__init__", init)
+    launch_often(monkeypatch, lambda: None)
+    attention(portable)
+    assert len(launched) == 8
+    assert all(args[11] is knobs.runtime.launch_enter_hook for args in launched)
