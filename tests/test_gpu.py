@@ -1,5 +1,7 @@
 """The public operators on a GPU against the CPU; the kernels' own sweep is in sweep.py."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from helpers import RATIO, assert_close
@@ -278,6 +280,17 @@ def test_autotuner_keeps_the_fastest(tmp_path, monkeypatch):
         natten.disable_autotuner()
     assert_close("tuned", expected.detach().cpu(), out.detach().cpu(), 1e-2)
     assert len(list(tmp_path.rglob("*.json"))) == 3
+
+
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_in_new_threads(backend):
+    """The first call of a thread: nothing of CUDA was used there yet."""
+    q, k, v = (x.detach() for x in leaves(1, 20, 20, 2, 64))
+    expected = na2d(q, k, v, 7, backend=backend)
+    others = [[x.clone() for x in (q, k, v)] for _ in range(3)]  # at new addresses
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda each: na2d(*each, 7, backend=backend), others))
+    assert all(torch.equal(expected, x) for x in found)
 
 
 def test_packed_sequences_without_waiting():

@@ -9,6 +9,7 @@ import math
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -269,6 +270,17 @@ def test_strides_that_no_offset_needs_may_be_large() -> None:
     shape = (1, 2, 2**24, 4, 32)
     assert descriptors.view(shape, descriptors.contiguous(shape), (1, 1)).steps == (0, 0, 0, 32)
     assert descriptors.view((1, 8, 1, 32), (256, 32, 32, 1), (2,)).steps == (0, 0, 32, 0)
+
+
+def test_descriptors_are_made_in_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that called nothing of CUDA's runtime yet has none; encoding raised there."""
+    called: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "set_device", called.append)
+    monkeypatch.setattr(descriptors, "TensorDescriptor", lambda *_: called.append("descriptor"))
+    view = descriptors.view((1, 8, 1, 32), (256, 32, 32, 1), (1,))
+    tensor = SimpleNamespace(is_cuda=True, device="cuda:1")
+    descriptors.Boxes(view, [1, 1, 1, 8, 32], None)(tensor)  # type: ignore[arg-type]
+    assert called == ["cuda:1", "descriptor"]
 
 
 def test_an_older_triton_is_declined_before_gluon_is_imported() -> None:

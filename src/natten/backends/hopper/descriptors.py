@@ -33,7 +33,10 @@ class Boxes:
         self.view, self.block, self.layout = view, list(block), layout
 
     def __call__(self, tensor: Tensor) -> TensorDescriptor:
-        """The descriptor of one."""
+        """The descriptor of one, which is on the current device."""
+        if tensor.is_cuda:
+            # Encoding it needs a context, which a new thread has after a call of CUDA's runtime.
+            torch.cuda.set_device(tensor.device)
         return TensorDescriptor(tensor, self.view.shape, self.view.strides, self.block, self.layout)
 
 
