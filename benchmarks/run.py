@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +37,19 @@ from natten.profiler.tune import computed_over_needed
 WARMUP = 2
 
 
-def times(
-    calls: dict[str, Callable[[], Any]], device: torch.device
-) -> dict[tuple[str, str], measure.Timing]:
-    """Median and spread by call and kind of time; graphs of all calls are run in turn."""
+def times(call: Callable[[], Any], device: torch.device) -> dict[str, measure.Timing]:
+    """Median and spread of a call, by kind of time."""
     found = {}
     if device.type == "cuda":
-        graphs = measure.graph_times(calls, device, WARMUP, seconds=0.15)
-        found = {(name, "graph"): timing for name, timing in graphs.items()}
-    for name, call in calls.items():
-        timing = measure.eager_time(call, device, WARMUP, seconds=0.3, calls=20)
-        found[name, "eager"] = timing
+        found["graph"] = measure.graph_time(call, device, WARMUP, seconds=0.15)
+    found["eager"] = measure.eager_time(call, device, WARMUP, seconds=0.3, calls=20)
     return found
 
 
-@cache  # the cases of one layout share it: on a CPU it takes long
-def cpu_dense_times(
-    problem: Problem, name: str, backward: bool
-) -> dict[tuple[str, str], measure.Timing]:
+@cache  # the cases of one layout share it
+def dense_times(problem: Problem, name: str, backward: bool) -> dict[str, measure.Timing]:
     """Of dense attention over a problem's tokens."""
-    return times({f"dense {name}": dense_call(problem, name, backward)}, problem.device)
+    return times(dense_call(problem, name, backward), problem.device)
 
 
 def measure_case(
@@ -84,16 +77,15 @@ def measure_case(
             ours += f"+{gradient}"
         waste = " ".join(f"{kernel}={ratio:.3f}" for kernel, ratio in computed.items())
         memory = f"{peak_over_inputs(case):.2f}" if device == "cpu" and backward else ""
-        calls = {ours: natten_call(problem, backend, backward)}
-        if dense and device == "cuda":
-            calls[f"dense {yard}"] = dense_call(everything, yard, backward)
-        found = times(calls, problem.device)
-        if dense and device == "cpu":
-            found |= cpu_dense_times(everything, yard, backward)
-        for (name, kind), timing in found.items():
+        call = natten_call(problem, backend, backward)
+        calls = {ours: partial(times, call, problem.device)}
+        if dense:
+            calls[f"dense {yard}"] = partial(dense_times, everything, yard, backward)
+        for name, timed in calls.items():
             extra = (waste, memory) if name == ours else ("", "")
-            numbers = f"{timing.median_us:.1f}", f"{timing.spread_us:.1f}"
-            yield Record(case.name, name, pass_, kind, *numbers, *extra, **about)
+            for kind, timing in timed().items():
+                numbers = f"{timing.median_us:.1f}", f"{timing.spread_us:.1f}"
+                yield Record(case.name, name, pass_, kind, *numbers, *extra, **about)
 
 
 def whole_layout(problem: Problem) -> Neighborhood:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -81,41 +81,6 @@ def graph_time(
     Raises:
         RuntimeError: the call can not be captured.
     """
-    return graph_times({"": function}, device, warmup, seconds, replays)[""]
-
-
-def graph_times(
-    functions: Mapping[str, Function],
-    device: torch.device,
-    warmup: int,
-    seconds: float = 0.3,
-    replays: int = 50,
-) -> dict[str, Timing]:
-    """:func:`graph_time` of several functions, replayed in turn: clocks drift within seconds."""
-    captured = {name: _capture(each, device, warmup) for name, each in functions.items()}
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    spent = dict.fromkeys(functions, 0.0)
-    while waiting := [
-        name
-        for name, found in times.items()
-        if len(found) < replays and (len(found) < 3 or spent[name] < seconds * 1e6)
-    ]:
-        for name in waiting:
-            graph, calls = captured[name]
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            spent[name] += 1e3 * begin.elapsed_time(end)
-            times[name].append(1e3 * begin.elapsed_time(end) / calls)
-    return {name: _summary(found) for name, found in times.items()}
-
-
-def _capture(
-    function: Function, device: torch.device, warmup: int
-) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph that ran once, and the calls in it."""
     side = torch.cuda.Stream(device)
     with torch.cuda.stream(side):  # warm up where it will be captured
         function()
@@ -126,7 +91,15 @@ def _capture(
         for _ in range(calls):
             function()
     graph.replay()
-    return graph, calls
+    times: list[float] = []
+    while len(times) < replays and (len(times) < 3 or sum(times) * calls < seconds * 1e6):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * begin.elapsed_time(end) / calls)
+    return _summary(times)
 
 
 @contextlib.contextmanager
