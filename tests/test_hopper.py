@@ -244,6 +244,19 @@ def test_unsupported_says_why(change: dict[str, Any], reason: str) -> None:
     assert said is not None and reason in said
 
 
+def test_programs_take_tiles_in_turn_unless_some_are_much_longer() -> None:
+    def programs(shape: Any, window: Any, kind: str, causal: Any = False) -> int:
+        rule = Neighborhood.create(len(shape), window, 1, 1, causal)
+        x = torch.empty(1, *shape, 4, 128, dtype=torch.bfloat16, device="meta")
+        found = getattr(planning.plan_for(x, x, x, (), rule, 1.0), kind)
+        return int(found.run.grid[0])
+
+    assert programs((32768,), 2048, "forward") == 132
+    assert programs((30, 32, 32), (30, 16, 16), "forward", (True, False, False)) > 132
+    # A key beyond the first and last windows is attended by few, one at their edges by many.
+    assert programs((30, 48, 80), (18, 24, 24), "key") > 132
+
+
 def test_masked_scores_are_exact() -> None:
     """A column hidden on three axes scores -3 * 2^100: its weight must be one, not infinite."""
     for scale in torch.rand(200).tolist():

@@ -267,7 +267,10 @@ def test_kernels_compile_without_a_gpu(target):
 @pytest.mark.gpu
 def test_sweep_on_a_gpu():
     done = subprocess.run(
-        [sys.executable, "tests/sweep.py", "--problems", "40"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "tests/sweep.py", "--problems", "40"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert " 0 failures" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
