@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -53,6 +56,7 @@ class Kernel(NamedTuple):
     tiles: str
     registers: int  # of a thread; of Hopper's kernels, when a program starts
     spilled: int  # bytes of a thread
+    looped: int  # instructions of a loop with products that move what was spilled
     shared: int  # bytes
     serialised: bool  # ptxas waits after each asynchronous product
     asm: dict[str, Any]
@@ -187,10 +191,11 @@ def compile_calls(
                     continue
                 seen.add(compiled.hash)
                 said, asm = log.getvalue(), compiled.asm
-                used = _amd(asm["amdgcn"]) if target.backend == "hip" else _nvidia(said)
+                hip = target.backend == "hip"
+                used = _amd(asm["amdgcn"]) if hip else (*_nvidia(said), _looped(asm["cubin"]))
                 yield Kernel(
                     _name(launch), variant.name, _tiles(launch), *used,
-                    compiled.metadata.shared, "C7510" in said or "C7514" in said, asm,
+                    compiled.metadata.shared, "Potential Performance Loss" in said, asm,
                 )  # fmt: skip
 
 
@@ -200,13 +205,51 @@ def _nvidia(log: str) -> tuple[int, int]:
     return max(map(int, re.findall(r"Used (\d+) registers", log))), max(map(int, spilled))
 
 
-def _amd(code: str) -> tuple[int, int]:
-    """Vector registers and the bytes of those that were spilled."""
+def _looped(cubin: bytes) -> int:
+    """Loads and stores of spilled registers in the innermost loops with products, at most.
+
+    Outside of them spilling costs next to nothing: a loop needs all registers for itself.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+        command = [tool, "-c", file.name]
+        listing = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    labels: dict[str, int] = {}
+    jumps, instructions = [], []
+    for line in map(str.strip, listing.splitlines()):
+        if found := re.match(r"(\.L_x_\d+):", line):
+            labels[found[1]] = len(instructions)
+        elif re.match(r"/\*[0-9a-f]{4,5}\*/", line):
+            found = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            if found and found[1] in labels:
+                jumps.append((labels[found[1]], len(instructions)))
+            instructions.append(line)
+
+    def count(names: str, first: int, last: int) -> int:
+        return sum(bool(re.search(rf"\b({names})\b", x)) for x in instructions[first : last + 1])
+
+    products = r"\w*MMA|UTC\w*MMA"
+    if not count(products, 0, len(instructions)):
+        products = "FFMA"
+    # A jump back from beyond an exit is no loop, but the end of an unlikely path.
+    loops = [each for each in jumps if count(products, *each) and not count("EXIT|RET", *each)]
+    inner = [
+        (a, b)
+        for a, b in loops
+        if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)
+    ]
+    return max((count("LDL|STL", *each) for each in inner), default=0)
+
+
+def _amd(code: str) -> tuple[int, int, int]:
+    """Vector registers, the bytes of those that were spilled, and how many."""
     found = {
         name: max(map(int, re.findall(rf"\.{name}:\s+(\d+)", code)))
         for name in ("vgpr_count", "vgpr_spill_count")
     }
-    return found["vgpr_count"], 4 * found["vgpr_spill_count"]
+    return found["vgpr_count"], 4 * found["vgpr_spill_count"], found["vgpr_spill_count"]
 
 
 def _name(launch: Any) -> str:

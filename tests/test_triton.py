@@ -31,6 +31,55 @@ def interpreted(code: str) -> str:
     return done.stdout
 
 
+GUARDED = """
+import ctypes, mmap, sys
+import torch
+from natten import na1d
+torch.manual_seed(0)
+libc, page = ctypes.CDLL(None), mmap.PAGESIZE
+pages = mmap.mmap(-1, 3 * page)
+first = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+for at in (first, first + 2 * page):
+    assert libc.mprotect(ctypes.c_void_p(at), page, 0) == 0
+for before in (True, False):
+    at = first + page if before else first + 2 * page - 9 * 4
+    rpb = torch.frombuffer((ctypes.c_float * 9).from_address(at), dtype=torch.float32).view(1, 9)
+    rpb.copy_(torch.randn(1, 9))
+    q, k, v = torch.randn(3, 1, 64, 1, 16)
+    if sys.argv[1] == "nan":
+        q[0, 30] = float("nan")
+    else:
+        q, k[0, 30] = q.abs() * 1e19, 3e19
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    na1d(q, k, v, 5, rpb=rpb, backend="triton").sum().backward()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects memory as Linux does")
+@pytest.mark.parametrize("scores", ["nan", "infinite"])
+def test_bias_is_not_read_outside_of_itself(scores):
+    """A hidden score that is not finite is not -inf: the bias lies between unreadable pages."""
+    interpreted(f"import sys; sys.argv[1:] = [{scores!r}]\n{GUARDED}")
+
+
+NEGATED = """
+import torch
+from natten import na1d
+from torch import _neg_view as negated
+def results(*tensors):
+    out = na1d(*tensors[:3], 3, rpb=tensors[3], backend="triton")
+    return out, *torch.autograd.grad(out, tensors[:4], tensors[4])
+plain = [torch.randn(1, 9, 1, 16) for _ in range(3)] + [torch.randn(1, 5), torch.randn(1, 9, 1, 16)]
+views = [negated(-x).requires_grad_() for x in plain]
+for a, b in zip(results(*[x.requires_grad_() for x in plain]), results(*views)):
+    assert torch.equal(a, b)
+"""
+
+
+def test_views_that_negate_are_read_as_what_they_say():
+    interpreted(NEGATED)
+
+
 SWEEP = """
 import torch
 from helpers import Case, assert_close

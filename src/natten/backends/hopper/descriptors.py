@@ -89,6 +89,7 @@ def readable(x: Tensor, dilation: Sequence[int]) -> Tensor:
 
     TMA reads contiguous channels, from addresses and with strides that 16 bytes divide.
     """
+    x = x.resolve_neg()
     if x.data_ptr() % 16 == 0:
         if x.is_contiguous():
             return x

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from natten.backends.triton.plan import Plan, on_device, plan_for, readable
+from natten.backends.triton.plan import Plan, contiguous, on_device, plan_for, readable
 from natten.backends.triton.unfused import av, av_transposed, bias, bias_transposed, qk
 from natten.neighborhood import Rule
 from natten.varlen import Documents
@@ -29,7 +29,7 @@ def _others(
 ) -> list[Tensor]:
     """Bias, additional tokens and table as kernels read them; what is missing is never read."""
     table = None if documents is None else documents.table
-    return [query if x is None else x.contiguous() for x in (rpb, extra_keys, extra_values, table)]
+    return [query if x is None else contiguous(x) for x in (rpb, extra_keys, extra_values, table)]
 
 
 def forward(
@@ -86,7 +86,7 @@ def backward(
     terms = lse.new_empty(*lse.shape, 4)
     grad_rpb = grad_ek = grad_ev = None
     query, key, value = readable(query), readable(key), readable(value)
-    grad_out, out, lse = grad_out.contiguous(), out.contiguous(), lse.contiguous()
+    grad_out, out, lse = contiguous(grad_out), out.contiguous(), lse.contiguous()
     found = plan_for(query, key, value, rpb, extra_keys, rule, scale, documents, tiles)
     with on_device(query):
         given = lse if grad_lse is None else grad_lse.contiguous()

@@ -212,7 +212,7 @@ def query_kernel(
                     (a0 + c0)[None, :] - i0[:, None], (a1 + c1)[None, :] - i1[:, None],
                     (a2 + c2)[None, :] - i2[:, None], (K0, K1, K2), head,
                 )  # fmt: skip
-                seen = s != float("-inf")
+                seen = s > float("-inf")  # false for NaN too
                 s += tl.load(rpb + at, mask=seen, other=0.0).to(tl.float32) * LOG2E
             acc = _query_step(acc, q, k, v, g, row_lse, row_delta, s, PRECISION)
 
@@ -352,7 +352,7 @@ def key_kernel(
                         p0[:, None] - (a0 + r0)[None, :], p1[:, None] - (a1 + r1)[None, :],
                         p2[:, None] - (a2 + r2)[None, :], (K0, K1, K2), head,
                     )  # fmt: skip
-                    seen = s != float("-inf")
+                    seen = s > float("-inf")  # false for NaN too
                     s += tl.load(rpb + at, mask=seen, other=0.0).to(tl.float32) * LOG2E
                 dk_acc, dv_acc = _key_step(dk_acc, dv_acc, q, k, v, g, row_terms, s, PRECISION)
 

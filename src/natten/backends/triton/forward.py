@@ -161,7 +161,7 @@ def forward_kernel(
                     (a0 + c0)[None, :] - i0[:, None], (a1 + c1)[None, :] - i1[:, None],
                     (a2 + c2)[None, :] - i2[:, None], (K0, K1, K2), head,
                 )  # fmt: skip
-                seen = s != float("-inf")
+                seen = s > float("-inf")  # false for NaN too
                 s += tl.load(rpb + at, mask=seen, other=0.0).to(tl.float32) * LOG2E
             acc, top, total = _accumulate(acc, top, total, s, v, PRECISION)
 

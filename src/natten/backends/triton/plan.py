@@ -92,8 +92,14 @@ class Launch:
             self.compiled = launcher(compiled, self.grid, last, self.descriptors)
 
 
+def contiguous(x: Tensor) -> Tensor:
+    """A tensor as it lies in memory: views can negate what they show."""
+    return x.resolve_neg().contiguous()
+
+
 def readable(x: Tensor) -> Tensor:
-    """Kernels read channels one after another."""
+    """Kernels read channels one after another, as they lie in memory."""
+    x = x.resolve_neg()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

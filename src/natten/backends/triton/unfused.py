@@ -19,7 +19,15 @@ from torch import Tensor
 
 from natten import tuning
 from natten.backends.triton import tiles as tiling
-from natten.backends.triton.plan import Launch, allows_tf32, modes, on_device, padded, readable
+from natten.backends.triton.plan import (
+    Launch,
+    allows_tf32,
+    contiguous,
+    modes,
+    on_device,
+    padded,
+    readable,
+)
 from natten.backends.triton.primitives import (
     bias_offset,
     coordinates,
@@ -398,7 +406,7 @@ def bias(rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
     """``rpb`` in every window slot, ``[*space, heads, window tokens]``; 0 in masked slots."""
     heads, slots, tokens = rpb.shape[0], rule.window_tokens, math.prod(shape)
     out = rpb.new_empty(heads, *shape, slots)
-    rpb = rpb.contiguous()
+    rpb = contiguous(rpb)
     with on_device(rpb):
         slot_bias_kernel[(-(-tokens // 16), -(-slots // 64), heads)](
             rpb, out, *_sizes(rule, shape), MODES=modes(rule, shape), M=16, N=64
