@@ -120,7 +120,7 @@ def wanted(backward: bool) -> int:
 
 
 def cached(function: Function) -> Function:
-    """``functools.lru_cache`` for what depends on :func:`lookup`: emptied when that changes."""
+    """``functools.lru_cache`` that is emptied when :func:`lookup` changes, as all choices are."""
     cache = functools.lru_cache(maxsize=1024)(function)
     _caches.append(cache)
     return cache  # type: ignore[return-value]

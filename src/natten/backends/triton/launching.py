@@ -38,7 +38,7 @@ def launcher(
     runner, own = compiled[grid], compiled.run
 
     def slow(first: Sequence[Any]) -> None:
-        runner(*(described(descriptors, first) if descriptors else first), *last)
+        runner(*described(descriptors, first), *last)
 
     if (
         not triton.__version__.startswith("3.6.")
@@ -74,8 +74,10 @@ def launcher(
     return fast
 
 
-def described(descriptors: Sequence[Any], first: Sequence[Any]) -> list[Any]:
+def described(descriptors: Sequence[Any], first: Sequence[Any]) -> Sequence[Any]:
     """The first arguments of a kernel as Triton takes them."""
+    if not descriptors:
+        return first
     return [x if make is None else make(x) for make, x in zip(descriptors, first)]
 
 

@@ -79,7 +79,7 @@ class Launch:
 
     def arguments(self, tensors: Sequence[Any]) -> Sequence[Any]:
         """Tensors as Triton takes them."""
-        return described(self.descriptors, tensors) if self.descriptors else tensors
+        return described(self.descriptors, tensors)
 
     def compile(self, tensors: Sequence[Any], keep: bool) -> None:
         """Launch through Triton, which compiles at the first call; ``keep`` what it compiled."""
