@@ -3,7 +3,7 @@
     ncu --csv --page raw --section SpeedOfLight --section ComputeWorkloadAnalysis \\
         --section MemoryWorkloadAnalysis -k regex:"forward_kernel|pass_kernel" \\
         python benchmarks/limits.py > ncu.csv              # runs every case once
-    python benchmarks/limits.py --from ncu.csv --about "NVIDIA H100, ..."  # results/limits.csv
+    python benchmarks/limits.py --from ncu.csv --about "NVIDIA H100, ..."  # results/limits/h100.csv
 
 Large cases run with four heads, which changes how long kernels take, not what they wait for.
 """
@@ -51,7 +51,7 @@ class Limit(NamedTuple):
 
 def read() -> list[Limit]:
     """The results."""
-    with (RESULTS / "limits.csv").open(newline="") as file:
+    with (RESULTS / "limits/h100.csv").open(newline="") as file:
         return [Limit(**row) for row in csv.DictReader(file)]
 
 
@@ -101,7 +101,7 @@ def main() -> None:
     if args.source is None:
         run(names)
         return
-    with (RESULTS / "limits.csv").open("w", newline="") as file:
+    with (RESULTS / "limits/h100.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Limit._fields)
         writer.writerows(parse(args.source, names, args.about))
