@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.export import Dim, export
 from torch.func import jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import natten
 from natten import NeighborhoodAttention2D
@@ -190,3 +191,11 @@ def test_fake_tensors_have_the_shapes_of_real_ones():
     assert (lse.shape, lse.dtype) == ((2, 9, 4), torch.float32)
     out.sum().backward()
     assert q.grad.shape == q.shape and q.grad.is_meta
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_traces_hold_the_operator(pre_dispatch):
+    q, k, v = (torch.randn(1, 6, 6, 1, 8) for _ in range(3))
+    trace = make_fx(lambda *x: natten.na2d(*x, 3), pre_dispatch=pre_dispatch)(q, k, v)
+    assert torch.ops.natten.attention.default in [node.target for node in trace.graph.nodes]
+    assert torch.equal(trace(q, k, v), natten.na2d(q, k, v, 3))

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._functorch import eager_transforms
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 
 from natten import backends
@@ -61,6 +62,7 @@ def is_plain(tensors: Sequence[Any]) -> bool:
         torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
+        or _len_torch_dispatch_stack_pre_dispatch()
         or not _PLAIN_TYPES.issuperset(map(type, tensors))
     )
 
