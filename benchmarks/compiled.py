@@ -230,7 +230,7 @@ def _looped(cubin: bytes) -> int:
     def count(names: str, first: int, last: int) -> int:
         return sum(bool(re.search(rf"\b({names})\b", x)) for x in instructions[first : last + 1])
 
-    products = r"\w*MMA|UTC\w*MMA"
+    products = r"\w*MMA"
     if not count(products, 0, len(instructions)):
         products = "FFMA"
     # A jump back from beyond an exit is no loop, but the end of an unlikely path.

@@ -21,10 +21,11 @@ from records import RESULTS
 
 from natten.functional import neighborhood_attention_generic
 
+RESULT = RESULTS / "limits/h100.csv"
 NAMES = [name for name in GROUPS["cuda"] if name not in ("nat-fp16", "nat-d64", "dinat")]
 KERNELS = ("forward", "dQ", "dK, dV")  # in the order in which a training step launches them
 PERCENT = ".avg.pct_of_peak_sustained_elapsed"
-METRICS = {
+METRICS = {  # by field of Limit
     "products": "sm__pipe_tensor_cycles_active",
     "exponentials": "sm__inst_executed_pipe_xu",
     "instructions": "sm__issue_active",
@@ -51,7 +52,7 @@ class Limit(NamedTuple):
 
 def read() -> list[Limit]:
     """The results."""
-    with (RESULTS / "limits/h100.csv").open(newline="") as file:
+    with RESULT.open(newline="") as file:
         return [Limit(**row) for row in csv.DictReader(file)]
 
 
@@ -101,7 +102,7 @@ def main() -> None:
     if args.source is None:
         run(names)
         return
-    with (RESULTS / "limits/h100.csv").open("w", newline="") as file:
+    with RESULT.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Limit._fields)
         writer.writerows(parse(args.source, names, args.about))

@@ -181,13 +181,14 @@ def floor_table() -> list[str]:
 def limit_table() -> list[str]:
     """How busy the kernels keep what may limit them."""
     found = limits.read()
-    titles = dict(zip(limits.METRICS, ("tensor cores", "exponentials", "instruction issue")))
-    titles |= {"shared": "shared memory", "l2": "L2", "dram": "DRAM"}
+    titles = {
+        "products": "tensor cores", "exponentials": "exponentials",
+        "instructions": "instruction issue", "shared": "shared memory", "l2": "L2", "dram": "DRAM",
+    }  # fmt: skip
     rows = [["case", "kernel", *(f"{title} %" for title in titles.values())]]
     for each in found:
-        rows.append(
-            [each.case, each.kernel, *(f"{float(getattr(each, name)):.0f}" for name in titles)]
-        )
+        percents = (f"{float(getattr(each, name)):.0f}" for name in titles)
+        rows.append([each.case, each.kernel, *percents])
     return [*_table(rows), "", found[0].about + "."]
 
 

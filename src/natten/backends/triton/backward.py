@@ -160,8 +160,10 @@ def query_kernel(
     g = load_rows(grad_out, rows * DV, real, dv, DV)
     row_lse, row_delta = exponent_and_delta(load_terms(terms, rows, real))
     c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
-    k_box = within_box(c0, c1, c2, D0, D1, D2, k_0, k_1, k_2, ALIGN)
-    v_box = within_box(c0, c1, c2, D0, D1, D2, v_0, v_1, v_2, ALIGN)
+    group, dilation = (g0, g1, g2), (D0, D1, D2)
+    k_strides, v_strides = (k_0, k_1, k_2), (v_0, v_1, v_2)
+    k_box = within_box(c0, c1, c2, dilation, k_strides, ALIGN)
+    v_box = within_box(c0, c1, c2, dilation, v_strides, ALIGN)
 
     acc = tl.zeros([M, BLOCK_D], dtype=tl.float32)
     b0, f0, w0 = count_boxes(low0, high0, all_low0, all_high0, TK[0])
@@ -174,16 +176,12 @@ def query_kernel(
         j0, j1, j2 = 0, 0, 0
         if WHOLE:
             a0, a1, a2 = low0 + f0 * TK[0], low1 + f1 * TK[1], low2 + f2 * TK[2]
-            k_at = box_offset(
-                k_start, a0, a1, a2, g0, g1, g2, D0, D1, D2, k_0, k_1, k_2, MODES, ALIGN
-            )  # fmt: skip
-            v_at = box_offset(
-                v_start, a0, a1, a2, g0, g1, g2, D0, D1, D2, v_0, v_1, v_2, MODES, ALIGN
-            )  # fmt: skip
+            k_at = box_offset(k_start, a0, a1, a2, group, dilation, k_strides, MODES, ALIGN)
+            v_at = box_offset(v_start, a0, a1, a2, group, dilation, v_strides, MODES, ALIGN)
             k_rows = key + (k_at + k_box)[:, None] + d[None, :]
             v_rows = value + (v_at + v_box)[:, None] + dv[None, :]
-            k_steps = whole_box_steps(w1, w2, D0, D1, D2, k_0, k_1, k_2, TK)
-            v_steps = whole_box_steps(w1, w2, D0, D1, D2, v_0, v_1, v_2, TK)
+            k_steps = whole_box_steps(w1, w2, dilation, k_strides, TK)
+            v_steps = whole_box_steps(w1, w2, dilation, v_strides, TK)
         for box in range(0, whole if WHOLE else b0 * b1 * b2 - whole):
             if WHOLE:
                 a0, a1 = low0 + (f0 + j0) * TK[0], low1 + (f1 + j1) * TK[1]
@@ -196,17 +194,13 @@ def query_kernel(
                 j0, j1, j2 = straddling_box(box, b0, b1, b2, f0, f1, f2, w0, w1, w2)
                 a0, a1, a2 = low0 + j0 * TK[0], low1 + j1 * TK[1], low2 + j2 * TK[2]
                 present = (a0 + c0 < high0) & (a1 + c1 < high1) & (a2 + c2 < high2)
-                k_at = box_offset(
-                    k_start, a0, a1, a2, g0, g1, g2, D0, D1, D2, k_0, k_1, k_2, MODES, ALIGN
-                )  # fmt: skip
-                v_at = box_offset(
-                    v_start, a0, a1, a2, g0, g1, g2, D0, D1, D2, v_0, v_1, v_2, MODES, ALIGN
-                )  # fmt: skip
+                k_at = box_offset(k_start, a0, a1, a2, group, dilation, k_strides, MODES, ALIGN)
+                v_at = box_offset(v_start, a0, a1, a2, group, dilation, v_strides, MODES, ALIGN)
                 k = load_rows(key + k_at, k_box, present, d, D)
                 v = load_rows(value + v_at, v_box, present, dv, DV)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
             if not WHOLE:
-                s += hidden(a0, a1, a2, s0, s1, s2, e0, e1, e2, TK, MODES)
+                s += hidden(a0, a1, a2, (s0, s1, s2), (e0, e1, e2), TK, MODES)
             if HAS_RPB:
                 at = bias_offset(
                     (a0 + c0)[None, :] - i0[:, None], (a1 + c1)[None, :] - i1[:, None],
@@ -292,9 +286,10 @@ def key_kernel(
     v = load_rows(value, cols, present, dv, DV)
     r0, r1, r2 = coordinates(tl.arange(0, M), TQ[1], TQ[2])
     heads = kv_heads * per_kv
-    q_box = within_box(r0, r1, r2, D0, D1, D2, q_0, q_1, q_2, ALIGN)
+    group, dilation, q_strides = (g0, g1, g2), (D0, D1, D2), (q_0, q_1, q_2)
+    q_box = within_box(r0, r1, r2, dilation, q_strides, ALIGN)
     row_strides = L1.to(tl.int64) * L2 * heads, L2.to(tl.int64) * heads, heads
-    row_box = within_box(r0, r1, r2, D0, D1, D2, *row_strides, 1)
+    row_box = within_box(r0, r1, r2, dilation, row_strides, 1)
 
     dk_acc = tl.zeros([N, BLOCK_D], dtype=tl.float32)
     dv_acc = tl.zeros([N, BLOCK_DV], dtype=tl.float32)
@@ -302,8 +297,8 @@ def key_kernel(
     b1, f1, w1 = count_boxes(low1, high1, all_low1, all_high1, TQ[1])
     b2, f2, w2 = count_boxes(low2, high2, all_low2, all_high2, TQ[2])
     whole = w0 * w1 * w2
-    q_steps = whole_box_steps(w1, w2, D0, D1, D2, q_0, q_1, q_2, TQ)
-    row_steps = whole_box_steps(w1, w2, D0, D1, D2, *row_strides, TQ)
+    q_steps = whole_box_steps(w1, w2, dilation, q_strides, TQ)
+    row_steps = whole_box_steps(w1, w2, dilation, row_strides, TQ)
     for WHOLE in tl.static_range(2):
         for number in range(0, per_kv):
             head = kv_head * per_kv + number
@@ -311,9 +306,7 @@ def key_kernel(
             j0, j1, j2 = 0, 0, 0
             if WHOLE:
                 a0, a1, a2 = low0 + f0 * TQ[0], low1 + f1 * TQ[1], low2 + f2 * TQ[2]
-                q_at = box_offset(
-                    q_first, a0, a1, a2, g0, g1, g2, D0, D1, D2, q_0, q_1, q_2, MODES, ALIGN
-                )  # fmt: skip
+                q_at = box_offset(q_first, a0, a1, a2, group, dilation, q_strides, MODES, ALIGN)
                 x0, x1 = token(a0, g0, D0, MODES[0]), token(a1, g1, D1, MODES[1])
                 row = row_number(first, x0, x1, token(a2, g2, D2, MODES[2]), L1, L2, heads, head)
                 q_rows = query + (q_at + q_box)[:, None] + d[None, :]
@@ -334,9 +327,7 @@ def key_kernel(
                     j0, j1, j2 = straddling_box(box, b0, b1, b2, f0, f1, f2, w0, w1, w2)
                     a0, a1, a2 = low0 + j0 * TQ[0], low1 + j1 * TQ[1], low2 + j2 * TQ[2]
                     real = (a0 + r0 < high0) & (a1 + r1 < high1) & (a2 + r2 < high2)
-                    q_at = box_offset(
-                        q_first, a0, a1, a2, g0, g1, g2, D0, D1, D2, q_0, q_1, q_2, MODES, ALIGN
-                    )  # fmt: skip
+                    q_at = box_offset(q_first, a0, a1, a2, group, dilation, q_strides, MODES, ALIGN)
                     x0, x1 = token(a0, g0, D0, MODES[0]), token(a1, g1, D1, MODES[1])
                     row = row_number(
                         first, x0, x1, token(a2, g2, D2, MODES[2]), L1, L2, heads, head
@@ -346,7 +337,7 @@ def key_kernel(
                     row_terms = load_terms(terms + row * 4, row_box, real)
                 s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
                 if not WHOLE:
-                    s += hidden(a0, a1, a2, s0, s1, s2, e0, e1, e2, TQ, MODES)
+                    s += hidden(a0, a1, a2, (s0, s1, s2), (e0, e1, e2), TQ, MODES)
                 if HAS_RPB:
                     at = bias_offset(
                         p0[:, None] - (a0 + r0)[None, :], p1[:, None] - (a1 + r1)[None, :],

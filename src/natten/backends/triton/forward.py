@@ -107,8 +107,10 @@ def forward_kernel(
     rows = token_offset(q_start, x0, x1, x2, q_0, q_1, q_2, ALIGN)
     q = load_rows(query, rows, real, d, D)
     c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
-    k_box = within_box(c0, c1, c2, D0, D1, D2, k_0, k_1, k_2, ALIGN)
-    v_box = within_box(c0, c1, c2, D0, D1, D2, v_0, v_1, v_2, ALIGN)
+    group, dilation = (g0, g1, g2), (D0, D1, D2)
+    k_strides, v_strides = (k_0, k_1, k_2), (v_0, v_1, v_2)
+    k_box = within_box(c0, c1, c2, dilation, k_strides, ALIGN)
+    v_box = within_box(c0, c1, c2, dilation, v_strides, ALIGN)
 
     acc = tl.zeros([M, BLOCK_DV], dtype=tl.float32)
     top = tl.full([M], float("-inf"), dtype=tl.float32)
@@ -123,16 +125,12 @@ def forward_kernel(
         j0, j1, j2 = 0, 0, 0
         if WHOLE:
             a0, a1, a2 = low0 + f0 * TK[0], low1 + f1 * TK[1], low2 + f2 * TK[2]
-            k_at = box_offset(
-                k_start, a0, a1, a2, g0, g1, g2, D0, D1, D2, k_0, k_1, k_2, MODES, ALIGN
-            )  # fmt: skip
-            v_at = box_offset(
-                v_start, a0, a1, a2, g0, g1, g2, D0, D1, D2, v_0, v_1, v_2, MODES, ALIGN
-            )  # fmt: skip
+            k_at = box_offset(k_start, a0, a1, a2, group, dilation, k_strides, MODES, ALIGN)
+            v_at = box_offset(v_start, a0, a1, a2, group, dilation, v_strides, MODES, ALIGN)
             k_rows = key + (k_at + k_box)[:, None] + d[None, :]
             v_rows = value + (v_at + v_box)[:, None] + dv[None, :]
-            k_steps = whole_box_steps(w1, w2, D0, D1, D2, k_0, k_1, k_2, TK)
-            v_steps = whole_box_steps(w1, w2, D0, D1, D2, v_0, v_1, v_2, TK)
+            k_steps = whole_box_steps(w1, w2, dilation, k_strides, TK)
+            v_steps = whole_box_steps(w1, w2, dilation, v_strides, TK)
         for box in range(0, whole if WHOLE else b0 * b1 * b2 - whole):
             if WHOLE:
                 a0, a1 = low0 + (f0 + j0) * TK[0], low1 + (f1 + j1) * TK[1]
@@ -145,17 +143,13 @@ def forward_kernel(
                 j0, j1, j2 = straddling_box(box, b0, b1, b2, f0, f1, f2, w0, w1, w2)
                 a0, a1, a2 = low0 + j0 * TK[0], low1 + j1 * TK[1], low2 + j2 * TK[2]
                 present = (a0 + c0 < high0) & (a1 + c1 < high1) & (a2 + c2 < high2)
-                k_at = box_offset(
-                    k_start, a0, a1, a2, g0, g1, g2, D0, D1, D2, k_0, k_1, k_2, MODES, ALIGN
-                )  # fmt: skip
-                v_at = box_offset(
-                    v_start, a0, a1, a2, g0, g1, g2, D0, D1, D2, v_0, v_1, v_2, MODES, ALIGN
-                )  # fmt: skip
+                k_at = box_offset(k_start, a0, a1, a2, group, dilation, k_strides, MODES, ALIGN)
+                v_at = box_offset(v_start, a0, a1, a2, group, dilation, v_strides, MODES, ALIGN)
                 k = load_rows(key + k_at, k_box, present, d, D)
                 v = load_rows(value + v_at, v_box, present, dv, DV)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
             if not WHOLE:
-                s += hidden(a0, a1, a2, s0, s1, s2, e0, e1, e2, TK, MODES)
+                s += hidden(a0, a1, a2, (s0, s1, s2), (e0, e1, e2), TK, MODES)
             if HAS_RPB:
                 at = bias_offset(
                     (a0 + c0)[None, :] - i0[:, None], (a1 + c1)[None, :] - i1[:, None],

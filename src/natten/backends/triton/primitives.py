@@ -127,21 +127,22 @@ def token_offset(start, x0, x1, x2, s0, s1, s2, ALIGN: tl.constexpr):
 
 @triton.jit
 def box_offset(
-    start, a0, a1, a2, g0, g1, g2, D0, D1, D2, s0, s1, s2,
-    MODES: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """Offset of a box's first token, at position ``a`` of dilation group ``g``."""
-    x0, x1 = token(a0, g0, D0, MODES[0]), token(a1, g1, D1, MODES[1])
-    return token_offset(start, x0, x1, token(a2, g2, D2, MODES[2]), s0, s1, s2, ALIGN)
+    start, a0, a1, a2, group, dilation, strides, MODES: tl.constexpr, ALIGN: tl.constexpr
+):
+    """Offset of a box's first token, at position ``a`` of a dilation group."""
+    x0, x1 = token(a0, group[0], dilation[0], MODES[0]), token(a1, group[1], dilation[1], MODES[1])
+    x2 = token(a2, group[2], dilation[2], MODES[2])
+    return token_offset(start, x0, x1, x2, strides[0], strides[1], strides[2], ALIGN)
 
 
 @triton.jit
-def within_box(c0, c1, c2, D0, D1, D2, s0, s1, s2, ALIGN: tl.constexpr):
-    """Offset of a box's tokens from its first: positions ``c``, dilations ``D``, strides ``s``.
+def within_box(c0, c1, c2, dilation, strides, ALIGN: tl.constexpr):
+    """Offset of a box's tokens, at positions ``c``, from its first.
 
     It is the same in every box, so that in a loop only the first token's has to be worked out.
     """
-    return token_offset(0, c0 * D0, c1 * D1, c2 * D2, s0, s1, s2, ALIGN)
+    x0, x1, x2 = c0 * dilation[0], c1 * dilation[1], c2 * dilation[2]
+    return token_offset(0, x0, x1, x2, strides[0], strides[1], strides[2], ALIGN)
 
 
 @triton.jit
@@ -227,14 +228,15 @@ def next_whole_box(j0, j1, j2, w1, w2):
 
 
 @triton.jit
-def whole_box_steps(w1, w2, D0, D1, D2, s0, s1, s2, T: tl.constexpr):
+def whole_box_steps(w1, w2, dilation, strides, T: tl.constexpr):
     """What an offset grows by to :func:`next_whole_box`: usually, and where axes 2 and 1 ended.
 
-    ``D`` are dilations, ``s`` strides of tokens. Adding one number to all addresses of a box takes
-    fewer registers and instructions than working them out, which counts where two sums fill them.
+    Adding one number to all addresses of a box takes fewer registers and instructions than working
+    them out, which counts where two sums fill them.
     """
-    on0, on1 = D0.to(tl.int64) * T[0] * s0, D1.to(tl.int64) * T[1] * s1
-    on2 = D2.to(tl.int64) * T[2] * s2
+    on0 = dilation[0].to(tl.int64) * T[0] * strides[0]
+    on1 = dilation[1].to(tl.int64) * T[1] * strides[1]
+    on2 = dilation[2].to(tl.int64) * T[2] * strides[2]
     back2 = (w2 - 1) * on2
     return on2, on1 - back2, on0 - (w1 - 1) * on1 - back2
 
@@ -282,13 +284,13 @@ def _hidden(a, start, end, T: tl.constexpr, MODE: tl.constexpr):
 
 
 @triton.jit
-def hidden(a0, a1, a2, s0, s1, s2, e0, e1, e2, T: tl.constexpr, MODES: tl.constexpr):
-    """What to add to scores ``[rows, box]``: -inf where a column is not in its row's ``s .. e``.
+def hidden(a0, a1, a2, starts, ends, T: tl.constexpr, MODES: tl.constexpr):
+    """What to add to scores ``[rows, box]``: -inf where a column is not in its row's window.
 
     The box begins at ``a``. Each axis compares on its own, so that a score costs little.
     """
-    x0 = _hidden(a0, s0, e0, T[0], MODES[0])
-    x1 = _hidden(a1, s1, e1, T[1], MODES[1])
-    x2 = _hidden(a2, s2, e2, T[2], MODES[2])
+    x0 = _hidden(a0, starts[0], ends[0], T[0], MODES[0])
+    x1 = _hidden(a1, starts[1], ends[1], T[1], MODES[1])
+    x2 = _hidden(a2, starts[2], ends[2], T[2], MODES[2])
     x = x0[:, :, None, None] + x1[:, None, :, None] + x2[:, None, None, :]
-    return x.reshape(s0.shape[0], T[0] * T[1] * T[2])
+    return x.reshape(x0.shape[0], T[0] * T[1] * T[2])
