@@ -62,12 +62,6 @@ def measure_case(
     everything = replace(problem, rule=whole_layout(problem))
     if device == "cpu":
         everything = replace(everything, dtype=torch.float32)
-    about = {
-        "device": device_name(problem.device),
-        "versions": " ".join(f"{name}={each}" for name, each in versions().items()),
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-    }
     yard = "cudnn" if device == "cuda" else "sdpa"
     for pass_ in passes:
         backward = pass_ == BOTH
@@ -85,7 +79,19 @@ def measure_case(
             extra = (waste, memory) if name == ours else ("", "")
             for kind, timing in timed().items():
                 numbers = f"{timing.median_us:.1f}", f"{timing.spread_us:.1f}"
-                yield Record(case.name, name, pass_, kind, *numbers, *extra, **about)
+                yield Record(
+                    case.name, name, pass_, kind, *numbers, *extra, **about(problem.device)
+                )
+
+
+def about(device: torch.device) -> dict[str, str]:
+    """Where and when a time was measured."""
+    return {
+        "device": device_name(device),
+        "versions": " ".join(f"{name}={each}" for name, each in versions().items()),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
 
 
 def whole_layout(problem: Problem) -> Neighborhood:

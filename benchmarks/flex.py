@@ -1,0 +1,148 @@
+"""Time the portable kernels beside compiled FlexAttention, in one run.
+
+    python benchmarks/flex.py --out benchmarks/results/flex-h100.csv     # needs a GPU
+
+FlexAttention gets its tokens already in tiles that its blocks of 128 fit, which is the best for it,
+and neither the permutation nor its block mask is timed. Its outputs and gradients are compared with
+ours before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import CASES, Case
+from records import Record, write
+from run import about, times
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from natten.functional import neighborhood_attention_generic
+from natten.profiler.report import BOTH, FORWARD
+
+NAMES = ("1d", "1d-s256", "flux", "flux-s16", "hunyuan", "hunyuan-s")
+TILE = {1: (128,), 2: (16, 8), 3: (2, 8, 8)}  # of 128 tokens
+TOLERANCE = 0.02  # relative, of bfloat16 results that are each within 0.01 of the exact ones
+
+
+def tiled(x: Tensor, tile: tuple[int, ...]) -> Tensor:
+    """``[batch, *space, heads, channels]`` as ``[batch, heads, tokens, channels]``, by tiles."""
+    batch, *space, heads, dim = x.shape
+    cut = itertools.chain.from_iterable((n // t, t) for n, t in zip(space, tile))
+    rank = len(tile)
+    axes = (0, 2 * rank + 1, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 2)
+    return x.reshape(batch, *cut, heads, dim).permute(axes).reshape(batch, heads, -1, dim)
+
+
+def window_mask(case: Case) -> Callable[..., Tensor]:
+    """Who attends whom, of tokens as :func:`tiled` numbers them."""
+    rule, tile = case.problem("cuda").rule, TILE[len(case.shape)]
+    counts = [n // t for n, t in zip(case.shape, tile)]
+
+    def coordinates(number: Tensor) -> list[Tensor]:
+        within, block = number % math.prod(tile), number // math.prod(tile)
+        found = []
+        for count, size in zip(reversed(counts), reversed(tile)):
+            found.append(block % count * size + within % size)
+            block, within = block // count, within // size
+        return found[::-1]
+
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        allowed = query >= 0
+        places = zip(
+            coordinates(query), coordinates(key), case.shape, rule.kernel_size, rule.stride
+        )
+        for x, y, length, window, stride in places:
+            leader = torch.clamp(x // stride * stride + stride // 2, max=length - 1)
+            start = torch.clamp(leader - window // 2, 0, length - window)
+            allowed = allowed & (y >= start) & (y < start + window)
+        return allowed
+
+    return mask
+
+
+def training_step(call: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> Any:
+    """Forward and backward."""
+    return torch.autograd.grad(call(*inputs), inputs, grad)
+
+
+def calls_of(
+    case: Case, backend: str
+) -> dict[str, tuple[Callable[..., Any], list[Tensor], Tensor]]:
+    """What is timed, by name: a function, its inputs, its output's gradient."""
+    rule, tile = case.problem("cuda").rule, TILE[len(case.shape)]
+    shape = (case.batch, *case.shape, case.heads, case.dim)
+    *ours, grad = (torch.randn(shape, device="cuda", dtype=case.dtype) for _ in range(4))
+    theirs = [tiled(x, tile).requires_grad_() for x in ours]
+    tokens = math.prod(case.shape)
+    blocks = create_block_mask(window_mask(case), None, None, tokens, tokens, "cuda", _compile=True)
+    attention = partial(
+        neighborhood_attention_generic, kernel_size=rule.kernel_size, stride=rule.stride,
+        backend=backend,
+    )  # fmt: skip
+    torch._dynamo.reset()  # or the next shape is compiled for any
+    flex = partial(torch.compile(flex_attention, dynamic=False), block_mask=blocks)
+    return {
+        f"natten {backend}": (attention, [x.requires_grad_() for x in ours], grad),
+        "flex attention": (flex, theirs, tiled(grad, tile)),
+    }
+
+
+def check(case: Case, calls: dict[str, Any]) -> None:
+    """Whether both compute the same."""
+    ours, theirs = calls.values()
+    tile = TILE[len(case.shape)]
+    pairs = [(ours[0](*ours[1]), theirs[0](*theirs[1]))]
+    pairs += zip(training_step(*ours), training_step(*theirs))
+    for a, b in pairs:
+        a = tiled(a, tile).detach()
+        error = ((a - b).norm(dtype=torch.float32) / b.norm(dtype=torch.float32)).item()
+        if not error < TOLERANCE:
+            raise RuntimeError(f"{case.name}: FlexAttention computes something else, {error:.3g}")
+
+
+def main() -> int:
+    """Measure the chosen cases."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", default=",".join(NAMES), help="comma-separated")
+    parser.add_argument("--backend", default="triton", help="one of ours")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    write(args.out, [])
+    for name in args.cases.split(","):
+        case = CASES["cuda"][name]
+        calls = calls_of(case, args.backend)
+        check(case, calls)
+        for pass_, (backend, (call, inputs, grad)) in itertools.product(
+            (FORWARD, BOTH), calls.items()
+        ):
+            timed = partial(call, *(x.detach() for x in inputs))
+            if pass_ == BOTH:
+                timed = partial(training_step, call, inputs, grad)
+            for kind, timing in times(timed, torch.device("cuda")).items():
+                numbers = f"{timing.median_us:.1f}", f"{timing.spread_us:.1f}"
+                write(
+                    args.out,
+                    [Record(name, backend, pass_, kind, *numbers, **about(torch.device("cuda")))],
+                    False,
+                )
+                print(
+                    f"{name:12}{backend:16}{pass_:18}{kind:7}{timing.median_us:>12.1f} us",
+                    flush=True,
+                )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
