@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,11 @@ from natten.profiler.report import BOTH, FORWARD
 
 NAMES = ("1d", "1d-s256", "flux", "flux-s16", "hunyuan", "hunyuan-s")
 TILE = {1: (128,), 2: (16, 8), 3: (2, 8, 8)}  # of 128 tokens
+ROUNDS = 3  # of both, one after the other: clocks drift
 TOLERANCE = 0.02  # relative, of bfloat16 results that are each within 0.01 of the exact ones
+
+# A function, its inputs, its output's gradient.
+Call = tuple[Callable[..., Any], list[Tensor], Tensor]
 
 
 def tiled(x: Tensor, tile: tuple[int, ...]) -> Tensor:
@@ -74,10 +79,8 @@ def training_step(call: Callable[..., Tensor], inputs: list[Tensor], grad: Tenso
     return torch.autograd.grad(call(*inputs), inputs, grad)
 
 
-def calls_of(
-    case: Case, backend: str
-) -> dict[str, tuple[Callable[..., Any], list[Tensor], Tensor]]:
-    """What is timed, by name: a function, its inputs, its output's gradient."""
+def calls_of(case: Case, backend: str) -> dict[str, Call]:
+    """What is timed, by name."""
     rule, tile = case.problem("cuda").rule, TILE[len(case.shape)]
     shape = (case.batch, *case.shape, case.heads, case.dim)
     *ours, grad = (torch.randn(shape, device="cuda", dtype=case.dtype) for _ in range(4))
@@ -96,17 +99,33 @@ def calls_of(
     }
 
 
-def check(case: Case, calls: dict[str, Any]) -> None:
+def check(case: Case, calls: dict[str, Call]) -> None:
     """Whether both compute the same."""
     ours, theirs = calls.values()
     tile = TILE[len(case.shape)]
     pairs = [(ours[0](*ours[1]), theirs[0](*theirs[1]))]
     pairs += zip(training_step(*ours), training_step(*theirs))
     for a, b in pairs:
-        a = tiled(a, tile).detach()
+        a, b = tiled(a, tile).detach(), b.detach()
         error = ((a - b).norm(dtype=torch.float32) / b.norm(dtype=torch.float32)).item()
         if not error < TOLERANCE:
             raise RuntimeError(f"{case.name}: FlexAttention computes something else, {error:.3g}")
+
+
+def measure_case(name: str, calls: dict[str, Call]) -> Iterator[Record]:
+    """A record per time: the median of the rounds, and their range."""
+    device = torch.device("cuda")
+    for pass_ in (FORWARD, BOTH):
+        rounds: dict[tuple[str, str], list[float]] = {}
+        for _, (backend, (call, inputs, grad)) in itertools.product(range(ROUNDS), calls.items()):
+            timed = partial(call, *(x.detach() for x in inputs))
+            if pass_ == BOTH:
+                timed = partial(training_step, call, inputs, grad)
+            for kind, timing in times(timed, device).items():
+                rounds.setdefault((backend, kind), []).append(timing.median_us)
+        for (backend, kind), found in rounds.items():
+            numbers = f"{statistics.median(found):.1f}", f"{max(found) - min(found):.1f}"
+            yield Record(name, backend, pass_, kind, *numbers, **about(device))
 
 
 def main() -> int:
@@ -124,23 +143,10 @@ def main() -> int:
         case = CASES["cuda"][name]
         calls = calls_of(case, args.backend)
         check(case, calls)
-        for pass_, (backend, (call, inputs, grad)) in itertools.product(
-            (FORWARD, BOTH), calls.items()
-        ):
-            timed = partial(call, *(x.detach() for x in inputs))
-            if pass_ == BOTH:
-                timed = partial(training_step, call, inputs, grad)
-            for kind, timing in times(timed, torch.device("cuda")).items():
-                numbers = f"{timing.median_us:.1f}", f"{timing.spread_us:.1f}"
-                write(
-                    args.out,
-                    [Record(name, backend, pass_, kind, *numbers, **about(torch.device("cuda")))],
-                    False,
-                )
-                print(
-                    f"{name:12}{backend:16}{pass_:18}{kind:7}{timing.median_us:>12.1f} us",
-                    flush=True,
-                )
+        for record in measure_case(name, calls):
+            write(args.out, [record], new=False)
+            kind = f"{record.backend:16}{record.pass_:18}{record.time:7}"
+            print(f"{name:12}{kind}{record.median_us:>12} us  +-{record.spread_us}", flush=True)
     return 0
 
 
