@@ -117,6 +117,20 @@ def test_a_map_is_encoded_once_per_address(
         assert encode.call_count == encoded  # four by Triton's own first launch
 
 
+def test_the_stream_is_asked_each_time(launched: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = [5, 5, 6, 5, 6]
+    current = iter(streams)
+    monkeypatch.setattr(driver.active, "get_current_stream", lambda device: next(current))
+    q, out = (torch.empty(1, 12, 16, 2, 64, dtype=torch.bfloat16) for _ in range(2))
+    lse = q.new_empty(1, 12, 16, 2, dtype=torch.float32)
+    run = hopper_plan.plan_for(q, q, q, (), RULE, 0.125).forward
+    for _ in streams:
+        run(q, q, q, (), out, lse)
+    assert [args[3] for args in launched] == streams
+    first, *others = [plain(args)[4:] for args in launched]
+    assert all(other == first for other in others)
+
+
 def test_descriptors_do_not_keep_memory(launched: Launches) -> None:
     q, k, out = (torch.empty(1, 12, 16, 2, 64, dtype=torch.bfloat16) for _ in range(3))
     lse, alive = q.new_empty(1, 12, 16, 2, dtype=torch.float32), weakref.ref(q)

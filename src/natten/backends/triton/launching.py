@@ -18,6 +18,7 @@ from triton import knobs
 from triton.runtime import driver
 
 Launcher = Callable[[Sequence[Any]], None]
+Arguments = Callable[[Sequence[Any], int], tuple[Any, ...]]
 
 
 def launcher(
@@ -48,18 +49,22 @@ def launcher(
         or len(compiled.metadata.tensordesc_meta) != sum(x is not None for x in descriptors)
     ):
         return slow
-    launch, flat = own.launch, None
-    if descriptors:
-        launch = inspect.getclosurevars(launch).nonlocals["launcher"]
-        flat = _flattener(
-            compiled, descriptors, sys.modules[type(own).__module__].make_tensordesc_arg
-        )
+    launch = own.launch
     hooks, device = knobs.runtime, driver.active.get_current_device()
     stream = driver.active.get_current_stream
     between = (
         compiled.function, own.launch_cooperative_grid, own.launch_pdl, None, None,
         compiled.packed_metadata, None, None, None,
     )  # fmt: skip
+
+    def complete(first: Sequence[Any], stream: int) -> tuple[Any, ...]:
+        return (*grid, stream, *between, *first, *last)
+
+    arguments: Arguments = complete
+    if descriptors:
+        launch = inspect.getclosurevars(launch).nonlocals["launcher"]
+        encode = sys.modules[type(own).__module__].make_tensordesc_arg
+        arguments = _kept(complete, _flattener(compiled, descriptors, encode))
 
     def fast(first: Sequence[Any]) -> None:
         # Chains of functions; what is none may be a function.
@@ -68,8 +73,7 @@ def launcher(
         ):
             slow(first)
         else:
-            given = first if flat is None else flat(first)
-            launch(*grid, stream(device), *between, *given, *last)
+            launch(*arguments(first, stream(device)))
 
     return fast
 
@@ -81,13 +85,31 @@ def described(descriptors: Sequence[Any], first: Sequence[Any]) -> Sequence[Any]
     return [x if make is None else make(x) for make, x in zip(descriptors, first)]
 
 
+def _kept(complete: Arguments, flat: Callable[[Sequence[Any]], Sequence[Any]]) -> Arguments:
+    """``complete`` of what ``flat`` makes of tensors, which depends on their addresses alone.
+
+    All of it is kept, because memory is allocated where memory was freed.
+    """
+    kept: dict[Any, tuple[Any, ...]] = {}
+
+    def arguments(first: Sequence[Any], stream: int) -> tuple[Any, ...]:
+        key = stream, *[None if x is None else x.data_ptr() for x in first]
+        found = kept.get(key)
+        if found is None:
+            found = complete(flat(first), stream)
+            _keep(kept, key, found)
+        return found
+
+    return arguments
+
+
 def _flattener(
     compiled: Any, descriptors: Sequence[Any], encode: Callable[..., list[Any]]
 ) -> Callable[[Sequence[Any]], list[Any]]:
     """A function of a kernel's first arguments: those that the function in C takes.
 
     What a descriptor becomes there, a tensor map with shape and strides, depends on the address
-    alone. It is kept, because memory is allocated where memory was freed.
+    alone. It is kept, too, for when only some tensors are where others were.
     """
     metas = iter(compiled.metadata.tensordesc_meta)
     places: list[Any] = [None if make is None else (make, next(metas), {}) for make in descriptors]
@@ -102,10 +124,16 @@ def _flattener(
             address = x.data_ptr()
             known = kept.get(address)
             if known is None:
-                if len(kept) >= 256:
-                    kept.clear()
-                known = kept[address] = encode(make(x), meta)
+                known = encode(make(x), meta)
+                _keep(kept, address, known)
             found += known
         return found
 
     return flat
+
+
+def _keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
+    """Let a dictionary that stays small hold ``value`` at ``key``."""
+    if len(kept) >= 256:
+        kept.clear()
+    kept[key] = value
