@@ -58,11 +58,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``."""
     assert isinstance(rule, Neighborhood) and rpb is None
-    out = query.new_empty(*query.shape[:-1], value.shape[-1])
-    lse = query.new_empty(*query.shape[:-1], dtype=torch.float32)
+    *rows, _ = query.shape
+    out = query.new_empty(*rows, value.shape[-1])
+    lse = query.new_empty(*rows, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    query, key, value = (readable(x, rule.dilation) for x in (query, key, value))
+    query, key, value = [readable(x, rule.dilation) for x in (query, key, value)]
     more = _additional(extra_keys, extra_values)
     found = plan_for(query, key, value, more, rule, scale)
     with on_device(query):
@@ -89,9 +90,11 @@ def backward(
     if query.numel() == 0:
         inputs = (query, key, value, None, extra_keys, extra_values)
         return tuple(None if x is None else x.new_zeros(x.shape) for x in inputs)
-    grads = [x.new_empty(*x.shape) for x in (query, key, value)]
+    grads = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
+    ]
     terms = lse.new_empty(*lse.shape, 4)
-    query, key, value = (readable(x, rule.dilation) for x in (query, key, value))
+    query, key, value = [readable(x, rule.dilation) for x in (query, key, value)]
     grad_out = readable(grad_out.contiguous(), rule.dilation)
     given = terms if grad_lse is None else grad_lse.contiguous()
     more = _additional(extra_keys, extra_values)
@@ -106,9 +109,9 @@ def backward(
         if more:
             extra = portable.extra_gradients(found.portable, query, *more, grad_out, terms)
         else:  # not there, or empty
-            extra = (
+            extra = [
                 None if x is None else x.new_zeros(x.shape) for x in (extra_keys, extra_values)
-            )
+            ]
     return (*grads, None, *extra)
 
 

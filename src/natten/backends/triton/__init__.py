@@ -48,8 +48,9 @@ def forward(
 
     With ``documents``, batch is 1 and space is the tokens of all of them.
     """
-    out = query.new_empty(*query.shape[:-1], value.shape[-1])
-    lse = query.new_empty(*query.shape[:-1], dtype=torch.float32)
+    *rows, _ = query.shape
+    out = query.new_empty(*rows, value.shape[-1])
+    lse = query.new_empty(*rows, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     query, key, value = readable(query), readable(key), readable(value)
@@ -80,9 +81,9 @@ def backward(
     if query.numel() == 0 or key.numel() == 0:
         inputs = (query, key, value, rpb, extra_keys, extra_values)
         return tuple(None if x is None else x.new_zeros(x.shape) for x in inputs)
-    grad_query, grad_key, grad_value = (
+    grad_query, grad_key, grad_value = [
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
-    )
+    ]
     terms = lse.new_empty(*lse.shape, 4)
     grad_rpb = grad_ek = grad_ev = None
     query, key, value = readable(query), readable(key), readable(value)
