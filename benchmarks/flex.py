@@ -2,9 +2,9 @@
 
     python benchmarks/flex.py --out benchmarks/results/flex-h100.csv     # needs a GPU
 
-FlexAttention gets its tokens already in tiles that its blocks of 128 fit, which is the best for it,
-and neither the permutation nor its block mask is timed. Its outputs and gradients are compared with
-ours before.
+FlexAttention gets its tokens already in tiles that its blocks of 128 fit, and neither the permutation
+nor its block mask is timed. With the strides of these cases its blocks are whole, as ours are, so that
+no mask is computed: the best for it. Its outputs and gradients are compared with ours before.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from natten.functional import neighborhood_attention_generic
 from natten.profiler.report import BOTH, FORWARD
 
-NAMES = ("1d", "1d-s256", "flux", "flux-s16", "hunyuan", "hunyuan-s")
+NAMES = ("1d", "1d-s256", "flux-s16", "hunyuan-s")
 TILE = {1: (128,), 2: (16, 8), 3: (2, 8, 8)}  # of 128 tokens
 ROUNDS = 3  # of both, one after the other: clocks drift
 TOLERANCE = 0.02  # relative, of bfloat16 results that are each within 0.01 of the exact ones

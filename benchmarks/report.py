@@ -131,6 +131,26 @@ def portable_table() -> list[str]:
     return [*_table(rows), "", f"{times.machine()}; bfloat16 unless said, medians of one run."]
 
 
+def flex_table() -> list[str]:
+    """The portable kernels beside FlexAttention, in one run."""
+    times = Times("flex-h100")
+    rows = [
+        [
+            "case", "triton us, graph, forward / forward+backward", "FlexAttention us, graph",
+            "triton us, eager", "FlexAttention us, eager", "Flex / triton, graph",
+        ]
+    ]  # fmt: skip
+    for name in times.cases:
+        cells = [
+            [times.of(name, backend, pass_, kind) for pass_ in (FORWARD, BOTH)]
+            for kind in ("graph", "eager")
+            for backend in ("natten", FLEX)
+        ]
+        ratio = _pair_over(cells[1], cells[0])
+        rows.append([_label(name), *(_pair(each, _us) for each in cells), ratio])
+    return [*_table(rows), "", f"{times.machine()}; medians of one run."]
+
+
 def short_gpu_table() -> list[str]:
     """Kernel times on a GPU, and how much faster that is than dense attention."""
     times = Times(GPU)
@@ -270,6 +290,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "gpu-short": short_gpu_table,
     "gpu": gpu_table,
     "portable": portable_table,
+    "flex": flex_table,
     "floors": floor_table,
     "limits": limit_table,
     "peers": peer_table,
