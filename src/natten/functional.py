@@ -1,7 +1,8 @@
-"""What users call: fused and unfused neighborhood attention, plain attention, merging.
+"""What users call: neighborhood attention, plain attention, packed sequences, merging.
 
-Fused operators are heads-last and one call: ``na1d``, ``na2d``, ``na3d``. Unfused operators are
-heads-first and expose the attention weights: ``na*d_qk``, then softmax, then ``na*d_av``.
+Fused operators are heads-last and one call: ``na1d``, ``na2d``, ``na3d``. Unfused operators, of
+``natten.unfused``, are heads-first and expose the attention weights: ``na*d_qk``, then softmax,
+then ``na*d_av``.
 
 Methods: Hassani et al., "Neighborhood Attention Transformer" (2023), "Dilated Neighborhood
 Attention Transformer" (2022), "Faster Neighborhood Attention" (2024), "Generalized Neighborhood
@@ -16,7 +17,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,17 +35,43 @@ from natten._checks import (
     check_tensors,
     check_tiles,
 )
+from natten._ranks import SHAPES, of_rank
 from natten.backends import check_name
 from natten.errors import ArgumentError
-from natten.neighborhood import Dense, Neighborhood, fit_window
-from natten.nested import is_nested, per_item
+from natten.neighborhood import Causal, Dense, Dimension, Neighborhood, fit_window
+from natten.unfused import (
+    na1d_av,
+    na1d_qk,
+    na1d_qk_with_bias,
+    na2d_av,
+    na2d_qk,
+    na2d_qk_with_bias,
+    na3d_av,
+    na3d_qk,
+    na3d_qk_with_bias,
+)
 from natten.varlen import VarlenLayout, check_starts, sequence_lengths, sequences
 
-Dimension = int | Sequence[int]
-Causal = bool | Sequence[bool]
-
-
-# --- fused ---
+__all__ = [
+    "attention",
+    "merge_attentions",
+    "na1d",
+    "na1d_av",
+    "na1d_qk",
+    "na1d_qk_with_bias",
+    "na1d_varlen",
+    "na2d",
+    "na2d_av",
+    "na2d_qk",
+    "na2d_qk_with_bias",
+    "na2d_varlen",
+    "na3d",
+    "na3d_av",
+    "na3d_qk",
+    "na3d_qk_with_bias",
+    "na3d_varlen",
+    "neighborhood_attention_generic",
+]
 
 
 def neighborhood_attention_generic(
@@ -192,36 +219,6 @@ def _is_bool(value: Any) -> bool:
     return len(entries) > 0 and all(isinstance(entry, bool) for entry in entries)
 
 
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
-
-
-def _of_rank(
-    rank: int, name: str, generic: Callable[Parameters, Result], doc: str
-) -> Callable[Parameters, Result]:
-    """``generic`` for one rank, with its signature."""
-
-    def function(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        query = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(query, Tensor) and not query.is_nested and query.dim() != rank + 3:
-            raise ArgumentError(
-                f"Expected {rank + 3}-D tensors: the first argument of {name} has {rank} axes of "
-                f"tokens, got shape {tuple(query.shape)}."
-            )
-        return generic(*args, **kwargs)
-
-    function.__name__ = function.__qualname__ = name
-    function.__doc__ = inspect.cleandoc(doc.format(rank=rank, name=name, **_SHAPES[rank]))
-    function.__signature__ = inspect.signature(generic)  # type: ignore[attr-defined]
-    return function
-
-
-_SHAPES = {
-    1: {"space": "length", "sizes": "32", "kernel": "7"},
-    2: {"space": "height, width", "sizes": "8, 8", "kernel": "(3, 5)"},
-    3: {"space": "depth, height, width", "sizes": "4, 6, 8", "kernel": "(3, 3, 5)"},
-}
-
 _FUSED = """{rank}-D neighborhood attention, fused.
 
     :func:`neighborhood_attention_generic` for tensors ``[batch, {space}, heads, head_dim]``;
@@ -233,192 +230,9 @@ _FUSED = """{rank}-D neighborhood attention, fused.
         torch.Size([1, {sizes}, 2, 16])
 """
 
-na1d = _of_rank(1, "na1d", neighborhood_attention_generic, _FUSED)
-na2d = _of_rank(2, "na2d", neighborhood_attention_generic, _FUSED)
-na3d = _of_rank(3, "na3d", neighborhood_attention_generic, _FUSED)
-
-
-# --- unfused ---
-
-
-def _qk(
-    query: Tensor,
-    key: Tensor,
-    kernel_size: Dimension,
-    dilation: Dimension | None = 1,
-    additional_keys: Tensor | None = None,
-    is_causal: Causal | None = False,
-    rpb: Tensor | None = None,
-    *,
-    stride: Dimension = 1,
-) -> Tensor:
-    if is_nested(query, key, additional_keys, rpb):
-        if is_nested(rpb):
-            raise ArgumentError("`rpb` must be dense, also where the other inputs are nested.")
-
-        def each(query: Tensor, key: Tensor, additional_keys: Tensor | None) -> Tensor:
-            return _qk(
-                query, key, kernel_size, dilation, additional_keys, is_causal, rpb, stride=stride
-            )
-
-        return per_item(each, query=query, key=key, additional_keys=additional_keys)
-
-    check_tensors(query=query, key=key)
-    query, key, additional_keys = autocast_tensors(query, key, additional_keys)
-    rule, space = _unfused_rule(query, kernel_size, stride, dilation, is_causal)
-    check_same_shape("key", key.shape, "query", query.shape)
-    check_same("key", key, "query", query)
-    check_rpb(rpb, query, rule, heads=query.shape[1])
-    attn = operators.qk(query, key, rule)
-    if rpb is not None:
-        attn = attn + operators.rpb_bias(rpb.to(attn.dtype), space, rule)
-    if any(rule.is_causal):
-        attn = attn.masked_fill(~rule.attended_slots(space, attn.device), -math.inf)
-    if additional_keys is None:
-        return attn
-    _check_additional_unfused("additional_keys", additional_keys, query)
-    extra = query.flatten(2, -2) @ additional_keys.transpose(-1, -2)
-    return torch.cat([attn, extra.unflatten(2, space)], dim=-1)
-
-
-def _av(
-    attn: Tensor,
-    value: Tensor,
-    kernel_size: Dimension,
-    dilation: Dimension | None = 1,
-    additional_values: Tensor | None = None,
-    is_causal: Causal | None = False,
-    *,
-    stride: Dimension = 1,
-) -> Tensor:
-    if is_nested(attn, value, additional_values):
-
-        def each(attn: Tensor, value: Tensor, additional_values: Tensor | None) -> Tensor:
-            return _av(
-                attn, value, kernel_size, dilation, additional_values, is_causal, stride=stride
-            )
-
-        return per_item(each, attn=attn, value=value, additional_values=additional_values)
-
-    check_tensors(attn=attn, value=value)
-    attn, value, additional_values = autocast_tensors(attn, value, additional_values)
-    rule, space = _unfused_rule(value, kernel_size, stride, dilation, is_causal, "value")
-    check_same_shape("attn", attn.shape[:-1], "value", value.shape[:-1])
-    if attn.device != value.device:
-        raise ArgumentError(
-            f"`attn` must be on the device of `value`, got {attn.device} and {value.device}."
-        )
-    if additional_values is not None:
-        _check_additional_unfused("additional_values", additional_values, value)
-    extra = 0 if additional_values is None else additional_values.shape[-2]
-    windowed = rule.window_tokens
-    if attn.shape[-1] != windowed + extra:
-        raise ArgumentError(
-            f"`attn` must hold {windowed + extra} attention weights per token, "
-            f"got attn.shape[-1]={attn.shape[-1]}."
-        )
-    attn = attn.to(value.dtype)
-    if additional_values is None:
-        return operators.av(attn, value, rule)
-    out = operators.av(attn[..., :windowed], value, rule)
-    return out + (attn[..., windowed:].flatten(2, -2) @ additional_values).unflatten(2, space)
-
-
-def _unfused_rule(
-    x: Tensor, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, name: str = "query"
-) -> tuple[Neighborhood, tuple[int, ...]]:
-    """The windows and the token layout of heads-first ``x [batch, heads, *space, head_dim]``."""
-    space = tuple(x.shape[2:-1])
-    if torch.jit.is_tracing():  # where sizes are tensors, which an autograd.Function can not take
-        space = tuple(int(n) for n in space)
-    rule = Neighborhood.create(len(space), kernel_size, stride, dilation, is_causal)
-    rule.check(space)
-    if x.shape[-1] < 1:
-        raise ArgumentError(f"the head_dim of `{name}` must be at least 1, got {tuple(x.shape)}.")
-    return rule, space
-
-
-def _check_additional_unfused(name: str, extra: Tensor, like: Tensor) -> None:
-    check_tensors(**{name: extra})
-    check_same(name, extra, "query" if name == "additional_keys" else "value", like)
-    wanted = (like.shape[0], like.shape[1], like.shape[-1])
-    if extra.dim() != 4 or (*extra.shape[:2], extra.shape[-1]) != wanted:
-        raise ArgumentError(
-            f"`{name}` must be [batch, heads, extra, head_dim] with batch, heads and head_dim "
-            f"{wanted}, got {tuple(extra.shape)}."
-        )
-
-
-_QK = """Scores of every query with the keys of its window, {rank}-D, unfused.
-
-    Heads-first; the caller scales the query. Differentiable to any order, forward mode included.
-
-    Args:
-        query, key: ``[batch, heads, {space}, head_dim]``.
-        kernel_size, dilation, is_causal, stride: one value for all axes or one per axis.
-        additional_keys: ``[batch, heads, extra, head_dim]``, attended by every query.
-        rpb: relative positional bias ``[heads, 2 * kernel_size - 1, ...]``, trainable.
-
-    Returns:
-        ``[batch, heads, {space}, window tokens (+ extra, last)]``; slots that causality masks
-        hold -inf.
-
-    Raises:
-        ArgumentError: an argument has a type, shape, dtype, device or value that is not allowed.
-
-    Example:
-        >>> q, k = (torch.randn(1, 2, {sizes}, 16) for _ in range(2))
-        >>> attn = {name}(16**-0.5 * q, k, kernel_size={kernel}).softmax(-1)
-"""
-
-_AV = """Weighted sum of the values of every token's window, {rank}-D, unfused.
-
-    Heads-first; the counterpart of ``na{rank}d_qk``. Differentiable to any order.
-
-    Args:
-        attn: weights ``[batch, heads, {space}, window tokens (+ extra, last)]``.
-        value: ``[batch, heads, {space}, head_dim]``.
-        kernel_size, dilation, is_causal, stride: as given to ``na{rank}d_qk``.
-        additional_values: ``[batch, heads, extra, head_dim]``.
-
-    Returns:
-        ``[batch, heads, {space}, head_dim]``; slots that causality masks are ignored.
-
-    Raises:
-        ArgumentError: an argument has a type, shape, dtype, device or value that is not allowed.
-
-    Example:
-        >>> q, k, v = (torch.randn(1, 2, {sizes}, 16) for _ in range(3))
-        >>> attn = na{rank}d_qk(q, k, kernel_size={kernel}).softmax(-1)
-        >>> {name}(attn, v, kernel_size={kernel}).shape
-        torch.Size([1, 2, {sizes}, 16])
-"""
-
-na1d_qk = _of_rank(1, "na1d_qk", _qk, _QK)
-na2d_qk = _of_rank(2, "na2d_qk", _qk, _QK)
-na3d_qk = _of_rank(3, "na3d_qk", _qk, _QK)
-na1d_av = _of_rank(1, "na1d_av", _av, _AV)
-na2d_av = _of_rank(2, "na2d_av", _av, _AV)
-na3d_av = _of_rank(3, "na3d_av", _av, _AV)
-
-
-def _qk_with_bias(
-    query: Tensor,
-    key: Tensor,
-    bias: Tensor | None,
-    kernel_size: Dimension,
-    dilation: Dimension | None = 1,
-    additional_keys: Tensor | None = None,
-    is_causal: Causal | None = False,
-) -> Tensor:
-    return _qk(query, key, kernel_size, dilation, additional_keys, is_causal, bias)
-
-
-_QK_BIAS = """``na{rank}d_qk`` with the relative positional bias as its third argument."""
-
-na1d_qk_with_bias = _of_rank(1, "na1d_qk_with_bias", _qk_with_bias, _QK_BIAS)
-na2d_qk_with_bias = _of_rank(2, "na2d_qk_with_bias", _qk_with_bias, _QK_BIAS)
-na3d_qk_with_bias = _of_rank(3, "na3d_qk_with_bias", _qk_with_bias, _QK_BIAS)
+na1d = of_rank(1, "na1d", neighborhood_attention_generic, _FUSED)
+na2d = of_rank(2, "na2d", neighborhood_attention_generic, _FUSED)
+na3d = of_rank(3, "na3d", neighborhood_attention_generic, _FUSED)
 
 
 # --- plain attention, packed sequences, merging ---
@@ -744,7 +558,7 @@ def _varlen_of_rank(rank: int) -> Callable[..., Any]:
 
     name = f"na{rank}d_varlen"
     function.__name__ = function.__qualname__ = name
-    function.__doc__ = inspect.cleandoc(_VARLEN.format(rank=rank, name=name, **_SHAPES[rank]))
+    function.__doc__ = inspect.cleandoc(_VARLEN.format(rank=rank, name=name, **SHAPES[rank]))
     function.__signature__ = inspect.signature(_varlen)  # type: ignore[attr-defined]
     return function
 

@@ -28,6 +28,10 @@ from torch import Tensor
 
 from natten.errors import ArgumentError
 
+# One value for all axes, or one per axis.
+Dimension = int | Sequence[int]
+Causal = bool | Sequence[bool]
+
 
 def _per_axis(
     name: str, value: Any, rank: int, kind: type, what: str, default: Any = None
