@@ -2,9 +2,9 @@
 
     python benchmarks/flex.py --out benchmarks/results/flex-h100.csv     # needs a GPU
 
-FlexAttention gets its tokens already in tiles that its blocks of 128 fit, and neither the permutation
-nor its block mask is timed. With the strides of these cases its blocks are whole, as ours are, so that
-no mask is computed: the best for it. Its outputs and gradients are compared with ours before.
+FlexAttention gets its tokens already in tiles that its blocks of 128 fit; neither the permutation
+nor its block mask is timed. The strides of these cases make its blocks whole, as ours are, so that
+it computes no mask. Its outputs and gradients are compared with ours before.
 """
 
 from __future__ import annotations

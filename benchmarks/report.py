@@ -122,12 +122,13 @@ def portable_table() -> list[str]:
     """The portable kernels where the default is another backend."""
     times, default = Times(f"{GPU}-triton"), Times(GPU)
     rows = [["case", "triton us, graph", "triton us, eager", "default us, graph"]]
+    rows[0] += ["triton, computed / needed"]
     for name in times.cases:
         cells = [
             [each.of(name, "natten", pass_, kind) for pass_ in (FORWARD, BOTH)]
             for each, kind in ((times, "graph"), (times, "eager"), (default, "graph"))
         ]
-        rows.append([_label(name), *(_pair(each, _us) for each in cells)])
+        rows.append([_label(name), *(_pair(each, _us) for each in cells), _waste(times)[name]])
     return [*_table(rows), "", f"{times.machine()}; bfloat16 unless said, medians of one run."]
 
 
@@ -175,7 +176,7 @@ def floor_table() -> list[str]:
             "natten us", "natten / floor",
         ]
     ]  # fmt: skip
-    waste = {r.case: r.computed_over_needed for r in times.records if r.computed_over_needed}
+    waste = _waste(times)
     for name in times.cases:
         case = CASES["cuda"][name]
         problem = case.problem("cpu")
@@ -196,6 +197,11 @@ def floor_table() -> list[str]:
             ]
         )  # fmt: skip
     return _table(rows)
+
+
+def _waste(times: Times) -> dict[str, str]:
+    """Pairs computed per pair needed, by case."""
+    return {r.case: r.computed_over_needed for r in times.records if r.computed_over_needed}
 
 
 def limit_table() -> list[str]:
