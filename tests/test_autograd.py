@@ -110,6 +110,20 @@ def test_gradient_of_lse_alone():
     assert (found[2] == 0).all()
 
 
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+def test_batched_gradients(backend, strategy):
+    def function(x):
+        return na1d(x, x, x, 3, is_causal=True, backend=backend, return_lse=True)
+
+    x = torch.randn(1, 5, 2, 3).double()
+    jacobian = torch.autograd.functional.jacobian
+    expected = jacobian(function, x)
+    found = jacobian(function, x, vectorize=True, strategy=strategy)
+    for a, b in zip(expected, found):
+        assert_close("jacobian", a, b, 1e-12)
+
+
 def test_gradients_only_where_needed():
     q, k, v, *rest = FULL.inputs()
     rest[0].requires_grad_()

@@ -34,6 +34,8 @@ def varlen(**options):
 
 
 LENGTHS = torch.tensor([3, 5])
+COMPRESSED = torch.sparse_csr_tensor([0, 1], [0], [1.0], (1, 1))
+CUMULATIVE = torch.tensor([0, 3, 8])
 EXTRA = torch.randn(1, 3, 2, 4)
 
 CASES = {
@@ -143,6 +145,46 @@ CASES = {
     "varlen bias": (varlen(rpb=torch.zeros(2, 3)), r"`rpb` must be.*\(2, 5\), got \(2, 3\)"),
     "varlen extra": (varlen(additional_keys=EXTRA), "`additional_keys` is no argument of na1d_var"),
     "varlen typo": (varlen(is_casual=True), "`is_casual` is no argument of na1d_varlen"),
+    "varlen hint": (varlen(attention_kwargs=[1]), "`attention_kwargs` must be None or a dict"),
+    "varlen tile": (varlen(q_tile_shape=(0,)), "`q_tile_shape` must be None or 1 positive"),
+    "layout number": (lambda: VarlenLayout(5), "`shapes` must be a sequence of layouts, got.*int"),
+    "merge None": (lambda: natten.merge_attentions(None, None), "`outputs` must be a list or tup"),
+    "both lengths": (
+        packed(
+            seqlens_Q=LENGTHS,
+            seqlens_KV=LENGTHS,
+            cumulative_seqlen_Q=torch.tensor([0, 4, 8]),
+            cumulative_seqlen_KV=CUMULATIVE,
+        ),
+        r"`seqlens_Q` must be the lengths that `cumulative_seqlen_Q` has, \[4, 4\], got \[3, 5\]",
+    ),
+    "longest": (
+        packed(seqlens_Q=LENGTHS, seqlens_KV=LENGTHS, max_seqlen_KV=4),
+        "`max_seqlen_KV` must be at least the longest sequence, 5, got 4",
+    ),
+    "lengths that are booleans": (
+        packed(seqlens_Q=torch.ones(8).bool(), seqlens_KV=torch.ones(8).bool()),
+        "`seqlens_Q` must be a 1-D integer tensor, got .*torch.bool",
+    ),
+    "tile number": (fused(q_tile_shape=4.0), "`q_tile_shape` must be None or 2 positive.*4.0"),
+    "scale overflow": (fused(scale=10**400), "`scale` must be None or a finite number"),
+    "scale NaN": (fused(scale=float("nan")), "`scale` must be None or a finite number, got nan"),
+    "layout of memory": (
+        lambda: natten.neighborhood_attention_generic(COMPRESSED, COMPRESSED, COMPRESSED, 3),
+        "`query` must be dense, got layout torch.sparse_csr",
+    ),
+    "rank by keyword": (
+        lambda: natten.na1d(kernel_size=3, query=X, key=X, value=X),
+        "Expected 4-D tensors: `query` of na1d has 1 axes of tokens",
+    ),
+    "rank of nested": (
+        lambda: natten.na2d_qk(*[torch.nested.nested_tensor([A[..., 0]])] * 2, 3),
+        "Expected 5-D tensors: `query` of na2d_qk has 2 axes of tokens, got 4-D items",
+    ),
+    "module scale": (
+        lambda: NeighborhoodAttention2D(8, 2, 3, qk_scale="x"),
+        "`qk_scale` must be None or a number, got .*str",
+    ),
     "fit_window type": (lambda: natten.fit_window(8, 3), "`shape` must be a tuple of integers"),
     "fit_window entries": (lambda: natten.fit_window((8.0,), 3), "`shape`.*an integer.*float"),
     "fit_window": (lambda: natten.fit_window((0, 4), 3), "`shape` must have at least 1 token"),

@@ -13,6 +13,8 @@ from natten import (
     attention,
     fit_window,
     merge_attentions,
+    na1d,
+    na2d,
     neighborhood_attention_generic,
 )
 from natten import functional as NF
@@ -227,6 +229,35 @@ def test_merging_is_attention_over_the_union(parts):
     for a, b in zip((*expected, *expected_grads), (*merged, *grads)):
         assert_close("merged", a, b, 1e-12)
     assert all(torch.equal(a, b) for a, b in zip(kept, (x for piece in pieces for x in piece)))
+
+
+def test_merging_keeps_its_precision_where_exponents_are_large():
+    q = torch.full((1, 4, 1, 2), 1e3)
+    k, v = torch.randn(1, 6, 1, 2) * 1e-3 + 1e3, torch.ones(1, 6, 1, 2)
+    parts = [attention(q, k[:, i:], v[:, i:], return_lse=True) for i in (0, 3)]
+    assert min(lse.min() for _, lse in parts) > 1e6
+    assert_close("merged", torch.ones(1, 4, 1, 2), merge_attentions(*zip(*parts))[0], 1e-6)
+    out, lse = merge_attentions(*([x.half(), y.half() / 1e4] for x, y in zip(*parts)))
+    assert lse.dtype == torch.float32 and out.dtype == torch.float16
+
+
+def test_views_that_negate():
+    x, y = torch.randn(2, 1, 5, 1, 17).half()
+    assert torch.equal(na1d(y, y, x, 1), na1d(y, y, torch._neg_view(-x), 1))
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+def test_no_heads(backend):
+    x = torch.randn(1, 6, 2, 4, requires_grad=True)
+    out, lse = na1d(x[:, :, :0], x, x, 3, return_lse=True, backend=backend)
+    assert out.shape == (1, 6, 0, 4) and lse.shape == (1, 6, 0)
+    assert (torch.autograd.grad(out.sum(), x)[0] == 0).all()
+
+
+def test_keywords_in_any_order():
+    q, rpb = torch.randn(1, 8, 8, 2, 4), torch.randn(2, 5, 5)
+    expected = na2d(q, q, q, 3, rpb=rpb)
+    assert torch.equal(na2d(rpb=rpb, kernel_size=3, value=q, key=q, query=q), expected)
 
 
 def test_merging_parts_without_an_lse_gradient_warns():

@@ -51,6 +51,14 @@ def test_dropout_takes_the_unfused_path(options, monkeypatch):
     assert_close("unfused", expected, module.train()(x), 1e-12)
 
 
+def test_dropout_may_be_changed(monkeypatch):
+    module = NeighborhoodAttention1D(8, 2, 3)
+    module.attn_drop.p = 1.0
+    x = torch.randn(1, 6, 8)
+    assert torch.equal(module(x), module.proj.bias.expand(1, 6, 8))
+    assert not torch.equal(module.eval()(x), module.proj.bias.expand(1, 6, 8))
+
+
 def test_dropout_drops():
     module = NeighborhoodAttention1D(8, 2, 3, attn_drop=0.5)
     x = torch.randn(1, 9, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ def check_tensors(**tensors: Any) -> None:
                 f"`{name}` must not be a nested tensor; na*d_qk and na*d_av accept nested tensors, "
                 "na*d_varlen accepts packed ones."
             )
-        if x.is_sparse:
+        if x.layout is not torch.strided:
             raise UnsupportedError(f"`{name}` must be dense, got layout {x.layout}.")
         if not x.is_floating_point():
             raise ArgumentError(f"`{name}` must have a floating-point dtype, got {x.dtype}.")
@@ -121,12 +122,14 @@ def check_rpb(rpb: Tensor | None, query: Tensor, rule: Neighborhood, heads: int)
         )
 
 
-def check_scale(scale: Any, head_dim: int) -> float:
+def check_scale(scale: Any, head_dim: int, name: str = "scale") -> float:
     """The factor on the scores; None means ``head_dim ** -0.5``."""
     if scale is None:
         return float(head_dim) ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise ArgumentError(f"`scale` must be None or a number, got {type(scale)}: {scale!r}.")
+        raise ArgumentError(f"`{name}` must be None or a number, got {type(scale)}: {scale!r}.")
+    if not -sys.float_info.max <= scale <= sys.float_info.max:  # NaN neither
+        raise ArgumentError(f"`{name}` must be None or a finite number, got {scale!r}.")
     return float(scale)
 
 
@@ -137,7 +140,7 @@ def check_tiles(rank: int, **shapes: Any) -> tuple[int, ...]:
     flat: list[int] = []
     for name, shape in shapes.items():
         sizes = (0,) * rank if shape is None else shape
-        sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes)
+        sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
         whole = all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
         if len(sizes) != rank or not whole or (shape is not None and min(sizes) < 1):
             raise ArgumentError(

@@ -15,23 +15,27 @@ Result = TypeVar("Result")
 
 
 def of_rank(
-    rank: int, name: str, generic: Callable[Parameters, Result], doc: str
+    rank: int, name: str, generic: Callable[Parameters, Result], doc: str, nested: bool = False
 ) -> Callable[Parameters, Result]:
-    """``generic`` for one rank, with its signature."""
+    """``generic`` for one rank, with its signature; ``nested``: it takes nested tensors, too."""
+    signature = inspect.signature(generic)
+    first = next(iter(signature.parameters))
 
     def function(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        query = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(query, Tensor) and not query.is_nested and query.dim() != rank + 3:
-            raise ArgumentError(
-                f"Expected {rank + 3}-D tensors: the first argument of {name} has {rank} axes of "
-                f"tokens, got shape {tuple(query.shape)}."
-            )
+        x = args[0] if args else kwargs.get(first)
+        if isinstance(x, Tensor) and (nested or not x.is_nested):
+            got = x.dim() - x.is_nested  # of each item
+            if got != rank + 3:
+                raise ArgumentError(
+                    f"Expected {rank + 3}-D tensors: `{first}` of {name} has {rank} axes of "
+                    f"tokens, got {f'{got}-D items' if x.is_nested else tuple(x.shape)}."
+                )
         return generic(*args, **kwargs)
 
     function.__name__ = function.__qualname__ = name
     function.__module__ = generic.__module__
     function.__doc__ = inspect.cleandoc(doc.format(rank=rank, name=name, **SHAPES[rank]))
-    function.__signature__ = inspect.signature(generic)  # type: ignore[attr-defined]
+    function.__signature__ = signature  # type: ignore[attr-defined]
     return function
 
 

@@ -11,6 +11,7 @@ Attention" (2025).
 
 from __future__ import annotations
 
+import functools
 import inspect
 import marshal
 import math
@@ -322,8 +323,8 @@ def attention(
         )
 
     def lengths() -> tuple[list[int], list[int]]:
-        ours = sequence_lengths("Q", query.shape[1], seqlens_Q, starts[0])
-        theirs = sequence_lengths("KV", key.shape[1], seqlens_KV, starts[1])
+        ours = sequence_lengths("Q", query.shape[1], seqlens_Q, starts[0], max_seqlen_Q)
+        theirs = sequence_lengths("KV", key.shape[1], seqlens_KV, starts[1], max_seqlen_KV)
         if ours is None or theirs is None or len(ours) != len(theirs):
             raise ArgumentError(
                 "the lengths of packed sequences must be given for `query` and for `key`, as many "
@@ -396,7 +397,9 @@ def merge_attentions(
         >>> torch.allclose(out, attention(q, k, v), atol=1e-6)
         True
     """
-    outputs, lse_tensors = list(outputs), list(lse_tensors)
+    for name, given in (("outputs", outputs), ("lse_tensors", lse_tensors)):
+        if not isinstance(given, (list, tuple)):
+            raise ArgumentError(f"`{name}` must be a list or tuple of tensors, got {type(given)}.")
     if not outputs or len(outputs) != len(lse_tensors):
         raise ArgumentError(
             "`outputs` and `lse_tensors` must be equally many, at least one, got "
@@ -418,13 +421,15 @@ def merge_attentions(
                 "not: if the LSE depends on trained tensors, their gradient is incomplete",
                 stacklevel=2,
             )
-    lse = torch.stack(lse_tensors).logsumexp(0)
-    # A query with nothing to attend anywhere has LSE -inf; it keeps its output of zero.
-    reference = lse.masked_fill(lse == -math.inf, 0.0)
-    merged = sum(
-        out.to(lse.dtype) * (part - reference).exp()[..., None]
-        for out, part in zip(outputs, lse_tensors)
+    dtype = functools.reduce(
+        torch.promote_types, [x.dtype for x in (*outputs, *lse_tensors)], torch.float32
     )
+    exponents = torch.stack([x.to(dtype) for x in lse_tensors])
+    lse = exponents.logsumexp(0)
+    # A softmax, because weights from differences to a large LSE do not add up to one. A query with
+    # nothing to attend anywhere has LSE -inf; it keeps its output of zero.
+    weights = exponents.masked_fill(lse == -math.inf, 0.0).softmax(0)
+    merged = sum(out.to(dtype) * weight[..., None] for out, weight in zip(outputs, weights))
     assert isinstance(merged, Tensor)
     return merged.to(outputs[0].dtype), lse
 
@@ -466,6 +471,8 @@ def _varlen(
     unknown = sorted(hints.keys() - _HINTS)
     if unknown:
         raise ArgumentError(f"`{unknown[0]}` is no argument of na{layout.rank}d_varlen.")
+    check_hints(hints.get("attention_kwargs"))
+    check_tiles(layout.rank, **{name: x for name, x in hints.items() if name.endswith("_shape")})
     for tensor_name, x in (("query", query), ("key", key), ("value", value)):
         _check_packed(tensor_name, x, layout)
     check_rpb(rpb, query, rule, heads=query.shape[-2])

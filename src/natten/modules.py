@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from natten._checks import check_scale
 from natten.errors import ArgumentError
 from natten.functional import (
     Causal,
@@ -110,7 +111,7 @@ class NeighborhoodAttentionGeneric(nn.Module):
         self.neighborhood = Neighborhood.create(na_dim, kernel_size, stride, dilation, is_causal)
         self.num_heads = num_heads
         self.head_dim = channels // num_heads
-        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
+        self.scale = check_scale(qk_scale, self.head_dim, "qk_scale")
         self.oversize = oversize
         self.attn_drop_rate = attn_drop
 
@@ -178,7 +179,7 @@ class NeighborhoodAttentionGeneric(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.unbind(-3)
         window = (rule.kernel_size, rule.stride, rule.dilation, rule.is_causal)
-        if not (self.training and self.attn_drop_rate > 0):
+        if not (self.training and self.attn_drop.p > 0):
             out = neighborhood_attention_generic(q, k, v, *window, self.scale, rpb=rpb, **hints)
             return out.flatten(-2)
         na_qk, na_av = _UNFUSED[rule.rank]

@@ -67,6 +67,19 @@ def is_plain(tensors: Sequence[Any]) -> bool:
     )
 
 
+def is_composed(grads: Sequence[Tensor | None]) -> bool:
+    """Whether a backward pass must be made of differentiable maps, not by a kernel.
+
+    It is differentiated itself, carries tangents, or its gradients are a batch of which no kernel
+    knows (``is_grads_batched``, ``torch.autograd.functional``).
+    """
+    return (
+        torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in grads)
+    )
+
+
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -442,7 +455,7 @@ def composed_attention(
         extra = products.extra_qk(q * scale, _heads_first(extra_keys, heads, dtype))
         scores = torch.cat([scores, extra], dim=-1)
     lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp() if scores.shape[-1] else scores
+    weights = scores.softmax(-1) if scores.shape[-1] else scores
     out = products.av(weights[..., :windowed], v)
     if extra_values is not None:
         extra_v = _heads_first(extra_values, heads, dtype)
@@ -476,9 +489,11 @@ def _composed_tangent(
         return change if db is None else change + product(a, db)
 
     def weighted(attn: Tensor, values: Tensor | None, extra_values: Tensor | None) -> Any:
-        out = 0 if values is None else products.av(attn[..., :windowed], values)
         if extra_values is None:
-            return out
+            # A slice of all is an alias, which legacy vmap can not batch.
+            slots = attn if attn.shape[-1] == windowed else attn[..., :windowed]
+            return 0 if values is None else products.av(slots, values)
+        out = 0 if values is None else products.av(attn[..., :windowed], values)
         return out + products.extra_av(attn[..., windowed:], extra_values)
 
     scores, change = products.qk(q, k), product_rule(products.qk, q, k, dq, dk)
@@ -523,8 +538,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        # The gradient must itself be differentiable for create_graph and under forward mode.
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        if is_composed((grad_out, grad_lse)):
             grads = _differentiable_gradient(saved[:6], grad_out, grad_lse, ctx.call)
         else:
             grads = _gradient(grad_out, grad_lse, saved, ctx.call)

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from natten import backends
 from natten.neighborhood import Rule
-from natten.operators import is_plain
+from natten.operators import is_composed, is_plain
 from natten.varlen import Documents
 
 Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -19,6 +20,8 @@ Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 def backend_for(query: Tensor, key: Tensor, value: Tensor, name: str) -> Any | None:
     """The functions of the backend that runs packed documents, or None if none does."""
     if torch.compiler.is_compiling() or not is_plain((query, key, value)):
+        return None
+    if forward_ad._current_level >= 0:
         return None
     dims = query.shape[-1], value.shape[-1]
     found = backends.find(name, backends.Problem("packed", query.device, query.dtype, *dims))
@@ -58,8 +61,9 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         *inputs, out, lse = ctx.saved_tensors
         backend, documents, rule, scale, one_by_one = ctx.others
-        if torch.is_grad_enabled():  # for a second derivative
-            found = _differentiable(one_by_one, inputs, grads)
+        if is_composed(grads):
+            with torch.enable_grad():
+                found = _differentiable(one_by_one, inputs, grads)
         else:
             grad_out = torch.zeros_like(out) if grads[0] is None else grads[0]
             empty = (None, None, None)

@@ -175,12 +175,12 @@ _AV = """Weighted sum of the values of every token's window, {rank}-D, unfused.
         torch.Size([1, 2, {sizes}, 16])
 """
 
-na1d_qk = of_rank(1, "na1d_qk", _qk, _QK)
-na2d_qk = of_rank(2, "na2d_qk", _qk, _QK)
-na3d_qk = of_rank(3, "na3d_qk", _qk, _QK)
-na1d_av = of_rank(1, "na1d_av", _av, _AV)
-na2d_av = of_rank(2, "na2d_av", _av, _AV)
-na3d_av = of_rank(3, "na3d_av", _av, _AV)
+na1d_qk = of_rank(1, "na1d_qk", _qk, _QK, nested=True)
+na2d_qk = of_rank(2, "na2d_qk", _qk, _QK, nested=True)
+na3d_qk = of_rank(3, "na3d_qk", _qk, _QK, nested=True)
+na1d_av = of_rank(1, "na1d_av", _av, _AV, nested=True)
+na2d_av = of_rank(2, "na2d_av", _av, _AV, nested=True)
+na3d_av = of_rank(3, "na3d_av", _av, _AV, nested=True)
 
 
 def _qk_with_bias(
@@ -197,6 +197,6 @@ def _qk_with_bias(
 
 _QK_BIAS = """``na{rank}d_qk`` with the relative positional bias as its third argument."""
 
-na1d_qk_with_bias = of_rank(1, "na1d_qk_with_bias", _qk_with_bias, _QK_BIAS)
-na2d_qk_with_bias = of_rank(2, "na2d_qk_with_bias", _qk_with_bias, _QK_BIAS)
-na3d_qk_with_bias = of_rank(3, "na3d_qk_with_bias", _qk_with_bias, _QK_BIAS)
+na1d_qk_with_bias = of_rank(1, "na1d_qk_with_bias", _qk_with_bias, _QK_BIAS, nested=True)
+na2d_qk_with_bias = of_rank(2, "na2d_qk_with_bias", _qk_with_bias, _QK_BIAS, nested=True)
+na3d_qk_with_bias = of_rank(3, "na3d_qk_with_bias", _qk_with_bias, _QK_BIAS, nested=True)

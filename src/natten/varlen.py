@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +74,8 @@ class VarlenLayout:
         device: torch.device | str | None = None,
     ) -> None:
         layouts = []
+        if not isinstance(shapes, Iterable):
+            raise ArgumentError(f"`shapes` must be a sequence of layouts, got {type(shapes)}.")
         for shape in shapes:
             entries = tuple(shape) if isinstance(shape, (tuple, list, torch.Size)) else (shape,)
             if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in entries):
@@ -170,8 +172,9 @@ def check_starts(side: str, tokens: int, starts: Tensor, longest: int) -> None:
 
 
 def sequence_lengths(
-    side: str, tokens: int, seqlens: Tensor | None, cumulative: Tensor | None
-) -> list[int] | None:
+    side: str, tokens: int, seqlens: Tensor | None, cumulative: Tensor | None,
+    longest: int | None = None,
+) -> list[int] | None:  # fmt: skip
     """Lengths of packed sequences from either description, None where neither is given.
 
     Args:
@@ -179,6 +182,7 @@ def sequence_lengths(
         tokens: how many tokens the packed tensor has.
         seqlens: integers ``[sequences]``.
         cumulative: their cumulative sum ``[sequences + 1]``, from 0 to ``tokens``.
+        longest: at least the longest length, if given.
 
     Raises:
         ArgumentError: the description is malformed or does not add up to ``tokens``.
@@ -198,10 +202,25 @@ def sequence_lengths(
         raise ArgumentError(
             f"`{name}` must describe sequences that add up to {tokens} tokens, got {numbers}."
         )
+    if given is not seqlens and seqlens is not None:
+        _check_integers(f"seqlens_{side}", seqlens)
+        if seqlens.tolist() != lengths:
+            raise ArgumentError(
+                f"`seqlens_{side}` must be the lengths that `{name}` has, {lengths}, "
+                f"got {seqlens.tolist()}."
+            )
+    if longest is not None and longest < max(lengths, default=0):
+        raise ArgumentError(
+            f"`max_seqlen_{side}` must be at least the longest sequence, {max(lengths)}, "
+            f"got {longest}."
+        )
     return lengths
 
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def _check_integers(name: str, given: Any) -> None:
-    if not isinstance(given, Tensor) or given.dim() != 1 or given.is_floating_point():
+    if not isinstance(given, Tensor) or given.dim() != 1 or given.dtype not in _INTEGERS:
         got = (given.dtype, tuple(given.shape)) if isinstance(given, Tensor) else type(given)
         raise ArgumentError(f"`{name}` must be a 1-D integer tensor, got {got}.")

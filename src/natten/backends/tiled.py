@@ -272,7 +272,8 @@ def _score_bias(
 
 def _load(buffer: Tensor, view: Tensor) -> Tensor:
     """Copy a chunk of tiles into ``buffer [matrices, rows, channels]``."""
-    buffer.view(view.shape).copy_(view)
+    # PyTorch copies float16 views that negate to float32 without the sign.
+    buffer.view(view.shape).copy_(view.resolve_neg())
     return buffer
 
 
@@ -283,8 +284,8 @@ def _load_keys(buffer: Tensor, block: Block, view: Tensor, extra: Tensor | None)
     lead = view.shape[: 2 * len(block.runs) + 2]
     box = math.prod(block.key_sizes)
     rows = buffer.view(*lead, buffer.shape[-2], buffer.shape[-1])
-    rows[..., :box, :].unflatten(-2, block.key_sizes).copy_(view)
-    rows[..., box:, :].copy_(extra)
+    rows[..., :box, :].unflatten(-2, block.key_sizes).copy_(view.resolve_neg())
+    rows[..., box:, :].copy_(extra.resolve_neg())
     return buffer
 
 
@@ -311,10 +312,12 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``."""
-    sizes = _Sizes.of(query, key, value, extra_keys)
     dtype = compute_dtype(query.dtype)
-    out = query.new_empty(*query.shape[:-1], sizes.value_dim)
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=dtype)
+    if query.numel() == 0:
+        return out, lse
+    sizes = _Sizes.of(query, key, value, extra_keys)
     scratch = Scratch(query, dtype)
     extra_k = None if extra_keys is None else extra_keys.transpose(1, 2)
     extra_v = None if extra_values is None else extra_values.transpose(1, 2)
@@ -383,8 +386,11 @@ def backward(
     lse: Tensor,
     rule: Rule,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, rpb, additional keys and additional values."""
+    if query.numel() == 0:
+        inputs = (query, key, value, rpb, extra_keys, extra_values)
+        return tuple(None if x is None else x.new_zeros(x.shape) for x in inputs)
     sizes = _Sizes.of(query, key, value, extra_keys)
     dtype = compute_dtype(query.dtype)
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)

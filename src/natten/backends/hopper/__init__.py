@@ -22,7 +22,7 @@ if release() in KNOWN:
     from natten.backends import triton as portable
     from natten.backends.hopper.descriptors import readable, too_wide
     from natten.backends.hopper.plan import plan_for
-    from natten.backends.triton.plan import on_device
+    from natten.backends.triton.plan import contiguous, on_device
 
 __all__ = ["backward", "forward", "unsupported"]
 
@@ -96,7 +96,7 @@ def backward(
     terms = lse.new_empty(*lse.shape, 4)
     query, key, value = [readable(x, rule.dilation) for x in (query, key, value)]
     grad_out = readable(grad_out.contiguous(), rule.dilation)
-    given = terms if grad_lse is None else grad_lse.contiguous()
+    given = terms if grad_lse is None else contiguous(grad_lse)
     more = _additional(extra_keys, extra_values)
     found = plan_for(query, key, value, more, rule, scale)
     extra: Iterable[Tensor | None]

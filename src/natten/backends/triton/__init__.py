@@ -90,7 +90,7 @@ def backward(
     grad_out, out, lse = contiguous(grad_out), out.contiguous(), lse.contiguous()
     found = plan_for(query, key, value, rpb, extra_keys, rule, scale, documents, tiles)
     with on_device(query):
-        given = lse if grad_lse is None else grad_lse.contiguous()
+        given = lse if grad_lse is None else contiguous(grad_lse)
         found.terms[grad_lse is not None](out, lse, grad_out, given, terms)
         bias, ek, ev, table = _others(query, rpb, extra_keys, extra_values, documents)
         found.query(query, key, value, bias, ek, ev, table, grad_out, terms, grad_query)
