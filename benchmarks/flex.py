@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from natten.functional import neighborhood_attention_generic
+from natten.legacy.token_permute import token_permute_operation
 from natten.profiler.report import BOTH, FORWARD
 
 NAMES = ("1d", "1d-s256", "flux-s16", "hunyuan-s")
@@ -40,11 +41,8 @@ Call = tuple[Callable[..., Any], list[Tensor], Tensor]
 
 def tiled(x: Tensor, tile: tuple[int, ...]) -> Tensor:
     """``[batch, *space, heads, channels]`` as ``[batch, heads, tokens, channels]``, by tiles."""
-    batch, *space, heads, dim = x.shape
-    cut = itertools.chain.from_iterable((n // t, t) for n, t in zip(space, tile))
-    rank = len(tile)
-    axes = (0, 2 * rank + 1, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 2)
-    return x.reshape(batch, *cut, heads, dim).permute(axes).reshape(batch, heads, -1, dim)
+    permuted, *_ = token_permute_operation(x, tile, flip_tiled_dims=False)
+    return permuted.transpose(1, 2).contiguous()
 
 
 def window_mask(case: Case) -> Callable[..., Tensor]:
@@ -62,13 +60,10 @@ def window_mask(case: Case) -> Callable[..., Tensor]:
 
     def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         allowed = query >= 0
-        places = zip(
-            coordinates(query), coordinates(key), case.shape, rule.kernel_size, rule.stride
-        )
-        for x, y, length, window, stride in places:
-            leader = torch.clamp(x // stride * stride + stride // 2, max=length - 1)
-            start = torch.clamp(leader - window // 2, 0, length - window)
-            allowed = allowed & (y >= start) & (y < start + window)
+        places = zip(coordinates(query), coordinates(key), case.shape)
+        for axis, (x, y, length) in enumerate(places):
+            start, end = rule.windows(axis, x, length, length)
+            allowed = allowed & (y >= start) & (y < end)
         return allowed
 
     return mask
@@ -86,7 +81,8 @@ def calls_of(case: Case, backend: str) -> dict[str, Call]:
     *ours, grad = (torch.randn(shape, device="cuda", dtype=case.dtype) for _ in range(4))
     theirs = [tiled(x, tile).requires_grad_() for x in ours]
     tokens = math.prod(case.shape)
-    blocks = create_block_mask(window_mask(case), None, None, tokens, tokens, "cuda", _compile=True)
+    make = torch.compile(create_block_mask)
+    blocks = make(window_mask(case), None, None, tokens, tokens, "cuda")
     attention = partial(
         neighborhood_attention_generic, kernel_size=rule.kernel_size, stride=rule.stride,
         backend=backend,

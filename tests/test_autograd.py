@@ -114,7 +114,9 @@ def test_gradient_of_lse_alone():
 @pytest.mark.parametrize("backend", ["tiled", "reference"])
 def test_batched_gradients(backend, strategy):
     def function(x):
-        return na1d(x, x, x, 3, is_causal=True, backend=backend, return_lse=True)
+        more = {"additional_keys": x[:, :2], "additional_values": x[:, 1:3]}
+        some = na1d(x, x, x, 3, is_causal=True, backend=backend, return_lse=True)
+        return *some, *na1d(x, x, x, 3, **more, backend=backend, return_lse=True)
 
     x = torch.randn(1, 5, 2, 3).double()
     jacobian = torch.autograd.functional.jacobian

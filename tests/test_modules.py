@@ -51,7 +51,7 @@ def test_dropout_takes_the_unfused_path(options, monkeypatch):
     assert_close("unfused", expected, module.train()(x), 1e-12)
 
 
-def test_dropout_may_be_changed(monkeypatch):
+def test_dropout_may_be_changed():
     module = NeighborhoodAttention1D(8, 2, 3)
     module.attn_drop.p = 1.0
     x = torch.randn(1, 6, 8)

@@ -113,7 +113,6 @@ class NeighborhoodAttentionGeneric(nn.Module):
         self.head_dim = channels // num_heads
         self.scale = check_scale(qk_scale, self.head_dim, "qk_scale")
         self.oversize = oversize
-        self.attn_drop_rate = attn_drop
 
         self.rpb: nn.Parameter | None
         self.register_parameter("rpb", None)
@@ -128,6 +127,11 @@ class NeighborhoodAttentionGeneric(nn.Module):
         shape = (self.num_heads, *(2 * k - 1 for k in self.kernel_size))
         self.rpb = nn.Parameter(self.qkv.weight.new_zeros(shape))
         nn.init.trunc_normal_(self.rpb, std=0.02, mean=0.0, a=-2.0, b=2.0)
+
+    @property
+    def attn_drop_rate(self) -> float:
+        """Share of the weights that are dropped in training."""
+        return self.attn_drop.p
 
     @property
     def kernel_size(self) -> tuple[int, ...]:
@@ -179,7 +183,7 @@ class NeighborhoodAttentionGeneric(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.unbind(-3)
         window = (rule.kernel_size, rule.stride, rule.dilation, rule.is_causal)
-        if not (self.training and self.attn_drop.p > 0):
+        if not (self.training and self.attn_drop_rate > 0):
             out = neighborhood_attention_generic(q, k, v, *window, self.scale, rpb=rpb, **hints)
             return out.flatten(-2)
         na_qk, na_av = _UNFUSED[rule.rank]

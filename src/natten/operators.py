@@ -418,13 +418,17 @@ class _Products:
 
     def extra_qk(self, query: Tensor, extra_keys: Tensor) -> Tensor:
         """Products of every query with every additional key."""
-        return (self._tokens(query) @ extra_keys.transpose(-1, -2)).unflatten(2, self.shape)
+        return self._space(self._tokens(query) @ extra_keys.transpose(-1, -2))
 
     def extra_av(self, attn: Tensor, extra_values: Tensor) -> Tensor:
-        return (self._tokens(attn) @ extra_values).unflatten(2, self.shape)
+        return self._space(self._tokens(attn) @ extra_values)
 
     def _tokens(self, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[:2], math.prod(self.shape), x.shape[-1])
+
+    def _space(self, x: Tensor) -> Tensor:
+        """Undo :meth:`_tokens`, in a way that legacy vmap can batch."""
+        return x.reshape(*x.shape[:2], *self.shape, x.shape[-1])
 
     def masked(self, attn: Tensor, fill: float) -> Tensor:
         return attn if self.mask is None else attn.masked_fill(~self.mask, fill)
@@ -489,12 +493,10 @@ def _composed_tangent(
         return change if db is None else change + product(a, db)
 
     def weighted(attn: Tensor, values: Tensor | None, extra_values: Tensor | None) -> Any:
-        if extra_values is None:
-            # A slice of all is an alias, which legacy vmap can not batch.
-            slots = attn if attn.shape[-1] == windowed else attn[..., :windowed]
-            return 0 if values is None else products.av(slots, values)
-        out = 0 if values is None else products.av(attn[..., :windowed], values)
-        return out + products.extra_av(attn[..., windowed:], extra_values)
+        # Not slices: one of everything is an alias, which legacy vmap can not batch.
+        slots, others = attn.split([windowed, attn.shape[-1] - windowed], -1)
+        out = 0 if values is None else products.av(slots, values)
+        return out if extra_values is None else out + products.extra_av(others, extra_values)
 
     scores, change = products.qk(q, k), product_rule(products.qk, q, k, dq, dk)
     if rpb is not None:

@@ -19,9 +19,8 @@ Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def backend_for(query: Tensor, key: Tensor, value: Tensor, name: str) -> Any | None:
     """The functions of the backend that runs packed documents, or None if none does."""
-    if torch.compiler.is_compiling() or not is_plain((query, key, value)):
-        return None
-    if forward_ad._current_level >= 0:
+    tangents = forward_ad._current_level >= 0
+    if torch.compiler.is_compiling() or tangents or not is_plain((query, key, value)):
         return None
     dims = query.shape[-1], value.shape[-1]
     found = backends.find(name, backends.Problem("packed", query.device, query.dtype, *dims))

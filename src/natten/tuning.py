@@ -126,18 +126,26 @@ def cached(function: Function) -> Function:
     return cache  # type: ignore[return-value]
 
 
-class Kept(dict[Any, Any]):
-    """As :func:`cached`, for what is worked out from more than its key."""
+class Bounded(dict[Any, Any]):
+    """A dictionary that stays small: emptied when full."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
         super().__init__()
-        _caches.append(self)
+        self.most = most
 
     def keep(self, key: Any, value: Any) -> None:
         """Let ``value`` be found at ``key``."""
-        if len(self) >= 1024:
+        if len(self) >= self.most:
             self.clear()
         self[key] = value
+
+
+class Kept(Bounded):
+    """As :func:`cached`, for what is worked out from more than its key."""
+
+    def __init__(self) -> None:
+        super().__init__(1024)
+        _caches.append(self)
 
     cache_clear = dict.clear
 

@@ -202,7 +202,7 @@ def sequence_lengths(
         raise ArgumentError(
             f"`{name}` must describe sequences that add up to {tokens} tokens, got {numbers}."
         )
-    if given is not seqlens and seqlens is not None:
+    if cumulative is not None and seqlens is not None:
         _check_integers(f"seqlens_{side}", seqlens)
         if seqlens.tolist() != lengths:
             raise ArgumentError(

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from natten.backends import no_gradients
 from natten.neighborhood import Neighborhood, Rule, outer
 from natten.tiling import Run, tiles
 
@@ -389,8 +390,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, rpb, additional keys and additional values."""
     if query.numel() == 0:
-        inputs = (query, key, value, rpb, extra_keys, extra_values)
-        return tuple(None if x is None else x.new_zeros(x.shape) for x in inputs)
+        return no_gradients(query, key, value, rpb, extra_keys, extra_values)
     sizes = _Sizes.of(query, key, value, extra_keys)
     dtype = compute_dtype(query.dtype)
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from natten.backends import Problem
+from natten.backends import Problem, no_gradients
 from natten.backends.hopper.releases import KNOWN, release
 from natten.neighborhood import Neighborhood, Rule
 
@@ -88,8 +88,7 @@ def backward(
     """Gradients of query, key, value, rpb (None), additional keys and additional values."""
     assert isinstance(rule, Neighborhood) and rpb is None
     if query.numel() == 0:
-        inputs = (query, key, value, None, extra_keys, extra_values)
-        return tuple(None if x is None else x.new_zeros(x.shape) for x in inputs)
+        return no_gradients(query, key, value, None, extra_keys, extra_values)
     grads = [
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
     ]
@@ -109,9 +108,7 @@ def backward(
         if more:
             extra = portable.extra_gradients(found.portable, query, *more, grad_out, terms)
         else:  # not there, or empty
-            extra = [
-                None if x is None else x.new_zeros(x.shape) for x in (extra_keys, extra_values)
-            ]
+            extra = no_gradients(extra_keys, extra_values)
     return (*grads, None, *extra)
 
 

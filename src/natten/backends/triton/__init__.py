@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from natten.backends import no_gradients
 from natten.backends.triton.plan import Plan, contiguous, on_device, plan_for, readable
 from natten.backends.triton.unfused import av, av_transposed, bias, bias_transposed, qk
 from natten.neighborhood import Rule
@@ -79,8 +80,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, rpb, additional keys and additional values."""
     if query.numel() == 0 or key.numel() == 0:
-        inputs = (query, key, value, rpb, extra_keys, extra_values)
-        return tuple(None if x is None else x.new_zeros(x.shape) for x in inputs)
+        return no_gradients(query, key, value, rpb, extra_keys, extra_values)
     grad_query, grad_key, grad_value = [
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
     ]

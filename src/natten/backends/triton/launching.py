@@ -17,8 +17,11 @@ import triton
 from triton import knobs
 from triton.runtime import driver
 
+from natten.tuning import Bounded
+
 Launcher = Callable[[Sequence[Any]], None]
 Arguments = Callable[[Sequence[Any], int], tuple[Any, ...]]
+_KEPT = 256  # addresses, per kernel
 
 
 def launcher(
@@ -90,14 +93,14 @@ def _kept(complete: Arguments, flat: Callable[[Sequence[Any]], Sequence[Any]]) -
 
     All of it is kept, because memory is allocated where memory was freed.
     """
-    kept: dict[Any, tuple[Any, ...]] = {}
+    kept = Bounded(_KEPT)
 
     def arguments(first: Sequence[Any], stream: int) -> tuple[Any, ...]:
         key = stream, *[None if x is None else x.data_ptr() for x in first]
         found = kept.get(key)
         if found is None:
             found = complete(flat(first), stream)
-            _keep(kept, key, found)
+            kept.keep(key, found)
         return found
 
     return arguments
@@ -112,7 +115,9 @@ def _flattener(
     alone. It is kept, too, for when only some tensors are where others were.
     """
     metas = iter(compiled.metadata.tensordesc_meta)
-    places: list[Any] = [None if make is None else (make, next(metas), {}) for make in descriptors]
+    places: list[Any] = [
+        None if make is None else (make, next(metas), Bounded(_KEPT)) for make in descriptors
+    ]
 
     def flat(first: Sequence[Any]) -> list[Any]:
         found: list[Any] = []
@@ -125,15 +130,8 @@ def _flattener(
             known = kept.get(address)
             if known is None:
                 known = encode(make(x), meta)
-                _keep(kept, address, known)
+                kept.keep(address, known)
             found += known
         return found
 
     return flat
-
-
-def _keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
-    """Let a dictionary that stays small hold ``value`` at ``key``."""
-    if len(kept) >= 256:
-        kept.clear()
-    kept[key] = value
