@@ -287,6 +287,52 @@ def test_kernels_know_the_definition(tmp_path):
     assert "windows 292" in interpreted(code)
 
 
+ORDER = """
+import torch, triton, triton.language as tl
+from natten.backends.triton.primitives import CAUSAL, SLIDING, STRIDED, UNIT, longest_first
+from natten.neighborhood import Neighborhood
+from natten.tiling import reach
+
+@triton.jit
+def order(out, tiles, k, SIZE: tl.constexpr, MODES: tl.constexpr, N: tl.constexpr):
+    t = tl.arange(0, N)
+    tl.store(out + t, longest_first(t, tiles, k, SIZE, MODES))
+
+def tiles_of(n, k, size, *modes):
+    out = torch.full((128,), -1, dtype=torch.int32)
+    order[(1,)](out, -(-n // size), k, SIZE=size, MODES=[mode.value for mode in modes], N=128)
+    return out[: -(-n // size)].tolist()
+
+def first_come(costs, slots):
+    ends = [0] * slots
+    for cost in costs:
+        ends[ends.index(min(ends))] += cost
+    return max(ends)
+
+count = 0
+for n, k in ((1, 1), (16, 16), (300, 7), (300, 299), (777, 512), (1000, 100), (1024, 1024)):
+    for size in (16, 64):
+        found = tiles_of(n, k, size, UNIT, UNIT, (SLIDING, STRIDED)[count % 2])
+        assert sorted(found) == list(range(-(-n // size))), (n, k, size, found)
+        count += 1
+for modes in ((UNIT, UNIT, CAUSAL), (UNIT, SLIDING, SLIDING), (STRIDED, UNIT, SLIDING)):
+    assert tiles_of(1000, 100, 16, *modes) == list(range(63)), modes
+first, last = reach(Neighborhood.create(1, 256), 0, 2048, 2048, True)
+costs = [int(last[a + 15] - first[a]) for a in range(0, 2048, 16)]
+balanced = sum(costs) / 66
+found = first_come([costs[t] for t in tiles_of(2048, 256, 16, UNIT, UNIT, SLIDING)], 66)
+assert found < 1.1 * balanced < 1.2 * balanced < first_come(costs, 66)
+print("orders", count)
+"""
+
+
+def test_no_long_tile_of_keys_starts_last(tmp_path):
+    """Every tile comes once; 66 processors are busy to the end."""
+    script = tmp_path / "order.py"
+    script.write_text(ORDER)
+    assert "orders 14" in interpreted(f"import runpy; runpy.run_path({str(script)!r})")
+
+
 @pytest.mark.parametrize("kind", ["forward", "query", "key"])
 def test_tiles_are_valid(kind):
     tiles = pytest.importorskip("natten.backends.triton.tiles")

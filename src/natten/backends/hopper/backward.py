@@ -11,6 +11,8 @@ as left operands of what is summed: dQ += dS K, or dK += dS^T Q and dV += P^T dO
 from natten.backends.hopper.gluon_names import (
     aggregate,
     fence_async_shared,
+    gdc_launch_dependents,
+    gdc_wait,
     gl,
     gluon,
     reinterpret,
@@ -111,6 +113,7 @@ def _fetch_tiles(p, a, b, terms, a_steps, b_steps, t_steps, first, second):
     turn = 0
     for number in range(gl.program_id(0), p.total, gl.num_programs(0)):
         batch, head, group, f, _low, _boxes = p.tile(number)
+        gdc_wait()  # until the kernel before has ended; what comes first need not
         channels = _channels(a_steps, b_steps, t_steps, group, head)
         first.fill(turn, a, b, terms, batch, p.part(f, 0), channels)
         if p.GROUPS == 2:
@@ -133,6 +136,7 @@ def _fetch_boxes(
             first_head, rounds = head * per_kv, per_kv
         else:
             first_head, rounds = head // per_kv, 1
+        gdc_wait()
         if HAS_EXTRA:
             for at in range(0, extra, N):
                 c = first_head * D
@@ -146,6 +150,7 @@ def _fetch_boxes(
                 boxes.fill(n, a, b, terms, batch, (a0, a1, a2), channels)
                 j = p.next(j, counts)
                 n += 1
+    gdc_launch_dependents()  # the next kernel can be set up, and waits for this one's end
 
 
 @gluon.jit

@@ -6,6 +6,8 @@ and values come box by box; a warpgroup hands back unread what its queries do no
 
 from natten.backends.hopper.gluon_names import (
     fence_async_shared,
+    gdc_launch_dependents,
+    gdc_wait,
     gl,
     gluon,
     store_box,
@@ -36,6 +38,7 @@ def _fetch_queries(p, descriptor, steps, first, second):
     turn = 0
     for number in range(gl.program_id(0), p.total, gl.num_programs(0)):
         batch, head, group, f, _low, _boxes = p.tile(number)
+        gdc_wait()  # until the kernel before has ended; what comes first need not
         c = channel(steps, group, head)
         f0, f1, f2 = p.part(f, 0)
         first.fill(turn, descriptor, [batch, f0, f1, f2, c])
@@ -56,6 +59,7 @@ def _fetch_boxes(
     for number in range(gl.program_id(0), p.total, gl.num_programs(0)):
         batch, head, group, _f, low, boxes = p.tile(number)
         kv = head // per_kv
+        gdc_wait()
         if HAS_EXTRA:
             for at in range(0, extra, N):
                 keys.fill(n, ek_desc, [batch, 0, 0, at, kv * ek_h])
@@ -69,6 +73,7 @@ def _fetch_boxes(
             values.fill(n, v_desc, [batch, a0, a1, a2, v_c])
             j = p.next(j, boxes)
             n += 1
+    gdc_launch_dependents()  # the next kernel can be set up, and waits for this one's end
 
 
 @gluon.jit

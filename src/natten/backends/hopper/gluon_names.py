@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # 3.9 named what copies after what it does, and made reinterpreting public.
 load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -28,6 +29,8 @@ __all__ = [
     "aggregate",
     "fence_async_shared",
     "from_triton",
+    "gdc_launch_dependents",
+    "gdc_wait",
     "gl",
     "gluon",
     "load_box",

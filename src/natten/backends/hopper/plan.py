@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import struct
 from collections.abc import Callable, Sequence
@@ -136,6 +137,7 @@ class _Kernel:
             "STEPS": mask.steps, "TABLES": mask.tables, "HAS_EXTRA": extra > 0,
             "OWN_OUT": self.own_out, "REGISTERS": registers, "FETCH": fetch, "GROUPS": tiles.groups,
             "DILATED": max(rule.dilation) > 1, "num_warps": 4, "maxnreg": start,
+            "launch_pdl": _can_overlap(),
         }  # fmt: skip
         numbers = (
             *numbers, *plan.groups, *padded(rule.kernel_size, 1), *padded(rule.stride, 1),
@@ -222,7 +224,18 @@ class Gradient(_Kernel):
 # A program that takes tiles in turn begins the next one while it ends the last, but may get long
 # ones only. So where the longest has that many boxes more than usual, programs take one tile each
 # (measured: hopper-log.md).
-_UNEVEN = 32
+_UNEVEN = 12
+
+
+@lru_cache(maxsize=1)
+def _can_overlap() -> bool:
+    """Whether a kernel may be set up while the one before ends: CUDA graphs can since CUDA 12.3."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return False
+    return version.value >= 12030
 
 
 @lru_cache(maxsize=64)

@@ -14,6 +14,7 @@ from natten.backends.triton import primitives
 
 window = from_triton(primitives.window)
 queries_of = from_triton(primitives.queries_of)
+longest_first = from_triton(primitives.longest_first)
 
 
 @gluon.jit
@@ -85,6 +86,9 @@ class Problem:
         t2, rest = _digit(number, self.tiles[2], self.MODES[2] == UNIT)
         t1, rest = _digit(rest, self.tiles[1], self.MODES[1] == UNIT)
         t0, rest = _digit(rest, self.tiles[0], self.MODES[0] == UNIT)
+        if self.OF_KEYS:
+            SIZE: gl.constexpr = self.TILE[2] * (self.GROUPS if self.SPLIT == 2 else 1)
+            t2 = longest_first(t2, self.tiles[2], self.window[2], SIZE, self.MODES)
         g2, rest = _digit(rest, self.dilation[2], not self.DILATED)
         g1, rest = _digit(rest, self.dilation[1], not self.DILATED)
         g0, rest = _digit(rest, self.dilation[0], not self.DILATED)

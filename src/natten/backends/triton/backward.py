@@ -24,6 +24,7 @@ from natten.backends.triton.primitives import (
     kernel,
     load_rows,
     load_tile,
+    longest_first,
     next_whole_box,
     queries_of,
     row_number,
@@ -257,6 +258,7 @@ def key_kernel(
 
     n0, n1, n2 = group_length(L0, D0, g0), group_length(L1, D1, g1), group_length(L2, D2, g2)
     m2 = group_length(KEYS, D2, g2)
+    t2 = longest_first(t2, T2, K2, TK[2], MODES)
     f0, f1, f2 = t0 * TK[0], t1 * TK[1], t2 * TK[2]
     if (f0 >= n0) | (f1 >= n1) | (f2 >= m2):
         return

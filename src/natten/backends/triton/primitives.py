@@ -97,6 +97,21 @@ def queries_of(p, n, n_keys, k, s, MODE: tl.constexpr):
 
 
 @triton.jit
+def longest_first(t, tiles, k, SIZE: tl.constexpr, MODES: tl.constexpr):
+    """Which tile of keys comes ``t``-th along the last axis, so that no long one starts last.
+
+    In a row of tokens, the keys of half a window at each end are attended by fewer queries than
+    usual, those of the next half by more. So tiles come from both ends inward, and the short ones
+    last. With more axes there are more tiles, and their order matters less.
+    """
+    if MODES[0] == UNIT and MODES[1] == UNIT and (MODES[2] == SLIDING or MODES[2] == STRIDED):
+        short = k // (2 * SIZE) * 2
+        t = tl.where(t < tiles - short, t + short, tiles - 1 - t)
+        t = tl.where(t % 2 == 0, t // 2, tiles - 1 - t // 2)
+    return t
+
+
+@triton.jit
 def coordinates(r, T1: tl.constexpr, T2: tl.constexpr):
     """Position inside a tile ``[.., T1, T2]`` of its row ``r``."""
     return r // (T1 * T2), r // T2 % T1, r % T2

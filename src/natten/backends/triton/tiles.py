@@ -24,8 +24,8 @@ KINDS = ("forward", "query", "key")  # of kernels; the gradients are of the quer
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 # Beside its products, what a visited box and a program cost, in products of 64 x 32 rows with 64
-# channels.
-_BOX, _PROGRAM = 1.0, 3.0
+# channels. The forward of 128 rows shares a box between two groups of warps and little else.
+_BOX, _PROGRAM, _SECOND_GROUP = 1.0, 3.0, 0.6
 
 
 class Tiles(NamedTuple):
@@ -89,7 +89,7 @@ def _limits(kind: str, dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> tup
         return min(32, rows), min(32, cols)
     if kind == "key" and wide == 128:
         return 64, 32
-    if kind == "query" and wide == 128 and gpu.capability == 90:
+    if wide == 128 and gpu.capability == 90:
         return 128, 64
     return rows, cols
 
@@ -226,7 +226,8 @@ def _candidates(
                 stages -= 1
             query, keys = (box, outer) if transposed else (outer, box)
             tiles = Tiles(query, keys, warps, stages)
-            costs[tiles] = visited * (work + _BOX) + programs * _PROGRAM
+            once = _BOX + _SECOND_GROUP * (kind == "forward" and warps == 8)
+            costs[tiles] = visited * (work + once) + programs * _PROGRAM
             if fits(rows, cols, stages):
                 fitting.append(tiles)
     # Where none fits, Triton says how much is missing.
