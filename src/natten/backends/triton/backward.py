@@ -40,34 +40,43 @@ from natten.backends.triton.primitives import (
 )
 
 
-@kernel
-def terms_kernel(
-    out, lse, grad_out, grad_lse, terms, rows,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_LSE: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
+@triton.jit
+def make_terms(
+    out, lse, grad_lse, terms, rows, real, g, dv, DV: tl.constexpr, HAS_GRAD_LSE: tl.constexpr
+):
     """Per query: LSE as an exponent of two, and delta, ``sum(out * grad_out) - grad_lse``.
 
-    All tensors are contiguous. ``terms`` is ``[rows, 4]``, of which two are used: 16 bytes that
-    one thread copies; two tensors ``[rows]`` become one small copy per product and thread.
+    Both are stored, too, in ``terms [rows, 4]``, of which two are used: 16 bytes that one thread
+    copies; two tensors ``[rows]`` become one small copy per product and thread.
     """
-    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
-    real, dv = row < rows, tl.arange(0, BLOCK_DV)
-    o = load_rows(out, row * DV, real, dv, DV).to(tl.float32)
-    g = load_rows(grad_out, row * DV, real, dv, DV).to(tl.float32)
-    delta = tl.sum(o * g, 1)
-    if HAS_LSE:
-        delta -= tl.load(grad_lse + row, mask=real, other=0.0)
-    exponent = tl.load(lse + row, mask=real, other=0.0) * LOG2E
+    o = load_rows(out, rows * DV, real, dv, DV).to(tl.float32)
+    delta = tl.sum(o * g.to(tl.float32), 1)
+    if HAS_GRAD_LSE:
+        delta -= tl.load(grad_lse + rows, mask=real, other=0.0)
+    exponent = tl.load(lse + rows, mask=real, other=0.0) * LOG2E
     # A query that attends nothing gets weights of zero.
     exponent = tl.where(exponent == float("-inf"), float("inf"), exponent)
     column = tl.arange(0, 4)[None, :]
     both = tl.where(column == 0, exponent[:, None], tl.where(column == 1, delta[:, None], 0.0))
-    tl.store(terms + row[:, None] * 4 + column, both, mask=real[:, None])
+    tl.store(terms + rows[:, None] * 4 + column, both, mask=real[:, None])
+    return exponent, delta
+
+
+@kernel
+def terms_kernel(
+    out, lse, grad_out, grad_lse, terms, rows,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """:func:`make_terms` by itself, of contiguous tensors."""
+    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    real, dv = row < rows, tl.arange(0, BLOCK_DV)
+    g = load_rows(grad_out, row * DV, real, dv, DV)
+    make_terms(out, lse, grad_lse, terms, row, real, g, dv, DV, HAS_GRAD_LSE)
 
 
 @triton.jit
 def load_terms(terms, rows, real):
-    """What :func:`terms_kernel` stored, for :func:`exponent_and_delta`."""
+    """What :func:`make_terms` stored, for :func:`exponent_and_delta`."""
     at = rows[:, None] * 4 + tl.arange(0, 4)[None, :]
     return tl.load(terms + at, mask=real[:, None], other=0.0)
 
@@ -101,14 +110,16 @@ def _key_step(dk, dv, q, k, v, g, terms, s, PRECISION: tl.constexpr):
 
 @kernel
 def query_kernel(
-    query, key, value, rpb, extra_key, extra_value, documents, grad_out, terms, grad_query,
+    query, key, value, rpb, extra_key, extra_value, documents, out, lse, grad_out, grad_lse, terms,
+    grad_query,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     L0, L1, L2, KEYS, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, extra, scale,
     MODES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_RPB: tl.constexpr, HAS_EXTRA: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr,
 ):  # fmt: skip
-    """dQ; the arguments are ``forward_kernel``'s."""
+    """dQ, and the terms that the other kernels need; the arguments are ``forward_kernel``'s."""
     M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
     N: tl.constexpr = TK[0] * TK[1] * TK[2]
     pid, t0, t1, t2 = split(tl.program_id(0), T0, T1, T2)
@@ -159,7 +170,7 @@ def query_kernel(
     q = load_rows(query, rows, real, d, D)
     rows = row_number(first, x0, x1, x2, L1, L2, heads, head)
     g = load_rows(grad_out, rows * DV, real, dv, DV)
-    row_lse, row_delta = exponent_and_delta(load_terms(terms, rows, real))
+    row_lse, row_delta = make_terms(out, lse, grad_lse, terms, rows, real, g, dv, DV, HAS_GRAD_LSE)
     c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
     group, dilation = (g0, g1, g2), (D0, D1, D2)
     k_strides, v_strides = (k_0, k_1, k_2), (v_0, v_1, v_2)

@@ -219,14 +219,16 @@ class Plan:
         }
         self.precision = {"PRECISION": "tf32" if tf32 else "ieee"}
 
-    def _tiled(self, kernel: Any, kind: str, heads: int, tail: Sequence[Any]) -> Launch | Trials:
+    def _tiled(
+        self, kernel: Any, kind: str, heads: int, tail: Sequence[Any], **constants: Any
+    ) -> Launch | Trials:
         """A kernel with a program per tile; ``tail``: its numbers after the sizes."""
         problem = (
             kind, self.rule, self.space, self.key_space, self.dim, self.value_dim, self.itemsize,
         )  # fmt: skip
 
         def launch(tiles: tiling.Tiles) -> Launch:
-            return self._launch(kernel, kind, heads, tail, tiles)
+            return self._launch(kernel, kind, heads, tail, tiles, constants)
 
         name, count = tiling.key(*problem), tuning.wanted(backward=kind != "forward")
         if count > 1 and not any(map(any, self.asked[kind])) and tuning.lookup(name) is None:
@@ -236,14 +238,15 @@ class Plan:
         return launch(tiling.choose(*problem, *self.asked[kind]))
 
     def _launch(
-        self, kernel: Any, kind: str, heads: int, tail: Sequence[Any], tiles: tiling.Tiles
-    ) -> Launch:
+        self, kernel: Any, kind: str, heads: int, tail: Sequence[Any], tiles: tiling.Tiles,
+        constants: dict[str, Any],
+    ) -> Launch:  # fmt: skip
         keys = kind == "key"
         outer = tiles.key if keys else tiles.query
         lengths = zip(padded(self.key_space if keys else self.space, 1), self.dilation, outer)
         counts = [math.ceil(math.ceil(length / d) / size) for length, d, size in lengths]
         programs = math.prod(counts) * math.prod(self.dilation) * self.batch * heads
-        constants = {
+        constants = constants | {
             "MODES": self.modes,
             "TQ": tiles.query,
             "TK": tiles.key,
@@ -265,10 +268,13 @@ class Plan:
         return self._tiled(forward_kernel, "forward", self.heads, tail)
 
     @cached_property
-    def query(self) -> Launch | Trials:
-        """dQ."""
+    def query(self) -> dict[bool, Launch | Trials]:
+        """dQ, and terms; by whether there is a gradient of the LSE."""
         tail = (self.heads, self.per_kv, self.extra or 0, self.scale)
-        return self._tiled(query_kernel, "query", self.heads, tail)
+        return {
+            given: self._tiled(query_kernel, "query", self.heads, tail, HAS_GRAD_LSE=given)
+            for given in (False, True)
+        }
 
     @cached_property
     def key(self) -> Launch | Trials:
@@ -278,14 +284,15 @@ class Plan:
 
     @cached_property
     def terms(self) -> dict[bool, Launch]:
-        """What the backward needs per query; by whether there is a gradient of the LSE."""
+        """What the backward needs per query, for kernels that do not make it themselves; by whether
+        there is a gradient of the LSE."""
         constants = {name: self.channels[name] for name in ("DV", "BLOCK_DV")}
         return {
             given: Launch(
                 terms_kernel,
                 (-(-self.rows // 16),),
                 (self.rows,),
-                {"HAS_LSE": given, "M": 16, **constants},
+                {"HAS_GRAD_LSE": given, "M": 16, **constants},
             )
             for given in (False, True)
         }
