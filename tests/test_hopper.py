@@ -244,6 +244,75 @@ def test_unsupported_says_why(change: dict[str, Any], reason: str) -> None:
     assert said is not None and reason in said
 
 
+def test_heads_are_padded_where_that_pays() -> None:
+    def said(dim: int, value_dim: int, window: int, operation: str = "attention") -> str | None:
+        shape, rule = (1, 64, 64, 2, dim), Neighborhood.create(2, window)
+        sizes = {"head_dim": dim, "value_dim": value_dim, "shape": shape, "rule": rule}
+        return hopper.unsupported(PLAIN._replace(operation=operation, **sizes))
+
+    assert said(64, 64, 3) is said(96, 96, 40) is said(48, 48, 40, "gradient") is None
+    assert said(96, 128, 40, "gradient") is said(72, 100, 40, "gradient") is None
+    assert "96 and 96 channels to 128 and 128" in str(said(96, 96, 13))
+    assert "at least 672 tokens" in str(said(64, 96, 13))  # the value's alone
+    assert "like the key's" in str(said(64, 96, 40, "gradient"))
+    assert "like the key's" in str(said(160, 160, 40, "gradient"))
+
+
+class Reference:
+    """A plan whose kernels are the oracle: what they are given must have as many channels."""
+
+    def __init__(
+        self, query: Any, key: Any, value: Any, more: Any, rule: Any, scale: float
+    ) -> None:
+        assert all(x.shape[-1] in tiling.HEADS for x in (query, key, value, *more))
+        self.inputs, self.how = [query, key, value, None, *(more or (None, None))], (rule, scale)
+        self.portable = SimpleNamespace(terms=[self.keep, self.keep])
+
+    def forward(self, *given: Any) -> None:
+        for kept, made in zip(given[-2:], reference.forward(*self.inputs, *self.how)):
+            kept.copy_(made)
+
+    def keep(self, *given: Any) -> None:
+        self.outputs = given[:2]
+
+    def query(self, outer: Any, inner: Any, terms: Any, more: Any, grads: Any) -> None:
+        given = (outer[1], None, *self.inputs, *self.outputs, *self.how)
+        self.grads = reference.backward(*given)
+        grads[0].copy_(self.grads[0])
+
+    def key(self, outer: Any, inner: Any, terms: Any, more: Any, grads: Any) -> None:
+        for kept, made in zip(grads, self.grads[1:3]):
+            kept.copy_(made)
+
+
+@pytest.mark.parametrize("extra", [0, 3])
+@pytest.mark.parametrize(("dim", "value_dim"), [(24, 24), (40, 64), (64, 48), (32, 32)])
+def test_padding_changes_nothing(
+    dim: int, value_dim: int, extra: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[Reference] = []
+    monkeypatch.setattr(
+        hopper, "plan_for", lambda *given: plans.append(Reference(*given)) or plans[-1]
+    )
+    monkeypatch.setattr(hopper.portable, "extra_gradients", lambda found, *_: plans[-1].grads[4:])
+    torch.manual_seed(0)
+    rule = Neighborhood.create(2, 3)
+    shapes = [(1, 6, 5, 4, dim), (1, 6, 5, 2, dim), (1, 6, 5, 2, value_dim)]
+    q, k, v, grad = (torch.randn(s).double() for s in (*shapes, (1, 6, 5, 4, value_dim)))
+    ek, ev = (torch.randn(1, extra, 2, n).double() if extra else None for n in (dim, value_dim))
+    inputs = (q, k, v, None, ek, ev)
+    out, lse = hopper.forward(*inputs, rule, 0.3)
+    expected = reference.forward(*inputs, rule, 0.3)
+    torch.testing.assert_close((out, lse.double()), expected, rtol=1e-6, atol=1e-6)
+    found = hopper.backward(grad, None, *inputs, *expected, rule, 0.3)
+    right = reference.backward(grad, None, *inputs, *expected, rule, 0.3)
+    for name, a, b in zip("qkvbef", found, right):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            torch.testing.assert_close(a, b)
+            assert name not in "qkv" or a.is_contiguous(), name
+
+
 def test_programs_take_tiles_in_turn_unless_some_are_much_longer() -> None:
     def programs(shape: Any, window: Any, kind: str, causal: Any = False) -> int:
         rule = Neighborhood.create(len(shape), window, 1, 1, causal)

@@ -96,7 +96,8 @@ def test_the_short_way_passes_what_triton_passes(
     chain = knobs.runtime.launch_enter_hook
     launch_often(monkeypatch, lambda: None, lambda: chain.add(hook), lambda: chain.remove(hook))
     attention(module, extra)
-    assert len(launched) == 4 * (4 + (extra > 0))
+    kernels = 4 if module is hopper else 3  # one of which makes terms
+    assert len(launched) == 4 * (kernels + (extra > 0))
     for first, short, hooked, again in zip(*(launched[i::4] for i in range(4))):
         assert plain(first) == plain(short) == plain(hooked) == plain(again)
         # Triton always passes its chains of hooks, the short way never: it tells them apart.
@@ -161,5 +162,5 @@ def test_triton_launches_where_its_internals_are_not_known(
         monkeypatch.setattr(nvidia.CudaLauncher, "__init__", init)
     launch_often(monkeypatch, lambda: None)
     attention(portable)
-    assert len(launched) == 8
+    assert len(launched) == 2 * 3
     assert all(args[11] is knobs.runtime.launch_enter_hook for args in launched)

@@ -83,8 +83,8 @@ class Backend:
     missing: Callable[[Problem], str | None]
     operations: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...] | None = None
-    head_dims: Sequence[int] | None = None
-    value_dims: Sequence[int] | None = None
+    head_dims: range | None = None
+    value_dims: range | None = None
     bias: bool = True
     plain: bool = True
     tiles: bool = False
@@ -120,11 +120,11 @@ class Backend:
         return importlib.import_module(f"natten.backends.{self.name}")
 
 
-def describe(dims: Sequence[int] | None) -> str:
+def describe(dims: range | None) -> str:
     """Head dims for people."""
     if dims is None:
         return "any"
-    return f"up to {dims[-1]}" if isinstance(dims, range) else ", ".join(map(str, dims))
+    return f"{dims[0]} to {dims[-1]}"
 
 
 def _without_triton(problem: Problem) -> str | None:
@@ -171,8 +171,8 @@ BACKENDS: tuple[Backend, ...] = (
         _without_hopper,
         ("attention", "gradient"),
         dtypes=_HALF,
-        head_dims=(32, 64, 128, 256),
-        value_dims=(32, 64, 128, 256),
+        head_dims=range(17, 257),
+        value_dims=range(17, 257),
         bias=False,
         plain=False,
         limits=_beyond_hopper,

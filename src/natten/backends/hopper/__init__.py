@@ -8,12 +8,16 @@ whether there is dilation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from natten.backends import Problem, no_gradients
+from natten.backends.hopper import tiles
 from natten.backends.hopper.releases import KNOWN, release
 from natten.neighborhood import Neighborhood, Rule
 
@@ -27,13 +31,25 @@ if release() in KNOWN:
 __all__ = ["backward", "forward", "unsupported"]
 
 
+# Keys of a window per channel that is copied (read or written) for padding: from there on what the
+# portable kernels take longer is more. They take 1 ns longer per 2000 pairs computed for a query
+# (h100-triton.csv, native heads, windows of 169 to 10368 keys); memory moves 2.5 TB/s.
+_PADDED = 1.5
+
+native = lru_cache(tiles.native)
+
+
 def unsupported(problem: Problem) -> str | None:
     """Why these kernels can not run a problem whose dtype and head dims they can, or None."""
     if release() not in KNOWN:
         return f"is checked with Triton {KNOWN}, not with {release()}"
     dims = problem.head_dim, problem.value_dim
-    if problem.operation == "gradient" and (max(dims) > 128 or dims[0] != dims[1]):
-        return "has backward kernels for a head_dim of 32, 64 or 128, the value's like the key's"
+    wide = native(dims[0]), native(dims[1])
+    if problem.operation == "gradient" and (max(wide) > 128 or wide[0] != wide[1]):
+        return (
+            "has backward kernels for heads of 32, 64 or 128 channels or padded to that, the "
+            "value's like the key's"
+        )
     if not 1e-20 < problem.scale < 1e6:
         return "masks scores that are scaled by a positive number of usual size"
     if problem.rule is None:
@@ -41,8 +57,14 @@ def unsupported(problem: Problem) -> str | None:
     shape, dilation = problem.shape, problem.rule.dilation
     if any(n % d for n, d in zip(shape[1:-2], dilation)):
         return f"needs dilations that divide the token layout, {tuple(shape[1:-2])}"
-    if too_wide((*shape[:-1], max(problem.head_dim, problem.value_dim)), dilation):
+    if too_wide((*shape[:-1], max(wide)), dilation):
         return "needs dilation groups that begin within 2^31 elements"
+    least = _PADDED * sum(2 * (dim + more) for dim, more in zip(dims, wide) if dim != more)
+    if math.prod(problem.rule.kernel_size) < least:
+        return (
+            f"would pad heads of {dims[0]} and {dims[1]} channels to {wide[0]} and {wide[1]}, "
+            f"which pays for windows of at least {least:.0f} tokens"
+        )
     return None
 
 
@@ -59,16 +81,17 @@ def forward(
     """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``."""
     assert isinstance(rule, Neighborhood) and rpb is None
     *rows, _ = query.shape
-    out = query.new_empty(*rows, value.shape[-1])
+    channels = value.shape[-1]
+    out = query.new_empty(*rows, native(channels))
     lse = query.new_empty(*rows, dtype=torch.float32)
     if out.numel() == 0:
-        return out, lse
-    query, key, value = [readable(x, rule.dilation) for x in (query, key, value)]
+        return out[..., :channels], lse
+    query, key, value = [readable(_padded(x), rule.dilation) for x in (query, key, value)]
     more = _additional(extra_keys, extra_values)
     found = plan_for(query, key, value, more, rule, scale)
     with on_device(query):
         found.forward(query, key, value, more, out, lse)
-    return out, lse
+    return _narrowed(out, channels), lse
 
 
 def backward(
@@ -89,6 +112,8 @@ def backward(
     assert isinstance(rule, Neighborhood) and rpb is None
     if query.numel() == 0:
         return no_gradients(query, key, value, None, extra_keys, extra_values)
+    channels = [x.shape[-1] for x in (query, key, value)]
+    query, key, value, out, grad_out = [_padded(x) for x in (query, key, value, out, grad_out)]
     grads = [
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
     ]
@@ -106,14 +131,27 @@ def backward(
         found.query((query, grad_out), (key, value), terms, more, grads[:1])
         found.key((key, value), (query, grad_out), terms, (), grads[1:])
         if more:
-            extra = portable.extra_gradients(found.portable, query, *more, grad_out, terms)
+            both = portable.extra_gradients(found.portable, query, *more, grad_out, terms)
+            extra = [_narrowed(x, n) for x, n in zip(both, channels[1:])]
         else:  # not there, or empty
             extra = no_gradients(extra_keys, extra_values)
-    return (*grads, None, *extra)
+    return (*(_narrowed(x, n) for x, n in zip(grads, channels)), None, *extra)
 
 
 def _additional(keys: Tensor | None, values: Tensor | None) -> tuple[Tensor, ...]:
     """Additional keys and values, if there are any."""
     if keys is None or values is None or keys.shape[1] == 0:
         return ()
+    keys, values = _padded(keys), _padded(values)
     return readable(keys.contiguous(), (1,)), readable(values.contiguous(), (1,))
+
+
+def _padded(x: Tensor) -> Tensor:
+    """``x`` with zeros after its channels, as many as kernels have."""
+    missing = native(x.shape[-1]) - x.shape[-1]
+    return pad(x, (0, missing)) if missing else x
+
+
+def _narrowed(x: Tensor, channels: int) -> Tensor:
+    """The first channels of what kernels made of padded tensors."""
+    return x if x.shape[-1] == channels else x[..., :channels].contiguous()

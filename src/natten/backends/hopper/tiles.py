@@ -20,6 +20,7 @@ from natten.tiling import padded, reach
 Shape = tuple[int, ...]
 KINDS = ("forward", "query", "key")  # the last two make the gradients of these
 ROWS = 64  # tokens of a warpgroup
+HEADS = (32, 64, 128, 256)  # channels that there are kernels for
 _SHARED = 227 * 1024  # bytes a program may have
 
 NONE, COMPARE, PRODUCT = range(3)  # kinds of masks, as in the kernels
@@ -37,6 +38,11 @@ class Tiles(NamedTuple):
     groups: int  # of warps with tiles
     programs: int  # at once on a multiprocessor
     stages: int
+
+
+def native(channels: int) -> int:
+    """Channels of the kernels that run heads of so many, padded with zeros."""
+    return next(each for each in HEADS if each >= channels)
 
 
 class Work(NamedTuple):
@@ -58,6 +64,7 @@ class Work(NamedTuple):
 
 def work(kind: str, dim: int, value_dim: int) -> Work:
     """Of a kind of kernel; gradients need equal dims. With queries come 16 bytes of terms."""
+    dim, value_dim = native(dim), native(value_dim)
     both = dim + value_dim
     if kind == "forward":
         columns: Shape = (64, 32) if max(dim, value_dim) > 128 else (128, 64)
@@ -238,7 +245,8 @@ def key(
     kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int
 ) -> str:
     """The name of a problem in :mod:`natten.tuning`."""
-    return f"hopper-{kind}-{'x'.join(map(str, shape))}-{rule}-{dim}-{value_dim}"
+    dims = f"{native(dim)}-{native(value_dim)}"
+    return f"hopper-{kind}-{'x'.join(map(str, shape))}-{rule}-{dims}"
 
 
 @tuning.cached
