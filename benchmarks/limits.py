@@ -1,9 +1,11 @@
 """How busy each kernel of the table's cases keeps what may limit it, by Nsight Compute.
 
     ncu --csv --page raw --section SpeedOfLight --section ComputeWorkloadAnalysis \\
-        --section MemoryWorkloadAnalysis -k regex:"forward_kernel|pass_kernel" \\
+        --section MemoryWorkloadAnalysis -k regex:"(forward|pass|query|key)_kernel" \\
         python benchmarks/limits.py > ncu.csv              # runs every case once
     python benchmarks/limits.py --from ncu.csv --about "NVIDIA H100, ..."  # results/limits/h100.csv
+
+With --backend triton in the first, and --out in the second, the portable kernels are examined.
 
 Large cases run with four heads, which changes how long kernels take, not what they wait for.
 """
@@ -56,7 +58,7 @@ def read() -> list[Limit]:
         return [Limit(**row) for row in csv.DictReader(file)]
 
 
-def run(names: list[str]) -> None:
+def run(names: list[str], backend: str | None) -> None:
     """A training step of each case."""
     for name in names:
         case = CASES["cuda"][name]
@@ -69,7 +71,7 @@ def run(names: list[str]) -> None:
             for _ in range(3)
         )
         out = neighborhood_attention_generic(
-            q, k, v, rule.kernel_size, rule.stride, rule.dilation, rule.is_causal
+            q, k, v, rule.kernel_size, rule.stride, rule.dilation, rule.is_causal, backend=backend
         )
         out.backward(torch.randn_like(out))
         torch.cuda.synchronize()
@@ -95,14 +97,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", default=",".join(NAMES), help="comma-separated")
+    parser.add_argument("--backend", help="one of ours, instead of the default")
     parser.add_argument("--from", dest="source", type=Path, help="what ncu printed")
+    parser.add_argument("--out", type=Path, default=RESULT, help="what to write")
     parser.add_argument("--about", default="", help="device and versions")
     args = parser.parse_args()
     names = args.cases.split(",")
     if args.source is None:
-        run(names)
+        run(names, args.backend)
         return
-    with RESULT.open("w", newline="") as file:
+    with args.out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Limit._fields)
         writer.writerows(parse(args.source, names, args.about))
