@@ -62,7 +62,7 @@ def kinds(backend: str) -> list[Kind]:
     dims = [(32, 32), (64, 64), (128, 128), (24, 24), (96, 96), (7, 40), (256, 64), (1, 512)]
     operations = ["fused"] * 5 + ["dense", "packed", "unfused"]
     if backend == "hopper":
-        dims = [(32, 32), (64, 64), (128, 128), (48, 48), (96, 96), (256, 256), (32, 128)]
+        dims = [(32, 32), (64, 64), (128, 128), (48, 48), (96, 72), (256, 256), (32, 128)]
         dtypes, operations = dtypes[:2], ["fused"]
     found = []
     for i, (dim, value_dim) in zip(range(64), itertools.cycle(dims)):
@@ -187,7 +187,7 @@ def check(kind: Kind, rng: random.Random) -> dict[str, float]:
         )  # fmt: skip
     found, found_lse = module.forward(*inputs, rule_, scale, **options)
     errors = {"out": ratio(out, found), "lse": ratio(lse, found_lse)}
-    if BACKEND == "hopper" and (kind.dim > 128 or kind.dim != kind.value_dim):
+    if BACKEND == "hopper" and (kind.dim > 128 or kind.value_dim == 4 * kind.dim):
         return errors  # another backend's backward
     found_grads = module.backward(
         grad_out, grad_lse, *inputs, found, found_lse, rule_, scale, **options

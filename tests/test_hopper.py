@@ -7,6 +7,7 @@ import importlib
 import itertools
 import math
 import pathlib
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -245,17 +246,28 @@ def test_unsupported_says_why(change: dict[str, Any], reason: str) -> None:
 
 
 def test_heads_are_padded_where_that_pays() -> None:
-    def said(dim: int, value_dim: int, window: int, operation: str = "attention") -> str | None:
-        shape, rule = (1, 64, 64, 2, dim), Neighborhood.create(2, window)
+    def said(
+        dim: int, value_dim: int, window: int | None, operation: str = "attention", batch: int = 9
+    ) -> str | None:
+        rule = None if window is None else Neighborhood.create(2, window)
+        shape = (batch, 64, 64, 20, dim)
         sizes = {"head_dim": dim, "value_dim": value_dim, "shape": shape, "rule": rule}
         return hopper.unsupported(PLAIN._replace(operation=operation, **sizes))
 
     assert said(64, 64, 3) is said(96, 96, 40) is said(48, 48, 40, "gradient") is None
     assert said(96, 128, 40, "gradient") is said(72, 100, 40, "gradient") is None
-    assert "96 and 96 channels to 128 and 128" in str(said(96, 96, 13))
-    assert "at least 672 tokens" in str(said(64, 96, 13))  # the value's alone
+    assert "pads heads of 96 and 96 channels for windows of at least 1480 tok" in str(
+        said(96, 96, 38)
+    )
+    assert "pads heads of 96 channels for windows of at least 808" in str(said(64, 96, 13))
+    assert "at least 2565" in str(said(96, 96, 40, batch=1))  # few queries
+    assert "large windows only" in str(said(96, 96, None))
     assert "like the key's" in str(said(64, 96, 40, "gradient"))
     assert "like the key's" in str(said(160, 160, 40, "gradient"))
+    change = {"head_dim": 96, "value_dim": 96, "rule": Neighborhood.create(2, 64, 1, (64, 1))}
+    for heads, reason in ((10, "None"), (20, "2^31")):  # only with 128 channels
+        shape = (1, 2**12, 2**14, heads, 96)
+        assert reason in str(hopper.unsupported(PLAIN._replace(shape=shape, **change)))
 
 
 class Reference:
@@ -266,7 +278,7 @@ class Reference:
     ) -> None:
         assert all(x.shape[-1] in tiling.HEADS for x in (query, key, value, *more))
         self.inputs, self.how = [query, key, value, None, *(more or (None, None))], (rule, scale)
-        self.portable = SimpleNamespace(terms=[self.keep, self.keep])
+        self.portable, self.terms = None, [self.keep, self.keep]
 
     def forward(self, *given: Any) -> None:
         for kept, made in zip(given[-2:], reference.forward(*self.inputs, *self.how)):
@@ -311,6 +323,9 @@ def test_padding_changes_nothing(
         if a is not None:
             torch.testing.assert_close(a, b)
             assert name not in "qkv" or a.is_contiguous(), name
+    nothing = [x[:0] for x in (q, k, v)]
+    empty, _ = hopper.forward(*nothing, None, None, None, rule, 0.3)
+    assert out.is_contiguous() and empty.stride() == nothing[0].new_empty(empty.shape).stride()
 
 
 def test_programs_take_tiles_in_turn_unless_some_are_much_longer() -> None:
@@ -389,7 +404,15 @@ def test_products_and_copies_are_asynchronous(monkeypatch: pytest.MonkeyPatch) -
     for each in compiled.compile_calls(target, shared, compiled.call_hopper, variants):
         if each.name != "terms":
             assert "wgmma.mma_async" in each.asm["ptx"] and not each.serialised
-            assert each.asm["ptx"].count("cp.async.bulk.tensor") >= 4
+            code = each.asm["ptx"]
+            assert code.count("cp.async.bulk.tensor") >= 4
+            # Both warps that fetch wait for the kernel before, and first of all.
+            fetches = [
+                m.start() for m in re.finditer("cp.async.bulk.tensor.*shared::cluster.glo", code)
+            ]
+            waits = [m.start() for m in re.finditer("griddepcontrol.wait", code)]
+            assert len(waits) == 2 and code.count("griddepcontrol.launch_dependents") == 1
+            assert waits[0] < fetches[0] and any(waits[0] < at < waits[1] for at in fetches)
 
 
 # heads, heads of keys, head dim, value dim, additional tokens, dtype

@@ -244,7 +244,7 @@ class Layer:
         return Sized(queries, keys, device.masking)
 
     def _suits_hopper(self) -> bool:
-        """Whether the backend has kernels for this layer; else the Triton kernels run it."""
+        """Whether the backend has kernels for this layer as it is."""
         divides = all(n % d == 0 for n, d in zip(self.shape, self.dilation))
         return self.itemsize == 2 and divides and self.head_dim in HEADS
 

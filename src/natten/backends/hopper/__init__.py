@@ -8,17 +8,15 @@ whether there is dilation.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from natten.backends import Problem, no_gradients
-from natten.backends.hopper import tiles
+from natten.backends.hopper import padding
 from natten.backends.hopper.releases import KNOWN, release
+from natten.backends.hopper.tiles import native
 from natten.neighborhood import Neighborhood, Rule
 
 # The simulator reads this package's tiles, also where there is no Triton, or one without Gluon.
@@ -29,14 +27,6 @@ if release() in KNOWN:
     from natten.backends.triton.plan import contiguous, on_device
 
 __all__ = ["backward", "forward", "unsupported"]
-
-
-# Keys of a window per channel that is copied (read or written) for padding: from there on what the
-# portable kernels take longer is more. They take 1 ns longer per 2000 pairs computed for a query
-# (h100-triton.csv, native heads, windows of 169 to 10368 keys); memory moves 2.5 TB/s.
-_PADDED = 1.5
-
-native = lru_cache(tiles.native)
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -53,19 +43,13 @@ def unsupported(problem: Problem) -> str | None:
     if not 1e-20 < problem.scale < 1e6:
         return "masks scores that are scaled by a positive number of usual size"
     if problem.rule is None:
-        return None
+        return padding.too_small(problem)
     shape, dilation = problem.shape, problem.rule.dilation
     if any(n % d for n, d in zip(shape[1:-2], dilation)):
         return f"needs dilations that divide the token layout, {tuple(shape[1:-2])}"
     if too_wide((*shape[:-1], max(wide)), dilation):
         return "needs dilation groups that begin within 2^31 elements"
-    least = _PADDED * sum(2 * (dim + more) for dim, more in zip(dims, wide) if dim != more)
-    if math.prod(problem.rule.kernel_size) < least:
-        return (
-            f"would pad heads of {dims[0]} and {dims[1]} channels to {wide[0]} and {wide[1]}, "
-            f"which pays for windows of at least {least:.0f} tokens"
-        )
-    return None
+    return padding.too_small(problem)
 
 
 def forward(
@@ -80,18 +64,20 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``."""
     assert isinstance(rule, Neighborhood) and rpb is None
+    if not padding.is_native(query, value):
+        inputs = (query, key, value, rpb, extra_keys, extra_values)
+        return padding.forward(forward, inputs, rule, scale)
     *rows, _ = query.shape
-    channels = value.shape[-1]
-    out = query.new_empty(*rows, native(channels))
+    out = query.new_empty(*rows, value.shape[-1])
     lse = query.new_empty(*rows, dtype=torch.float32)
     if out.numel() == 0:
-        return out[..., :channels], lse
-    query, key, value = [readable(_padded(x), rule.dilation) for x in (query, key, value)]
+        return out, lse
+    query, key, value = [readable(x, rule.dilation) for x in (query, key, value)]
     more = _additional(extra_keys, extra_values)
     found = plan_for(query, key, value, more, rule, scale)
     with on_device(query):
         found.forward(query, key, value, more, out, lse)
-    return _narrowed(out, channels), lse
+    return out, lse
 
 
 def backward(
@@ -112,8 +98,9 @@ def backward(
     assert isinstance(rule, Neighborhood) and rpb is None
     if query.numel() == 0:
         return no_gradients(query, key, value, None, extra_keys, extra_values)
-    channels = [x.shape[-1] for x in (query, key, value)]
-    query, key, value, out, grad_out = [_padded(x) for x in (query, key, value, out, grad_out)]
+    if not padding.is_native(query, value):
+        inputs = (query, key, value, rpb, extra_keys, extra_values)
+        return padding.backward(backward, grad_out, grad_lse, inputs, out, lse, rule, scale)
     grads = [
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
     ]
@@ -125,33 +112,20 @@ def backward(
     found = plan_for(query, key, value, more, rule, scale)
     extra: Iterable[Tensor | None]
     with on_device(query):
-        found.portable.terms[grad_lse is not None](
+        found.terms[grad_lse is not None](
             out.contiguous(), lse.contiguous(), grad_out, given, terms
         )
         found.query((query, grad_out), (key, value), terms, more, grads[:1])
         found.key((key, value), (query, grad_out), terms, (), grads[1:])
         if more:
-            both = portable.extra_gradients(found.portable, query, *more, grad_out, terms)
-            extra = [_narrowed(x, n) for x, n in zip(both, channels[1:])]
+            extra = portable.extra_gradients(found.portable, query, *more, grad_out, terms)
         else:  # not there, or empty
             extra = no_gradients(extra_keys, extra_values)
-    return (*(_narrowed(x, n) for x, n in zip(grads, channels)), None, *extra)
+    return (*grads, None, *extra)
 
 
 def _additional(keys: Tensor | None, values: Tensor | None) -> tuple[Tensor, ...]:
     """Additional keys and values, if there are any."""
     if keys is None or values is None or keys.shape[1] == 0:
         return ()
-    keys, values = _padded(keys), _padded(values)
     return readable(keys.contiguous(), (1,)), readable(values.contiguous(), (1,))
-
-
-def _padded(x: Tensor) -> Tensor:
-    """``x`` with zeros after its channels, as many as kernels have."""
-    missing = native(x.shape[-1]) - x.shape[-1]
-    return pad(x, (0, missing)) if missing else x
-
-
-def _narrowed(x: Tensor, channels: int) -> Tensor:
-    """The first channels of what kernels made of padded tensors."""
-    return x if x.shape[-1] == channels else x[..., :channels].contiguous()

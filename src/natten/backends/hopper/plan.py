@@ -18,6 +18,7 @@ from natten.backends.hopper.backward import pass_kernel
 from natten.backends.hopper.descriptors import Boxes, View, box_layout, contiguous, view
 from natten.backends.hopper.forward import forward_kernel
 from natten.backends.hopper.gluon_names import gl
+from natten.backends.hopper.terms import terms_kernel
 from natten.backends.triton import plan as portable
 from natten.backends.triton.plan import Trials, modes, padded
 from natten.neighborhood import Neighborhood
@@ -78,8 +79,20 @@ class Plan:
         return self._tiled("key", partial(Gradient, self, "key"))
 
     @cached_property
+    def terms(self) -> dict[bool, portable.Launch]:
+        """What the passes need per query; by whether the LSE has a gradient, too."""
+        rows, dim = self.batch * math.prod(self.space) * self.heads, self.value_dim
+        constants = {"DV": dim, "BLOCK_DV": dim, "M": 16}
+        return {
+            given: portable.Launch(
+                terms_kernel, (-(-rows // 16),), (rows,), constants | {"HAS_GRAD_LSE": given}
+            )
+            for given in (False, True)
+        }
+
+    @cached_property
     def portable(self) -> portable.Plan:
-        """The portable backend's: terms, and what every query reaches, are as there."""
+        """The portable backend's: what every query reaches is as there."""
         return portable.Plan(
             self.rule, self.scale, self.device, self.dtype, self.shapes, self.strides,
             None, self.extra or None, None, (), False,

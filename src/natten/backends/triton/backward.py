@@ -62,18 +62,6 @@ def make_terms(
     return exponent, delta
 
 
-@kernel
-def terms_kernel(
-    out, lse, grad_out, grad_lse, terms, rows,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
-    """:func:`make_terms` by itself, of contiguous tensors."""
-    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
-    real, dv = row < rows, tl.arange(0, BLOCK_DV)
-    g = load_rows(grad_out, row * DV, real, dv, DV)
-    make_terms(out, lse, grad_lse, terms, row, real, g, dv, DV, HAS_GRAD_LSE)
-
-
 @triton.jit
 def load_terms(terms, rows, real):
     """What :func:`make_terms` stored, for :func:`exponent_and_delta`."""

@@ -25,7 +25,6 @@ from natten.backends.triton.backward import (
     extra_kernel,
     key_kernel,
     query_kernel,
-    terms_kernel,
 )
 from natten.backends.triton.forward import forward_kernel
 from natten.backends.triton.launching import Launcher, described, launcher
@@ -191,7 +190,6 @@ class Plan:
         query, key, value = shapes
         self.rule, self.scale, self.device = rule, scale, device
         self.itemsize, self.packed = dtype.itemsize, packed is not None
-        self.rows = math.prod(query[:-1])
         own = query[0], tuple(query[1:-2]), tuple(key[1:-2])
         self.batch, self.space, self.key_space = packed or own
         self.shape = padded(self.space, 1)
@@ -268,34 +266,24 @@ class Plan:
         return self._tiled(forward_kernel, "forward", self.heads, tail)
 
     @cached_property
-    def query(self) -> dict[bool, Launch | Trials]:
-        """dQ, and terms; by whether there is a gradient of the LSE."""
+    def query(self) -> Launch | Trials:
+        """dQ, and terms."""
+        return self._query(False)
+
+    @cached_property
+    def query_of_both(self) -> Launch | Trials:
+        """As :attr:`query`, where the LSE has a gradient, too."""
+        return self._query(True)
+
+    def _query(self, has_grad_lse: bool) -> Launch | Trials:
         tail = (self.heads, self.per_kv, self.extra or 0, self.scale)
-        return {
-            given: self._tiled(query_kernel, "query", self.heads, tail, HAS_GRAD_LSE=given)
-            for given in (False, True)
-        }
+        return self._tiled(query_kernel, "query", self.heads, tail, HAS_GRAD_LSE=has_grad_lse)
 
     @cached_property
     def key(self) -> Launch | Trials:
         """dK and dV."""
         tail = (self.kv_heads, self.per_kv, self.scale)
         return self._tiled(key_kernel, "key", self.kv_heads, tail)
-
-    @cached_property
-    def terms(self) -> dict[bool, Launch]:
-        """What the backward needs per query, for kernels that do not make it themselves; by whether
-        there is a gradient of the LSE."""
-        constants = {name: self.channels[name] for name in ("DV", "BLOCK_DV")}
-        return {
-            given: Launch(
-                terms_kernel,
-                (-(-self.rows // 16),),
-                (self.rows,),
-                {"HAS_GRAD_LSE": given, "M": 16, **constants},
-            )
-            for given in (False, True)
-        }
 
     @cached_property
     def extra_tokens(self) -> tuple[int, Launch]:

@@ -24,7 +24,7 @@ KINDS = ("forward", "query", "key")  # of kernels; the gradients are of the quer
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 # Beside its products, what a visited box and a program cost, in products of 64 x 32 rows with 64
-# channels. The forward of 128 rows shares a box between two groups of warps and little else.
+# channels. A box of the forward costs more where two groups of warps wait for it.
 _BOX, _PROGRAM, _SECOND_GROUP = 1.0, 3.0, 0.6
 
 
