@@ -13,9 +13,9 @@ from natten.backends import Problem
 from natten.backends.hopper.tiles import HEADS, native
 
 # Keys of a window per channel that is copied (read or written), from which on the portable kernels
-# take longer than the copies: 1 ns more for 2000 pairs computed for a query (h100-triton.csv, native
-# heads of 64 and 128), and memory moves 2.5 TB/s. And the pairs of all queries in whose time, 50 us,
-# the copies are launched.
+# take longer than the copies: 1 ns more for 2000 pairs computed for a query (h100-triton.csv,
+# native heads of 64 and 128), and memory moves 2.5 TB/s. And the pairs of all queries in whose
+# time, 50 us, the copies are launched.
 _KEYS, _PAIRS = 1.5, 1e8
 
 
