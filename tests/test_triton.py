@@ -177,6 +177,14 @@ assert "float64" in backends.explain(q.double())
 assert "head_dim 1 to 256" in backends.explain(torch.zeros(1, 9, 1, 300))
 out = natten.na1d(q, q, q, 3)
 assert torch.allclose(out, natten.na1d(q, q, q, 3, backend="reference"), atol=1e-6)
+rpb = torch.randn(1, 5)
+for scale in (0.0, -2.0, 1e-6, 30.0):  # the product starts from the bias over the scale
+    problem = backends.Problem("attention", q.device, q.dtype, 4, 4, scale=scale, bias=True)
+    reason = next(x for x in backends.BACKENDS if x.name == "triton").unsupported(problem)
+    assert ("divides a bias" in str(reason)) == (scale == 0.0)
+    out = natten.na1d(q, q, q, 3, scale=scale, rpb=rpb)
+    right = natten.na1d(q, q, q, 3, scale=scale, rpb=rpb, backend="reference")
+    assert torch.allclose(out, right, atol=1e-5), scale
 print("done")
 """
     assert "done" in interpreted(code)

@@ -156,6 +156,12 @@ def _beyond_hopper(problem: Problem) -> str | None:
     return importlib.import_module("natten.backends.hopper").unsupported(problem)
 
 
+def _beyond_triton(problem: Problem) -> str | None:
+    if problem.bias and abs(problem.scale) < 1e-20:
+        return "divides a bias by the scale, which must not be that small"
+    return None
+
+
 def _nothing_missing(problem: Problem) -> str | None:
     return None
 
@@ -186,6 +192,7 @@ BACKENDS: tuple[Backend, ...] = (
         head_dims=range(1, 257),
         value_dims=range(1, 513),
         tiles=True,
+        limits=_beyond_triton,
     ),
     Backend("tiled", "every device of PyTorch", _nothing_missing, _EVERYWHERE),
     Backend("reference", "every device of PyTorch", _nothing_missing, _EVERYWHERE),

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from natten.backends.triton.primitives import (
     LOG2E,
-    bias_offset,
+    bias_place,
     box_offset,
     coordinates,
     count_boxes,
@@ -22,12 +22,14 @@ from natten.backends.triton.primitives import (
     hidden,
     inside,
     kernel,
+    load_bias,
     load_rows,
     load_tile,
     longest_first,
     next_whole_box,
     queries_of,
     row_number,
+    scores,
     split,
     store_rows,
     straddling_box,
@@ -162,6 +164,8 @@ def query_kernel(
     c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
     group, dilation = (g0, g1, g2), (D0, D1, D2)
     k_strides, v_strides = (k_0, k_1, k_2), (v_0, v_1, v_2)
+    if HAS_RPB:
+        own_places = bias_place(i0, i1, i2, (K0, K1, K2))
     k_box = within_box(c0, c1, c2, dilation, k_strides, ALIGN)
     v_box = within_box(c0, c1, c2, dilation, v_strides, ALIGN)
 
@@ -198,16 +202,13 @@ def query_kernel(
                 v_at = box_offset(v_start, a0, a1, a2, group, dilation, v_strides, MODES, ALIGN)
                 k = load_rows(key + k_at, k_box, present, d, D)
                 v = load_rows(value + v_at, v_box, present, dv, DV)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+            bias = 0.0
+            if HAS_RPB:
+                places = bias_place(a0 + c0, a1 + c1, a2 + c2, (K0, K1, K2))
+                bias = load_bias(rpb, places[None, :] - own_places[:, None], (K0, K1, K2), head)
+            s = scores(q, k, bias, scale, HAS_RPB, PRECISION)
             if not WHOLE:
                 s += hidden(a0, a1, a2, (s0, s1, s2), (e0, e1, e2), TK, MODES)
-            if HAS_RPB:
-                at = bias_offset(
-                    (a0 + c0)[None, :] - i0[:, None], (a1 + c1)[None, :] - i1[:, None],
-                    (a2 + c2)[None, :] - i2[:, None], (K0, K1, K2), head,
-                )  # fmt: skip
-                seen = s > float("-inf")  # false for NaN too
-                s += tl.load(rpb + at, mask=seen, other=0.0).to(tl.float32) * LOG2E
             acc = _query_step(acc, q, k, v, g, row_lse, row_delta, s, PRECISION)
 
     if HAS_EXTRA:
@@ -291,6 +292,8 @@ def key_kernel(
     q_box = within_box(r0, r1, r2, dilation, q_strides, ALIGN)
     row_strides = L1.to(tl.int64) * L2 * heads, L2.to(tl.int64) * heads, heads
     row_box = within_box(r0, r1, r2, dilation, row_strides, 1)
+    if HAS_RPB:
+        own_places = bias_place(p0, p1, p2, (K0, K1, K2))
 
     dk_acc = tl.zeros([N, BLOCK_D], dtype=tl.float32)
     dv_acc = tl.zeros([N, BLOCK_DV], dtype=tl.float32)
@@ -336,16 +339,13 @@ def key_kernel(
                     q = load_rows(query + q_at, q_box, real, d, D)
                     g = load_rows(grad_out + row * DV, row_box * DV, real, dv, DV)
                     row_terms = load_terms(terms + row * 4, row_box, real)
-                s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
+                bias = 0.0
+                if HAS_RPB:
+                    places = bias_place(a0 + r0, a1 + r1, a2 + r2, (K0, K1, K2))
+                    bias = load_bias(rpb, own_places[:, None] - places[None, :], (K0, K1, K2), head)
+                s = scores(k, q, bias, scale, HAS_RPB, PRECISION)
                 if not WHOLE:
                     s += hidden(a0, a1, a2, (s0, s1, s2), (e0, e1, e2), TQ, MODES)
-                if HAS_RPB:
-                    at = bias_offset(
-                        p0[:, None] - (a0 + r0)[None, :], p1[:, None] - (a1 + r1)[None, :],
-                        p2[:, None] - (a2 + r2)[None, :], (K0, K1, K2), head,
-                    )  # fmt: skip
-                    seen = s > float("-inf")  # false for NaN too
-                    s += tl.load(rpb + at, mask=seen, other=0.0).to(tl.float32) * LOG2E
                 dk_acc, dv_acc = _key_step(dk_acc, dv_acc, q, k, v, g, row_terms, s, PRECISION)
 
     cols = row_number(key_first, y0, y1, y2, L1, KEYS, kv_heads, kv_head)

@@ -8,7 +8,7 @@ import triton.language as tl
 from natten.backends.triton.primitives import (
     LN2,
     LOG2E,
-    bias_offset,
+    bias_place,
     box_offset,
     coordinates,
     count_boxes,
@@ -16,10 +16,12 @@ from natten.backends.triton.primitives import (
     group_length,
     hidden,
     kernel,
+    load_bias,
     load_rows,
     load_tile,
     next_whole_box,
     row_number,
+    scores,
     split,
     store_rows,
     straddling_box,
@@ -109,6 +111,8 @@ def forward_kernel(
     c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
     group, dilation = (g0, g1, g2), (D0, D1, D2)
     k_strides, v_strides = (k_0, k_1, k_2), (v_0, v_1, v_2)
+    if HAS_RPB:
+        own_places = bias_place(i0, i1, i2, (K0, K1, K2))
     k_box = within_box(c0, c1, c2, dilation, k_strides, ALIGN)
     v_box = within_box(c0, c1, c2, dilation, v_strides, ALIGN)
 
@@ -147,16 +151,13 @@ def forward_kernel(
                 v_at = box_offset(v_start, a0, a1, a2, group, dilation, v_strides, MODES, ALIGN)
                 k = load_rows(key + k_at, k_box, present, d, D)
                 v = load_rows(value + v_at, v_box, present, dv, DV)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+            bias = 0.0
+            if HAS_RPB:
+                places = bias_place(a0 + c0, a1 + c1, a2 + c2, (K0, K1, K2))
+                bias = load_bias(rpb, places[None, :] - own_places[:, None], (K0, K1, K2), head)
+            s = scores(q, k, bias, scale, HAS_RPB, PRECISION)
             if not WHOLE:
                 s += hidden(a0, a1, a2, (s0, s1, s2), (e0, e1, e2), TK, MODES)
-            if HAS_RPB:
-                at = bias_offset(
-                    (a0 + c0)[None, :] - i0[:, None], (a1 + c1)[None, :] - i1[:, None],
-                    (a2 + c2)[None, :] - i2[:, None], (K0, K1, K2), head,
-                )  # fmt: skip
-                seen = s > float("-inf")  # false for NaN too
-                s += tl.load(rpb + at, mask=seen, other=0.0).to(tl.float32) * LOG2E
             acc, top, total = _accumulate(acc, top, total, s, v, PRECISION)
 
     if HAS_EXTRA:

@@ -205,6 +205,37 @@ def bias_offset(o0, o1, o2, kernel_size, head):
 
 
 @triton.jit
+def bias_place(x0, x1, x2, kernel_size):
+    """Number of a position in ``rpb``'s layout: two differ by where the bias is from the middle.
+
+    Numbers may wrap around in 32 bits; their differences do not.
+    """
+    return (x0 * (2 * kernel_size[1] - 1) + x1) * (2 * kernel_size[2] - 1) + x2
+
+
+@triton.jit
+def load_bias(rpb, at, kernel_size, head):
+    """Biases of a head, ``at`` from its middle; any of the head's for what is not attended."""
+    half = bias_offset(0, 0, 0, kernel_size, 0)
+    middle = rpb + bias_offset(0, 0, 0, kernel_size, head)
+    return tl.load(middle + at, mask=(at >= -half) & (at <= half), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def scores(a, b, bias, scale, HAS_RPB: tl.constexpr, PRECISION: tl.constexpr):
+    """Exponents of two: ``a`` times ``b`` transposed, scaled, and the bias.
+
+    The product starts from the bias. Added later, it has Triton compute the softmax in the layout
+    of the load, too.
+    """
+    if HAS_RPB:
+        s = tl.dot(a, tl.trans(b), bias * (1.0 / scale), input_precision=PRECISION)
+    else:
+        s = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    return s * (scale * LOG2E)
+
+
+@triton.jit
 def split(pid, n0, n1, n2):
     """Program id to (rest, index of each axis); the last axis runs fastest."""
     i2 = pid % n2
