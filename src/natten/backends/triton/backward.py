@@ -205,7 +205,8 @@ def query_kernel(
             bias = 0.0
             if HAS_RPB:
                 places = bias_place(a0 + c0, a1 + c1, a2 + c2, (K0, K1, K2))
-                bias = load_bias(rpb, places[None, :] - own_places[:, None], (K0, K1, K2), head)
+                at = places[None, :] - own_places[:, None]
+                bias = load_bias(rpb, at, (K0, K1, K2), head, WHOLE)
             s = scores(q, k, bias, scale, HAS_RPB, PRECISION)
             if not WHOLE:
                 s += hidden(a0, a1, a2, (s0, s1, s2), (e0, e1, e2), TK, MODES)
@@ -342,7 +343,8 @@ def key_kernel(
                 bias = 0.0
                 if HAS_RPB:
                     places = bias_place(a0 + r0, a1 + r1, a2 + r2, (K0, K1, K2))
-                    bias = load_bias(rpb, own_places[:, None] - places[None, :], (K0, K1, K2), head)
+                    at = own_places[:, None] - places[None, :]
+                    bias = load_bias(rpb, at, (K0, K1, K2), head, WHOLE)
                 s = scores(k, q, bias, scale, HAS_RPB, PRECISION)
                 if not WHOLE:
                     s += hidden(a0, a1, a2, (s0, s1, s2), (e0, e1, e2), TQ, MODES)

@@ -154,7 +154,8 @@ def forward_kernel(
             bias = 0.0
             if HAS_RPB:
                 places = bias_place(a0 + c0, a1 + c1, a2 + c2, (K0, K1, K2))
-                bias = load_bias(rpb, places[None, :] - own_places[:, None], (K0, K1, K2), head)
+                at = places[None, :] - own_places[:, None]
+                bias = load_bias(rpb, at, (K0, K1, K2), head, WHOLE)
             s = scores(q, k, bias, scale, HAS_RPB, PRECISION)
             if not WHOLE:
                 s += hidden(a0, a1, a2, (s0, s1, s2), (e0, e1, e2), TK, MODES)

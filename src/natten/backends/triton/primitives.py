@@ -214,11 +214,15 @@ def bias_place(x0, x1, x2, kernel_size):
 
 
 @triton.jit
-def load_bias(rpb, at, kernel_size, head):
-    """Biases of a head, ``at`` from its middle; any of the head's for what is not attended."""
-    half = bias_offset(0, 0, 0, kernel_size, 0)
+def load_bias(rpb, at, kernel_size, head, WHOLE: tl.constexpr):
+    """Biases of a head, ``at`` from its middle; any for pairs that are not attended."""
     middle = rpb + bias_offset(0, 0, 0, kernel_size, head)
-    return tl.load(middle + at, mask=(at >= -half) & (at <= half), other=0.0).to(tl.float32)
+    if WHOLE:
+        bias = tl.load(middle + at)
+    else:
+        half = bias_offset(0, 0, 0, kernel_size, 0)
+        bias = tl.load(middle + at, mask=(at >= -half) & (at <= half), other=0.0)
+    return bias.to(tl.float32)
 
 
 @triton.jit
