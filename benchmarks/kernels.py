@@ -84,7 +84,7 @@ KNOWN: dict[tuple[str, str], dict[str, int]] = {
 }
 # Kernels whose products are known to wait for one another: with three axes ptxas copies the sums
 # of dK and dV between the loops of straddling and of whole boxes. Faster all the same than what
-# came before; with the loops the other way round ptxas does not, which no GPU has measured yet.
+# came before, and than with the loops the other way round, where ptxas does not (h100.md).
 SERIALISED = {("90", "key"): ("video", "Hunyuan")}
 
 

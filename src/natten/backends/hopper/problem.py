@@ -72,8 +72,10 @@ class Problem:
 
     @gluon.jit
     def axis(self, t, AXIS: gl.constexpr):
-        """First token, first partner and boxes of tile ``t`` of an axis."""
+        """First token, first partner and boxes of an axis's tile, the ``t``-th in turn."""
         SIZE: gl.constexpr = self.TILE[AXIS] * (self.GROUPS if self.SPLIT == AXIS else 1)
+        if self.OF_KEYS and AXIS == 2:
+            t = longest_first(t, self.tiles[2], self.window[2], SIZE, self.MODES)
         first = t * SIZE
         low, _ = self.partners(first, AXIS)
         _, high = self.partners(first + SIZE - 1, AXIS)
@@ -86,9 +88,6 @@ class Problem:
         t2, rest = _digit(number, self.tiles[2], self.MODES[2] == UNIT)
         t1, rest = _digit(rest, self.tiles[1], self.MODES[1] == UNIT)
         t0, rest = _digit(rest, self.tiles[0], self.MODES[0] == UNIT)
-        if self.OF_KEYS:
-            SIZE: gl.constexpr = self.TILE[2] * (self.GROUPS if self.SPLIT == 2 else 1)
-            t2 = longest_first(t2, self.tiles[2], self.window[2], SIZE, self.MODES)
         g2, rest = _digit(rest, self.dilation[2], not self.DILATED)
         g1, rest = _digit(rest, self.dilation[1], not self.DILATED)
         g0, rest = _digit(rest, self.dilation[0], not self.DILATED)

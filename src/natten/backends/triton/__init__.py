@@ -91,10 +91,10 @@ def backward(
     found = plan_for(query, key, value, rpb, extra_keys, rule, scale, documents, tiles)
     with on_device(query):
         bias, ek, ev, table = _others(query, rpb, extra_keys, extra_values, documents)
-        first, given = (found.query, lse)  # which is not read
+        run, given = found.query, lse  # of which nothing is read
         if grad_lse is not None:
-            first, given = found.query_of_both, contiguous(grad_lse)
-        first(query, key, value, bias, ek, ev, table, out, lse, grad_out, given, terms, grad_query)
+            run, given = found.query_of_both, contiguous(grad_lse)
+        run(query, key, value, bias, ek, ev, table, out, lse, grad_out, given, terms, grad_query)
         found.key(query, key, value, bias, table, grad_out, terms, grad_key, grad_value)
         if extra_keys is not None:
             grad_ek, grad_ev = extra_gradients(found, query, ek, ev, grad_out, terms)

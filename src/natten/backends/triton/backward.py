@@ -22,7 +22,6 @@ from natten.backends.triton.primitives import (
     hidden,
     inside,
     kernel,
-    load_bias,
     load_rows,
     load_tile,
     longest_first,
@@ -164,8 +163,8 @@ def query_kernel(
     c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
     group, dilation = (g0, g1, g2), (D0, D1, D2)
     k_strides, v_strides = (k_0, k_1, k_2), (v_0, v_1, v_2)
-    if HAS_RPB:
-        own_places = bias_place(i0, i1, i2, (K0, K1, K2))
+    window_size = (K0, K1, K2)  # what only a bias needs compiles away without one
+    places = bias_place(i0, i1, i2, window_size)
     k_box = within_box(c0, c1, c2, dilation, k_strides, ALIGN)
     v_box = within_box(c0, c1, c2, dilation, v_strides, ALIGN)
 
@@ -202,12 +201,8 @@ def query_kernel(
                 v_at = box_offset(v_start, a0, a1, a2, group, dilation, v_strides, MODES, ALIGN)
                 k = load_rows(key + k_at, k_box, present, d, D)
                 v = load_rows(value + v_at, v_box, present, dv, DV)
-            bias = 0.0
-            if HAS_RPB:
-                places = bias_place(a0 + c0, a1 + c1, a2 + c2, (K0, K1, K2))
-                at = places[None, :] - own_places[:, None]
-                bias = load_bias(rpb, at, (K0, K1, K2), head, WHOLE)
-            s = scores(q, k, bias, scale, HAS_RPB, PRECISION)
+            at = bias_place(a0 + c0, a1 + c1, a2 + c2, window_size)[None, :] - places[:, None]
+            s = scores(q, k, scale, rpb, at, window_size, head, HAS_RPB, WHOLE, PRECISION)
             if not WHOLE:
                 s += hidden(a0, a1, a2, (s0, s1, s2), (e0, e1, e2), TK, MODES)
             acc = _query_step(acc, q, k, v, g, row_lse, row_delta, s, PRECISION)
@@ -293,8 +288,8 @@ def key_kernel(
     q_box = within_box(r0, r1, r2, dilation, q_strides, ALIGN)
     row_strides = L1.to(tl.int64) * L2 * heads, L2.to(tl.int64) * heads, heads
     row_box = within_box(r0, r1, r2, dilation, row_strides, 1)
-    if HAS_RPB:
-        own_places = bias_place(p0, p1, p2, (K0, K1, K2))
+    window_size = (K0, K1, K2)  # what only a bias needs compiles away without one
+    places = bias_place(p0, p1, p2, window_size)
 
     dk_acc = tl.zeros([N, BLOCK_D], dtype=tl.float32)
     dv_acc = tl.zeros([N, BLOCK_DV], dtype=tl.float32)
@@ -340,12 +335,8 @@ def key_kernel(
                     q = load_rows(query + q_at, q_box, real, d, D)
                     g = load_rows(grad_out + row * DV, row_box * DV, real, dv, DV)
                     row_terms = load_terms(terms + row * 4, row_box, real)
-                bias = 0.0
-                if HAS_RPB:
-                    places = bias_place(a0 + r0, a1 + r1, a2 + r2, (K0, K1, K2))
-                    at = own_places[:, None] - places[None, :]
-                    bias = load_bias(rpb, at, (K0, K1, K2), head, WHOLE)
-                s = scores(k, q, bias, scale, HAS_RPB, PRECISION)
+                at = places[:, None] - bias_place(a0 + r0, a1 + r1, a2 + r2, window_size)[None, :]
+                s = scores(k, q, scale, rpb, at, window_size, head, HAS_RPB, WHOLE, PRECISION)
                 if not WHOLE:
                     s += hidden(a0, a1, a2, (s0, s1, s2), (e0, e1, e2), TQ, MODES)
                 dk_acc, dv_acc = _key_step(dk_acc, dv_acc, q, k, v, g, row_terms, s, PRECISION)

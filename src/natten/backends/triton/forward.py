@@ -16,7 +16,6 @@ from natten.backends.triton.primitives import (
     group_length,
     hidden,
     kernel,
-    load_bias,
     load_rows,
     load_tile,
     next_whole_box,
@@ -111,8 +110,8 @@ def forward_kernel(
     c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
     group, dilation = (g0, g1, g2), (D0, D1, D2)
     k_strides, v_strides = (k_0, k_1, k_2), (v_0, v_1, v_2)
-    if HAS_RPB:
-        own_places = bias_place(i0, i1, i2, (K0, K1, K2))
+    window_size = (K0, K1, K2)  # what only a bias needs compiles away without one
+    places = bias_place(i0, i1, i2, window_size)
     k_box = within_box(c0, c1, c2, dilation, k_strides, ALIGN)
     v_box = within_box(c0, c1, c2, dilation, v_strides, ALIGN)
 
@@ -151,12 +150,8 @@ def forward_kernel(
                 v_at = box_offset(v_start, a0, a1, a2, group, dilation, v_strides, MODES, ALIGN)
                 k = load_rows(key + k_at, k_box, present, d, D)
                 v = load_rows(value + v_at, v_box, present, dv, DV)
-            bias = 0.0
-            if HAS_RPB:
-                places = bias_place(a0 + c0, a1 + c1, a2 + c2, (K0, K1, K2))
-                at = places[None, :] - own_places[:, None]
-                bias = load_bias(rpb, at, (K0, K1, K2), head, WHOLE)
-            s = scores(q, k, bias, scale, HAS_RPB, PRECISION)
+            at = bias_place(a0 + c0, a1 + c1, a2 + c2, window_size)[None, :] - places[:, None]
+            s = scores(q, k, scale, rpb, at, window_size, head, HAS_RPB, WHOLE, PRECISION)
             if not WHOLE:
                 s += hidden(a0, a1, a2, (s0, s1, s2), (e0, e1, e2), TK, MODES)
             acc, top, total = _accumulate(acc, top, total, s, v, PRECISION)

@@ -214,26 +214,25 @@ def bias_place(x0, x1, x2, kernel_size):
 
 
 @triton.jit
-def load_bias(rpb, at, kernel_size, head, WHOLE: tl.constexpr):
-    """Biases of a head, ``at`` from its middle; any for pairs that are not attended."""
-    middle = rpb + bias_offset(0, 0, 0, kernel_size, head)
-    if WHOLE:
-        bias = tl.load(middle + at)
-    else:
-        half = bias_offset(0, 0, 0, kernel_size, 0)
-        bias = tl.load(middle + at, mask=(at >= -half) & (at <= half), other=0.0)
-    return bias.to(tl.float32)
-
-
-@triton.jit
-def scores(a, b, bias, scale, HAS_RPB: tl.constexpr, PRECISION: tl.constexpr):
-    """Exponents of two: ``a`` times ``b`` transposed, scaled, and the bias.
+def scores(
+    a, b, scale, rpb, at, kernel_size, head,
+    HAS_RPB: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Exponents of two: ``a`` times ``b`` transposed, scaled, and the biases ``at`` from the middle
+    of the head's; if not ``WHOLE``, pairs that are not attended have any bias of the head.
 
     The product starts from the bias. Added later, it has Triton compute the softmax in the layout
     of the load, too.
     """
     if HAS_RPB:
-        s = tl.dot(a, tl.trans(b), bias * (1.0 / scale), input_precision=PRECISION)
+        middle = rpb + bias_offset(0, 0, 0, kernel_size, head)
+        if WHOLE:
+            bias = tl.load(middle + at)
+        else:
+            half = bias_offset(0, 0, 0, kernel_size, 0)
+            bias = tl.load(middle + at, mask=(at >= -half) & (at <= half), other=0.0)
+        bias = bias.to(tl.float32) * (1.0 / scale)
+        s = tl.dot(a, tl.trans(b), bias, input_precision=PRECISION)
     else:
         s = tl.dot(a, tl.trans(b), input_precision=PRECISION)
     return s * (scale * LOG2E)
