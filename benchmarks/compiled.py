@@ -267,8 +267,7 @@ def _tiles(launch: Any) -> str:
     shapes = [constants[name] for name in names if name in constants]
     if constants.get("OF_KEYS"):  # tiles are of keys, boxes of queries
         shapes.reverse()
-    if not shapes:
-        return "-"
-    text = " ".join("x".join(map(str, shape)) for shape in shapes)
-    stages = constants.get("STAGES", constants.get("num_stages"))
-    return f"{text}, {constants['num_warps']} warps, {stages} stages"
+    text = " ".join("x".join(map(str, shape)) for shape in shapes) or "-"
+    for name, what in (("num_warps", "warps"), ("num_stages", "stages"), ("STAGES", "stages")):
+        text += f", {constants[name]} {what}" if name in constants else ""
+    return text

@@ -10,6 +10,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,7 +47,6 @@ PROBLEMS: list[tuple[Any, ...]] = [
     ((20, 1), (7, 1), 1, 1, False),
     ((4, 4, 1), (3, 2, 1), 1, 1, False),
 ]
-FAR = Neighborhood.create(2, 5, 1, (256, 1), False)
 IDS = ["x".join(map(str, p[0])) + f"-{p[2]}-{p[4]}" for p in PROBLEMS]
 
 
@@ -236,7 +236,7 @@ PLAIN = Problem(
     [
         ({"scale": -1.0}, "scaled"),
         ({"rule": Neighborhood.create(2, 5, 1, 3, False)}, "divide"),
-        ({"shape": (1, 2**15, 2**15, 16, 64), "rule": FAR}, "2^31"),
+        ({"shape": (1, 2**15, 2**15, 16, 64)}, "31 bits"),
     ],
 )
 def test_unsupported_says_why(change: dict[str, Any], reason: str) -> None:
@@ -245,87 +245,48 @@ def test_unsupported_says_why(change: dict[str, Any], reason: str) -> None:
     assert said is not None and reason in said
 
 
-def test_heads_are_padded_where_that_pays() -> None:
-    def said(
-        dim: int, value_dim: int, window: int | None, operation: str = "attention", batch: int = 9
-    ) -> str | None:
-        rule = None if window is None else Neighborhood.create(2, window)
-        shape = (batch, 64, 64, 20, dim)
-        sizes = {"head_dim": dim, "value_dim": value_dim, "shape": shape, "rule": rule}
-        return hopper.unsupported(PLAIN._replace(operation=operation, **sizes))
+def test_heads_of_all_widths_that_tma_reads() -> None:
+    (backend,) = (each for each in BACKENDS if each.name == "hopper")
 
-    assert said(64, 64, 3) is said(96, 96, 40) is said(48, 48, 40, "gradient") is None
-    assert said(96, 128, 40, "gradient") is said(72, 100, 40, "gradient") is None
-    assert "pads heads of 96 and 96 channels for windows of at least 1480 tok" in str(
-        said(96, 96, 38)
-    )
-    assert "pads heads of 96 channels for windows of at least 808" in str(said(64, 96, 13))
-    assert "at least 2565" in str(said(96, 96, 40, batch=1))  # few queries
-    assert "large windows only" in str(said(96, 96, None))
-    assert "like the key's" in str(said(64, 96, 40, "gradient"))
-    assert "like the key's" in str(said(160, 160, 40, "gradient"))
-    change = {"head_dim": 96, "value_dim": 96, "rule": Neighborhood.create(2, 64, 1, (64, 1))}
-    for heads, reason in ((10, "None"), (20, "2^31")):  # only with 128 channels
-        shape = (1, 2**12, 2**14, heads, 96)
-        assert reason in str(hopper.unsupported(PLAIN._replace(shape=shape, **change)))
+    def said(dim: int, value_dim: int, operation: str) -> str | None:
+        sizes = {"head_dim": dim, "value_dim": value_dim, "operation": operation}
+        return replace(backend, missing=lambda _: None).unsupported(PLAIN._replace(**sizes))
+
+    for dim, value_dim in ((8, 8), (40, 64), (72, 128), (128, 96)):
+        assert said(dim, value_dim, "attention") is said(dim, value_dim, "gradient") is None
+    assert said(160, 32, "attention") is None
+    assert "multiples of 8" in str(said(20, 20, "attention"))
+    assert "like the key's" in str(said(64, 96, "gradient"))
+    assert "up to 128" in str(said(160, 160, "gradient"))
 
 
-class Reference:
-    """A plan whose kernels are the oracle: what they are given must have as many channels."""
-
-    def __init__(
-        self, query: Any, key: Any, value: Any, more: Any, rule: Any, scale: float
-    ) -> None:
-        assert all(x.shape[-1] in tiling.HEADS for x in (query, key, value, *more))
-        self.inputs, self.how = [query, key, value, None, *(more or (None, None))], (rule, scale)
-        self.portable, self.terms = None, [self.keep, self.keep]
-
-    def forward(self, *given: Any) -> None:
-        for kept, made in zip(given[-2:], reference.forward(*self.inputs, *self.how)):
-            kept.copy_(made)
-
-    def keep(self, *given: Any) -> None:
-        self.outputs = given[:2]
-
-    def query(self, outer: Any, inner: Any, terms: Any, more: Any, grads: Any) -> None:
-        given = (outer[1], None, *self.inputs, *self.outputs, *self.how)
-        self.grads = reference.backward(*given)
-        grads[0].copy_(self.grads[0])
-
-    def key(self, outer: Any, inner: Any, terms: Any, more: Any, grads: Any) -> None:
-        for kept, made in zip(grads, self.grads[1:3]):
-            kept.copy_(made)
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("order", ["as it is", "heads first", "apart"])
+def test_views_show_the_tensor(heads: int, batch: int, order: str) -> None:
+    """Places and positions lead to the tokens of every batch entry, head and dilation group."""
+    shape, dilation = (batch, 6, 4, heads, 24), (3, 2)
+    x = torch.arange(math.prod(shape)).view(shape)
+    if order == "heads first":
+        x = x.movedim(-2, 0).contiguous().movedim(0, -2)
+    elif order == "apart":  # nothing but 8 divides all strides
+        strides = (24 * 24 * heads + 8, 4 * 24 * heads, 24 * heads, 24, 1)
+        x = torch.zeros(4000, dtype=x.dtype).as_strided(shape, strides).copy_(x)
+    found = descriptors.view(shape, x.stride(), dilation)
+    assert all(s % 8 == 0 for s in found.strides[:-1])
+    shown = x.as_strided(found.shape, found.strides)
+    assert shown.shape == (1 + max_place(found, batch, dilation, heads), 1, 2, 2, 24)
+    for b, g1, g2, h in itertools.product(*map(range, (batch, *dilation, heads))):
+        at = sum(n * s for n, s in zip((b, 0, g1, g2, h), found.steps))
+        assert torch.equal(shown[at, 0], x[b, g1::3, g2::2, h])
+    if order == "as it is":  # places are rows
+        assert found.steps[-1] == 1 and found.steps[0] == 24 * heads * (batch > 1)
 
 
-@pytest.mark.parametrize("extra", [0, 3])
-@pytest.mark.parametrize(("dim", "value_dim"), [(24, 24), (40, 64), (64, 48), (32, 32)])
-def test_padding_changes_nothing(
-    dim: int, value_dim: int, extra: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plans: list[Reference] = []
-    monkeypatch.setattr(
-        hopper, "plan_for", lambda *given: plans.append(Reference(*given)) or plans[-1]
-    )
-    monkeypatch.setattr(hopper.portable, "extra_gradients", lambda found, *_: plans[-1].grads[4:])
-    torch.manual_seed(0)
-    rule = Neighborhood.create(2, 3)
-    shapes = [(1, 6, 5, 4, dim), (1, 6, 5, 2, dim), (1, 6, 5, 2, value_dim)]
-    q, k, v, grad = (torch.randn(s).double() for s in (*shapes, (1, 6, 5, 4, value_dim)))
-    ek, ev = (torch.randn(1, extra, 2, n).double() if extra else None for n in (dim, value_dim))
-    inputs = (q, k, v, None, ek, ev)
-    out, lse = hopper.forward(*inputs, rule, 0.3)
-    expected = reference.forward(*inputs, rule, 0.3)
-    torch.testing.assert_close((out, lse.double()), expected, rtol=1e-6, atol=1e-6)
-    found = hopper.backward(grad, None, *inputs, *expected, rule, 0.3)
-    right = reference.backward(grad, None, *inputs, *expected, rule, 0.3)
-    for name, a, b in zip("qkvbef", found, right):
-        assert (a is None) == (b is None), name
-        if a is not None:
-            torch.testing.assert_close(a, b)
-            assert name not in "qkv" or a.is_contiguous(), name
-    nothing = [x[:0] for x in (q, k, v)]
-    empty, _ = hopper.forward(*nothing, None, None, None, rule, 0.3)
-    assert out.is_contiguous() and empty.stride() == nothing[0].new_empty(empty.shape).stride()
+def max_place(view: descriptors.View, batch: int, dilation: Any, heads: int) -> int:
+    """The last place that a kernel asks for."""
+    lasts = (batch - 1, 0, *(d - 1 for d in dilation), heads - 1)
+    return sum(n * s for n, s in zip(lasts, view.steps))
 
 
 def test_programs_take_tiles_in_turn_unless_some_are_much_longer() -> None:
@@ -352,8 +313,8 @@ def test_masked_scores_are_exact() -> None:
 def test_strides_that_no_offset_needs_may_be_large() -> None:
     """Coordinates have 32 bits: along axes without groups, and of one head, they are 0."""
     shape = (1, 2, 2**24, 4, 32)
-    assert descriptors.view(shape, descriptors.contiguous(shape), (1, 1)).steps == (0, 0, 0, 32)
-    assert descriptors.view((1, 8, 1, 32), (256, 32, 32, 1), (2,)).steps == (0, 0, 32, 0)
+    assert descriptors.view(shape, descriptors.contiguous(shape), (1, 1)).steps == (0, 0, 0, 0, 1)
+    assert descriptors.view((1, 8, 1, 32), (256, 32, 32, 1), (2,)).steps == (0, 0, 0, 1, 1)
 
 
 def test_descriptors_are_made_in_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,6 +382,8 @@ TENSORS = [
     (4, 2, 128, 128, 3, torch.float16),
     (2, 1, 32, 256, 130, torch.bfloat16),
     (2, 2, 256, 256, 0, torch.float16),
+    (4, 2, 96, 72, 5, torch.bfloat16),
+    (1, 1, 8, 40, 0, torch.float16),
 ]
 
 
@@ -462,11 +425,13 @@ def test_forward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) ->
         assert (lse - expected_lse).abs().max() < 1e-4
 
 
-# heads, heads of keys, head dim, additional tokens, gradient of the LSE, dtype
+# heads, heads of keys, head dim, value dim, additional tokens, gradient of the LSE, dtype
 GRADIENTS = [
-    (2, 2, 64, 0, False, torch.bfloat16),
-    (4, 2, 128, 3, True, torch.float16),
-    (3, 1, 32, 130, True, torch.bfloat16),
+    (2, 2, 64, 64, 0, False, torch.bfloat16),
+    (4, 2, 128, 128, 3, True, torch.float16),
+    (3, 1, 32, 32, 130, True, torch.bfloat16),
+    (4, 2, 96, 72, 5, True, torch.bfloat16),
+    (1, 1, 24, 8, 0, False, torch.float16),
 ]
 
 
@@ -476,15 +441,16 @@ GRADIENTS = [
 @pytest.mark.parametrize("tensors", GRADIENTS)
 def test_backward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shape, *parameters = problem
-    heads, kv_heads, dim, extra, has_grad_lse, dtype = tensors
+    heads, kv_heads, dim, value_dim, extra, has_grad_lse, dtype = tensors
     rule, scale = rule_of(shape, *parameters), dim**-0.5
     torch.manual_seed(0)
 
     def random(*sizes: int) -> torch.Tensor:
         return torch.randn(sizes, device="cuda", dtype=dtype)
 
-    q, k, v = (random(2, *shape, n, dim) for n in (heads, kv_heads, kv_heads))
-    ek, ev = (random(2, extra, kv_heads, dim) if extra else None for _ in range(2))
+    q, k = (random(2, *shape, n, dim) for n in (heads, kv_heads))
+    v = random(2, *shape, kv_heads, value_dim)
+    ek, ev = (random(2, extra, kv_heads, n) if extra else None for n in (dim, value_dim))
     inputs = (q, k, v, None, ek, ev)
     out, lse = hopper.forward(*inputs, rule, scale)
     grad_out, grad_lse = random(*out.shape), torch.randn_like(lse) if has_grad_lse else None
@@ -499,7 +465,7 @@ def test_backward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -
             monkeypatch.setattr(planning, "_processors", lambda _, n=processors: n)
             with contextlib.ExitStack() as stack:
                 for kind, tiles in zip(("query", "key"), choice):
-                    key = tiling.key(kind, rule, shape, shape, dim, dim, 2)
+                    key = tiling.key(kind, rule, shape, shape, dim, value_dim, 2)
                     if tiles is not None:
                         stack.enter_context(tuning.trial(key, list(tiles)))
                 for _ in range(2):

@@ -124,7 +124,7 @@ def describe(dims: range | None) -> str:
     """Head dims for people."""
     if dims is None:
         return "any"
-    return f"{dims[0]} to {dims[-1]}"
+    return f"{dims[0]} to {dims[-1]}" + (f", multiples of {dims.step}" if dims.step > 1 else "")
 
 
 def _without_triton(problem: Problem) -> str | None:
@@ -177,8 +177,8 @@ BACKENDS: tuple[Backend, ...] = (
         _without_hopper,
         ("attention", "gradient"),
         dtypes=_HALF,
-        head_dims=range(17, 257),
-        value_dims=range(17, 257),
+        head_dims=range(8, 257, 8),
+        value_dims=range(8, 257, 8),
         bias=False,
         plain=False,
         limits=_beyond_hopper,

@@ -244,9 +244,10 @@ class Layer:
         return Sized(queries, keys, device.masking)
 
     def _suits_hopper(self) -> bool:
-        """Whether the backend has kernels for this layer as it is."""
+        """Whether the backend has kernels for this layer."""
         divides = all(n % d == 0 for n, d in zip(self.shape, self.dilation))
-        return self.itemsize == 2 and divides and self.head_dim in HEADS
+        readable = self.head_dim % 8 == 0 and self.head_dim <= max(HEADS)
+        return self.itemsize == 2 and divides and readable
 
     def time_us(self, pairs: float, overhead: float = 0.0) -> tuple[float, str]:
         """Roofline of ``pairs`` computed per head, and what bounds it; microseconds.

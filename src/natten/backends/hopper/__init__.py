@@ -8,13 +8,13 @@ whether there is dilation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from natten.backends import Problem, no_gradients
-from natten.backends.hopper import padding
 from natten.backends.hopper.releases import KNOWN, release
 from natten.backends.hopper.tiles import native
 from natten.neighborhood import Neighborhood, Rule
@@ -22,7 +22,7 @@ from natten.neighborhood import Neighborhood, Rule
 # The simulator reads this package's tiles, also where there is no Triton, or one without Gluon.
 if release() in KNOWN:
     from natten.backends import triton as portable
-    from natten.backends.hopper.descriptors import readable, too_wide
+    from natten.backends.hopper.descriptors import MOST, readable
     from natten.backends.hopper.plan import plan_for
     from natten.backends.triton.plan import contiguous, on_device
 
@@ -33,23 +33,22 @@ def unsupported(problem: Problem) -> str | None:
     """Why these kernels can not run a problem whose dtype and head dims they can, or None."""
     if release() not in KNOWN:
         return f"is checked with Triton {KNOWN}, not with {release()}"
-    dims = problem.head_dim, problem.value_dim
-    wide = native(dims[0]), native(dims[1])
+    wide = native(problem.head_dim), native(problem.value_dim)
     if problem.operation == "gradient" and (max(wide) > 128 or wide[0] != wide[1]):
         return (
-            "has backward kernels for heads of 32, 64 or 128 channels or padded to that, the "
-            "value's like the key's"
+            "has backward kernels for heads of up to 128 channels, the value's, rounded up to 32, "
+            "64 or 128, like the key's"
         )
     if not 1e-20 < problem.scale < 1e6:
         return "masks scores that are scaled by a positive number of usual size"
     if problem.rule is None:
-        return padding.too_small(problem)
+        return None
     shape, dilation = problem.shape, problem.rule.dilation
     if any(n % d for n, d in zip(shape[1:-2], dilation)):
         return f"needs dilations that divide the token layout, {tuple(shape[1:-2])}"
-    if too_wide((*shape[:-1], max(wide)), dilation):
-        return "needs dilation groups that begin within 2^31 elements"
-    return padding.too_small(problem)
+    if math.prod(shape[:-1]) > MOST:
+        return "numbers the tokens of all heads with 31 bits"
+    return None
 
 
 def forward(
@@ -64,9 +63,6 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``."""
     assert isinstance(rule, Neighborhood) and rpb is None
-    if not padding.is_native(query, value):
-        inputs = (query, key, value, rpb, extra_keys, extra_values)
-        return padding.forward(forward, inputs, rule, scale)
     *rows, _ = query.shape
     out = query.new_empty(*rows, value.shape[-1])
     lse = query.new_empty(*rows, dtype=torch.float32)
@@ -98,9 +94,6 @@ def backward(
     assert isinstance(rule, Neighborhood) and rpb is None
     if query.numel() == 0:
         return no_gradients(query, key, value, None, extra_keys, extra_values)
-    if not padding.is_native(query, value):
-        inputs = (query, key, value, rpb, extra_keys, extra_values)
-        return padding.backward(backward, grad_out, grad_lse, inputs, out, lse, rule, scale)
     grads = [
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
     ]

@@ -32,7 +32,7 @@ from natten.backends.hopper.masks import (
     is_whole,
     scores,
 )
-from natten.backends.hopper.problem import Problem, channel
+from natten.backends.hopper.problem import Problem, place
 from natten.backends.hopper.ring import Ring, ring
 
 LN2 = gl.constexpr(0.6931471805599453)
@@ -56,14 +56,14 @@ class Inputs:
         self.OF_QUERIES = gl.constexpr(OF_QUERIES)
 
     @gluon.jit
-    def fill(self, i, a, b, terms, batch, x, channels):
-        """Fetch the box from ``x`` on; ``channels``: where it starts along the last axis."""
+    def fill(self, i, a, b, terms, x, places):
+        """Fetch the box from ``x`` on; ``places``: where it starts along the first axis."""
         TERMS: gl.constexpr = terms.block_type.nbytes if self.OF_QUERIES else 0
         self.ring.expect(i, a.block_type.nbytes + b.block_type.nbytes + TERMS)
-        self.ring.load(i, a, [batch, x[0], x[1], x[2], channels[0]], self.ring.buffers)
+        self.ring.load(i, a, [places[0], x[0], x[1], x[2], 0], self.ring.buffers)
         if self.OF_QUERIES:
-            self.ring.load(i, terms, [batch, x[0], x[1], x[2], channels[2]], self.terms)
-        self.ring.load(i, b, [batch, x[0], x[1], x[2], channels[1]], self.other)
+            self.ring.load(i, terms, [places[2], x[0], x[1], x[2], 0], self.terms)
+        self.ring.load(i, b, [places[1], x[0], x[1], x[2], 0], self.other)
 
     @gluon.jit
     def row_terms(self, i, LAYOUT: gl.constexpr):
@@ -98,12 +98,12 @@ def _inputs(
 
 
 @gluon.jit
-def _channels(a_steps, b_steps, t_steps, group, head):
-    """Where a head and a dilation group begin in each tensor."""
+def _places(a_steps, b_steps, t_steps, batch, group, head):
+    """Where a batch entry's head and dilation group begin in each tensor."""
     return (
-        channel(a_steps, group, head),
-        channel(b_steps, group, head),
-        channel(t_steps, group, head),
+        place(a_steps, batch, group, head),
+        place(b_steps, batch, group, head),
+        place(t_steps, batch, group, head),
     )
 
 
@@ -113,22 +113,21 @@ def _fetch_tiles(p, a, b, terms, a_steps, b_steps, t_steps, first, second):
     turn = 0
     for number in range(gl.program_id(0), p.total, gl.num_programs(0)):
         batch, head, group, f, _low, _boxes = p.tile(number)
+        places = _places(a_steps, b_steps, t_steps, batch, group, head)
         gdc_wait()  # until the kernel before has ended; what comes first need not
-        channels = _channels(a_steps, b_steps, t_steps, group, head)
-        first.fill(turn, a, b, terms, batch, p.part(f, 0), channels)
+        first.fill(turn, a, b, terms, p.part(f, 0), places)
         if p.GROUPS == 2:
-            second.fill(turn, a, b, terms, batch, p.part(f, 1), channels)
+            second.fill(turn, a, b, terms, p.part(f, 1), places)
         turn += 1  # noqa: SIM113
 
 
 @gluon.jit
 def _fetch_boxes(
-    p, a, b, terms, extra_a, extra_b, a_steps, b_steps, t_steps, boxes, per_kv, extra,
+    p, a, b, terms, more_a, more_b, a_steps, b_steps, t_steps, extra_b, boxes, per_kv, extra,
     HAS_EXTRA: gl.constexpr,
 ):  # fmt: skip
     """Warp that fetches the additional tokens, then boxes of each head that shares the tile's."""
     N: gl.constexpr = p.BOX[0] * p.BOX[1] * p.BOX[2]
-    D: gl.constexpr = a.block_type.shape[4]
     n = 0
     for number in range(gl.program_id(0), p.total, gl.num_programs(0)):
         batch, head, group, _f, low, counts = p.tile(number)
@@ -138,16 +137,16 @@ def _fetch_boxes(
             first_head, rounds = head // per_kv, 1
         gdc_wait()
         if HAS_EXTRA:
-            for at in range(0, extra, N):
-                c = first_head * D
-                boxes.fill(n, extra_a, extra_b, terms, batch, (0, 0, at), (c, c, c))
+            at = batch * extra_b + first_head
+            for e in range(0, extra, N):
+                boxes.fill(n, more_a, more_b, terms, (0, 0, e), (at, at, at))
                 n += 1
         for h in range(first_head, first_head + rounds):
-            channels = _channels(a_steps, b_steps, t_steps, group, h)
+            places = _places(a_steps, b_steps, t_steps, batch, group, h)
             j = (n * 0, n * 0, n * 0)
             for _ in range(counts[0] * counts[1] * counts[2]):
                 a0, a1, a2, _ = p.box(j, low)
-                boxes.fill(n, a, b, terms, batch, (a0, a1, a2), channels)
+                boxes.fill(n, a, b, terms, (a0, a1, a2), places)
                 j = p.next(j, counts)
                 n += 1
     gdc_launch_dependents()  # the next kernel can be set up, and waits for this one's end
@@ -334,10 +333,10 @@ def _sum(
         if p.OF_KEYS:
             out_b.reshape([M, D]).store(acc_b.to(DTYPE))
         fence_async_shared()
-        c = channel(g_steps, group, head)
-        store_box(grad_a, [batch, f[0], f[1], f[2], c], out_a)
+        at = place(g_steps, batch, group, head)
+        store_box(grad_a, [at, f[0], f[1], f[2], 0], out_a)
         if p.OF_KEYS:
-            store_box(grad_b, [batch, f[0], f[1], f[2], c], out_b)
+            store_box(grad_b, [at, f[0], f[1], f[2], 0], out_b)
         if not OWN_OUT:
             store_wait(0)
             tile.ring.release(turn)
@@ -359,16 +358,18 @@ def _out(tile, descriptor, OWN_OUT: gl.constexpr):
 
 # Compiled once for all of them, whatever divides them.
 _NUMBERS = """
-oa_0 oa_1 oa_2 oa_h ob_0 ob_1 ob_2 ob_h ia_0 ia_1 ia_2 ia_h ib_0 ib_1 ib_2 ib_h t_0 t_1 t_2 t_h
-g_0 g_1 g_2 g_h N0 N1 N2 K0 K1 K2 S0 S1 S2 D0 D1 D2 T0 T1 T2 total heads per_kv extra factor
+oa_b oa_0 oa_1 oa_2 oa_h ob_b ob_0 ob_1 ob_2 ob_h ia_b ia_0 ia_1 ia_2 ia_h ib_b ib_0 ib_1 ib_2
+ib_h t_b t_0 t_1 t_2 t_h g_b g_0 g_1 g_2 g_h extra_b N0 N1 N2 K0 K1 K2 S0 S1 S2 D0 D1 D2 T0 T1 T2
+total heads per_kv extra factor
 """.split()  # noqa: SIM905
 
 
 @gluon.jit(do_not_specialize=_NUMBERS)
 def pass_kernel(
-    outer_a, outer_b, inner_a, inner_b, terms, extra_a, extra_b, grad_a, grad_b,
-    oa_0, oa_1, oa_2, oa_h, ob_0, ob_1, ob_2, ob_h, ia_0, ia_1, ia_2, ia_h, ib_0, ib_1, ib_2, ib_h,
-    t_0, t_1, t_2, t_h, g_0, g_1, g_2, g_h,
+    outer_a, outer_b, inner_a, inner_b, terms, more_a, more_b, grad_a, grad_b,
+    oa_b, oa_0, oa_1, oa_2, oa_h, ob_b, ob_0, ob_1, ob_2, ob_h,
+    ia_b, ia_0, ia_1, ia_2, ia_h, ib_b, ib_0, ib_1, ib_2, ib_h,
+    t_b, t_0, t_1, t_2, t_h, g_b, g_0, g_1, g_2, g_h, extra_b,
     N0, N1, N2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, total, heads, per_kv, extra, factor,
     MODES: gl.constexpr, TILE: gl.constexpr, BOX: gl.constexpr, SPLIT: gl.constexpr,
     STAGES: gl.constexpr, MASK: gl.constexpr, CODE: gl.constexpr, BY_ROW: gl.constexpr,
@@ -380,7 +381,7 @@ def pass_kernel(
 
     Tiles come from ``outer_a`` and ``outer_b`` (query and dO; key and value), boxes from
     ``inner_a`` and ``inner_b`` (key and value; query and dO); ``grad_a`` and ``grad_b`` take the
-    gradients. Numbers are as in the forward kernel: strides of one token (``oa`` .. ``g``),
+    gradients. Numbers are as in the forward kernel: steps of :func:`place` (``oa`` .. ``g``),
     positions ``N`` of a dilation group, window ``K``, stride ``S``, dilation ``D``, tiles ``T``,
     per axis; ``total`` tiles of all batches, ``heads`` of the tiles, and groups.
     """
@@ -389,14 +390,14 @@ def pass_kernel(
         MODES, TILE, BOX, SPLIT, GROUPS, DILATED, OF_KEYS,
     )  # fmt: skip
     oa_steps, ob_steps, g_steps = (
-        (oa_0, oa_1, oa_2, oa_h),
-        (ob_0, ob_1, ob_2, ob_h),
-        (g_0, g_1, g_2, g_h),
+        (oa_b, oa_0, oa_1, oa_2, oa_h),
+        (ob_b, ob_0, ob_1, ob_2, ob_h),
+        (g_b, g_0, g_1, g_2, g_h),
     )
     ia_steps, ib_steps, t_steps = (
-        (ia_0, ia_1, ia_2, ia_h),
-        (ib_0, ib_1, ib_2, ib_h),
-        (t_0, t_1, t_2, t_h),
+        (ia_b, ia_0, ia_1, ia_2, ia_h),
+        (ib_b, ib_0, ib_1, ib_2, ib_h),
+        (t_b, t_0, t_1, t_2, t_h),
     )
     boxes = _inputs(inner_a, inner_b, terms, STAGES, GROUPS, OF_KEYS)
     first = _inputs(outer_a, outer_b, terms, 1, 1, not OF_KEYS)
@@ -426,8 +427,8 @@ def pass_kernel(
                     p, outer_a, outer_b, terms, oa_steps, ob_steps, t_steps, first, second,
                 )),
                 (_fetch_boxes, (
-                    p, inner_a, inner_b, terms, extra_a, extra_b, ia_steps, ib_steps, t_steps,
-                    boxes, per_kv, extra, HAS_EXTRA,
+                    p, inner_a, inner_b, terms, more_a, more_b, ia_steps, ib_steps, t_steps,
+                    extra_b, boxes, per_kv, extra, HAS_EXTRA,
                 )),
             ],
             [4, 1, 1],
@@ -444,8 +445,8 @@ def pass_kernel(
                     p, outer_a, outer_b, terms, oa_steps, ob_steps, t_steps, first, first,
                 )),
                 (_fetch_boxes, (
-                    p, inner_a, inner_b, terms, extra_a, extra_b, ia_steps, ib_steps, t_steps,
-                    boxes, per_kv, extra, HAS_EXTRA,
+                    p, inner_a, inner_b, terms, more_a, more_b, ia_steps, ib_steps, t_steps,
+                    extra_b, boxes, per_kv, extra, HAS_EXTRA,
                 )),
             ],
             [1, 1],

@@ -1,12 +1,14 @@
 """How a tensor looks to TMA, and what TMA can not read.
 
-A tensor ``[batch, *space, heads, channels]`` becomes ``[batch, n0, n1, n2, span]``: positions
-inside a dilation group per axis, and a last axis in which head and group are an offset. So every
-layout with contiguous channels is read in place, whatever its strides.
+A tensor ``[batch, *space, heads, channels]`` becomes ``[places, n0, n1, n2, channels]``: a first
+axis of all places where a batch entry's head and dilation group may begin, and positions inside a
+group per axis. So every layout with contiguous channels is read in place, whatever its strides.
+Boxes may have more channels than a head: TMA fills them with zeros, and does not store them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,11 +17,12 @@ from torch import Tensor
 
 from natten.backends.hopper.gluon_names import TensorDescriptor, gl
 
-_MOST = 2**31 - 1  # TMA coordinates are 32 bits
+MOST = 2**31 - 1  # coordinates of TMA are 32 bits
 
 
 class View(NamedTuple):
-    """Shape and strides for TMA, and strides of one token along three axes and of a head."""
+    """Shape and strides for TMA, and how many places a batch entry is from the next, a token along
+    three axes, a head."""
 
     shape: list[int]
     strides: list[int]
@@ -46,27 +49,25 @@ def view(shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -
     missing = 3 - len(space)
     lengths = [n // d for n, d in zip(space, dilation)]
     tokens = stride[1:-2]
-    span = channels + (heads - 1) * stride[-2]
-    span += sum((d - 1) * s for d, s in zip(dilation, tokens))
-    whole = -(-span // 8) * 8  # a valid stride for axes that have one position
-
-    def step(n: int, s: int) -> int:
-        return s if n > 1 else whole
-
+    width = -(-channels // 8) * 8  # a valid stride where there is one position
+    counts = (batch, *[1] * missing, *dilation, heads)
+    starts = (
+        stride[0] if batch > 1 else 0,
+        *[0] * missing,
+        *(s if d > 1 else 0 for s, d in zip(tokens, dilation)),
+        stride[-2] if heads > 1 else width,
+    )
+    unit = math.gcd(*starts)
+    steps = tuple(s // unit for s in starts)
     return View(
-        [batch, *[1] * missing, *lengths, span],
+        [1 + sum((n - 1) * s for n, s in zip(counts, steps)), *[1] * missing, *lengths, channels],
         [
-            step(batch, stride[0]),
-            *[whole] * missing,
-            *(step(n, s * d) for n, s, d in zip(lengths, tokens, dilation)),
+            unit,
+            *[width] * missing,
+            *(s * d if n > 1 else width for n, s, d in zip(lengths, tokens, dilation)),
             1,
         ],
-        # Only what is ever a multiple of: strides of axes without groups can be of any size.
-        (
-            *[0] * missing,
-            *(s if d > 1 else 0 for s, d in zip(tokens, dilation)),
-            stride[-2] if heads > 1 else 0,
-        ),
+        steps,
     )
 
 
@@ -77,11 +78,6 @@ def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
         strides.append(n)
         n *= length
     return tuple(reversed(strides))
-
-
-def too_wide(shape: Sequence[int], dilation: Sequence[int]) -> bool:
-    """Whether a dilation group of a contiguous tensor is farther away than TMA can say."""
-    return view(shape, contiguous(shape), dilation).shape[-1] > _MOST
 
 
 def readable(x: Tensor, dilation: Sequence[int]) -> Tensor:
@@ -95,7 +91,7 @@ def readable(x: Tensor, dilation: Sequence[int]) -> Tensor:
             return x
         strides = [s for n, s in zip(x.shape[:-1], x.stride()[:-1]) if n > 1]
         aligned = x.stride(-1) == 1 and all(s > 0 and s % 8 == 0 for s in strides)
-        if aligned and view(x.shape, x.stride(), dilation).shape[-1] <= _MOST:
+        if aligned and view(x.shape, x.stride(), dilation).shape[0] <= MOST:
             return x
     return x.clone(memory_format=torch.contiguous_format)
 

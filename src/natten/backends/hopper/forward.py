@@ -26,7 +26,7 @@ from natten.backends.hopper.masks import (
     is_whole,
     scores,
 )
-from natten.backends.hopper.problem import Problem, channel
+from natten.backends.hopper.problem import Problem, place
 from natten.backends.hopper.ring import ring
 
 LN2 = gl.constexpr(0.6931471805599453)
@@ -38,19 +38,19 @@ def _fetch_queries(p, descriptor, steps, first, second):
     turn = 0
     for number in range(gl.program_id(0), p.total, gl.num_programs(0)):
         batch, head, group, f, _low, _boxes = p.tile(number)
-        gdc_wait()  # until the kernel before has ended; what comes first need not
-        c = channel(steps, group, head)
+        at = place(steps, batch, group, head)
         f0, f1, f2 = p.part(f, 0)
-        first.fill(turn, descriptor, [batch, f0, f1, f2, c])
+        gdc_wait()  # until the kernel before has ended; what comes first need not
+        first.fill(turn, descriptor, [at, f0, f1, f2, 0])
         if p.GROUPS == 2:
             f0, f1, f2 = p.part(f, 1)
-            second.fill(turn, descriptor, [batch, f0, f1, f2, c])
+            second.fill(turn, descriptor, [at, f0, f1, f2, 0])
         turn += 1  # noqa: SIM113
 
 
 @gluon.jit
 def _fetch_boxes(
-    p, k_desc, v_desc, ek_desc, ev_desc, k_steps, v_steps, ek_h, ev_h, keys, values, per_kv, extra,
+    p, k_desc, v_desc, ek_desc, ev_desc, k_steps, v_steps, extra_b, keys, values, per_kv, extra,
     HAS_EXTRA: gl.constexpr,
 ):  # fmt: skip
     """Warp that fetches the additional tokens, then boxes of keys and values."""
@@ -59,18 +59,18 @@ def _fetch_boxes(
     for number in range(gl.program_id(0), p.total, gl.num_programs(0)):
         batch, head, group, _f, low, boxes = p.tile(number)
         kv = head // per_kv
+        k_at, v_at = place(k_steps, batch, group, kv), place(v_steps, batch, group, kv)
         gdc_wait()
         if HAS_EXTRA:
-            for at in range(0, extra, N):
-                keys.fill(n, ek_desc, [batch, 0, 0, at, kv * ek_h])
-                values.fill(n, ev_desc, [batch, 0, 0, at, kv * ev_h])
+            for e in range(0, extra, N):
+                keys.fill(n, ek_desc, [batch * extra_b + kv, 0, 0, e, 0])
+                values.fill(n, ev_desc, [batch * extra_b + kv, 0, 0, e, 0])
                 n += 1
-        k_c, v_c = channel(k_steps, group, kv), channel(v_steps, group, kv)
         j = (n * 0, n * 0, n * 0)
         for _ in range(boxes[0] * boxes[1] * boxes[2]):
             a0, a1, a2, _ = p.box(j, low)
-            keys.fill(n, k_desc, [batch, a0, a1, a2, k_c])
-            values.fill(n, v_desc, [batch, a0, a1, a2, v_c])
+            keys.fill(n, k_desc, [k_at, a0, a1, a2, 0])
+            values.fill(n, v_desc, [v_at, a0, a1, a2, 0])
             j = p.next(j, boxes)
             n += 1
     gdc_launch_dependents()  # the next kernel can be set up, and waits for this one's end
@@ -108,7 +108,7 @@ def _scaled(acc, by):
 
 @gluon.jit
 def _attend(
-    p, o_desc, o_steps, out, lse, l_steps, queries, keys, values, tables, extra, factor,
+    p, o_desc, o_steps, out, lse, queries, keys, values, tables, extra, factor,
     HALF: gl.constexpr, MASK: gl.constexpr, CODE: gl.constexpr, BY_ROW: gl.constexpr,
     STEPS: gl.constexpr, HAS_EXTRA: gl.constexpr, OWN_OUT: gl.constexpr,
 ):  # fmt: skip
@@ -196,17 +196,16 @@ def _attend(
         store_wait(0)  # the tile before has left ``out``
         out.reshape([M, DV]).store(_scaled(acc, 1.0 / total).to(DTYPE))
         fence_async_shared()
-        store_box(o_desc, [batch, f[0], f[1], f[2], channel(o_steps, group, head)], out)
+        at = place(o_steps, batch, group, head)
+        store_box(o_desc, [at, f[0], f[1], f[2], 0], out)
         if not OWN_OUT:
             store_wait(0)
             queries.release(turn)
-        # A batch entry with 2^31 rows would not fit the memory.
-        row = (i0 * p.dilation[0] + group[0]) * l_steps[1] + head
-        row += (i1 * p.dilation[1] + group[1]) * l_steps[2]
-        row += (i2 * p.dilation[2] + group[2]) * p.heads
+        # Places in a contiguous tensor are its rows.
+        row = at + i0 * (p.dilation[0] * o_steps[1]) + i1 * (p.dilation[1] * o_steps[2])
+        row += i2 * (p.dilation[2] * o_steps[3])
         real = (i0 < p.length[0]) & (i1 < p.length[1]) & (i2 < p.length[2])
-        entry = lse + batch.to(gl.int64) * l_steps[0]
-        gl.store(entry + row, (top + gl.log2(total)) * LN2, mask=real)
+        gl.store(lse + row, (top + gl.log2(total)) * LN2, mask=real)
         n += count
         turn += 1  # noqa: SIM113
     store_wait(0)
@@ -216,31 +215,29 @@ def _attend(
     do_not_specialize=[
         "N0", "N1", "N2", "K0", "K1", "K2", "S0", "S1", "S2", "D0", "D1", "D2", "T0", "T1", "T2",
         "total", "heads", "per_kv", "extra", "factor",
-        "q_0", "q_1", "q_2", "q_h", "k_0", "k_1", "k_2", "k_h", "v_0", "v_1", "v_2", "v_h",
-        "o_0", "o_1", "o_2", "o_h", "ek_h", "ev_h", "l_b", "l_0", "l_1",
+        "q_b", "q_0", "q_1", "q_2", "q_h", "k_b", "k_0", "k_1", "k_2", "k_h",
+        "v_b", "v_0", "v_1", "v_2", "v_h", "o_b", "o_0", "o_1", "extra_b",
     ]
 )  # fmt: skip
 def forward_kernel(
     q_desc, k_desc, v_desc, o_desc, ek_desc, ev_desc, lse,
-    q_0, q_1, q_2, q_h, k_0, k_1, k_2, k_h, v_0, v_1, v_2, v_h, o_0, o_1, o_2, o_h, ek_h, ev_h,
-    l_b, l_0, l_1, N0, N1, N2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2,
+    q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
+    o_b, o_0, o_1, extra_b, N0, N1, N2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2,
     total, heads, per_kv, extra, factor,
     MODES: gl.constexpr, TILE: gl.constexpr, BOX: gl.constexpr, SPLIT: gl.constexpr,
     STAGES: gl.constexpr, MASK: gl.constexpr, CODE: gl.constexpr, BY_ROW: gl.constexpr,
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_EXTRA: gl.constexpr, OWN_OUT: gl.constexpr,
     REGISTERS: gl.constexpr, FETCH: gl.constexpr, GROUPS: gl.constexpr, DILATED: gl.constexpr,
 ):  # fmt: skip
-    """Strides ``x_a`` of one token, positions ``N`` of a dilation group, window ``K``, stride
+    """Steps ``x_a`` of :func:`place`, positions ``N`` of a dilation group, window ``K``, stride
     ``S``, dilation ``D``, tiles ``T``, per axis; ``total`` tiles of all batches, heads and groups.
-
-    A descriptor's last axis spans one batch entry, so that a head and a dilation group are an
-    offset in it; its other axes are batch and positions inside the group.
     """
     p = Problem(
         (N0, N1, N2), (K0, K1, K2), (S0, S1, S2), (D0, D1, D2), (T0, T1, T2), total, heads,
         MODES, TILE, BOX, SPLIT, GROUPS, DILATED, False,
     )  # fmt: skip
-    o_steps, l_steps = (o_0, o_1, o_2, o_h), (l_b, l_0, l_1)
+    o_steps = (o_b, o_0, o_1, heads, 1)
+    k_steps, v_steps = (k_b, k_0, k_1, k_2, k_h), (v_b, v_0, v_1, v_2, v_h)
     keys = ring(k_desc, STAGES, GROUPS)
     values = ring(v_desc, STAGES, GROUPS)
     first = ring(q_desc, 1, 1)
@@ -256,17 +253,17 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    p, o_desc, o_steps, out, lse, l_steps, first, keys, values, tables, extra,
+                    p, o_desc, o_steps, out, lse, first, keys, values, tables, extra,
                     factor, 0, MASK, CODE, BY_ROW, STEPS, HAS_EXTRA, OWN_OUT,
                 )),
                 (_attend, (
-                    p, o_desc, o_steps, out2, lse, l_steps, second, keys, values, tables, extra,
+                    p, o_desc, o_steps, out2, lse, second, keys, values, tables, extra,
                     factor, 1, MASK, CODE, BY_ROW, STEPS, HAS_EXTRA, OWN_OUT,
                 )),
-                (_fetch_queries, (p, q_desc, (q_0, q_1, q_2, q_h), first, second)),
+                (_fetch_queries, (p, q_desc, (q_b, q_0, q_1, q_2, q_h), first, second)),
                 (_fetch_boxes, (
-                    p, k_desc, v_desc, ek_desc, ev_desc, (k_0, k_1, k_2, k_h), (v_0, v_1, v_2, v_h),
-                    ek_h, ev_h, keys, values, per_kv, extra, HAS_EXTRA,
+                    p, k_desc, v_desc, ek_desc, ev_desc, k_steps, v_steps, extra_b, keys, values,
+                    per_kv, extra, HAS_EXTRA,
                 )),
             ],
             [4, 1, 1],
@@ -276,13 +273,13 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    p, o_desc, o_steps, out, lse, l_steps, first, keys, values, tables, extra,
+                    p, o_desc, o_steps, out, lse, first, keys, values, tables, extra,
                     factor, 0, MASK, CODE, BY_ROW, STEPS, HAS_EXTRA, OWN_OUT,
                 )),
-                (_fetch_queries, (p, q_desc, (q_0, q_1, q_2, q_h), first, first)),
+                (_fetch_queries, (p, q_desc, (q_b, q_0, q_1, q_2, q_h), first, first)),
                 (_fetch_boxes, (
-                    p, k_desc, v_desc, ek_desc, ev_desc, (k_0, k_1, k_2, k_h), (v_0, v_1, v_2, v_h),
-                    ek_h, ev_h, keys, values, per_kv, extra, HAS_EXTRA,
+                    p, k_desc, v_desc, ek_desc, ev_desc, k_steps, v_steps, extra_b, keys, values,
+                    per_kv, extra, HAS_EXTRA,
                 )),
             ],
             [1, 1],

@@ -64,6 +64,11 @@ class Plan:
         shape = (self.batch, *self.space, heads, channels)
         return view(shape, contiguous(shape), self.rule.dilation)
 
+    def additional(self, channels: int) -> View:
+        """Of additional keys or values."""
+        shape = (self.batch, self.extra, self.kv_heads, channels)
+        return view(shape, contiguous(shape), (1,))
+
     @cached_property
     def forward(self) -> Forward | Trials:
         return self._tiled("forward", partial(Forward, self))
@@ -82,7 +87,7 @@ class Plan:
     def terms(self) -> dict[bool, portable.Launch]:
         """What the passes need per query; by whether the LSE has a gradient, too."""
         rows, dim = self.batch * math.prod(self.space) * self.heads, self.value_dim
-        constants = {"DV": dim, "BLOCK_DV": dim, "M": 16}
+        constants = {"DV": dim, "BLOCK_DV": tiling.native(dim), "M": 16}
         return {
             given: portable.Launch(
                 terms_kernel, (-(-rows // 16),), (rows,), constants | {"HAS_GRAD_LSE": given}
@@ -120,15 +125,14 @@ class _Kernel:
 
     def boxes(self, view: View, channels: int, of_tiles: bool) -> Boxes:
         """Descriptors of tiles, or of boxes."""
-        shape = self.tiles.tile if of_tiles else self.tiles.box
+        shape, channels = self.tiles.tile if of_tiles else self.tiles.box, tiling.native(channels)
         return Boxes(view, [1, *shape, channels], box_layout(channels, self.plan.dtype))
 
     def extra(self, channels: int) -> Boxes:
         """Descriptors of boxes of additional tokens."""
-        plan = self.plan
-        shape = (plan.batch, plan.extra, plan.kv_heads, channels)
+        view, channels = self.plan.additional(channels), tiling.native(channels)
         box = [1, 1, 1, math.prod(self.tiles.box), channels]
-        return Boxes(view(shape, contiguous(shape), (1,)), box, box_layout(channels, plan.dtype))
+        return Boxes(view, box, box_layout(channels, self.plan.dtype))
 
     def launch(
         self, kernel: Any, descriptors: Sequence[Boxes | None], numbers: Sequence[Any],
@@ -180,18 +184,19 @@ class Forward(_Kernel):
     def __init__(self, plan: Plan, tiles: tiling.Tiles) -> None:
         super().__init__(plan, "forward", tiles)
         dim, value_dim = plan.dim, plan.value_dim
-        views = [*plan.views, plan.contiguous(plan.heads, value_dim)]
+        out = plan.contiguous(plan.heads, value_dim)
         descriptors = [
-            self.boxes(views[0], dim, True),
-            self.boxes(views[1], dim, False),
-            self.boxes(views[2], value_dim, False),
-            self.boxes(views[3], value_dim, True),
+            self.boxes(plan.views[0], dim, True),
+            self.boxes(plan.views[1], dim, False),
+            self.boxes(plan.views[2], value_dim, False),
+            self.boxes(out, value_dim, True),
             *((self.extra(dim), self.extra(value_dim)) if plan.extra else (None, None)),
             None,
         ]
         numbers = (
-            *(step for each in views for step in each.steps), dim, value_dim,
+            *(step for each in plan.views for step in each.steps),
             *contiguous((plan.batch, *padded(plan.space, 1), plan.heads))[:3],
+            plan.additional(dim).steps[0],
         )  # fmt: skip
         self.run = self.launch(forward_kernel, descriptors, numbers, plan.heads, plan.extra)
 
@@ -207,22 +212,25 @@ class Gradient(_Kernel):
 
     def __init__(self, plan: Plan, kind: str, tiles: tiling.Tiles) -> None:
         super().__init__(plan, kind, tiles)
-        of_keys, dim = kind == "key", plan.dim
+        of_keys, dim, value_dim = kind == "key", plan.dim, plan.value_dim
         heads = plan.kv_heads if of_keys else plan.heads
         query, key, value = plan.views
-        queries = query, plan.contiguous(plan.heads, dim)
+        queries = query, plan.contiguous(plan.heads, value_dim)
         fixed, walked = ((key, value), queries) if of_keys else (queries, (key, value))
-        grad, terms = plan.contiguous(heads, dim), plan.contiguous(plan.heads, 4)
+        grads = [plan.contiguous(heads, n) for n in (dim, value_dim if of_keys else dim)]
+        terms = plan.contiguous(plan.heads, 4)
         outer = [self.boxes(each, dim, True) for each in fixed]
         inner = [self.boxes(each, dim, False) for each in walked]
         rows = self.tiles.box if of_keys else self.tiles.tile
         extra = 0 if of_keys else plan.extra
         descriptors = [
             *outer, *inner, Boxes(terms, [1, *rows, 4], gl.NVMMASharedLayout(0, 32, rank=5)),
-            *([self.extra(dim)] * 2 if extra else inner), *[self.boxes(grad, dim, True)] * 2,
+            *([self.extra(dim), self.extra(value_dim)] if extra else inner),
+            *(self.boxes(each, dim, True) for each in grads),
         ]  # fmt: skip
-        views = (*fixed, *walked, terms, grad)
+        views = (*fixed, *walked, terms, grads[0])
         numbers = [step for each in views for step in each.steps]
+        numbers.append(plan.additional(dim).steps[0])
         self.run = self.launch(pass_kernel, descriptors, numbers, heads, extra, OF_KEYS=of_keys)
 
     def __call__(

@@ -161,6 +161,7 @@ class Problem:
 
 
 @gluon.jit
-def channel(steps, group, head):
-    """Where a head and a dilation group begin in the last axis of a descriptor."""
-    return group[0] * steps[0] + group[1] * steps[1] + group[2] * steps[2] + head * steps[3]
+def place(steps, batch, group, head):
+    """Where a batch entry's head and dilation group begin in the first axis of a descriptor."""
+    at = batch * steps[0] + head * steps[4]
+    return at + group[0] * steps[1] + group[1] * steps[2] + group[2] * steps[3]

@@ -41,7 +41,7 @@ class Tiles(NamedTuple):
 
 
 def native(channels: int) -> int:
-    """Channels of the kernels that run heads of so many, padded with zeros."""
+    """Channels of the kernels that run heads of so many: zeros beside their own."""
     return next(each for each in HEADS if each >= channels)
 
 

@@ -120,7 +120,8 @@ def extra_gradients(found: Plan, query: Tensor, *others: Tensor) -> tuple[Tensor
 def _bias_gradient(
     found: Plan, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor, *others: Tensor
 ) -> Tensor:
-    parts, launch = found.rpb
-    grad = query.new_empty(parts, *rpb.shape, dtype=torch.float32)
-    launch(query, key, value, rpb, *others, grad)
-    return grad.sum(0).to(rpb.dtype)
+    shape, launch, add_up = found.rpb
+    partial, grad = query.new_empty(shape, dtype=torch.float32), torch.empty_like(rpb)
+    launch(query, key, value, rpb, *others, partial)
+    add_up(partial, grad)
+    return grad

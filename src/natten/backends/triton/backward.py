@@ -20,7 +20,6 @@ from natten.backends.triton.primitives import (
     document,
     group_length,
     hidden,
-    inside,
     kernel,
     load_rows,
     load_tile,
@@ -91,9 +90,10 @@ def _query_step(acc, q, k, v, g, lse, delta, s, PRECISION: tl.constexpr):
 def _key_step(dk, dv, q, k, v, g, terms, s, PRECISION: tl.constexpr):
     """Add one tile of queries, with scores ``s [keys, queries]``, to dK (without scale) and dV."""
     lse, delta = exponent_and_delta(terms)
+    dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)  # runs while exponentials are taken
     p = tl.exp2(s - lse[None, :])
     dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
-    ds = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :])
+    ds = p * (dp - delta[None, :])
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
 
 
@@ -229,9 +229,12 @@ def key_kernel(
     L0, L1, L2, KEYS, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, kv_heads, per_kv, scale,
     MODES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_RPB: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_RPB: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV; the arguments are ``forward_kernel``'s, tiles ``T`` are of keys."""
+    """dK and dV; the arguments are ``forward_kernel``'s, tiles ``T`` are of keys.
+
+    ``SINGLE``: a key head has one query head, and the loop over them is compiled away.
+    """
     M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
     N: tl.constexpr = TK[0] * TK[1] * TK[2]
     pid, t0, t1, t2 = split(tl.program_id(0), T0, T1, T2)
@@ -300,7 +303,7 @@ def key_kernel(
     q_steps = whole_box_steps(w1, w2, dilation, q_strides, TQ)
     row_steps = whole_box_steps(w1, w2, dilation, row_strides, TQ)
     for WHOLE in tl.static_range(2):
-        for number in range(0, per_kv):
+        for number in range(0, 1 if SINGLE else per_kv):
             head = kv_head * per_kv + number
             q_first = q_start + head * q_h
             j0, j1, j2 = 0, 0, 0
@@ -388,51 +391,120 @@ def extra_kernel(
     store_rows(grad_value, row * DV, present, dv, DV, dv_acc)
 
 
+@triton.jit
+def _tiles_that_attend(
+    tiles, length, dilation, k, s, o,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """First and one-past-last of an axis's tiles of queries that attend keys of a box, which begins
+    ``o`` after the tile."""
+    first, end = tiles, 0
+    for t in range(0, tiles):
+        for SHORT in tl.static_range(2):  # a dilation's last groups have a token less
+            n = group_length(length, dilation, (dilation - 1) * SHORT)
+            f = t * ROWS
+            low, _ = window(f, n, n, k, s, MODE)
+            _, high = window(tl.minimum(f + ROWS, n) - 1, n, n, k, s, MODE)
+            attends = (f < n) & (f + o < high) & (low < f + o + COLUMNS)
+            first = tl.where(attends, tl.minimum(first, t), first)
+            end = tl.where(attends, t + 1, end)
+    return first, tl.maximum(end - first, 0)
+
+
 @kernel
 def bias_kernel(
-    query, key, value, rpb, grad_out, terms, grad_rpb,
+    query, key, value, rpb, grad_out, terms, partial,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, heads, per_kv, batches, offsets, per_split,
-    scale, MODES: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr,
+    L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, batches,
+    O0, O1, O2, B1, B2, scale,
+    MODES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The bias's gradient from one part of the queries, ``[parts, heads, offsets]``.
+    """dS of one box of keys for each tile of queries, summed over a part of the tiles, into
+    ``partial [parts, heads, boxes, queries, keys]``.
 
-    Query by query: along the offsets of one query no two keys meet, so nothing is scattered.
+    All boxes of a program are as far from their tiles, so that a pair of rows has the same bias in
+    every tile. ``O``: how far the first box is, ``B``: how many there are, per axis; ``T`` tiles.
+    :func:`bias_sum_kernel` adds up pairs that have the same bias.
     """
-    part, head = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
+    N: tl.constexpr = TK[0] * TK[1] * TK[2]
+    box, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_head = head // per_kv
-    at = tl.program_id(1) * N + tl.arange(0, N)
-    o0, o1, o2 = coordinates(at, 2 * K1 - 1, 2 * K2 - 1)
-    o0, o1, o2 = o0 - (K0 - 1), o1 - (K1 - 1), o2 - (K2 - 1)
-    bias = tl.load(rpb + head * offsets + at, mask=at < offsets, other=0.0).to(tl.float32)
+    j0, j1, j2 = coordinates(box, B1, B2)
+    o0, o1, o2 = O0 + j0 * TK[0], O1 + j1 * TK[1], O2 + j2 * TK[2]
+    t0, w0 = _tiles_that_attend(T0, L0, D0, K0, S0, o0, TQ[0], TK[0], MODES[0])
+    t1, w1 = _tiles_that_attend(T1, L1, D1, K1, S1, o1, TQ[1], TK[1], MODES[1])
+    t2, w2 = _tiles_that_attend(T2, L2, D2, K2, S2, o2, TQ[2], TK[2], MODES[2])
+    r0, r1, r2 = coordinates(tl.arange(0, M), TQ[1], TQ[2])
+    c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    acc = tl.zeros([N], dtype=tl.float32)
-    tokens = (L0 * L1 * L2).to(tl.int64)
-    first = part.to(tl.int64) * per_split
-    for number in range(first, tl.minimum(first + per_split, tokens * batches)):
-        batch = number // tokens
-        x0, x1, x2 = coordinates(number % tokens, L1, L2)
-        g0, g1, g2 = x0 % D0, x1 % D1, x2 % D2
-        i0, i1, i2 = x0 // D0, x1 // D1, x2 // D2
+    kernel_size = (K0, K1, K2)
+    at = bias_place(o0 + c0, o1 + c1, o2 + c2, kernel_size)[None, :]
+    at -= bias_place(r0, r1, r2, kernel_size)[:, None]
+    acc = tl.zeros([M, N], dtype=tl.float32)
+    tiles = w0 * w1 * w2 * D0 * D1 * D2 * batches
+    per_part = tl.cdiv(tiles, tl.num_programs(1))
+    for number in range(part * per_part, tl.minimum((part + 1) * per_part, tiles)):
+        rest, i0, i1, i2 = split(number, w0, w1, w2)
+        batch, g0, g1, g2 = split(rest, D0, D1, D2)
+        batch = batch.to(tl.int64)
         n0, n1, n2 = group_length(L0, D0, g0), group_length(L1, D1, g1), group_length(L2, D2, g2)
+        f0, f1, f2 = (t0 + i0) * TQ[0], (t1 + i1) * TQ[1], (t2 + i2) * TQ[2]
+        real = (f0 + r0 < n0) & (f1 + r1 < n1) & (f2 + r2 < n2)
+        i0, i1 = tl.minimum(f0 + r0, n0 - 1), tl.minimum(f1 + r1, n1 - 1)
+        i2 = tl.minimum(f2 + r2, n2 - 1)
         s0, e0 = window(i0, n0, n0, K0, S0, MODES[0])
         s1, e1 = window(i1, n1, n1, K1, S1, MODES[1])
         s2, e2 = window(i2, n2, n2, K2, S2, MODES[2])
-        p0, p1, p2 = i0 + o0, i1 + o1, i2 + o2
-        allowed = inside(p0, s0, e0, MODES[0], at < offsets)
-        allowed = inside(p1, s1, e1, MODES[1], allowed)
-        allowed = inside(p2, s2, e2, MODES[2], allowed)
-        row = x0 * q_0 + x1 * q_1 + x2 * q_2 + batch * q_b + head * q_h
-        q = tl.load(query + row + d, mask=d < D, other=0.0).to(tl.float32)
-        row = number * heads + head
-        g = tl.load(grad_out + row * DV + dv, mask=dv < DV, other=0.0).to(tl.float32)
-        y0, y1, y2 = p0 * D0 + g0, p1 * D1 + g1, p2 * D2 + g2
+        x0, x1 = token(i0, g0, D0, MODES[0]), token(i1, g1, D1, MODES[1])
+        x2 = token(i2, g2, D2, MODES[2])
+        rows = token_offset(batch * q_b + head * q_h, x0, x1, x2, q_0, q_1, q_2, ALIGN)
+        q = load_rows(query, rows, real, d, D)
+        rows = row_number(batch * L0 * L1 * L2, x0, x1, x2, L1, L2, heads, head)
+        g = load_rows(grad_out, rows * DV, real, dv, DV)
+        lse, delta = exponent_and_delta(load_terms(terms, rows, real))
+        a0, a1, a2 = f0 + o0, f1 + o1, f2 + o2
+        p0, p1, p2 = a0 + c0, a1 + c1, a2 + c2
+        present = (p0 >= 0) & (p1 >= 0) & (p2 >= 0) & (p0 < n0) & (p1 < n1) & (p2 < n2)
+        y0, y1 = token(p0, g0, D0, MODES[0]), token(p1, g1, D1, MODES[1])
+        y2 = token(p2, g2, D2, MODES[2])
         cols = token_offset(batch * k_b + kv_head * k_h, y0, y1, y2, k_0, k_1, k_2, ALIGN)
-        k = load_rows(key, cols, allowed, d, D).to(tl.float32)
+        k = load_rows(key, cols, present, d, D)
         cols = token_offset(batch * v_b + kv_head * v_h, y0, y1, y2, v_0, v_1, v_2, ALIGN)
-        v = load_rows(value, cols, allowed, dv, DV).to(tl.float32)
-        s = (tl.sum(k * q[None, :], 1) * scale + bias) * LOG2E - tl.load(terms + row * 4)
-        p = tl.where(allowed, tl.exp2(s), 0.0)
-        acc += p * (tl.sum(v * g[None, :], 1) - tl.load(terms + row * 4 + 1))
-    tl.store(grad_rpb + (part * heads + head) * offsets + at, acc, mask=at < offsets)
+        v = load_rows(value, cols, present, dv, DV)
+        s = scores(q, k, scale, rpb, at, kernel_size, head, True, False, PRECISION)
+        s += hidden(a0, a1, a2, (s0, s1, s2), (e0, e1, e2), TK, MODES)
+        # Rows that are no query have weights of zero, whatever their bias.
+        p = tl.exp2(s - tl.where(real, lse, float("inf"))[:, None])
+        acc += p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    place = ((part * heads + head) * tl.num_programs(0) + box) * M + tl.arange(0, M)
+    tl.store(partial + place[:, None] * N + tl.arange(0, N)[None, :], acc)
+
+
+@kernel
+def bias_sum_kernel(
+    partial, grad_rpb, K0, K1, K2, O0, O1, O2, B1, B2, heads, boxes, parts, offsets,
+    TQ: tl.constexpr, TK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The bias's gradient ``[heads, offsets]`` from what :func:`bias_kernel` made."""
+    M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
+    N: tl.constexpr = TK[0] * TK[1] * TK[2]
+    head = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    o0, o1, o2 = coordinates(at, 2 * K1 - 1, 2 * K2 - 1)
+    r = tl.arange(0, M)
+    r0, r1, r2 = coordinates(r, TQ[1], TQ[2])
+    # Each query's key with that bias, from the first box's first key on.
+    p0 = r0[:, None] + (o0 - (K0 - 1) - O0)[None, :]
+    p1 = r1[:, None] + (o1 - (K1 - 1) - O1)[None, :]
+    p2 = r2[:, None] + (o2 - (K2 - 1) - O2)[None, :]
+    box = (p0 // TK[0] * B1 + p1 // TK[1]) * B2 + p2 // TK[2]
+    column = (p0 % TK[0] * TK[1] + p1 % TK[1]) * TK[2] + p2 % TK[2]
+    place = (box * M + r[:, None]) * N + column
+    acc = tl.zeros([BLOCK], dtype=tl.float32)
+    for part in range(0, parts):
+        start = (part * heads + head) * boxes * M * N
+        acc += tl.sum(tl.load(partial + start + place, mask=at[None, :] < offsets, other=0.0), 0)
+    tl.store(grad_rpb + head * offsets + at, acc, mask=at < offsets)

@@ -22,6 +22,7 @@ from natten import tuning
 from natten.backends.triton import tiles as tiling
 from natten.backends.triton.backward import (
     bias_kernel,
+    bias_sum_kernel,
     extra_kernel,
     key_kernel,
     query_kernel,
@@ -217,13 +218,16 @@ class Plan:
         }
         self.precision = {"PRECISION": "tf32" if tf32 else "ieee"}
 
+    def _problem(self, kind: str) -> tuple[Any, ...]:
+        """What decides the tiles of a kind of kernel."""
+        sizes = self.space, self.key_space, self.dim, self.value_dim, self.itemsize
+        return (kind, self.rule, *sizes, self.bias)
+
     def _tiled(
         self, kernel: Any, kind: str, heads: int, tail: Sequence[Any], **constants: Any
     ) -> Launch | Trials:
         """A kernel with a program per tile; ``tail``: its numbers after the sizes."""
-        problem = (
-            kind, self.rule, self.space, self.key_space, self.dim, self.value_dim, self.itemsize,
-        )  # fmt: skip
+        problem = self._problem(kind)
 
         def launch(tiles: tiling.Tiles) -> Launch:
             return self._launch(kernel, kind, heads, tail, tiles, constants)
@@ -240,9 +244,7 @@ class Plan:
         constants: dict[str, Any],
     ) -> Launch:  # fmt: skip
         keys = kind == "key"
-        outer = tiles.key if keys else tiles.query
-        lengths = zip(padded(self.key_space if keys else self.space, 1), self.dilation, outer)
-        counts = [math.ceil(math.ceil(length / d) / size) for length, d, size in lengths]
+        counts = self._counts(*((tiles.key, self.key_space) if keys else (tiles.query, self.space)))
         programs = math.prod(counts) * math.prod(self.dilation) * self.batch * heads
         constants = constants | {
             "MODES": self.modes,
@@ -259,6 +261,11 @@ class Plan:
             constants["HAS_EXTRA"] = bool(self.extra)
         numbers = (*self.strides, *self.shape, self.key_space[-1], *self.window, *counts, *tail)
         return Launch(kernel, (programs,), numbers, constants)
+
+    def _counts(self, tile: tiling.Shape, space: tuple[int, ...]) -> list[int]:
+        """How many tiles the longest dilation group has, per axis."""
+        lengths = zip(padded(space, 1), self.dilation, tile)
+        return [math.ceil(math.ceil(length / d) / size) for length, d, size in lengths]
 
     @cached_property
     def forward(self) -> Launch | Trials:
@@ -283,7 +290,10 @@ class Plan:
     def key(self) -> Launch | Trials:
         """dK and dV."""
         tail = (self.kv_heads, self.per_kv, self.scale)
-        return self._tiled(key_kernel, "key", self.kv_heads, tail)
+        # Without the loop over heads, ptxas spills what it then keeps beside two sums of 128
+        # channels; narrower ones are up to a quarter faster (benchmarks/results/h100.md).
+        single = self.per_kv == 1 and max(self.dim, self.value_dim) <= 64
+        return self._tiled(key_kernel, "key", self.kv_heads, tail, SINGLE=single)
 
     @cached_property
     def extra_tokens(self) -> tuple[int, Launch]:
@@ -299,17 +309,32 @@ class Plan:
         return parts, Launch(extra_kernel, grid, numbers, constants)
 
     @cached_property
-    def rpb(self) -> tuple[int, Launch]:
-        """The bias's gradient in parts: how many, and the kernel."""
-        offsets = math.prod(2 * k - 1 for k in self.window[:3])
-        parts, per_part = _parts(math.prod(self.shape) * self.batch, 64, 512)
+    def rpb(self) -> tuple[tuple[int, ...], Launch, Launch]:
+        """The bias's gradient: the shape of the sums between its two kernels, and these."""
+        kernel_size = self.window[:3]
+        tiles = tiling.choose(*self._problem("query"), *self.asked["query"])
+        counts = self._counts(tiles.query, self.space)
+        # A window begins half of it before its query, at the ends of an axis up to all of it.
+        apart, boxes = [], []
+        for k, rows, columns in zip(kernel_size, tiles.query, tiles.key):
+            apart.append(-(k // 2) - math.ceil((k - 1 - k // 2) / columns) * columns)
+            boxes.append(math.ceil((rows + k - 1 - apart[-1]) / columns))
+        every, total = math.prod(boxes), math.prod(counts) * math.prod(self.dilation) * self.batch
+        parts, _ = _parts(total, 4, max(1, 2048 // (every * self.heads)))
+        places = (*apart, *boxes[1:])
         numbers = (
-            *self.strides, *self.shape, *self.window, self.heads, self.per_kv, self.batch, offsets,
-            per_part, self.scale,
+            *self.strides, *self.shape, *self.window, *counts, self.heads, self.per_kv, self.batch,
+            *places, self.scale,
         )  # fmt: skip
-        grid = (parts, -(-offsets // 32), self.heads)
-        return parts, Launch(
-            bias_kernel, grid, numbers, {"MODES": self.modes, "N": 32, **self.channels}
+        shapes = {"TQ": tiles.query, "TK": tiles.key}
+        constants = {"MODES": self.modes, **shapes, **self.channels, **self.precision}
+        constants["num_warps"] = tiles.num_warps
+        offsets = math.prod(2 * k - 1 for k in kernel_size)
+        last = (*kernel_size, *places, self.heads, every, parts, offsets)
+        return (
+            (parts, self.heads, every, math.prod(tiles.query), math.prod(tiles.key)),
+            Launch(bias_kernel, (every, parts, self.heads), numbers, constants),
+            Launch(bias_sum_kernel, (-(-offsets // 32), self.heads), last, shapes | {"BLOCK": 32}),
         )
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 
 POINTERS = {
     "query", "key", "value", "attn", "rpb", "extra_key", "extra_value", "documents", "out", "lse",
-    "terms", "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_rpb",
+    "terms", "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_rpb", "partial",
 }  # fmt: skip
 
 

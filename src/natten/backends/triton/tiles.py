@@ -76,12 +76,15 @@ def block(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
-def _limits(kind: str, dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> tuple[int, int]:
+def _limits(
+    kind: str, dim: int, value_dim: int, itemsize: int, bias: bool, gpu: Gpu
+) -> tuple[int, int]:
     """Most rows of an outer tile and of a box, by registers.
 
     Tiles of 64 rows, one group of warps, leave room for several programs per processor, which hide
     each other's waiting. Two sums of wide heads leave no registers for more than 32 columns. Exact
-    products of 32 bits have both operands in registers, whole.
+    products of 32 bits have both operands in registers, whole. Of narrow heads, addresses of biases
+    are most of what is in registers.
     """
     wide = max(block(dim), block(value_dim)) * itemsize // 2
     rows, cols = max(16, min(64, 16384 // wide)), max(16, min(64, 8192 // wide))
@@ -89,6 +92,8 @@ def _limits(kind: str, dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> tup
         return min(32, rows), min(32, cols)
     if kind == "key" and wide == 128:
         return 64, 32
+    if kind != "key" and bias and wide <= 32:
+        return rows, 32
     if wide == 128 and gpu.capability == 90:
         return 128, 64
     return rows, cols
@@ -143,25 +148,27 @@ _ONE = [_Axis(1, 1, dict.fromkeys(_SIZES, 1))]
 
 
 def key(
-    kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int
-) -> str:
+    kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int,
+    bias: bool = False,
+) -> str:  # fmt: skip
     """The name of a problem in :mod:`natten.tuning`."""
     sizes = "-".join("x".join(map(str, each)) for each in (shape, key_shape))
-    return f"triton-{kind}-{sizes}-{rule}-{dim}-{value_dim}-{itemsize}"
+    return f"triton-{kind}-{sizes}-{rule}-{dim}-{value_dim}-{itemsize}{'-bias' * bias}"
 
 
 @tuning.cached
 def choose(
     kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int,
-    asked_query: Shape = (), asked_key: Shape = (),
+    bias: bool = False, asked_query: Shape = (), asked_key: Shape = (),
 ) -> Tiles:  # fmt: skip
     """The tiles asked for, else those measured to be fastest, else those estimated to be cheapest.
 
     Args:
         kind: of kernel, one of ``KINDS``.
+        bias: whether there is one.
         asked_query, asked_key: tile shapes, 0 or nothing where any will do.
     """
-    problem = (kind, rule, shape, key_shape, dim, value_dim, itemsize)
+    problem = (kind, rule, shape, key_shape, dim, value_dim, itemsize, bias)
     if any(asked_query) or any(asked_key):
         fitting = (
             tiles
@@ -184,19 +191,20 @@ def _is_asked(tile: Shape, asked: Shape) -> bool:
 
 
 def candidates(
-    kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int
-) -> list[Tiles]:
+    kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int,
+    bias: bool = False,
+) -> list[Tiles]:  # fmt: skip
     """Tiles that fit the current GPU's registers and shared memory, cheapest first by estimate."""
-    return _candidates(kind, rule, shape, key_shape, dim, value_dim, itemsize, gpu())
+    return _candidates(kind, rule, shape, key_shape, dim, value_dim, itemsize, bias, gpu())
 
 
 @lru_cache(maxsize=64)
 def _candidates(
     kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int,
-    gpu: Gpu,
+    bias: bool, gpu: Gpu,
 ) -> list[Tiles]:  # fmt: skip
     transposed = kind == "key"
-    most_rows, most_cols = _limits(kind, dim, value_dim, itemsize, gpu)
+    most_rows, most_cols = _limits(kind, dim, value_dim, itemsize, bias, gpu)
     channels = block(dim) + block(value_dim)
     axes = [_ONE] * (3 - len(shape)) + [
         _axis(rule, axis, length, key_length, transposed)
