@@ -359,7 +359,7 @@ def _out(tile, descriptor, OWN_OUT: gl.constexpr):
 # Compiled once for all of them, whatever divides them.
 _NUMBERS = """
 oa_b oa_0 oa_1 oa_2 oa_h ob_b ob_0 ob_1 ob_2 ob_h ia_b ia_0 ia_1 ia_2 ia_h ib_b ib_0 ib_1 ib_2
-ib_h t_b t_0 t_1 t_2 t_h g_b g_0 g_1 g_2 g_h extra_b N0 N1 N2 K0 K1 K2 S0 S1 S2 D0 D1 D2 T0 T1 T2
+ib_h t_b t_0 t_1 t_2 t_h g_b g_0 g_1 extra_b N0 N1 N2 K0 K1 K2 S0 S1 S2 D0 D1 D2 T0 T1 T2
 total heads per_kv extra factor
 """.split()  # noqa: SIM905
 
@@ -369,7 +369,7 @@ def pass_kernel(
     outer_a, outer_b, inner_a, inner_b, terms, more_a, more_b, grad_a, grad_b,
     oa_b, oa_0, oa_1, oa_2, oa_h, ob_b, ob_0, ob_1, ob_2, ob_h,
     ia_b, ia_0, ia_1, ia_2, ia_h, ib_b, ib_0, ib_1, ib_2, ib_h,
-    t_b, t_0, t_1, t_2, t_h, g_b, g_0, g_1, g_2, g_h, extra_b,
+    t_b, t_0, t_1, t_2, t_h, g_b, g_0, g_1, extra_b,
     N0, N1, N2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, total, heads, per_kv, extra, factor,
     MODES: gl.constexpr, TILE: gl.constexpr, BOX: gl.constexpr, SPLIT: gl.constexpr,
     STAGES: gl.constexpr, MASK: gl.constexpr, CODE: gl.constexpr, BY_ROW: gl.constexpr,
@@ -392,7 +392,7 @@ def pass_kernel(
     oa_steps, ob_steps, g_steps = (
         (oa_b, oa_0, oa_1, oa_2, oa_h),
         (ob_b, ob_0, ob_1, ob_2, ob_h),
-        (g_b, g_0, g_1, g_2, g_h),
+        (g_b, g_0, g_1, heads, 1),
     )
     ia_steps, ib_steps, t_steps = (
         (ia_b, ia_0, ia_1, ia_2, ia_h),

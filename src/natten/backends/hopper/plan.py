@@ -64,6 +64,11 @@ class Plan:
         shape = (self.batch, *self.space, heads, channels)
         return view(shape, contiguous(shape), self.rule.dilation)
 
+    def rows(self, heads: int) -> Shape:
+        """Of a contiguous tensor: how many rows, which are its places, batch entries are apart, and
+        tokens along the first two axes."""
+        return contiguous((self.batch, *padded(self.space, 1), heads))[:3]
+
     def additional(self, channels: int) -> View:
         """Of additional keys or values."""
         shape = (self.batch, self.extra, self.kv_heads, channels)
@@ -195,8 +200,7 @@ class Forward(_Kernel):
         ]
         numbers = (
             *(step for each in plan.views for step in each.steps),
-            *contiguous((plan.batch, *padded(plan.space, 1), plan.heads))[:3],
-            plan.additional(dim).steps[0],
+            *plan.rows(plan.heads), plan.additional(dim).steps[0],
         )  # fmt: skip
         self.run = self.launch(forward_kernel, descriptors, numbers, plan.heads, plan.extra)
 
@@ -228,9 +232,10 @@ class Gradient(_Kernel):
             *([self.extra(dim), self.extra(value_dim)] if extra else inner),
             *(self.boxes(each, dim, True) for each in grads),
         ]  # fmt: skip
-        views = (*fixed, *walked, terms, grads[0])
-        numbers = [step for each in views for step in each.steps]
-        numbers.append(plan.additional(dim).steps[0])
+        numbers = (
+            *(step for each in (*fixed, *walked, terms) for step in each.steps),
+            *plan.rows(heads), plan.additional(dim).steps[0],
+        )  # fmt: skip
         self.run = self.launch(pass_kernel, descriptors, numbers, heads, extra, OF_KEYS=of_keys)
 
     def __call__(
