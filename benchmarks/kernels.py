@@ -73,8 +73,8 @@ KNOWN: dict[tuple[str, str], dict[str, int]] = {
     # them, and the gather of a bias per pair.
     ("80", "key"): {"NAT fp16 bias": 29, "NAT fp32": 15, "FLUX": 24, "video": 6},
     ("86", "key"): {"NAT fp16 bias": 37, "FLUX": 24, "video": 2},
-    # The portable kernels where the Hopper kernels do not run: a few of 500 to 700 instructions that
-    # mask a box. dP before the weights takes more of them, and less time (h200.md).
+    # The portable kernels where the Hopper kernels do not run: a few of 500 to 700 instructions
+    # that mask a box. dP before the weights takes more of them, and less time (h200.md).
     ("90", "forward"): {"FLUX": 1, "Hunyuan": 1},
     ("90", "key"): {"FLUX": 11, "video": 1, "1-D causal": 2, "FLUX strided": 15},
     # dK and dV have two sums.
