@@ -3,9 +3,10 @@
     ncu --csv --page raw --section SpeedOfLight --section ComputeWorkloadAnalysis \\
         --section MemoryWorkloadAnalysis -k regex:"(forward|pass|query|key)_kernel" \\
         python benchmarks/limits.py > ncu.csv              # runs every case once
-    python benchmarks/limits.py --from ncu.csv --about "NVIDIA H100, ..."  # results/limits/h100.csv
+    python benchmarks/limits.py --from ncu.csv --about "NVIDIA H100, ..." \\
+        --out benchmarks/results/limits/h100.csv
 
-With --backend triton in the first, and --out in the second, the portable kernels are examined.
+With --backend triton in the first, the portable kernels are examined.
 
 Large cases run with four heads, which changes how long kernels take, not what they wait for.
 """
@@ -23,7 +24,7 @@ from records import RESULTS
 
 from natten.functional import neighborhood_attention_generic
 
-RESULT = RESULTS / "limits/h100.csv"
+FOLDER = RESULTS / "limits"
 NAMES = [name for name in GROUPS["cuda"] if name not in ("nat-fp16", "nat-d64", "dinat")]
 KERNELS = ("forward", "dQ", "dK, dV")  # in the order in which a training step launches them
 PERCENT = ".avg.pct_of_peak_sustained_elapsed"
@@ -52,9 +53,9 @@ class Limit(NamedTuple):
     about: str = ""
 
 
-def read() -> list[Limit]:
-    """The results."""
-    with RESULT.open(newline="") as file:
+def read(name: str) -> list[Limit]:
+    """The results ``limits/NAME.csv``."""
+    with (FOLDER / f"{name}.csv").open(newline="") as file:
         return [Limit(**row) for row in csv.DictReader(file)]
 
 
@@ -99,10 +100,12 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(NAMES), help="comma-separated")
     parser.add_argument("--backend", help="one of ours, instead of the default")
     parser.add_argument("--from", dest="source", type=Path, help="what ncu printed")
-    parser.add_argument("--out", type=Path, default=RESULT, help="what to write")
+    parser.add_argument("--out", type=Path, help="what to write")
     parser.add_argument("--about", default="", help="device and versions")
     args = parser.parse_args()
     names = args.cases.split(",")
+    if (args.source is None) != (args.out is None):
+        parser.error("--from and --out belong together")
     if args.source is None:
         run(names, args.backend)
         return

@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import limits
@@ -29,6 +30,7 @@ FILES = (
     "docs/simulator.md",
     "benchmarks/results/cpu.md",
     "benchmarks/results/h100.md",
+    "benchmarks/results/h200.md",
 )
 CHART = "docs/images/speed.svg"
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -95,9 +97,9 @@ def cpu_table(names: Sequence[str] | None = None) -> list[str]:
     return [*_table(rows), "", f"{times.machine()}; float32 unless said, medians of one run."]
 
 
-def gpu_table() -> list[str]:
+def gpu_table(gpu: str = GPU) -> list[str]:
     """Ours beside dense cuDNN attention on a GPU."""
-    times = Times(GPU)
+    times = Times(gpu)
     rows = [
         [
             "case", "dense cuDNN us, forward / forward+backward", "ideal us",
@@ -118,9 +120,9 @@ def gpu_table() -> list[str]:
     return [*_table(rows), "", f"{times.machine()}; bfloat16 unless said, medians of one run."]
 
 
-def portable_table() -> list[str]:
+def portable_table(gpu: str = GPU) -> list[str]:
     """The portable kernels where the default is another backend."""
-    times, default = Times(f"{GPU}-triton"), Times(GPU)
+    times, default = Times(f"{gpu}-triton"), Times(gpu)
     titles = (
         "triton us, graph",
         "triton us, eager",
@@ -137,9 +139,9 @@ def portable_table() -> list[str]:
     return [*_table(rows), "", f"{times.machine()}; bfloat16 unless said, medians of one run."]
 
 
-def flex_table() -> list[str]:
+def flex_table(gpu: str = GPU) -> list[str]:
     """The portable kernels beside FlexAttention, in one run."""
-    times = Times("flex-h100")
+    times = Times(f"flex-{gpu}")
     rows = [
         [
             "case", "triton us, graph, forward / forward+backward", "FlexAttention us, graph",
@@ -209,9 +211,9 @@ def _waste(times: Times) -> dict[str, str]:
     return {r.case: r.computed_over_needed for r in times.records if r.computed_over_needed}
 
 
-def limit_table() -> list[str]:
+def limit_table(name: str = GPU) -> list[str]:
     """How busy the kernels keep what may limit them."""
-    found = limits.read()
+    found = limits.read(name)
     titles = {
         "products": "tensor cores", "exponentials": "exponentials",
         "instructions": "instruction issue", "shared": "shared memory", "l2": "L2", "dram": "DRAM",
@@ -304,9 +306,13 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "flex": flex_table,
     "floors": floor_table,
     "limits": limit_table,
+    "limits-triton": partial(limit_table, "h200-triton"),
     "peers": peer_table,
     "bounds": bounds_table,
     "strides": stride_table,
+    "gpu-h200": partial(gpu_table, "h200"),
+    "portable-h200": partial(portable_table, "h200"),
+    "flex-h200": partial(flex_table, "h200"),
 }
 
 
