@@ -1,6 +1,6 @@
 """Time the portable kernels beside compiled FlexAttention, in one run.
 
-    python benchmarks/flex.py --out benchmarks/results/flex-h100.csv     # needs a GPU
+    python benchmarks/flex.py --out benchmarks/results/flex-h200.csv     # needs a GPU
 
 FlexAttention gets its tokens already in tiles that its blocks of 128 fit; neither the permutation
 nor its block mask is timed. The strides of these cases make its blocks whole, as ours are, so that

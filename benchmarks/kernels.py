@@ -44,6 +44,8 @@ MORE = [
     Variant("1-D causal", (32768,), 2048, 128, causal=True),
     Variant("HDiT fp32", (64, 64), 13, 64, dtype=torch.float32),
     Variant("FLUX strided", (256, 256), 80, 128, stride=16),
+    Variant("FLUX bias", (256, 256), 80, 128, bias=True),
+    Variant("NAT fp32 bias", (56, 56), 7, 32, dtype=torch.float32, bias=True),
     Variant("Hunyuan", (30, 48, 80), (18, 24, 24), 128),
 ]
 HOPPER = [

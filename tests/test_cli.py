@@ -300,7 +300,7 @@ def test_simulate_a_device_as_given(capsys):
     "options, tiles",
     [
         (["--device", "h200"], "tiles of our hopper backend"),
-        (["--device", "h200", "-d", "48"], "tiles of 128 queries, boxes of 64 keys"),
+        (["--device", "h200", "-d", "50"], "tiles of 128 queries, boxes of 64 keys"),
         (["--device", "a100"], "tiles of 128 queries, boxes of 64 keys"),
         (["--device", "cpu"], "tiles of 16 queries, boxes as large as needed"),
     ],

@@ -265,28 +265,36 @@ def test_heads_of_all_widths_that_tma_reads() -> None:
 @pytest.mark.parametrize("order", ["as it is", "heads first", "apart"])
 def test_views_show_the_tensor(heads: int, batch: int, order: str) -> None:
     """Places and positions lead to the tokens of every batch entry, head and dilation group."""
-    shape, dilation = (batch, 6, 4, heads, 24), (3, 2)
+    shape, dilation = (batch, 6, 4, heads, 40), (3, 2)
     x = torch.arange(math.prod(shape)).view(shape)
     if order == "heads first":
         x = x.movedim(-2, 0).contiguous().movedim(0, -2)
     elif order == "apart":  # nothing but 8 divides all strides
-        strides = (24 * 24 * heads + 8, 4 * 24 * heads, 24 * heads, 24, 1)
-        x = torch.zeros(4000, dtype=x.dtype).as_strided(shape, strides).copy_(x)
+        strides = (24 * 40 * heads + 8, 4 * 40 * heads, 40 * heads, 40, 1)
+        x = torch.zeros(6000, dtype=x.dtype).as_strided(shape, strides).copy_(x)
     found = descriptors.view(shape, x.stride(), dilation)
     assert all(s % 8 == 0 for s in found.strides[:-1])
     shown = x.as_strided(found.shape, found.strides)
-    assert shown.shape == (1 + max_place(found, batch, dilation, heads), 1, 2, 2, 24)
+    assert shown.shape == (1 + last_place(found, batch, dilation, heads), 1, 2, 2, 40)
     for b, g1, g2, h in itertools.product(*map(range, (batch, *dilation, heads))):
         at = sum(n * s for n, s in zip((b, 0, g1, g2, h), found.steps))
         assert torch.equal(shown[at, 0], x[b, g1::3, g2::2, h])
     if order == "as it is":  # places are rows
-        assert found.steps[-1] == 1 and found.steps[0] == 24 * heads * (batch > 1)
+        assert found.steps == (24 * heads * (batch > 1), 0, 4 * heads, heads, 1)
 
 
-def max_place(view: descriptors.View, batch: int, dilation: Any, heads: int) -> int:
+def last_place(view: descriptors.View, batch: int, dilation: Any, heads: int) -> int:
     """The last place that a kernel asks for."""
     lasts = (batch - 1, 0, *(d - 1 for d in dilation), heads - 1)
     return sum(n * s for n, s in zip(lasts, view.steps))
+
+
+def test_places_beyond_32_bits_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 7, 3, 48, dtype=torch.bfloat16)[:, :, 1:, 8:40]
+    assert descriptors.readable(x, (1,)) is x
+    monkeypatch.setattr(descriptors, "MOST", 20)
+    copied = descriptors.readable(x, (1,))
+    assert copied.is_contiguous() and torch.equal(copied, x)
 
 
 def test_programs_take_tiles_in_turn_unless_some_are_much_longer() -> None:
@@ -384,6 +392,7 @@ TENSORS = [
     (2, 2, 256, 256, 0, torch.float16),
     (4, 2, 96, 72, 5, torch.bfloat16),
     (1, 1, 8, 40, 0, torch.float16),
+    (2, 1, 136, 200, 0, torch.bfloat16),
 ]
 
 

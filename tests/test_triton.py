@@ -84,7 +84,9 @@ def test_views_that_negate_are_read_as_what_they_say():
 SWEEP = """
 import torch
 from helpers import Case, assert_close
+from natten import tuning
 from natten.backends import reference, triton
+from natten.backends.triton import plan
 from natten.neighborhood import Dense
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -120,6 +122,12 @@ around = torch.full((3, *bias.shape), float("inf"))
 around[1] = bias
 inputs[3] = around[1]
 check(inputs, case.rule, tiles=(8, 8) * 4)
+# The bias's gradient head by head, where sums of all have no room.
+plan._MOST_SUMS = 1
+tuning._forget_choices()
+q, k, v, rpb, *_ = inputs = CASES[2].inputs(torch.float32)
+check(inputs, CASES[2].rule)
+assert len(plan.plan_for(q, k, v, rpb, None, CASES[2].rule, 0.6).rpb[1]) == 2
 q = torch.randn(0, 5, 1, 4)
 assert triton.forward(q, q, q, None, None, None, CASES[0].rule, 1.0)[0].shape == q.shape
 print("checked", len(CASES))

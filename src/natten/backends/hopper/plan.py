@@ -128,16 +128,14 @@ class _Kernel:
         self.mask = tiling.mask(kind, plan.rule, plan.space, tiles, self.work)
         self.own_out = tiling.own_out(tiles, self.mask, self.work)
 
-    def boxes(self, view: View, channels: int, of_tiles: bool) -> Boxes:
-        """Descriptors of tiles, or of boxes."""
-        shape, channels = self.tiles.tile if of_tiles else self.tiles.box, tiling.native(channels)
+    def boxes(self, view: View, shape: Shape) -> Boxes:
+        """Descriptors of tiles or boxes of that shape, with the channels that kernels have."""
+        channels = tiling.native(view.shape[-1])
         return Boxes(view, [1, *shape, channels], box_layout(channels, self.plan.dtype))
 
     def extra(self, channels: int) -> Boxes:
         """Descriptors of boxes of additional tokens."""
-        view, channels = self.plan.additional(channels), tiling.native(channels)
-        box = [1, 1, 1, math.prod(self.tiles.box), channels]
-        return Boxes(view, box, box_layout(channels, self.plan.dtype))
+        return self.boxes(self.plan.additional(channels), (1, 1, math.prod(self.tiles.box)))
 
     def launch(
         self, kernel: Any, descriptors: Sequence[Boxes | None], numbers: Sequence[Any],
@@ -191,10 +189,10 @@ class Forward(_Kernel):
         dim, value_dim = plan.dim, plan.value_dim
         out = plan.contiguous(plan.heads, value_dim)
         descriptors = [
-            self.boxes(plan.views[0], dim, True),
-            self.boxes(plan.views[1], dim, False),
-            self.boxes(plan.views[2], value_dim, False),
-            self.boxes(out, value_dim, True),
+            self.boxes(plan.views[0], tiles.tile),
+            self.boxes(plan.views[1], tiles.box),
+            self.boxes(plan.views[2], tiles.box),
+            self.boxes(out, tiles.tile),
             *((self.extra(dim), self.extra(value_dim)) if plan.extra else (None, None)),
             None,
         ]
@@ -223,14 +221,14 @@ class Gradient(_Kernel):
         fixed, walked = ((key, value), queries) if of_keys else (queries, (key, value))
         grads = [plan.contiguous(heads, n) for n in (dim, value_dim if of_keys else dim)]
         terms = plan.contiguous(plan.heads, 4)
-        outer = [self.boxes(each, dim, True) for each in fixed]
-        inner = [self.boxes(each, dim, False) for each in walked]
+        outer = [self.boxes(each, tiles.tile) for each in fixed]
+        inner = [self.boxes(each, tiles.box) for each in walked]
         rows = self.tiles.box if of_keys else self.tiles.tile
         extra = 0 if of_keys else plan.extra
         descriptors = [
             *outer, *inner, Boxes(terms, [1, *rows, 4], gl.NVMMASharedLayout(0, 32, rank=5)),
             *([self.extra(dim), self.extra(value_dim)] if extra else inner),
-            *(self.boxes(each, dim, True) for each in grads),
+            *(self.boxes(each, tiles.tile) for each in grads),
         ]  # fmt: skip
         numbers = (
             *(step for each in (*fixed, *walked, terms) for step in each.steps),

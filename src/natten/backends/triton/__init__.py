@@ -120,8 +120,9 @@ def extra_gradients(found: Plan, query: Tensor, *others: Tensor) -> tuple[Tensor
 def _bias_gradient(
     found: Plan, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor, *others: Tensor
 ) -> Tensor:
-    shape, launch, add_up = found.rpb
+    shape, launches = found.rpb
     partial, grad = query.new_empty(shape, dtype=torch.float32), torch.empty_like(rpb)
-    launch(query, key, value, rpb, *others, partial)
-    add_up(partial, grad)
+    for launch, add_up in launches:
+        launch(query, key, value, rpb, *others, partial)
+        add_up(partial, grad)
     return grad

@@ -416,13 +416,13 @@ def bias_kernel(
     query, key, value, rpb, grad_out, terms, partial,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, batches,
-    O0, O1, O2, B1, B2, scale,
+    O0, O1, O2, B1, B2, first_head, scale,
     MODES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dS of one box of keys for each tile of queries, summed over a part of the tiles, into
-    ``partial [parts, heads, boxes, queries, keys]``.
+    ``partial [parts, heads, boxes, queries, keys]``, for heads from ``first_head`` on.
 
     All boxes of a program are as far from their tiles, so that a pair of rows has the same bias in
     every tile. ``O``: how far the first box is, ``B``: how many there are, per axis; ``T`` tiles.
@@ -430,7 +430,8 @@ def bias_kernel(
     """
     M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
     N: tl.constexpr = TK[0] * TK[1] * TK[2]
-    box, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    box, part = tl.program_id(0), tl.program_id(1)
+    head = (first_head + tl.program_id(2)).to(tl.int64)
     kv_head = head // per_kv
     j0, j1, j2 = coordinates(box, B1, B2)
     o0, o1, o2 = O0 + j0 * TK[0], O1 + j1 * TK[1], O2 + j2 * TK[2]
@@ -447,11 +448,11 @@ def bias_kernel(
     tiles = w0 * w1 * w2 * D0 * D1 * D2 * batches
     per_part = tl.cdiv(tiles, tl.num_programs(1))
     for number in range(part * per_part, tl.minimum((part + 1) * per_part, tiles)):
-        rest, i0, i1, i2 = split(number, w0, w1, w2)
+        rest, u0, u1, u2 = split(number, w0, w1, w2)
         batch, g0, g1, g2 = split(rest, D0, D1, D2)
         batch = batch.to(tl.int64)
         n0, n1, n2 = group_length(L0, D0, g0), group_length(L1, D1, g1), group_length(L2, D2, g2)
-        f0, f1, f2 = (t0 + i0) * TQ[0], (t1 + i1) * TQ[1], (t2 + i2) * TQ[2]
+        f0, f1, f2 = (t0 + u0) * TQ[0], (t1 + u1) * TQ[1], (t2 + u2) * TQ[2]
         real = (f0 + r0 < n0) & (f1 + r1 < n1) & (f2 + r2 < n2)
         i0, i1 = tl.minimum(f0 + r0, n0 - 1), tl.minimum(f1 + r1, n1 - 1)
         i2 = tl.minimum(f2 + r2, n2 - 1)
@@ -479,19 +480,20 @@ def bias_kernel(
         # Rows that are no query have weights of zero, whatever their bias.
         p = tl.exp2(s - tl.where(real, lse, float("inf"))[:, None])
         acc += p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-    place = ((part * heads + head) * tl.num_programs(0) + box) * M + tl.arange(0, M)
+    place = part.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
+    place = (place * tl.num_programs(0) + box) * M + tl.arange(0, M)
     tl.store(partial + place[:, None] * N + tl.arange(0, N)[None, :], acc)
 
 
 @kernel
 def bias_sum_kernel(
-    partial, grad_rpb, K0, K1, K2, O0, O1, O2, B1, B2, heads, boxes, parts, offsets,
+    partial, grad_rpb, K0, K1, K2, O0, O1, O2, B1, B2, first_head, boxes, parts, offsets,
     TQ: tl.constexpr, TK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The bias's gradient ``[heads, offsets]`` from what :func:`bias_kernel` made."""
     M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
     N: tl.constexpr = TK[0] * TK[1] * TK[2]
-    head = tl.program_id(1).to(tl.int64)
+    head = (first_head + tl.program_id(1)).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     o0, o1, o2 = coordinates(at, 2 * K1 - 1, 2 * K2 - 1)
     r = tl.arange(0, M)
@@ -505,6 +507,6 @@ def bias_sum_kernel(
     place = (box * M + r[:, None]) * N + column
     acc = tl.zeros([BLOCK], dtype=tl.float32)
     for part in range(0, parts):
-        start = (part * heads + head) * boxes * M * N
+        start = (part * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * boxes * M * N
         acc += tl.sum(tl.load(partial + start + place, mask=at[None, :] < offsets, other=0.0), 0)
     tl.store(grad_rpb + head * offsets + at, acc, mask=at < offsets)

@@ -44,6 +44,9 @@ from natten.varlen import Documents
 
 _log = logging.getLogger("natten")
 
+# Of the bias's gradient, between its two kernels: 256 MiB, or one head's.
+_MOST_SUMS = 2**26
+
 # Of packed documents: how many, and the longest of each axis, queries and keys.
 _Sizes = tuple[int, tuple[int, ...], tuple[int, ...]]
 
@@ -291,7 +294,7 @@ class Plan:
         """dK and dV."""
         tail = (self.kv_heads, self.per_kv, self.scale)
         # Without the loop over heads, ptxas spills what it then keeps beside two sums of 128
-        # channels; narrower ones are up to a quarter faster (benchmarks/results/h100.md).
+        # channels; narrower ones are up to a quarter faster (benchmarks/results/h200.md).
         single = self.per_kv == 1 and max(self.dim, self.value_dim) <= 64
         return self._tiled(key_kernel, "key", self.kv_heads, tail, SINGLE=single)
 
@@ -309,8 +312,9 @@ class Plan:
         return parts, Launch(extra_kernel, grid, numbers, constants)
 
     @cached_property
-    def rpb(self) -> tuple[tuple[int, ...], Launch, Launch]:
-        """The bias's gradient: the shape of the sums between its two kernels, and these."""
+    def rpb(self) -> tuple[tuple[int, ...], list[tuple[Launch, Launch]]]:
+        """The bias's gradient: the shape of the sums between its two kernels, and these, for as
+        many heads at once as their sums have room for."""
         kernel_size = self.window[:3]
         tiles = tiling.choose(*self._problem("query"), *self.asked["query"])
         counts = self._counts(tiles.query, self.space)
@@ -320,22 +324,28 @@ class Plan:
             apart.append(-(k // 2) - math.ceil((k - 1 - k // 2) / columns) * columns)
             boxes.append(math.ceil((rows + k - 1 - apart[-1]) / columns))
         every, total = math.prod(boxes), math.prod(counts) * math.prod(self.dilation) * self.batch
-        parts, _ = _parts(total, 4, max(1, 2048 // (every * self.heads)))
-        places = (*apart, *boxes[1:])
-        numbers = (
-            *self.strides, *self.shape, *self.window, *counts, self.heads, self.per_kv, self.batch,
-            *places, self.scale,
-        )  # fmt: skip
+        pairs = math.prod(tiles.query), math.prod(tiles.key)
+        heads = max(1, min(self.heads, _MOST_SUMS // (every * math.prod(pairs))))
+        parts, _ = _parts(total, 4, max(1, 2048 // (every * heads)))
+        offsets = math.prod(2 * k - 1 for k in kernel_size)
         shapes = {"TQ": tiles.query, "TK": tiles.key}
         constants = {"MODES": self.modes, **shapes, **self.channels, **self.precision}
-        constants["num_warps"] = tiles.num_warps
-        offsets = math.prod(2 * k - 1 for k in kernel_size)
-        last = (*kernel_size, *places, self.heads, every, parts, offsets)
-        return (
-            (parts, self.heads, every, math.prod(tiles.query), math.prod(tiles.key)),
-            Launch(bias_kernel, (every, parts, self.heads), numbers, constants),
-            Launch(bias_sum_kernel, (-(-offsets // 32), self.heads), last, shapes | {"BLOCK": 32}),
-        )
+        constants |= {
+            "num_warps": tiles.num_warps,
+            "num_stages": tiling.stages_of_both(tiles, self.dim, self.value_dim, self.itemsize),
+        }
+        launches = []
+        for first in range(0, self.heads, heads):
+            count = min(heads, self.heads - first)
+            places = (*apart, *boxes[1:], first)
+            numbers = (
+                *self.strides, *self.shape, *self.window, *counts, self.heads, self.per_kv,
+                self.batch, *places, self.scale,
+            )  # fmt: skip
+            last = (*kernel_size, *places, every, parts, offsets)
+            sums = Launch(bias_sum_kernel, (-(-offsets // 32), count), last, shapes | {"BLOCK": 32})
+            launches.append((Launch(bias_kernel, (every, parts, count), numbers, constants), sums))
+        return (parts, heads, every, *pairs), launches
 
 
 # Calls of one shape come again: a model has few.

@@ -108,6 +108,16 @@ def _stages(kind: str, rows: int, cols: int, channels: int, itemsize: int) -> in
     return 3 if kind == "forward" or rows >= 128 or channels <= 128 else 2
 
 
+def stages_of_both(tiles: Tiles, dim: int, value_dim: int, itemsize: int) -> int:
+    """Steps in flight where each has a tile of queries and a box of keys of its own.
+
+    One where products are exact: both operands take registers, whole.
+    """
+    rows = math.prod(tiles.query) + math.prod(tiles.key)
+    step = rows * (block(dim) + block(value_dim)) * itemsize
+    return 1 if itemsize > 2 else max(1, min(3, (gpu().shared - 2048) // step))
+
+
 def _shared(
     kind: str, rows: int, cols: int, dim: int, value_dim: int, itemsize: int, stages: int, gpu: Gpu
 ) -> int:
