@@ -73,12 +73,18 @@ TARGETS = {"80": 166912, "86": 101376, "90": 232448, "100": 232448, "gfx942": 65
 KNOWN: dict[tuple[str, str], dict[str, int]] = {
     # No GPU of this generation was there to choose smaller tiles by: heads of 128 channels want
     # them, and the gather of a bias per pair.
-    ("80", "key"): {"NAT fp16 bias": 29, "NAT fp32": 15, "FLUX": 24, "video": 6},
-    ("86", "key"): {"NAT fp16 bias": 37, "FLUX": 24, "video": 2},
+    ("80", "key"): {"NAT fp16 bias": 29, "NAT fp32": 15, "HDiT": 4, "FLUX": 24, "video": 12},
+    ("86", "key"): {"NAT fp16 bias": 37, "HDiT": 2, "FLUX": 24, "video": 12},
     # The portable kernels where the Hopper kernels do not run: a few of 500 to 700 instructions
     # that mask a box. dP before the weights takes more of them, and less time (h200.md).
-    ("90", "forward"): {"FLUX": 1, "Hunyuan": 1},
-    ("90", "key"): {"FLUX": 11, "video": 1, "1-D causal": 2, "FLUX strided": 15},
+    ("90", "forward"): {"FLUX": 1, "FLUX bias": 1, "Hunyuan": 1},
+    ("90", "key"): {
+        "FLUX": 11,
+        "video": 1,
+        "1-D causal": 2,
+        "FLUX strided": 15,
+        "FLUX bias": 20,
+    },
     # dK and dV have two sums.
     ("gfx942", "key"): {"NAT fp16 bias": 2, "FLUX": 90},
     # Triton 3.8.
