@@ -78,13 +78,7 @@ KNOWN: dict[tuple[str, str], dict[str, int]] = {
     # The portable kernels where the Hopper kernels do not run: a few of 500 to 700 instructions
     # that mask a box. dP before the weights takes more of them, and less time (h200.md).
     ("90", "forward"): {"FLUX": 1, "FLUX bias": 1, "Hunyuan": 1},
-    ("90", "key"): {
-        "FLUX": 11,
-        "video": 1,
-        "1-D causal": 2,
-        "FLUX strided": 15,
-        "FLUX bias": 20,
-    },
+    ("90", "key"): {"FLUX": 11, "video": 1, "1-D causal": 2, "FLUX strided": 15, "FLUX bias": 20},
     # dK and dV have two sums.
     ("gfx942", "key"): {"NAT fp16 bias": 2, "FLUX": 90},
     # Triton 3.8.

@@ -24,7 +24,6 @@ from records import RESULTS
 
 from natten.functional import neighborhood_attention_generic
 
-FOLDER = RESULTS / "limits"
 NAMES = [name for name in GROUPS["cuda"] if name not in ("nat-fp16", "nat-d64", "dinat")]
 KERNELS = ("forward", "dQ", "dK, dV")  # in the order in which a training step launches them
 PERCENT = ".avg.pct_of_peak_sustained_elapsed"
@@ -55,7 +54,7 @@ class Limit(NamedTuple):
 
 def read(name: str) -> list[Limit]:
     """The results ``limits/NAME.csv``."""
-    with (FOLDER / f"{name}.csv").open(newline="") as file:
+    with (RESULTS / f"limits/{name}.csv").open(newline="") as file:
         return [Limit(**row) for row in csv.DictReader(file)]
 
 

@@ -63,16 +63,8 @@ def kinds(backend: str) -> list[Kind]:
     dims = [(32, 32), (64, 64), (128, 128), (24, 24), (96, 96), (7, 40), (256, 64), (1, 512)]
     operations = ["fused"] * 5 + ["dense", "packed", "unfused"]
     if backend == "hopper":
-        dims = [
-            (32, 32),
-            (64, 64),
-            (128, 128),
-            (48, 48),
-            (96, 72),
-            (256, 256),
-            (32, 128),
-            (160, 136),
-        ]
+        dims = [(32, 32), (64, 64), (128, 128), (48, 48), (96, 72), (256, 256), (32, 128)]
+        dims.append((160, 136))
         dtypes, operations = dtypes[:2], ["fused"]
     found = []
     for i, (dim, value_dim) in zip(range(64), itertools.cycle(dims)):

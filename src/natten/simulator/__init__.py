@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from natten import tiling
-from natten.backends.hopper.tiles import HEADS
+from natten.backends import BACKENDS
 from natten.errors import ArgumentError
 from natten.neighborhood import Neighborhood, group_length, window_bounds
 from natten.simulator.kernels import Axis, Hopper, Kernel, Sized, Tiling, outer, tile_shapes
@@ -246,8 +246,8 @@ class Layer:
     def _suits_hopper(self) -> bool:
         """Whether the backend has kernels for this layer."""
         divides = all(n % d == 0 for n, d in zip(self.shape, self.dilation))
-        readable = self.head_dim % 8 == 0 and self.head_dim <= max(HEADS)
-        return self.itemsize == 2 and divides and readable
+        dims = next(each.head_dims for each in BACKENDS if each.name == Hopper.name)
+        return self.itemsize == 2 and divides and (dims is None or self.head_dim in dims)
 
     def time_us(self, pairs: float, overhead: float = 0.0) -> tuple[float, str]:
         """Roofline of ``pairs`` computed per head, and what bounds it; microseconds.

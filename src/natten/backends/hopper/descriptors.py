@@ -49,7 +49,9 @@ def view(shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -
     missing = 3 - len(space)
     lengths = [n // d for n, d in zip(space, dilation)]
     tokens = stride[1:-2]
-    width = -(-channels // 8) * 8  # a valid stride where there is one position
+    # A valid stride where there is one position; of one head, so that places of a contiguous tensor
+    # are its rows.
+    width = -(-channels // 8) * 8
     counts = (batch, *[1] * missing, *dilation, heads)
     starts = (
         stride[0] if batch > 1 else 0,

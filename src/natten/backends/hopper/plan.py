@@ -65,14 +65,9 @@ class Plan:
         return view(shape, contiguous(shape), self.rule.dilation)
 
     def rows(self, heads: int) -> Shape:
-        """Of a contiguous tensor: how many rows, which are its places, batch entries are apart, and
-        tokens along the first two axes."""
+        """Rows of a contiguous tensor, which are its places, from a batch entry to the next, and
+        from a token to the next along the first two axes."""
         return contiguous((self.batch, *padded(self.space, 1), heads))[:3]
-
-    def additional(self, channels: int) -> View:
-        """Of additional keys or values."""
-        shape = (self.batch, self.extra, self.kv_heads, channels)
-        return view(shape, contiguous(shape), (1,))
 
     @cached_property
     def forward(self) -> Forward | Trials:
@@ -135,7 +130,9 @@ class _Kernel:
 
     def extra(self, channels: int) -> Boxes:
         """Descriptors of boxes of additional tokens."""
-        return self.boxes(self.plan.additional(channels), (1, 1, math.prod(self.tiles.box)))
+        shape = (self.plan.batch, self.plan.extra, self.plan.kv_heads, channels)
+        box = (1, 1, math.prod(self.tiles.box))
+        return self.boxes(view(shape, contiguous(shape), (1,)), box)
 
     def launch(
         self, kernel: Any, descriptors: Sequence[Boxes | None], numbers: Sequence[Any],
@@ -198,7 +195,7 @@ class Forward(_Kernel):
         ]
         numbers = (
             *(step for each in plan.views for step in each.steps),
-            *plan.rows(plan.heads), plan.additional(dim).steps[0],
+            *plan.rows(plan.heads), plan.extra * plan.kv_heads,
         )  # fmt: skip
         self.run = self.launch(forward_kernel, descriptors, numbers, plan.heads, plan.extra)
 
@@ -232,7 +229,7 @@ class Gradient(_Kernel):
         ]  # fmt: skip
         numbers = (
             *(step for each in (*fixed, *walked, terms) for step in each.steps),
-            *plan.rows(heads), plan.additional(dim).steps[0],
+            *plan.rows(heads), plan.extra * plan.kv_heads,
         )  # fmt: skip
         self.run = self.launch(pass_kernel, descriptors, numbers, heads, extra, OF_KEYS=of_keys)
 

@@ -326,7 +326,7 @@ class Plan:
         every, total = math.prod(boxes), math.prod(counts) * math.prod(self.dilation) * self.batch
         pairs = math.prod(tiles.query), math.prod(tiles.key)
         heads = max(1, min(self.heads, _MOST_SUMS // (every * math.prod(pairs))))
-        parts, _ = _parts(total, 4, max(1, 2048 // (every * heads)))
+        parts, _ = _parts(total, 4, 2048 // (every * heads))
         offsets = math.prod(2 * k - 1 for k in kernel_size)
         shapes = {"TQ": tiles.query, "TK": tiles.key}
         constants = {"MODES": self.modes, **shapes, **self.channels, **self.precision}
