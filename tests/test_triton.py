@@ -264,8 +264,28 @@ def test_packed_documents_in_one_launch():
 WINDOWS = """
 import torch, triton, triton.language as tl
 from natten.backends.triton.plan import modes
-from natten.backends.triton.primitives import queries_of, window
+from natten.backends.triton.primitives import queries_of, tiles_that_attend, window
 from natten.neighborhood import Neighborhood
+ROWS, COLUMNS = 4, 2
+
+@triton.jit
+def tiles(out, length, d, k, s, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MODE: tl.constexpr):
+    i = tl.arange(0, 64)
+    first, count = tiles_that_attend(length, d, k, s, i - 32, ROWS, COLUMNS, MODE)
+    tl.store(out + i, first), tl.store(out + 64 + i, count)
+
+def check_tiles(rule, mode, length):
+    out = torch.zeros(2, 64, dtype=torch.int32)
+    (k,), (s,), (d,) = rule.kernel_size, rule.stride, rule.dilation
+    tiles[(1,)](out, length, d, k, s, ROWS=ROWS, COLUMNS=COLUMNS, MODE=mode)
+    for o, first, count in zip(range(-32, 32), *out.tolist()):
+        attend = set()
+        for n in {-(-length // d), length // d}:
+            start, end = rule.windows(0, torch.arange(n), n, n)
+            f = torch.arange(n) // ROWS * ROWS
+            attend |= set(f[(start < f + o + COLUMNS) & (f + o < end)].tolist())
+        found = set(range(first * ROWS, (first + count) * ROWS, ROWS))
+        assert found == attend if s == d == 1 else found >= attend, (rule, length, o, found, attend)
 
 @triton.jit
 def bounds(out, n, k, s, MODE: tl.constexpr, N: tl.constexpr):
@@ -292,12 +312,17 @@ for n in (1, 2, 5, 8, 13):
                     first, last = out[2, key].item(), out[3, key].item()
                     assert reach == list(range(first, last)), (rule, n, key)
                 count += 1
+                for d in (1, 2) if n == 13 and s in (1, 3) else ():
+                    rule = Neighborhood.create(1, k, s, d, causal)
+                    check_tiles(rule, modes(rule, (n,))[2], n * d)
+                    if d * k < n * d:
+                        check_tiles(rule, modes(rule, (n,))[2], n * d - 1)
 print("windows", count)
 """
 
 
 def test_kernels_know_the_definition(tmp_path):
-    """``window`` is Neighborhood's, and ``queries_of`` its inverse."""
+    """``window`` is Neighborhood's, ``queries_of`` its inverse, ``tiles_that_attend`` that of tiles."""
     script = tmp_path / "windows.py"  # Triton reads a kernel's source from its file
     script.write_text(WINDOWS)
     code = f"import runpy; runpy.run_path({str(script)!r})"

@@ -14,6 +14,7 @@ import triton.language as tl
 from natten.backends.triton.primitives import (
     LOG2E,
     bias_place,
+    biases,
     box_offset,
     coordinates,
     count_boxes,
@@ -31,6 +32,7 @@ from natten.backends.triton.primitives import (
     split,
     store_rows,
     straddling_box,
+    tiles_that_attend,
     token,
     token_offset,
     whole_box_step,
@@ -391,31 +393,11 @@ def extra_kernel(
     store_rows(grad_value, row * DV, present, dv, DV, dv_acc)
 
 
-@triton.jit
-def _tiles_that_attend(
-    tiles, length, dilation, k, s, o,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MODE: tl.constexpr,
-):  # fmt: skip
-    """First and one-past-last of an axis's tiles of queries that attend keys of a box, which begins
-    ``o`` after the tile."""
-    first, end = tiles, 0
-    for t in range(0, tiles):
-        for SHORT in tl.static_range(2):  # a dilation's last groups have a token less
-            n = group_length(length, dilation, (dilation - 1) * SHORT)
-            f = t * ROWS
-            low, _ = window(f, n, n, k, s, MODE)
-            _, high = window(tl.minimum(f + ROWS, n) - 1, n, n, k, s, MODE)
-            attends = (f < n) & (f + o < high) & (low < f + o + COLUMNS)
-            first = tl.where(attends, tl.minimum(first, t), first)
-            end = tl.where(attends, t + 1, end)
-    return first, tl.maximum(end - first, 0)
-
-
 @kernel
 def bias_kernel(
     query, key, value, rpb, grad_out, terms, partial,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads, per_kv, batches,
+    L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, heads, per_kv, batches,
     O0, O1, O2, B1, B2, first_head, scale,
     MODES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -425,7 +407,7 @@ def bias_kernel(
     ``partial [parts, heads, boxes, queries, keys]``, for heads from ``first_head`` on.
 
     All boxes of a program are as far from their tiles, so that a pair of rows has the same bias in
-    every tile. ``O``: how far the first box is, ``B``: how many there are, per axis; ``T`` tiles.
+    every tile. ``O``: how far the first box is, ``B``: how many there are, per axis.
     :func:`bias_sum_kernel` adds up pairs that have the same bias.
     """
     M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
@@ -435,15 +417,16 @@ def bias_kernel(
     kv_head = head // per_kv
     j0, j1, j2 = coordinates(box, B1, B2)
     o0, o1, o2 = O0 + j0 * TK[0], O1 + j1 * TK[1], O2 + j2 * TK[2]
-    t0, w0 = _tiles_that_attend(T0, L0, D0, K0, S0, o0, TQ[0], TK[0], MODES[0])
-    t1, w1 = _tiles_that_attend(T1, L1, D1, K1, S1, o1, TQ[1], TK[1], MODES[1])
-    t2, w2 = _tiles_that_attend(T2, L2, D2, K2, S2, o2, TQ[2], TK[2], MODES[2])
+    t0, w0 = tiles_that_attend(L0, D0, K0, S0, o0, TQ[0], TK[0], MODES[0])
+    t1, w1 = tiles_that_attend(L1, D1, K1, S1, o1, TQ[1], TK[1], MODES[1])
+    t2, w2 = tiles_that_attend(L2, D2, K2, S2, o2, TQ[2], TK[2], MODES[2])
     r0, r1, r2 = coordinates(tl.arange(0, M), TQ[1], TQ[2])
     c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     kernel_size = (K0, K1, K2)
     at = bias_place(o0 + c0, o1 + c1, o2 + c2, kernel_size)[None, :]
     at -= bias_place(r0, r1, r2, kernel_size)[:, None]
+    start = biases(rpb, at, kernel_size, head, scale, False)
     acc = tl.zeros([M, N], dtype=tl.float32)
     tiles = w0 * w1 * w2 * D0 * D1 * D2 * batches
     per_part = tl.cdiv(tiles, tl.num_programs(1))
@@ -475,7 +458,7 @@ def bias_kernel(
         k = load_rows(key, cols, present, d, D)
         cols = token_offset(batch * v_b + kv_head * v_h, y0, y1, y2, v_0, v_1, v_2, ALIGN)
         v = load_rows(value, cols, present, dv, DV)
-        s = scores(q, k, scale, rpb, at, kernel_size, head, True, False, PRECISION)
+        s = tl.dot(q, tl.trans(k), start, input_precision=PRECISION) * (scale * LOG2E)
         s += hidden(a0, a1, a2, (s0, s1, s2), (e0, e1, e2), TK, MODES)
         # Rows that are no query have weights of zero, whatever their bias.
         p = tl.exp2(s - tl.where(real, lse, float("inf"))[:, None])

@@ -339,8 +339,8 @@ class Plan:
             count = min(heads, self.heads - first)
             places = (*apart, *boxes[1:], first)
             numbers = (
-                *self.strides, *self.shape, *self.window, *counts, self.heads, self.per_kv,
-                self.batch, *places, self.scale,
+                *self.strides, *self.shape, *self.window, self.heads, self.per_kv, self.batch,
+                *places, self.scale,
             )  # fmt: skip
             last = (*kernel_size, *places, every, parts, offsets)
             sums = Launch(bias_sum_kernel, (-(-offsets // 32), count), last, shapes | {"BLOCK": 32})

@@ -97,6 +97,29 @@ def queries_of(p, n, n_keys, k, s, MODE: tl.constexpr):
 
 
 @triton.jit
+def tiles_that_attend(
+    length, dilation, k, s, o, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MODE: tl.constexpr
+):
+    """The first of an axis's tiles of queries that attend keys of a box, which begins ``o`` after
+    its tile, and how many there are; with strides or dilation perhaps a few too many."""
+    most, least = group_length(length, dilation, 0), group_length(length, dilation, dilation - 1)
+    # Where tiles begin whose box begins before the last key, and ends after the first.
+    first, end = 1 - COLUMNS - o, most - o
+    if MODE == CAUSAL or MODE == CAUSAL_STRIDED:
+        end = tl.where((o < ROWS) & (o + COLUMNS > 1 - k), end, first)
+    else:
+        before, after = k // 2, k - 1 - k // 2
+        if MODE == STRIDED:  # leaders are at most so far from their queries
+            before, after = before + s - 1 - s // 2, after + s // 2
+        # Beyond these, only windows that an end of the axis moves reach the box.
+        first = tl.where(o + COLUMNS > -before, first, first + least - k)
+        end = tl.where(o < ROWS + after, end, k - o)
+    first = tl.maximum(first + ROWS - 1, 0) // ROWS
+    end = (tl.minimum(end, most) + ROWS - 1) // ROWS
+    return first, tl.maximum(end - first, 0)
+
+
+@triton.jit
 def longest_first(t, tiles, k, SIZE: tl.constexpr, MODES: tl.constexpr):
     """Which tile of keys comes ``t``-th along the last axis, so that no long one starts last.
 
@@ -214,24 +237,31 @@ def bias_place(x0, x1, x2, kernel_size):
 
 
 @triton.jit
+def biases(rpb, at, kernel_size, head, scale, WHOLE: tl.constexpr):
+    """Biases ``at`` from the middle of the head's, as a product of queries and keys before it is
+    scaled; if not ``WHOLE``, some are outside of the head's, and zero."""
+    middle = rpb + bias_offset(0, 0, 0, kernel_size, head)
+    if WHOLE:
+        bias = tl.load(middle + at)
+    else:
+        half = bias_offset(0, 0, 0, kernel_size, 0)
+        bias = tl.load(middle + at, mask=(at >= -half) & (at <= half), other=0.0)
+    return bias.to(tl.float32) * (1.0 / scale)
+
+
+@triton.jit
 def scores(
     a, b, scale, rpb, at, kernel_size, head,
     HAS_RPB: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Exponents of two: ``a`` times ``b`` transposed, scaled, and the biases ``at`` from the middle
-    of the head's; if not ``WHOLE``, pairs that are not attended have any bias of the head.
+    of the head's; pairs that are not attended may have any.
 
     The product starts from the bias. Added later, it has Triton compute the softmax in the layout
     of the load, too.
     """
     if HAS_RPB:
-        middle = rpb + bias_offset(0, 0, 0, kernel_size, head)
-        if WHOLE:
-            bias = tl.load(middle + at)
-        else:
-            half = bias_offset(0, 0, 0, kernel_size, 0)
-            bias = tl.load(middle + at, mask=(at >= -half) & (at <= half), other=0.0)
-        bias = bias.to(tl.float32) * (1.0 / scale)
+        bias = biases(rpb, at, kernel_size, head, scale, WHOLE)
         s = tl.dot(a, tl.trans(b), bias, input_precision=PRECISION)
     else:
         s = tl.dot(a, tl.trans(b), input_precision=PRECISION)
