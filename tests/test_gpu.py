@@ -12,6 +12,7 @@ from natten.neighborhood import Neighborhood
 
 pytestmark = pytest.mark.gpu
 FULL = ((3, 5), (2, 1), (1, 2), (True, False))
+large = pytest.mark.xdist_group("large")  # of memory: one at a time, with --dist loadgroup
 
 
 def inputs():
@@ -149,6 +150,7 @@ def leaves(*shape, dtype=torch.bfloat16, count=3):
     return [torch.randn(shape, dtype=dtype, device="cuda").requires_grad_() for _ in range(count)]
 
 
+@large
 @pytest.mark.parametrize("backend", [None, "triton"])
 def test_more_than_2_to_the_31_elements(backend):
     """Upstream's issue 347: gradients of 2,097,153 x 16 x 64 were silently wrong."""
@@ -167,6 +169,7 @@ def test_more_than_2_to_the_31_elements(backend):
         assert_close(name, a.detach()[:, inner], found, 4e-3)
 
 
+@large
 def test_wide_values_dilated_over_a_large_picture():
     """Groups of a dilation are problems of their own: one near the end is compared."""
     size, dilation, window = 1216, 16, 5

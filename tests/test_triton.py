@@ -322,7 +322,7 @@ print("windows", count)
 
 
 def test_kernels_know_the_definition(tmp_path):
-    """``window`` is Neighborhood's, ``queries_of`` its inverse, ``tiles_that_attend`` that of tiles."""
+    """``window`` is Neighborhood's; ``queries_of`` and ``tiles_that_attend`` say the inverse."""
     script = tmp_path / "windows.py"  # Triton reads a kernel's source from its file
     script.write_text(WINDOWS)
     code = f"import runpy; runpy.run_path({str(script)!r})"

@@ -13,31 +13,38 @@ import triton.language as tl
 
 from natten.backends.triton.primitives import (
     LOG2E,
+    before,
     bias_place,
     biases,
     box_offset,
+    clipped,
     coordinates,
     count_boxes,
     document,
     group_length,
+    group_lengths,
     hidden,
     kernel,
+    last_of_tile,
     load_rows,
     load_tile,
     longest_first,
     next_whole_box,
-    queries_of,
+    outside,
+    plus,
+    queries_of_keys,
     row_number,
     scores,
     split,
     store_rows,
     straddling_box,
     tiles_that_attend,
-    token,
+    times,
     token_offset,
+    tokens,
     whole_box_step,
     whole_box_steps,
-    window,
+    windows,
     within_box,
 )
 
@@ -113,15 +120,15 @@ def query_kernel(
     """dQ, and the terms that the other kernels need; the arguments are ``forward_kernel``'s."""
     M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
     N: tl.constexpr = TK[0] * TK[1] * TK[2]
-    pid, t0, t1, t2 = split(tl.program_id(0), T0, T1, T2)
-    pid, g0, g1, g2 = split(pid, D0, D1, D2)
+    pid, tile = split(tl.program_id(0), (T0, T1, T2))
+    pid, group = split(pid, (D0, D1, D2))
     head, batch = (pid % heads).to(tl.int64), (pid // heads).to(tl.int64)
     kv_head = head // per_kv
     if PACKED:
         first, key_first, L0, L1, L2, KEYS, K0, K1, K2, S0, S1, S2, D0, D1, D2 = document(
             documents, batch
         )
-        if (g0 >= D0) | (g1 >= D1) | (g2 >= D2):
+        if outside(group, (D0, D1, D2)):
             return
         q_1, k_1, v_1 = L2.to(tl.int64) * q_2, KEYS.to(tl.int64) * k_2, KEYS.to(tl.int64) * v_2
         q_0, k_0, v_0 = L1 * q_1, L1 * k_1, L1 * v_1
@@ -132,81 +139,68 @@ def query_kernel(
     q_start += head * q_h
     k_start += kv_head * k_h
     v_start += kv_head * v_h
+    q_strides, k_strides, v_strides = (q_0, q_1, q_2), (k_0, k_1, k_2), (v_0, v_1, v_2)
+    shape, kernel_size, stride, dilation = (L0, L1, L2), (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
 
-    n0, n1, n2 = group_length(L0, D0, g0), group_length(L1, D1, g1), group_length(L2, D2, g2)
-    m2 = group_length(KEYS, D2, g2)
-    f0, f1, f2 = t0 * TQ[0], t1 * TQ[1], t2 * TQ[2]
-    if (f0 >= n0) | (f1 >= n1) | (f2 >= n2):
+    n = group_lengths(shape, dilation, group)
+    n_keys = n[0], n[1], group_length(KEYS, D2, group[2])
+    begin = times(tile, TQ)
+    if outside(begin, n):
         return
-    z0, z1 = tl.minimum(f0 + TQ[0], n0) - 1, tl.minimum(f1 + TQ[1], n1) - 1
-    z2 = tl.minimum(f2 + TQ[2], n2) - 1
-    low0, all_high0 = window(f0, n0, n0, K0, S0, MODES[0])
-    low1, all_high1 = window(f1, n1, n1, K1, S1, MODES[1])
-    low2, all_high2 = window(f2, n2, m2, K2, S2, MODES[2])
-    all_low0, high0 = window(z0, n0, n0, K0, S0, MODES[0])
-    all_low1, high1 = window(z1, n1, n1, K1, S1, MODES[1])
-    all_low2, high2 = window(z2, n2, m2, K2, S2, MODES[2])
+    last = last_of_tile(begin, n, TQ)
+    # Windows move monotonically: the first and the last query bound the box, and what every
+    # query of the tile attends.
+    low, all_high = windows(begin, n, n_keys, kernel_size, stride, MODES)
+    all_low, high = windows(last, n, n_keys, kernel_size, stride, MODES)
 
-    r0, r1, r2 = coordinates(tl.arange(0, M), TQ[1], TQ[2])
-    i0, i1, i2 = tl.minimum(f0 + r0, z0), tl.minimum(f1 + r1, z1), tl.minimum(f2 + r2, z2)
-    real = (f0 + r0 <= z0) & (f1 + r1 <= z1) & (f2 + r2 <= z2)
-    s0, e0 = window(i0, n0, n0, K0, S0, MODES[0])
-    s1, e1 = window(i1, n1, n1, K1, S1, MODES[1])
-    s2, e2 = window(i2, n2, m2, K2, S2, MODES[2])
-    x0, x1 = token(i0, g0, D0, MODES[0]), token(i1, g1, D1, MODES[1])
-    x2 = token(i2, g2, D2, MODES[2])
-
+    r = plus(begin, coordinates(tl.arange(0, M), TQ))
+    i, real = clipped(r, last), before(r, n)
+    starts, ends = windows(i, n, n_keys, kernel_size, stride, MODES)
+    x = tokens(i, group, dilation, MODES)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    rows = token_offset(q_start, x0, x1, x2, q_0, q_1, q_2, ALIGN)
+    rows = token_offset(q_start, x, q_strides, ALIGN)
     q = load_rows(query, rows, real, d, D)
-    rows = row_number(first, x0, x1, x2, L1, L2, heads, head)
+    rows = row_number(first, x, shape, heads, head)
     g = load_rows(grad_out, rows * DV, real, dv, DV)
     row_lse, row_delta = make_terms(out, lse, grad_lse, terms, rows, real, g, dv, DV, HAS_GRAD_LSE)
-    c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
-    group, dilation = (g0, g1, g2), (D0, D1, D2)
-    k_strides, v_strides = (k_0, k_1, k_2), (v_0, v_1, v_2)
-    window_size = (K0, K1, K2)  # what only a bias needs compiles away without one
-    places = bias_place(i0, i1, i2, window_size)
-    k_box = within_box(c0, c1, c2, dilation, k_strides, ALIGN)
-    v_box = within_box(c0, c1, c2, dilation, v_strides, ALIGN)
+    c = coordinates(tl.arange(0, N), TK)
+    places = bias_place(i, kernel_size)  # what only a bias needs compiles away without one
+    k_box = within_box(c, dilation, k_strides, ALIGN)
+    v_box = within_box(c, dilation, v_strides, ALIGN)
 
     acc = tl.zeros([M, BLOCK_D], dtype=tl.float32)
-    b0, f0, w0 = count_boxes(low0, high0, all_low0, all_high0, TK[0])
-    b1, f1, w1 = count_boxes(low1, high1, all_low1, all_high1, TK[1])
-    b2, f2, w2 = count_boxes(low2, high2, all_low2, all_high2, TK[2])
-    whole = w0 * w1 * w2
+    boxes, first_whole, whole = count_boxes(low, high, all_low, all_high, TK)
+    every, wholes = boxes[0] * boxes[1] * boxes[2], whole[0] * whole[1] * whole[2]
     # Boxes that straddle the edge of a window, then those that need no mask: what masks need is
     # not kept meanwhile.
     for WHOLE in tl.static_range(2):
         j0, j1, j2 = 0, 0, 0
         if WHOLE:
-            a0, a1, a2 = low0 + f0 * TK[0], low1 + f1 * TK[1], low2 + f2 * TK[2]
-            k_at = box_offset(k_start, a0, a1, a2, group, dilation, k_strides, MODES, ALIGN)
-            v_at = box_offset(v_start, a0, a1, a2, group, dilation, v_strides, MODES, ALIGN)
+            low = plus(low, times(first_whole, TK))
+            k_at = box_offset(k_start, low, group, dilation, k_strides, MODES, ALIGN)
+            v_at = box_offset(v_start, low, group, dilation, v_strides, MODES, ALIGN)
             k_rows = key + (k_at + k_box)[:, None] + d[None, :]
             v_rows = value + (v_at + v_box)[:, None] + dv[None, :]
-            k_steps = whole_box_steps(w1, w2, dilation, k_strides, TK)
-            v_steps = whole_box_steps(w1, w2, dilation, v_strides, TK)
-        for box in range(0, whole if WHOLE else b0 * b1 * b2 - whole):
+            k_steps = whole_box_steps(whole, dilation, k_strides, TK)
+            v_steps = whole_box_steps(whole, dilation, v_strides, TK)
+        for box in range(0, wholes if WHOLE else every - wholes):
             if WHOLE:
-                a0, a1 = low0 + (f0 + j0) * TK[0], low1 + (f1 + j1) * TK[1]
-                a2 = low2 + (f2 + j2) * TK[2]
+                a = plus(low, times((j0, j1, j2), TK))
                 k, v = load_tile(k_rows, d, D), load_tile(v_rows, dv, DV)
-                j0, j1, j2, end1, end2 = next_whole_box(j0, j1, j2, w1, w2)
-                k_rows += whole_box_step(k_steps, end1, end2, ALIGN)
-                v_rows += whole_box_step(v_steps, end1, end2, ALIGN)
+                j0, j1, j2, ended = next_whole_box(j0, j1, j2, whole)
+                k_rows += whole_box_step(k_steps, ended, ALIGN)
+                v_rows += whole_box_step(v_steps, ended, ALIGN)
             else:
-                j0, j1, j2 = straddling_box(box, b0, b1, b2, f0, f1, f2, w0, w1, w2)
-                a0, a1, a2 = low0 + j0 * TK[0], low1 + j1 * TK[1], low2 + j2 * TK[2]
-                present = (a0 + c0 < high0) & (a1 + c1 < high1) & (a2 + c2 < high2)
-                k_at = box_offset(k_start, a0, a1, a2, group, dilation, k_strides, MODES, ALIGN)
-                v_at = box_offset(v_start, a0, a1, a2, group, dilation, v_strides, MODES, ALIGN)
+                a = plus(low, times(straddling_box(box, boxes, first_whole, whole), TK))
+                present = before(plus(a, c), high)
+                k_at = box_offset(k_start, a, group, dilation, k_strides, MODES, ALIGN)
+                v_at = box_offset(v_start, a, group, dilation, v_strides, MODES, ALIGN)
                 k = load_rows(key + k_at, k_box, present, d, D)
                 v = load_rows(value + v_at, v_box, present, dv, DV)
-            at = bias_place(a0 + c0, a1 + c1, a2 + c2, window_size)[None, :] - places[:, None]
-            s = scores(q, k, scale, rpb, at, window_size, head, HAS_RPB, WHOLE, PRECISION)
+            at = bias_place(plus(a, c), kernel_size)[None, :] - places[:, None]
+            s = scores(q, k, scale, rpb, at, kernel_size, head, HAS_RPB, WHOLE, PRECISION)
             if not WHOLE:
-                s += hidden(a0, a1, a2, (s0, s1, s2), (e0, e1, e2), TK, MODES)
+                s += hidden(a, starts, ends, TK, MODES)
             acc = _query_step(acc, q, k, v, g, row_lse, row_delta, s, PRECISION)
 
     if HAS_EXTRA:
@@ -239,14 +233,14 @@ def key_kernel(
     """
     M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
     N: tl.constexpr = TK[0] * TK[1] * TK[2]
-    pid, t0, t1, t2 = split(tl.program_id(0), T0, T1, T2)
-    pid, g0, g1, g2 = split(pid, D0, D1, D2)
+    pid, tile = split(tl.program_id(0), (T0, T1, T2))
+    pid, group = split(pid, (D0, D1, D2))
     kv_head, batch = (pid % kv_heads).to(tl.int64), (pid // kv_heads).to(tl.int64)
     if PACKED:
         first, key_first, L0, L1, L2, KEYS, K0, K1, K2, S0, S1, S2, D0, D1, D2 = document(
             documents, batch
         )
-        if (g0 >= D0) | (g1 >= D1) | (g2 >= D2):
+        if outside(group, (D0, D1, D2)):
             return
         q_1, k_1, v_1 = L2.to(tl.int64) * q_2, KEYS.to(tl.int64) * k_2, KEYS.to(tl.int64) * v_2
         q_0, k_0, v_0 = L1 * q_1, L1 * k_1, L1 * v_1
@@ -256,97 +250,79 @@ def key_kernel(
         q_start, k_start, v_start = batch * q_b, batch * k_b, batch * v_b
     k_start += kv_head * k_h
     v_start += kv_head * v_h
+    q_strides, k_strides, v_strides = (q_0, q_1, q_2), (k_0, k_1, k_2), (v_0, v_1, v_2)
+    shape, kernel_size, stride, dilation = (L0, L1, L2), (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
 
-    n0, n1, n2 = group_length(L0, D0, g0), group_length(L1, D1, g1), group_length(L2, D2, g2)
-    m2 = group_length(KEYS, D2, g2)
-    t2 = longest_first(t2, T2, K2, TK[2], MODES)
-    f0, f1, f2 = t0 * TK[0], t1 * TK[1], t2 * TK[2]
-    if (f0 >= n0) | (f1 >= n1) | (f2 >= m2):
+    n = group_lengths(shape, dilation, group)
+    n_keys = n[0], n[1], group_length(KEYS, D2, group[2])
+    tile = tile[0], tile[1], longest_first(tile[2], T2, K2, TK[2], MODES)
+    begin = times(tile, TK)
+    if outside(begin, n_keys):
         return
-    z0, z1 = tl.minimum(f0 + TK[0], n0) - 1, tl.minimum(f1 + TK[1], n1) - 1
-    z2 = tl.minimum(f2 + TK[2], m2) - 1
+    last = last_of_tile(begin, n_keys, TK)
     # Queries move monotonically too: the first and the last key bound the box, and the queries that
     # attend every key of the tile.
-    low0, all_high0 = queries_of(f0, n0, n0, K0, S0, MODES[0])
-    low1, all_high1 = queries_of(f1, n1, n1, K1, S1, MODES[1])
-    low2, all_high2 = queries_of(f2, n2, m2, K2, S2, MODES[2])
-    all_low0, high0 = queries_of(z0, n0, n0, K0, S0, MODES[0])
-    all_low1, high1 = queries_of(z1, n1, n1, K1, S1, MODES[1])
-    all_low2, high2 = queries_of(z2, n2, m2, K2, S2, MODES[2])
+    low, all_high = queries_of_keys(begin, n, n_keys, kernel_size, stride, MODES)
+    all_low, high = queries_of_keys(last, n, n_keys, kernel_size, stride, MODES)
 
-    c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
-    p0, p1, p2 = tl.minimum(f0 + c0, z0), tl.minimum(f1 + c1, z1), tl.minimum(f2 + c2, z2)
-    present = (f0 + c0 <= z0) & (f1 + c1 <= z1) & (f2 + c2 <= z2)
-    s0, e0 = queries_of(p0, n0, n0, K0, S0, MODES[0])
-    s1, e1 = queries_of(p1, n1, n1, K1, S1, MODES[1])
-    s2, e2 = queries_of(p2, n2, m2, K2, S2, MODES[2])
-    y0, y1 = token(p0, g0, D0, MODES[0]), token(p1, g1, D1, MODES[1])
-    y2 = token(p2, g2, D2, MODES[2])
+    c = plus(begin, coordinates(tl.arange(0, N), TK))
+    p, present = clipped(c, last), before(c, n_keys)
+    starts, ends = queries_of_keys(p, n, n_keys, kernel_size, stride, MODES)
+    y = tokens(p, group, dilation, MODES)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    cols = token_offset(k_start, y0, y1, y2, k_0, k_1, k_2, ALIGN)
-    k = load_rows(key, cols, present, d, D)
-    cols = token_offset(v_start, y0, y1, y2, v_0, v_1, v_2, ALIGN)
-    v = load_rows(value, cols, present, dv, DV)
-    r0, r1, r2 = coordinates(tl.arange(0, M), TQ[1], TQ[2])
+    k = load_rows(key, token_offset(k_start, y, k_strides, ALIGN), present, d, D)
+    v = load_rows(value, token_offset(v_start, y, v_strides, ALIGN), present, dv, DV)
+    r = coordinates(tl.arange(0, M), TQ)
     heads = kv_heads * per_kv
-    group, dilation, q_strides = (g0, g1, g2), (D0, D1, D2), (q_0, q_1, q_2)
-    q_box = within_box(r0, r1, r2, dilation, q_strides, ALIGN)
+    q_box = within_box(r, dilation, q_strides, ALIGN)
     row_strides = L1.to(tl.int64) * L2 * heads, L2.to(tl.int64) * heads, heads
-    row_box = within_box(r0, r1, r2, dilation, row_strides, 1)
-    window_size = (K0, K1, K2)  # what only a bias needs compiles away without one
-    places = bias_place(p0, p1, p2, window_size)
+    row_box = within_box(r, dilation, row_strides, 1)
+    places = bias_place(p, kernel_size)  # what only a bias needs compiles away without one
 
     dk_acc = tl.zeros([N, BLOCK_D], dtype=tl.float32)
     dv_acc = tl.zeros([N, BLOCK_DV], dtype=tl.float32)
-    b0, f0, w0 = count_boxes(low0, high0, all_low0, all_high0, TQ[0])
-    b1, f1, w1 = count_boxes(low1, high1, all_low1, all_high1, TQ[1])
-    b2, f2, w2 = count_boxes(low2, high2, all_low2, all_high2, TQ[2])
-    whole = w0 * w1 * w2
-    q_steps = whole_box_steps(w1, w2, dilation, q_strides, TQ)
-    row_steps = whole_box_steps(w1, w2, dilation, row_strides, TQ)
+    boxes, first_whole, whole = count_boxes(low, high, all_low, all_high, TQ)
+    every, wholes = boxes[0] * boxes[1] * boxes[2], whole[0] * whole[1] * whole[2]
+    q_steps = whole_box_steps(whole, dilation, q_strides, TQ)
+    row_steps = whole_box_steps(whole, dilation, row_strides, TQ)
     for WHOLE in tl.static_range(2):
+        if WHOLE:
+            low = plus(low, times(first_whole, TQ))
         for number in range(0, 1 if SINGLE else per_kv):
             head = kv_head * per_kv + number
             q_first = q_start + head * q_h
             j0, j1, j2 = 0, 0, 0
             if WHOLE:
-                a0, a1, a2 = low0 + f0 * TQ[0], low1 + f1 * TQ[1], low2 + f2 * TQ[2]
-                q_at = box_offset(q_first, a0, a1, a2, group, dilation, q_strides, MODES, ALIGN)
-                x0, x1 = token(a0, g0, D0, MODES[0]), token(a1, g1, D1, MODES[1])
-                row = row_number(first, x0, x1, token(a2, g2, D2, MODES[2]), L1, L2, heads, head)
+                q_at = box_offset(q_first, low, group, dilation, q_strides, MODES, ALIGN)
+                row = row_number(first, tokens(low, group, dilation, MODES), shape, heads, head)
                 q_rows = query + (q_at + q_box)[:, None] + d[None, :]
                 g_rows = grad_out + (row + row_box)[:, None] * DV + dv[None, :]
                 terms_rows = terms + (row + row_box)[:, None] * 4 + tl.arange(0, 4)[None, :]
-            for box in range(0, whole if WHOLE else b0 * b1 * b2 - whole):
+            for box in range(0, wholes if WHOLE else every - wholes):
                 if WHOLE:
-                    a0, a1 = low0 + (f0 + j0) * TQ[0], low1 + (f1 + j1) * TQ[1]
-                    a2 = low2 + (f2 + j2) * TQ[2]
+                    a = plus(low, times((j0, j1, j2), TQ))
                     q, g = load_tile(q_rows, d, D), load_tile(g_rows, dv, DV)
                     row_terms = tl.load(terms_rows)
-                    j0, j1, j2, end1, end2 = next_whole_box(j0, j1, j2, w1, w2)
-                    q_rows += whole_box_step(q_steps, end1, end2, ALIGN)
-                    step = whole_box_step(row_steps, end1, end2, 1)
+                    j0, j1, j2, ended = next_whole_box(j0, j1, j2, whole)
+                    q_rows += whole_box_step(q_steps, ended, ALIGN)
+                    step = whole_box_step(row_steps, ended, 1)
                     g_rows += step * DV
                     terms_rows += step * 4
                 else:
-                    j0, j1, j2 = straddling_box(box, b0, b1, b2, f0, f1, f2, w0, w1, w2)
-                    a0, a1, a2 = low0 + j0 * TQ[0], low1 + j1 * TQ[1], low2 + j2 * TQ[2]
-                    real = (a0 + r0 < high0) & (a1 + r1 < high1) & (a2 + r2 < high2)
-                    q_at = box_offset(q_first, a0, a1, a2, group, dilation, q_strides, MODES, ALIGN)
-                    x0, x1 = token(a0, g0, D0, MODES[0]), token(a1, g1, D1, MODES[1])
-                    row = row_number(
-                        first, x0, x1, token(a2, g2, D2, MODES[2]), L1, L2, heads, head
-                    )
+                    a = plus(low, times(straddling_box(box, boxes, first_whole, whole), TQ))
+                    real = before(plus(a, r), high)
+                    q_at = box_offset(q_first, a, group, dilation, q_strides, MODES, ALIGN)
+                    row = row_number(first, tokens(a, group, dilation, MODES), shape, heads, head)
                     q = load_rows(query + q_at, q_box, real, d, D)
                     g = load_rows(grad_out + row * DV, row_box * DV, real, dv, DV)
                     row_terms = load_terms(terms + row * 4, row_box, real)
-                at = places[:, None] - bias_place(a0 + r0, a1 + r1, a2 + r2, window_size)[None, :]
-                s = scores(k, q, scale, rpb, at, window_size, head, HAS_RPB, WHOLE, PRECISION)
+                at = places[:, None] - bias_place(plus(a, r), kernel_size)[None, :]
+                s = scores(k, q, scale, rpb, at, kernel_size, head, HAS_RPB, WHOLE, PRECISION)
                 if not WHOLE:
-                    s += hidden(a0, a1, a2, (s0, s1, s2), (e0, e1, e2), TQ, MODES)
+                    s += hidden(a, starts, ends, TQ, MODES)
                 dk_acc, dv_acc = _key_step(dk_acc, dv_acc, q, k, v, g, row_terms, s, PRECISION)
 
-    cols = row_number(key_first, y0, y1, y2, L1, KEYS, kv_heads, kv_head)
+    cols = row_number(key_first, y, (L0, L1, KEYS), kv_heads, kv_head)
     store_rows(grad_key, cols * D, present, d, D, dk_acc * scale)
     store_rows(grad_value, cols * DV, present, dv, DV, dv_acc)
 
@@ -363,7 +339,7 @@ def extra_kernel(
 
     ``grad_key`` and ``grad_value`` are ``[batch, kv heads, parts, extra, channels]``.
     """
-    part, parts = tl.program_id(2), tl.num_programs(2)
+    part, parts, shape = tl.program_id(2), tl.num_programs(2), (L0, L1, L2)
     kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
     batch = (tl.program_id(0) // kv_heads).to(tl.int64)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -379,10 +355,10 @@ def extra_kernel(
         head = kv_head * per_kv + step // steps
         x = part * per_split + step % steps * M + tl.arange(0, M)
         real = (x < L0 * L1 * L2) & (x < (part + 1) * per_split)
-        x0, x1, x2 = coordinates(x, L1, L2)
-        rows = token_offset(batch * q_b + head * q_h, x0, x1, x2, q_0, q_1, q_2, ALIGN)
+        x = coordinates(x, shape)
+        rows = token_offset(batch * q_b + head * q_h, x, (q_0, q_1, q_2), ALIGN)
         q = load_rows(query, rows, real, d, D)
-        rows = row_number(batch * L0 * L1 * L2, x0, x1, x2, L1, L2, kv_heads * per_kv, head)
+        rows = row_number(batch * L0 * L1 * L2, x, shape, kv_heads * per_kv, head)
         g = load_rows(grad_out, rows * DV, real, dv, DV)
         row_terms = load_terms(terms, rows, real)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
@@ -415,51 +391,43 @@ def bias_kernel(
     box, part = tl.program_id(0), tl.program_id(1)
     head = (first_head + tl.program_id(2)).to(tl.int64)
     kv_head = head // per_kv
-    j0, j1, j2 = coordinates(box, B1, B2)
-    o0, o1, o2 = O0 + j0 * TK[0], O1 + j1 * TK[1], O2 + j2 * TK[2]
-    t0, w0 = tiles_that_attend(L0, D0, K0, S0, o0, TQ[0], TK[0], MODES[0])
-    t1, w1 = tiles_that_attend(L1, D1, K1, S1, o1, TQ[1], TK[1], MODES[1])
-    t2, w2 = tiles_that_attend(L2, D2, K2, S2, o2, TQ[2], TK[2], MODES[2])
-    r0, r1, r2 = coordinates(tl.arange(0, M), TQ[1], TQ[2])
-    c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
+    shape, kernel_size, stride, dilation = (L0, L1, L2), (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
+    q_strides, k_strides, v_strides = (q_0, q_1, q_2), (k_0, k_1, k_2), (v_0, v_1, v_2)
+    apart = plus((O0, O1, O2), times(coordinates(box, (1, B1, B2)), TK))
+    t0, w0 = tiles_that_attend(L0, D0, K0, S0, apart[0], TQ[0], TK[0], MODES[0])
+    t1, w1 = tiles_that_attend(L1, D1, K1, S1, apart[1], TQ[1], TK[1], MODES[1])
+    t2, w2 = tiles_that_attend(L2, D2, K2, S2, apart[2], TQ[2], TK[2], MODES[2])
+    r, c = coordinates(tl.arange(0, M), TQ), coordinates(tl.arange(0, N), TK)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    kernel_size = (K0, K1, K2)
-    at = bias_place(o0 + c0, o1 + c1, o2 + c2, kernel_size)[None, :]
-    at -= bias_place(r0, r1, r2, kernel_size)[:, None]
+    at = bias_place(plus(apart, c), kernel_size)[None, :] - bias_place(r, kernel_size)[:, None]
     start = biases(rpb, at, kernel_size, head, scale, False)
     acc = tl.zeros([M, N], dtype=tl.float32)
     tiles = w0 * w1 * w2 * D0 * D1 * D2 * batches
     per_part = tl.cdiv(tiles, tl.num_programs(1))
     for number in range(part * per_part, tl.minimum((part + 1) * per_part, tiles)):
-        rest, u0, u1, u2 = split(number, w0, w1, w2)
-        batch, g0, g1, g2 = split(rest, D0, D1, D2)
+        rest, tile = split(number, (w0, w1, w2))
+        batch, group = split(rest, dilation)
         batch = batch.to(tl.int64)
-        n0, n1, n2 = group_length(L0, D0, g0), group_length(L1, D1, g1), group_length(L2, D2, g2)
-        f0, f1, f2 = (t0 + u0) * TQ[0], (t1 + u1) * TQ[1], (t2 + u2) * TQ[2]
-        real = (f0 + r0 < n0) & (f1 + r1 < n1) & (f2 + r2 < n2)
-        i0, i1 = tl.minimum(f0 + r0, n0 - 1), tl.minimum(f1 + r1, n1 - 1)
-        i2 = tl.minimum(f2 + r2, n2 - 1)
-        s0, e0 = window(i0, n0, n0, K0, S0, MODES[0])
-        s1, e1 = window(i1, n1, n1, K1, S1, MODES[1])
-        s2, e2 = window(i2, n2, n2, K2, S2, MODES[2])
-        x0, x1 = token(i0, g0, D0, MODES[0]), token(i1, g1, D1, MODES[1])
-        x2 = token(i2, g2, D2, MODES[2])
-        rows = token_offset(batch * q_b + head * q_h, x0, x1, x2, q_0, q_1, q_2, ALIGN)
+        n = group_lengths(shape, dilation, group)
+        begin = times(plus(tile, (t0, t1, t2)), TQ)
+        i, real = clipped(plus(begin, r), last_of_tile(begin, n, TQ)), before(plus(begin, r), n)
+        starts, ends = windows(i, n, n, kernel_size, stride, MODES)
+        x = tokens(i, group, dilation, MODES)
+        rows = token_offset(batch * q_b + head * q_h, x, q_strides, ALIGN)
         q = load_rows(query, rows, real, d, D)
-        rows = row_number(batch * L0 * L1 * L2, x0, x1, x2, L1, L2, heads, head)
+        rows = row_number(batch * L0 * L1 * L2, x, shape, heads, head)
         g = load_rows(grad_out, rows * DV, real, dv, DV)
         lse, delta = exponent_and_delta(load_terms(terms, rows, real))
-        a0, a1, a2 = f0 + o0, f1 + o1, f2 + o2
-        p0, p1, p2 = a0 + c0, a1 + c1, a2 + c2
-        present = (p0 >= 0) & (p1 >= 0) & (p2 >= 0) & (p0 < n0) & (p1 < n1) & (p2 < n2)
-        y0, y1 = token(p0, g0, D0, MODES[0]), token(p1, g1, D1, MODES[1])
-        y2 = token(p2, g2, D2, MODES[2])
-        cols = token_offset(batch * k_b + kv_head * k_h, y0, y1, y2, k_0, k_1, k_2, ALIGN)
+        a = plus(begin, apart)
+        p = plus(a, c)
+        present = (p[0] >= 0) & (p[1] >= 0) & (p[2] >= 0) & before(p, n)
+        y = tokens(p, group, dilation, MODES)
+        cols = token_offset(batch * k_b + kv_head * k_h, y, k_strides, ALIGN)
         k = load_rows(key, cols, present, d, D)
-        cols = token_offset(batch * v_b + kv_head * v_h, y0, y1, y2, v_0, v_1, v_2, ALIGN)
+        cols = token_offset(batch * v_b + kv_head * v_h, y, v_strides, ALIGN)
         v = load_rows(value, cols, present, dv, DV)
         s = tl.dot(q, tl.trans(k), start, input_precision=PRECISION) * (scale * LOG2E)
-        s += hidden(a0, a1, a2, (s0, s1, s2), (e0, e1, e2), TK, MODES)
+        s += hidden(a, starts, ends, TK, MODES)
         # Rows that are no query have weights of zero, whatever their bias.
         p = tl.exp2(s - tl.where(real, lse, float("inf"))[:, None])
         acc += p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
@@ -478,9 +446,9 @@ def bias_sum_kernel(
     N: tl.constexpr = TK[0] * TK[1] * TK[2]
     head = (first_head + tl.program_id(1)).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    o0, o1, o2 = coordinates(at, 2 * K1 - 1, 2 * K2 - 1)
+    o0, o1, o2 = coordinates(at, (1, 2 * K1 - 1, 2 * K2 - 1))
     r = tl.arange(0, M)
-    r0, r1, r2 = coordinates(r, TQ[1], TQ[2])
+    r0, r1, r2 = coordinates(r, TQ)
     # Each query's key with that bias, from the first box's first key on.
     p0 = r0[:, None] + (o0 - (K0 - 1) - O0)[None, :]
     p1 = r1[:, None] + (o1 - (K1 - 1) - O1)[None, :]

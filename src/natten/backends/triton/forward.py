@@ -8,27 +8,34 @@ import triton.language as tl
 from natten.backends.triton.primitives import (
     LN2,
     LOG2E,
+    before,
     bias_place,
     box_offset,
+    clipped,
     coordinates,
     count_boxes,
     document,
     group_length,
+    group_lengths,
     hidden,
     kernel,
+    last_of_tile,
     load_rows,
     load_tile,
     next_whole_box,
+    outside,
+    plus,
     row_number,
     scores,
     split,
     store_rows,
     straddling_box,
-    token,
+    times,
     token_offset,
+    tokens,
     whole_box_step,
     whole_box_steps,
-    window,
+    windows,
     within_box,
 )
 
@@ -59,15 +66,15 @@ def forward_kernel(
     tiles ``T``, per axis. ``PACKED``: a batch is a document of its own sizes."""
     M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
     N: tl.constexpr = TK[0] * TK[1] * TK[2]
-    pid, t0, t1, t2 = split(tl.program_id(0), T0, T1, T2)
-    pid, g0, g1, g2 = split(pid, D0, D1, D2)
+    pid, tile = split(tl.program_id(0), (T0, T1, T2))
+    pid, group = split(pid, (D0, D1, D2))
     head, batch = (pid % heads).to(tl.int64), (pid // heads).to(tl.int64)
     kv_head = head // per_kv
     if PACKED:
         first, key_first, L0, L1, L2, KEYS, K0, K1, K2, S0, S1, S2, D0, D1, D2 = document(
             documents, batch
         )
-        if (g0 >= D0) | (g1 >= D1) | (g2 >= D2):
+        if outside(group, (D0, D1, D2)):
             return
         q_1, k_1, v_1 = L2.to(tl.int64) * q_2, KEYS.to(tl.int64) * k_2, KEYS.to(tl.int64) * v_2
         q_0, k_0, v_0 = L1 * q_1, L1 * k_1, L1 * v_1
@@ -78,82 +85,67 @@ def forward_kernel(
     q_start += head * q_h
     k_start += kv_head * k_h
     v_start += kv_head * v_h
+    q_strides, k_strides, v_strides = (q_0, q_1, q_2), (k_0, k_1, k_2), (v_0, v_1, v_2)
+    shape, kernel_size, stride, dilation = (L0, L1, L2), (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
 
-    n0, n1, n2 = group_length(L0, D0, g0), group_length(L1, D1, g1), group_length(L2, D2, g2)
-    m2 = group_length(KEYS, D2, g2)
-    f0, f1, f2 = t0 * TQ[0], t1 * TQ[1], t2 * TQ[2]
-    if (f0 >= n0) | (f1 >= n1) | (f2 >= n2):
+    n = group_lengths(shape, dilation, group)
+    n_keys = n[0], n[1], group_length(KEYS, D2, group[2])
+    begin = times(tile, TQ)
+    if outside(begin, n):
         return
-    z0, z1 = tl.minimum(f0 + TQ[0], n0) - 1, tl.minimum(f1 + TQ[1], n1) - 1
-    z2 = tl.minimum(f2 + TQ[2], n2) - 1
+    last = last_of_tile(begin, n, TQ)
     # Windows move monotonically: the first and the last query bound the box, and what every
     # query of the tile attends.
-    low0, all_high0 = window(f0, n0, n0, K0, S0, MODES[0])
-    low1, all_high1 = window(f1, n1, n1, K1, S1, MODES[1])
-    low2, all_high2 = window(f2, n2, m2, K2, S2, MODES[2])
-    all_low0, high0 = window(z0, n0, n0, K0, S0, MODES[0])
-    all_low1, high1 = window(z1, n1, n1, K1, S1, MODES[1])
-    all_low2, high2 = window(z2, n2, m2, K2, S2, MODES[2])
+    low, all_high = windows(begin, n, n_keys, kernel_size, stride, MODES)
+    all_low, high = windows(last, n, n_keys, kernel_size, stride, MODES)
 
-    r0, r1, r2 = coordinates(tl.arange(0, M), TQ[1], TQ[2])
-    i0, i1, i2 = tl.minimum(f0 + r0, z0), tl.minimum(f1 + r1, z1), tl.minimum(f2 + r2, z2)
-    real = (f0 + r0 <= z0) & (f1 + r1 <= z1) & (f2 + r2 <= z2)
-    s0, e0 = window(i0, n0, n0, K0, S0, MODES[0])
-    s1, e1 = window(i1, n1, n1, K1, S1, MODES[1])
-    s2, e2 = window(i2, n2, m2, K2, S2, MODES[2])
-    x0, x1 = token(i0, g0, D0, MODES[0]), token(i1, g1, D1, MODES[1])
-    x2 = token(i2, g2, D2, MODES[2])
-
+    r = plus(begin, coordinates(tl.arange(0, M), TQ))
+    i, real = clipped(r, last), before(r, n)
+    starts, ends = windows(i, n, n_keys, kernel_size, stride, MODES)
+    x = tokens(i, group, dilation, MODES)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    rows = token_offset(q_start, x0, x1, x2, q_0, q_1, q_2, ALIGN)
+    rows = token_offset(q_start, x, q_strides, ALIGN)
     q = load_rows(query, rows, real, d, D)
-    c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
-    group, dilation = (g0, g1, g2), (D0, D1, D2)
-    k_strides, v_strides = (k_0, k_1, k_2), (v_0, v_1, v_2)
-    window_size = (K0, K1, K2)  # what only a bias needs compiles away without one
-    places = bias_place(i0, i1, i2, window_size)
-    k_box = within_box(c0, c1, c2, dilation, k_strides, ALIGN)
-    v_box = within_box(c0, c1, c2, dilation, v_strides, ALIGN)
+    c = coordinates(tl.arange(0, N), TK)
+    places = bias_place(i, kernel_size)  # what only a bias needs compiles away without one
+    k_box = within_box(c, dilation, k_strides, ALIGN)
+    v_box = within_box(c, dilation, v_strides, ALIGN)
 
     acc = tl.zeros([M, BLOCK_DV], dtype=tl.float32)
     top = tl.full([M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([M], dtype=tl.float32)
-    b0, f0, w0 = count_boxes(low0, high0, all_low0, all_high0, TK[0])
-    b1, f1, w1 = count_boxes(low1, high1, all_low1, all_high1, TK[1])
-    b2, f2, w2 = count_boxes(low2, high2, all_low2, all_high2, TK[2])
-    whole = w0 * w1 * w2
+    boxes, first_whole, whole = count_boxes(low, high, all_low, all_high, TK)
+    every, wholes = boxes[0] * boxes[1] * boxes[2], whole[0] * whole[1] * whole[2]
     # Boxes that straddle the edge of a window, then those that need no mask: what masks need is
     # not kept meanwhile.
     for WHOLE in tl.static_range(2):
         j0, j1, j2 = 0, 0, 0
         if WHOLE:
-            a0, a1, a2 = low0 + f0 * TK[0], low1 + f1 * TK[1], low2 + f2 * TK[2]
-            k_at = box_offset(k_start, a0, a1, a2, group, dilation, k_strides, MODES, ALIGN)
-            v_at = box_offset(v_start, a0, a1, a2, group, dilation, v_strides, MODES, ALIGN)
+            low = plus(low, times(first_whole, TK))
+            k_at = box_offset(k_start, low, group, dilation, k_strides, MODES, ALIGN)
+            v_at = box_offset(v_start, low, group, dilation, v_strides, MODES, ALIGN)
             k_rows = key + (k_at + k_box)[:, None] + d[None, :]
             v_rows = value + (v_at + v_box)[:, None] + dv[None, :]
-            k_steps = whole_box_steps(w1, w2, dilation, k_strides, TK)
-            v_steps = whole_box_steps(w1, w2, dilation, v_strides, TK)
-        for box in range(0, whole if WHOLE else b0 * b1 * b2 - whole):
+            k_steps = whole_box_steps(whole, dilation, k_strides, TK)
+            v_steps = whole_box_steps(whole, dilation, v_strides, TK)
+        for box in range(0, wholes if WHOLE else every - wholes):
             if WHOLE:
-                a0, a1 = low0 + (f0 + j0) * TK[0], low1 + (f1 + j1) * TK[1]
-                a2 = low2 + (f2 + j2) * TK[2]
+                a = plus(low, times((j0, j1, j2), TK))
                 k, v = load_tile(k_rows, d, D), load_tile(v_rows, dv, DV)
-                j0, j1, j2, end1, end2 = next_whole_box(j0, j1, j2, w1, w2)
-                k_rows += whole_box_step(k_steps, end1, end2, ALIGN)
-                v_rows += whole_box_step(v_steps, end1, end2, ALIGN)
+                j0, j1, j2, ended = next_whole_box(j0, j1, j2, whole)
+                k_rows += whole_box_step(k_steps, ended, ALIGN)
+                v_rows += whole_box_step(v_steps, ended, ALIGN)
             else:
-                j0, j1, j2 = straddling_box(box, b0, b1, b2, f0, f1, f2, w0, w1, w2)
-                a0, a1, a2 = low0 + j0 * TK[0], low1 + j1 * TK[1], low2 + j2 * TK[2]
-                present = (a0 + c0 < high0) & (a1 + c1 < high1) & (a2 + c2 < high2)
-                k_at = box_offset(k_start, a0, a1, a2, group, dilation, k_strides, MODES, ALIGN)
-                v_at = box_offset(v_start, a0, a1, a2, group, dilation, v_strides, MODES, ALIGN)
+                a = plus(low, times(straddling_box(box, boxes, first_whole, whole), TK))
+                present = before(plus(a, c), high)
+                k_at = box_offset(k_start, a, group, dilation, k_strides, MODES, ALIGN)
+                v_at = box_offset(v_start, a, group, dilation, v_strides, MODES, ALIGN)
                 k = load_rows(key + k_at, k_box, present, d, D)
                 v = load_rows(value + v_at, v_box, present, dv, DV)
-            at = bias_place(a0 + c0, a1 + c1, a2 + c2, window_size)[None, :] - places[:, None]
-            s = scores(q, k, scale, rpb, at, window_size, head, HAS_RPB, WHOLE, PRECISION)
+            at = bias_place(plus(a, c), kernel_size)[None, :] - places[:, None]
+            s = scores(q, k, scale, rpb, at, kernel_size, head, HAS_RPB, WHOLE, PRECISION)
             if not WHOLE:
-                s += hidden(a0, a1, a2, (s0, s1, s2), (e0, e1, e2), TK, MODES)
+                s += hidden(a, starts, ends, TK, MODES)
             acc, top, total = _accumulate(acc, top, total, s, v, PRECISION)
 
     if HAS_EXTRA:
@@ -170,6 +162,6 @@ def forward_kernel(
 
     found = total > 0
     total = tl.where(found, total, 1.0)
-    rows = row_number(first, x0, x1, x2, L1, L2, heads, head)
+    rows = row_number(first, x, shape, heads, head)
     store_rows(out, rows * DV, real, dv, DV, acc / total[:, None])
     tl.store(lse + rows, tl.where(found, (top + tl.log2(total)) * LN2, float("-inf")), mask=real)

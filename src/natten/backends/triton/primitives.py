@@ -1,7 +1,8 @@
 """What all kernels share: the window rule inside a kernel, tile coordinates, addresses.
 
-Kernels see three axes; an axis that a problem lacks has one token and mode ``UNIT``, and compiles
-away. The rule is :class:`natten.neighborhood.Neighborhood`'s, and is tested against it.
+Kernels see three axes, and have tuples of what there is of each; an axis that a problem lacks has
+one token and mode ``UNIT``, and compiles away. The rule is
+:class:`natten.neighborhood.Neighborhood`'s, and is tested against it.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def tiles_that_attend(
     most, least = group_length(length, dilation, 0), group_length(length, dilation, dilation - 1)
     # Where tiles begin whose box begins before the last key, and ends after the first.
     first, end = 1 - COLUMNS - o, most - o
-    if MODE == CAUSAL or MODE == CAUSAL_STRIDED:
+    if (MODE == CAUSAL) | (MODE == CAUSAL_STRIDED):
         end = tl.where((o < ROWS) & (o + COLUMNS > 1 - k), end, first)
     else:
         before, after = k // 2, k - 1 - k // 2
@@ -135,9 +136,82 @@ def longest_first(t, tiles, k, SIZE: tl.constexpr, MODES: tl.constexpr):
 
 
 @triton.jit
-def coordinates(r, T1: tl.constexpr, T2: tl.constexpr):
-    """Position inside a tile ``[.., T1, T2]`` of its row ``r``."""
-    return r // (T1 * T2), r // T2 % T1, r % T2
+def coordinates(r, sizes):
+    """Position of row ``r`` in a box of ``sizes``, of which the first does not matter."""
+    return r // (sizes[1] * sizes[2]), r // sizes[2] % sizes[1], r % sizes[2]
+
+
+@triton.jit
+def group_lengths(lengths, dilation, group):
+    return (
+        group_length(lengths[0], dilation[0], group[0]),
+        group_length(lengths[1], dilation[1], group[1]),
+        group_length(lengths[2], dilation[2], group[2]),
+    )
+
+
+@triton.jit
+def windows(i, n, n_keys, k, s, MODES: tl.constexpr):
+    """:func:`window` of each axis: starts, and ends."""
+    start0, end0 = window(i[0], n[0], n_keys[0], k[0], s[0], MODES[0])
+    start1, end1 = window(i[1], n[1], n_keys[1], k[1], s[1], MODES[1])
+    start2, end2 = window(i[2], n[2], n_keys[2], k[2], s[2], MODES[2])
+    return (start0, start1, start2), (end0, end1, end2)
+
+
+@triton.jit
+def queries_of_keys(p, n, n_keys, k, s, MODES: tl.constexpr):
+    """:func:`queries_of` of each axis: starts, and ends."""
+    start0, end0 = queries_of(p[0], n[0], n_keys[0], k[0], s[0], MODES[0])
+    start1, end1 = queries_of(p[1], n[1], n_keys[1], k[1], s[1], MODES[1])
+    start2, end2 = queries_of(p[2], n[2], n_keys[2], k[2], s[2], MODES[2])
+    return (start0, start1, start2), (end0, end1, end2)
+
+
+@triton.jit
+def times(a, b):
+    """Products per axis."""
+    return a[0] * b[0], a[1] * b[1], a[2] * b[2]
+
+
+@triton.jit
+def plus(a, b):
+    """Sums per axis."""
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2]
+
+
+@triton.jit
+def minus(a, b):
+    """Differences per axis."""
+    return a[0] - b[0], a[1] - b[1], a[2] - b[2]
+
+
+@triton.jit
+def before(a, b):
+    """Where ``a`` is less than ``b`` on all axes."""
+    return (a[0] < b[0]) & (a[1] < b[1]) & (a[2] < b[2])
+
+
+@triton.jit
+def outside(begin, n):
+    """Whether a tile begins beyond the end of an axis."""
+    return (begin[0] >= n[0]) | (begin[1] >= n[1]) | (begin[2] >= n[2])
+
+
+@triton.jit
+def last_of_tile(first, n, T: tl.constexpr):
+    """Last position of a tile, which may be cut short."""
+    return (
+        tl.minimum(first[0] + T[0], n[0]) - 1,
+        tl.minimum(first[1] + T[1], n[1]) - 1,
+        tl.minimum(first[2] + T[2], n[2]) - 1,
+    )
+
+
+@triton.jit
+def clipped(i, last):
+    """Positions, none beyond the last."""
+    return tl.minimum(i[0], last[0]), tl.minimum(i[1], last[1]), tl.minimum(i[2], last[2])
 
 
 @triton.jit
@@ -157,36 +231,47 @@ def document(documents, number):
 
 
 @triton.jit
-def token_offset(start, x0, x1, x2, s0, s1, s2, ALIGN: tl.constexpr):
+def token(p, group, dilation, MODE: tl.constexpr):
+    """Token at position ``p`` of a dilation group."""
+    return p if MODE == UNIT else p * dilation + group
+
+
+@triton.jit
+def tokens(p, group, dilation, MODES: tl.constexpr):
+    """:func:`token` of each axis."""
+    return (
+        token(p[0], group[0], dilation[0], MODES[0]),
+        token(p[1], group[1], dilation[1], MODES[1]),
+        token(p[2], group[2], dilation[2], MODES[2]),
+    )
+
+
+@triton.jit
+def token_offset(start, x, strides, ALIGN: tl.constexpr):
     """Offset of tokens ``x``, a multiple of ``ALIGN``; 64 bits, because tensors may be large."""
-    offset = start + x0.to(tl.int64) * s0 + x1.to(tl.int64) * s1 + x2.to(tl.int64) * s2
-    return tl.multiple_of(offset, ALIGN)
+    offset = start + x[0].to(tl.int64) * strides[0] + x[1].to(tl.int64) * strides[1]
+    return tl.multiple_of(offset + x[2].to(tl.int64) * strides[2], ALIGN)
 
 
 @triton.jit
-def box_offset(
-    start, a0, a1, a2, group, dilation, strides, MODES: tl.constexpr, ALIGN: tl.constexpr
-):
+def box_offset(start, a, group, dilation, strides, MODES: tl.constexpr, ALIGN: tl.constexpr):
     """Offset of a box's first token, at position ``a`` of a dilation group."""
-    x0, x1 = token(a0, group[0], dilation[0], MODES[0]), token(a1, group[1], dilation[1], MODES[1])
-    x2 = token(a2, group[2], dilation[2], MODES[2])
-    return token_offset(start, x0, x1, x2, strides[0], strides[1], strides[2], ALIGN)
+    return token_offset(start, tokens(a, group, dilation, MODES), strides, ALIGN)
 
 
 @triton.jit
-def within_box(c0, c1, c2, dilation, strides, ALIGN: tl.constexpr):
+def within_box(c, dilation, strides, ALIGN: tl.constexpr):
     """Offset of a box's tokens, at positions ``c``, from its first.
 
     It is the same in every box, so that in a loop only the first token's has to be worked out.
     """
-    x0, x1, x2 = c0 * dilation[0], c1 * dilation[1], c2 * dilation[2]
-    return token_offset(0, x0, x1, x2, strides[0], strides[1], strides[2], ALIGN)
+    return token_offset(0, times(c, dilation), strides, ALIGN)
 
 
 @triton.jit
-def row_number(first, x0, x1, x2, L1, L2, heads, head):
-    """Row, in ``[*, heads]``, of token ``x`` of a layout ``[*, L1, L2]`` from ``first`` on."""
-    token = first + (x0.to(tl.int64) * L1 + x1) * L2 + x2
+def row_number(first, x, shape, heads, head):
+    """Row, in ``[*, heads]``, of token ``x`` of a layout ``shape`` from ``first`` on."""
+    token = first + (x[0].to(tl.int64) * shape[1] + x[1]) * shape[2] + x[2]
     return token * heads + head
 
 
@@ -214,37 +299,31 @@ def store_rows(base, offset, present, columns, COLUMNS: tl.constexpr, x):
 
 
 @triton.jit
-def token(p, group, dilation, MODE: tl.constexpr):
-    """Token at position ``p`` of a dilation group."""
-    return p if MODE == UNIT else p * dilation + group
-
-
-@triton.jit
-def bias_offset(o0, o1, o2, kernel_size, head):
+def bias_offset(o, kernel_size, head):
     """Where ``rpb`` holds the bias of key position minus query position ``o``."""
-    at = head * (2 * kernel_size[0] - 1) + o0 + kernel_size[0] - 1
-    at = at * (2 * kernel_size[1] - 1) + o1 + kernel_size[1] - 1
-    return at * (2 * kernel_size[2] - 1) + o2 + kernel_size[2] - 1
+    at = head * (2 * kernel_size[0] - 1) + o[0] + kernel_size[0] - 1
+    at = at * (2 * kernel_size[1] - 1) + o[1] + kernel_size[1] - 1
+    return at * (2 * kernel_size[2] - 1) + o[2] + kernel_size[2] - 1
 
 
 @triton.jit
-def bias_place(x0, x1, x2, kernel_size):
+def bias_place(x, kernel_size):
     """Number of a position in ``rpb``'s layout: two differ by where the bias is from the middle.
 
     Numbers may wrap around in 32 bits; their differences do not.
     """
-    return (x0 * (2 * kernel_size[1] - 1) + x1) * (2 * kernel_size[2] - 1) + x2
+    return (x[0] * (2 * kernel_size[1] - 1) + x[1]) * (2 * kernel_size[2] - 1) + x[2]
 
 
 @triton.jit
 def biases(rpb, at, kernel_size, head, scale, WHOLE: tl.constexpr):
     """Biases ``at`` from the middle of the head's, as a product of queries and keys before it is
     scaled; if not ``WHOLE``, some are outside of the head's, and zero."""
-    middle = rpb + bias_offset(0, 0, 0, kernel_size, head)
+    middle = rpb + bias_offset((0, 0, 0), kernel_size, head)
     if WHOLE:
         bias = tl.load(middle + at)
     else:
-        half = bias_offset(0, 0, 0, kernel_size, 0)
+        half = bias_offset((0, 0, 0), kernel_size, 0)
         bias = tl.load(middle + at, mask=(at >= -half) & (at <= half), other=0.0)
     return bias.to(tl.float32) * (1.0 / scale)
 
@@ -269,25 +348,30 @@ def scores(
 
 
 @triton.jit
-def split(pid, n0, n1, n2):
+def split(pid, sizes):
     """Program id to (rest, index of each axis); the last axis runs fastest."""
-    i2 = pid % n2
-    pid = pid // n2
-    i1 = pid % n1
-    pid = pid // n1
-    return pid // n0, pid % n0, i1, i2
+    rest = pid // sizes[2] // sizes[1]
+    return rest // sizes[0], (rest % sizes[0], pid // sizes[2] % sizes[1], pid % sizes[2])
+
+
+@triton.jit
+def _count_boxes(low, high, all_low, all_high, T: tl.constexpr):
+    count = tl.maximum(tl.cdiv(high - low, T), 0)
+    first = tl.cdiv(all_low - low, T)
+    return count, first, tl.maximum((all_high - low) // T - first, 0)
 
 
 @triton.jit
 def count_boxes(low, high, all_low, all_high, T: tl.constexpr):
-    """Boxes of ``T`` along ``low .. high``, the first one that is whole, and how many are.
+    """Per axis, boxes of ``T`` along ``low .. high``, the first that is whole, how many are.
 
     A whole box lies in ``all_low .. all_high``, which all rows of the tile have in common: nothing
     in it has to be masked.
     """
-    count = tl.maximum(tl.cdiv(high - low, T), 0)
-    first = tl.cdiv(all_low - low, T)
-    return count, first, tl.maximum((all_high - low) // T - first, 0)
+    count0, first0, whole0 = _count_boxes(low[0], high[0], all_low[0], all_high[0], T[0])
+    count1, first1, whole1 = _count_boxes(low[1], high[1], all_low[1], all_high[1], T[1])
+    count2, first2, whole2 = _count_boxes(low[2], high[2], all_low[2], all_high[2], T[2])
+    return (count0, count1, count2), (first0, first1, first2), (whole0, whole1, whole2)
 
 
 @triton.jit
@@ -297,17 +381,17 @@ def _beside(i, first, whole):
 
 
 @triton.jit
-def next_whole_box(j0, j1, j2, w1, w2):
+def next_whole_box(j0, j1, j2, whole):
     """The box after ``j`` of those that are whole on every axis, and whether axes 1 and 2 ended."""
-    end2 = j2 + 1 == w2
+    end2 = j2 + 1 == whole[2]
     j2 = tl.where(end2, 0, j2 + 1)
     j1 = tl.where(end2, j1 + 1, j1)
-    end1 = j1 == w1
-    return tl.where(end1, j0 + 1, j0), tl.where(end1, 0, j1), j2, end1, end2
+    end1 = j1 == whole[1]
+    return tl.where(end1, j0 + 1, j0), tl.where(end1, 0, j1), j2, (end1, end2)
 
 
 @triton.jit
-def whole_box_steps(w1, w2, dilation, strides, T: tl.constexpr):
+def whole_box_steps(whole, dilation, strides, T: tl.constexpr):
     """What an offset grows by to :func:`next_whole_box`: usually, and where axes 2 and 1 ended.
 
     Adding one number to all addresses of a box takes fewer registers and instructions than working
@@ -316,38 +400,30 @@ def whole_box_steps(w1, w2, dilation, strides, T: tl.constexpr):
     on0 = dilation[0].to(tl.int64) * T[0] * strides[0]
     on1 = dilation[1].to(tl.int64) * T[1] * strides[1]
     on2 = dilation[2].to(tl.int64) * T[2] * strides[2]
-    back2 = (w2 - 1) * on2
-    return on2, on1 - back2, on0 - (w1 - 1) * on1 - back2
+    back2 = (whole[2] - 1) * on2
+    return on2, on1 - back2, on0 - (whole[1] - 1) * on1 - back2
 
 
 @triton.jit
-def whole_box_step(steps, end1, end2, ALIGN: tl.constexpr):
+def whole_box_step(steps, ends, ALIGN: tl.constexpr):
     """The one of :func:`whole_box_steps` to take, a multiple of ``ALIGN``."""
-    step = tl.where(end1, steps[2], tl.where(end2, steps[1], steps[0]))
+    step = tl.where(ends[0], steps[2], tl.where(ends[1], steps[1], steps[0]))
     return tl.multiple_of(step, ALIGN)
 
 
 @triton.jit
-def straddling_box(i, b0, b1, b2, f0, f1, f2, w0, w1, w2):
+def straddling_box(i, boxes, first, whole):
     """The ``i``-th other box: not whole on axis 0, or else on axis 1, or else on axis 2."""
-    on0 = (b0 - w0) * b1 * b2
-    on1 = w0 * (b1 - w1) * b2
+    on0 = (boxes[0] - whole[0]) * boxes[1] * boxes[2]
+    on1 = whole[0] * (boxes[1] - whole[1]) * boxes[2]
     is0, is2 = i < on0, i >= on0 + on1
     i -= tl.where(is0, 0, tl.where(is2, on0 + on1, on0))
-    n1 = tl.where(is0, b1, tl.where(is2, w1, b1 - w1))
-    n2 = tl.where(is2, b2 - w2, b2)
+    n1 = tl.where(is0, boxes[1], tl.where(is2, whole[1], boxes[1] - whole[1]))
+    n2 = tl.where(is2, boxes[2] - whole[2], boxes[2])
     j0, j1, j2 = i // (n1 * n2), i // n2 % n1, i % n2
-    j0 = tl.where(is0, _beside(j0, f0, w0), j0 + f0)
-    j1 = tl.where(is0, j1, tl.where(is2, j1 + f1, _beside(j1, f1, w1)))
-    return j0, j1, tl.where(is2, _beside(j2, f2, w2), j2)
-
-
-@triton.jit
-def inside(p, start, end, MODE: tl.constexpr, allowed):
-    """``allowed`` and the keys ``p`` of this axis that lie in the windows ``start .. end``."""
-    if MODE != UNIT:
-        allowed = allowed & (p >= start) & (p < end)
-    return allowed
+    j0 = tl.where(is0, _beside(j0, first[0], whole[0]), j0 + first[0])
+    j1 = tl.where(is0, j1, tl.where(is2, j1 + first[1], _beside(j1, first[1], whole[1])))
+    return j0, j1, tl.where(is2, _beside(j2, first[2], whole[2]), j2)
 
 
 @triton.jit
@@ -363,13 +439,13 @@ def _hidden(a, start, end, T: tl.constexpr, MODE: tl.constexpr):
 
 
 @triton.jit
-def hidden(a0, a1, a2, starts, ends, T: tl.constexpr, MODES: tl.constexpr):
+def hidden(a, starts, ends, T: tl.constexpr, MODES: tl.constexpr):
     """What to add to scores ``[rows, box]``: -inf where a column is not in its row's window.
 
     The box begins at ``a``. Each axis compares on its own, so that a score costs little.
     """
-    x0 = _hidden(a0, starts[0], ends[0], T[0], MODES[0])
-    x1 = _hidden(a1, starts[1], ends[1], T[1], MODES[1])
-    x2 = _hidden(a2, starts[2], ends[2], T[2], MODES[2])
+    x0 = _hidden(a[0], starts[0], ends[0], T[0], MODES[0])
+    x1 = _hidden(a[1], starts[1], ends[1], T[1], MODES[1])
+    x2 = _hidden(a[2], starts[2], ends[2], T[2], MODES[2])
     x = x0[:, :, None, None] + x1[:, None, :, None] + x2[:, None, None, :]
     return x.reshape(x0.shape[0], T[0] * T[1] * T[2])

@@ -29,18 +29,25 @@ from natten.backends.triton.plan import (
     readable,
 )
 from natten.backends.triton.primitives import (
+    UNIT,
+    before,
     bias_offset,
+    clipped,
     coordinates,
-    group_length,
-    inside,
+    group_lengths,
     kernel,
+    last_of_tile,
     load_rows,
-    queries_of,
+    minus,
+    outside,
+    plus,
+    queries_of_keys,
     split,
     store_rows,
-    token,
+    times,
     token_offset,
-    window,
+    tokens,
+    windows,
 )
 from natten.neighborhood import Neighborhood
 
@@ -49,30 +56,63 @@ MOST_BYTES = 256
 
 
 @triton.jit
-def _tile(t, r, n, k, s, MODE: tl.constexpr, T: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """An axis of tile ``t``: its rows' positions, which are real, their reach, the whole reach.
+def _tile(
+    tile, n, k, s, MODES: tl.constexpr, T: tl.constexpr, TRANSPOSED: tl.constexpr
+):  # fmt: skip
+    """A tile's rows: their positions, which are real, what each reaches, and what all reach.
 
-    Reach is keys of queries; ``TRANSPOSED``: queries of keys.
+    Queries reach keys; ``TRANSPOSED``: keys reach queries.
     """
-    first, last = t * T, tl.minimum(t * T + T, n) - 1
-    i = tl.minimum(first + r, last)
+    begin = times(tile, T)
+    last = last_of_tile(begin, n, T)
+    r = plus(begin, coordinates(tl.arange(0, T[0] * T[1] * T[2]), T))
+    i = clipped(r, last)
     if TRANSPOSED:
-        start, end = queries_of(i, n, n, k, s, MODE)
-        low, _ = queries_of(first, n, n, k, s, MODE)
-        _, high = queries_of(last, n, n, k, s, MODE)
+        starts, ends = queries_of_keys(i, n, n, k, s, MODES)
+        low, _ = queries_of_keys(begin, n, n, k, s, MODES)
+        _, high = queries_of_keys(last, n, n, k, s, MODES)
     else:
-        start, end = window(i, n, n, k, s, MODE)
-        low, _ = window(first, n, n, k, s, MODE)
+        starts, ends = windows(i, n, n, k, s, MODES)
+        low, _ = windows(begin, n, n, k, s, MODES)
         # All slots, also those that causality masks.
-        high, _ = window(last, n, n, k, s, MODE)
-        high += k
-    return i, first + r <= last, start, end, low, high
+        high, _ = windows(last, n, n, k, s, MODES)
+        high = plus(high, k)
+    return i, before(r, n), starts, ends, low, high
 
 
 @triton.jit
-def _slot(p0, p1, p2, K1, K2):
+def _boxes(low, high, T: tl.constexpr):
+    """Boxes of ``T`` along ``low .. high``; a key of a strided causal axis may have no query."""
+    return (
+        tl.maximum(tl.cdiv(high[0] - low[0], T[0]), 0),
+        tl.maximum(tl.cdiv(high[1] - low[1], T[1]), 0),
+        tl.maximum(tl.cdiv(high[2] - low[2], T[2]), 0),
+    )
+
+
+@triton.jit
+def _slot(p, kernel_size):
     """Number of a slot, a key's part or a window start's part of it."""
-    return (p0.to(tl.int64) * K1 + p1) * K2 + p2
+    return (p[0].to(tl.int64) * kernel_size[1] + p[1]) * kernel_size[2] + p[2]
+
+
+@triton.jit
+def _rows(x):
+    return x[0][:, None], x[1][:, None], x[2][:, None]
+
+
+@triton.jit
+def _columns(x):
+    return x[0][None, :], x[1][None, :], x[2][None, :]
+
+
+@triton.jit
+def _inside(p, starts, ends, MODES: tl.constexpr, allowed):
+    """``allowed`` and where ``p`` lies in ``starts .. ends``."""
+    for axis in tl.static_range(3):
+        if MODES[axis] != UNIT:
+            allowed = allowed & (p[axis] >= starts[axis]) & (p[axis] < ends[axis])
+    return allowed
 
 
 @kernel
@@ -84,51 +124,38 @@ def qk_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tokens ``L``, window ``K``, stride ``S``, dilation ``D``, tiles ``T``, per axis."""
-    M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
-    N: tl.constexpr = TK[0] * TK[1] * TK[2]
-    pid, t0, t1, t2 = split(tl.program_id(0), T0, T1, T2)
-    pid, g0, g1, g2 = split(pid, D0, D1, D2)
+    pid, tile = split(tl.program_id(0), (T0, T1, T2))
+    pid, group = split(pid, (D0, D1, D2))
     head, batch = (pid % heads).to(tl.int64), (pid // heads).to(tl.int64)
-    n0, n1, n2 = group_length(L0, D0, g0), group_length(L1, D1, g1), group_length(L2, D2, g2)
-    if (t0 * TQ[0] >= n0) | (t1 * TQ[1] >= n1) | (t2 * TQ[2] >= n2):
+    kernel_size, stride, dilation = (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
+    n = group_lengths((L0, L1, L2), dilation, group)
+    if outside(times(tile, TQ), n):
         return
-    r0, r1, r2 = coordinates(tl.arange(0, M), TQ[1], TQ[2])
-    i0, real0, s0, e0, low0, high0 = _tile(t0, r0, n0, K0, S0, MODES[0], TQ[0], False)
-    i1, real1, s1, e1, low1, high1 = _tile(t1, r1, n1, K1, S1, MODES[1], TQ[1], False)
-    i2, real2, s2, e2, low2, high2 = _tile(t2, r2, n2, K2, S2, MODES[2], TQ[2], False)
-    real = real0 & real1 & real2
-    x0, x1 = token(i0, g0, D0, MODES[0]), token(i1, g1, D1, MODES[1])
-    x2 = token(i2, g2, D2, MODES[2])
+    i, real, starts, ends, low, high = _tile(tile, n, kernel_size, stride, MODES, TQ, False)
+    x = tokens(i, group, dilation, MODES)
     d = tl.arange(0, BLOCK_D)
-    rows = token_offset(batch * q_b + head * q_h, x0, x1, x2, q_0, q_1, q_2, ALIGN)
+    rows = token_offset(batch * q_b + head * q_h, x, (q_0, q_1, q_2), ALIGN)
     q = load_rows(query, rows, real, d, D)
-    slots = token_offset(batch * a_b + head * a_h, x0, x1, x2, a_0, a_1, a_2, 1)
-    slots -= _slot(s0, s1, s2, K1, K2)
-    c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
-    k_start = batch * k_b + head * k_h
+    slots = token_offset(batch * a_b + head * a_h, x, (a_0, a_1, a_2), 1)
+    slots -= _slot(starts, kernel_size)
+    c = coordinates(tl.arange(0, TK[0] * TK[1] * TK[2]), TK)
 
-    b1, b2 = tl.cdiv(high1 - low1, TK[1]), tl.cdiv(high2 - low2, TK[2])
-    for box in range(0, tl.cdiv(high0 - low0, TK[0]) * b1 * b2):
-        p0, p1 = low0 + box // (b1 * b2) * TK[0] + c0, low1 + box // b2 % b1 * TK[1] + c1
-        p2 = low2 + box % b2 * TK[2] + c2
-        present = (p0 < n0) & (p1 < n1) & (p2 < n2)
-        y0, y1 = token(p0, g0, D0, MODES[0]), token(p1, g1, D1, MODES[1])
-        y2 = token(p2, g2, D2, MODES[2])
-        cols = token_offset(k_start, y0, y1, y2, k_0, k_1, k_2, ALIGN)
+    boxes = _boxes(low, high, TK)
+    for box in range(0, boxes[0] * boxes[1] * boxes[2]):
+        p = plus(plus(low, times(coordinates(box, boxes), TK)), c)
+        present, y = before(p, n), tokens(p, group, dilation, MODES)
+        cols = token_offset(batch * k_b + head * k_h, y, (k_0, k_1, k_2), ALIGN)
         k = load_rows(key, cols, present, d, D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        for c in tl.static_range(BLOCK_D, D, BLOCK_D):
-            more = load_rows(query, rows, real, c + d, D)
-            k = load_rows(key, cols, present, c + d, D)
+        for first in tl.static_range(BLOCK_D, D, BLOCK_D):
+            more = load_rows(query, rows, real, first + d, D)
+            k = load_rows(key, cols, present, first + d, D)
             s = tl.dot(more, tl.trans(k), s, input_precision=PRECISION)
-        allowed = inside(p0[None, :], s0[:, None], e0[:, None], MODES[0], present[None, :])
-        allowed = inside(p1[None, :], s1[:, None], e1[:, None], MODES[1], allowed)
-        allowed = inside(p2[None, :], s2[:, None], e2[:, None], MODES[2], allowed)
-        held = inside(p0[None, :], s0[:, None], s0[:, None] + K0, MODES[0], real[:, None])
-        held = inside(p1[None, :], s1[:, None], s1[:, None] + K1, MODES[1], held)
-        held = inside(p2[None, :], s2[:, None], s2[:, None] + K2, MODES[2], held)
-        at = slots[:, None] + _slot(p0, p1, p2, K1, K2)[None, :]
+        allowed = _inside(_columns(p), _rows(starts), _rows(ends), MODES, present[None, :])
+        slots_end = plus(starts, kernel_size)
+        held = _inside(_columns(p), _rows(starts), _rows(slots_end), MODES, real[:, None])
         s = tl.where(allowed, s, 0.0).to(attn.dtype.element_ty)
+        at = slots[:, None] + _slot(p, kernel_size)[None, :]
         tl.store(attn + at, s, mask=held & present[None, :])
 
 
@@ -141,45 +168,33 @@ def av_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The arguments are ``qk_kernel``'s; a program has one block of channels."""
-    M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
-    N: tl.constexpr = TK[0] * TK[1] * TK[2]
-    pid, t0, t1, t2 = split(tl.program_id(0), T0, T1, T2)
-    pid, g0, g1, g2 = split(pid, D0, D1, D2)
+    pid, tile = split(tl.program_id(0), (T0, T1, T2))
+    pid, group = split(pid, (D0, D1, D2))
     head, batch = (pid % heads).to(tl.int64), (pid // heads).to(tl.int64)
-    n0, n1, n2 = group_length(L0, D0, g0), group_length(L1, D1, g1), group_length(L2, D2, g2)
-    if (t0 * TQ[0] >= n0) | (t1 * TQ[1] >= n1) | (t2 * TQ[2] >= n2):
+    kernel_size, stride, dilation = (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
+    n = group_lengths((L0, L1, L2), dilation, group)
+    if outside(times(tile, TQ), n):
         return
-    r0, r1, r2 = coordinates(tl.arange(0, M), TQ[1], TQ[2])
-    i0, real0, s0, e0, low0, high0 = _tile(t0, r0, n0, K0, S0, MODES[0], TQ[0], False)
-    i1, real1, s1, e1, low1, high1 = _tile(t1, r1, n1, K1, S1, MODES[1], TQ[1], False)
-    i2, real2, s2, e2, low2, high2 = _tile(t2, r2, n2, K2, S2, MODES[2], TQ[2], False)
-    real = real0 & real1 & real2
-    x0, x1 = token(i0, g0, D0, MODES[0]), token(i1, g1, D1, MODES[1])
-    x2 = token(i2, g2, D2, MODES[2])
-    slots = token_offset(batch * a_b + head * a_h, x0, x1, x2, a_0, a_1, a_2, 1)
-    slots -= _slot(s0, s1, s2, K1, K2)
+    i, real, starts, ends, low, high = _tile(tile, n, kernel_size, stride, MODES, TQ, False)
+    x = tokens(i, group, dilation, MODES)
+    slots = token_offset(batch * a_b + head * a_h, x, (a_0, a_1, a_2), 1)
+    slots -= _slot(starts, kernel_size)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
-    v_start = batch * v_b + head * v_h
+    c = coordinates(tl.arange(0, TK[0] * TK[1] * TK[2]), TK)
 
-    acc = tl.zeros([M, BLOCK_D], dtype=tl.float32)
-    b1, b2 = tl.cdiv(high1 - low1, TK[1]), tl.cdiv(high2 - low2, TK[2])
-    for box in range(0, tl.cdiv(high0 - low0, TK[0]) * b1 * b2):
-        p0, p1 = low0 + box // (b1 * b2) * TK[0] + c0, low1 + box // b2 % b1 * TK[1] + c1
-        p2 = low2 + box % b2 * TK[2] + c2
-        present = (p0 < n0) & (p1 < n1) & (p2 < n2)
-        y0, y1 = token(p0, g0, D0, MODES[0]), token(p1, g1, D1, MODES[1])
-        y2 = token(p2, g2, D2, MODES[2])
-        cols = token_offset(v_start, y0, y1, y2, v_0, v_1, v_2, ALIGN)
+    acc = tl.zeros([TQ[0] * TQ[1] * TQ[2], BLOCK_D], dtype=tl.float32)
+    boxes = _boxes(low, high, TK)
+    for box in range(0, boxes[0] * boxes[1] * boxes[2]):
+        p = plus(plus(low, times(coordinates(box, boxes), TK)), c)
+        present, y = before(p, n), tokens(p, group, dilation, MODES)
+        cols = token_offset(batch * v_b + head * v_h, y, (v_0, v_1, v_2), ALIGN)
         v = load_rows(value, cols, present, d, D)
         allowed = real[:, None] & present[None, :]
-        allowed = inside(p0[None, :], s0[:, None], e0[:, None], MODES[0], allowed)
-        allowed = inside(p1[None, :], s1[:, None], e1[:, None], MODES[1], allowed)
-        allowed = inside(p2[None, :], s2[:, None], e2[:, None], MODES[2], allowed)
-        at = slots[:, None] + _slot(p0, p1, p2, K1, K2)[None, :]
-        p = tl.load(attn + at, mask=allowed, other=0.0).to(v.dtype)
-        acc = tl.dot(p, v, acc, input_precision=PRECISION)
-    rows = token_offset(batch * o_b + head * o_h, x0, x1, x2, o_0, o_1, o_2, 1)
+        allowed = _inside(_columns(p), _rows(starts), _rows(ends), MODES, allowed)
+        at = slots[:, None] + _slot(p, kernel_size)[None, :]
+        w = tl.load(attn + at, mask=allowed, other=0.0).to(v.dtype)
+        acc = tl.dot(w, v, acc, input_precision=PRECISION)
+    rows = token_offset(batch * o_b + head * o_h, x, (o_0, o_1, o_2), 1)
     store_rows(out, rows, real, d, D, acc)
 
 
@@ -192,52 +207,46 @@ def av_transposed_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The arguments are ``av_kernel``'s; tiles ``T`` are of keys, ``value`` belongs to queries."""
-    M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
-    N: tl.constexpr = TK[0] * TK[1] * TK[2]
-    pid, t0, t1, t2 = split(tl.program_id(0), T0, T1, T2)
-    pid, g0, g1, g2 = split(pid, D0, D1, D2)
+    pid, tile = split(tl.program_id(0), (T0, T1, T2))
+    pid, group = split(pid, (D0, D1, D2))
     head, batch = (pid % heads).to(tl.int64), (pid // heads).to(tl.int64)
-    n0, n1, n2 = group_length(L0, D0, g0), group_length(L1, D1, g1), group_length(L2, D2, g2)
-    if (t0 * TK[0] >= n0) | (t1 * TK[1] >= n1) | (t2 * TK[2] >= n2):
+    kernel_size, stride, dilation = (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
+    n = group_lengths((L0, L1, L2), dilation, group)
+    if outside(times(tile, TK), n):
         return
-    c0, c1, c2 = coordinates(tl.arange(0, N), TK[1], TK[2])
-    p0, real0, s0, e0, low0, high0 = _tile(t0, c0, n0, K0, S0, MODES[0], TK[0], True)
-    p1, real1, s1, e1, low1, high1 = _tile(t1, c1, n1, K1, S1, MODES[1], TK[1], True)
-    p2, real2, s2, e2, low2, high2 = _tile(t2, c2, n2, K2, S2, MODES[2], TK[2], True)
-    present = real0 & real1 & real2
-    keys = _slot(p0, p1, p2, K1, K2)
+    p, present, starts, ends, low, high = _tile(tile, n, kernel_size, stride, MODES, TK, True)
+    keys = _slot(p, kernel_size)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    r0, r1, r2 = coordinates(tl.arange(0, M), TQ[1], TQ[2])
-    a_start, v_start = batch * a_b + head * a_h, batch * v_b + head * v_h
+    r = coordinates(tl.arange(0, TQ[0] * TQ[1] * TQ[2]), TQ)
 
-    acc = tl.zeros([N, BLOCK_D], dtype=tl.float32)
-    # A key of a strided causal axis may have no query at all.
-    b0 = tl.maximum(tl.cdiv(high0 - low0, TQ[0]), 0)
-    b1 = tl.maximum(tl.cdiv(high1 - low1, TQ[1]), 0)
-    b2 = tl.maximum(tl.cdiv(high2 - low2, TQ[2]), 0)
-    for box in range(0, b0 * b1 * b2):
-        i0, i1 = low0 + box // (b1 * b2) * TQ[0] + r0, low1 + box // b2 % b1 * TQ[1] + r1
-        i2 = low2 + box % b2 * TQ[2] + r2
-        real = (i0 < n0) & (i1 < n1) & (i2 < n2)
-        x0, x1 = token(i0, g0, D0, MODES[0]), token(i1, g1, D1, MODES[1])
-        x2 = token(i2, g2, D2, MODES[2])
-        rows = token_offset(v_start, x0, x1, x2, v_0, v_1, v_2, ALIGN)
+    acc = tl.zeros([TK[0] * TK[1] * TK[2], BLOCK_D], dtype=tl.float32)
+    boxes = _boxes(low, high, TQ)
+    for box in range(0, boxes[0] * boxes[1] * boxes[2]):
+        i = plus(plus(low, times(coordinates(box, boxes), TQ)), r)
+        real, x = before(i, n), tokens(i, group, dilation, MODES)
+        rows = token_offset(batch * v_b + head * v_h, x, (v_0, v_1, v_2), ALIGN)
         v = load_rows(value, rows, real, d, D)
-        w0, _ = window(i0, n0, n0, K0, S0, MODES[0])
-        w1, _ = window(i1, n1, n1, K1, S1, MODES[1])
-        w2, _ = window(i2, n2, n2, K2, S2, MODES[2])
-        slots = token_offset(a_start, x0, x1, x2, a_0, a_1, a_2, 1) - _slot(w0, w1, w2, K1, K2)
+        first, _ = windows(i, n, n, kernel_size, stride, MODES)
+        slots = token_offset(batch * a_b + head * a_h, x, (a_0, a_1, a_2), 1)
+        slots -= _slot(first, kernel_size)
         allowed = real[:, None] & present[None, :]
-        allowed = inside(i0[:, None], s0[None, :], e0[None, :], MODES[0], allowed)
-        allowed = inside(i1[:, None], s1[None, :], e1[None, :], MODES[1], allowed)
-        allowed = inside(i2[:, None], s2[None, :], e2[None, :], MODES[2], allowed)
+        allowed = _inside(_rows(i), _columns(starts), _columns(ends), MODES, allowed)
         # Slots of a query lie side by side: read by query, then transpose.
-        p = tl.load(attn + slots[:, None] + keys[None, :], mask=allowed, other=0.0).to(v.dtype)
-        acc = tl.dot(tl.trans(p), v, acc, input_precision=PRECISION)
-    y0, y1 = token(p0, g0, D0, MODES[0]), token(p1, g1, D1, MODES[1])
-    y2 = token(p2, g2, D2, MODES[2])
-    cols = token_offset(batch * o_b + head * o_h, y0, y1, y2, o_0, o_1, o_2, 1)
+        w = tl.load(attn + slots[:, None] + keys[None, :], mask=allowed, other=0.0).to(v.dtype)
+        acc = tl.dot(tl.trans(w), v, acc, input_precision=PRECISION)
+    y = tokens(p, group, dilation, MODES)
+    cols = token_offset(batch * o_b + head * o_h, y, (o_0, o_1, o_2), 1)
     store_rows(out, cols, present, d, D, acc)
+
+
+@triton.jit
+def _windows_of_tokens(x, shape, kernel_size, stride, dilation, MODES: tl.constexpr):
+    """Positions of tokens in their dilation groups, and starts and ends of their windows."""
+    i = x[0] // dilation[0], x[1] // dilation[1], x[2] // dilation[2]
+    group = x[0] % dilation[0], x[1] % dilation[1], x[2] % dilation[2]
+    n = group_lengths(shape, dilation, group)
+    starts, ends = windows(i, n, n, kernel_size, stride, MODES)
+    return i, starts, ends
 
 
 @kernel
@@ -247,23 +256,16 @@ def slot_bias_kernel(
 ):  # fmt: skip
     """The bias in every slot: ``out [heads, *space, window tokens]``."""
     head, slots = tl.program_id(2).to(tl.int64), K0 * K1 * K2
+    shape, kernel_size = (L0, L1, L2), (K0, K1, K2)
     x = tl.program_id(0) * M + tl.arange(0, M)
     slot = tl.program_id(1) * N + tl.arange(0, N)
-    x0, x1, x2 = x // (L1 * L2), x // L2 % L1, x % L2
-    i0, i1, i2 = x0 // D0, x1 // D1, x2 // D2
-    n0, n1 = group_length(L0, D0, x0 % D0), group_length(L1, D1, x1 % D1)
-    n2 = group_length(L2, D2, x2 % D2)
-    s0, e0 = window(i0, n0, n0, K0, S0, MODES[0])
-    s1, e1 = window(i1, n1, n1, K1, S1, MODES[1])
-    s2, e2 = window(i2, n2, n2, K2, S2, MODES[2])
-    p0 = s0[:, None] + (slot // (K1 * K2))[None, :]
-    p1 = s1[:, None] + (slot // K2 % K1)[None, :]
-    p2 = s2[:, None] + (slot % K2)[None, :]
+    i, starts, ends = _windows_of_tokens(
+        coordinates(x, shape), shape, kernel_size, (S0, S1, S2), (D0, D1, D2), MODES
+    )
+    p = plus(_rows(starts), _columns(coordinates(slot, kernel_size)))
     held = (x < L0 * L1 * L2)[:, None] & (slot < slots)[None, :]
-    allowed = held & (p0 < e0[:, None]) & (p1 < e1[:, None]) & (p2 < e2[:, None])
-    at = bias_offset(
-        p0 - i0[:, None], p1 - i1[:, None], p2 - i2[:, None], (K0, K1, K2), head
-    )  # fmt: skip
+    allowed = held & before(p, _rows(ends))
+    at = bias_offset(minus(p, _rows(i)), kernel_size, head)
     bias = tl.load(rpb + at, mask=allowed, other=0.0)
     rows = head * L0 * L1 * L2 + x
     tl.store(out + rows[:, None] * slots + slot[None, :], bias, mask=held)
@@ -279,30 +281,24 @@ def slot_bias_transposed_kernel(
     Offsets fix the slot of each query, so that nothing is scattered.
     """
     part, head = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    shape, kernel_size = (L0, L1, L2), (K0, K1, K2)
     at = tl.program_id(1) * N + tl.arange(0, N)
-    width1, width2 = 2 * K1 - 1, 2 * K2 - 1
-    o0, o1, o2 = at // (width1 * width2), at // width2 % width1, at % width2
-    o0, o1, o2 = o0 - (K0 - 1), o1 - (K1 - 1), o2 - (K2 - 1)
+    o = coordinates(at, (1, 2 * K1 - 1, 2 * K2 - 1))
+    o = minus(o, (K0 - 1, K1 - 1, K2 - 1))
     acc = tl.zeros([M, N], dtype=tl.float32)
     for first in range(0, per_part, M):
         own = first + tl.arange(0, M)
-        x = part * per_part + own
-        x0, x1, x2 = x // (L1 * L2), x // L2 % L1, x % L2
-        i0, i1, i2 = x0 // D0, x1 // D1, x2 // D2
-        n0, n1 = group_length(L0, D0, x0 % D0), group_length(L1, D1, x1 % D1)
-        n2 = group_length(L2, D2, x2 % D2)
-        s0, e0 = window(i0, n0, n0, K0, S0, MODES[0])
-        s1, e1 = window(i1, n1, n1, K1, S1, MODES[1])
-        s2, e2 = window(i2, n2, n2, K2, S2, MODES[2])
-        p0, p1 = i0[:, None] + o0[None, :], i1[:, None] + o1[None, :]
-        p2 = i2[:, None] + o2[None, :]
-        allowed = ((own < per_part) & (x < L0 * L1 * L2))[:, None] & (at < offsets)[None, :]
-        allowed = inside(p0, s0[:, None], e0[:, None], MODES[0], allowed)
-        allowed = inside(p1, s1[:, None], e1[:, None], MODES[1], allowed)
-        allowed = inside(p2, s2[:, None], e2[:, None], MODES[2], allowed)
-        rows = token_offset(head * a_h, x0, x1, x2, a_0, a_1, a_2, 1)[:, None]
-        rows += _slot(p0 - s0[:, None], p1 - s1[:, None], p2 - s2[:, None], K1, K2)
-        acc += tl.load(grad_out + rows, mask=allowed, other=0.0).to(tl.float32)
+        rows = part * per_part + own
+        x = coordinates(rows, shape)
+        i, starts, ends = _windows_of_tokens(
+            x, shape, kernel_size, (S0, S1, S2), (D0, D1, D2), MODES
+        )
+        p = plus(_rows(i), _columns(o))
+        allowed = ((own < per_part) & (rows < L0 * L1 * L2))[:, None] & (at < offsets)[None, :]
+        allowed = _inside(p, _rows(starts), _rows(ends), MODES, allowed)
+        slots = token_offset(head * a_h, x, (a_0, a_1, a_2), 1)[:, None]
+        slots += _slot(minus(p, _rows(starts)), kernel_size)
+        acc += tl.load(grad_out + slots, mask=allowed, other=0.0).to(tl.float32)
     to = (part.to(tl.int64) * tl.num_programs(2) + head) * offsets + at
     tl.store(grad_rpb + to, tl.sum(acc, 0), mask=at < offsets)
 
