@@ -221,16 +221,16 @@ class Plan:
         }
         self.precision = {"PRECISION": "tf32" if tf32 else "ieee"}
 
-    def _problem(self, kind: str) -> tuple[Any, ...]:
+    def _problem(self, kind: str, bias: bool) -> tuple[Any, ...]:
         """What decides the tiles of a kind of kernel."""
         sizes = self.space, self.key_space, self.dim, self.value_dim, self.itemsize
-        return (kind, self.rule, *sizes, self.bias)
+        return (kind, self.rule, *sizes, bias)
 
     def _tiled(
         self, kernel: Any, kind: str, heads: int, tail: Sequence[Any], **constants: Any
     ) -> Launch | Trials:
         """A kernel with a program per tile; ``tail``: its numbers after the sizes."""
-        problem = self._problem(kind)
+        problem = self._problem(kind, self.bias)
 
         def launch(tiles: tiling.Tiles) -> Launch:
             return self._launch(kernel, kind, heads, tail, tiles, constants)
@@ -316,9 +316,8 @@ class Plan:
         """The bias's gradient: the shape of the sums between its two kernels, and these, for as
         many heads at once as their sums have room for."""
         kernel_size = self.window[:3]
-        # Those of dQ without a bias: a program here loads its biases once.
-        *problem, _ = self._problem("query")
-        tiles = tiling.choose(*problem, False, *self.asked["query"])
+        # As of dQ without a bias: a program here loads its biases once.
+        tiles = tiling.choose(*self._problem("query", False), *self.asked["query"])
         counts = self._counts(tiles.query, self.space)
         # A window begins half of it before its query, at the ends of an axis up to all of it.
         apart, boxes = [], []
