@@ -26,7 +26,7 @@ from natten import na2d
 from natten.backends import explain
 
 SHAPE, WINDOW = (1, 16, 16, 2, 32), 7
-WARMUP, ROUNDS, CALLS = 50, 25, 60
+WARMUP, ROUNDS, CALLS = 2, 25, 60  # rounds, of so many calls each
 
 
 class Nothing(torch.autograd.Function):
@@ -42,33 +42,31 @@ class Nothing(torch.autograd.Function):
         return grad, grad, grad
 
 
-def host_us(call: Callable[[], Any]) -> str:
-    """Microseconds of a call until it returns, the median of rounds."""
-    for _ in range(WARMUP):
+def host_us(call: Callable[[], Any]) -> float:
+    """Microseconds of a call until it returns."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(CALLS):
         call()
-    times = []
-    for _ in range(ROUNDS):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            call()
-        times.append((time.perf_counter() - start) / CALLS * 1e6)
-    return f"{statistics.median(times):.0f}"
+    return (time.perf_counter() - start) / CALLS * 1e6
 
 
-def row(name: str, call: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> list[str]:
-    """A line of the table: without gradients, with, and with a backward in one and two threads."""
+def step(call: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, threads: bool) -> None:
+    """Forward and backward, which autograd runs in another thread or in this one."""
+    with torch.autograd.set_multithreading_enabled(threads):
+        torch.autograd.grad(call(*inputs), inputs, grad)
 
-    def step() -> Any:
-        return torch.autograd.grad(call(*inputs), inputs, grad)
 
-    with torch.no_grad():
-        cells = [name, host_us(partial(call, *inputs))]
-    cells.append(host_us(partial(call, *inputs)))
-    for threads in (False, True):
-        with torch.autograd.set_multithreading_enabled(threads):
-            cells.append(host_us(step))
-    return cells
+def columns(
+    call: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor
+) -> list[Callable[[], Any]]:
+    """What is timed: without gradients, with, and with a backward in one and in two threads."""
+    return [
+        partial(call, *(x.detach() for x in inputs)),
+        partial(call, *inputs),
+        partial(step, call, inputs, grad, False),
+        partial(step, call, inputs, grad, True),
+    ]
 
 
 def main() -> int:
@@ -76,17 +74,26 @@ def main() -> int:
     *inputs, grad = (torch.randn(SHAPE, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     inputs = [x.requires_grad_() for x in inputs]
     dense = [x.detach().flatten(1, 2).transpose(1, 2).requires_grad_() for x in inputs]
-    rows = [["`x + 1`", host_us(lambda: grad + 1), "", "", ""]]
+    rows: dict[str, list[Callable[[], Any]]] = {"`x + 1`": [lambda: grad + 1]}
     for name in ("hopper", "triton"):
         if f"{name}: runs" in explain(grad, kernel_size=WINDOW, backend=name):
-            rows.append(row(name, partial(na2d, kernel_size=WINDOW, backend=name), inputs, grad))
-    rows.append(row("nothing", Nothing.apply, inputs, grad))
+            call = partial(na2d, kernel_size=WINDOW, backend=name)
+            rows[f"`{name}`"] = columns(call, inputs, grad)
+    rows["nothing"] = columns(Nothing.apply, inputs, grad)
     dense_grad = grad.flatten(1, 2).transpose(1, 2)
-    rows.append(row("PyTorch's attention", scaled_dot_product_attention, dense, dense_grad))
+    rows["PyTorch's attention"] = columns(scaled_dot_product_attention, dense, dense_grad)
+    cells = {(name, i): call for name, calls in rows.items() for i, call in enumerate(calls)}
+    times: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
+    for number in range(WARMUP + ROUNDS):  # in turn: how fast a machine is drifts
+        for cell, call in cells.items():
+            time_us = host_us(call)
+            if number >= WARMUP:
+                times[cell].append(time_us)
     print("| | no gradients | forward | forward+backward, one thread | usual two threads |")
     print("|---|---:|---:|---:|---:|")
-    for cells in rows:
-        print(f"| {' | '.join(cells)} |")
+    for name, calls in rows.items():
+        medians = [f"{statistics.median(times[name, i]):.0f}" for i in range(len(calls))]
+        print(f"| {' | '.join([name, *medians])} |{' |' * (4 - len(calls))}")
     print(", ".join(filter(None, about(torch.device("cuda")).values())))
     return 0
 

@@ -14,6 +14,9 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # other processes test on the same GPU
 
 
 def pytest_collection_modifyitems(items):

@@ -12,7 +12,7 @@ from natten.neighborhood import Neighborhood
 
 pytestmark = pytest.mark.gpu
 FULL = ((3, 5), (2, 1), (1, 2), (True, False))
-large = pytest.mark.xdist_group("large")  # of memory: one at a time, with --dist loadgroup
+large = pytest.mark.xdist_group("large")  # on a GPU: one at a time, with --dist loadgroup
 
 
 def inputs():

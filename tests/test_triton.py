@@ -418,6 +418,7 @@ def test_kernels_compile_without_a_gpu(target):
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large")
 def test_sweep_on_a_gpu():
     done = subprocess.run(
         [sys.executable, "tests/sweep.py", "--problems", "40"],
