@@ -429,6 +429,16 @@ def test_sweep_on_a_gpu():
     assert " 0 failures" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+def test_gpus_have_tiles_of_their_own(monkeypatch):
+    tiles = pytest.importorskip("natten.backends.triton.tiles")
+    rule, shape, found = Neighborhood.create(2, 80), (256, 256), []
+    for gpu in (tiles.Gpu(90, 232448), tiles.Gpu(86, 101376)):
+        monkeypatch.setattr(tiles, "gpu", lambda gpu=gpu: gpu)
+        found.append(tiles.choose("query", rule, shape, shape, 128, 128, 2))
+    large, small = found
+    assert large != small
+
+
 def test_tiles_asked_for_are_used(caplog):
     plan = pytest.importorskip("natten.backends.triton.plan")
     rule, x = Neighborhood.create(2, 5), torch.empty(1, 30, 20, 1, 64, dtype=torch.bfloat16)

@@ -249,7 +249,6 @@ def key(
     return f"hopper-{kind}-{'x'.join(map(str, shape))}-{rule}-{dims}"
 
 
-@tuning.cached
 def choose(
     kind: str,
     rule: Neighborhood,

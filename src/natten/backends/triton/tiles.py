@@ -167,7 +167,6 @@ def key(
     return f"triton-{kind}-{sizes}-{rule}-{dim}-{value_dim}-{itemsize}{'-bias' * bias}"
 
 
-@tuning.cached
 def choose(
     kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int,
     bias: bool = False, asked_query: Shape = (), asked_key: Shape = (),

@@ -369,16 +369,16 @@ def _run(name: str, a: Tensor, b: Tensor, channels: int, rule: Neighborhood) -> 
         return out
     a, b = readable(a), readable(b)
     tensors = (a, b, out)
-    launch = _map_launch(
-        name,
-        rule,
-        b.device,
-        tuple(x.dtype for x in tensors),
-        tuple(b.shape),
-        tuple(x.stride() for x in tensors),
-        b.dtype == torch.float32 and allows_tf32(),
-    )
     with on_device(b):
+        launch = _map_launch(
+            name,
+            rule,
+            b.device,
+            tuple(x.dtype for x in tensors),
+            tuple(b.shape),
+            tuple(x.stride() for x in tensors),
+            b.dtype == torch.float32 and allows_tf32(),
+        )
         launch(*tensors)
     return out
 
