@@ -65,7 +65,9 @@ class Launch:
         constants: dict[str, Any],
         descriptors: Sequence[Any] = (),
     ) -> None:
-        self.kernel, self.constants, self.descriptors = kernel, constants, descriptors
+        self.kernel, self.descriptors = kernel, descriptors
+        # Triton 3.10 fuses products and sums only where it is asked to.
+        self.constants = {"enable_fp_fusion": True, **constants}
         self.grid = (*grid, 1, 1)[:3]
         self.numbers = tuple(numbers)
         self.compiled: Launcher | None = None

@@ -403,10 +403,10 @@ def bias(rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
     heads, slots, tokens = rpb.shape[0], rule.window_tokens, math.prod(shape)
     out = rpb.new_empty(heads, *shape, slots)
     rpb = contiguous(rpb)
+    grid = (-(-tokens // 16), -(-slots // 64), heads)
+    constants = {"MODES": modes(rule, shape), "M": 16, "N": 64}
     with on_device(rpb):
-        slot_bias_kernel[(-(-tokens // 16), -(-slots // 64), heads)](
-            rpb, out, *_sizes(rule, shape), MODES=modes(rule, shape), M=16, N=64
-        )
+        Launch(slot_bias_kernel, grid, _sizes(rule, shape), constants)(rpb, out)
     return out.movedim(0, -2)
 
 
@@ -421,9 +421,9 @@ def bias_transposed(grad: Tensor, rule: Neighborhood) -> Tensor:
     # Enough parts to fill a GPU; more would only cost memory.
     parts = max(1, min(tokens // 64, 4096 // (blocks * heads)))
     found = grad.new_empty(parts, heads, *sizes, dtype=torch.float32)
+    per_part = -(-tokens // parts)
+    numbers = (*padded(strides, 0), head_stride, *_sizes(rule, shape), offsets, per_part)
+    constants = {"MODES": modes(rule, shape), "M": 32, "N": 32}
     with on_device(grad):
-        slot_bias_transposed_kernel[(parts, blocks, heads)](
-            grad, found, *padded(strides, 0), head_stride, *_sizes(rule, shape), offsets,
-            -(-tokens // parts), MODES=modes(rule, shape), M=32, N=32,
-        )  # fmt: skip
+        Launch(slot_bias_transposed_kernel, (parts, blocks, heads), numbers, constants)(grad, found)
     return found.sum(0).to(grad.dtype)
