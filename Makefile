@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 	$(PY) examples/digits.py
 
 test: $(VENV)/.dev
-	$(PY) -m pytest -n 2 --doctest-modules src/natten tests \
+	$(PY) -m pytest -n 2 --dist loadgroup --doctest-modules src/natten tests \
 		--cov --cov-report=term --cov-fail-under=90
 
 lint: $(VENV)/.dev

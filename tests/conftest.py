@@ -14,6 +14,10 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _give_memory_back():
     yield
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # other processes test on the same GPU

@@ -266,7 +266,6 @@ import torch, triton, triton.language as tl
 from natten.backends.triton.plan import modes
 from natten.backends.triton.primitives import queries_of, tiles_that_attend, window
 from natten.neighborhood import Neighborhood
-ROWS, COLUMNS = 4, 2
 
 @triton.jit
 def tiles(out, length, d, k, s, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MODE: tl.constexpr):
@@ -274,18 +273,26 @@ def tiles(out, length, d, k, s, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MODE:
     first, count = tiles_that_attend(length, d, k, s, i - 32, ROWS, COLUMNS, MODE)
     tl.store(out + i, first), tl.store(out + 64 + i, count)
 
-def check_tiles(rule, mode, length):
+def attending(rule, length, o, rows, columns, beyond):
+    # First rows of tiles that attend the box ``o`` from them on, or so many keys beside it.
+    found, (d,) = set(), rule.dilation
+    for n in {-(-length // d), length // d}:
+        start, end = rule.windows(0, torch.arange(n), n, n)
+        f = torch.arange(n) // rows * rows
+        attend = (start < f + o + columns + beyond) & (f + o - beyond < end)
+        found |= set(f[attend].tolist())
+    return found
+
+def check_tiles(rule, mode, length, rows, columns):
     out = torch.zeros(2, 64, dtype=torch.int32)
     (k,), (s,), (d,) = rule.kernel_size, rule.stride, rule.dilation
-    tiles[(1,)](out, length, d, k, s, ROWS=ROWS, COLUMNS=COLUMNS, MODE=mode)
+    tiles[(1,)](out, length, d, k, s, ROWS=rows, COLUMNS=columns, MODE=mode)
     for o, first, count in zip(range(-32, 32), *out.tolist()):
-        attend = set()
-        for n in {-(-length // d), length // d}:
-            start, end = rule.windows(0, torch.arange(n), n, n)
-            f = torch.arange(n) // ROWS * ROWS
-            attend |= set(f[(start < f + o + COLUMNS) & (f + o < end)].tolist())
-        found = set(range(first * ROWS, (first + count) * ROWS, ROWS))
-        assert found == attend if s == d == 1 else found >= attend, (rule, length, o, found, attend)
+        found = set(range(first * rows, (first + count) * rows, rows))
+        # Windows of leaders are as far as that, and ends of groups of two lengths are one apart.
+        apart = s - 1 + (length % d > 0)
+        least, most = (attending(rule, length, o, rows, columns, b) for b in (0, apart))
+        assert least <= found <= most, (rule, length, o, found, least, most)
 
 @triton.jit
 def bounds(out, n, k, s, MODE: tl.constexpr, N: tl.constexpr):
@@ -312,11 +319,11 @@ for n in (1, 2, 5, 8, 13):
                     first, last = out[2, key].item(), out[3, key].item()
                     assert reach == list(range(first, last)), (rule, n, key)
                 count += 1
-                for d in (1, 2) if n == 13 and s in (1, 3) else ():
-                    rule = Neighborhood.create(1, k, s, d, causal)
-                    check_tiles(rule, modes(rule, (n,))[2], n * d)
+                for d in (1, 2) if n in (1, 13) and s in (1, 3) else ():
+                    rule, mode = Neighborhood.create(1, k, s, d, causal), modes(rule, (n,))[2]
+                    check_tiles(rule, mode, n * d, 4, 2)
                     if d * k < n * d:
-                        check_tiles(rule, modes(rule, (n,))[2], n * d - 1)
+                        check_tiles(rule, mode, n * d - 1, 2, 8)
 print("windows", count)
 """
 

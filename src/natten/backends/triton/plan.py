@@ -318,7 +318,7 @@ class Plan:
         """The bias's gradient: the shape of the sums between its two kernels, and these, for as
         many heads at once as their sums have room for."""
         kernel_size = self.window[:3]
-        # As of dQ without a bias: a program here loads its biases once.
+        # As of dQ without a bias, also where those were tuned: a program loads its biases once.
         tiles = tiling.choose(*self._problem("query", False), *self.asked["query"])
         counts = self._counts(tiles.query, self.space)
         # A window begins half of it before its query, at the ends of an axis up to all of it.

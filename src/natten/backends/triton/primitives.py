@@ -109,12 +109,12 @@ def tiles_that_attend(
     if (MODE == CAUSAL) | (MODE == CAUSAL_STRIDED):
         end = tl.where((o < ROWS) & (o + COLUMNS > 1 - k), end, first)
     else:
-        before, after = k // 2, k - 1 - k // 2
+        left, right = k // 2, k - 1 - k // 2
         if MODE == STRIDED:  # leaders are at most so far from their queries
-            before, after = before + s - 1 - s // 2, after + s // 2
+            left, right = left + s - 1 - s // 2, right + s // 2
         # Beyond these, only windows that an end of the axis moves reach the box.
-        first = tl.where(o + COLUMNS > -before, first, first + least - k)
-        end = tl.where(o < ROWS + after, end, k - o)
+        first = tl.where(o + COLUMNS > -left, first, first + least - k)
+        end = tl.where(o < ROWS + right, end, k - o)
     first = tl.maximum(first + ROWS - 1, 0) // ROWS
     end = (tl.minimum(end, most) + ROWS - 1) // ROWS
     return first, tl.maximum(end - first, 0)

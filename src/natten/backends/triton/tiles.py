@@ -84,8 +84,8 @@ def _limits(
     Tiles of 64 rows, one group of warps, leave room for several programs per processor, which hide
     each other's waiting. Two sums of wide heads leave no registers for more than 32 columns. Exact
     products of 32 bits have both operands in registers, whole. Of narrow heads, addresses of biases
-    are most of what is in registers; they and the weights of dK and dV are beside one another only
-    where products read shared memory (from 9.0 on).
+    are most of what is in registers; beside the weights of dK and dV there is room for them only
+    where products read shared memory (NVIDIA's from 9.0 on) or there are 512 registers (AMD).
     """
     wide = max(block(dim), block(value_dim)) * itemsize // 2
     rows, cols = max(16, min(64, 16384 // wide)), max(16, min(64, 8192 // wide))
@@ -93,7 +93,7 @@ def _limits(
         return min(32, rows), min(32, cols)
     if kind == "key" and wide == 128:
         return 64, 32
-    if bias and wide <= 32 and (kind != "key" or gpu.capability < 90):
+    if bias and wide <= 32 and (kind != "key" or 0 < gpu.capability < 90):
         return rows, 32
     if wide == 128 and gpu.capability == 90:
         return 128, 64

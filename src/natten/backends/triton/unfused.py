@@ -56,9 +56,7 @@ MOST_BYTES = 256
 
 
 @triton.jit
-def _tile(
-    tile, n, k, s, MODES: tl.constexpr, T: tl.constexpr, TRANSPOSED: tl.constexpr
-):  # fmt: skip
+def _tile(tile, n, k, s, MODES: tl.constexpr, T: tl.constexpr, TRANSPOSED: tl.constexpr):
     """A tile's rows: their positions, which are real, what each reaches, and what all reach.
 
     Queries reach keys; ``TRANSPOSED``: keys reach queries.
@@ -406,7 +404,7 @@ def bias(rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
     grid = (-(-tokens // 16), -(-slots // 64), heads)
     constants = {"MODES": modes(rule, shape), "M": 16, "N": 64}
     with on_device(rpb):
-        Launch(slot_bias_kernel, grid, _sizes(rule, shape), constants)(rpb, out)
+        Launch(slot_bias_kernel, grid, _sizes(rule, shape), constants).compile((rpb, out), False)
     return out.movedim(0, -2)
 
 
@@ -425,5 +423,6 @@ def bias_transposed(grad: Tensor, rule: Neighborhood) -> Tensor:
     numbers = (*padded(strides, 0), head_stride, *_sizes(rule, shape), offsets, per_part)
     constants = {"MODES": modes(rule, shape), "M": 32, "N": 32}
     with on_device(grad):
-        Launch(slot_bias_transposed_kernel, (parts, blocks, heads), numbers, constants)(grad, found)
+        launch = Launch(slot_bias_transposed_kernel, (parts, blocks, heads), numbers, constants)
+        launch.compile((grad, found), False)
     return found.sum(0).to(grad.dtype)
