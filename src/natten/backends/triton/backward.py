@@ -400,7 +400,7 @@ def bias_kernel(
     r, c = coordinates(tl.arange(0, M), TQ), coordinates(tl.arange(0, N), TK)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     at = bias_place(plus(apart, c), kernel_size)[None, :] - bias_place(r, kernel_size)[:, None]
-    start = biases(rpb, at, kernel_size, head, scale, False)
+    bias = biases(rpb, at, kernel_size, head, scale, False)
     acc = tl.zeros([M, N], dtype=tl.float32)
     tiles = w0 * w1 * w2 * D0 * D1 * D2 * batches
     per_part = tl.cdiv(tiles, tl.num_programs(1))
@@ -419,14 +419,14 @@ def bias_kernel(
         g = load_rows(grad_out, rows * DV, real, dv, DV)
         lse, delta = exponent_and_delta(load_terms(terms, rows, real))
         a = plus(begin, apart)
-        p = plus(a, c)
-        present = (p[0] >= 0) & (p[1] >= 0) & (p[2] >= 0) & before(p, n)
-        y = tokens(p, group, dilation, MODES)
+        at_keys = plus(a, c)
+        present = before((-1, -1, -1), at_keys) & before(at_keys, n)
+        y = tokens(at_keys, group, dilation, MODES)
         cols = token_offset(batch * k_b + kv_head * k_h, y, k_strides, ALIGN)
         k = load_rows(key, cols, present, d, D)
         cols = token_offset(batch * v_b + kv_head * v_h, y, v_strides, ALIGN)
         v = load_rows(value, cols, present, dv, DV)
-        s = tl.dot(q, tl.trans(k), start, input_precision=PRECISION) * (scale * LOG2E)
+        s = tl.dot(q, tl.trans(k), bias, input_precision=PRECISION) * (scale * LOG2E)
         s += hidden(a, starts, ends, TK, MODES)
         # Rows that are no query have weights of zero, whatever their bias.
         p = tl.exp2(s - tl.where(real, lse, float("inf"))[:, None])
