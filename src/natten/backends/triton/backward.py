@@ -21,7 +21,6 @@ from natten.backends.triton.primitives import (
     coordinates,
     count_boxes,
     document,
-    group_length,
     group_lengths,
     hidden,
     kernel,
@@ -41,6 +40,7 @@ from natten.backends.triton.primitives import (
     tiles_that_attend,
     times,
     token_offset,
+    token_strides,
     tokens,
     whole_box_step,
     whole_box_steps,
@@ -120,18 +120,21 @@ def query_kernel(
     """dQ, and the terms that the other kernels need; the arguments are ``forward_kernel``'s."""
     M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
     N: tl.constexpr = TK[0] * TK[1] * TK[2]
+    shape, key_shape = (L0, L1, L2), (L0, L1, KEYS)
+    kernel_size, stride, dilation = (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
+    q_strides, k_strides, v_strides = (q_0, q_1, q_2), (k_0, k_1, k_2), (v_0, v_1, v_2)
     pid, tile = split(tl.program_id(0), (T0, T1, T2))
-    pid, group = split(pid, (D0, D1, D2))
+    pid, group = split(pid, dilation)
     head, batch = (pid % heads).to(tl.int64), (pid // heads).to(tl.int64)
     kv_head = head // per_kv
     if PACKED:
-        first, key_first, L0, L1, L2, KEYS, K0, K1, K2, S0, S1, S2, D0, D1, D2 = document(
+        first, key_first, shape, key_shape, kernel_size, stride, dilation = document(
             documents, batch
         )
-        if outside(group, (D0, D1, D2)):
+        if outside(group, dilation):
             return
-        q_1, k_1, v_1 = L2.to(tl.int64) * q_2, KEYS.to(tl.int64) * k_2, KEYS.to(tl.int64) * v_2
-        q_0, k_0, v_0 = L1 * q_1, L1 * k_1, L1 * v_1
+        q_strides, k_strides = token_strides(shape, q_2), token_strides(key_shape, k_2)
+        v_strides = token_strides(key_shape, v_2)
         q_start, k_start, v_start = first * q_2, key_first * k_2, key_first * v_2
     else:
         first = batch * L0 * L1 * L2
@@ -139,11 +142,8 @@ def query_kernel(
     q_start += head * q_h
     k_start += kv_head * k_h
     v_start += kv_head * v_h
-    q_strides, k_strides, v_strides = (q_0, q_1, q_2), (k_0, k_1, k_2), (v_0, v_1, v_2)
-    shape, kernel_size, stride, dilation = (L0, L1, L2), (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
 
-    n = group_lengths(shape, dilation, group)
-    n_keys = n[0], n[1], group_length(KEYS, D2, group[2])
+    n, n_keys = group_lengths(shape, dilation, group), group_lengths(key_shape, dilation, group)
     begin = times(tile, TQ)
     if outside(begin, n):
         return
@@ -233,29 +233,29 @@ def key_kernel(
     """
     M: tl.constexpr = TQ[0] * TQ[1] * TQ[2]
     N: tl.constexpr = TK[0] * TK[1] * TK[2]
+    shape, key_shape = (L0, L1, L2), (L0, L1, KEYS)
+    kernel_size, stride, dilation = (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
+    q_strides, k_strides, v_strides = (q_0, q_1, q_2), (k_0, k_1, k_2), (v_0, v_1, v_2)
     pid, tile = split(tl.program_id(0), (T0, T1, T2))
-    pid, group = split(pid, (D0, D1, D2))
+    pid, group = split(pid, dilation)
     kv_head, batch = (pid % kv_heads).to(tl.int64), (pid // kv_heads).to(tl.int64)
     if PACKED:
-        first, key_first, L0, L1, L2, KEYS, K0, K1, K2, S0, S1, S2, D0, D1, D2 = document(
+        first, key_first, shape, key_shape, kernel_size, stride, dilation = document(
             documents, batch
         )
-        if outside(group, (D0, D1, D2)):
+        if outside(group, dilation):
             return
-        q_1, k_1, v_1 = L2.to(tl.int64) * q_2, KEYS.to(tl.int64) * k_2, KEYS.to(tl.int64) * v_2
-        q_0, k_0, v_0 = L1 * q_1, L1 * k_1, L1 * v_1
+        q_strides, k_strides = token_strides(shape, q_2), token_strides(key_shape, k_2)
+        v_strides = token_strides(key_shape, v_2)
         q_start, k_start, v_start = first * q_2, key_first * k_2, key_first * v_2
     else:
         first, key_first = batch * L0 * L1 * L2, batch * L0 * L1 * KEYS
         q_start, k_start, v_start = batch * q_b, batch * k_b, batch * v_b
     k_start += kv_head * k_h
     v_start += kv_head * v_h
-    q_strides, k_strides, v_strides = (q_0, q_1, q_2), (k_0, k_1, k_2), (v_0, v_1, v_2)
-    shape, kernel_size, stride, dilation = (L0, L1, L2), (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
 
-    n = group_lengths(shape, dilation, group)
-    n_keys = n[0], n[1], group_length(KEYS, D2, group[2])
-    tile = tile[0], tile[1], longest_first(tile[2], T2, K2, TK[2], MODES)
+    n, n_keys = group_lengths(shape, dilation, group), group_lengths(key_shape, dilation, group)
+    tile = tile[0], tile[1], longest_first(tile[2], T2, kernel_size[2], TK[2], MODES)
     begin = times(tile, TK)
     if outside(begin, n_keys):
         return
@@ -275,7 +275,7 @@ def key_kernel(
     r = coordinates(tl.arange(0, M), TQ)
     heads = kv_heads * per_kv
     q_box = within_box(r, dilation, q_strides, ALIGN)
-    row_strides = L1.to(tl.int64) * L2 * heads, L2.to(tl.int64) * heads, heads
+    row_strides = token_strides(shape, heads)
     row_box = within_box(r, dilation, row_strides, 1)
     places = bias_place(p, kernel_size)  # what only a bias needs compiles away without one
 
@@ -322,7 +322,7 @@ def key_kernel(
                     s += hidden(a, starts, ends, TQ, MODES)
                 dk_acc, dv_acc = _key_step(dk_acc, dv_acc, q, k, v, g, row_terms, s, PRECISION)
 
-    cols = row_number(key_first, y, (L0, L1, KEYS), kv_heads, kv_head)
+    cols = row_number(key_first, y, key_shape, kv_heads, kv_head)
     store_rows(grad_key, cols * D, present, d, D, dk_acc * scale)
     store_rows(grad_value, cols * DV, present, dv, DV, dv_acc)
 

@@ -221,12 +221,15 @@ def _size(row, column: tl.constexpr):
 
 @triton.jit
 def document(documents, number):
-    """A row of the table of :class:`natten.varlen.Documents`."""
+    """A row of the table of :class:`natten.varlen.Documents`: first query and key, the layouts of
+    both, window, stride, dilation."""
     row = documents + number * 16
+    n0, n1 = _size(row, 2), _size(row, 3)
     return (
-        tl.load(row), tl.load(row + 1), _size(row, 2), _size(row, 3), _size(row, 4), _size(row, 5),
-        _size(row, 6), _size(row, 7), _size(row, 8), _size(row, 9), _size(row, 10), _size(row, 11),
-        _size(row, 12), _size(row, 13), _size(row, 14),
+        tl.load(row), tl.load(row + 1), (n0, n1, _size(row, 4)), (n0, n1, _size(row, 5)),
+        (_size(row, 6), _size(row, 7), _size(row, 8)),
+        (_size(row, 9), _size(row, 10), _size(row, 11)),
+        (_size(row, 12), _size(row, 13), _size(row, 14)),
     )  # fmt: skip
 
 
@@ -251,6 +254,13 @@ def token_offset(start, x, strides, ALIGN: tl.constexpr):
     """Offset of tokens ``x``, a multiple of ``ALIGN``; 64 bits, because tensors may be large."""
     offset = start + x[0].to(tl.int64) * strides[0] + x[1].to(tl.int64) * strides[1]
     return tl.multiple_of(offset + x[2].to(tl.int64) * strides[2], ALIGN)
+
+
+@triton.jit
+def token_strides(shape, apart):
+    """Strides of a layout whose tokens follow one another, ``apart``."""
+    last = shape[2].to(tl.int64) * apart
+    return shape[1] * last, last, apart
 
 
 @triton.jit
