@@ -10,6 +10,7 @@ from helpers import CASES, RATIO, Case, assert_close, dense_mask, masked_attenti
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import natten
 from natten import backends, tuning
 from natten.backends import reference, tiled
 from natten.neighborhood import Dense
@@ -240,6 +241,16 @@ def test_falling_back_is_said_at_debug_level(caplog):
     with caplog.at_level("DEBUG", logger="natten"):
         backends.choose("triton", problem())
     assert "triton is passed over" in caplog.text
+
+
+def test_a_choice_is_made_once(caplog):
+    """Also for calls of which no plan is kept: unfused ones."""
+    tuning._forget_choices()
+    q = torch.randn(1, 2, 9, 4)
+    natten.na1d_qk(q, q, 3)
+    with caplog.at_level("DEBUG", logger="natten"):
+        natten.na1d_qk(q, q, 3)
+    assert "passed over" not in caplog.text
 
 
 @pytest.mark.parametrize("backend", [None, "tiled", "reference"])

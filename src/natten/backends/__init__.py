@@ -223,12 +223,12 @@ def check_name(name: str | None) -> str:
     return name
 
 
-@tuning.cached
 def no_gradients(*inputs: Tensor | None) -> tuple[Tensor | None, ...]:
     """Zeros for the inputs that are there: their gradients where there is nothing to attend."""
     return tuple(None if x is None else x.new_zeros(x.shape) for x in inputs)
 
 
+@tuning.cached
 def find(name: str, problem: Problem) -> Backend | None:
     """The backend called ``name`` if it can run, else the first that can, if any."""
     wanted = [backend for backend in BACKENDS if backend.name == name]
