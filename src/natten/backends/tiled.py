@@ -409,7 +409,7 @@ def backward(
             block.keys(key),
             block.keys(value),
         )
-        o_view, do_view = (block.queries(x, sizes.kv_heads) for x in (out, grad_out))
+        do_view = block.queries(grad_out, sizes.kv_heads)
         dl_view = None if grad_lse is None else block.queries(grad_lse[..., None], sizes.kv_heads)
         dq_view = block.queries(grad_query, sizes.kv_heads)
         dk_view, dv_view = block.keys(grad_key), block.keys(grad_value)
@@ -436,15 +436,15 @@ def backward(
                 None if extra_v is None else extra_v[chunk[-2:]],
             )  # fmt: skip
             do = _load(scratch("do", n, rows, sizes.value_dim), do_view[chunk])
-            o = _load(scratch("o", n, rows, sizes.value_dim), o_view[chunk])
-            delta = o.mul_(do).sum(-1, keepdim=True)
-            if dl_view is not None:
-                delta.view(dl_view[chunk].shape).sub_(dl_view[chunk])
 
             p = _scores(q, k, bias, chunk[-1], scratch("s", n, rows, cols))
             torch.softmax(p, -1, out=p)
-            ds = torch.bmm(do, v.transpose(1, 2), out=scratch("ds", n, rows, cols))
-            ds.sub_(delta).mul_(p)
+            ds = torch.bmm(do, v.transpose(1, 2), out=scratch("ds", n, rows, cols)).mul_(p)
+            # delta = sum(P * dP), not sum(dO * O): an output in half precision is rounded.
+            delta = ds.sum(-1, keepdim=True)
+            if dl_view is not None:
+                delta.view(dl_view[chunk].shape).sub_(dl_view[chunk])
+            ds.addcmul_(p, delta, value=-1)
             dv = torch.bmm(p.transpose(1, 2), do, out=scratch("v", n, cols, sizes.value_dim))
             dq = torch.bmm(ds, k, out=scratch("dq", n, rows, sizes.dim)).mul_(scale)
             dk = torch.bmm(ds.transpose(1, 2), q, out=scratch("k", n, cols, sizes.dim))
