@@ -23,6 +23,7 @@ def interpreted(code: str) -> str:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
@@ -136,6 +137,15 @@ print("checked", len(CASES))
 
 def test_kernels_interpreted():
     assert "checked 7" in interpreted(SWEEP)
+
+
+def test_rows_with_nothing_to_attend_interpreted():
+    code = """
+import pytest
+chosen = "triton and (2 or additional)"
+raise SystemExit(pytest.main(["-p", "no:cacheprovider", "tests/test_empty_rows.py", "-k", chosen]))
+"""
+    assert "2 passed" in interpreted(code)
 
 
 UNFUSED = """

@@ -40,6 +40,7 @@ from natten._ranks import SHAPES, of_rank
 from natten.backends import check_name
 from natten.errors import ArgumentError
 from natten.neighborhood import Causal, Dense, Dimension, Neighborhood, fit_window
+from natten.softmax import softmax_with_lse
 from natten.unfused import (
     na1d_av,
     na1d_qk,
@@ -374,7 +375,8 @@ def merge_attentions(
 
     Args:
         outputs: one or more outputs ``[batch, *space, heads, value_dim]`` of the same queries.
-        lse_tensors: as many LSE tensors ``[batch, *space, heads]``.
+        lse_tensors: as many LSE tensors ``[batch, *space, heads]``. -inf says that a query has
+            nothing to attend in a part; so does +inf, which flash attention writes there.
         torch_compile: without effect.
         use_autograd_fix: without effect here. Upstream overwrites the parts' tensors in the
             backward, for operators that ignore the gradient of their LSE. Parts made by such
@@ -425,10 +427,9 @@ def merge_attentions(
         torch.promote_types, [x.dtype for x in (*outputs, *lse_tensors)], torch.float32
     )
     exponents = torch.stack([x.to(dtype) for x in lse_tensors])
-    lse = exponents.logsumexp(0)
-    # A softmax, because weights from differences to a large LSE do not add up to one. A query with
-    # nothing to attend anywhere has LSE -inf; it keeps its output of zero.
-    weights = exponents.masked_fill(lse == -math.inf, 0.0).softmax(0)
+    exponents = exponents.masked_fill(exponents == math.inf, -math.inf)
+    # A softmax, because weights from differences to a large LSE do not add up to one.
+    weights, lse = softmax_with_lse(exponents, dim=0)
     merged = sum(out.to(dtype) * weight[..., None] for out, weight in zip(outputs, weights))
     assert isinstance(merged, Tensor)
     return merged.to(outputs[0].dtype), lse

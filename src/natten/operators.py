@@ -33,6 +33,7 @@ from natten import backends
 from natten.backends.tiled import compute_dtype
 from natten.errors import UnsupportedError
 from natten.neighborhood import Dense, Neighborhood, Rule, window_mask
+from natten.softmax import softmax_with_lse
 
 _RULE = "SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation, bool[] is_causal"
 _CHOICE = "str backend, SymInt[] tiles"
@@ -458,8 +459,7 @@ def composed_attention(
     if extra_keys is not None:
         extra = products.extra_qk(q * scale, _heads_first(extra_keys, heads, dtype))
         scores = torch.cat([scores, extra], dim=-1)
-    lse = scores.logsumexp(-1)
-    weights = scores.softmax(-1) if scores.shape[-1] else scores
+    weights, lse = softmax_with_lse(scores)
     out = products.av(weights[..., :windowed], v)
     if extra_values is not None:
         extra_v = _heads_first(extra_values, heads, dtype)
@@ -509,7 +509,7 @@ def _composed_tangent(
         scores = torch.cat([scores, products.extra_qk(q, ek)], dim=-1)
         extra_change = product_rule(products.extra_qk, q, ek, dq, dek)
         change = torch.cat([change, extra_change], dim=-1)
-    weights = scores.softmax(-1)
+    weights, _ = softmax_with_lse(scores)
     lse_tangent = (weights * change).sum(-1)
     weight_tangent = weights * (change - lse_tangent[..., None])
     out = weighted(weight_tangent, v, ev) + weighted(weights, dv, dev)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from natten.neighborhood import Neighborhood, Rule, outer, window_mask
+from natten.softmax import softmax_with_lse
 
 
 def relative_bias(rule: Neighborhood, shape: Sequence[int], rpb: Tensor) -> Tensor:
@@ -53,8 +54,7 @@ def forward(
         bias = torch.nn.functional.pad(bias, (0, extra_keys.shape[1]))
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * scale + bias
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp() if scores.shape[-1] else scores
+    weights, lse = softmax_with_lse(scores)
     out = (weights @ v).transpose(1, 2).unflatten(1, shape)
     return out.to(query.dtype), lse.transpose(1, 2).unflatten(1, shape)
 

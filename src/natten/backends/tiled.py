@@ -271,6 +271,26 @@ def _score_bias(
     return F.pad(bias, (0, sizes.extra)) if sizes.extra else bias
 
 
+def _empty_rows(bias: Tensor | None, rpb: Tensor | None) -> Tensor | None:
+    """Rows ``[kv heads, rows, 1]`` that a bias of -inf leaves nothing to attend.
+
+    Their bias becomes 0, so that the softmax is finite there; what it gives is thrown away. A mask
+    alone leaves no row empty: the answer is None.
+    """
+    if bias is None or rpb is None:
+        return None
+    empty = bias.amax(-1, keepdim=True) == -math.inf
+    bias.masked_fill_(empty, 0.0)
+    return empty
+
+
+def _fill_rows(x: Tensor, rows: Tensor | None, kv_heads: slice, value: float) -> None:
+    """Fill the given rows of a chunk's ``x [matrices, rows, channels]``."""
+    if rows is not None:
+        rows = rows[kv_heads]
+        x.view(-1, *rows.shape[:-1], x.shape[-1]).masked_fill_(rows, value)
+
+
 def _load(buffer: Tensor, view: Tensor) -> Tensor:
     """Copy a chunk of tiles into ``buffer [matrices, rows, channels]``."""
     # PyTorch copies float16 views that negate to float32 without the sign.
@@ -337,6 +357,7 @@ def forward(
             lse_view.fill_(-math.inf)
             continue
         bias = _score_bias(block, rpb, rule, sizes, query, dtype)
+        empty = _empty_rows(bias, rpb)
         for chunk in block.chunks(query, key, sizes.extra):
             part = q_view[chunk]
             n = part.numel() // (rows * sizes.dim)
@@ -355,6 +376,8 @@ def forward(
             # The largest weight belongs to the largest score: its logarithm gives the LSE.
             top.sub_(p.amax(-1, keepdim=True).log_())
             o = torch.bmm(p, v, out=scratch("o", n, rows, sizes.value_dim))
+            _fill_rows(o, empty, chunk[-1], 0.0)
+            _fill_rows(top, empty, chunk[-1], -math.inf)
             target = out_view[chunk]
             target.copy_(o.view(target.shape))
             target = lse_view[chunk]
@@ -420,6 +443,7 @@ def backward(
             dq_view.zero_()
             continue
         bias = _score_bias(block, rpb, rule, sizes, query, dtype)
+        empty = _empty_rows(bias, rpb)
         grad_bias = None
         if rpb is not None:
             grad_bias = query.new_zeros(sizes.kv_heads, rows, box, dtype=dtype)
@@ -436,6 +460,7 @@ def backward(
                 None if extra_v is None else extra_v[chunk[-2:]],
             )  # fmt: skip
             do = _load(scratch("do", n, rows, sizes.value_dim), do_view[chunk])
+            _fill_rows(do, empty, chunk[-1], 0.0)
 
             p = _scores(q, k, bias, chunk[-1], scratch("s", n, rows, cols))
             torch.softmax(p, -1, out=p)
@@ -444,6 +469,7 @@ def backward(
             delta = ds.sum(-1, keepdim=True)
             if dl_view is not None:
                 delta.view(dl_view[chunk].shape).sub_(dl_view[chunk])
+                _fill_rows(delta, empty, chunk[-1], 0.0)
             ds.addcmul_(p, delta, value=-1)
             dv = torch.bmm(p.transpose(1, 2), do, out=scratch("v", n, cols, sizes.value_dim))
             dq = torch.bmm(ds, k, out=scratch("dq", n, rows, sizes.dim)).mul_(scale)
