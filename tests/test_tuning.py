@@ -1,7 +1,9 @@
 """Tiles remembered on disk, and a choice that follows them."""
 
+import gc
 import multiprocessing
 import threading
+import weakref
 
 import pytest
 import torch
@@ -143,6 +145,68 @@ def test_triton_counts_the_pairs_it_computes():
     # Queries that reach keys 0-1, 2-3, ...: of 11 positions 3, 5, 4, 4, 4, 2; of 10: 3, 5, 4, 5, 3.
     found = tiles.computed_pairs("key", rule, (21,), (21,), transposed)
     assert found == (7 + 7) * 2 * 4
+
+
+class OutOfResources(Exception):
+    """As compilers raise for what does not fit the GPU: not a RuntimeError."""
+
+
+@pytest.fixture
+def trials(monkeypatch):
+    """A function of milliseconds, None for tiles that do not fit: trials of such launches."""
+    plan = pytest.importorskip("natten.backends.triton.plan")
+    now = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = 0.0
+
+        def record(self):
+            self.at = now[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def launch(milliseconds):
+        def run(*tensors):
+            if milliseconds is None:
+                raise OutOfResources("shared memory")
+            now[0] += milliseconds
+
+        return run
+
+    return lambda times: plan.Trials("a", {(8, n): launch(ms) for n, ms in enumerate(times)})
+
+
+@pytest.mark.parametrize("times", [(None, 3.0, None, 1.0, 2.0), (2.0, None, None, 1.0, None)])
+def test_the_first_call_passes_over_what_does_not_fit(times, trials, caplog):
+    found = trials(times)
+    with caplog.at_level("DEBUG", logger="natten"):
+        found(torch.empty(1))
+    assert tuning.lookup("a") == [8, 3] and found.launches == {}
+    assert caplog.text.count("passed over: OutOfResources: shared memory") == times.count(None)
+    found(torch.empty(1))  # what was chosen runs
+
+
+def test_where_no_tiles_fit_the_call_says_so_and_lets_go_of_its_tensors(trials):
+    found, x = trials((None, None)), torch.empty(1)
+    alive = weakref.ref(x)
+    gc.disable()  # reference counts alone have to do
+    try:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"none of the tiles of a .*: shared memory"):
+                found(x)
+        del x
+        assert alive() is None
+    finally:
+        gc.enable()
+    assert tuning.lookup("a") is None
 
 
 def test_the_first_call_keeps_the_fastest_tiles(monkeypatch):

@@ -13,10 +13,11 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,6 +118,33 @@ def autotune(forward: int, backward: int) -> None:
 def wanted(backward: bool) -> int:
     """What :func:`autotune` was told."""
     return _wanted["backward" if backward else "forward"]
+
+
+def times(
+    name: str, candidates: Iterable[Any], measure: Callable[[Any], float]
+) -> dict[Any, float]:
+    """The time of each candidate; infinite where it can not run, as what does not fit the GPU.
+
+    Args:
+        name: of the kernel, for the message.
+        candidates: tiles, hashable.
+        measure: runs one and says how long that takes.
+
+    Raises:
+        RuntimeError: none of them runs.
+    """
+    found: dict[Any, float] = {}
+    reason = ""  # not the exception, whose traceback would keep the tensors of all callers
+    for candidate in candidates:
+        try:
+            found[candidate] = measure(candidate)
+        # Compilers have their own classes: too much shared memory, too many registers.
+        except Exception as error:
+            found[candidate], reason = math.inf, f"{type(error).__name__}: {error}"
+            _log.debug("%s: %s is passed over: %s", name, candidate, reason)
+    if all(time == math.inf for time in found.values()):
+        raise RuntimeError(f"none of the tiles of {name} runs here: {reason}")
+    return found
 
 
 def cached(function: Function) -> Function:

@@ -190,23 +190,15 @@ def optimize(
         tiles = tiles_module(backend)
         assert tiles is not None
         key = tiles.key(kind, *arguments(problem))
-        of_kind = []
-        reason: Exception | None = None
-        for candidate in tiles.candidates(kind, *arguments(problem))[: most or None]:
+
+        def timed(candidate: Any, kind: str = kind, key: str = key) -> float:
             queries, keys = shapes(kind, candidate)
             step(f"{kind}: queries {queries}, keys {keys}")
             with tuning.trial(key, candidate):
-                try:
-                    time_us = measure(kind)
-                # Compilers have their own classes: too much shared memory, too many registers.
-                except Exception as error:
-                    time_us, reason = math.inf, error
-            of_kind.append(Trial(kind, candidate, time_us))
-        best = min(of_kind, key=lambda trial: trial.time_us)
-        if best.time_us == math.inf:
-            raise RuntimeError(
-                f"none of the tiles of kernel {kind!r} runs here: {reason}"
-            ) from reason
-        paths.append(tuning.remember(key, best.tiles))
-        trials += of_kind
+                return measure(kind)
+
+        candidates = tiles.candidates(kind, *arguments(problem))[: most or None]
+        times = tuning.times(f"kernel {kind!r}", candidates, timed)
+        paths.append(tuning.remember(key, min(times, key=times.__getitem__)))
+        trials += [Trial(kind, each, time_us) for each, time_us in times.items()]
     return trials, paths
