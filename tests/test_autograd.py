@@ -1,6 +1,7 @@
 """Derivatives of every order and mode, transforms, autocast, compilation and export."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,11 @@ from torch.library import opcheck
 
 import natten
 from natten import merge_attentions, na1d, na2d, na2d_av, na2d_qk, operators
+from natten.backends import tiled
 from natten.modules import NeighborhoodAttention2D
+from natten.neighborhood import Dense
+from natten.packed import packed_attention
+from natten.varlen import Documents
 
 # Everything at once: even and strided windows, dilation, causality, GQA, bias, additional tokens.
 FULL = Case((4, 7), (2, 3), (2, 1), (1, 2), (True, False), 1, 4, 2, 2, 3, extra=2, rpb=True)
@@ -53,6 +58,20 @@ def unfused(q, k, v, rpb):
 def unfused_leaves():
     shapes = [(1, 2, 3, 6, 2)] * 3 + [(2, 3, 5)]
     return [torch.randn(shape).double().requires_grad_() for shape in shapes]
+
+
+def dense(q, k, v):
+    return operators.attention(q, k, v, None, None, None, Dense(), 0.7)
+
+
+def packed_by_a_table(q, k, v):
+    """One document, by a backend that reads tables, as on GPUs."""
+    backend = SimpleNamespace(
+        forward=lambda *args: tiled.forward(*args[:8]),
+        backward=lambda *args: tiled.backward(*args[:12]),
+    )
+    documents = Documents(q, 1, q.shape[1:2], k.shape[1:2])
+    return packed_attention(backend, q, k, v, documents, Dense(), 0.7, dense)
 
 
 # --- derivatives ---
@@ -132,6 +151,41 @@ def test_gradients_only_where_needed():
     out, _ = fused(FULL)(q, k, v, *rest)
     out.sum().backward()
     assert rest[0].grad is not None and q.grad is None
+
+
+@pytest.mark.parametrize("attend", [dense, packed_by_a_table], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("made", [lambda x: (x, x, x), lambda x: (x, 2 * x, x.sin())])
+def test_gradients_with_a_graph_of_inputs_that_depend_on_each_other(made, attend):
+    """Each path counts once: a first gradient is the same whether a graph is made of it or not."""
+    x = torch.randn(1, 6, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def function(x):
+        return scalar(attend)(*made(x))
+
+    plain, composed = (
+        torch.autograd.grad(function(x), x, create_graph=create)[0] for create in (False, True)
+    )
+    assert_close("gradient", plain, composed, 1e-12)
+    assert gradgradcheck(function, (x,))
+
+
+@pytest.mark.parametrize("attend", [dense, packed_by_a_table], ids=lambda each: each.__name__)
+def test_gradients_with_a_graph_of_an_output_that_does_not_depend_on_the_input(attend):
+    q, k, v = leaves(Case((6,), (3,)))
+    _, lse = attend(q[:1].detach(), k[:1].detach(), v[:1])
+    (found,) = torch.autograd.grad(lse.sum(), v, create_graph=True, materialize_grads=True)
+    assert not found.any()
+
+
+def test_gradients_with_a_graph_beside_hooks_on_saved_tensors():
+    """As offloading to the CPU sets them, around the backward, too."""
+    q, k, v = leaves(PLAIN)
+    plain = torch.autograd.grad(scalar(fused(PLAIN))(q, k, v), (q, k, v))
+    with torch.autograd.graph.save_on_cpu():
+        first = torch.autograd.grad(scalar(fused(PLAIN))(q, k, v), (q, k, v), create_graph=True)
+        torch.autograd.grad(sum(x.square().sum() for x in first), (q, k, v))
+    for expected, actual in zip(plain, first):
+        assert_close("gradient", expected, actual, 1e-12)
 
 
 def test_forward_ad_level():

@@ -18,6 +18,7 @@ Second derivatives and forward mode of ``attention`` are composed of those.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -541,7 +542,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         if is_composed((grad_out, grad_lse)):
-            grads = _differentiable_gradient(saved[:6], grad_out, grad_lse, ctx.call)
+            needed = ctx.needs_input_grad[:6]
+            grads = _differentiable_gradient(saved[:6], needed, grad_out, grad_lse, ctx.call)
         else:
             grads = _gradient(grad_out, grad_lse, saved, ctx.call)
         return (*grads, None)
@@ -588,22 +590,60 @@ def _gradient(
 
 
 def _differentiable_gradient(
-    inputs: Sequence[Any], grad_out: Tensor | None, grad_lse: Tensor | None, call: Call
-) -> Sequence[Any]:
-    def composed(*present: Tensor) -> tuple[Tensor, Tensor]:
-        given = iter(present)
-        q, k, v, *optional = (None if x is None else next(given) for x in inputs)
-        assert q is not None and k is not None and v is not None
-        rpb, extra_keys, extra_values = optional
-        return composed_attention(q, k, v, rpb, extra_keys, extra_values, call.rule, call.scale)
+    inputs: Sequence[Any], needed: Sequence[bool], grad_out: Tensor | None,
+    grad_lse: Tensor | None, call: Call,
+) -> Sequence[Any]:  # fmt: skip
+    composed: Callable[..., tuple[Tensor, Tensor]] = functools.partial(
+        composed_attention, rule=call.rule, scale=call.scale
+    )
+    if is_plain((grad_out, grad_lse, *inputs)):
+        return differentiable_gradients(composed, inputs, needed, (grad_out, grad_lse))
 
-    (out, lse), pull, *_ = torch.func.vjp(composed, *(x for x in inputs if x is not None))
+    def of_present(*present: Tensor) -> tuple[Tensor, Tensor]:
+        given = iter(present)
+        return composed(*(None if x is None else next(given) for x in inputs))
+
+    (out, lse), pull, *_ = torch.func.vjp(of_present, *(x for x in inputs if x is not None))
     grads = (
         torch.zeros_like(out) if grad_out is None else grad_out,
         torch.zeros_like(lse) if grad_lse is None else grad_lse,
     )
     found = iter(pull(grads))
     return [None if x is None else next(found) for x in inputs]
+
+
+def differentiable_gradients(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Any],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of a function that can be differentiated themselves, outside of transforms.
+
+    ``torch.func.vjp`` serves transforms, too, but its first call imports ``torch._dynamo``, which
+    takes seconds and leaves the tensors of all callers in a reference cycle.
+    """
+
+    def view(x: Tensor) -> Tensor:
+        # Inputs may be one tensor, or be made of each other; after a transform what was wrapped by
+        # it may need no gradient any more.
+        x = x.view_as(x)
+        return x if x.requires_grad else x.detach().requires_grad_()
+
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        views = [view(x) if need else x for x, need in zip(inputs, needed)]
+        results = zip(function(*views), grads)
+    # The LSE depends on no value.
+    reached = [(y, g) for y, g in results if g is not None and y.requires_grad]
+    leaves = [x for x, need in zip(views, needed) if need]
+    if not reached:
+        return [None for _ in needed]
+    outputs, given = zip(*reached)
+    found = iter(
+        torch.autograd.grad(outputs, leaves, given, create_graph=create_graph, allow_unused=True)
+    )
+    return [next(found) if need else None for need in needed]
 
 
 def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from natten import backends
 from natten.neighborhood import Rule
-from natten.operators import is_composed, is_plain
+from natten.operators import differentiable_gradients, is_composed, is_plain
 from natten.varlen import Documents
 
 Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -61,8 +61,7 @@ class _PackedAttention(torch.autograd.Function):
         *inputs, out, lse = ctx.saved_tensors
         backend, documents, rule, scale, one_by_one = ctx.others
         if is_composed(grads):
-            with torch.enable_grad():
-                found = _differentiable(one_by_one, inputs, grads)
+            found = differentiable_gradients(one_by_one, inputs, ctx.needs_input_grad[:3], grads)
         else:
             grad_out = torch.zeros_like(out) if grads[0] is None else grads[0]
             empty = (None, None, None)
@@ -70,14 +69,3 @@ class _PackedAttention(torch.autograd.Function):
                 grad_out, grads[1], *inputs, *empty, out, lse, rule, scale, documents
             )
         return (*found[:3], *(None for _ in ctx.others))
-
-
-def _differentiable(
-    function: Attention, inputs: list[Tensor], grads: tuple[Tensor | None, ...]
-) -> list[Tensor | None]:
-    """Gradients of ``function`` that can be differentiated themselves."""
-    reached = [(y, g) for y, g in zip(function(*inputs), grads) if g is not None]
-    leaves = [x for x in inputs if x.requires_grad]
-    outputs, given = zip(*reached)
-    found = iter(torch.autograd.grad(outputs, leaves, given, create_graph=True, allow_unused=True))
-    return [next(found) if x.requires_grad else None for x in inputs]
