@@ -128,7 +128,12 @@ CASES = {
         lambda: natten.merge_attentions([X], [X[..., 0].to("meta")]),
         "`lse_tensors` must be on the device of `outputs`, got meta and cpu",
     ),
-    "layout": (lambda: VarlenLayout([(3, 0)]), "`shapes` must be token layouts"),
+    "layout": (lambda: VarlenLayout([(3, -1)]), "`shapes` must be token layouts"),
+    "layout of one document": (
+        lambda: VarlenLayout((4, 6)),
+        r"`\[\(4, 6\)\]` for one 2-D document or `\[\(4,\), \(6,\)\]` for 2 1-D ones, got \(4, 6\)",
+    ),
+    "layout that is a size": (lambda: VarlenLayout(torch.Size((4, 6))), "for one 2-D document"),
     "layout ranks": (lambda: VarlenLayout([(3,), (3, 3)]), "all of one rank"),
     "layout empty": (lambda: VarlenLayout([]), "at least one"),
     "layout tensors": (lambda: VarlenLayout.from_tensor_list([]), "`tensors`"),

@@ -291,6 +291,54 @@ def test_varlen(rank):
         assert torch.equal(expected[0][0], part) and torch.equal(expected[1][0], part_lse)
 
 
+EMPTY = {1: (0,), 2: (0, 3), 3: (2, 0, 0)}
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+def test_empty_documents(backend, rank):
+    """As without them: results and gradients, forward mode and second derivatives."""
+    shapes = [(4, 3, 5)[:rank], (5, 4, 2)[:rank]]
+    full = VarlenLayout(shapes)
+    layout = VarlenLayout([EMPTY[rank], shapes[0], EMPTY[rank], shapes[1], EMPTY[rank]])
+    function = (natten.na1d_varlen, natten.na2d_varlen, natten.na3d_varlen)[rank - 1]
+    total = layout.total_tokens
+    q = torch.randn(total, 4, 3, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(total, 2, n).double().requires_grad_() for n in (3, 5))
+    rpb = torch.randn(4, *(5,) * rank, dtype=torch.float64, requires_grad=True)
+
+    def run(layout):
+        out, lse = function(q, k, v, layout, 3, 2, rpb=rpb, backend=backend, return_lse=True)
+        loss = out.sin().sum() + lse.sin().sum()
+        first = torch.autograd.grad(loss, (q, k, v, rpb), create_graph=True)
+        second = torch.autograd.grad(sum(x.sin().sum() for x in first), (q, k, v, rpb))
+        tangent = torch.func.jvp(lambda q: function(q, k, v, layout, 3), (q,), (q,))[1]
+        return out, lse, tangent, *first, *second
+
+    for expected, actual in zip(run(full), run(layout), strict=True):
+        assert torch.equal(expected, actual)
+    rule, cpu = natten.Neighborhood.create(rank, 3, 2), torch.device("cpu")
+    ours, theirs = (each.documents(rule, cpu) for each in (layout, full))  # as GPUs read them
+    assert torch.equal(ours.table, theirs.table) and ours[1:] == theirs[1:]
+    documents = [torch.randn(*shape, 1, 2) for shape in layout]
+    assert VarlenLayout.from_tensor_list(documents).shapes == layout.shapes
+    unpacked = layout.unpack(layout.pack(documents))
+    assert all(torch.equal(a, b) for a, b in zip(documents, unpacked, strict=True))
+    assert layout.offsets.tolist()[:2] == [0, 0]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_no_document_has_tokens(rank):
+    layout = VarlenLayout([EMPTY[rank]] * 2)
+    function = (natten.na1d_varlen, natten.na2d_varlen, natten.na3d_varlen)[rank - 1]
+    q = torch.randn(0, 4, 3, requires_grad=True)
+    k, v = torch.randn(0, 2, 3, requires_grad=True), torch.randn(0, 2, 5, requires_grad=True)
+    out, lse = function(q, k, v, layout, 3, return_lse=True)
+    assert out.shape == (0, 4, 5) and lse.shape == (0, 4)
+    found = torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))
+    assert [x.shape for x in found] == [x.shape for x in (q, k, v)]
+
+
 def test_layout():
     documents = [torch.randn(2, 3, 1, 4), torch.randn(5, 1, 1, 4)]
     layout = VarlenLayout.from_tensor_list(documents)

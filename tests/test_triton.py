@@ -233,7 +233,7 @@ def check(function, *tensors):
 def weight(x):
     return torch.linspace(-1, 1, x.numel()).view(x.shape)
 
-layout = natten.VarlenLayout([(5, 4), (3, 9), (1, 2)])
+layout = natten.VarlenLayout([(0, 4), (5, 4), (3, 9), (7, 0), (1, 2)])
 q, k, v = torch.randn(49, 4, 6), torch.randn(49, 2, 6), torch.randn(49, 2, 5)
 for window in ((3, 4), (3, 2), (2, 1)), ((2, 5), 1, (2, 1), (True, False)):
     check(lambda *x, **y: natten.na2d_varlen(*x, layout, *window, **y), q, k, v)

@@ -481,6 +481,8 @@ def _varlen(
     def one_by_one(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         results = []
         for shape, *qkv in zip(layout, *(layout.unpack(x[0]) for x in (q, k, v))):
+            if 0 in shape:
+                continue
             window, step, gap = fit_window(shape, rule.kernel_size, rule.stride, rule.dilation)
             each = [x[None] for x in qkv]
             out, lse = neighborhood_attention_generic(
@@ -497,13 +499,17 @@ def _varlen(
                 rpb=crop_rpb(rpb, rule.kernel_size, window),
             )
             results.append((out.flatten(1, -3), lse.flatten(1, -2)))
+        if not results:
+            return operators.attention(q, k, v, None, None, None, Dense(), 1.0)
         outputs, exponents = zip(*results)
         return torch.cat(outputs, dim=1), torch.cat(exponents, dim=1)
 
     query, key, value = (x[None] for x in autocast_tensors(query, key, value))
     check_qkv(query, key, value)
     factor, name = check_scale(scale, query.shape[-1]), check_name(backend)
-    runs = None if rpb is not None else packed.backend_for(query, key, value, name)
+    runs = None
+    if rpb is None and layout.total_tokens:
+        runs = packed.backend_for(query, key, value, name)
     if runs is None:
         out, lse = one_by_one(query, key, value)
     else:

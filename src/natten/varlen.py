@@ -59,8 +59,13 @@ class VarlenLayout:
     """The token layouts of the documents in a packed tensor.
 
     Args:
-        shapes: one token layout per document, all of the same rank (1 to 3).
+        shapes: a list with one token layout per document, all of the same rank (1 to 3); a number
+            is a 1-D layout. Documents may be empty.
         device: where :attr:`offsets` lives.
+
+    Raises:
+        ArgumentError: ``shapes`` is something else, or a tuple of numbers, which could be the
+            layout of one document.
 
     Example:
         >>> layout = VarlenLayout([(4, 6), (3, 3)])
@@ -76,11 +81,17 @@ class VarlenLayout:
         layouts = []
         if not isinstance(shapes, Iterable):
             raise ArgumentError(f"`shapes` must be a sequence of layouts, got {type(shapes)}.")
+        if isinstance(shapes, tuple) and len(shapes) > 1 and not isinstance(shapes[0], Iterable):
+            raise ArgumentError(
+                f"`shapes` must be a list with one layout per document: `[{tuple(shapes)}]` for "
+                f"one {len(shapes)}-D document or `{[(n,) for n in shapes]}` for {len(shapes)} 1-D "
+                f"ones, got {shapes!r}."
+            )
         for shape in shapes:
             entries = tuple(shape) if isinstance(shape, (tuple, list, torch.Size)) else (shape,)
-            if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in entries):
+            if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in entries):
                 raise ArgumentError(
-                    "`shapes` must be token layouts of positive integers, one per document, "
+                    "`shapes` must be token layouts of integers from 0 on, one per document, "
                     f"got {shape!r}."
                 )
             layouts.append(entries)
@@ -94,8 +105,8 @@ class VarlenLayout:
         self.rank: int = ranks.pop()
         self.lengths: tuple[int, ...] = tuple(math.prod(shape) for shape in self.shapes)
         self.total_tokens: int = sum(self.lengths)
-        ends = torch.tensor((0, *self.lengths), dtype=torch.int64).cumsum(0)
-        self.offsets: Tensor = ends.to(device=device, dtype=torch.int32)
+        ends = (0, *itertools.accumulate(self.lengths))
+        self.offsets: Tensor = torch.tensor(ends, dtype=torch.int32, device=device)
         self._documents: dict[tuple[Neighborhood, torch.device], Documents] = {}
 
     @classmethod
@@ -124,17 +135,22 @@ class VarlenLayout:
         ]
 
     def documents(self, rule: Neighborhood, device: torch.device) -> Documents:
-        """The documents with, each, the largest window up to ``rule``'s that fits it."""
+        """The documents, each with the largest window up to ``rule``'s that fits it.
+
+        Those without tokens are left out: nothing of theirs is read or written.
+        """
         if (rule, device) not in self._documents:
             missing = [1] * (3 - self.rank)
             rows, first = [], 0
-            for shape, length in zip(self.shapes, self.lengths):
+            shapes = [shape for shape in self.shapes if 0 not in shape]
+            for shape in shapes:
                 fitted = fit_window(shape, rule.kernel_size, rule.stride, rule.dilation)
                 window = [n for each in fitted for n in (*missing, *each)]
                 rows.append([first, first, *missing, *shape, shape[-1], *window, 0])
-                first += length
-            longest = tuple(_roomy(max(lengths)) for lengths in zip(*self.shapes))
-            table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+                first += math.prod(shape)
+            longest = tuple(_roomy(max(lengths)) for lengths in zip(*shapes))
+            host = torch.tensor(rows, dtype=torch.int64, device="cpu")
+            table = host.to(device, non_blocking=True)
             self._documents[rule, device] = Documents(table, len(rows), longest, longest)
         return self._documents[rule, device]
 

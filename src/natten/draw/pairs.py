@@ -198,7 +198,7 @@ class _Walk(NamedTuple):
 def _walk(rule: Neighborhood, axis: int, length: int, x: int, q: int, kv: int) -> _Walk:
     """The tile of ``q`` queries that holds token ``x``, and its boxes of ``kv`` keys."""
     d = rule.dilation[axis]
-    token = torch.arange(length)
+    token = torch.arange(length, device="cpu")
     group, place = token % d == x % d, token // d
     tile = group & (place // q == x // d // q)
     n = int(group.sum())
@@ -243,7 +243,7 @@ def _tiles(
 
 def _outer(axes: Sequence[Tensor]) -> Tensor:
     """The product of masks ``[length, length]`` of each axis: ``[tokens, tokens]``."""
-    product = torch.ones(1, 1)
+    product = torch.ones(1, 1, device="cpu")
     for axis in axes:
         product = torch.kron(product, axis.float())
     return product.bool()

@@ -162,7 +162,7 @@ def axis_masks(rule: Neighborhood, lengths: tuple[int, ...]) -> list[Tensor]:
 
 def every_axis(vectors: Sequence[Tensor]) -> list[bool]:
     """Tokens, in row-major order, that are marked along every axis."""
-    marked = torch.ones(1, dtype=torch.bool)
+    marked = torch.ones(1, dtype=torch.bool, device="cpu")
     for vector in vectors:
         marked = (marked[:, None] & vector).flatten()
     return marked.tolist()

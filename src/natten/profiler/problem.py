@@ -80,7 +80,7 @@ class Problem:
             pairs = 0
             for group, groups in group_kinds(length, self.rule.dilation[axis]):
                 n = group_length(length, self.rule.dilation[axis], group)
-                start, end = self.rule.windows(axis, torch.arange(n), n, n)
+                start, end = self.rule.windows(axis, torch.arange(n, device="cpu"), n, n)
                 pairs += groups * int((end - start).sum())
             windows *= pairs
         return windows + self.tokens * self.extra

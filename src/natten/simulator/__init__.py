@@ -403,7 +403,7 @@ def _needed(n: int, kernel_size: Tensor, stride: Tensor, is_causal: bool) -> Ten
     """Pairs that attend each other among ``n`` positions, for each window ``[windows, 1]``."""
     if not is_causal:
         return n * kernel_size[:, 0]
-    position = torch.arange(n)
+    position = torch.arange(n, device="cpu")
     sums = []
     for k, s in zip(kernel_size.split(_CHUNK), stride.split(_CHUNK)):
         start, end = window_bounds(position, n, k, s, is_causal)
@@ -422,12 +422,14 @@ def _count(
     aligned: bool,
 ) -> Axis:
     """Count what one axis contributes, for every ``(kernel_size, stride)`` of ``windows``."""
-    kernel, stride = torch.tensor(windows)[:, :, None].unbind(1)
-    needed = visited = whole = most = fetched = torch.zeros(len(windows), dtype=torch.float64)
+    kernel, stride = torch.tensor(windows, device="cpu")[:, :, None].unbind(1)
+    needed = visited = whole = most = fetched = torch.zeros(
+        len(windows), dtype=torch.float64, device="cpu"
+    )
     blocks = 0
     for group, groups in tiling.group_kinds(length, dilation):
         n = group_length(length, dilation, group)
-        begin = torch.arange(0, n, query * parts)
+        begin = torch.arange(0, n, query * parts, device="cpu")
         blocks += groups * len(begin) * parts
         needed = needed + groups * _needed(n, kernel, stride, is_causal)
         origin, _ = window_bounds(begin, n, kernel, stride, is_causal)
@@ -460,7 +462,10 @@ def _predict(
     """
     kernel = layer.kernel()
     device, rank = layer.device, len(layer.shape)
-    sizes = [torch.tensor([option[0][0] for option in axis]).double() for axis in options]
+    sizes = [
+        torch.tensor([option[0][0] for option in axis], dtype=torch.float64, device="cpu")
+        for axis in options
+    ]
     size = outer(sizes)  # of windows, which costs are compared per token of
     largest = float(size.max())
 
@@ -474,7 +479,7 @@ def _predict(
         )  # fmt: skip
         cost = counts.visited + device.masking * (counts.visited - counts.whole)
         chosen = cost.view(-1, alternatives).argmin(1)
-        index = chosen + alternatives * torch.arange(len(chosen))
+        index = chosen + alternatives * torch.arange(len(chosen), device="cpu")
         found = counts.of(index)
         return found, chosen.tolist(), float((found.visited / sizes[axis]).min())
 
@@ -489,8 +494,8 @@ def _predict(
         blocks = math.prod(axis.blocks for axis in axes) / largest
         bounds.append(kernel.least(number, math.prod(fewest), blocks))
     combinations = list(itertools.product(*(range(len(axis)) for axis in options)))
-    best = torch.full([len(combinations)], math.inf, dtype=torch.float64)
-    chosen = torch.zeros(len(combinations), dtype=torch.int64)
+    best = torch.full([len(combinations)], math.inf, dtype=torch.float64, device="cpu")
+    chosen = torch.zeros(len(combinations), dtype=torch.int64, device="cpu")
     # The most promising first, so that the others need not be looked at.
     for number in sorted(range(len(bounds)), key=bounds.__getitem__):
         if bounds[number] > float((best / size).max()):

@@ -172,7 +172,7 @@ class Hopper:
         """The price of a box (0) or the work of its mask (1), for every combination."""
         kinds, places = zip(*(self.kinds(axis, axis is axes[-1]) for axis in axes))
         values = [self._priced(number, kind)[what] for kind in itertools.product(*kinds)]
-        table = torch.tensor(values, dtype=torch.float64).view(*map(len, kinds))
+        table = torch.tensor(values, dtype=torch.float64, device="cpu").view(*map(len, kinds))
         for axis, place in reversed(list(enumerate(places))):
             table = table.index_select(axis, place)
         return table.flatten()
@@ -205,7 +205,7 @@ def _kinds(axis: Axis, is_last: bool) -> tuple[list[_Masked], Tensor]:
     rows = map(_Masked, masked.tolist(), slides.tolist(), (axis.most.long() * slides).tolist())
     places: dict[_Masked, int] = {}
     numbers = [places.setdefault(row, len(places)) for row in rows]
-    return list(places), torch.tensor(numbers)
+    return list(places), torch.tensor(numbers, device="cpu")
 
 
 @lru_cache(maxsize=1 << 14)
