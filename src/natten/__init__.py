@@ -2,7 +2,7 @@
 
 from typing import Any as _Any
 
-from natten import compat, context, flops, functional, legacy, types, utils
+from natten import _submodules, compat, context, flops, functional, legacy, types, utils
 from natten.errors import ArgumentError
 from natten.functional import (
     attention,
@@ -68,7 +68,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _Any:
-    """``HAS_LIBNATTEN`` says whether there is a GPU, which is asked only when needed."""
+    """``HAS_LIBNATTEN``, whether there is a GPU, is asked only when needed, as submodules are."""
     if name == "HAS_LIBNATTEN":
         return legacy.switches.has_cuda()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _submodules.getter(__name__)(name)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from natten import tuning
+from natten import _submodules, tuning
 from natten.errors import ArgumentError
 from natten.neighborhood import Dense, Neighborhood
 
@@ -321,9 +321,9 @@ def explain(
 
 
 def __getattr__(name: str) -> Any:
-    """0.20's names, from :mod:`natten.backends.selection`."""
+    """0.20's names, from :mod:`natten.backends.selection`, and the backends."""
     if name in ("choose_backend", "choose_fmha_backend"):
         return getattr(importlib.import_module("natten.backends.selection"), name)
     if name in ("get_compatible_backends", "get_compatible_fmha_backends"):
         return getattr(importlib.import_module("natten.backends.selection"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _submodules.getter(__name__)(name)

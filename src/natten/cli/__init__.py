@@ -13,9 +13,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+from natten._submodules import getter
 from natten.errors import ArgumentError
 from natten.version import __version__
 
+__getattr__ = getter(__name__)
 COMMANDS = {
     "profile": "time one problem beside dense attention; list, try and remember tiles",
     "simulate": "what a window and its strides can gain at most, without running anything",

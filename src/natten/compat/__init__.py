@@ -6,3 +6,7 @@
 the top level in the order of positional arguments and in defaults; everything else is the same
 objects.
 """
+
+from natten._submodules import getter as _getter
+
+__getattr__ = _getter(__name__)

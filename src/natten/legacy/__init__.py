@@ -2,3 +2,7 @@
 
 Nothing else depends on it, except the thin files that stand where old code imports from.
 """
+
+from natten._submodules import getter as _getter
+
+__getattr__ = _getter(__name__)

@@ -1,5 +1,6 @@
 """Where 0.17 to 0.21 had argument helpers; they live in :mod:`natten.legacy.checks`."""
 
+from natten._submodules import getter as _getter
 from natten.legacy.checks import (
     check_additional_keys,
     check_additional_values,
@@ -27,3 +28,5 @@ __all__ = [
     "get_num_na_weights",
     "make_attn_tensor_from_input",
 ]
+
+__getattr__ = _getter(__name__)

@@ -1,0 +1,75 @@
+"""Submodules are attributes of their package, and are imported when they are first asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pkgutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import natten
+
+MODULES = [
+    each.name
+    for each in pkgutil.walk_packages(natten.__path__, "natten.")
+    if not each.name.endswith(".__main__")  # a program
+]
+GPU = ("natten.backends.hopper", "natten.backends.triton")
+
+
+def fresh(code: str) -> str:
+    """What a program prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_submodule_is_an_attribute() -> None:
+    has_triton = importlib.util.find_spec("triton") is not None
+    names = [name for name in MODULES if has_triton or not name.startswith(GPU)]
+    assert "natten.simulator.kernels" in names and "natten.cli.tables" in names
+    code = f"import natten\nfor name in {names}: eval(name)\nprint(natten.draw.draw_mask.__name__)"
+    assert fresh(code) == "draw_mask\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_one_alone_is_enough() -> None:
+    """Each by itself, so that none is there by the import of another one."""
+    code = """
+import natten, os, sys
+for name in ("draw", "simulator", "profiler", "token_permute", "utils.varlen", "cli.options"):
+    assert f"natten.{name}" not in sys.modules
+    if os.fork() == 0:
+        os._exit(eval(f"natten.{name}").__name__ != f"natten.{name}")
+    print(name, os.wait()[1])
+"""
+    assert [line.split()[1] for line in fresh(code).splitlines()] == ["0"] * 6
+
+
+def test_nothing_is_imported_before_it_is_asked_for() -> None:
+    code = """
+import sys, torch
+before = set(sys.modules)
+import natten
+print(*sorted(name for name in set(sys.modules) - before if not name.startswith("natten")))
+print(*sorted(name for name in sys.modules if name.startswith("natten")))
+"""
+    foreign, ours = (line.split() for line in fresh(code).splitlines())
+    assert not {"matplotlib", "rich", "torch._dynamo"} & set(foreign)
+    lazy = {f"natten.{x}" for x in ("draw", "simulator", "profiler", "cli", "backends.triton")}
+    assert not lazy & set(ours)
+
+
+@pytest.mark.parametrize("package", ["", ".utils", ".backends", ".compat", ".legacy", ".cli"])
+def test_what_is_no_submodule_is_an_attribute_error(package: str) -> None:
+    module: Any = sys.modules["natten"]
+    for part in package.split(".")[1:]:
+        module = getattr(module, part)
+    for name in ("darw", "__wrapped__", "a.b", "", "1"):
+        with pytest.raises(AttributeError, match=f"'natten{package}' has no attribute"):
+            getattr(module, name)
+        assert not hasattr(module, name)
