@@ -1,11 +1,14 @@
 """The command line: every command, on a CPU, with good and bad arguments."""
 
 import argparse
+import csv
 import importlib
+import io
 import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +144,12 @@ def test_files_that_can_not_be_written_are_told_before_anything_runs(capsys, tmp
         assert why in captured.err and str(path) in captured.err and captured.out == ""
 
 
+def test_an_interruption_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("natten.profiler.profile", lambda *_, **__: signal.raise_signal(2))
+    captured = called(capsys, "profile", *SMALL, code=130)
+    assert captured.err == "natten: interrupted\n" and captured.out == ""
+
+
 def test_failures_are_told_without_a_traceback(capsys, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError("no space left on device")
@@ -175,6 +184,25 @@ def test_profile_as_json(capsys, tmp_path):
     path = tmp_path / "report.json"
     assert table(called(capsys, "profile", *arguments, "--json", path).out)
     assert json.loads(path.read_text())["problem"] == problem
+
+
+def test_a_dash_is_standard_output(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["profile", *SMALL, "--no-dense", "--backprop", "--backend", "hopper-fna"]
+    captured = called(capsys, *arguments, "--csv", "-")
+    rows = list(csv.DictReader(io.StringIO(captured.out, newline="")))
+    assert [row["pass"] for row in rows] == ["forward", "forward+backward"]
+    assert "hopper-fna is a hint here" in captured.err  # what tables would say
+    captured = called(capsys, *arguments, "--csv", "-", "--json", "report.json")
+    assert len(captured.out.splitlines()) == 3 and json.loads(Path("report.json").read_text())
+    captured = called(capsys, *arguments, "--csv", "times.csv", "--json", "-")
+    assert json.loads(captured.out) and len(Path("times.csv").read_text().splitlines()) == 3
+    captured = called(capsys, *arguments, "--csv", "-", "--json", code=2)
+    assert "can not both be -" in captured.err and captured.out == ""
+    assert json.loads(called(capsys, "simulate", "-i", 8, "-w", 3, "--json", "-").out)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["report.json", "times.csv"]
+    called(capsys, *arguments, "--csv", "./-")  # a file of that name
+    assert Path("-").exists()
 
 
 def test_hints_of_upstream_are_accepted_and_explained(capsys):
@@ -239,7 +267,7 @@ def test_optimize(capsys, monkeypatch):
     rule = Neighborhood.create(2, 3)
     problem = Problem((8, 6), rule)
     monkeypatch.setattr("natten.profiler.natten_call", lambda *_, **__: None)
-    args = type("Arguments", (), {"json": None, "backprop": False, "max_configs": 3})()
+    args = type("Arguments", (), {"json": None, "csv": None, "backprop": False, "max_configs": 3})()
     args.optimize_warmup_steps = 1
     profile_command._optimize(args, problem, "triton", [("triton", "forward")])
     out = capsys.readouterr().out

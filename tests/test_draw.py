@@ -3,7 +3,9 @@
 import json
 import re
 import runpy
+import sys
 import xml.etree.ElementTree as ET
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -253,6 +255,45 @@ def test_command(line, output, starts, tmp_path, monkeypatch, capsys):
     assert main(["draw", *line.split()]) == 0
     assert output in capsys.readouterr().out
     assert (tmp_path / output).read_bytes().startswith(starts)
+
+
+@pytest.mark.parametrize(
+    "line, starts",
+    [
+        ("-i 6 6 -w 3", b"<svg"),
+        ("mask -i 12 -w 5", b"<svg"),
+        ("tiles -i 12 -w 5 --q-tile 4 --kv-tile 3", b"<svg"),
+        ("walk -i 6 -w 3", b"GIF8"),
+    ],
+)
+def test_a_dash_is_standard_output(line, starts, tmp_path, monkeypatch, capsysbinary):
+    if starts == b"GIF8":
+        pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert main(["draw", *line.split(), "-o", "-"]) == 0
+    out = capsysbinary.readouterr().out
+    assert out.startswith(starts) and b"wrote" not in out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "draw, refused, taken",
+    [
+        (draw_neighborhood, "a.png", "a.svg"),
+        (draw_mask, "a.png", "a.svg"),
+        (partial(draw_tiles, q_tile=2, kv_tile=3), "a.png", "a.svg"),
+        (draw_walk, "a.gif", "a.html"),
+    ],
+)
+def test_without_matplotlib_what_is_suggested_is_taken(draw, refused, taken, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.chdir(tmp_path)
+    message = f"`path` must end in {taken[1:]}, got '{refused}': matplotlib"
+    with pytest.raises(ArgumentError, match=re.escape(message)):
+        draw(9, 3, path=refused)
+    assert not list(tmp_path.iterdir())
+    draw(9, 3, path=taken)
+    assert Path(taken).exists()
 
 
 @pytest.mark.parametrize(

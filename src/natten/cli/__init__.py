@@ -31,7 +31,7 @@ _EXAMPLES = """examples:
   natten draw -i 11 11 -w 5 --query 1 9
   natten simulate --help
 
-exit codes: 0 done, 1 failed, 2 wrong arguments
+exit codes: 0 done, 1 failed, 2 wrong arguments, 130 interrupted
 """
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; None takes those of the process.
 
     Returns:
-        Exit code: 0 done, 1 failed, 2 wrong arguments.
+        Exit code: 0 done, 1 failed, 2 wrong arguments, 130 interrupted.
     """
     command_parser = argparse.ArgumentParser(
         prog="natten",
@@ -79,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ArgumentError as error:
         print(f"natten {chosen.command}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("natten: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # who reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

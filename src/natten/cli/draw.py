@@ -11,7 +11,10 @@ Pictures are SVG or, with matplotlib (pip install matplotlib), PNG.
 from __future__ import annotations
 
 import argparse
+import sys
+import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     picture.add_argument("--title", default="", help="a line above")
     picture.add_argument("--no-legend", action="store_true", help="leave the colors unexplained")
     picture.add_argument(
-        "-o", "--output", type=Path, metavar="FILE",
-        help="where to write: .svg or .png; walk: .gif or .html; default: natten-KIND.svg or .gif",
+        "-o", "--output", metavar="FILE",
+        help="where to write: .svg or .png; walk: .gif or .html; default: natten-KIND.svg or .gif; "
+        "- writes the default's format to standard output",
     )  # fmt: skip
 
 
@@ -90,18 +94,17 @@ def run(args: argparse.Namespace) -> int:
         title = title or _caption(args, rule)
     else:
         options["caption"] = _caption(args, rule)
-    path = args.output or Path(f"natten-{args.kind}.{'gif' if args.kind == 'walk' else 'svg'}")
-    KINDS[args.kind](
-        tuple(args.input_size),
-        rule.kernel_size,
-        rule.stride,
-        rule.dilation,
-        rule.is_causal,
-        title=title,
-        path=path,
-        **options,
-    )
-    print(f"wrote {path}")
+    window = (rule.kernel_size, rule.stride, rule.dilation, rule.is_causal)
+    draw_to = partial(KINDS[args.kind], tuple(args.input_size), *window, title=title, **options)
+    default = f"natten-{args.kind}.{'gif' if args.kind == 'walk' else 'svg'}"
+    if args.output == "-":
+        with tempfile.TemporaryDirectory() as folder:
+            draw_to(path=Path(folder, default))
+            sys.stdout.buffer.write(Path(folder, default).read_bytes())
+    else:
+        path = Path(args.output or default)
+        draw_to(path=path)
+        print(f"wrote {path}")
     return 0
 
 

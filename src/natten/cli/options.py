@@ -57,6 +57,14 @@ def output(text: str) -> str:
     return text
 
 
+def write(target: str, text: str) -> None:
+    """Write a text to what :func:`output` returned."""
+    if target == "-":
+        print(text)
+    else:
+        Path(target).write_text(text + "\n", encoding="utf-8")
+
+
 def add_window_arguments(parser: argparse.ArgumentParser, title: str) -> Any:
     """Layout and window, as the group of options that is returned."""
     layer = parser.add_argument_group(title, "one number for all axes, or one per axis")

@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from natten import backends
-from natten.cli.options import add_layer_arguments, by, not_negative, output, positive, window_of
+from natten.cli.options import (
+    add_layer_arguments,
+    by,
+    not_negative,
+    output,
+    positive,
+    window_of,
+    write,
+)
 from natten.cli.tables import duration, print_table, progress
 from natten.errors import ArgumentError
 
@@ -108,7 +116,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", nargs="?", const="-", type=output, metavar="FILE",
         help="write everything as JSON to a file, or instead of the tables",
     )  # fmt: skip
-    what.add_argument("--csv", type=output, metavar="FILE", help="append one line per time")
+    what.add_argument(
+        "--csv", type=output, metavar="FILE",
+        help="append one line per time to a file, or write them instead of the tables to -",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -129,7 +140,9 @@ def run(args: argparse.Namespace) -> int:
         backends.check_name(args.fmha_backend)
     if args.dry_run:
         return _dry_run(args, problem)
-    if args.csv is not None:
+    if args.json == args.csv == "-":
+        raise ArgumentError("`--json` and `--csv` can not both be -, standard output.")
+    if args.csv not in (None, "-"):
         check_csv(Path(args.csv))
     gradient = None
     if args.backend in profiler.DENSE:
@@ -170,15 +183,16 @@ def run(args: argparse.Namespace) -> int:
             step=step,
         )
     report.notes = notes + report.notes
-    if args.csv is not None:
-        report.append_csv(Path(args.csv))
     if args.json is not None:
-        text = json.dumps(report.as_dict(), indent=2)
-        if args.json == "-":
-            print(text)
-            return 0
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
-    print_report(report)
+        write(args.json, json.dumps(report.as_dict(), indent=2))
+    if args.csv == "-":
+        report.write_csv(sys.stdout)
+        for note in report.notes:
+            print(note, file=sys.stderr)
+    elif args.csv is not None:
+        report.append_csv(Path(args.csv))
+    if "-" not in (args.json, args.csv):
+        print_report(report)
     return 0
 
 
@@ -379,7 +393,7 @@ def _optimize(
         steps += min(count, args.max_configs or count)
     with progress(steps) as step:
         trials, paths = optimize(problem, found, measure, most=args.max_configs, step=step)
-    out = sys.stderr if args.json == "-" else sys.stdout
+    out = sys.stderr if "-" in (args.json, args.csv) else sys.stdout
     for _, kind in found:
         of_kind = [trial for trial in trials if trial.kind == kind]
         best = min(of_kind, key=lambda trial: trial.time_us)

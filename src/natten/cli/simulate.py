@@ -15,9 +15,8 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from natten.cli.options import add_layer_arguments, by, output, positive, window_of
+from natten.cli.options import add_layer_arguments, by, output, positive, window_of, write
 from natten.cli.tables import duration, print_table
 from natten.errors import ArgumentError
 from natten.simulator import (
@@ -110,11 +109,9 @@ def run(args: argparse.Namespace) -> int:
         title = f"The wish, then {len(rows)} of {len(front)} Pareto-best windows, fastest first:"
         rows = [wish, *rows]
     if args.json is not None:
-        text = json.dumps([row.as_dict() for row in rows], indent=2)
+        write(args.json, json.dumps([row.as_dict() for row in rows], indent=2))
         if args.json == "-":
-            print(text)
             return 0
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
     device = options["device"]
     print(
         f"{len(shape)}-D {by(shape)}, window {by(rule.kernel_size)}, batch {args.batch_size}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -113,15 +114,9 @@ class Picture:
 
     def figure(self) -> Any:
         """A matplotlib figure."""
-        try:
-            from matplotlib.collections import PatchCollection
-            from matplotlib.figure import Figure
-            from matplotlib.patches import FancyBboxPatch
-        except ImportError:
-            raise ArgumentError(
-                "`path` must end in .svg or .html, because matplotlib, which paints other formats, "
-                "is not installed; pip install matplotlib brings it."
-            ) from None
+        from matplotlib.collections import PatchCollection
+        from matplotlib.figure import Figure
+        from matplotlib.patches import FancyBboxPatch
 
         dpi = 72  # one unit is one point
         figure = Figure((self.width / dpi, self.height / dpi), dpi=SCALE * dpi)
@@ -155,7 +150,7 @@ class Picture:
             ArgumentError: another format, or PNG without matplotlib.
         """
         path = Path(path)
-        suffix = check_suffix(path, (".svg", ".png"))
+        suffix = check_suffix(path, written=".svg", painted=".png")
         path.parent.mkdir(parents=True, exist_ok=True)
         if suffix == ".svg":
             path.write_text(self.svg(), encoding="utf-8")
@@ -163,11 +158,20 @@ class Picture:
             self.figure().savefig(path)
 
 
-def check_suffix(path: Path, allowed: Sequence[str]) -> str:
-    """The end of a file's name, which must be one of ``allowed``."""
+def check_suffix(path: Path, *, written: str, painted: str) -> str:
+    """The end of a file's name: that of the format written here, or of matplotlib's.
+
+    Raises:
+        ArgumentError: it is neither, or there is no matplotlib.
+    """
     suffix = path.suffix.lower()
-    if suffix not in allowed:
-        raise ArgumentError(f"`path` must end in {' or '.join(allowed)}, got {str(path)!r}.")
+    if suffix not in (written, painted):
+        raise ArgumentError(f"`path` must end in {written} or {painted}, got {str(path)!r}.")
+    if suffix == painted and importlib.util.find_spec("matplotlib") is None:
+        raise ArgumentError(
+            f"`path` must end in {written}, got {str(path)!r}: matplotlib, which makes {painted}, "
+            "is not installed; pip install matplotlib brings it."
+        )
     return suffix
 
 

@@ -54,7 +54,7 @@ def draw_walk(
         True
     """
     path = Path(path)
-    suffix = check_suffix(path, (".gif", ".html"))
+    suffix = check_suffix(path, written=".html", painted=".gif")
     limit = MAX_FRAMES if suffix == ".gif" and queries is None else MAX_PAGE_TOKENS
     lengths, rule = layout(shape, kernel_size, stride, dilation, is_causal, limit)
     every = itertools.product(*(range(n) for n in lengths))

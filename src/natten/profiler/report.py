@@ -7,7 +7,7 @@ import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from natten.errors import ArgumentError
 from natten.profiler.machine import device_name, versions
@@ -136,10 +136,14 @@ class Report:
         """
         new = check_csv(path)
         with open(path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerows(self.records())
+            self.write_csv(file, header=new)
+
+    def write_csv(self, file: TextIO, header: bool = True) -> None:
+        """Write the times, and a line of column names first."""
+        writer = csv.DictWriter(file, fieldnames=COLUMNS)
+        if header:
+            writer.writeheader()
+        writer.writerows(self.records())
 
 
 COLUMNS = (
