@@ -10,6 +10,7 @@ import torch
 
 import natten
 from natten import tuning
+from natten.neighborhood import Neighborhood
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +100,6 @@ def test_many_writers_leave_one_whole_file(monkeypatch):
 
 def test_triton_uses_what_was_measured():
     tiles = pytest.importorskip("natten.backends.triton.tiles")
-    from natten.neighborhood import Neighborhood
 
     problem = (Neighborhood.create(2, 5), (30, 20), (30, 20), 64, 64, 2)
     for kind in tiles.KINDS:
@@ -113,10 +113,21 @@ def test_triton_uses_what_was_measured():
     assert tiles.choose("forward", *longer) == tiles.candidates("forward", *longer)[0]
 
 
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
+@pytest.mark.parametrize(
+    "known", [5, {}, [], [[1, 1, 4096], [1, 1, 4096], 4, 2], [[1, 8, 8]]], ids=str
+)
+def test_what_is_no_candidate_is_not_used(known, backend):
+    """Remembered by another version, or for more room than there is."""
+    tiles = pytest.importorskip(f"natten.backends.{backend}.tiles")
+    problem = ("forward", Neighborhood.create(2, 5), (30, 20), (30, 20), 64, 64, 2)
+    with tuning.trial(tiles.key(*problem), known):
+        assert tiles.choose(*problem) == tiles.candidates(*problem)[0]
+
+
 def test_kernels_follow_a_trial():
     tiles = pytest.importorskip("natten.backends.triton.tiles")
     from natten.backends.triton.plan import plan_for
-    from natten.neighborhood import Neighborhood
 
     rule, query = Neighborhood.create(1, 9), torch.empty(1, 300, 1, 64, dtype=torch.bfloat16)
     problem = ("forward", rule, (300,), (300,), 64, 64, 2)
@@ -135,7 +146,6 @@ def test_kernels_follow_a_trial():
 def test_triton_counts_the_pairs_it_computes():
     """Query tiles of 4 positions, boxes of 8 keys, in both dilation groups of an axis of 21."""
     tiles = pytest.importorskip("natten.backends.triton.tiles")
-    from natten.neighborhood import Neighborhood
 
     rule = Neighborhood.create(1, 3, dilation=2)
     shape = tiles.Tiles((1, 1, 4), (1, 1, 8), 4, 2)
@@ -212,7 +222,6 @@ def test_where_no_tiles_fit_the_call_says_so_and_lets_go_of_its_tensors(trials):
 def test_the_first_call_keeps_the_fastest_tiles(monkeypatch):
     plan = pytest.importorskip("natten.backends.triton.plan")
     from natten.backends.triton import tiles
-    from natten.neighborhood import Neighborhood
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     launched, rule = [], Neighborhood.create(1, 9)

@@ -17,7 +17,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ _trials: dict[str, Any] = {}
 _wanted = {"forward": 0, "backward": 0}
 _caches: list[Any] = []
 Function = TypeVar("Function", bound=Callable[..., Any])
+Tiles = TypeVar("Tiles")
 
 
 def directory() -> Path:
@@ -60,6 +61,15 @@ def lookup(key: str) -> Any | None:
     except (OSError, ValueError) as error:
         _log.debug("%s is ignored: %s", _path(key), error)
         return None
+
+
+def choose(key: str, candidates: Sequence[Tiles]) -> Tiles:
+    """The candidate that was remembered of ``key``, else the first one.
+
+    What was remembered need not be among them: another version or GPU may have written it.
+    """
+    known = _tuples(lookup(key))
+    return next((tiles for tiles in candidates if tiles == known), candidates[0])
 
 
 def remember(key: str, tiles: Any, forget: bool = True) -> Path:
@@ -181,6 +191,11 @@ class Kept(Bounded):
 def _forget_choices() -> None:
     for cache in _caches:
         cache.cache_clear()
+
+
+def _tuples(x: Any) -> Any:
+    """Undo what JSON makes of tuples."""
+    return tuple(map(_tuples, x)) if isinstance(x, list) else x
 
 
 def _plain(text: str) -> str:

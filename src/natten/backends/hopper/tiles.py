@@ -263,11 +263,8 @@ def choose(
     Args:
         kind: of kernel, one of ``KINDS``.
     """
-    tuned = tuning.lookup(key(kind, rule, shape, key_shape, dim, value_dim, itemsize))
-    if tuned is None:
-        return candidates(kind, rule, shape, key_shape, dim, value_dim, itemsize)[0]
-    tile, box, *options = tuned
-    return Tiles(tuple(tile), tuple(box), *options)
+    problem = (kind, rule, shape, key_shape, dim, value_dim, itemsize)
+    return tuning.choose(key(*problem), candidates(*problem))
 
 
 @lru_cache(maxsize=64)

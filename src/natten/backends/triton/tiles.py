@@ -189,11 +189,7 @@ def choose(
         if found is not None:
             return found
         _log.debug("the %s kernel has no tiles %s and %s", kind, asked_query, asked_key)
-    tuned = tuning.lookup(key(*problem))
-    if tuned is None or len(tuned) != len(Tiles._fields):  # none, or of another version
-        return candidates(*problem)[0]
-    query, keys, *options = tuned
-    return Tiles(tuple(query), tuple(keys), *options)
+    return tuning.choose(key(*problem), candidates(*problem))
 
 
 def _is_asked(tile: Shape, asked: Shape) -> bool:
