@@ -85,13 +85,13 @@ def test_numpy_has_numbers_of_the_same_bytes():
     one, half = numpy.int64(1), numpy.float64(0.5)
     for _ in range(2):
         na2d(q, k, v, one, scale=half)
-        for kernel_size, scale in (
-            (one.view(numpy.float64), half),
-            (one.tobytes(), half),
-            (one, half.view(numpy.int64)),
-        ):
+        for kernel_size in (one.view(numpy.float64), one.tobytes()):
             with pytest.raises(ArgumentError):
-                na2d(q, k, v, kernel_size, scale=scale)
+                na2d(q, k, v, kernel_size, scale=half)
+        whole = half.view(numpy.int64)
+        expected = na2d(q, k, v, 3, scale=int(whole), backend="reference")
+        na2d(q, k, v, 3, scale=half)
+        assert_close("whole", expected, na2d(q, k, v, 3, scale=whole), 1e-5)
 
 
 def test_tensors_of_one_shape_may_still_be_wrong():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natten._numbers import entries, integer, real
 from natten.errors import ArgumentError, UnsupportedError
 from natten.neighborhood import Neighborhood
 
@@ -126,11 +127,17 @@ def check_scale(scale: Any, head_dim: int, name: str = "scale") -> float:
     """The factor on the scores; None means ``head_dim ** -0.5``."""
     if scale is None:
         return float(head_dim) ** -0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError(
+            f"`{name}` is a number to the operators, so no gradient would reach it: multiply the "
+            "query by the tensor, and give 1.0 here."
+        )
+    number = real(scale)
+    if number is None:
         raise ArgumentError(f"`{name}` must be None or a number, got {type(scale)}: {scale!r}.")
-    if not -sys.float_info.max <= scale <= sys.float_info.max:  # NaN neither
+    if not -sys.float_info.max <= number <= sys.float_info.max:  # NaN neither
         raise ArgumentError(f"`{name}` must be None or a finite number, got {scale!r}.")
-    return float(scale)
+    return float(number)
 
 
 def check_tiles(rank: int, **shapes: Any) -> tuple[int, ...]:
@@ -139,10 +146,9 @@ def check_tiles(rank: int, **shapes: Any) -> tuple[int, ...]:
         return ()
     flat: list[int] = []
     for name, shape in shapes.items():
-        sizes = (0,) * rank if shape is None else shape
-        sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
-        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
-        if len(sizes) != rank or not whole or (shape is not None and min(sizes) < 1):
+        given = (0,) * rank if shape is None else entries(shape)
+        sizes = [integer(n) for n in ((shape,) if given is None else given)]
+        if len(sizes) != rank or None in sizes or (shape is not None and min(sizes) < 1):
             raise ArgumentError(
                 f"`{name}` must be None or {rank} positive integers, one per axis, got {shape!r}."
             )

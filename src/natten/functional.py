@@ -36,6 +36,7 @@ from natten._checks import (
     check_tensors,
     check_tiles,
 )
+from natten._numbers import entries, truth
 from natten._ranks import SHAPES, of_rank
 from natten.backends import check_name
 from natten.errors import ArgumentError
@@ -217,8 +218,9 @@ def _checked(
 
 
 def _is_bool(value: Any) -> bool:
-    entries = value if isinstance(value, (tuple, list)) else (value,)
-    return len(entries) > 0 and all(isinstance(entry, bool) for entry in entries)
+    given = entries(value)
+    given = (value,) if given is None else given
+    return len(given) > 0 and all(truth(entry) is not None for entry in given)
 
 
 _FUSED = """{rank}-D neighborhood attention, fused.
@@ -298,10 +300,11 @@ def attention(
         raise ArgumentError(
             f"`query` must be [batch, length, heads, head_dim], got {tuple(query.shape)}."
         )
-    if not isinstance(is_causal, bool):
+    causal = truth(is_causal)
+    if causal is None:
         raise ArgumentError(f"`is_causal` must be a bool, got {type(is_causal)}.")
     check_qkv(query, key, value, same_space=False)
-    rule, factor, name = Dense(is_causal), check_scale(scale, query.shape[-1]), check_name(backend)
+    rule, factor, name = Dense(causal), check_scale(scale, query.shape[-1]), check_name(backend)
     tiles = check_tiles(
         1,
         q_tile_size=q_tile_size,

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from natten._checks import check_scale
+from natten._numbers import entries, integer
 from natten.errors import ArgumentError
 from natten.functional import (
     Causal,
@@ -88,16 +89,14 @@ class NeighborhoodAttentionGeneric(nn.Module):
             raise ArgumentError(
                 f"give one of `embed_dim` and `dim` (its older name), got {embed_dim} and {dim}."
             )
-        channels = embed_dim if embed_dim is not None else dim
         if num_heads is None or kernel_size is None:
             raise ArgumentError(
                 "`num_heads` and `kernel_size` are required, "
                 f"got num_heads={num_heads}, kernel_size={kernel_size}."
             )
-        for name, number in (("embed_dim", channels), ("num_heads", num_heads)):
-            if isinstance(number, (bool, Tensor)) or not hasattr(number, "__index__"):
-                raise ArgumentError(f"`{name}` must be an integer, got {type(number)}: {number!r}.")
-        if channels is None or num_heads < 1 or channels < 1 or channels % num_heads != 0:
+        channels = _count("embed_dim", embed_dim if embed_dim is not None else dim)
+        num_heads = _count("num_heads", num_heads)
+        if num_heads < 1 or channels < 1 or channels % num_heads != 0:
             raise ArgumentError(
                 f"`embed_dim` must be a positive multiple of `num_heads`, got {channels} and "
                 f"{num_heads}."
@@ -207,15 +206,22 @@ class NeighborhoodAttentionGeneric(nn.Module):
         )
 
 
+def _count(name: str, given: Any) -> int:
+    number = integer(given)
+    if number is None:
+        raise ArgumentError(f"`{name}` must be an integer, got {type(given)}: {given!r}.")
+    return number
+
+
 def _with_depth(name: str, na_dim: int, depth: int | None, rest: Dimension) -> Dimension:
     """0.15's 3-D modules gave the first axis its own argument."""
     if depth is None:
         return rest
-    if na_dim != 3 or not isinstance(rest, int):
+    if na_dim != 3 or entries(rest) is not None:
         raise ArgumentError(
             f"`{name}` is for 3-D modules whose other argument is one integer, got {rest!r}."
         )
-    return (depth, rest, rest)
+    return (depth, rest, rest)  # type: ignore[return-value]
 
 
 class NeighborhoodAttention1D(NeighborhoodAttentionGeneric):

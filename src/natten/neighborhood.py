@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natten._numbers import entries, integer, truth
 from natten.errors import ArgumentError
 
 # One value for all axes, or one per axis.
@@ -39,28 +40,21 @@ def _per_axis(
     """``value`` as a tuple of ``rank`` entries of ``kind``; one entry stands for all axes."""
     if value is None and default is not None:
         value = default
-    entries = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value,) * rank
-    if len(entries) != rank:
+    given = entries(value)
+    given = (value,) * rank if given is None else given
+    if len(given) != rank:
         raise ArgumentError(
             f"Invalid value for `{name}`; expected {what} or {rank} of them (one per axis), "
-            f"got {len(entries)}: {value!r}."
+            f"got {len(given)}: {value!r}."
         )
-    if kind is int:  # NumPy's integers are integers
-        entries = tuple(
-            int(e)
-            if type(e).__module__ == "numpy" and hasattr(e, "__index__") and not e.shape
-            else e
-            for e in entries
-        )
-    for entry in entries:
-        is_bool = isinstance(entry, bool)
-        fits = is_bool if kind is bool else isinstance(entry, (int, torch.SymInt)) and not is_bool
-        if not fits:
+    converted = tuple([truth(e) if kind is bool else integer(e) for e in given])
+    for entry, known in zip(given, converted):
+        if known is None:
             raise ArgumentError(
                 f"Invalid value for `{name}`; expected {what} or a tuple of {rank} of them, "
                 f"got {type(entry)}: {value!r}."
             )
-    return entries
+    return converted
 
 
 @dataclass(frozen=True)
@@ -96,10 +90,10 @@ class Neighborhood:
         given: tuple[Any, ...] = (kernel_size, stride, dilation, is_causal)
         if torch.compiler.is_compiling():
             return _created.__wrapped__(rank, *given)
-        try:
-            return _created(rank, *given, *map(_kinds, given))
-        except TypeError:  # lists are not hashable
+        kinds = tuple(map(_kinds, given))
+        if None in kinds:
             return _created.__wrapped__(rank, *given)
+        return _created(rank, *given, *kinds)
 
     @property
     def rank(self) -> int:
@@ -198,9 +192,18 @@ def window_bounds(
     return start, start + k
 
 
+_UNCHANGING = frozenset((int, bool, type(None)))
+
+
 def _kinds(value: Any) -> Any:
-    """Types, because True and 1 are equal but not both a window."""
-    return tuple(map(type, value)) if isinstance(value, tuple) else type(value)
+    """Types, because True and 1 are equal but not both a window; None if it may change later.
+
+    Lists, arrays and tensors may, and a configuration's list has a hash all the same.
+    """
+    if isinstance(value, tuple):
+        kinds = tuple(map(type, value))
+        return kinds if _UNCHANGING.issuperset(kinds) else None
+    return type(value) if type(value) in _UNCHANGING else None
 
 
 @lru_cache(maxsize=1024)
@@ -307,16 +310,17 @@ def fit_window(
         >>> fit_window((4, 16), 7, dilation=2)
         ((2, 7), (1, 1), (2, 2))
     """
-    if not isinstance(shape, (tuple, list)):  # torch.Size is a tuple
+    lengths = entries(shape)
+    if lengths is None:
         raise ArgumentError(f"`shape` must be a tuple of integers, got {type(shape)}: {shape!r}.")
     if torch.jit.is_tracing():  # where sizes are tensors
-        shape = tuple(int(n) for n in shape)
-    shape = _per_axis("shape", shape, len(shape), int, "an integer")
-    wanted = Neighborhood.create(len(shape), kernel_size, stride, dilation)
-    if any(length < 1 for length in shape):
-        raise ArgumentError(f"`shape` must have at least 1 token per axis, got {tuple(shape)}.")
+        lengths = tuple(int(n) for n in lengths)
+    lengths = _per_axis("shape", lengths, len(lengths), int, "an integer")
+    wanted = Neighborhood.create(len(lengths), kernel_size, stride, dilation)
+    if any(length < 1 for length in lengths):
+        raise ArgumentError(f"`shape` must have at least 1 token per axis, got {lengths}.")
     fitted = []
-    for length, k, s, d in zip(shape, wanted.kernel_size, wanted.stride, wanted.dilation):
+    for length, k, s, d in zip(lengths, wanted.kernel_size, wanted.stride, wanted.dilation):
         d = min(d, length)
         k = min(k, length // d)
         fitted.append((k, min(s, k), d))

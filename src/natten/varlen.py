@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from natten._numbers import entries, integer
 from natten.errors import ArgumentError
 from natten.neighborhood import Neighborhood, fit_window
 
@@ -88,13 +89,14 @@ class VarlenLayout:
                 f"ones, got {shapes!r}."
             )
         for shape in shapes:
-            entries = tuple(shape) if isinstance(shape, (tuple, list, torch.Size)) else (shape,)
-            if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in entries):
+            given = entries(shape)
+            lengths = tuple(integer(n) for n in ((shape,) if given is None else given))
+            if any(n is None or n < 0 for n in lengths):
                 raise ArgumentError(
                     "`shapes` must be token layouts of integers from 0 on, one per document, "
                     f"got {shape!r}."
                 )
-            layouts.append(entries)
+            layouts.append(lengths)
         ranks = {len(shape) for shape in layouts}
         if len(ranks) != 1 or not ranks <= {1, 2, 3}:
             raise ArgumentError(

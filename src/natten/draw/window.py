@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from natten._numbers import entries, integer
 from natten.draw.canvas import (
     ATTENDED,
     INK,
@@ -147,10 +148,11 @@ def position(query: Sizes | None, lengths: tuple[int, ...]) -> tuple[int, ...]:
 
 def integers(name: str, value: Sizes) -> tuple[int, ...]:
     """``value`` as one to three integers."""
-    entries = tuple(value) if isinstance(value, Sequence) else (value,)
-    if not 1 <= len(entries) <= 3 or any(type(e) is not int for e in entries):
+    given = entries(value)
+    numbers = tuple(integer(e) for e in ((value,) if given is None else given))
+    if not 1 <= len(numbers) <= 3 or None in numbers:
         raise ArgumentError(f"`{name}` must be one to three integers, got {value!r}.")
-    return entries
+    return numbers
 
 
 def axis_masks(rule: Neighborhood, lengths: tuple[int, ...]) -> list[Tensor]:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from natten import tiling
+from natten._numbers import entries, integer, real
 from natten.backends import BACKENDS
 from natten.errors import ArgumentError
 from natten.neighborhood import Neighborhood, group_length, window_bounds
@@ -70,9 +71,12 @@ class Device:
             if not 0 < rate < math.inf:
                 raise ArgumentError(f"`{name}` must be a number above 0, got {rate!r}.")
         for name in ("q_tile", "kv_tile"):
-            size = getattr(self, name)
-            if type(size) is not int or size < 1 or size & (size - 1):
-                raise ArgumentError(f"`{name}` must be a power of two, got {size!r}.")
+            size = integer(getattr(self, name))
+            if size is None or size < 1 or size & (size - 1):
+                raise ArgumentError(
+                    f"`{name}` must be a power of two, got {getattr(self, name)!r}."
+                )
+            object.__setattr__(self, name, size)
         if self.masking < 0:
             raise ArgumentError(f"`masking` must be at least 0, got {self.masking!r}.")
         if self.backend not in ("", Hopper.name):
@@ -203,11 +207,12 @@ class Layer:
         rank = len(lengths)
         rule = Neighborhood.create(rank, kernel_size, stride, dilation, is_causal)
         rule.check(lengths)
-        for name, number in (
-            ("batch", batch), ("heads", heads), ("head_dim", head_dim), ("itemsize", itemsize)
-        ):  # fmt: skip
-            if type(number) is not int or number < 1:
-                raise ArgumentError(f"`{name}` must be an integer of at least 1, got {number!r}.")
+        counts = {"batch": batch, "heads": heads, "head_dim": head_dim, "itemsize": itemsize}
+        for name, given in counts.items():
+            number = integer(given)
+            if number is None or number < 1:
+                raise ArgumentError(f"`{name}` must be an integer of at least 1, got {given!r}.")
+            counts[name] = number
         tiles = (
             None if tile is None else _integers(name, tile, rank)
             for name, tile in (("q_tile", q_tile), ("kv_tile", kv_tile))
@@ -219,10 +224,7 @@ class Layer:
             dilation=rule.dilation,
             is_causal=rule.is_causal,
             device=device,
-            batch=batch,
-            heads=heads,
-            head_dim=head_dim,
-            itemsize=itemsize,
+            **counts,
             q_tile=next(tiles),
             kv_tile=next(tiles),
             aligned=aligned,
@@ -270,12 +272,13 @@ class Layer:
 
 def _integers(name: str, value: Any, count: int | None = None) -> Shape:
     """``value`` as integers of at least 1: ``count`` of them, or one to three."""
-    entries = tuple(value) if isinstance(value, Sequence) else (value,)
-    known = all(type(entry) is int and entry >= 1 for entry in entries)
-    if not known or len(entries) not in ((1, 2, 3) if count is None else (count,)):
+    given = entries(value)
+    numbers = tuple(integer(e) for e in ((value,) if given is None else given))
+    known = all(number is not None and number >= 1 for number in numbers)
+    if not known or len(numbers) not in ((1, 2, 3) if count is None else (count,)):
         wanted = "one to three" if count is None else f"{count}, one per axis,"
         raise ArgumentError(f"`{name}` must be {wanted} integers of at least 1, got {value!r}.")
-    return entries
+    return numbers
 
 
 def simulate(
@@ -374,7 +377,8 @@ def recommend(
         >>> front[0].kept < front[-1].kept and front[0].time_us < front[-1].time_us
         True
     """
-    if not isinstance(near, (int, float)) or not 0 <= near < 1:
+    fraction = real(near)
+    if fraction is None or not 0 <= fraction < 1:
         raise ArgumentError(f"`near` must be a number of at least 0 and below 1, got {near!r}.")
     layer = Layer.create(shape, kernel_size, stride, dilation, is_causal, **options)
     options_per_axis = []
@@ -382,7 +386,7 @@ def recommend(
         wish = layer.stride[axis]
         sizes = {wish, *(1 << i for i in range(k.bit_length()))}
         sizes |= {tile[axis] for tile in (layer.q_tile, layer.kv_tile) if tile is not None}
-        low, high = math.ceil(k * (1 - near)), min(int(k * (1 + near)), length // d)
+        low, high = math.ceil(k * (1 - fraction)), min(int(k * (1 + fraction)), length // d)
         options_per_axis.append(
             [
                 [(window, min(s, window, max(wish, window // 2))) for s in sorted(sizes)]
