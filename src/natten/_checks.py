@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from natten._numbers import entries, integer, real
+from natten._ranks import SHAPES
+from natten._warnings import warn_once
 from natten.errors import ArgumentError, UnsupportedError
 from natten.neighborhood import Neighborhood
 
@@ -76,6 +78,27 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, same_space: bool = True
         raise ArgumentError(
             f"the heads of `query` must be a multiple of the heads of `key`, "
             f"got {heads} and {kv_heads}."
+        )
+
+
+def warn_of_heads_first(query: Tensor) -> None:
+    """Warn once if the heads of a fused operator's query seem to come before its tokens.
+
+    ``[batch, heads, *space, head_dim]`` is read as a layout whose first axis are the heads, and the
+    tokens of the last axis are taken for heads. They are more heads than there ever are, or as many
+    as the axis before has tokens, because images are square. In 3-D layouts that may be by chance.
+    """
+    sizes = query.shape[1:-1]
+    if torch.compiler.is_compiling() or any(type(n) is not int for n in sizes):
+        return  # a question about sizes that are not known yet would fix them
+    first, *others, heads = sizes
+    is_square = others[-1:] == [heads] and heads > (8, 32)[len(others) - 1]
+    if first < heads and (is_square or heads > 64):
+        warn_once(
+            f"`query` of shape {tuple(query.shape)} is read as "
+            f"[batch, {SHAPES[len(others) + 1]['space']}, heads, head_dim] with {heads} heads. If "
+            "heads come first, q.movedim(1, -2) is the order of fused operators; na*d_qk and "
+            "na*d_av take heads first."
         )
 
 

@@ -15,7 +15,6 @@ import functools
 import inspect
 import marshal
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -35,9 +34,11 @@ from natten._checks import (
     check_scale,
     check_tensors,
     check_tiles,
+    warn_of_heads_first,
 )
 from natten._numbers import entries, truth
 from natten._ranks import SHAPES, of_rank
+from natten._warnings import warn
 from natten.backends import check_name
 from natten.errors import ArgumentError
 from natten.neighborhood import Causal, Dense, Dimension, Neighborhood, fit_window
@@ -203,6 +204,7 @@ def _checked(
     rule = Neighborhood.create(rank, kernel_size, stride, dilation, is_causal)
     check_qkv(query, key, value)
     rule.check(query.shape[1:-2])
+    warn_of_heads_first(query)
     check_additional(query, key, value, additional_keys, additional_values)
     check_rpb(rpb, query, rule, heads=query.shape[-2])
     check_hints(attention_kwargs)
@@ -421,10 +423,9 @@ def merge_attentions(
                 f"{lse.device} and {out.device}."
             )
         if out.requires_grad and not lse.requires_grad and torch.is_grad_enabled():
-            warnings.warn(
+            warn(
                 "merge_attentions got an output that requires a gradient with an LSE that does "
-                "not: if the LSE depends on trained tensors, their gradient is incomplete",
-                stacklevel=2,
+                "not: if the LSE depends on trained tensors, their gradient is incomplete"
             )
     dtype = functools.reduce(
         torch.promote_types, [x.dtype for x in (*outputs, *lse_tensors)], torch.float32

@@ -349,13 +349,13 @@ class Call:
         """The functions that run "attention" or its "gradient", and their options."""
         if operation not in self._chosen:
             query, _, value, rpb, *_ = inputs
-            chosen = backends.choose(
-                self.choice.backend,
-                backends.Problem(
-                    operation, query.device, query.dtype, query.shape[-1], value.shape[-1],
-                    query.shape, self.rule, self.scale, rpb is not None,
-                ),
+            problem = backends.Problem(
+                operation, query.device, query.dtype, query.shape[-1], value.shape[-1],
+                query.shape, self.rule, self.scale, rpb is not None,
             )  # fmt: skip
+            chosen = backends.choose(self.choice.backend, problem)
+            if self.choice.backend not in ("", chosen.name):
+                backends.warn_of_another(self.choice.backend, chosen, problem)
             tiles = self.choice.tiles
             options = {"tiles": tiles} if tiles and chosen.tiles else {}
             self._chosen[operation] = chosen.module, options

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from natten import _submodules, tuning
+from natten._warnings import warn_once
 from natten.errors import ArgumentError
 from natten.neighborhood import Dense, Neighborhood
 
@@ -248,6 +249,14 @@ def choose(name: str, problem: Problem) -> Backend:
             f"`query` has dtype {problem.dtype}; natten computes in floating point only."
         )
     return backend
+
+
+def warn_of_another(name: str, chosen: Backend, problem: Problem) -> None:
+    """Warn once that not the backend that was asked for runs, but another, and why."""
+    for asked in BACKENDS:
+        if asked.name == name:
+            reason = asked.unsupported(problem)
+            warn_once(f"backend {name!r} {reason}; {chosen.name!r} runs instead.")
 
 
 def explain(
