@@ -39,8 +39,8 @@ def integer(value: Any) -> Any:
 
 def truth(value: Any) -> bool | None:
     """A bool."""
-    if isinstance(value, bool):
-        return value
+    if isinstance(value, (int, torch.SymInt)):
+        return value if isinstance(value, bool) else None
     return bool(value) if _is_truth(value) else None
 
 

@@ -8,6 +8,7 @@ from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
+from natten._keywords import check_call, signature_of
 from natten.errors import ArgumentError
 
 Parameters = ParamSpec("Parameters")
@@ -18,7 +19,7 @@ def of_rank(
     rank: int, name: str, generic: Callable[Parameters, Result], doc: str, nested: bool = False
 ) -> Callable[Parameters, Result]:
     """``generic`` for one rank, with its signature; ``nested``: it takes nested tensors, too."""
-    signature = inspect.signature(generic)
+    signature = signature_of(generic)
     first = next(iter(signature.parameters))
 
     def function(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -30,7 +31,11 @@ def of_rank(
                     f"Expected {rank + 3}-D tensors: `{first}` of {name} has {rank} axes of "
                     f"tokens, got {f'{got}-D items' if x.is_nested else tuple(x.shape)}."
                 )
-        return generic(*args, **kwargs)
+        try:
+            return generic(*args, **kwargs)
+        except TypeError:
+            check_call(name, signature, args, kwargs)
+            raise
 
     function.__name__ = function.__qualname__ = name
     function.__module__ = generic.__module__

@@ -17,7 +17,7 @@ import marshal
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from natten._checks import (
     check_tiles,
     warn_of_heads_first,
 )
+from natten._keywords import check_call, signature_of, unknown_keyword
 from natten._numbers import entries, truth
 from natten._ranks import SHAPES, of_rank
 from natten._warnings import warn
@@ -103,6 +104,7 @@ def neighborhood_attention_generic(
     return_lse: bool = False,
     *,
     rpb: Tensor | None = None,
+    **unknown: NoReturn,
 ) -> Any:
     """Neighborhood attention over 1-D, 2-D or 3-D token layouts, the rank taken from ``query``.
 
@@ -138,6 +140,8 @@ def neighborhood_attention_generic(
         >>> neighborhood_attention_generic(q, k, v, kernel_size=(3, 5), dilation=(2, 1)).shape
         torch.Size([1, 8, 8, 2, 16])
     """
+    if unknown:
+        check_call("neighborhood_attention_generic", _GENERIC, (), unknown)
     query, key, value, additional_keys, additional_values = autocast_tensors(
         query, key, value, additional_keys, additional_values
     )
@@ -149,7 +153,7 @@ def neighborhood_attention_generic(
     kind = _kind(tensors, arguments)
     call = None if kind is None else _calls.get(kind)
     if call is None:
-        checked = _checked(*tensors, *arguments)
+        checked = check_arguments(tensors, *arguments)
         if kind is not None and _is_builtin(arguments):
             _calls.keep(kind, operators.Call(*checked))
         out, lse = operators.attention(*tensors, *checked)
@@ -157,6 +161,9 @@ def neighborhood_attention_generic(
         out, lse = call(tensors)
     return (out, lse) if return_lse else out
 
+
+_GENERIC = signature_of(neighborhood_attention_generic)
+neighborhood_attention_generic.__signature__ = _GENERIC  # type: ignore[attr-defined]
 
 # Calls of one kind come again, and checks of them would take longer than a small kernel.
 _calls = tuning.Kept()
@@ -182,13 +189,18 @@ def _is_builtin(x: Any) -> bool:
     return x is None or type(x) in (bool, int, float, str)
 
 
-def _checked(
-    query: Tensor, key: Tensor, value: Tensor, rpb: Any, additional_keys: Any,
-    additional_values: Any, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any,
-    scale: Any, attention_kwargs: Any, backend: Any, q_tile_shape: Any, kv_tile_shape: Any,
-    backward_q_tile_shape: Any, backward_kv_tile_shape: Any,
+def check_arguments(
+    tensors: Sequence[Any], kernel_size: Any, stride: Any = 1, dilation: Any = 1,
+    is_causal: Any = False, scale: Any = None, attention_kwargs: Any = None, backend: Any = None,
+    q_tile_shape: Any = None, kv_tile_shape: Any = None, backward_q_tile_shape: Any = None,
+    backward_kv_tile_shape: Any = None, **_: Any,
 ) -> tuple[Neighborhood, float, operators.Choice]:  # fmt: skip
-    """Rule, scale and choice of a call of fused attention whose arguments are allowed."""
+    """Rule, scale and choice of a call of fused attention whose arguments are allowed.
+
+    Args:
+        tensors: query, key, value, rpb, additional keys and values.
+    """
+    query, key, value, rpb, additional_keys, additional_values = tensors
     check_tensors(query=query, key=key, value=value)
     rank = query.dim() - 3
     if rank not in (1, 2, 3):
@@ -267,6 +279,7 @@ def attention(
     kernel_schedule: Any = None,
     torch_compile: bool = False,
     return_lse: bool = False,
+    **unknown: NoReturn,
 ) -> Any:
     """Plain attention, heads-last; over packed sequences when their lengths are given.
 
@@ -296,6 +309,8 @@ def attention(
         >>> attention(q, k, v, seqlens_Q=lengths, seqlens_KV=lengths).shape
         torch.Size([1, 7, 2, 16])
     """
+    if unknown:
+        check_call("attention", _ATTENTION, (), unknown)
     check_tensors(query=query, key=key, value=value)
     query, key, value = autocast_tensors(query, key, value)
     if query.dim() != 4:
@@ -367,11 +382,16 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+_ATTENTION = signature_of(attention)
+attention.__signature__ = _ATTENTION  # type: ignore[attr-defined]
+
+
 def merge_attentions(
     outputs: Sequence[Tensor],
     lse_tensors: Sequence[Tensor],
     torch_compile: bool = True,
     use_autograd_fix: bool = True,
+    **unknown: NoReturn,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the union of disjoint sets of keys, from attention over each set.
 
@@ -404,6 +424,8 @@ def merge_attentions(
         >>> torch.allclose(out, attention(q, k, v), atol=1e-6)
         True
     """
+    if unknown:
+        check_call("merge_attentions", _MERGE, (), unknown)
     for name, given in (("outputs", outputs), ("lse_tensors", lse_tensors)):
         if not isinstance(given, (list, tuple)):
             raise ArgumentError(f"`{name}` must be a list or tuple of tensors, got {type(given)}.")
@@ -439,8 +461,11 @@ def merge_attentions(
     return merged.to(outputs[0].dtype), lse
 
 
+_MERGE = signature_of(merge_attentions)
+merge_attentions.__signature__ = _MERGE  # type: ignore[attr-defined]
+
 # Arguments of ``na*d`` that never change the result.
-_HINTS = {
+KERNEL_HINTS = (
     "attention_kwargs",
     "q_tile_shape",
     "kv_tile_shape",
@@ -451,7 +476,7 @@ _HINTS = {
     "run_persistent_kernel",
     "kernel_schedule",
     "torch_compile",
-}
+)
 
 
 def _varlen(
@@ -473,9 +498,9 @@ def _varlen(
     if not isinstance(layout, VarlenLayout):
         raise ArgumentError(f"`layout` must be a natten.VarlenLayout, got {type(layout)}.")
     rule = Neighborhood.create(layout.rank, kernel_size, stride, dilation, is_causal)
-    unknown = sorted(hints.keys() - _HINTS)
-    if unknown:
-        raise ArgumentError(f"`{unknown[0]}` is no argument of na{layout.rank}d_varlen.")
+    for name in hints:
+        if name not in KERNEL_HINTS:
+            raise unknown_keyword(f"na{layout.rank}d_varlen", name, _VARLEN_KEYWORDS)
     check_hints(hints.get("attention_kwargs"))
     check_tiles(layout.rank, **{name: x for name, x in hints.items() if name.endswith("_shape")})
     for tensor_name, x in (("query", query), ("key", key), ("value", value)):
@@ -522,6 +547,9 @@ def _varlen(
             runs, query, key, value, documents, rule, factor, one_by_one
         )
     return (out[0], lse[0]) if return_lse else out[0]
+
+
+_VARLEN_KEYWORDS = (*list(inspect.signature(_varlen).parameters)[:-1], *KERNEL_HINTS)
 
 
 def _check_packed(name: str, packed: Tensor, layout: VarlenLayout) -> None:
@@ -572,12 +600,16 @@ def _varlen_of_rank(rank: int) -> Callable[..., Any]:
     ) -> Any:
         if isinstance(layout, VarlenLayout) and layout.rank != rank:
             raise ArgumentError(f"`layout` must have rank {rank}, got {layout}.")
-        return _varlen(query, key, value, layout, *args, **kwargs)
+        try:
+            return _varlen(query, key, value, layout, *args, **kwargs)
+        except TypeError:
+            check_call(name, signature, (query, key, value, layout, *args), kwargs)
+            raise
 
-    name = f"na{rank}d_varlen"
+    name, signature = f"na{rank}d_varlen", inspect.signature(_varlen)
     function.__name__ = function.__qualname__ = name
     function.__doc__ = inspect.cleandoc(_VARLEN.format(rank=rank, name=name, **SHAPES[rank]))
-    function.__signature__ = inspect.signature(_varlen)  # type: ignore[attr-defined]
+    function.__signature__ = signature  # type: ignore[attr-defined]
     return function
 
 

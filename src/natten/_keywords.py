@@ -1,0 +1,81 @@
+"""Keywords that a function does not have: which one was meant, or what to use instead."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from natten.errors import ArgumentError
+
+# Names of other libraries' attention, and what there is here.
+ELSEWHERE = {
+    "attn_mask": "there are no free masks; who attends whom follows from `kernel_size`, `stride`, "
+    "`dilation` and `is_causal`, or from the lengths of packed sequences, and `rpb` is a bias by "
+    "relative position",
+    "batch_first": "the batch always comes first",
+    "causal": "use `is_causal`",
+    "cu_seqlens_k": "use `cumulative_seqlen_KV`",
+    "cu_seqlens_q": "use `cumulative_seqlen_Q`",
+    "dropout": "a layer has `attn_drop` and `proj_drop`; without one, drop out the weights between "
+    "na*d_qk and na*d_av",
+    "dropout_p": "drop out the weights between na*d_qk and na*d_av; a layer has `attn_drop`",
+    "enable_gqa": "leave it out; `key` and `value` of fused operators may have fewer heads than "
+    "`query`",
+    "need_weights": "na*d_qk and softmax give the weights",
+    "scale": "multiply the query by it before",
+    "softmax_scale": "use `scale`",
+    "window_size": "use `kernel_size`, the number of tokens in a window",
+}
+
+
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature without ``**unknown``, which only collects keywords to be refused."""
+    signature = inspect.signature(function)
+    known = [each for name, each in signature.parameters.items() if name != "unknown"]
+    return signature.replace(parameters=known)
+
+
+def unknown_keyword(
+    function: str,
+    name: str,
+    allowed: Iterable[str],
+    elsewhere: Mapping[str, str] = ELSEWHERE,
+) -> ArgumentError:
+    """The error of a call with a keyword that ``function`` does not have.
+
+    Args:
+        function: what was called, for people.
+        name: the keyword.
+        allowed: the keywords that it has.
+        elsewhere: what to say of keywords that are not misspelt.
+    """
+    allowed = list(allowed)
+    near = difflib.get_close_matches(name.lower(), [each.lower() for each in allowed], 1)
+    if name in elsewhere:
+        advice = f"{elsewhere[name]}."
+    elif near:
+        meant = next(each for each in allowed if each.lower() == near[0])
+        advice = f"did you mean `{meant}`?"
+    else:
+        advice = f"its arguments are {', '.join(allowed)}."
+    return ArgumentError(f"`{name}` is no argument of {function}: {advice}")
+
+
+def check_call(
+    function: str, signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> inspect.BoundArguments:
+    """The arguments of a call by name.
+
+    Raises:
+        ArgumentError: the signature does not take them.
+    """
+    open_ended = any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values())
+    for name in kwargs:
+        if name not in signature.parameters and not open_ended:
+            raise unknown_keyword(function, name, signature.parameters) from None
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentError(f"{function}: {error}.") from None
