@@ -1,5 +1,8 @@
 """Bad input: one exception class, and a message that names what is wrong."""
 
+import inspect
+import re
+
 import pytest
 import torch
 
@@ -267,3 +270,97 @@ def test_nested_inputs_must_fit_each_other():
 def test_sparse_tensors_are_refused():
     with pytest.raises(NotImplementedError, match="`query` must be dense"):
         natten.na2d(X.to_sparse(), X, X, 3)
+
+
+# --- misspelt and foreign keywords ---
+
+PACKED = X[0, :, 0]
+LAYER = NeighborhoodAttention2D(8, 2, 3, attn_drop=0.5)
+RANKS = {
+    1: (natten.na1d, natten.na1d_qk, natten.na1d_av, natten.na1d_varlen),
+    2: (natten.na2d, natten.na2d_qk, natten.na2d_av, natten.na2d_varlen),
+    3: (natten.na3d, natten.na3d_qk, natten.na3d_av, natten.na3d_varlen),
+}
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ("kernel_sise", r"did you mean `kernel_size`\?"),
+        ("is_casual", r"did you mean `is_causal`\?"),
+        ("Dilation", r"did you mean `dilation`\?"),
+        ("attn_mask", "there are no free masks; .*`kernel_size`.*`rpb`"),
+        ("dropout_p", "drop out the weights between na*d_qk and na*d_av".replace("*", r"\*")),
+        ("enable_gqa", "leave it out; `key` and `value`.*fewer heads"),
+        ("window_size", "use `kernel_size`"),
+        ("xyz", r"its arguments are .*kernel_size.*dilation"),
+    ],
+)
+def test_keywords_of_operators(rank, given, advice):
+    """The function that was called, and the nearest right one or what to use here."""
+    fused = torch.randn(1, *(6,) * rank, 2, 4)
+    first = fused.movedim(-2, 1)
+    packed = fused[0].flatten(0, -3)
+    layout = VarlenLayout([(6,) * rank])
+    na, qk, av, varlen = RANKS[rank]
+    attn = qk(first, first, 3)
+    for function, args in (
+        (na, (fused, fused, fused)),
+        (qk, (first, first)),
+        (av, (attn, first)),
+        (varlen, (packed, packed, packed, layout)),
+    ):
+        with pytest.raises(ArgumentError, match=f"`{given}` is no argument of na{rank}d") as caught:
+            function(*args, kernel_size=3, **{given: None})
+        assert re.search(f"{function.__name__}: {advice}", str(caught.value))
+
+
+GENERIC = natten.neighborhood_attention_generic
+KEYWORDS = {
+    "generic": (lambda: GENERIC(X, X, X, 3, strides=1), "neighborhood_attention_generic.*`stride`"),
+    "attention": (
+        lambda: natten.attention(X[0], X[0], X[0], attn_mask=None),
+        "`attn_mask` is no argument of attention: there are no free masks",
+    ),
+    "attention lengths": (
+        lambda: natten.attention(X[0], X[0], X[0], cu_seqlens_q=LENGTHS),
+        "attention: use `cumulative_seqlen_Q`",
+    ),
+    "attention window": (
+        lambda: natten.attention(X[0], X[0], X[0], max_seqlen_q=1),
+        "attention: did you mean `max_seqlen_Q`",
+    ),
+    "merging": (
+        lambda: natten.merge_attentions([X], [X[..., 0]], lse_tensor=1),
+        "merge_attentions: did you mean `lse_tensors`",
+    ),
+    "unfused scale": (lambda: natten.na2d_qk(Q, Q, 3, scale=1.0), "na2d_qk: multiply the query"),
+    "layer": (lambda: NeighborhoodAttention2D(8, 2, 3, qk_scal=1), "AttentionND: did.*`qk_scale`"),
+    "layer dropout": (lambda: NeighborhoodAttention2D(8, 2, 3, dropout=0.1), "`attn_drop`"),
+    "forward": (lambda: LAYER(X.flatten(-2), bakend=None), r"AttentionND\.forward: did.*`backend`"),
+    "forward mask": (lambda: LAYER(X.flatten(-2), attn_mask=None), "no free masks"),
+    "forward window": (lambda: LAYER(X.flatten(-2), kernel_size=3), "the layer's own, given when"),
+    "forward lse": (lambda: LAYER(X.flatten(-2), return_lse=True), "returns its output only"),
+    "missing": (lambda: natten.na2d(X, X, X), "na2d: missing a required argument: 'kernel_size'"),
+    "missing unfused": (lambda: natten.na2d_qk(Q, Q), "na2d_qk: missing.*'kernel_size'"),
+    "missing varlen": (
+        lambda: natten.na1d_varlen(PACKED, PACKED, PACKED, VarlenLayout([8])),
+        "na1d_varlen: missing a required argument: 'kernel_size'",
+    ),
+    "twice": (lambda: natten.na2d(X, X, X, 3, kernel_size=3), "na2d: multiple values.*kernel_size"),
+    "too many": (lambda: natten.na2d(X, X, X, *range(30)), "na2d: too many positional arguments"),
+}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_keywords(name):
+    call, message = KEYWORDS[name]
+    with pytest.raises(ArgumentError, match=message.replace("ND", "2D")) as caught:
+        call()
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+def test_signatures_have_no_room_for_unknown_keywords():
+    for function in (*RANKS[2][:3], GENERIC, natten.attention, natten.merge_attentions):
+        assert "unknown" not in inspect.signature(function).parameters

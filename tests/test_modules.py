@@ -1,11 +1,18 @@
 """Modules: both signatures, dropout, bias, checkpoints, windows larger than the input."""
 
+import warnings
+
 import pytest
 import torch
 from helpers import assert_close, masked_attention
 
 import natten
-from natten import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
+from natten import (
+    NeighborhoodAttention1D,
+    NeighborhoodAttention2D,
+    NeighborhoodAttention3D,
+    _warnings,
+)
 from natten.neighborhood import window_mask
 
 MODULES = {1: NeighborhoodAttention1D, 2: NeighborhoodAttention2D, 3: NeighborhoodAttention3D}
@@ -122,3 +129,158 @@ def test_oversize_pad():
     x = torch.randn(1, 5, 12, 8).double()
     padded = torch.cat([x, torch.zeros(1, 4, 12, 8).double()], dim=1)
     assert torch.equal(module(x), module(padded)[:, :5])
+
+
+# --- hints ---
+
+
+@pytest.mark.parametrize("rank", MODULES)
+@pytest.mark.parametrize(
+    "wrong", [{"backend": "no such"}, {"nonsense": 1}, {"q_tile_shape": "x"}, {"return_lse": True}]
+)
+def test_hints_are_checked_with_and_without_dropout(rank, wrong):
+    module = MODULES[rank](8, 2, 3, attn_drop=0.5)
+    x = torch.randn(1, *(6,) * rank, 8)
+    for _ in range(2):
+        for mode in (True, False):
+            with pytest.raises(natten.ArgumentError, match=next(iter(wrong))):
+                module.train(mode)(x, **wrong)
+
+
+@pytest.mark.parametrize("rank", MODULES)
+def test_additional_tokens_with_and_without_dropout(rank):
+    """They change the result, so dropout must not lose them; gradients, too."""
+    module = MODULES[rank](8, 2, 3, attn_drop=1e-15, rel_pos_bias=True, is_causal=True).double()
+    x = torch.randn(2, *(5,) * rank, 8).double()
+    extra = [torch.randn(2, 3, 2, 4).double().requires_grad_() for _ in range(2)]
+    hints = dict(zip(("additional_keys", "additional_values"), extra))
+    results = []
+    for mode in (False, True):
+        out = module.train(mode)(x, **hints)
+        results.append((out, *torch.autograd.grad(out.square().sum(), extra)))
+    for name, a, b in zip(("out", *hints), *results):
+        assert_close(name, a, b, 1e-12)
+    assert (results[0][0] - module.eval()(x)).abs().max() > 0.01
+    with pytest.raises(natten.ArgumentError, match="given together"):
+        module.train()(x, additional_keys=extra[0])
+
+
+def test_a_backend_is_not_heeded_where_weights_are_dropped_out(monkeypatch):
+    monkeypatch.setattr(_warnings, "_given", set())
+    module, x = NeighborhoodAttention1D(8, 2, 3, attn_drop=0.5), torch.randn(1, 6, 8)
+    with pytest.warns(UserWarning, match="`backend` has no effect in training with `attn_drop`"):
+        module(x, backend="reference")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module(x, backend="reference")  # said once
+        module(x, backend="cutlass-fna")
+        module.eval()(x, backend="reference")
+
+
+@pytest.mark.parametrize("rank", MODULES)
+def test_names_of_the_bias_that_contradict_each_other(rank):
+    for new, old in ((True, False), (False, True)):
+        with pytest.raises(natten.ArgumentError, match=r"`rel_pos_bias` and `bias`.*contradict"):
+            MODULES[rank](8, 2, 3, rel_pos_bias=new, bias=old)
+    for new, old, has in (
+        (None, None, False), (None, True, True), (None, False, False), (True, None, True),
+        (False, None, False), (True, True, True), (False, False, False),
+    ):  # fmt: skip
+        module = MODULES[rank](8, 2, 3, rel_pos_bias=new, bias=old)
+        assert (module.rpb is not None) is has
+
+
+# --- layouts ---
+
+
+@pytest.mark.parametrize("rank", MODULES)
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_channels_first(rank, drop):
+    module = MODULES[rank](8, 2, 3, attn_drop=drop)
+    space = ", ".join(("depth", "height", "width")[-rank:] if rank > 1 else ["length"])
+    said = rf"\[batch, {space}, 8\], channels last"
+    with pytest.raises(natten.ArgumentError, match=rf"{said}.*x\.movedim\(1, -1\)"):
+        module(torch.randn(2, 8, *(6,) * rank))
+    with pytest.raises(natten.ArgumentError, match=said) as caught:
+        module(torch.randn(2, *(6,) * rank, 7))
+    assert "movedim" not in str(caught.value)
+    with pytest.raises(natten.ArgumentError, match=f"rank-{rank + 2} input.*{said}"):
+        module(torch.randn(*(6,) * rank, 8))
+    with pytest.raises(natten.ArgumentError, match=r"`x` must be a torch\.Tensor, got.*list"):
+        module([1.0])
+    with pytest.raises(NotImplementedError, match="`x` must not be a nested tensor"):
+        module(torch.nested.nested_tensor([torch.randn(*(6,) * rank, 8)]))
+
+
+# --- checkpoints into projections that are no longer plain ---
+
+
+class Adapted(torch.nn.Module):
+    """A frozen projection and a small one that is trained beside it, which comes first."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.down = torch.nn.Linear(linear.in_features, 1, bias=False)
+        self.up = torch.nn.Linear(1, linear.out_features, bias=False)
+        self.wrapped = linear.requires_grad_(False)
+
+    def forward(self, x):
+        return self.wrapped(x) + self.up(self.down(x)).to(x.dtype)
+
+
+class Coded(torch.nn.Module):
+    """Weights of eight bits, as a parameter that is no number to compute a bias with."""
+
+    def __init__(self, linear, dtype):
+        super().__init__()
+        scaled = linear.weight.detach() * (1 if dtype.is_floating_point else 100)
+        self.weight = torch.nn.Parameter(scaled.to(dtype), requires_grad=False)
+        self.register_buffer("scale", scaled.abs().max())
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+def biased_state(rank, dtype):
+    return MODULES[rank](8, 2, 3, rel_pos_bias=True).to(dtype).state_dict()
+
+
+def load_bias(module, state):
+    """As loaders do that know the wrapped projections: everything else stays as it is."""
+    given = module.state_dict()
+    given["rpb"] = state["rpb"]
+    module.load_state_dict(given, strict=True)
+    assert_close("rpb", state["rpb"], module.rpb.to(state["rpb"].dtype), 1e-2)
+    return module.rpb
+
+
+@pytest.mark.parametrize("rank", MODULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_bias_of_a_checkpoint_into_wrapped_projections(rank, dtype):
+    """It follows the wrapped weight: its dtype, and frozen as it is."""
+    x, state = torch.randn(1, *(5,) * rank, 8).to(dtype), biased_state(rank, torch.float32)
+    plain = MODULES[rank](8, 2, 3).to(dtype)
+    assert load_bias(plain, state).requires_grad and plain.rpb.dtype == dtype
+    frozen = MODULES[rank](8, 2, 3).to(dtype).requires_grad_(False)
+    assert not load_bias(frozen, state).requires_grad
+    adapted = MODULES[rank](8, 2, 3).to(dtype)
+    adapted.qkv, adapted.proj = Adapted(adapted.qkv), Adapted(adapted.proj)
+    assert not load_bias(adapted, state).requires_grad and adapted.rpb.dtype == dtype
+    for coded in (torch.int8, torch.float8_e4m3fn):
+        module = MODULES[rank](8, 2, 3).to(dtype)
+        module.qkv = Coded(module.qkv, coded)
+        assert not load_bias(module, state).requires_grad and module.rpb.dtype == dtype
+        assert module(x).isfinite().all()
+
+
+@pytest.mark.parametrize("rank", MODULES)
+@pytest.mark.filterwarnings("ignore")
+def test_bias_of_a_checkpoint_into_quantized_projections(rank):
+    module, state = MODULES[rank](8, 2, 3), biased_state(rank, torch.float32)
+    x = torch.randn(1, *(5,) * rank, 8)
+    linear = torch.ao.quantization.quantize_dynamic(module, {torch.nn.Linear}, torch.qint8)
+    assert not list(linear.parameters())
+    before = linear(x)
+    rpb = load_bias(linear, state)
+    assert rpb.dtype == torch.float32 and not rpb.requires_grad
+    assert not torch.equal(before, linear(x))

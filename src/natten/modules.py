@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from natten._checks import check_scale
+from natten._checks import check_scale, check_tensors
+from natten._keywords import ELSEWHERE, signature_of, unknown_keyword
 from natten._numbers import entries, integer
+from natten._ranks import SHAPES
+from natten._warnings import warn_once
 from natten.errors import ArgumentError
 from natten.functional import (
+    KERNEL_HINTS,
     Causal,
     Dimension,
+    check_arguments,
     crop_rpb,
     na1d_av,
     na1d_qk,
@@ -25,6 +31,7 @@ from natten.functional import (
 from natten.neighborhood import Neighborhood, fit_window
 
 _UNFUSED = {1: (na1d_qk, na1d_av), 2: (na2d_qk, na2d_av), 3: (na3d_qk, na3d_av)}
+_BIAS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _OVERSIZE = ("error", "clamp", "pad")
 
 
@@ -33,7 +40,7 @@ class NeighborhoodAttentionGeneric(nn.Module):
 
     Checkpoints of every NATTEN era load strictly (``qkv.*``, ``proj.*``, ``rpb``). A checkpoint's
     ``rpb`` creates the parameter when the module was built without one, because eras differed in
-    their default; load before building the optimizer.
+    their default; load before building the optimizer. It is trained if the projections are.
 
     Args:
         na_dim: number of token axes, 1 to 3.
@@ -46,7 +53,8 @@ class NeighborhoodAttentionGeneric(nn.Module):
         qkv_bias: whether the first projection has a bias.
         qk_scale: factor on the scores; None means ``head_dim ** -0.5``.
         proj_drop: dropout probability after the last projection.
-        rel_pos_bias: learn a relative positional bias ``rpb``; ``bias`` is its older name.
+        rel_pos_bias: learn a relative positional bias ``rpb``; None means no. ``bias`` is its older
+            name.
         attn_drop: dropout probability of the attention weights. Above 0, training takes the
             unfused operators, which store the weights.
         oversize: what to do when ``kernel_size * dilation`` exceeds the input: ``"error"``,
@@ -76,15 +84,18 @@ class NeighborhoodAttentionGeneric(nn.Module):
         proj_drop: float = 0.0,
         *,
         dim: int | None = None,
-        rel_pos_bias: bool = False,
+        rel_pos_bias: bool | None = None,
         bias: bool | None = None,
         attn_drop: float = 0.0,
         oversize: str = "error",
         kernel_size_d: int | None = None,
         dilation_d: int | None = None,
         use_experimental_ops: bool | None = None,
+        **unknown: NoReturn,
     ) -> None:
         super().__init__()
+        for name in unknown:
+            raise unknown_keyword(type(self).__name__, name, _LAYER)
         if (embed_dim is None) == (dim is None):
             raise ArgumentError(
                 f"give one of `embed_dim` and `dim` (its older name), got {embed_dim} and {dim}."
@@ -93,6 +104,11 @@ class NeighborhoodAttentionGeneric(nn.Module):
             raise ArgumentError(
                 "`num_heads` and `kernel_size` are required, "
                 f"got num_heads={num_heads}, kernel_size={kernel_size}."
+            )
+        if rel_pos_bias is not None and bias is not None and bool(rel_pos_bias) != bool(bias):
+            raise ArgumentError(
+                "`rel_pos_bias` and `bias` (its older name) contradict each other, got "
+                f"{rel_pos_bias} and {bias}; the projection's bias is `qkv_bias`."
             )
         channels = _count("embed_dim", embed_dim if embed_dim is not None else dim)
         num_heads = _count("num_heads", num_heads)
@@ -120,12 +136,14 @@ class NeighborhoodAttentionGeneric(nn.Module):
         self.proj = nn.Linear(channels, channels)
         self.proj_drop = nn.Dropout(proj_drop)
         if rel_pos_bias or bias:
-            self._create_rpb()
+            self._create_rpb(self.qkv.weight)
+            nn.init.trunc_normal_(self.rpb, std=0.02, mean=0.0, a=-2.0, b=2.0)
 
-    def _create_rpb(self) -> None:
+    def _create_rpb(self, like: Tensor, is_trained: bool = True) -> None:
+        """``rpb`` of zeros with the dtype and device of ``like``."""
         shape = (self.num_heads, *(2 * k - 1 for k in self.kernel_size))
-        self.rpb = nn.Parameter(self.qkv.weight.new_zeros(shape))
-        nn.init.trunc_normal_(self.rpb, std=0.02, mean=0.0, a=-2.0, b=2.0)
+        zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.rpb = nn.Parameter(zeros, requires_grad=is_trained)
 
     @property
     def attn_drop_rate(self) -> float:
@@ -153,13 +171,32 @@ class NeighborhoodAttentionGeneric(nn.Module):
         return self.neighborhood.is_causal
 
     def forward(self, x: Tensor, **hints: Any) -> Tensor:
-        """Attend; ``hints`` (``backend=...``, tile shapes) go to the fused operator."""
+        """Attend.
+
+        Args:
+            x: ``[batch, *space, embed_dim]``, channels last.
+            hints: ``backend``, tile shapes, ``additional_keys`` and ``additional_values`` of the
+                fused operator. Where weights are dropped out, ``backend`` and tile shapes are
+                checked, but have no effect.
+
+        Returns:
+            ``[batch, *space, embed_dim]``.
+
+        Raises:
+            ArgumentError: ``x`` has another layout, or a hint is unknown or not allowed.
+        """
         rank = self.neighborhood.rank
-        if x.dim() != rank + 2:
-            raise ArgumentError(
-                f"{type(self).__name__} expected a rank-{rank + 2} input tensor; "
-                f"got x.dim()={x.dim()}."
-            )
+        if (
+            not isinstance(x, Tensor)
+            or x.is_nested
+            or x.dim() != rank + 2
+            or x.shape[-1] != self.num_heads * self.head_dim
+        ):
+            raise self._misfit(x)
+        for name in hints:
+            if name not in _FORWARD:
+                forward = f"{type(self).__name__}.forward"
+                raise unknown_keyword(forward, name, _FORWARD, _IN_LAYERS)
         shape = x.shape[1:-1]
         rule, rpb = self.neighborhood, self.rpb
         if self.oversize == "pad":
@@ -181,20 +218,56 @@ class NeighborhoodAttentionGeneric(nn.Module):
     ) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.unbind(-3)
+        window: tuple[Any, ...]
         window = (rule.kernel_size, rule.stride, rule.dilation, rule.is_causal)
         if not (self.training and self.attn_drop_rate > 0):
             out = neighborhood_attention_generic(q, k, v, *window, self.scale, rpb=rpb, **hints)
             return out.flatten(-2)
+        extra = hints.get("additional_keys"), hints.get("additional_values")
+        if hints:
+            *_, choice = check_arguments((q, k, v, rpb, *extra), *window, self.scale, **hints)
+            if choice.backend:
+                warn_once(
+                    f"{type(self).__name__}: `backend` has no effect in training with `attn_drop`, "
+                    "where weights are dropped out between the unfused operators."
+                )
         na_qk, na_av = _UNFUSED[rule.rank]
         q, k, v = (t.movedim(-2, 1) for t in (q, k, v))
+        keys, values = (None if t is None else t.transpose(1, 2) for t in extra)
         options: dict[str, Any] = {"is_causal": rule.is_causal, "stride": rule.stride}
-        attn = na_qk(q * self.scale, k, rule.kernel_size, rule.dilation, rpb=rpb, **options)
+        window = rule.kernel_size, rule.dilation
+        attn = na_qk(q * self.scale, k, *window, keys, rpb=rpb, **options)
         attn = self.attn_drop(attn.softmax(-1))
-        return na_av(attn, v, rule.kernel_size, rule.dilation, **options).movedim(1, -2).flatten(-2)
+        return na_av(attn, v, *window, values, **options).movedim(1, -2).flatten(-2)
+
+    def _misfit(self, x: Any) -> ArgumentError:
+        """Why ``x`` is no input."""
+        check_tensors(x=x)
+        rank, channels = self.neighborhood.rank, self.num_heads * self.head_dim
+        name = type(self).__name__
+        layout = f"[batch, {SHAPES[rank]['space']}, {channels}], channels last"
+        if x.dim() != rank + 2:
+            return ArgumentError(
+                f"{name} expected a rank-{rank + 2} input tensor; got x.dim()={x.dim()}: "
+                f"`x` must be {layout}."
+            )
+        advice = (
+            "; x.movedim(1, -1) makes channels last, and .movedim(-1, 1) of the output moves them "
+            "back"
+        )
+        return ArgumentError(
+            f"`x` of {name} must be {layout}, got {tuple(x.shape)}"
+            f"{advice if x.shape[1] == channels else ''}."
+        )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if self.rpb is None and state_dict.get(f"{prefix}rpb") is not None:
-            self._create_rpb()
+        found = state_dict.get(f"{prefix}rpb")
+        if self.rpb is None and found is not None:
+            # The projections may be wrapped or quantized. Their weights are the largest parameters;
+            # what a wrapper adds to them, and trains, is smaller.
+            parameters = sorted(self.parameters(), key=Tensor.numel, reverse=True)
+            like = next((x for x in parameters if x.dtype in _BIAS_DTYPES), found)
+            self._create_rpb(like, is_trained=bool(parameters) and parameters[0].requires_grad)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -204,6 +277,17 @@ class NeighborhoodAttentionGeneric(nn.Module):
             f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}, "
             f"is_causal={self.is_causal}, has_bias={self.rpb is not None}"
         )
+
+
+_LAYER = tuple(signature_of(NeighborhoodAttentionGeneric).parameters)[1:]
+_FORWARD = ("backend", "additional_keys", "additional_values", *KERNEL_HINTS)
+_IN_LAYERS = {
+    **ELSEWHERE,
+    **dict.fromkeys((*_LAYER, "rpb"), "it is the layer's own, given when it is built"),
+    "scale": "the layer has its own, `qk_scale`, given when it is built",
+    "dropout_p": "the layer has its own, `attn_drop`, given when it is built",
+    "return_lse": "a layer returns its output only",
+}
 
 
 def _count(name: str, given: Any) -> int:
