@@ -423,7 +423,21 @@ def op_calls():
     q, k, v, rpb, ek, ev = FULL.inputs(torch.float32)
     out, lse = fused(FULL)(q, k, v, rpb, ek, ev)
     x, attn = torch.randn(2, 3, 4, 7, 5), torch.randn(2, 3, 4, 7, 6)
+    row, pair = torch.randn(1, 9, 2, 4), torch.randn(1, 7, 1, 4)
+    lengths = (torch.tensor([4, 5]), None, None, torch.tensor([0, 3, 7]), 5, -1, 1, 0.7, "", [0])
+    row_out, row_lse = torch.ops.natten.packed_attention(row, pair, pair, *lengths)
     return {
+        "packed_attention": (row, pair, pair, *lengths),
+        "packed_attention_backward": (
+            row_out,
+            row_lse,
+            row,
+            pair,
+            pair,
+            row_out,
+            row_lse,
+            *lengths,
+        ),
         "attention": (q, k, v, rpb, ek, ev, *RULE, 0.7, "", [8, 8] * 4),
         "attention-plain": (q, k, v, None, None, None, *RULE, 0.7, "tiled", []),
         "attention-dense": (
@@ -454,8 +468,11 @@ def op_calls():
 def test_opcheck(name):
     operator = getattr(torch.ops.natten, name.split("-")[0])
     args = op_calls()[name]
-    if name != "attention_backward":
-        args = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in args]
+    if not name.endswith("attention_backward"):
+        args = [
+            x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+            for x in args
+        ]
     assert set(opcheck(operator, args).values()) == {"SUCCESS"}
 
 

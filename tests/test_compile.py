@@ -10,9 +10,11 @@ from torch.autograd import forward_ad
 from torch.export import Dim, export
 from torch.func import jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import natten
 from natten import NeighborhoodAttention2D
+from natten.utils.varlen import generate_varlen_parameters
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +105,101 @@ def test_compiled_module_with_a_window_larger_than_the_input(oversize):
     for shape in ((4, 9, 15), (5, 3, 6)):
         x = torch.randn(*shape, 24)
         assert_close(oversize, module(x), compiled(x), 1e-6)
+
+
+def packed_by(names):
+    """Packed attention with lengths that were made outside, as arguments of the compiled code."""
+
+    def function(q, k, v, given):
+        out, lse = natten.attention(q, k, v, True, return_lse=True, **dict(zip(names, given)))
+        return out * lse.clamp(min=-1e3)[..., None]
+
+    return function
+
+
+CUMULATIVE = ("cumulative_seqlen_Q", "cumulative_seqlen_KV", "max_seqlen_Q", "max_seqlen_KV")
+DOCUMENTS = [
+    ([5, 1, 9, 0, 2], [4, 2, 11, 8, 7]),
+    ([3, 8, 10, 2, 0, 1, 5], [7, 5, 1, 16, 0, 2, 9]),
+    ([2, 14, 3, 3], [7, 7, 10, 15]),
+]
+
+
+@pytest.mark.parametrize("names", [CUMULATIVE, CUMULATIVE[:2], ("seqlens_Q", "seqlens_KV")])
+def test_packed_attention_compiles_once_for_all_lengths(names):
+    """Lengths are data: nothing is compiled anew for others, of other documents."""
+    function, counter = packed_by(names), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for ours, theirs in DOCUMENTS:
+        q = torch.randn(1, sum(ours), 12, 13).double()
+        k, v = (torch.randn(1, sum(theirs), 3, 13).double() for _ in range(2))
+        given = (torch.tensor(ours), torch.tensor(theirs))
+        if names[0] != "seqlens_Q":
+            given = generate_varlen_parameters(q, k, v, *given)
+        results = []
+        for each in (function, compiled):
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            out = each(*leaves, given)
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+        for expected, actual in zip(*results):
+            assert_close("packed", expected, actual, 1e-9)
+    assert counter.frame_count == 1
+
+
+def test_compiled_packed_attention_checks_lengths_when_it_runs():
+    compiled = torch.compile(packed_by(CUMULATIVE[:2]), fullgraph=True, backend="aot_eager")
+    q = torch.randn(1, 6, 2, 4)
+    starts = torch.tensor([0, 2, 6])
+    compiled(q, q, q, (starts, starts))
+    with pytest.raises(natten.ArgumentError, match=r"`cumulative_seqlen_KV`.*6 tokens"):
+        compiled(q, q, q, (starts, torch.tensor([0, 2, 5])))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_packed_documents_compile(rank):
+    """Layouts are Python's numbers; gradients and a bias, too."""
+    shapes = [(6, 4, 5)[:rank], (3, 7, 4)[:rank]]
+    layout = natten.VarlenLayout(shapes)
+    function = (natten.na1d_varlen, natten.na2d_varlen, natten.na3d_varlen)[rank - 1]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    inputs = torch.randn(layout.total_tokens, 2, 4), torch.randn(2, *(5,) * rank)
+    results = []
+    for each in (function, compiled):
+        q, rpb = (x.clone().requires_grad_() for x in inputs)
+        out = each(q, q, q, layout, 3, rpb=rpb)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, rpb))))
+    for expected, actual in zip(*results):
+        assert_close("varlen", expected, actual, 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_traces_of_packed_attention_hold_the_operator(mode):
+    """Not the lengths that it was traced with."""
+    q, starts = torch.randn(1, 6, 2, 4), torch.tensor([0, 2, 6])
+    function = packed_by(CUMULATIVE[:2])
+    trace = make_fx(lambda q, starts: function(q, q, q, (starts, starts)), tracing_mode=mode)
+    trace = trace(q, starts)
+    assert torch.ops.natten.packed_attention.default in [node.target for node in trace.graph.nodes]
+    others = torch.tensor([0, 5, 6])
+    assert torch.equal(trace(q, others), function(q, q, q, (others, others)))
+
+
+def test_flops_of_packed_attention():
+    """As many through the operator as in eager code, forward and backward; at most, if fake."""
+    q, starts = torch.randn(1, 6, 2, 4, requires_grad=True), torch.tensor([0, 2, 6])
+    lengths = None, None, starts, starts, 4, 4
+    operator = torch.ops.natten.packed_attention
+    functions = (
+        lambda q: natten.attention(q, q, q, **dict(zip(CUMULATIVE, lengths[2:]))),
+        lambda q: operator(q, q, q, *lengths, 0, 0.5, "", [0])[0],
+    )
+    for function in functions:
+        with FlopCounterMode(display=False) as counter:
+            function(q).sum().backward()
+        assert counter.get_total_flops() == 2 * 2 * (2 * 2 + 4 * 4) * (2 * 4 + 5 * 4)
+    with FlopCounterMode(display=False) as counter:
+        operator(*(q.detach().to("meta"),) * 3, *lengths, 0, 0.5, "", [0])
+    assert counter.get_total_flops() == 2 * 2 * 6 * 4 * 8
 
 
 class Unfused(torch.nn.Module):

@@ -242,6 +242,12 @@ lengths = dict(seqlens_Q=torch.tensor([5, 0, 4, 3]), seqlens_KV=torch.tensor([7,
 for causal in (False, True):
     check(lambda *x, **y: natten.attention(*x, causal, **lengths, **y), q, k, v)
 assert len(launches) == 4
+
+def operator(*tensors, backend, return_lse):  # what compiled code calls
+    options = *lengths.values(), None, None, -1, -1, 1, 0.5, backend, [0]
+    return torch.ops.natten.packed_attention(*tensors, *options)
+
+check(operator, q, k, v)
 out = natten.attention(q, k, v, **lengths)
 first, = torch.autograd.grad(out.square().sum(), q, create_graph=True)
 second, = torch.autograd.grad(first.square().sum(), q)

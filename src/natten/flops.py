@@ -12,9 +12,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from natten import operators  # registers torch.ops.natten
+from natten import operators, packed  # register torch.ops.natten
 from natten.errors import ArgumentError
 from natten.legacy.checks import check_all_args
 
@@ -49,6 +51,30 @@ def _attention_backward_flops(
     # Scores anew, dQ and dK take the query's head dim; dP and dV the value's.
     pairs = _rows(query) * _attended(query, key, extra_keys, kernel_size)
     return 2 * pairs * (3 * query[-1] + 2 * value[-1])
+
+
+def _pairs_of_sequences(query: Tensor, key: Tensor, arguments: Sequence[Any]) -> int:
+    """Pairs of queries and keys in packed sequences, of all heads; at most, of unread lengths."""
+    lengths = packed.Lengths(*arguments[:6])
+    if isinstance(query, FakeTensor) or query.is_meta:
+        keys = key.shape[1] if lengths.longest_kv < 0 else lengths.longest_kv
+        return _rows(query.shape) * keys
+    return query.shape[2] * sum(n * m for n, m in zip(*lengths.read(query, key)))
+
+
+@register_flop_formula(_ops.packed_attention, get_raw=True)
+def _packed_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, out_val: Any) -> int:
+    pairs = _pairs_of_sequences(query, key, args)
+    return 2 * pairs * (query.shape[-1] + value.shape[-1])
+
+
+@register_flop_formula(_ops.packed_attention_backward, get_raw=True)
+def _packed_backward_flops(
+    grad_out: Any, grad_lse: Any, query: Tensor, key: Tensor, value: Tensor, out: Any, lse: Any,
+    *args: Any, out_val: Any,
+) -> int:  # fmt: skip
+    pairs = _pairs_of_sequences(query, key, args)
+    return 2 * pairs * (3 * query.shape[-1] + 2 * value.shape[-1])
 
 
 @register_flop_formula(_ops.qk)

@@ -16,7 +16,6 @@ import inspect
 import marshal
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Any, NoReturn
 
 import torch
@@ -55,7 +54,7 @@ from natten.unfused import (
     na3d_qk,
     na3d_qk_with_bias,
 )
-from natten.varlen import VarlenLayout, check_starts, sequence_lengths, sequences
+from natten.varlen import VarlenLayout
 
 __all__ = [
     "attention",
@@ -330,55 +329,18 @@ def attention(
         backward_kv_tile_size=backward_kv_tile_size,
     )
     choice = operators.Choice(name, tiles)
-
-    def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return operators.attention(q, k, v, None, None, None, rule, factor, choice)
-
-    starts = cumulative_seqlen_Q, cumulative_seqlen_KV
-    if all(x is None for x in (seqlens_Q, seqlens_KV, *starts)):
-        out, lse = dense(query, key, value)
-        return (out, lse) if return_lse else out
-    if query.shape[0] != 1:
+    lengths = packed.Lengths.create(
+        seqlens_Q, seqlens_KV, cumulative_seqlen_Q, cumulative_seqlen_KV,
+        longest=(max_seqlen_Q, max_seqlen_KV),
+    )  # fmt: skip
+    if lengths is None:
+        out, lse = operators.attention(query, key, value, None, None, None, rule, factor, choice)
+    elif query.shape[0] != 1:
         raise ArgumentError(
             f"`query` must have batch size 1 when sequences are packed, got {query.shape[0]}."
         )
-
-    def lengths() -> tuple[list[int], list[int]]:
-        ours = sequence_lengths("Q", query.shape[1], seqlens_Q, starts[0], max_seqlen_Q)
-        theirs = sequence_lengths("KV", key.shape[1], seqlens_KV, starts[1], max_seqlen_KV)
-        if ours is None or theirs is None or len(ours) != len(theirs):
-            raise ArgumentError(
-                "the lengths of packed sequences must be given for `query` and for `key`, as many "
-                f"each, got {ours} and {theirs}."
-            )
-        return ours, theirs
-
-    def one_by_one(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        ours, theirs = lengths()
-        if not ours:
-            return dense(q, k, v)
-        triples = zip(q.split(ours, 1), k.split(theirs, 1), v.split(theirs, 1))
-        outputs, exponents = zip(*(dense(*triple) for triple in triples))
-        return torch.cat(outputs, dim=1), torch.cat(exponents, dim=1)
-
-    runs = packed.backend_for(query, key, value, name)
-    if runs is None:
-        out, lse = one_by_one(query, key, value)
-        return (out, lse) if return_lse else out
-    sums = [x for x in starts if x is not None]
-    longest = [n for n in (max_seqlen_Q, max_seqlen_KV) if n is not None]
-    if query.is_cuda and len(sums) == len(longest) == 2:
-        check_same_shape(
-            "cumulative_seqlen_KV", sums[1].shape, "cumulative_seqlen_Q", sums[0].shape
-        )
-        check_starts("Q", query.shape[1], sums[0], longest[0])
-        check_starts("KV", key.shape[1], sums[1], longest[1])
     else:
-        both = lengths()
-        sums = [torch.tensor([0, *accumulate(each)], device=query.device) for each in both]
-        longest = [max(each, default=0) for each in both]
-    documents = sequences(sums, longest)
-    out, lse = packed.packed_attention(runs, query, key, value, documents, rule, factor, one_by_one)
+        out, lse = packed.sequence_attention(query, key, value, lengths, rule, factor, choice)
     return (out, lse) if return_lse else out
 
 

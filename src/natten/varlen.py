@@ -183,7 +183,7 @@ def check_starts(side: str, tokens: int, starts: Tensor, longest: int) -> None:
 
     What they hold is checked on the GPU, where a failure is an error of the next synchronisation.
     """
-    _check_integers(f"cumulative_seqlen_{side}", starts)
+    check_integers(f"cumulative_seqlen_{side}", starts)
     lengths = starts.diff()
     whole = (starts[0] == 0) & (starts[-1] == tokens)
     torch._assert_async(whole & (lengths >= 0).all() & (lengths <= longest).all())
@@ -209,7 +209,7 @@ def sequence_lengths(
     if given is None:
         return None
     name = f"cumulative_seqlen_{side}" if cumulative is not None else f"seqlens_{side}"
-    _check_integers(name, given)
+    check_integers(name, given)
     numbers = given.tolist()
     if cumulative is not None:
         lengths = [b - a for a, b in itertools.pairwise(numbers)]
@@ -221,7 +221,7 @@ def sequence_lengths(
             f"`{name}` must describe sequences that add up to {tokens} tokens, got {numbers}."
         )
     if cumulative is not None and seqlens is not None:
-        _check_integers(f"seqlens_{side}", seqlens)
+        check_integers(f"seqlens_{side}", seqlens)
         if seqlens.tolist() != lengths:
             raise ArgumentError(
                 f"`seqlens_{side}` must be the lengths that `{name}` has, {lengths}, "
@@ -238,7 +238,8 @@ def sequence_lengths(
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def _check_integers(name: str, given: Any) -> None:
+def check_integers(name: str, given: Any) -> None:
+    """Raise ArgumentError unless ``given`` is a 1-D tensor of integers."""
     if not isinstance(given, Tensor) or given.dim() != 1 or given.dtype not in _INTEGERS:
         got = (given.dtype, tuple(given.shape)) if isinstance(given, Tensor) else type(given)
         raise ArgumentError(f"`{name}` must be a 1-D integer tensor, got {got}.")
