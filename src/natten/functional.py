@@ -140,7 +140,7 @@ def neighborhood_attention_generic(
         torch.Size([1, 8, 8, 2, 16])
     """
     if unknown:
-        check_call("neighborhood_attention_generic", _GENERIC, (), unknown)
+        check_call("neighborhood_attention_generic", GENERIC, (), unknown)
     query, key, value, additional_keys, additional_values = autocast_tensors(
         query, key, value, additional_keys, additional_values
     )
@@ -161,8 +161,8 @@ def neighborhood_attention_generic(
     return (out, lse) if return_lse else out
 
 
-_GENERIC = signature_of(neighborhood_attention_generic)
-neighborhood_attention_generic.__signature__ = _GENERIC  # type: ignore[attr-defined]
+GENERIC = signature_of(neighborhood_attention_generic)
+neighborhood_attention_generic.__signature__ = GENERIC  # type: ignore[attr-defined]
 
 # Calls of one kind come again, and checks of them would take longer than a small kernel.
 _calls = tuning.Kept()
@@ -309,7 +309,29 @@ def attention(
         torch.Size([1, 7, 2, 16])
     """
     if unknown:
-        check_call("attention", _ATTENTION, (), unknown)
+        check_call("attention", ATTENTION, (), unknown)
+    query, key, value, lengths, rule, factor, choice = check_attention(
+        query, key, value, is_causal, scale, seqlens_Q, seqlens_KV, cumulative_seqlen_Q,
+        cumulative_seqlen_KV, max_seqlen_Q, max_seqlen_KV, backend, q_tile_size, kv_tile_size,
+        backward_q_tile_size, backward_kv_tile_size,
+    )  # fmt: skip
+    if lengths is None:
+        out, lse = operators.attention(query, key, value, None, None, None, rule, factor, choice)
+    else:
+        out, lse = packed.sequence_attention(query, key, value, lengths, rule, factor, choice)
+    return (out, lse) if return_lse else out
+
+
+def check_attention(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: Any = False, scale: Any = None,
+    seqlens_Q: Any = None, seqlens_KV: Any = None, cumulative_seqlen_Q: Any = None,
+    cumulative_seqlen_KV: Any = None, max_seqlen_Q: Any = None, max_seqlen_KV: Any = None,
+    backend: Any = None, q_tile_size: Any = None, kv_tile_size: Any = None,
+    backward_q_tile_size: Any = None, backward_kv_tile_size: Any = None, **_: Any,
+) -> tuple[
+    Tensor, Tensor, Tensor, packed.Lengths | None, Dense, float, operators.Choice
+]:  # fmt: skip
+    """What a call of :func:`attention` computes, if its arguments are allowed."""
     check_tensors(query=query, key=key, value=value)
     query, key, value = autocast_tensors(query, key, value)
     if query.dim() != 4:
@@ -320,7 +342,7 @@ def attention(
     if causal is None:
         raise ArgumentError(f"`is_causal` must be a bool, got {type(is_causal)}.")
     check_qkv(query, key, value, same_space=False)
-    rule, factor, name = Dense(causal), check_scale(scale, query.shape[-1]), check_name(backend)
+    factor, name = check_scale(scale, query.shape[-1]), check_name(backend)
     tiles = check_tiles(
         1,
         q_tile_size=q_tile_size,
@@ -328,24 +350,19 @@ def attention(
         backward_q_tile_size=backward_q_tile_size,
         backward_kv_tile_size=backward_kv_tile_size,
     )
-    choice = operators.Choice(name, tiles)
     lengths = packed.Lengths.create(
         seqlens_Q, seqlens_KV, cumulative_seqlen_Q, cumulative_seqlen_KV,
         longest=(max_seqlen_Q, max_seqlen_KV),
     )  # fmt: skip
-    if lengths is None:
-        out, lse = operators.attention(query, key, value, None, None, None, rule, factor, choice)
-    elif query.shape[0] != 1:
+    if lengths is not None and query.shape[0] != 1:
         raise ArgumentError(
             f"`query` must have batch size 1 when sequences are packed, got {query.shape[0]}."
         )
-    else:
-        out, lse = packed.sequence_attention(query, key, value, lengths, rule, factor, choice)
-    return (out, lse) if return_lse else out
+    return query, key, value, lengths, Dense(causal), factor, operators.Choice(name, tiles)
 
 
-_ATTENTION = signature_of(attention)
-attention.__signature__ = _ATTENTION  # type: ignore[attr-defined]
+ATTENTION = signature_of(attention)
+attention.__signature__ = ATTENTION  # type: ignore[attr-defined]
 
 
 def merge_attentions(

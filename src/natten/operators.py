@@ -345,14 +345,18 @@ class Call:
         module, options = self._backend("gradient", saved)
         return module.backward(grad_out, grad_lse, *saved, self.rule, self.scale, **options)
 
+    def problem(self, operation: str, inputs: Sequence[Any]) -> backends.Problem:
+        """What decides who runs "attention" or its "gradient"."""
+        query, _, value, rpb, *_ = inputs
+        return backends.Problem(
+            operation, query.device, query.dtype, query.shape[-1], value.shape[-1],
+            query.shape, self.rule, self.scale, rpb is not None,
+        )  # fmt: skip
+
     def _backend(self, operation: str, inputs: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
         """The functions that run "attention" or its "gradient", and their options."""
         if operation not in self._chosen:
-            query, _, value, rpb, *_ = inputs
-            problem = backends.Problem(
-                operation, query.device, query.dtype, query.shape[-1], value.shape[-1],
-                query.shape, self.rule, self.scale, rpb is not None,
-            )  # fmt: skip
+            problem = self.problem(operation, inputs)
             chosen = backends.choose(self.choice.backend, problem)
             if self.choice.backend not in ("", chosen.name):
                 backends.warn_of_another(self.choice.backend, chosen, problem)

@@ -25,20 +25,19 @@ from natten.varlen import Documents, check_integers, check_starts, sequence_leng
 Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+def problem_of(query: Tensor, value: Tensor) -> backends.Problem:
+    """What decides which backend runs packed documents."""
+    dims = query.shape[-1], value.shape[-1]
+    return backends.Problem("packed", query.device, query.dtype, *dims)
+
+
 def backend_for(query: Tensor, key: Tensor, value: Tensor, name: str) -> Any | None:
     """The functions of the backend that runs packed documents, or None if none does."""
-    found = backend_of(query, key, value, name)
-    return None if found is None else found.module
-
-
-def backend_of(query: Tensor, key: Tensor, value: Tensor, name: str) -> backends.Backend | None:
-    """The backend that runs packed documents in one launch, or None if none does."""
     tangents = forward_ad._current_level >= 0
     if torch.compiler.is_compiling() or tangents or not is_plain((query, key, value)):
         return None
-    dims = query.shape[-1], value.shape[-1]
-    found = backends.find(name, backends.Problem("packed", query.device, query.dtype, *dims))
-    return None if found is None or found.name != (name or found.name) else found
+    found = backends.find(name, problem_of(query, value))
+    return None if found is None or found.name != (name or found.name) else found.module
 
 
 def packed_attention(

@@ -2,8 +2,8 @@
 
 A backend is a module with the functions ``forward``, ``backward``, ``qk``, ``av``,
 ``av_transposed``, ``bias`` and ``bias_transposed``, as in :mod:`natten.backends.reference`, or some
-of them. Adding one is a folder and an entry in ``BACKENDS``, from which the choice, :func:`explain`
-and the table of the documentation follow.
+of them. Adding one is a folder and an entry in ``BACKENDS``, from which the choice,
+:func:`natten.backends.explaining.explain` and the table of the documentation follow.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from torch import Tensor
 from natten import _submodules, tuning
 from natten._warnings import warn_once
 from natten.errors import ArgumentError
-from natten.neighborhood import Dense, Neighborhood
+from natten.neighborhood import Dense
 
 _log = logging.getLogger("natten")
 
@@ -259,78 +259,10 @@ def warn_of_another(name: str, chosen: Backend, problem: Problem) -> None:
             warn_once(f"backend {name!r} {reason}; {chosen.name!r} runs instead.")
 
 
-def explain(
-    query: Tensor,
-    key: Tensor | None = None,
-    value: Tensor | None = None,
-    kernel_size: int | Sequence[int] | None = None,
-    stride: int | Sequence[int] = 1,
-    dilation: int | Sequence[int] = 1,
-    is_causal: bool | Sequence[bool] | None = False,
-    scale: float | None = None,
-    *_: Any,
-    backend: str | None = None,
-    rpb: Tensor | None = None,
-    **__: Any,
-) -> str:
-    """Say which backend a call of a fused operator runs, and why the others do not.
-
-    Forward and backward are chosen separately; where they differ, each is named.
-
-    Args:
-        query, key, value, kernel_size, stride, dilation, is_causal, scale, backend, rpb: as in the
-            call; its other arguments are accepted. Without a ``kernel_size`` the answer is about
-            the tensors only.
-
-    Returns:
-        One line per backend.
-
-    Example:
-        >>> print(explain(torch.zeros(1, 16, 1, 8), kernel_size=3))
-        hopper: runs on GPUs, not on cpu
-        triton: runs on GPUs, not on cpu
-        tiled: runs
-        reference: can run, comes later in the order of preference
-    """
-    name = check_name(backend)
-    value = query if value is None else value
-    rule = None
-    if kernel_size is not None:
-        rank = query.dim() - 3
-        rule = Neighborhood.create(rank, kernel_size, stride, dilation, is_causal)
-    problem = Problem(
-        "attention",
-        query.device,
-        query.dtype,
-        query.shape[-1],
-        value.shape[-1],
-        tuple(query.shape),
-        rule,
-        query.shape[-1] ** -0.5 if scale is None else scale,
-        rpb is not None,
-    )
-    forward = choose(name, problem)
-    gradient = problem._replace(operation="gradient")
-    backward = choose(name, gradient)
-    lines = []
-    for candidate in BACKENDS:
-        reason = candidate.unsupported(problem)
-        if candidate is forward:
-            why = candidate.unsupported(gradient)
-            lines.append(f"{candidate.name}: runs{f' forward, but {why}' if why else ''}")
-        elif candidate is backward:
-            lines.append(f"{candidate.name}: runs backward")
-        elif reason is not None:
-            lines.append(f"{candidate.name}: {reason}")
-        elif name:
-            lines.append(f"{candidate.name}: can run, `backend` asks for {name}")
-        else:
-            lines.append(f"{candidate.name}: can run, comes later in the order of preference")
-    return "\n".join(lines)
-
-
 def __getattr__(name: str) -> Any:
-    """0.20's names, from :mod:`natten.backends.selection`, and the backends."""
+    """:func:`explain`, which stands on the operators, 0.20's names, and the backends."""
+    if name == "explain":
+        return importlib.import_module("natten.backends.explaining").explain
     if name in ("choose_backend", "choose_fmha_backend"):
         return getattr(importlib.import_module("natten.backends.selection"), name)
     if name in ("get_compatible_backends", "get_compatible_fmha_backends"):

@@ -87,7 +87,8 @@ def _backends() -> dict[str, dict[str, str]]:
         for dtype in DTYPES:
             name = f"{device}, {str(dtype).removeprefix('torch.')}"
             query = torch.empty(1, 16, 1, 64, device=device, dtype=dtype)
-            lines = (line.split(": ", 1) for line in backends.explain(query).splitlines())
+            said = backends.explain(query, kernel_size=3)
+            lines = (line.split(": ", 1) for line in said.splitlines())
             found[f"na*d, {name}"] = {backend: reason for backend, reason in lines}
             question = backends.Problem("unfused", query.device, dtype)
             found[f"na*d_qk and na*d_av, {name}"] = {

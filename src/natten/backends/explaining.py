@@ -1,0 +1,96 @@
+"""Which backend runs a call, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from natten import backends, packed
+from natten._checks import autocast_tensors
+from natten._keywords import check_call
+from natten.functional import ATTENTION, GENERIC, check_arguments, check_attention
+from natten.neighborhood import Dimension
+from natten.operators import Call
+
+
+def explain(
+    query: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    kernel_size: Dimension | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> str:
+    """Say which backend a call runs, and why the others do not.
+
+    Forward and backward are chosen separately; where they differ, each is named. A call that raises
+    an error raises it here.
+
+    Args:
+        query, key, value, kernel_size, args, kwargs: as in the call of a fused operator; without a
+            ``kernel_size``, of :func:`natten.attention`, where what follows the tensors is given by
+            keyword. ``key`` and ``value`` may be left out if they are like ``query``. Of packed
+            sequences that run one after another, the answer is about the longest.
+
+    Returns:
+        One line per backend.
+
+    Raises:
+        ArgumentError: as the call.
+
+    Example:
+        >>> print(explain(torch.zeros(1, 16, 1, 8), kernel_size=3))
+        hopper: runs on GPUs, not on cpu
+        triton: runs on GPUs, not on cpu
+        tiled: runs
+        reference: can run, comes later in the order of preference
+    """
+    key = query if key is None else key
+    value = key if value is None else value
+    if kernel_size is None and not args:
+        return _explain_attention(query, key, value, kwargs)
+    given = (query, key, value, kernel_size, *args)
+    options = dict(check_call("explain", GENERIC, given, kwargs).arguments)
+    names = "query", "key", "value", "additional_keys", "additional_values"
+    q, k, v, *extra = autocast_tensors(*(options.pop(name, None) for name in names))
+    tensors = (q, k, v, options.pop("rpb", None), *extra)
+    call = Call(*check_arguments(tensors, **options))
+    return _lines(call.choice.backend, *(call.problem(each, tensors) for each in _PASSES))
+
+
+_PASSES = "attention", "gradient"
+
+
+def _explain_attention(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> str:
+    options = check_call("explain", ATTENTION, (query, key, value), kwargs).arguments
+    query, key, value, lengths, rule, scale, choice = check_attention(**options)
+    call, name = Call(rule, scale, choice), choice.backend
+    if lengths is not None:
+        ours, _ = lengths.read(query, key)
+        if packed.backend_for(query, key, value, name) is not None:
+            return _lines(name, *(packed.problem_of(query, value),) * 2)
+        query = query[:, : max(ours, default=0)]
+    return _lines(name, *(call.problem(each, (query, key, value, None)) for each in _PASSES))
+
+
+def _lines(name: str, problem: backends.Problem, gradient: backends.Problem) -> str:
+    """What every backend has to do with a problem and its gradient."""
+    forward, backward = backends.choose(name, problem), backends.choose(name, gradient)
+    lines = []
+    for candidate in backends.BACKENDS:
+        reason = candidate.unsupported(problem)
+        if candidate is forward and candidate is backward:
+            what = "runs"
+        elif candidate is forward:
+            what = f"runs forward, but {candidate.unsupported(gradient)}"
+        elif candidate is backward:
+            what = "runs backward"
+        elif reason is not None:
+            what = reason
+        elif name:
+            what = f"can run, `backend` asks for {name}"
+        else:
+            what = "can run, comes later in the order of preference"
+        lines.append(f"{candidate.name}: {what}")
+    return "\n".join(lines)
