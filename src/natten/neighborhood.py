@@ -91,9 +91,9 @@ class Neighborhood:
         if torch.compiler.is_compiling():
             return _created.__wrapped__(rank, *given)
         kinds = tuple(map(_kinds, given))
-        if None in kinds:
-            return _created.__wrapped__(rank, *given)
-        return _created(rank, *given, *kinds)
+        if all(kinds):
+            return _created(rank, *given, *kinds)
+        return _created.__wrapped__(rank, *given)
 
     @property
     def rank(self) -> int:
@@ -200,10 +200,11 @@ def _kinds(value: Any) -> Any:
 
     Lists, arrays and tensors may, and a configuration's list has a hash all the same.
     """
-    if isinstance(value, tuple):
-        kinds = tuple(map(type, value))
-        return kinds if _UNCHANGING.issuperset(kinds) else None
-    return type(value) if type(value) in _UNCHANGING else None
+    kind = type(value)
+    if kind in _UNCHANGING:
+        return kind
+    kinds = tuple(map(type, value)) if isinstance(value, tuple) else ()
+    return kinds if kinds and _UNCHANGING.issuperset(kinds) else None
 
 
 @lru_cache(maxsize=1024)
