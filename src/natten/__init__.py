@@ -1,6 +1,6 @@
 """Neighborhood attention: sliding-window self attention over 1-D, 2-D and 3-D token layouts."""
 
-from typing import Any as _Any
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from natten import _submodules, compat, context, flops, functional, legacy, types, utils
 from natten.errors import ArgumentError
@@ -21,8 +21,7 @@ from natten.functional import (
     na3d_varlen,
     neighborhood_attention_generic,
 )
-from natten.legacy.configs import *  # noqa: F403
-from natten.legacy.switches import *  # noqa: F403
+from natten.legacy import imports as _imports
 from natten.modules import (
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
@@ -33,14 +32,20 @@ from natten.utils import log as _log
 from natten.varlen import VarlenLayout
 from natten.version import __version__
 
-NeighborhoodAttention = NeighborhoodAttention2D
-
 _log.get_logger()
+_imports.install(__name__)
+if _TYPE_CHECKING:  # what comes from `__getattr__`
+    from natten import backends, draw, profiler, simulator, tuning
+    from natten.legacy.configs import *  # noqa: F403
+    from natten.legacy.switches import *  # noqa: F403
+
+    HAS_LIBNATTEN: bool
+
+NeighborhoodAttention = NeighborhoodAttention2D  # 0.14's name
 
 __all__ = [
     "ArgumentError",
     "Neighborhood",
-    "NeighborhoodAttention",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
@@ -62,13 +67,25 @@ __all__ = [
     "na3d_qk",
     "na3d_varlen",
     "neighborhood_attention_generic",
-    *legacy.configs.__all__,
-    *legacy.switches.__all__,
 ]
 
 
-def __getattr__(name: str) -> _Any:
-    """``HAS_LIBNATTEN``, whether there is a GPU, is asked only when needed, as submodules are."""
-    if name == "HAS_LIBNATTEN":
-        return legacy.switches.has_cuda()
-    return _submodules.getter(__name__)(name)
+def __dir__() -> list[str]:
+    """Today's package; names of old eras are there when asked for."""
+    return [*__all__, "backends", "compat", "errors", "flops", "functional", "modules", "utils"]
+
+
+_old_name = _imports.lookup(__name__, "natten.legacy.switches", "natten.legacy.configs")
+_submodule = _submodules.getter(__name__)
+
+
+if not _TYPE_CHECKING:  # for which every name would exist
+
+    def __getattr__(name: str) -> object:
+        """Names of old eras, and submodules, which are imported when they are asked for."""
+        if name == "HAS_LIBNATTEN":  # whether there is a GPU
+            return legacy.switches.has_cuda()
+        try:
+            return _old_name(name)
+        except AttributeError:
+            return _submodule(name)

@@ -177,6 +177,7 @@ def fna_generic_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
 
 qk_1d_rpb_flop = qk_2d_rpb_flop = qk_3d_rpb_flop = qk_flops
 av_1d_flop = av_2d_flop = av_3d_flop = av_flops
+qk_rpb_flop, av_flop = qk_flops, av_flops  # 0.14's names
 
 _HANDLERS = {"qk": qk_flops, "av": av_flops, "_Attention": fna_generic_flops}
 

@@ -103,6 +103,8 @@ def neighborhood_attention_generic(
     return_lse: bool = False,
     *,
     rpb: Tensor | None = None,
+    xformers_kwargs: dict[str, Any] | None = None,
+    try_fuse_additional_kv: bool = False,
     **unknown: NoReturn,
 ) -> Any:
     """Neighborhood attention over 1-D, 2-D or 3-D token layouts, the rank taken from ``query``.
@@ -125,7 +127,8 @@ def neighborhood_attention_generic(
             and of keys of the forward and of the backward pass, one size per axis, instead of those
             that a cost model chooses; a backend that has no such tiles ignores them.
         attention_kwargs, backward_kv_splits, backward_use_pt_reduction, run_persistent_kernel,
-        kernel_schedule, torch_compile: accepted as hints, without effect.
+        kernel_schedule, torch_compile, xformers_kwargs (0.17.5), try_fuse_additional_kv (0.20):
+            accepted as hints, without effect.
 
     Returns:
         ``[batch, *space, heads, value_dim]``; with ``return_lse`` also the LSE, natural logarithm,

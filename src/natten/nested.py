@@ -56,9 +56,9 @@ def per_item(function: Callable[..., Tensor], **tensors: Tensor | None) -> Tenso
 
 
 def __getattr__(name: str) -> Any:
-    """0.17's ``na*d_*_nested`` live in :mod:`natten.legacy.nested`."""
+    """0.17's ``na*d_*_nested`` live in :mod:`natten.legacy.operators`."""
     if name.endswith("_nested"):
-        from natten.legacy import nested as legacy
+        from natten.legacy import operators
 
-        return getattr(legacy, name)
+        return getattr(operators, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -175,12 +177,41 @@ _AV = """Weighted sum of the values of every token's window, {rank}-D, unfused.
         torch.Size([1, 2, {sizes}, 16])
 """
 
+
+def _with_depth(function: Callable[..., Tensor], before: int) -> Callable[..., Tensor]:
+    """``function``, which takes 0.15's arguments, too: a window and a dilation of the first axis.
+
+    Each came before that of the other axes. Today additional tokens follow window and dilation, so
+    an integer there tells the eras apart. ``before``: how many arguments precede the window.
+    """
+    names = ("kernel_size_d", "kernel_size", "dilation_d", "dilation")
+
+    @functools.wraps(function)
+    def either(*args: Any, **kwargs: Any) -> Tensor:
+        given, rest = args[before : before + 4], args[before + 4 :]
+        by_position = len(given) > 2 and isinstance(given[2], int)
+        if not (by_position or "kernel_size_d" in kwargs or "dilation_d" in kwargs):
+            return function(*args, **kwargs)
+        named = {name: kwargs[name] for name in names if name in kwargs}
+        values = dict(zip(names, given)) | named
+        if len(values) != 4 or len(given) + len(named) != 4:
+            raise ArgumentError(f"{names} must be given once each, got {given} and {named}.")
+        others = {name: value for name, value in kwargs.items() if name not in names}
+        window = (values["kernel_size_d"], *(values["kernel_size"],) * 2)
+        dilation = (values["dilation_d"], *(values["dilation"],) * 2)
+        if len(args) < before:
+            return function(*args, kernel_size=window, dilation=dilation, **others)
+        return function(*args[:before], window, dilation, *rest, **others)
+
+    return either
+
+
 na1d_qk = of_rank(1, "na1d_qk", _qk, _QK, nested=True)
 na2d_qk = of_rank(2, "na2d_qk", _qk, _QK, nested=True)
-na3d_qk = of_rank(3, "na3d_qk", _qk, _QK, nested=True)
+na3d_qk = _with_depth(of_rank(3, "na3d_qk", _qk, _QK, nested=True), 2)
 na1d_av = of_rank(1, "na1d_av", _av, _AV, nested=True)
 na2d_av = of_rank(2, "na2d_av", _av, _AV, nested=True)
-na3d_av = of_rank(3, "na3d_av", _av, _AV, nested=True)
+na3d_av = _with_depth(of_rank(3, "na3d_av", _av, _AV, nested=True), 2)
 
 
 def _qk_with_bias(
@@ -199,4 +230,6 @@ _QK_BIAS = """``na{rank}d_qk`` with the relative positional bias as its third ar
 
 na1d_qk_with_bias = of_rank(1, "na1d_qk_with_bias", _qk_with_bias, _QK_BIAS, nested=True)
 na2d_qk_with_bias = of_rank(2, "na2d_qk_with_bias", _qk_with_bias, _QK_BIAS, nested=True)
-na3d_qk_with_bias = of_rank(3, "na3d_qk_with_bias", _qk_with_bias, _QK_BIAS, nested=True)
+na3d_qk_with_bias = _with_depth(
+    of_rank(3, "na3d_qk_with_bias", _qk_with_bias, _QK_BIAS, nested=True), 3
+)

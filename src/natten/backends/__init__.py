@@ -260,11 +260,12 @@ def warn_of_another(name: str, chosen: Backend, problem: Problem) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """:func:`explain`, which stands on the operators, 0.20's names, and the backends."""
+    """:func:`explain`, which stands on the operators, names of old eras, and the backends."""
     if name == "explain":
         return importlib.import_module("natten.backends.explaining").explain
-    if name in ("choose_backend", "choose_fmha_backend"):
-        return getattr(importlib.import_module("natten.backends.selection"), name)
-    if name in ("get_compatible_backends", "get_compatible_fmha_backends"):
-        return getattr(importlib.import_module("natten.backends.selection"), name)
+    if name.startswith(("choose_", "get_")):
+        for home in ("natten.backends.selection", "natten.legacy.configs"):
+            module = importlib.import_module(home)
+            if hasattr(module, name):
+                return getattr(module, name)
     return _submodules.getter(__name__)(name)

@@ -12,6 +12,23 @@ from torch import Tensor
 from natten.errors import ArgumentError
 from natten.neighborhood import Neighborhood
 
+__all__ = [
+    "check_additional_keys",
+    "check_additional_values",
+    "check_all_args",
+    "check_all_args_with_stride",
+    "check_args_against_input",
+    "check_backward_tiling_config",
+    "check_causal_arg",
+    "check_dilation_arg",
+    "check_input_size_arg",
+    "check_kernel_size_arg",
+    "check_stride_arg",
+    "check_tiling_config",
+    "get_num_na_weights",
+    "make_attn_tensor_from_input",
+]
+
 
 def check_kernel_size_arg(na_dim: int, kernel_size: Any) -> tuple[int, ...]:
     """``kernel_size`` as one entry per axis."""
@@ -42,9 +59,16 @@ def check_all_args(
 
 
 def check_all_args_with_stride(
-    na_dim: int, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
-    """Kernel size, stride, dilation and causality, one entry per axis each (0.20's order)."""
+    na_dim: int, kernel_size: Any, stride: Any = ..., dilation: Any = ..., is_causal: Any = ...
+) -> tuple[tuple[Any, ...], ...]:
+    """Kernel size, stride, dilation and causality, one entry per axis each (0.20's order).
+
+    Four arguments are 0.17's, as :func:`check_all_args` has them.
+    """
+    if is_causal is ...:
+        stride, dilation, is_causal = ..., stride, dilation
+    if stride is ...:
+        return check_all_args(na_dim, kernel_size, dilation, is_causal)
     rule = Neighborhood.create(na_dim, kernel_size, stride, dilation, is_causal)
     return rule.kernel_size, rule.stride, rule.dilation, rule.is_causal
 
@@ -56,6 +80,11 @@ def check_args_against_input(
     rank = input_tensor.dim() - 3
     rule = Neighborhood.create(rank, kernel_size, stride, dilation, is_causal)
     rule.check(input_tensor.shape[1:-2])
+
+
+def check_input_size_arg(na_dim: int, input_size: Any) -> tuple[int, ...]:
+    """``input_size`` as one entry per axis."""
+    return Neighborhood.create(na_dim, input_size).kernel_size
 
 
 def get_num_na_weights(kernel_size: Sequence[int]) -> int:
@@ -80,20 +109,23 @@ def check_backward_tiling_config(na_dim: int, tiling_config: Any) -> Any:
     return tiling_config
 
 
-def check_additional_keys(query: Tensor, additional_keys: Tensor | None) -> int:
+def check_additional_keys(input_tensor: Tensor, additional_keys: Tensor | None) -> int:
     """How many additional keys a heads-first call has."""
-    return _check_additional("additional_keys", query, additional_keys)
+    return _check_additional("additional_keys", input_tensor, additional_keys)
 
 
 def check_additional_values(
-    attn: Tensor, additional_values: Tensor | None, value: Tensor, expected_kernel_size: int
+    attn_tensor: Tensor,
+    additional_values: Tensor | None,
+    value: Tensor,
+    expected_attn_weights: int,
 ) -> int:
-    """How many additional values a heads-first call has; ``attn`` must hold their weights."""
+    """How many additional values a heads-first call has; their weights come last."""
     extra = _check_additional("additional_values", value, additional_values)
-    if attn.shape[-1] != expected_kernel_size + extra:
+    if attn_tensor.shape[-1] != expected_attn_weights + extra:
         raise ArgumentError(
-            f"Expected {expected_kernel_size + extra} attention weights per token, "
-            f"got attn_tensor.shape[-1]={attn.shape[-1]}."
+            f"Expected {expected_attn_weights + extra} attention weights per token, "
+            f"got attn_tensor.shape[-1]={attn_tensor.shape[-1]}."
         )
     return extra
 
@@ -110,11 +142,12 @@ def _check_additional(name: str, x: Tensor, extra: Tensor | None) -> int:
     return extra.shape[2]
 
 
-def make_attn_tensor_from_input(input_tensor: Tensor, num_na_weights: int) -> Tensor:
+def make_attn_tensor_from_input(input_tensor: Tensor, attention_dim: int) -> Tensor:
     """Uninitialized weights for ``input_tensor [batch, heads, *space, head_dim]``."""
     return torch.empty(
         *input_tensor.shape[:-1],
-        num_na_weights,
+        attention_dim,
         dtype=input_tensor.dtype,
         device=input_tensor.device,
+        requires_grad=input_tensor.requires_grad,
     )

@@ -216,7 +216,7 @@ def is_kv_parallelism_in_fused_na_enabled() -> bool:
 
 def use_fused_na(
     mode: bool = True,
-    kv_parallel: bool = False,
+    kv_parallel: bool = True,
     use_flex_attention: bool = False,
     force_flex_attention: bool = False,
 ) -> None:

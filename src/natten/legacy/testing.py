@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import unittest
 from collections.abc import Callable
 from typing import Any
@@ -57,9 +58,31 @@ def skip_if_not_running_extended_tests() -> Decorator:
     return _skip(True, "the extended test run")
 
 
+def skip_if_fvcore_is_not_available() -> Decorator:
+    """Skip without fvcore."""
+    return _skip(importlib.util.find_spec("fvcore") is None, "fvcore")
+
+
+def skip_if_torch_compile_is_not_supported() -> Decorator:
+    """Never skip: operators here compile."""
+    return _skip(False, "torch.compile")
+
+
+def skip_if_triton_is_not_supported() -> Decorator:
+    """Skip without a GPU that Triton knows."""
+    return _skip(not switches.has_gemm(), "a GPU for Triton")
+
+
+skip_if_experimental_ops_are_not_supported = skip_if_torch_compile_is_not_supported
+skip_if_torch_flop_count_is_not_supported = skip_if_torch_compile_is_not_supported
 skip_if_fna_is_not_supported = skip_if_cuda_is_not_supported
 skip_if_libnatten_is_not_supported = skip_if_cuda_is_not_supported
 skip_if_flex_compile_is_not_supported = skip_if_flex_is_not_supported
+
+
+def fna_supports_additional_kv(head_dim: int = 0, device_index: switches.Device = None) -> bool:
+    """Whether fused operators take additional keys and values: always."""
+    return True
 
 
 def supports_float16(device: torch.device) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import Union
 
+from torch import Tensor
+
 NoneType = type(None)
 
 Dimension1DType = tuple[int]
@@ -33,3 +35,46 @@ class KernelSchedule(Enum):
     NonPersistent = 0
     WarpSpecializedCooperative = 1
     WarpSpecializedPingpong = 2
+
+
+# What upstream's kernels were told of tiles: of queries and of keys, then how keys are split and
+# whether PyTorch reduces; in 0.20 and later the schedule of Hopper's.
+QKTileShapeType = Union[  # noqa: UP007
+    tuple[Dimension1DType, Dimension1DType],
+    tuple[Dimension2DType, Dimension2DType],
+    tuple[Dimension3DType, Dimension3DType],
+]
+FnaTileShapeType = FnaForwardConfigType = QKTileShapeType
+FnaBackwardConfigType = Union[  # noqa: UP007
+    tuple[Dimension1DType, Dimension1DType, Dimension1DType, bool],
+    tuple[Dimension2DType, Dimension2DType, Dimension2DType, bool],
+    tuple[Dimension3DType, Dimension3DType, Dimension3DType, bool],
+]
+CutlassFnaForwardConfigType = CutlassFnaBackwardConfigType = QKTileShapeType
+CutlassBlackwellFnaForwardConfigType = CutlassBlackwellFnaBackwardConfigType = QKTileShapeType
+CutlassHopperFnaForwardConfigType = tuple[QKTileShapeType, KernelSchedule]
+CutlassHopperFnaBackwardConfigType = FlexFnaForwardConfigType = QKTileShapeType
+
+FmhaForwardConfigType = tuple[int, int]
+CutlassFmhaForwardConfigType = CutlassFmhaBackwardConfigType = FmhaForwardConfigType
+CutlassBlackwellFmhaForwardConfigType = FmhaForwardConfigType
+CutlassBlackwellFmhaBackwardConfigType = FmhaForwardConfigType
+CutlassHopperFmhaForwardConfigType = tuple[FmhaForwardConfigType, KernelSchedule]
+CutlassHopperFmhaBackwardConfigType = FlexFmhaForwardConfigType = FmhaForwardConfigType
+
+ListOrNestedTensor = Union[list, Tensor]  # noqa: UP007
+
+
+def create_dim_from_int(na_dim: int, value: int) -> tuple[int, ...]:
+    """``value`` for every axis."""
+    return (value,) * na_dim
+
+
+def create_causal_arg_from_bool(na_dim: int, value: bool) -> tuple[bool, ...]:
+    """``value`` for every axis."""
+    return (value,) * na_dim
+
+
+__all__ = [name for name in globals() if name.endswith("Type") or name.endswith("TypeOrDed")]
+__all__ += ["KernelSchedule", "ListOrNestedTensor"]
+__all__ += ["create_causal_arg_from_bool", "create_dim_from_int"]

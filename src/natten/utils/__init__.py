@@ -8,20 +8,24 @@ from natten.legacy.checks import (
     check_backward_tiling_config,
     check_causal_arg,
     check_dilation_arg,
+    check_input_size_arg,
     check_kernel_size_arg,
     check_tiling_config,
     get_num_na_weights,
     make_attn_tensor_from_input,
 )
 from natten.legacy.switches import get_device_cc
+from natten.legacy.types import NoneType
 
 __all__ = [
+    "NoneType",
     "check_additional_keys",
     "check_additional_values",
     "check_all_args",
     "check_backward_tiling_config",
     "check_causal_arg",
     "check_dilation_arg",
+    "check_input_size_arg",
     "check_kernel_size_arg",
     "check_tiling_config",
     "get_device_cc",

@@ -1,47 +1,79 @@
-"""NATTEN 0.14.1 to 0.14.4: the window comes before the heads, and the bias is always there."""
+"""NATTEN 0.14.1 to 0.14.4: the window comes before the heads, and the bias is always there.
+
+0.14.5 and 0.14.6 had the order of :mod:`natten.compat.v015`; calls in that order are understood
+where they can be told apart.
+"""
 
 from __future__ import annotations
 
-import sys
+import warnings
+from collections.abc import Sequence
+from inspect import Parameter, Signature
 from typing import Any
 
-from natten import flops
 from natten.compat.v014 import functional
+from natten.errors import ArgumentError
+from natten.legacy.imports import install
 from natten.modules import NeighborhoodAttentionGeneric
 
 __version__ = "0.14.4"
+
+_REQUIRED = {"dim": ..., "kernel_size": ..., "num_heads": ...}
+_DEFAULTS = {"qkv_bias": True, "qk_scale": None, "attn_drop": 0.0, "proj_drop": 0.0}
+_DEFAULTS |= {"dilation": None, "bias": True}
+_FIRST = (*_REQUIRED, *_DEFAULTS)
+_LATER = (
+    *("dim", "num_heads", "kernel_size", "dilation", "bias"),
+    *("qkv_bias", "qk_scale", "attn_drop", "proj_drop"),
+)
+
+
+def _order(args: Sequence[Any]) -> Sequence[str]:
+    """The names of arguments given by position: windows were odd, and heads divide channels."""
+    if len(args) < 3:
+        return _FIRST
+    dim, second, third = args[:3]
+    if len(args) > 3:  # 0.14.4 had `qkv_bias` there, and 0.14.5 the dilation
+        return _FIRST if isinstance(args[3], bool) else _LATER
+
+    def fits(kernel_size: Any, num_heads: Any) -> bool:
+        whole = all(isinstance(n, int) for n in (dim, kernel_size, num_heads)) and num_heads > 0
+        return whole and kernel_size > 1 and kernel_size % 2 == 1 and dim % num_heads == 0
+
+    is_first, is_later = fits(second, third), fits(third, second)
+    if is_first and is_later and second != third:
+        warnings.warn(
+            f"NeighborhoodAttention{args} is read as 0.14.1 to 0.14.4 did, (dim, kernel_size, "
+            "num_heads); natten.compat.v015 has the order of 0.14.5 and later.",
+            stacklevel=3,
+        )
+    return _LATER if is_later and not is_first else _FIRST
 
 
 class _Module(NeighborhoodAttentionGeneric):
     """0.14's argument order; the rank comes from the subclass."""
 
     rank: int
+    __signature__ = Signature(
+        [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in _REQUIRED]
+        + [
+            Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default)
+            for name, default in _DEFAULTS.items()
+        ]
+    )
 
-    def __init__(
-        self,
-        dim: int,
-        kernel_size: Any,
-        num_heads: int,
-        qkv_bias: bool = True,
-        qk_scale: float | None = None,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        dilation: Any = None,
-        bias: bool = True,
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = dict(zip(_order(args), args)) | kwargs
+        unknown = sorted(given.keys() - _FIRST)
+        if unknown or len(given) != len(args) + len(kwargs):
+            raise ArgumentError(
+                f"expected {_FIRST}, once each, got {args} and {kwargs} (unknown: {unknown})."
+            )
+        given = _DEFAULTS | given
         super().__init__(
-            self.rank,
-            dim,
-            num_heads,
-            kernel_size,
-            dilation=dilation,
-            rel_pos_bias=bias,
-            qkv_bias=qkv_bias,
-            qk_scale=qk_scale,
-            attn_drop=attn_drop,
-            proj_drop=proj_drop,
-            oversize="pad",
-        )
+            self.rank, rel_pos_bias=given.pop("bias"), dim=given.pop("dim", None), oversize="pad",
+            **given,
+        )  # fmt: skip
 
 
 class NeighborhoodAttention1D(_Module):
@@ -57,4 +89,6 @@ class NeighborhoodAttention2D(_Module):
 
 
 NeighborhoodAttention = NeighborhoodAttention2D
-natten1d = natten2d = sys.modules[__name__]
+
+__all__ = ["NeighborhoodAttention", "NeighborhoodAttention1D", "NeighborhoodAttention2D"]
+install(__name__)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from natten import flops, functional
-from natten.legacy.functional import (
+from natten.compat.v015 import functional
+from natten.legacy.imports import install
+from natten.legacy.switches import (
     disable_gemm_na,
     disable_tf32,
     disable_tiled_na,
@@ -105,4 +105,23 @@ class NeighborhoodAttention3D(NeighborhoodAttentionGeneric):
 
 
 NeighborhoodAttention = NeighborhoodAttention2D
-natten1d = natten2d = natten3d = sys.modules[__name__]
+
+__all__ = [
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "disable_gemm_na",
+    "disable_tf32",
+    "disable_tiled_na",
+    "enable_gemm_na",
+    "enable_tf32",
+    "enable_tiled_na",
+    "has_bfloat",
+    "has_cuda",
+    "has_fp32_gemm",
+    "has_fp64_gemm",
+    "has_gemm",
+    "has_half",
+    "has_tf32_gemm",
+]
+install(__name__)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from natten import context, flops, legacy, types, utils
 from natten.compat.v017 import functional
+from natten.legacy import switches
+from natten.legacy.imports import install
 from natten.legacy.switches import *  # noqa: F403
 from natten.modules import NeighborhoodAttentionGeneric
 
@@ -66,4 +66,11 @@ class NeighborhoodAttention3D(_Module):
 
 
 NeighborhoodAttention = NeighborhoodAttention2D
-natten1d = natten2d = natten3d = sys.modules[__name__]
+
+__all__ = [
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    *switches.__all__,
+]
+install(__name__)

@@ -1,4 +1,7 @@
-"""``natten.functional`` of 0.17: ``dilation`` is the fused operators' fifth argument."""
+"""``natten.functional`` of 0.17: ``dilation`` is the fused operators' fifth argument.
+
+Everything else is the same in ``natten.functional`` and :mod:`natten.legacy`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from natten import functional as F
+from natten.legacy import functional as legacy
+from natten.legacy.imports import lookup
 
 
 def _fused(rank: int) -> Callable[..., Any]:
@@ -24,6 +29,7 @@ def _fused(rank: int) -> Callable[..., Any]:
         scale: float | None = None,
         additional_keys: Tensor | None = None,
         additional_values: Tensor | None = None,
+        xformers_kwargs: dict[str, Any] | None = None,
     ) -> Tensor:
         return fused(
             query,
@@ -36,6 +42,7 @@ def _fused(rank: int) -> Callable[..., Any]:
             scale=scale,
             additional_keys=additional_keys,
             additional_values=additional_values,
+            attention_kwargs=xformers_kwargs,
         )
 
     function.__name__ = function.__qualname__ = f"na{rank}d"
@@ -46,6 +53,7 @@ def _fused(rank: int) -> Callable[..., Any]:
 na1d, na2d, na3d = (_fused(rank) for rank in (1, 2, 3))
 
 
-def __getattr__(name: str) -> Any:
-    """Everything else is the same in :mod:`natten.functional`."""
-    return getattr(F, name)
+__all__ = [*F.__all__, *legacy.__all__]
+__getattr__ = lookup(
+    __name__, "natten.legacy.operators", "natten.legacy.checks", F.__name__, legacy.__name__
+)

@@ -1,0 +1,115 @@
+"""Modules that old code imports and that have no file here, as one table.
+
+Such a module looks its names up in ours when they are asked for. ``natten`` and the stand-ins in
+``natten.compat`` install their part of the table when they are imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+_TYPES = "natten.legacy.types"
+_CHECKS = f"natten.legacy.checks {_TYPES}"
+_UTILS = {
+    "utils": f"natten.utils {_CHECKS}",
+    "utils.checks": _CHECKS,
+    "utils.log": "natten.utils.log",
+    "utils.testing": "natten.legacy.testing",
+    "utils.tensor": "natten.legacy.checks",
+    "utils.misc utils.device": "natten.legacy.switches",
+    "utils.typing": _TYPES,
+}
+
+#: Per package: names of modules, and where what they had is looked up, the first that has it.
+MODULES: dict[str, dict[str, str]] = {
+    "natten": {
+        # These modules had a dilation where layers and fused operators have a stride now.
+        "natten1d natten2d natten3d na1d na2d na3d": (
+            "natten.compat.v017 natten.compat.v014 natten.compat.v017.functional"
+        ),
+        "experimental": "natten.compat.v017.functional",
+        "flex": "natten.legacy.operators",
+        "nattencuda nattencuda1d nattencuda2d": (
+            "natten.compat.v014 natten.compat.v014.functional"
+        ),
+        "ops": "natten.legacy.operators",
+        "autotuner": "natten.legacy.operators",
+        "attn_merge": "natten.functional",
+        "utils.tensor": _UTILS["utils.tensor"],
+        "utils.misc utils.device": _UTILS["utils.misc utils.device"],
+        "utils.typing": _UTILS["utils.typing"],
+        "utils.tuples": _TYPES,
+    },
+    "natten.compat.v014": {
+        "natten1d natten2d nattencuda nattencuda1d nattencuda2d": (
+            "natten.compat.v014 natten.compat.v014.functional"
+        ),
+        "flops": "natten.flops",
+    },
+    "natten.compat.v015": {
+        "natten1d natten2d natten3d": "natten.compat.v015 natten.compat.v015.functional",
+        "flops": "natten.flops",
+        "nested ops": "natten.compat.v015.functional",
+        **_UTILS,
+    },
+    "natten.compat.v017": {
+        "na1d na2d na3d natten1d natten2d natten3d": (
+            "natten.compat.v017 natten.compat.v017.functional"
+        ),
+        "experimental": "natten.compat.v017.functional",
+        "flex nested ops": "natten.legacy.operators",
+        "autotuner": "natten.legacy.operators",
+        "context": "natten.legacy.switches",
+        "flops": "natten.flops",
+        "types": _TYPES,
+        **_UTILS,
+    },
+}
+
+
+def _names(source: ModuleType) -> Sequence[str]:
+    return getattr(source, "__all__", None) or [n for n in vars(source) if not n.startswith("_")]
+
+
+def lookup(module: str, *sources: str) -> Callable[[str], Any]:
+    """The ``__getattr__`` of ``module``: the public names of the modules ``sources``.
+
+    What is found stays in ``module``, so that it is looked up once.
+    """
+
+    def __getattr__(name: str) -> Any:
+        found = map(importlib.import_module, sources)
+        if name == "__all__":
+            return sorted({each for source in found for each in _names(source)})
+        if not name.startswith("__"):
+            for source in found:
+                if name in _names(source):
+                    return vars(sys.modules[module]).setdefault(name, getattr(source, name))
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return __getattr__
+
+
+def install(package: str) -> None:
+    """Make the modules of ``package`` in the table importable, and attributes where none is."""
+    rows = MODULES[package]
+    names = [name for row in rows for name in row.split()]
+    for row, sources in rows.items():
+        for name in row.split():
+            path = f"{package}.{name}"
+            module = ModuleType(path, f"Where old code imports from; see {sources}.")
+            has_children = any(other.startswith(f"{name}.") for other in names)
+            module.__spec__ = ModuleSpec(path, None, is_package=has_children)
+            if has_children:
+                module.__path__ = []
+            module.__getattr__ = lookup(path, *sources.split())  # type: ignore[method-assign]
+            sys.modules[path] = module
+            parent, _, child = path.rpartition(".")
+            attributes = vars(sys.modules[parent])
+            if isinstance(attributes.get(child, module), ModuleType):  # `natten.na2d` is a function
+                attributes[child] = module
