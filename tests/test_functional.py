@@ -341,10 +341,10 @@ def test_no_document_has_tokens(rank):
 
 def test_layout():
     documents = [torch.randn(2, 3, 1, 4), torch.randn(5, 1, 1, 4)]
-    layout = VarlenLayout.from_tensor_list(documents)
+    layout, joined = VarlenLayout.from_tensor_list(documents)
     assert layout.shapes == ((2, 3), (5, 1)) and layout.offsets.tolist() == [0, 6, 11]
     packed = layout.pack(documents)
-    assert packed.shape == (11, 1, 4)
+    assert packed.shape == (11, 1, 4) and torch.equal(packed, joined)
     assert all(torch.equal(a, b) for a, b in zip(layout.unpack(packed), documents))
     assert VarlenLayout([4, 5]).rank == 1 and "(4,)" in repr(VarlenLayout([4]))
 

@@ -112,11 +112,49 @@ class VarlenLayout:
         self._documents: dict[tuple[Neighborhood, torch.device], Documents] = {}
 
     @classmethod
-    def from_tensor_list(cls, tensors: Sequence[Tensor]) -> VarlenLayout:
-        """The layout of documents given as tensors ``[*space, heads, head_dim]``."""
+    def from_tensor_list(cls, tensors: Sequence[Tensor]) -> tuple[VarlenLayout, Tensor]:
+        """The layout of documents ``[*space, heads, head_dim]``, and the packed documents.
+
+        Example:
+            >>> documents = torch.zeros(4, 6, 2, 8), torch.zeros(3, 3, 2, 8)
+            >>> layout, packed = VarlenLayout.from_tensor_list(documents)
+            >>> layout.shapes, packed.shape
+            (((4, 6), (3, 3)), torch.Size([33, 2, 8]))
+        """
         if not tensors or not all(isinstance(x, Tensor) for x in tensors):
             raise ArgumentError("`tensors` must be a sequence of at least one tensor.")
-        return cls([tuple(x.shape[:-2]) for x in tensors], device=tensors[0].device)
+        layout = cls([tuple(x.shape[:-2]) for x in tensors], device=tensors[0].device)
+        return layout, layout.pack(tensors)
+
+    @property
+    def num_docs(self) -> int:
+        """How many documents."""
+        return len(self)
+
+    @property
+    def token_layouts(self) -> Tensor:
+        """:attr:`shapes` as int32 ``[documents, rank]``, where :attr:`offsets` lives."""
+        return torch.tensor(self.shapes, dtype=torch.int32, device=self.device)
+
+    @property
+    def max_seqlen(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.lengths)
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """:attr:`offsets`: int32 ``[documents + 1]``, where each document starts."""
+        return self.offsets
+
+    @property
+    def device(self) -> torch.device:
+        """Where :attr:`offsets` lives."""
+        return self.offsets.device
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all documents have one token layout."""
+        return len(set(self.shapes)) == 1
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """Documents ``[*space, ...]`` as one packed tensor ``[tokens, ...]``."""
@@ -135,6 +173,8 @@ class VarlenLayout:
         return [
             part.unflatten(0, shape) for part, shape in zip(packed.split(self.lengths), self.shapes)
         ]
+
+    split = unpack
 
     def documents(self, rule: Neighborhood, device: torch.device) -> Documents:
         """The documents, each with the largest window up to ``rule``'s that fits it.
