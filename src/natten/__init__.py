@@ -1,6 +1,6 @@
 """Neighborhood attention: sliding-window self attention over 1-D, 2-D and 3-D token layouts."""
 
-from typing import TYPE_CHECKING as _TYPE_CHECKING
+import typing as _typing
 
 from natten import _submodules, compat, context, flops, functional, legacy, types, utils
 from natten.errors import ArgumentError
@@ -34,7 +34,7 @@ from natten.version import __version__
 
 _log.get_logger()
 _imports.install(__name__)
-if _TYPE_CHECKING:  # what comes from `__getattr__`
+if _typing.TYPE_CHECKING:  # what comes from `__getattr__`
     from natten import backends, draw, profiler, simulator, tuning
     from natten.legacy.configs import *  # noqa: F403
     from natten.legacy.switches import *  # noqa: F403
@@ -79,7 +79,7 @@ _old_name = _imports.lookup(__name__, "natten.legacy.switches", "natten.legacy.c
 _submodule = _submodules.getter(__name__)
 
 
-if not _TYPE_CHECKING:  # for which every name would exist
+if not _typing.TYPE_CHECKING:  # for which every name would exist
 
     def __getattr__(name: str) -> object:
         """Names of old eras, and submodules, which are imported when they are asked for."""

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
 from natten._keywords import check_call, signature_of
 from natten.errors import ArgumentError
 
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def of_rank(
-    rank: int, name: str, generic: Callable[Parameters, Result], doc: str, nested: bool = False
-) -> Callable[Parameters, Result]:
-    """``generic`` for one rank, with its signature; ``nested``: it takes nested tensors, too."""
+def of_rank(rank: int, name: str, generic: Function, doc: str, nested: bool = False) -> Function:
+    """``generic`` for one rank, with its signature and overloads.
+
+    Args:
+        rank: axes of tokens.
+        name: of the new function.
+        generic: takes its tensors first.
+        doc: docstring, in which SHAPES and ``{arguments}``, the sections of ``generic`` from
+            ``Args:`` to ``Raises:``, are filled in.
+        nested: whether it takes nested tensors, too.
+    """
     signature = signature_of(generic)
     first = next(iter(signature.parameters))
 
-    def function(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+    def function(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs.get(first)
         if isinstance(x, Tensor) and (nested or not x.is_nested):
             got = x.dim() - x.is_nested  # of each item
@@ -39,9 +45,18 @@ def of_rank(
 
     function.__name__ = function.__qualname__ = name
     function.__module__ = generic.__module__
-    function.__doc__ = inspect.cleandoc(doc.format(rank=rank, name=name, **SHAPES[rank]))
+    arguments = _sections(generic).replace("*space", SHAPES[rank]["space"])
+    function.__doc__ = inspect.cleandoc(doc).format(
+        rank=rank, name=name, arguments=arguments, **SHAPES[rank]
+    )
     function.__signature__ = signature  # type: ignore[attr-defined]
-    return function
+    return cast(Function, function)
+
+
+def _sections(function: Callable[..., Any]) -> str:
+    """A docstring's sections from ``Args:`` to the one before ``Example:``."""
+    _, _, rest = (inspect.getdoc(function) or "").partition("Args:\n")
+    return "Args:\n" + rest.partition("\n\nExample:")[0]
 
 
 SHAPES = {

@@ -16,7 +16,7 @@ import inspect
 import marshal
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -56,6 +56,9 @@ from natten.unfused import (
 )
 from natten.varlen import VarlenLayout
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = [
     "attention",
     "merge_attentions",
@@ -78,6 +81,45 @@ __all__ = [
 ]
 
 
+class Hints(TypedDict, total=False):
+    """Arguments of fused operators that change no result."""
+
+    attention_kwargs: dict[str, Any] | None
+    q_tile_shape: Sequence[int] | None
+    kv_tile_shape: Sequence[int] | None
+    backward_q_tile_shape: Sequence[int] | None
+    backward_kv_tile_shape: Sequence[int] | None
+    backward_kv_splits: Sequence[int] | None
+    backward_use_pt_reduction: bool
+    run_persistent_kernel: bool
+    kernel_schedule: Any
+    torch_compile: bool
+
+
+@overload
+def neighborhood_attention_generic(
+    query: Tensor, key: Tensor, value: Tensor, kernel_size: Dimension, stride: Dimension = ...,
+    dilation: Dimension = ..., is_causal: Causal | None = ..., scale: float | None = ...,
+    additional_keys: Tensor | None = ..., additional_values: Tensor | None = ...,
+    *, backend: str | None = ..., rpb: Tensor | None = ..., return_lse: Literal[False] = ...,
+    **hints: Unpack[Hints],
+) -> Tensor: ...  # fmt: skip
+@overload
+def neighborhood_attention_generic(
+    query: Tensor, key: Tensor, value: Tensor, kernel_size: Dimension, stride: Dimension = ...,
+    dilation: Dimension = ..., is_causal: Causal | None = ..., scale: float | None = ...,
+    additional_keys: Tensor | None = ..., additional_values: Tensor | None = ...,
+    *, backend: str | None = ..., rpb: Tensor | None = ..., return_lse: Literal[True],
+    **hints: Unpack[Hints],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def neighborhood_attention_generic(
+    query: Tensor, key: Tensor, value: Tensor, kernel_size: Dimension, stride: Dimension = ...,
+    dilation: Dimension = ..., is_causal: Causal | None = ..., scale: float | None = ...,
+    additional_keys: Tensor | None = ..., additional_values: Tensor | None = ...,
+    *, backend: str | None = ..., rpb: Tensor | None = ..., return_lse: bool,
+    **hints: Unpack[Hints],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def neighborhood_attention_generic(
     query: Tensor,
     key: Tensor,
@@ -106,7 +148,7 @@ def neighborhood_attention_generic(
     xformers_kwargs: dict[str, Any] | None = None,
     try_fuse_additional_kv: bool = False,
     **unknown: NoReturn,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Neighborhood attention over 1-D, 2-D or 3-D token layouts, the rank taken from ``query``.
 
     Args:
@@ -241,8 +283,7 @@ def _is_bool(value: Any) -> bool:
 
 _FUSED = """{rank}-D neighborhood attention, fused.
 
-    :func:`neighborhood_attention_generic` for tensors ``[batch, {space}, heads, head_dim]``;
-    arguments, results and errors are described there.
+    {arguments}
 
     Example:
         >>> q, k, v = (torch.randn(1, {sizes}, 2, 16) for _ in range(3))
@@ -258,6 +299,44 @@ na3d = of_rank(3, "na3d", neighborhood_attention_generic, _FUSED)
 # --- plain attention, packed sequences, merging ---
 
 
+class DenseHints(TypedDict, total=False):
+    """Arguments of :func:`attention` that change no result."""
+
+    q_tile_size: int | None
+    kv_tile_size: int | None
+    backward_q_tile_size: int | None
+    backward_kv_tile_size: int | None
+    backward_kv_splits: int | None
+    backward_use_pt_reduction: bool
+    run_persistent_kernel: bool
+    kernel_schedule: Any
+    torch_compile: bool
+
+
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool = ..., scale: float | None = ...,
+    seqlens_Q: Tensor | None = ..., seqlens_KV: Tensor | None = ...,
+    cumulative_seqlen_Q: Tensor | None = ..., cumulative_seqlen_KV: Tensor | None = ...,
+    max_seqlen_Q: int | None = ..., max_seqlen_KV: int | None = ...,
+    *, backend: str | None = ..., return_lse: Literal[False] = ..., **hints: Unpack[DenseHints],
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool = ..., scale: float | None = ...,
+    seqlens_Q: Tensor | None = ..., seqlens_KV: Tensor | None = ...,
+    cumulative_seqlen_Q: Tensor | None = ..., cumulative_seqlen_KV: Tensor | None = ...,
+    max_seqlen_Q: int | None = ..., max_seqlen_KV: int | None = ...,
+    *, backend: str | None = ..., return_lse: Literal[True], **hints: Unpack[DenseHints],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool = ..., scale: float | None = ...,
+    seqlens_Q: Tensor | None = ..., seqlens_KV: Tensor | None = ...,
+    cumulative_seqlen_Q: Tensor | None = ..., cumulative_seqlen_KV: Tensor | None = ...,
+    max_seqlen_Q: int | None = ..., max_seqlen_KV: int | None = ...,
+    *, backend: str | None = ..., return_lse: bool, **hints: Unpack[DenseHints],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     query: Tensor,
     key: Tensor,
@@ -282,7 +361,7 @@ def attention(
     torch_compile: bool = False,
     return_lse: bool = False,
     **unknown: NoReturn,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Plain attention, heads-last; over packed sequences when their lengths are given.
 
     Args:
@@ -446,21 +525,30 @@ def merge_attentions(
 _MERGE = signature_of(merge_attentions)
 merge_attentions.__signature__ = _MERGE  # type: ignore[attr-defined]
 
-# Arguments of ``na*d`` that never change the result.
-KERNEL_HINTS = (
-    "attention_kwargs",
-    "q_tile_shape",
-    "kv_tile_shape",
-    "backward_q_tile_shape",
-    "backward_kv_tile_shape",
-    "backward_kv_splits",
-    "backward_use_pt_reduction",
-    "run_persistent_kernel",
-    "kernel_schedule",
-    "torch_compile",
-)
+KERNEL_HINTS = tuple(Hints.__annotations__)
 
 
+@overload
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, kernel_size: Dimension,
+    stride: Dimension = ..., dilation: Dimension = ..., is_causal: Causal | None = ...,
+    scale: float | None = ..., backend: str | None = ...,
+    *, rpb: Tensor | None = ..., return_lse: Literal[False] = ..., **hints: Unpack[Hints],
+) -> Tensor: ...  # fmt: skip
+@overload
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, kernel_size: Dimension,
+    stride: Dimension = ..., dilation: Dimension = ..., is_causal: Causal | None = ...,
+    scale: float | None = ..., backend: str | None = ...,
+    *, rpb: Tensor | None = ..., return_lse: Literal[True], **hints: Unpack[Hints],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, kernel_size: Dimension,
+    stride: Dimension = ..., dilation: Dimension = ..., is_causal: Causal | None = ...,
+    scale: float | None = ..., backend: str | None = ...,
+    *, rpb: Tensor | None = ..., return_lse: bool, **hints: Unpack[Hints],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def _varlen(
     query: Tensor,
     key: Tensor,
@@ -476,7 +564,7 @@ def _varlen(
     rpb: Tensor | None = None,
     return_lse: bool = False,
     **hints: Any,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     if not isinstance(layout, VarlenLayout):
         raise ArgumentError(f"`layout` must be a natten.VarlenLayout, got {type(layout)}.")
     rule = Neighborhood.create(layout.rank, kernel_size, stride, dilation, is_causal)
@@ -576,26 +664,30 @@ _VARLEN = """{rank}-D neighborhood attention inside each document of a packed te
 """
 
 
-def _varlen_of_rank(rank: int) -> Callable[..., Any]:
-    def function(
-        query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, *args: Any, **kwargs: Any
-    ) -> Any:
+Varlen = TypeVar("Varlen", bound=Callable[..., Any])
+
+
+def _varlen_of_rank(rank: int, generic: Varlen) -> Varlen:
+    def function(*args: Any, **kwargs: Any) -> Any:
+        layout = args[3] if len(args) > 3 else kwargs.get("layout")
         if isinstance(layout, VarlenLayout) and layout.rank != rank:
             raise ArgumentError(f"`layout` must have rank {rank}, got {layout}.")
         try:
-            return _varlen(query, key, value, layout, *args, **kwargs)
+            return generic(*args, **kwargs)
         except TypeError:
-            check_call(name, signature, (query, key, value, layout, *args), kwargs)
+            check_call(name, signature, args, kwargs)
             raise
 
-    name, signature = f"na{rank}d_varlen", inspect.signature(_varlen)
+    name, signature = f"na{rank}d_varlen", inspect.signature(generic)
     function.__name__ = function.__qualname__ = name
     function.__doc__ = inspect.cleandoc(_VARLEN.format(rank=rank, name=name, **SHAPES[rank]))
     function.__signature__ = signature  # type: ignore[attr-defined]
-    return function
+    return cast(Varlen, function)
 
 
-na1d_varlen, na2d_varlen, na3d_varlen = (_varlen_of_rank(rank) for rank in (1, 2, 3))
+na1d_varlen = _varlen_of_rank(1, _varlen)
+na2d_varlen = _varlen_of_rank(2, _varlen)
+na3d_varlen = _varlen_of_rank(3, _varlen)
 
 
 def __getattr__(name: str) -> Any:

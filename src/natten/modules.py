@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import inspect
+from collections.abc import Callable
+from typing import Any, Concatenate, NoReturn, ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -308,8 +310,30 @@ def _with_depth(name: str, na_dim: int, depth: int | None, rest: Dimension) -> D
     return (depth, rest, rest)  # type: ignore[return-value]
 
 
+Parameters = ParamSpec("Parameters")
+
+
+def _without_na_dim(
+    generic: Callable[Concatenate[Any, int, Parameters], None],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, Parameters], None]]:
+    """Give the constructor of one rank the signature and the arguments' meaning of ``generic``."""
+    signature = signature_of(generic)
+    known = [each for name, each in signature.parameters.items() if name != "na_dim"]
+    _, _, sections = (inspect.getdoc(NeighborhoodAttentionGeneric) or "").partition("Args:\n")
+    _, _, arguments = sections.partition("\n")  # the first is `na_dim`
+
+    def decorate(init: Callable[..., None]) -> Callable[Concatenate[Any, Parameters], None]:
+        init.__signature__ = signature.replace(parameters=known)  # type: ignore[attr-defined]
+        init.__doc__ = f"Args:\n{arguments}"
+        return init
+
+    return decorate
+
+
 class NeighborhoodAttention1D(NeighborhoodAttentionGeneric):
-    """:class:`NeighborhoodAttentionGeneric` over ``[batch, length, channels]``.
+    """Multi-head neighborhood attention over ``[batch, length, channels]``.
+
+    A :class:`NeighborhoodAttentionGeneric`, which says what the arguments mean.
 
     Example:
         >>> import torch
@@ -317,12 +341,15 @@ class NeighborhoodAttention1D(NeighborhoodAttentionGeneric):
         torch.Size([2, 32, 64])
     """
 
+    @_without_na_dim(NeighborhoodAttentionGeneric.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(1, *args, **kwargs)
 
 
 class NeighborhoodAttention2D(NeighborhoodAttentionGeneric):
-    """:class:`NeighborhoodAttentionGeneric` over ``[batch, height, width, channels]``.
+    """Multi-head neighborhood attention over ``[batch, height, width, channels]``.
+
+    A :class:`NeighborhoodAttentionGeneric`, which says what the arguments mean.
 
     Example:
         >>> import torch
@@ -330,12 +357,15 @@ class NeighborhoodAttention2D(NeighborhoodAttentionGeneric):
         torch.Size([2, 8, 8, 64])
     """
 
+    @_without_na_dim(NeighborhoodAttentionGeneric.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(2, *args, **kwargs)
 
 
 class NeighborhoodAttention3D(NeighborhoodAttentionGeneric):
-    """:class:`NeighborhoodAttentionGeneric` over ``[batch, depth, height, width, channels]``.
+    """Multi-head neighborhood attention over ``[batch, depth, height, width, channels]``.
+
+    A :class:`NeighborhoodAttentionGeneric`, which says what the arguments mean.
 
     Example:
         >>> import torch
@@ -343,5 +373,6 @@ class NeighborhoodAttention3D(NeighborhoodAttentionGeneric):
         torch.Size([2, 4, 6, 8, 64])
     """
 
+    @_without_na_dim(NeighborhoodAttentionGeneric.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(3, *args, **kwargs)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from natten._checks import (
     check_same_shape,
     check_tensors,
 )
-from natten._ranks import of_rank
+from natten._ranks import Function, of_rank
 from natten.errors import ArgumentError
 from natten.neighborhood import Causal, Dimension, Neighborhood
 from natten.nested import is_nested, per_item
@@ -178,7 +177,7 @@ _AV = """Weighted sum of the values of every token's window, {rank}-D, unfused.
 """
 
 
-def _with_depth(function: Callable[..., Tensor], before: int) -> Callable[..., Tensor]:
+def _with_depth(function: Function, before: int) -> Function:
     """``function``, which takes 0.15's arguments, too: a window and a dilation of the first axis.
 
     Each came before that of the other axes. Today additional tokens follow window and dilation, so
@@ -203,7 +202,7 @@ def _with_depth(function: Callable[..., Tensor], before: int) -> Callable[..., T
             return function(*args, kernel_size=window, dilation=dilation, **others)
         return function(*args[:before], window, dilation, *rest, **others)
 
-    return either
+    return cast(Function, either)
 
 
 na1d_qk = of_rank(1, "na1d_qk", _qk, _QK, nested=True)
