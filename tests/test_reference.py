@@ -140,3 +140,16 @@ def test_dilation_is_attention_inside_every_group():
         part = [None if x is None else x[:, group::3] for x in inputs]
         alone = case._replace(dilation=1).rule
         assert_close("group", reference.forward(*part, alone, 0.5)[0], out[:, group::3], 1e-12)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_the_references_gradient_is_its_derivative(case):
+    """It is written out, because autograd is off inside of dispatch modes."""
+    inputs = [None if x is None else x.requires_grad_() for x in case.inputs()]
+    outputs = reference.forward(*inputs, case.rule, 0.7)
+    grads = [torch.randn_like(x) for x in outputs]
+    given = [x for x in inputs if x is not None]
+    wanted = torch.autograd.grad(outputs, given, grads)
+    found = reference.backward(*grads, *inputs, *outputs, case.rule, 0.7)
+    for expected, actual in zip(wanted, [x for x in found if x is not None], strict=True):
+        assert_close("gradient", expected, actual.detach(), 1e-11)
