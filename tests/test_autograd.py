@@ -416,46 +416,35 @@ def test_export():
     assert "natten.attention.default" in names
 
 
-RULE = operators._pack(FULL.rule)
+RULE, DENSE = operators._pack(FULL.rule), operators._pack(Dense(causal=True))
+
+
+def reversed_in_memory(x):
+    """The same numbers, contiguous in no way."""
+    order = tuple(reversed(range(x.ndim)))
+    return x.permute(order).contiguous().permute(order)
 
 
 def op_calls():
-    q, k, v, rpb, ek, ev = FULL.inputs(torch.float32)
-    out, lse = fused(FULL)(q, k, v, rpb, ek, ev)
-    x, attn = torch.randn(2, 3, 4, 7, 5), torch.randn(2, 3, 4, 7, 6)
-    row, pair = torch.randn(1, 9, 2, 4), torch.randn(1, 7, 1, 4)
+    """Fake operators have the strides of real ones, whatever those of the inputs."""
+    tensors = FULL.inputs(torch.float32)
+    tensors += *fused(FULL)(*tensors), torch.randn(2, 3, 4, 7, 5), torch.randn(2, 3, 4, 7, 6)
+    tensors += torch.randn(1, 9, 2, 4), torch.randn(1, 7, 1, 4)
+    q, k, v, rpb, ek, ev, out, lse, x, attn, row, pair = map(reversed_in_memory, tensors)
+    inputs, dense = (q, k, v, rpb, ek, ev), (q[:, 0], k[:, 0], v[:, 0], None, None, None)
+    saved = (out, lse, *inputs, out, lse)
     lengths = (torch.tensor([4, 5]), None, None, torch.tensor([0, 3, 7]), 5, -1, 1, 0.7, "", [0])
-    row_out, row_lse = torch.ops.natten.packed_attention(row, pair, pair, *lengths)
+    rows = torch.ops.natten.packed_attention(row, pair, pair, *lengths)
     return {
         "packed_attention": (row, pair, pair, *lengths),
-        "packed_attention_backward": (
-            row_out,
-            row_lse,
-            row,
-            pair,
-            pair,
-            row_out,
-            row_lse,
-            *lengths,
-        ),
-        "attention": (q, k, v, rpb, ek, ev, *RULE, 0.7, "", [8, 8] * 4),
-        "attention-plain": (q, k, v, None, None, None, *RULE, 0.7, "tiled", []),
-        "attention-dense": (
-            q[:, 0],
-            k[:, 0],
-            v[:, 0],
-            None,
-            None,
-            None,
-            [],
-            [],
-            [],
-            [True],
-            0.7,
-            "",
-            [],
-        ),
-        "attention_backward": (out, lse, q, k, v, rpb, ek, ev, out, lse, *RULE, 0.7, "", []),
+        "packed_attention_backward": (*rows, row, pair, pair, *rows, *lengths),
+        "attention": (*inputs, *RULE, 0.7, "", [8, 8] * 4),
+        "attention-tiled": (*inputs, *RULE, 0.7, "tiled", [0]),
+        "attention-reference": (*inputs, *RULE, 0.7, "reference", [0]),
+        "attention-dense": (*dense, *DENSE, 0.7, "", [0]),
+        "attention-dense-reference": (*dense, *DENSE, 0.7, "reference", [0]),
+        "attention_backward": (*saved, *RULE, 0.7, "", [0]),
+        "attention_backward-reference": (*saved, *RULE, 0.7, "reference", [0]),
         "qk": (x, x, *RULE),
         "av": (attn, x, *RULE),
         "av_transposed": (attn, x, *RULE),
@@ -468,7 +457,7 @@ def op_calls():
 def test_opcheck(name):
     operator = getattr(torch.ops.natten, name.split("-")[0])
     args = op_calls()[name]
-    if not name.endswith("attention_backward"):
+    if "attention_backward" not in name:
         args = [
             x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
             for x in args

@@ -207,6 +207,29 @@ def test_exported():
     assert_close("exported", Model()(*qkv).cpu(), program.module()(*qkv).cpu(), 1e-3)
 
 
+def test_packaged(tmp_path):
+    """By AOTInductor, in half precision: no list that an operator takes may be empty."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = NeighborhoodAttention2D(64, 2, 3, dilation=(1, 2), rel_pos_bias=True)
+
+        def forward(self, x):
+            tokens = self.layer(x).unflatten(-1, (2, 32)).flatten(1, 2)
+            return natten.attention(tokens, tokens, tokens)
+
+    model, x = Model().to("cuda", torch.float16).eval(), torch.randn(2, 9, 8, 64)
+    x = x.to("cuda", torch.float16)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
+        found = torch._inductor.aoti_load_package(path)(x)
+        assert_close("packaged", model(x), found, RATIO[torch.float16])
+
+
 def test_training_step_is_captured():
     q, k, v = leaves(2, 12, 14, 2, 64)
 

@@ -19,6 +19,12 @@ from natten.neighborhood import Neighborhood
 def check_tensors(**tensors: Any) -> None:
     """Each is a dense floating-point tensor."""
     for name, x in tensors.items():
+        if isinstance(x, torch.fx.Proxy):
+            raise UnsupportedError(
+                f"`{name}` is a torch.fx.Proxy without a shape. Make the function one node of the "
+                'graph by torch.fx.wrap, e.g. torch.fx.wrap("na2d") beside its import, or use '
+                "torch.export.export."
+            )
         if not isinstance(x, Tensor):
             raise ArgumentError(f"`{name}` must be a torch.Tensor, got {type(x)}.")
         if x.is_nested:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor
 
 from natten._keywords import check_call, signature_of
+from natten._tracing import unscriptable
 from natten.errors import ArgumentError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -50,7 +51,7 @@ def of_rank(rank: int, name: str, generic: Function, doc: str, nested: bool = Fa
         rank=rank, name=name, arguments=arguments, **SHAPES[rank]
     )
     function.__signature__ = signature  # type: ignore[attr-defined]
-    return cast(Function, function)
+    return cast(Function, unscriptable(function))
 
 
 def _sections(function: Callable[..., Any]) -> str:

@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from natten import operators, packed  # register torch.ops.natten
+from natten._tracing import function_name
 from natten.errors import ArgumentError
 from natten.legacy.checks import check_all_args
 
@@ -30,7 +31,7 @@ def _rows(shape: Sequence[int]) -> int:
 
 def _attended(query: Sequence[int], key: Sequence[int], extra: Any, kernel_size: Any) -> int:
     """Keys that each query attends; without a window, all of ``key [batch, length, ...]``."""
-    window = math.prod(kernel_size) if len(kernel_size) else key[1]
+    window = math.prod(kernel_size) if operators.has_window(kernel_size) else key[1]
     return window + (0 if extra is None else extra[1])
 
 
@@ -165,26 +166,39 @@ def av_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
 
 
 def fna_generic_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-    """Multiply-adds of ``na*d``, from jit values; the node carries its Function's arguments."""
-    node = outputs[0].node()
-    call, (query, key, value, *rest) = node.scalar_args()[-1], _shapes(inputs)
-    kernel_size = getattr(call.rule, "kernel_size", ())
+    """Multiply-adds of ``na*d`` and plain ``attention``, from jit values."""
+    query, key, value, *rest = _shapes(inputs)
     # Additional keys and values have rank 4 and come last; a bias has other heads or none.
-    has_extra = len(rest) >= 2
-    pairs = _rows(query) * _attended(query, key, rest[-2] if has_extra else None, kernel_size)
+    extra = rest[-2] if len(rest) >= 2 else None
+    pairs = _rows(query) * _attended(query, key, extra, _kernel_size(outputs[0].node()))
     return pairs * (query[-1] + value[-1])
+
+
+def _kernel_size(node: Any) -> Sequence[int]:
+    """The window, the first list among the arguments of an operator or of a Function's node."""
+    if node.kind() == "prim::PythonOp":
+        return next(x for x in node.scalar_args() if isinstance(x, (tuple, list)))
+    lists = (x.node() for x in node.inputs() if x.type().kind() == "ListType")
+    return [x.toIValue() for x in next(lists).inputs()]
 
 
 qk_1d_rpb_flop = qk_2d_rpb_flop = qk_3d_rpb_flop = qk_flops
 av_1d_flop = av_2d_flop = av_3d_flop = av_flops
 qk_rpb_flop, av_flop = qk_flops, av_flops  # 0.14's names
 
-_HANDLERS = {"qk": qk_flops, "av": av_flops, "_Attention": fna_generic_flops}
+_HANDLERS = {"qk": qk_flops, "av": av_flops, "attention": fna_generic_flops}
 
 
 def add_natten_handle(flop_ctr: Any) -> Any:
-    """Teach an ``fvcore.nn.FlopCountAnalysis`` to count our operators; returns it."""
-    handlers = {f"prim::PythonOp.{name}": handler for name, handler in _HANDLERS.items()}
+    """Teach an ``fvcore.nn.FlopCountAnalysis`` to count our operators; returns it.
+
+    fvcore sees them under the names that NATTEN's autograd.Functions had, but for plain attention
+    and what was traced before.
+    """
+    handlers = {f"natten::{name}": handler for name, handler in _HANDLERS.items()}
+    for name, handler in _HANDLERS.items():
+        for rank in (1, 2, 3):
+            handlers[f"prim::PythonOp.{function_name(name, rank)}"] = handler
     return flop_ctr.set_op_handle(**handlers)
 
 

@@ -38,6 +38,7 @@ from natten._checks import (
 from natten._keywords import check_call, signature_of, unknown_keyword
 from natten._numbers import entries, truth
 from natten._ranks import SHAPES, of_rank
+from natten._tracing import unscriptable
 from natten._warnings import warn
 from natten.backends import check_name
 from natten.errors import ArgumentError
@@ -120,6 +121,7 @@ def neighborhood_attention_generic(
     *, backend: str | None = ..., rpb: Tensor | None = ..., return_lse: bool,
     **hints: Unpack[Hints],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+@unscriptable
 def neighborhood_attention_generic(
     query: Tensor,
     key: Tensor,
@@ -337,6 +339,7 @@ def attention(
     max_seqlen_Q: int | None = ..., max_seqlen_KV: int | None = ...,
     *, backend: str | None = ..., return_lse: bool, **hints: Unpack[DenseHints],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+@unscriptable
 def attention(
     query: Tensor,
     key: Tensor,
@@ -447,6 +450,7 @@ ATTENTION = signature_of(attention)
 attention.__signature__ = ATTENTION  # type: ignore[attr-defined]
 
 
+@unscriptable
 def merge_attentions(
     outputs: Sequence[Tensor],
     lse_tensors: Sequence[Tensor],

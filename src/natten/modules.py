@@ -9,11 +9,13 @@ from typing import Any, Concatenate, NoReturn, ParamSpec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from natten._checks import check_scale, check_tensors
 from natten._keywords import ELSEWHERE, signature_of, unknown_keyword
 from natten._numbers import entries, integer
 from natten._ranks import SHAPES
+from natten._tracing import call_as_node, refuse_script
 from natten._warnings import warn_once
 from natten.errors import ArgumentError
 from natten.functional import (
@@ -187,6 +189,8 @@ class NeighborhoodAttentionGeneric(nn.Module):
         Raises:
             ArgumentError: ``x`` has another layout, or a hint is unknown or not allowed.
         """
+        if isinstance(x, Proxy):
+            return call_as_node(self, x, hints)
         rank = self.neighborhood.rank
         if (
             not isinstance(x, Tensor)
@@ -271,6 +275,9 @@ class NeighborhoodAttentionGeneric(nn.Module):
             like = next((x for x in parameters if x.dtype in _BIAS_DTYPES), found)
             self._create_rpb(like, is_trained=bool(parameters) and parameters[0].requires_grad)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script()
 
     def extra_repr(self) -> str:
         """The line that ``print(module)`` shows."""

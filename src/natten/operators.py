@@ -1,9 +1,9 @@
 """The operators and their derivatives, and the one door to the backends.
 
-Every operator has two faces. Compiled and exported code sees the torch.library operator, with a
-fake implementation and a gradient formula. Eager code goes through a ``torch.autograd.Function``
-around the same operator, because only a Function supports forward mode, double backward and
-``torch.func`` transforms.
+Every operator has two faces. Compiled, exported and traced code sees the torch.library operator,
+with a fake implementation and a gradient formula. Eager code goes through a
+``torch.autograd.Function`` around the same operator, because only a Function supports forward mode,
+double backward and ``torch.func`` transforms. ONNX, which knows neither, gets plain PyTorch.
 
 Fused attention is ``attention``. Unfused attention is made of maps that are linear in each
 argument, and whose derivatives are each other, so derivatives of any order exist:
@@ -30,13 +30,15 @@ from torch._functorch import eager_transforms
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 
-from natten import backends
+from natten import _tracing, backends, gather
 from natten.backends.tiled import compute_dtype
 from natten.errors import UnsupportedError
 from natten.neighborhood import Dense, Neighborhood, Rule, window_mask
 from natten.softmax import softmax_with_lse
 
-_RULE = "SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation, bool[] is_causal"
+# Lists of integers that are never empty, which every consumer of a schema takes: torch.jit.trace
+# knows no bool[], AOTInductor passes None for an empty list. _pack and unpack know what is in them.
+_RULE = "SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation, SymInt[] is_causal"
 _CHOICE = "str backend, SymInt[] tiles"
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? extra_keys, Tensor? extra_values"
@@ -85,22 +87,29 @@ def is_composed(grads: Sequence[Tensor | None]) -> bool:
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
-def _pack(rule: Rule) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[bool]]:
-    """A rule as operator arguments; plain attention has no window."""
+def _pack(rule: Rule) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]:
+    """A rule as operator arguments; plain attention has the window 0."""
     if isinstance(rule, Dense):
-        return [], [], [], [rule.causal]
-    return rule.kernel_size, rule.stride, rule.dilation, rule.is_causal
+        return [0], [0], [0], [int(rule.causal)]
+    return rule.kernel_size, rule.stride, rule.dilation, [int(c) for c in rule.is_causal]
 
 
-def _unpack(
+def unpack(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-    is_causal: Sequence[bool],
+    is_causal: Sequence[int],
 ) -> Any:
-    if not kernel_size:
-        return Dense(is_causal[0])
-    return Neighborhood(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
+    """The rule of operator arguments."""
+    causal = tuple(map(bool, is_causal))
+    if not has_window(kernel_size):
+        return Dense(causal[0])
+    return Neighborhood(tuple(kernel_size), tuple(stride), tuple(dilation), causal)
+
+
+def has_window(kernel_size: Sequence[int]) -> bool:
+    """Whether an operator's argument is that of a neighborhood, not of plain attention."""
+    return any(kernel_size)
 
 
 def _unfused_module(x: Tensor) -> Any:
@@ -122,13 +131,22 @@ class Choice(NamedTuple):
 _ANY = Choice()
 
 
+def _pack_choice(choice: Choice) -> tuple[str, Sequence[int]]:
+    return choice.backend, choice.tiles or [0]
+
+
+def _unpack_choice(backend: str, tiles: Sequence[int]) -> Choice:
+    return Choice(backend, tuple(tiles) if any(tiles) else ())
+
+
 # --- unfused: maps that are linear in each tensor, [batch, heads, *space, channels] ------------
 
 
 def _unfused(name: str) -> Callable[..., Tensor]:
-    def real(a: Tensor, b: Tensor, *rule: Any) -> Tensor:
-        module = _unfused_module(b)
-        out = getattr(module, name)(a.movedim(1, -2), b.movedim(1, -2), _unpack(*rule))
+    def real(a: Tensor, b: Tensor, *packed: Any) -> Tensor:
+        module, rule = _unfused_module(b), unpack(*packed)
+        rule.check(b.shape[2:-1])  # a trace may see smaller tensors than those it was made with
+        out = getattr(module, name)(a.movedim(1, -2), b.movedim(1, -2), rule)
         return out.movedim(-2, 1).contiguous()
 
     return real
@@ -144,7 +162,7 @@ def _fake_av(attn: Tensor, value: Tensor, *_: Any) -> Tensor:
 
 def _bias(rpb: Tensor, shape: Sequence[int], *rule: Any) -> Tensor:
     module = _unfused_module(rpb)
-    return module.bias(rpb, shape, _unpack(*rule)).movedim(-2, 0).contiguous()
+    return module.bias(rpb, shape, unpack(*rule)).movedim(-2, 0).contiguous()
 
 
 def _fake_bias(rpb: Tensor, shape: Sequence[int], kernel_size: Sequence[int], *_: Any) -> Tensor:
@@ -153,7 +171,7 @@ def _fake_bias(rpb: Tensor, shape: Sequence[int], kernel_size: Sequence[int], *_
 
 def _bias_transposed(grad: Tensor, *rule: Any) -> Tensor:
     module = _unfused_module(grad)
-    return module.bias_transposed(grad.movedim(0, -2), _unpack(*rule)).contiguous()
+    return module.bias_transposed(grad.movedim(0, -2), unpack(*rule)).contiguous()
 
 
 def _fake_bias_transposed(grad: Tensor, kernel_size: Sequence[int], *_: Any) -> Tensor:
@@ -205,29 +223,32 @@ def _linear(
     name: str,
     real: Callable[..., Tensor],
     fake: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
     gradients: Callable[..., Sequence[Any]],
 ) -> Callable[..., Tensor]:
     """Implement the operator ``name``, a map that is linear in each of its tensors.
 
     ``gradients(grad, *tensors, *others, rule, needs)`` gives one gradient per tensor, in terms of
-    such maps. The map takes the tensors, then other arguments, then the rule.
+    such maps. The map takes the tensors, then other arguments, then the rule. ``plain`` is the same
+    map in PyTorch's own operators.
     """
     _library.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"natten::{name}", fake, lib=_library)
     operator = getattr(_ops, name)
 
     def call(*args: Any) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _tracing.is_traced():
             _refuse_forward_mode()
-            return operator(*args[:-1], *_pack(args[-1]))
+            if _tracing.is_for_onnx():
+                return plain(*args)
+            rule = args[-1]
+            return _tracing.record(operator, rule.rank, *args[:-1], *_pack(rule))
         return Map.apply(*args)
 
     class Map(torch.autograd.Function):
         @staticmethod
         def forward(*args: Any) -> Tensor:
-            # torch.jit.trace, and with it fvcore, takes no operators with lists of bools.
-            run = real if torch.jit.is_tracing() else operator
-            return run(*args[:-1], *_pack(args[-1]))
+            return operator(*args[:-1], *_pack(args[-1]))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -238,6 +259,7 @@ def _linear(
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+            _tracing.refuse_gradients()
             found = gradients(grad, *ctx.saved_tensors, *ctx.others, ctx.needs_input_grad)
             return (*found, *(None for _ in ctx.others))
 
@@ -260,7 +282,7 @@ def _linear(
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         # The operator's rule is four arguments, the Function's is one.
-        Map.setup_context(ctx, (*inputs[:-4], _unpack(*inputs[-4:])), output)
+        Map.setup_context(ctx, (*inputs[:-4], unpack(*inputs[-4:])), output)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return (*Map.backward(ctx, grad), None, None, None)
@@ -274,6 +296,7 @@ qk: Callable[..., Tensor] = _linear(
     "qk",
     _unfused("qk"),
     _fake_qk,
+    gather.qk,
     lambda grad, query, key, rule, needs: (
         av(grad, key, rule) if needs[0] else None,
         av_transposed(grad, query, rule) if needs[1] else None,
@@ -283,6 +306,7 @@ av: Callable[..., Tensor] = _linear(
     "av",
     _unfused("av"),
     _fake_av,
+    gather.av,
     lambda grad, attn, value, rule, needs: (
         qk(grad, value, rule) if needs[0] else None,
         av_transposed(attn, grad, rule) if needs[1] else None,
@@ -292,6 +316,7 @@ av_transposed: Callable[..., Tensor] = _linear(
     "av_transposed",
     _unfused("av_transposed"),
     _fake_av,
+    gather.av_transposed,
     lambda grad, attn, x, rule, needs: (
         qk(x, grad, rule) if needs[0] else None,
         av(attn, grad, rule) if needs[1] else None,
@@ -301,12 +326,14 @@ rpb_bias: Callable[..., Tensor] = _linear(
     "rpb_bias",
     _bias,
     _fake_bias,
+    gather.rpb_bias,
     lambda grad, rpb, shape, rule, needs: (rpb_bias_transposed(grad, rule),),
 )
 rpb_bias_transposed: Callable[..., Tensor] = _linear(
     "rpb_bias_transposed",
     _bias_transposed,
     _fake_bias_transposed,
+    gather.rpb_bias_transposed,
     lambda grad, x, rule, needs: (rpb_bias(grad, x.shape[1:-1], rule),),
 )
 
@@ -353,6 +380,10 @@ class Call:
             query.shape, self.rule, self.scale, rpb is not None,
         )  # fmt: skip
 
+    def packed(self) -> tuple[Any, ...]:
+        """What the operators take behind the tensors."""
+        return (*_pack(self.rule), self.scale, *_pack_choice(self.choice))
+
     def _backend(self, operation: str, inputs: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
         """The functions that run "attention" or its "gradient", and their options."""
         if operation not in self._chosen:
@@ -371,9 +402,12 @@ def _attention(
     kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, scale: float, backend: str,
     tiles: Sequence[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rule = _unpack(kernel_size, stride, dilation, is_causal)
+    rule = unpack(kernel_size, stride, dilation, is_causal)
+    if isinstance(rule, Neighborhood):  # a trace may see smaller tensors than those of its making
+        rule.check(query.shape[1:-2])
     inputs = (query, key, value, rpb, extra_keys, extra_values)
-    return Call(rule, scale, Choice(backend, tuple(tiles))).forward(inputs)
+    outputs = Call(rule, scale, _unpack_choice(backend, tiles)).forward(inputs)
+    return outputs[0].contiguous(), outputs[1].contiguous()  # as the fake ones
 
 
 def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -387,10 +421,10 @@ def _attention_backward(
     kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, scale: float, backend: str,
     tiles: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
-    rule = _unpack(kernel_size, stride, dilation, is_causal)
+    rule = unpack(kernel_size, stride, dilation, is_causal)
     saved = (query, key, value, rpb, extra_keys, extra_values, out, lse)
-    grads = Call(rule, scale, Choice(backend, tuple(tiles))).backward(grad_out, grad_lse, saved)
-    return [grad for grad in grads if grad is not None]
+    grads = Call(rule, scale, _unpack_choice(backend, tiles)).backward(grad_out, grad_lse, saved)
+    return [grad.contiguous() for grad in grads if grad is not None]
 
 
 def _fake_attention_backward(grad_out: Tensor, grad_lse: Any, *args: Any) -> list[Tensor]:
@@ -404,23 +438,50 @@ torch.library.register_fake("natten::attention_backward", _fake_attention_backwa
 
 
 class _Products:
-    """``qk``, ``av`` and the bias for any rule, differentiable to any order; heads-first."""
+    """``qk``, ``av`` and the bias for any rule, differentiable to any order; heads-first.
 
-    def __init__(self, query: Tensor, key: Tensor, rule: Rule) -> None:
+    With ``gathered`` they are made of PyTorch's operators only, in graphs where autograd is off.
+    Slots that causality masks hold weights of 0 and may hold any score.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, rule: Rule, gathered: bool = False) -> None:
         self.rule, self.shape = rule, query.shape[1:-2]
         self.mask: Tensor | None = None
+        self.windows: gather.Windows | None = None
         if isinstance(rule, Dense):
             self.mask = window_mask(rule, self.shape, key.shape[1:-2], query.device)
+        elif gathered:
+            self.windows = gather.Windows(rule, self.shape, query.device)
+            self.mask = self.windows.attended
         elif any(rule.is_causal):
             self.mask = rule.attended_slots(self.shape, query.device)
 
     def qk(self, query: Tensor, key: Tensor) -> Tensor:
         if isinstance(self.rule, Dense):
             return query @ key.transpose(-1, -2)
-        return qk(query, key, self.rule)
+        return self.windows.qk(query, key) if self.windows else qk(query, key, self.rule)
 
     def av(self, attn: Tensor, value: Tensor) -> Tensor:
-        return attn @ value if isinstance(self.rule, Dense) else av(attn, value, self.rule)
+        if isinstance(self.rule, Dense):
+            return attn @ value
+        return self.windows.av(attn, value) if self.windows else av(attn, value, self.rule)
+
+    def av_transposed(self, attn: Tensor, x: Tensor) -> Tensor:
+        if isinstance(self.rule, Dense):
+            return attn.transpose(-1, -2) @ x
+        if self.windows:
+            return self.windows.av_transposed(attn, x)
+        return av_transposed(attn, x, self.rule)
+
+    def bias(self, rpb: Tensor) -> Tensor:
+        if self.windows:
+            return self.windows.rpb_bias(rpb)
+        return rpb_bias(rpb, tuple(self.shape), self.rule)
+
+    def bias_transposed(self, grad: Tensor) -> Tensor:
+        if self.windows:
+            return self.windows.rpb_bias_transposed(grad)
+        return rpb_bias_transposed(grad, self.rule)
 
     def extra_qk(self, query: Tensor, extra_keys: Tensor) -> Tensor:
         """Products of every query with every additional key."""
@@ -429,12 +490,24 @@ class _Products:
     def extra_av(self, attn: Tensor, extra_values: Tensor) -> Tensor:
         return self._space(self._tokens(attn) @ extra_values)
 
+    def extra_av_transposed(self, attn: Tensor, x: Tensor) -> Tensor:
+        """For every additional key, the sum of ``x`` over all queries, weighted."""
+        return self._tokens(attn).transpose(-1, -2) @ self._tokens(x)
+
     def _tokens(self, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[:2], math.prod(self.shape), x.shape[-1])
 
     def _space(self, x: Tensor) -> Tensor:
         """Undo :meth:`_tokens`, in a way that legacy vmap can batch."""
         return x.reshape(*x.shape[:2], *self.shape, x.shape[-1])
+
+    def scores(self, q: Tensor, k: Tensor, rpb: Tensor | None, ek: Tensor | None) -> Tensor:
+        """Scores of scaled queries in the window's slots, then those of additional keys."""
+        slots = self.qk(q, k)
+        if rpb is not None:
+            slots = slots + self.bias(rpb.to(q.dtype))
+        slots = self.masked(slots, -math.inf)
+        return slots if ek is None else torch.cat([slots, self.extra_qk(q, ek)], dim=-1)
 
     def masked(self, attn: Tensor, fill: float) -> Tensor:
         return attn if self.mask is None else attn.masked_fill(~self.mask, fill)
@@ -448,28 +521,70 @@ def _heads_first(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
 
 def composed_attention(
     query: Tensor, key: Tensor, value: Tensor, rpb: Any, extra_keys: Any, extra_values: Any,
-    rule: Rule, scale: float,
+    rule: Rule, scale: float, gathered: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``attention`` composed of differentiable maps; stores all weights."""
     products, heads, dtype = (
-        _Products(query, key, rule),
+        _Products(query, key, rule, gathered),
         query.shape[-2],
         compute_dtype(query.dtype),
     )
-    q, k, v = (_heads_first(x, heads, dtype) for x in (query, key, value))
-    slots = products.qk(q * scale, k)
-    if rpb is not None:
-        slots = slots + rpb_bias(rpb.to(dtype), tuple(products.shape), rule)
-    scores, windowed = products.masked(slots, -math.inf), slots.shape[-1]
-    if extra_keys is not None:
-        extra = products.extra_qk(q * scale, _heads_first(extra_keys, heads, dtype))
-        scores = torch.cat([scores, extra], dim=-1)
+    q, k, v, ek, ev = (
+        None if x is None else _heads_first(x, heads, dtype)
+        for x in (query, key, value, extra_keys, extra_values)
+    )
+    assert q is not None and k is not None and v is not None
+    scores = products.scores(q * scale, k, rpb, ek)
     weights, lse = softmax_with_lse(scores)
+    windowed = scores.shape[-1] - (0 if ek is None else ek.shape[2])
     out = products.av(weights[..., :windowed], v)
-    if extra_values is not None:
-        extra_v = _heads_first(extra_values, heads, dtype)
-        out = out + products.extra_av(weights[..., windowed:], extra_v)
+    if ev is not None:
+        out = out + products.extra_av(weights[..., windowed:], ev)
     return out.movedim(1, -2).to(query.dtype), lse.movedim(1, -1)
+
+
+def gathered_gradient(
+    grad_out: Tensor, grad_lse: Tensor | None, inputs: Sequence[Any], rule: Rule, scale: float
+) -> Sequence[Any]:
+    """Gradients of ``attention``'s six inputs, gathered, None for those that are None."""
+    query, key, _, rpb, extra_keys, _ = inputs
+    products, heads, dtype = (
+        _Products(query, key, rule, gathered=True),
+        query.shape[-2],
+        compute_dtype(query.dtype),
+    )
+
+    def first(x: Any) -> Any:
+        return None if x is None else _heads_first(x, heads, dtype)
+
+    def finish(grad: Tensor, like: Tensor) -> Tensor:
+        return grad.movedim(1, -2).to(like.dtype)
+
+    def finish_kv(grad: Tensor, like: Tensor) -> Tensor:
+        return finish(grad.unflatten(1, (like.shape[-2], -1)).sum(2), like)
+
+    q, k, v, ek, ev = (first(x) for x in (*inputs[:3], *inputs[4:]))
+    q, do = q * scale, first(grad_out)
+    weights, _ = softmax_with_lse(products.scores(q, k, rpb, ek))
+    dp = products.qk(do, v)
+    windowed = dp.shape[-1]
+    if ev is not None:
+        dp = torch.cat([dp, products.extra_qk(do, ev)], dim=-1)
+    delta = (weights * dp).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse.movedim(-1, 1)
+    ds = weights * (dp - delta[..., None])
+    slots, dq = ds[..., :windowed], products.av(ds[..., :windowed], k)
+    drpb = dek = dev = None
+    if rpb is not None:
+        drpb = products.bias_transposed(slots.sum(0)).to(rpb.dtype)
+    if extra_keys is not None:
+        dq = dq + products.extra_av(ds[..., windowed:], ek)
+        dek = finish_kv(products.extra_av_transposed(ds[..., windowed:], q), extra_keys)
+        dev = finish_kv(products.extra_av_transposed(weights[..., windowed:], do), inputs[5])
+    dk = finish_kv(products.av_transposed(slots, q), key)
+    dv = finish_kv(products.av_transposed(weights[..., :windowed], do), inputs[2])
+    return finish(dq * scale, query), dk, dv, drpb, dek, dev
 
 
 def _composed_tangent(
@@ -503,15 +618,11 @@ def _composed_tangent(
         out = 0 if values is None else products.av(slots, values)
         return out if extra_values is None else out + products.extra_av(others, extra_values)
 
-    scores, change = products.qk(q, k), product_rule(products.qk, q, k, dq, dk)
-    if rpb is not None:
-        scores = scores + rpb_bias(rpb.to(dtype), tuple(products.shape), rule)
+    scores, change = products.scores(q, k, rpb, ek), product_rule(products.qk, q, k, dq, dk)
     if tangents[3] is not None:
-        change = change + rpb_bias(tangents[3].to(dtype), tuple(products.shape), rule)
-    scores, change = products.masked(scores, -math.inf), products.masked(change, 0.0)
-    windowed = scores.shape[-1]
+        change = change + products.bias(tangents[3].to(dtype))
+    change, windowed = products.masked(change, 0.0), change.shape[-1]
     if ek is not None:
-        scores = torch.cat([scores, products.extra_qk(q, ek)], dim=-1)
         extra_change = product_rule(products.extra_qk, q, ek, dq, dek)
         change = torch.cat([change, extra_change], dim=-1)
     weights, _ = softmax_with_lse(scores)
@@ -530,9 +641,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         *tensors, call = args
-        if is_plain(tensors) or torch.jit.is_tracing():
+        if is_plain(tensors):
             return call.forward(tensors)
-        return _ops.attention(*tensors, *_pack(call.rule), call.scale, *call.choice)
+        return _ops.attention(*tensors, *call.packed())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -546,6 +657,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         if is_composed((grad_out, grad_lse)):
+            _tracing.refuse_gradients()
             needed = ctx.needs_input_grad[:6]
             grads = _differentiable_gradient(saved[:6], needed, grad_out, grad_lse, ctx.call)
         else:
@@ -588,8 +700,8 @@ def _gradient(
         grad_out = torch.zeros_like(saved[6])
     if is_plain((grad_out, grad_lse, *saved)):
         return call.backward(grad_out, grad_lse, saved)
-    options = (*_pack(call.rule), call.scale, *call.choice)
-    found = iter(_ops.attention_backward(grad_out, grad_lse, *saved, *options))
+    _tracing.refuse_gradients()
+    found = iter(_ops.attention_backward(grad_out, grad_lse, *saved, *call.packed()))
     return [None if x is None else next(found) for x in saved[:6]]
 
 
@@ -652,14 +764,14 @@ def differentiable_gradients(
 
 def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *rule, scale, backend, tiles = inputs[6:]
-    ctx.call = Call(_unpack(*rule), scale, Choice(backend, tuple(tiles)))
+    ctx.call = Call(unpack(*rule), scale, _unpack_choice(backend, tiles))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:6], *output)
 
 
 def _attention_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-    grads = _gradient(grad_out, grad_lse, ctx.saved_tensors, ctx.call)
-    return (*grads, *(None for _ in range(7)))
+    # The operator's options are seven arguments, the Function's are one.
+    return (*_Attention.backward(ctx, grad_out, grad_lse), *(None for _ in range(6)))
 
 
 torch.library.register_autograd(
@@ -680,8 +792,14 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``."""
     tensors = (query, key, value, rpb, extra_keys, extra_values)
-    if torch.compiler.is_compiling():
-        _refuse_forward_mode()
-        return _ops.attention(*tensors, *_pack(rule), scale, *choice)
     call = Call(rule, scale, choice)
-    return call(tensors) if is_plain(tensors) else _Attention.apply(*tensors, call)
+    compiled = torch.compiler.is_compiling()
+    if not compiled and is_plain(tensors):
+        return call(tensors)
+    if compiled or _tracing.is_traced():
+        _refuse_forward_mode()
+        if _tracing.is_for_onnx():
+            return composed_attention(*tensors, rule, scale, gathered=True)
+        rank = rule.rank if isinstance(rule, Neighborhood) else 0
+        return _tracing.record(_ops.attention, rank, *tensors, *call.packed())
+    return _Attention.apply(*tensors, call)

@@ -1,0 +1,169 @@
+"""Attention's linear maps as plain PyTorch operators, for exporters that know no others.
+
+Every query gathers the tokens of its window, so memory is queries times window tokens. Shapes may
+be symbolic. Tensors are heads-first, as those of the operators in :mod:`natten.operators`, whose
+maps of the same names these are; tokens are flat inside, ``[batch, heads, tokens, ...]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from natten.backends.tiled import compute_dtype
+from natten.neighborhood import Neighborhood, group_length, outer
+
+
+class _Axis(NamedTuple):
+    """Tables of one axis, ``[length, window]``; slots that are not attended hold the last that is.
+
+    Attributes:
+        token: in every slot.
+        attended: which slots are.
+        bias: which entry of the bias's axis they take.
+    """
+
+    token: Tensor
+    attended: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, rule: Neighborhood, axis: int, length: int, device: torch.device) -> _Axis:
+        d, k = rule.dilation[axis], rule.kernel_size[axis]
+        x = torch.arange(length, device=device)
+        # Without dilation there is one group, and a graph that much smaller.
+        position, group = (x, 0) if d == 1 else (x // d, x % d)
+        n = group_length(length, d, group)
+        start, end = (bound[:, None] for bound in rule.windows(axis, position, n, n))
+        slots = start + torch.arange(k, device=device)
+        attended = slots < end
+        if rule.is_causal[axis]:
+            slots = slots.minimum(end - 1)
+        token = slots if d == 1 else slots * d + (x % d)[:, None]
+        return cls(token, attended, slots - position[:, None] + k - 1)
+
+
+class Windows:
+    """The maps for one rule and token layout, which share its tables.
+
+    They are made of tensor operators and become part of a graph, because PyTorch's
+    ``run_decompositions`` takes no new constants; static ones are folded by what reads the graph.
+    """
+
+    def __init__(self, rule: Neighborhood, space: Sequence[int], device: torch.device) -> None:
+        self.rule, self.space, self.device = rule, space, device
+
+    @cached_property
+    def _axes(self) -> list[_Axis]:
+        return [_Axis.of(self.rule, i, n, self.device) for i, n in enumerate(self.space)]
+
+    @cached_property
+    def _tokens(self) -> Tensor:
+        """The token in every slot of every window, ``[tokens * window tokens]``."""
+        token = self._axes[0].token
+        for length, axis in zip(self.space[1:], self._axes[1:]):
+            token = outer(token * length, axis.token, torch.add)
+        return token.flatten()
+
+    @cached_property
+    def attended(self) -> Tensor | None:
+        """Which slots are attended, ``[*space, window tokens]``; None if all are."""
+        if not any(self.rule.is_causal):
+            return None
+        attended = self._axes[0].attended
+        for axis in self._axes[1:]:
+            attended = outer(attended, axis.attended, torch.logical_and)
+        return attended.reshape(*self.space, self.rule.window_tokens)
+
+    @cached_property
+    def _bias_index(self) -> Tensor:
+        """Which entry of the flat bias every slot takes, ``[tokens * window tokens]``.
+
+        Slots that are not attended take some entry.
+        """
+        index = self._axes[0].bias
+        for k, axis in zip(self.rule.kernel_size[1:], self._axes[1:]):
+            index = outer(index * (2 * k - 1), axis.bias, torch.add)
+        return index.flatten()
+
+    def _gathered(self, x: Tensor) -> Tensor:
+        """``[B, H, tokens, window tokens, C]`` of ``x [B, H, *space, C]``."""
+        return x.flatten(2, -2).index_select(2, self._tokens).unflatten(2, self._flat)
+
+    @property
+    def _flat(self) -> tuple[int, int]:
+        return -1, self.rule.window_tokens
+
+    def masked(self, x: Tensor) -> Tensor:
+        """``x [..., *space, window tokens]``, 0 in slots that causality empties."""
+        return x if self.attended is None else x.masked_fill(~self.attended, 0)
+
+    def qk(self, query: Tensor, key: Tensor) -> Tensor:
+        """Products of every query with the key in each slot."""
+        keys = self._gathered(key).transpose(-1, -2)  # [B, H, N, C, W]
+        products = query.flatten(2, -2)[..., None, :] @ keys
+        return products.reshape(*query.shape[:-1], self.rule.window_tokens)
+
+    def av(self, attn: Tensor, value: Tensor) -> Tensor:
+        """Sum of the window's values, weighted."""
+        weights = attn.flatten(2, -2)[..., None, :]  # [B, H, N, 1, W]
+        return (weights @ self._gathered(value)).reshape(value.shape)
+
+    def av_transposed(self, attn: Tensor, x: Tensor) -> Tensor:
+        """For every key, the sum of ``x`` at the queries whose windows have it, weighted."""
+        dtype = compute_dtype(x.dtype)
+        weights, rows = attn.flatten(2, -2).to(dtype), x.flatten(2, -2).to(dtype)
+        sent = weights[..., None] * rows[..., None, :]  # [B, H, N, W, C]
+        out = torch.zeros_like(rows).index_add(2, self._tokens, sent.flatten(2, 3))
+        return out.to(x.dtype).reshape(x.shape)
+
+    def rpb_bias(self, rpb: Tensor) -> Tensor:
+        """``rpb`` in every window slot, ``[heads, *space, window tokens]``."""
+        picked = rpb.flatten(1).index_select(1, self._bias_index)
+        return picked.reshape(rpb.shape[0], *self.space, self.rule.window_tokens)
+
+    def rpb_bias_transposed(self, grad: Tensor) -> Tensor:
+        """The gradient of ``rpb`` from ``grad [heads, *space, window tokens]``."""
+        sizes = [2 * k - 1 for k in self.rule.kernel_size]
+        sent = grad.to(compute_dtype(grad.dtype)).flatten(1)
+        out = sent.new_zeros(grad.shape[0], math.prod(sizes))
+        out = out.index_add(1, self._bias_index, sent)
+        return out.to(grad.dtype).reshape(grad.shape[0], *sizes)
+
+
+# The operators' maps, in which slots that are not attended hold 0 and are not read.
+
+
+def qk(query: Tensor, key: Tensor, rule: Neighborhood) -> Tensor:
+    """Products of every query with its window's keys; 0 in masked slots."""
+    windows = Windows(rule, query.shape[2:-1], query.device)
+    return windows.masked(windows.qk(query, key))
+
+
+def av(attn: Tensor, value: Tensor, rule: Neighborhood) -> Tensor:
+    """Sum of the window's values, weighted; masked slots are ignored."""
+    windows = Windows(rule, value.shape[2:-1], value.device)
+    return windows.av(windows.masked(attn), value)
+
+
+def av_transposed(attn: Tensor, x: Tensor, rule: Neighborhood) -> Tensor:
+    """For every key, the sum of ``x`` at the queries that attend it, weighted."""
+    windows = Windows(rule, x.shape[2:-1], x.device)
+    return windows.av_transposed(windows.masked(attn), x)
+
+
+def rpb_bias(rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
+    """``rpb`` in every window slot, ``[heads, *space, window tokens]``; 0 in masked slots."""
+    windows = Windows(rule, shape, rpb.device)
+    return windows.masked(windows.rpb_bias(rpb))
+
+
+def rpb_bias_transposed(grad: Tensor, rule: Neighborhood) -> Tensor:
+    """The gradient of ``rpb`` from ``grad [heads, *space, window tokens]``."""
+    windows = Windows(rule, grad.shape[1:-1], grad.device)
+    return windows.rpb_bias_transposed(windows.masked(grad))
