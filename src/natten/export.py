@@ -1,0 +1,72 @@
+"""Decompositions: attention as PyTorch's own operators, for exporters that know no others.
+
+Keys and values are gathered window by window (:mod:`natten.gather`), in memory of queries times
+window tokens: that runs everywhere, and slower than the backends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from natten import gather, operators
+from natten.operators import unpack
+
+__all__ = ["decompositions"]
+
+
+def decompositions() -> dict[OpOverload, Callable[..., Any]]:
+    """Every operator of natten as plain PyTorch operators, forward and backward.
+
+    For ``torch.export.ExportedProgram.run_decompositions``, before a program goes to ONNX, Core ML,
+    TensorRT, ExecuTorch or anything else that knows PyTorch's operators only.
+
+    Returns:
+        A new dictionary from operators to functions of the same arguments; more may be added.
+
+    Example:
+        >>> import natten, torch
+        >>> layer = natten.NeighborhoodAttention1D(16, 2, kernel_size=3).eval()
+        >>> program = torch.export.export(layer, (torch.randn(1, 8, 16),))
+        >>> program = program.run_decompositions(natten.export.decompositions())
+        >>> any("natten" in str(node.target) for node in program.graph.nodes)
+        False
+    """
+    ops = torch.ops.natten
+    table: dict[OpOverload, Callable[..., Any]] = {
+        ops.attention.default: _attention,
+        ops.attention_backward.default: _attention_backward,
+    }
+    for function in (
+        gather.qk,
+        gather.av,
+        gather.av_transposed,
+        gather.rpb_bias,
+        gather.rpb_bias_transposed,
+    ):
+        table[getattr(ops, function.__name__).default] = _of_rule(function)
+    return table
+
+
+def _of_rule(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``function`` of an operator's arguments: a rule is four of them, the last."""
+    return lambda *args: function(*args[:-4], unpack(*args[-4:]))
+
+
+def _attention(*args: Any) -> tuple[Tensor, Tensor]:
+    q, k, v, rpb, ek, ev, *rule, scale, _, _ = args
+    out, lse = operators.composed_attention(
+        q, k, v, rpb, ek, ev, unpack(*rule), scale, gathered=True
+    )
+    return out.contiguous(), lse.contiguous()
+
+
+def _attention_backward(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -> list[Tensor]:
+    *inputs, _, _ = args[:8]  # output and LSE, which are computed again
+    *rule, scale, _, _ = args[8:]
+    grads = operators.gathered_gradient(grad_out, grad_lse, inputs, unpack(*rule), scale)
+    return [grad.contiguous() for grad in grads if grad is not None]

@@ -1,0 +1,254 @@
+"""Programs for other runtimes: decompositions, ONNX, AOTInductor packages."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from helpers import CASES, assert_close, name_of
+from torch.export import Dim, export
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import natten
+from natten import gather
+from natten.backends import reference
+from natten.operators import gathered_gradient
+
+# --- gathered maps ---
+
+
+def unfused_tensors(case):
+    """Weights and rows, heads-first."""
+    shape = (case.batch, case.heads, *case.space)
+    attn = torch.randn(*shape, case.rule.window_tokens).double()
+    return attn, *(torch.randn(*shape, case.dim).double() for _ in range(2))
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_gathered_maps(case):
+    """Slots that causality masks hold NaN: nothing may read them."""
+    (attn, x, y), rule = unfused_tensors(case), case.rule
+    hidden = ~rule.attended_slots(case.space)
+    attn = attn.masked_fill(hidden, math.nan)
+    last = [t.movedim(1, -2) for t in (attn.nan_to_num(), x, y)]
+    wanted = {
+        "qk": reference.qk(*last[1:], rule),
+        "av": reference.av(last[0], last[1], rule),
+        "av_transposed": reference.av_transposed(last[0], last[1], rule),
+    }
+    found = {
+        "qk": gather.qk(x, y, rule),
+        "av": gather.av(attn, x, rule),
+        "av_transposed": gather.av_transposed(attn, x, rule),
+    }
+    for name, expected in wanted.items():
+        assert_close(name, expected.movedim(-2, 1), found[name], 1e-12)
+    rpb = torch.randn(case.heads, *(2 * k - 1 for k in case.kernel_size)).double()
+    bias = reference.bias(rpb, case.space, rule).movedim(-2, 0)
+    assert_close("bias", bias, gather.rpb_bias(rpb, case.space, rule), 1e-12)
+    if case.batch:
+        grad = reference.bias_transposed(last[0][0], rule)
+        assert_close("rpb", grad, gather.rpb_bias_transposed(attn[0], rule), 1e-12)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_gathered_gradient(case):
+    inputs, rule = case.inputs(), case.rule
+    out, lse = reference.forward(*inputs, rule, 0.7)
+    grads = torch.randn_like(out), torch.randn_like(lse)
+    wanted = reference.backward(*grads, *inputs, out, lse, rule, 0.7)
+    found = gathered_gradient(*grads, inputs, rule, 0.7)
+    for expected, actual in zip(wanted, found, strict=True):
+        assert_close("gradient", expected, actual, 1e-11)
+
+
+# --- decompositions ---
+
+
+def calls(rank):
+    """Everything that operators can do, of tensors whose batch alone is unknown."""
+    space, kernel = (7, 6, 5)[:rank], (3, 2, 3)[:rank]
+
+    def function(x, extra, rpb):
+        q = x.unflatten(-1, (4, 6))
+        k, v = q[..., :2, :], q[..., 2:, :4]  # two key heads for four query heads
+        causal = (True, False, False)[:rank]
+        options = {"dilation": (2, 1, 1)[:rank], "is_causal": causal, "rpb": rpb}
+        tokens = extra.unflatten(-1, (2, 6))
+        options |= {"additional_keys": tokens, "additional_values": tokens[..., :4]}
+        out, lse = natten.neighborhood_attention_generic(
+            q, k, v, kernel, (1, 2, 2)[:rank], return_lse=True, **options
+        )
+        if rank == 1:
+            dense = natten.attention(q, k, v, is_causal=True, return_lse=True)
+            return out, lse, *dense
+        if rank == 3:
+            return out, lse
+        first, options = q.movedim(-2, 1), {"is_causal": causal}
+        attn = natten.na2d_qk(first, first, kernel, rpb=rpb, **options).softmax(-1)
+        return out, lse, natten.na2d_av(attn, first, kernel, **options)
+
+    def inputs(batch):
+        rpb = torch.randn(4, *(2 * k - 1 for k in kernel))
+        return torch.randn(batch, *space, 24), torch.randn(batch, 3, 12), rpb
+
+    return function, inputs
+
+
+RANKS = {rank: calls(rank) for rank in (1, 2, 3)}
+
+
+def of_ours(graph):
+    return [node for node in graph.nodes if "natten" in str(node.target)]
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_decomposed_training_step(rank):
+    """A graph with gradients, forward and backward operators decomposed."""
+    function, inputs = RANKS[rank]
+
+    def step(*given):
+        given = [x.detach().requires_grad_() for x in given]
+        outputs = function(*given)
+        loss = sum(x.sin().sum() for x in outputs)
+        return *outputs, *torch.autograd.grad(loss, given)
+
+    given = inputs(2)
+    assert of_ours(make_fx(step)(*given).graph)
+    trace = make_fx(step, decomposition_table=natten.export.decompositions())(*given)
+    assert not of_ours(trace.graph)
+    for expected, found in zip(step(*given), trace(*given), strict=True):
+        assert_close("step", expected, found, 1e-5)
+
+
+def test_rows_with_nothing_to_attend():
+    rpb = torch.zeros(2, 7)
+    rpb[:, 3] = -math.inf  # a token does not see itself; query 0 sees nothing
+
+    def empty_rows(q, nothing):
+        out, lse = natten.na1d(q, q, q, 4, is_causal=True, rpb=rpb.to(q), return_lse=True)
+        return out, lse, *natten.attention(q, nothing, nothing, return_lse=True)
+
+    given = torch.randn(1, 9, 2, 8), torch.randn(1, 0, 2, 8)
+    trace = make_fx(empty_rows, decomposition_table=natten.export.decompositions())(*given)
+    out, lse, nothing, nothing_lse = trace(*given)
+    assert not out[:, 0].any() and (lse[:, 0] == -math.inf).all()
+    assert not nothing.any() and (nothing_lse == -math.inf).all()
+    for expected, found in zip(empty_rows(*given), (out, lse)):
+        assert_close("empty", expected, found, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def decomposed():
+    """A layer, and its program for all sizes, captured by Dynamo."""
+    layer = natten.NeighborhoodAttention2D(8, 2, 3, 2, (1, 2), (True, False), rel_pos_bias=True)
+    dynamic = {0: Dim("batch"), 1: Dim("height", min=4), 2: Dim("width", min=7)}
+    given = (torch.randn(2, 5, 8, 8),)
+    program = export(layer.eval(), given, dynamic_shapes=(dynamic,), strict=True)
+    assert of_ours(program.graph)
+    return layer, program.run_decompositions(natten.export.decompositions())
+
+
+def test_decomposed_layer_for_all_sizes(decomposed):
+    layer, program = decomposed
+    assert not of_ours(program.graph)
+    x = torch.randn(3, 9, 12, 8)
+    assert_close("layer", layer(x), program.module()(x), 1e-6)
+
+
+# --- ONNX ---
+
+
+class Everything(torch.nn.Module):
+    """All ranks at once, because an export takes seconds."""
+
+    def forward(self, *given):
+        calls = [
+            function(*given[3 * i : 3 * i + 3]) for i, (function, _) in enumerate(RANKS.values())
+        ]
+        return tuple(x for each in calls for x in each)
+
+
+def everything(batch):
+    """Symbolic sizes are slow: that of the first batch is one, the others are 2."""
+    return tuple(x for rank in RANKS for x in RANKS[rank][1](batch if rank == 1 else 2))
+
+
+def check_onnx(program, module, *given):
+    """Run with onnxruntime, and with nothing but ONNX's own operators."""
+    runtime = pytest.importorskip("onnxruntime")
+    assert {node.domain for node in program.model_proto.graph.node} == {""}
+    session = runtime.InferenceSession(program.model_proto.SerializeToString())
+    for inputs in given:
+        flat = [x.numpy() for x in torch.utils._pytree.tree_leaves(inputs)]
+        named = dict(zip([x.name for x in session.get_inputs()], flat, strict=True))
+        expected = torch.utils._pytree.tree_leaves(module(*inputs))
+        for wanted, found in zip(expected, session.run(None, named), strict=True):
+            assert_close("onnx", wanted.detach(), torch.from_numpy(found), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_onnx_of_modules():
+    """torch.onnx.export captures PyTorch's own operators by itself."""
+    pytest.importorskip("onnxscript")
+    batch, module = {0: Dim("batch", min=2)}, Everything().eval()
+    onnx = torch.onnx.export(
+        module,
+        everything(2),
+        dynamic_shapes=((batch, batch, *(None,) * 7),),
+        dynamo=True,
+        verbose=False,
+        optimize=False,
+    )
+    check_onnx(onnx, module, everything(2), everything(3))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_onnx_of_decomposed_programs(decomposed):
+    pytest.importorskip("onnxscript")
+    layer, program = decomposed
+    onnx = torch.onnx.export(program, dynamo=True, verbose=False)
+    check_onnx(onnx, layer, *((torch.randn(shape),) for shape in ((2, 5, 8, 8), (3, 9, 7, 8))))
+
+
+# --- AOTInductor ---
+
+
+class Packaged(torch.nn.Module):
+    """A layer, plain attention and unfused operators, in two dtypes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = natten.NeighborhoodAttention2D(
+            16, 2, 3, dilation=(1, 2), is_causal=(True, False), rel_pos_bias=True
+        )
+        self.low = natten.NeighborhoodAttention1D(16, 2, 3).bfloat16()
+
+    def forward(self, x):
+        y = self.layer(x)
+        heads = y.unflatten(-1, (2, 8))
+        first = heads.movedim(-2, 1)
+        tokens = heads.flatten(1, 2)
+        dense, lse = natten.attention(tokens, tokens, tokens, return_lse=True)
+        attn = natten.na2d_qk(first, first, 3).softmax(-1)
+        return y, dense, lse, natten.na2d_av(attn, first, 3), self.low(x[:, 0].bfloat16())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_packages(tmp_path):
+    """Compiled ahead of time, loaded, and run with other batches."""
+    module, x = Packaged().eval(), torch.randn(2, 5, 7, 16)
+    with torch.no_grad():
+        program = export(module, (x,), dynamic_shapes=({0: Dim("batch", min=2, max=64)},))
+        path = torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(tmp_path / "model.pt2"),
+            inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
+        )
+        loaded = torch._inductor.aoti_load_package(path)
+        for batch in (2, 3):
+            x = torch.randn(batch, 5, 7, 16)
+            for expected, found in zip(module(x), loaded(x), strict=True):
+                assert found.dtype == expected.dtype
+                ratio = 1e-2 if found.dtype == torch.bfloat16 else 1e-5
+                assert_close("package", expected, found, ratio)
