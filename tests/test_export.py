@@ -138,6 +138,34 @@ def test_rows_with_nothing_to_attend():
         assert_close("empty", expected, found, 1e-5)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_decomposed_packed_attention(causal):
+    """Lengths are data: other ones give other sequences, empty ones too."""
+
+    def step(q, kv, lengths, starts):
+        q, kv = (x.detach().requires_grad_() for x in (q, kv))
+        out, lse = natten.attention(
+            q, kv, kv, causal, seqlens_Q=lengths, cumulative_seqlen_KV=starts, return_lse=True
+        )
+        grads = torch.autograd.grad(out.sin().sum() + lse.clamp(min=-9).sin().sum(), (q, kv))
+        return out, lse, *grads
+
+    q, kv = torch.randn(1, 9, 4, 6), torch.randn(1, 7, 2, 6)
+    table = natten.export.decompositions()
+    given = (q, kv, torch.tensor([4, 5]), torch.tensor([0, 3, 7]))
+    trace = make_fx(step, decomposition_table=table)(*given)
+    assert not of_ours(trace.graph)
+    for lengths, starts in (([4, 5], [0, 3, 7]), ([9, 0], [0, 6, 7]), ([2, 7], [0, 0, 7])):
+        given = (q, kv, torch.tensor(lengths), torch.tensor(starts))
+        for expected, found in zip(step(*given), trace(*given), strict=True):
+            assert_close("packed", expected, found, 1e-5)
+
+
+def test_every_operator_is_decomposed():
+    ours = {n for n in dir(torch.ops.natten) if not n.startswith("_") and n != "name"}
+    assert ours == {x.__name__.split(".")[0] for x in natten.export.decompositions()}
+
+
 @pytest.fixture(scope="module")
 def decomposed():
     """A layer, and its program for all sizes, captured by Dynamo."""

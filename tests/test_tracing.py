@@ -93,6 +93,17 @@ def test_traced_layers(rank):
         traced(torch.randn(1, *(6, 6, 6)[: rank - 1], 5, 8))
 
 
+def test_traced_packed_attention_reads_its_lengths():
+    def packed(q, lengths):
+        return natten.attention(q, q, q, seqlens_Q=lengths, seqlens_KV=lengths)
+
+    q = torch.randn(1, 9, 2, 4)
+    traced = torch.jit.trace(packed, (q, torch.tensor([4, 5])))
+    assert nodes(traced) == ["natten::packed_attention"]
+    lengths = torch.tensor([2, 3, 4])
+    assert torch.equal(saved(traced)(q, lengths), packed(q, lengths))
+
+
 def test_gradients_inside_a_trace_are_refused():
     """The tracer would keep what the forward pass saved as constants."""
 

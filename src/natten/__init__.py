@@ -2,7 +2,7 @@
 
 import typing as _typing
 
-from natten import _submodules, compat, context, export, flops, functional, legacy, types, utils
+from natten import _submodules, compat, context, flops, functional, legacy, types, utils
 from natten.errors import ArgumentError
 from natten.functional import (
     attention,

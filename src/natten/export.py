@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from natten import gather, operators
+from natten import gather, operators, packed
 from natten.operators import unpack
 
 __all__ = ["decompositions"]
@@ -40,6 +40,8 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     table: dict[OpOverload, Callable[..., Any]] = {
         ops.attention.default: _attention,
         ops.attention_backward.default: _attention_backward,
+        ops.packed_attention.default: _packed,
+        ops.packed_attention_backward.default: _packed_backward,
     }
     for function in (
         gather.qk,
@@ -70,3 +72,16 @@ def _attention_backward(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -
     *rule, scale, _, _ = args[8:]
     grads = operators.gathered_gradient(grad_out, grad_lse, inputs, unpack(*rule), scale)
     return [grad.contiguous() for grad in grads if grad is not None]
+
+
+def _packed(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    lengths, rule, scale, _ = packed.unpack(arguments)
+    out, lse = packed.gathered(query, key, value, lengths, rule, scale)
+    return out.contiguous(), lse.contiguous()
+
+
+def _packed_backward(grad_out: Tensor, grad_lse: Tensor | None, *arguments: Any) -> list[Tensor]:
+    query, key, value, _, _, *rest = arguments  # output and LSE are computed again
+    lengths, rule, scale, _ = packed.unpack(rest)
+    grads = packed.gathered_gradient(grad_out, grad_lse, query, key, value, lengths, rule, scale)
+    return [grad.contiguous() for grad in grads]

@@ -444,10 +444,18 @@ class _Products:
     Slots that causality masks hold weights of 0 and may hold any score.
     """
 
-    def __init__(self, query: Tensor, key: Tensor, rule: Rule, gathered: bool = False) -> None:
-        self.rule, self.shape = rule, query.shape[1:-2]
-        self.mask: Tensor | None = None
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        rule: Rule,
+        gathered: bool = False,
+        mask: Tensor | None = None,
+    ) -> None:
+        self.rule, self.shape, self.mask = rule, query.shape[1:-2], mask
         self.windows: gather.Windows | None = None
+        if mask is not None:
+            return
         if isinstance(rule, Dense):
             self.mask = window_mask(rule, self.shape, key.shape[1:-2], query.device)
         elif gathered:
@@ -521,11 +529,14 @@ def _heads_first(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
 
 def composed_attention(
     query: Tensor, key: Tensor, value: Tensor, rpb: Any, extra_keys: Any, extra_values: Any,
-    rule: Rule, scale: float, gathered: bool = False,
+    rule: Rule, scale: float, gathered: bool = False, mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``attention`` composed of differentiable maps; stores all weights."""
+    """``attention`` composed of differentiable maps; stores all weights.
+
+    ``mask [queries, keys]`` says who attends whom in plain attention, instead of the rule.
+    """
     products, heads, dtype = (
-        _Products(query, key, rule, gathered),
+        _Products(query, key, rule, gathered, mask),
         query.shape[-2],
         compute_dtype(query.dtype),
     )
@@ -544,12 +555,13 @@ def composed_attention(
 
 
 def gathered_gradient(
-    grad_out: Tensor, grad_lse: Tensor | None, inputs: Sequence[Any], rule: Rule, scale: float
-) -> Sequence[Any]:
+    grad_out: Tensor, grad_lse: Tensor | None, inputs: Sequence[Any], rule: Rule, scale: float,
+    mask: Tensor | None = None,
+) -> Sequence[Any]:  # fmt: skip
     """Gradients of ``attention``'s six inputs, gathered, None for those that are None."""
     query, key, _, rpb, extra_keys, _ = inputs
     products, heads, dtype = (
-        _Products(query, key, rule, gathered=True),
+        _Products(query, key, rule, True, mask),
         query.shape[-2],
         compute_dtype(query.dtype),
     )

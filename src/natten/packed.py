@@ -11,10 +11,11 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from natten import backends, operators
+from natten import _tracing, backends, operators
 from natten._checks import check_same_shape
 from natten._numbers import integer
 from natten.errors import ArgumentError
@@ -179,10 +180,12 @@ def sequence_attention(
     choice: Choice,
 ) -> tuple[Tensor, Tensor]:
     """Plain attention inside each packed sequence; shapes as in :func:`packed_attention`."""
-    compiling = torch.compiler.is_compiling()
-    if compiling or _is_recorded((query, key, value, *lengths.tensors)):
-        if compiling:
+    recorded = torch.compiler.is_compiling() or _tracing.is_traced()
+    if recorded or _is_recorded((query, key, value, *lengths.tensors)):
+        if recorded:
             operators._refuse_forward_mode()
+        if recorded and _tracing.is_for_onnx():
+            return gathered(query, key, value, lengths, rule, scale)
         options = int(rule.causal), scale, choice.backend, choice.tiles or (0,)
         return torch.ops.natten.packed_attention(query, key, value, *lengths, *options)
 
@@ -197,6 +200,45 @@ def sequence_attention(
         return each(query, key, value)
     documents = lengths.documents(query, key)
     return packed_attention(backend, query, key, value, documents, rule, scale, each)
+
+
+def gathered(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, rule: Dense, scale: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`sequence_attention` in PyTorch's own operators, of all queries with all keys."""
+    mask = _same_sequence(query, key, lengths, rule)
+    return operators.composed_attention(query, key, value, None, None, None, rule, scale, mask=mask)
+
+
+def gathered_gradient(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
+    lengths: Lengths, rule: Dense, scale: float,
+) -> Sequence[Any]:  # fmt: skip
+    """The gradient of :func:`gathered`, of query, key and value."""
+    mask, inputs = _same_sequence(query, key, lengths, rule), (query, key, value, None, None, None)
+    return operators.gathered_gradient(grad_out, grad_lse, inputs, rule, scale, mask=mask)[:3]
+
+
+def _same_sequence(query: Tensor, key: Tensor, lengths: Lengths, rule: Dense) -> Tensor:
+    """Who attends whom, ``[queries, keys]``. Lengths are data, and can not be checked here."""
+
+    def ends(seqlens: Tensor | None, starts: Tensor | None) -> Tensor:
+        if starts is not None:
+            return starts[1:]
+        assert seqlens is not None
+        return seqlens.cumsum(0)
+
+    q, k = (torch.arange(x.shape[1], device=x.device)[:, None] for x in (query, key))
+    q_ends, k_ends = ends(lengths.seqlens_q, lengths.starts_q), ends(*lengths[1:4:2])
+    q_ends, k_ends = q_ends.to(query.device), k_ends.to(key.device)
+    q_sequence, k_sequence = (q >= q_ends).sum(-1), (k >= k_ends).sum(-1)
+    mask = q_sequence[:, None] == k_sequence
+    if rule.causal:
+        q_starts, k_starts = (F.pad(x, (1, 0)) for x in (q_ends, k_ends))
+        own_q = q[:, 0] - q_starts.index_select(0, q_sequence)
+        own_k = k[:, 0] - k_starts.index_select(0, k_sequence)
+        mask = mask & (own_k <= own_q[:, None])
+    return mask
 
 
 def _is_recorded(tensors: Sequence[Tensor | None]) -> bool:
@@ -235,14 +277,14 @@ _library.define(
 )
 
 
-def _unpack(arguments: Sequence[Any]) -> tuple[Lengths, Dense, float, Choice]:
+def unpack(arguments: Sequence[Any]) -> tuple[Lengths, Dense, float, Choice]:
     *lengths, is_causal, scale, backend, tiles = arguments
     choice = Choice(backend, tuple(tiles) if any(tiles) else ())
     return Lengths(*lengths), Dense(bool(is_causal)), scale, choice
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    lengths, rule, scale, choice = _unpack(arguments)
+    lengths, rule, scale, choice = unpack(arguments)
     backend = backend_for(query, key, value, choice.backend)
     if backend is None:
         found = _one_by_one(
@@ -260,7 +302,7 @@ def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
     out: Tensor, lse: Tensor, *arguments: Any,
 ) -> list[Tensor]:  # fmt: skip
-    lengths, rule, scale, choice = _unpack(arguments)
+    lengths, rule, scale, choice = unpack(arguments)
     backend, empty = backend_for(query, key, value, choice.backend), (None, None, None)
     if backend is not None:
         documents = lengths.documents(query, key)
