@@ -35,7 +35,7 @@ from natten.version import __version__
 _log.get_logger()
 _imports.install(__name__)
 if _typing.TYPE_CHECKING:  # what comes from `__getattr__`
-    from natten import backends, draw, profiler, simulator, tuning
+    from natten import backends, draw, export, profiler, simulator, tuning
     from natten.legacy.configs import *  # noqa: F403
     from natten.legacy.switches import *  # noqa: F403
 
