@@ -10,7 +10,7 @@ from helpers import CASES, RATIO, Case, assert_close, name_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import natten
-from natten import tiling
+from natten import caches, tiling
 from natten.backends import reference, tiled
 
 LARGE = [
@@ -29,9 +29,13 @@ LARGE = [
 @pytest.fixture
 def fresh_plans():
     """Plans are kept between calls; a test that changes how they are made starts and ends bare."""
-    tiled._plan.cache_clear()
+    forget_plans()
     yield
-    tiled._plan.cache_clear()
+    forget_plans()
+
+
+def forget_plans():
+    caches.STORE.forget(lambda key: True)
 
 
 def run(module, inputs, rule, grad_out, grad_lse):
@@ -67,7 +71,7 @@ def test_every_tile_size_is_right(case, monkeypatch, fresh_plans):
     candidates, rng = tiling._candidates, random.Random(0)
     monkeypatch.setattr(tiling, "_candidates", lambda *args: [rng.choice(candidates(*args))])
     for _ in range(8):
-        tiled._plan.cache_clear()
+        forget_plans()
         check(case)
 
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from natten.caches import kept
 from natten.neighborhood import Neighborhood, Rule, group_length
 
 
@@ -35,15 +36,21 @@ class Run(NamedTuple):
     key_size: int
     lower: Tensor  # [query_size]: each query's window inside the box: first position ...
     upper: Tensor  # [query_size]: ... and one past the last
+    whole: bool  # every query attends the whole box: no mask is needed
+    triangular: bool  # the first query attends the first key, each further one another key
 
 
 class TileCost(NamedTuple):
-    """What one axis contributes to the cost of a tile size."""
+    """What one axis contributes to the cost of tiles; of several axes, most of it multiplies."""
 
     products: int  # query-key pairs computed
-    keys: int  # key rows copied
+    whole: int  # of those, pairs of tiles that need no mask
+    rows: int  # queries of a tile, summed over its pairs
+    keys: int  # key rows of all tiles
     tiles: int
     runs: int
+    largest: int  # pairs of one tile
+    largest_masked: int  # pairs of one tile that needs a mask
 
 
 # Measured on two AVX-512 cores, float32; only their ratios matter. Nanoseconds.
@@ -127,34 +134,72 @@ def _merge_tiles(
     )
     changes = (shape[1:] != shape[:-1]).any(1).nonzero().flatten() + 1
     edges = [0, *changes.tolist(), len(box)]
-    runs = []
-    for a, b in itertools.pairwise(edges):
-        lower, upper = start[a] - box[a], end[a] - box[a]
-        key_size = int(upper.max())
-        runs.append(
-            Run(
-                group,
-                groups,
-                b - a,
-                size,
-                first + size * a,
-                size,
-                int(box[a]),
-                key_size,
-                lower,
-                upper,
-            )
+    heads = torch.tensor(edges[:-1], device="cpu")
+    lower, upper = start[heads] - box[heads, None], end[heads] - box[heads, None]
+    key_size = upper.amax(1)
+    from_first = (lower == 0).all(1)
+    more = torch.arange(1, size + 1, device="cpu").minimum(key_size[:, None])
+    whole = (from_first & (upper == key_size[:, None]).all(1)).tolist()
+    triangular = (from_first & (upper == more).all(1)).tolist()
+    keys, boxes = key_size.tolist(), box[heads].tolist()
+    return [
+        Run(
+            group, groups, b - a, size, first + size * a, size, boxes[i], keys[i],
+            lower[i].clone(), upper[i].clone(), whole[i], triangular[i],
         )
+        for i, (a, b) in enumerate(itertools.pairwise(edges))
+    ]  # fmt: skip
+
+
+def window_runs(rule: Rule, axis: int, length: int, key_length: int, between: bool) -> list[Run]:
+    """Cut an axis of ``length`` queries and ``key_length`` keys where windows change.
+
+    At each end many queries share one window, which is the whole box of their tile. The others lie
+    in one tile, or, if ``between``, in one for each window.
+    """
+    dilation = rule.dilation[axis]
+    runs: list[Run] = []
+    for group, groups in group_kinds(length, dilation):
+        n = group_length(length, dilation, group)
+        n_keys = group_length(key_length, dilation, group)
+        start, end = rule.windows(axis, torch.arange(n, device="cpu"), n, n_keys)
+        changes = ((start[1:] != start[:-1]) | (end[1:] != end[:-1])).nonzero().flatten() + 1
+        edges = [0, *changes.tolist(), n]
+        if not between and len(edges) > 3:
+            edges = [0, edges[1], edges[-2], n]
+        for size, tiles in itertools.groupby(itertools.pairwise(edges), lambda ab: ab[1] - ab[0]):
+            first, *_, last = (edge for tile in tiles for edge in tile)
+            runs += _merge_tiles(group, groups, first, size, start[first:last], end[first:last])
     return runs
 
 
-def axis_cost(runs: list[Run]) -> TileCost:
-    """What the runs of an axis cost."""
+def axis_cost(runs: Sequence[Run], triangles: bool = False) -> TileCost:
+    """What the runs of an axis cost.
+
+    Args:
+        runs: what the axis is cut into.
+        triangles: whether a triangular tile needs no mask, and only half of it is computed.
+    """
+    products = whole = rows = largest = largest_masked = 0
+    for run in runs:
+        tiles, size = run.groups * run.repeats, run.query_size * run.key_size
+        half = triangles and run.triangular
+        pairs = tiles * (size // 2 if half else size)
+        products, rows = products + pairs, rows + pairs * run.query_size
+        largest = max(largest, size)
+        if half or run.whole:
+            whole += pairs
+        else:
+            largest_masked = max(largest_masked, size)
     return TileCost(
-        products=sum(r.groups * r.repeats * r.query_size * r.key_size for r in runs),
+        products,
+        whole,
+        rows,
         keys=sum(r.groups * r.repeats * r.key_size for r in runs),
         tiles=sum(r.groups * r.repeats for r in runs),
         runs=len(runs),
+        largest=largest,
+        largest_masked=largest_masked,
     )
 
 
@@ -167,10 +212,53 @@ def _candidates(rule: Rule, axis: int, length: int) -> list[int]:
     return sorted(size for size in sizes if size <= 256) or [256]
 
 
+Tiling = tuple[tuple[Run, ...], ...]  # for each axis its runs; a block of tiles is one of each
+
+
+def cheapest(
+    options: Sequence[Sequence[list[Run]]],
+    cost: Callable[[Sequence[TileCost]], float],
+    triangles: bool = False,
+) -> tuple[float, Tiling]:
+    """The cheapest tiling and its cost.
+
+    Args:
+        options: for each axis, the runs to choose from; the first is taken if all are too large.
+        cost: of a choice for every axis; infinite if tiles are too large.
+        triangles: as in :func:`axis_cost`.
+    """
+    described = [[(axis_cost(runs, triangles), tuple(runs)) for runs in axis] for axis in options]
+    best_cost, best = math.inf, tuple(axis[0][1] for axis in described)
+    for choice in itertools.product(*described):
+        found = cost([each for each, _ in choice])
+        if found < best_cost:
+            best_cost, best = found, tuple(runs for _, runs in choice)
+    return best_cost, best
+
+
+def _bytes(options: list[list[list[Run]]]) -> int:
+    runs = [run for axis in options for choice in axis for run in choice]
+    return sum(512 + run.lower.nbytes + run.upper.nbytes for run in runs)
+
+
+@kept(_bytes)
+def uniform(
+    rule: Rule, shape: tuple[int, ...], key_shape: tuple[int, ...]
+) -> list[list[list[Run]]]:
+    """For each axis, its runs by tiles of one size, of every size that is worth a thought."""
+    return [
+        [
+            axis_runs(rule, axis, length, key_length, size)
+            for size in _candidates(rule, axis, length)
+        ]
+        for axis, (length, key_length) in enumerate(zip(shape, key_shape))
+    ]
+
+
 def tiles(
     rule: Rule, shape: tuple[int, ...], key_shape: tuple[int, ...], matrices: int, head_dim: int
-) -> tuple[tuple[Run, ...], ...]:
-    """The cheapest tiling: for each axis its runs; a block of tiles is one run of each axis.
+) -> tuple[float, Tiling]:
+    """The cheapest tiling of the backend ``tiled`` and its cost.
 
     Args:
         rule: the windows.
@@ -178,30 +266,17 @@ def tiles(
         matrices: batch times heads.
         head_dim: mean of the query's and the value's head dim.
     """
-    options = []
-    for axis, (length, key_length) in enumerate(zip(shape, key_shape)):
-        by_size = {}
-        for size in _candidates(rule, axis, length):
-            runs = axis_runs(rule, axis, length, key_length, size)
-            largest = max((r.query_size * r.key_size for r in runs), default=0)
-            by_size[size] = (axis_cost(runs), largest, runs)
-        options.append(list(by_size.values()))
 
-    best_cost, best = math.inf, None
-    for choice in itertools.product(*options):
-        costs = [c for c, _, _ in choice]
-        scores = math.prod(largest for _, largest, _ in choice)
-        smallest = all(c is o[0] for c, o in zip(choice, options))
-        if scores > _MAX_SCORES and not smallest:
-            continue
-        tile_count = math.prod(c.tiles for c in costs)
-        cost = (
-            matrices * math.prod(c.products for c in costs) * (PRODUCT + PRODUCT_DIM * head_dim)
-            + matrices * math.prod(c.keys for c in costs) * 2 * head_dim * COPY
-            + matrices * tile_count * _TILE
-            + math.prod(c.runs for c in costs) * _RUN
+    def cost(axes: Sequence[TileCost]) -> float:
+        if math.prod(each.largest for each in axes) > _MAX_SCORES:
+            return math.inf
+        return (
+            matrices
+            * math.prod(each.products for each in axes)
+            * (PRODUCT + PRODUCT_DIM * head_dim)
+            + matrices * math.prod(each.keys for each in axes) * 2 * head_dim * COPY
+            + matrices * math.prod(each.tiles for each in axes) * _TILE
+            + math.prod(each.runs for each in axes) * _RUN
         )
-        if cost < best_cost:
-            best_cost, best = cost, tuple(tuple(runs) for _, _, runs in choice)
-    assert best is not None
-    return best
+
+    return cheapest(uniform(rule, shape, key_shape), cost)

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -26,10 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from natten.backends import no_gradients
+from natten.caches import kept
 from natten.neighborhood import Neighborhood, Rule, outer
-from natten.tiling import Run, tiles
+from natten.tiling import Run, Tiling, tiles
+from natten.tuning import Bounded
 
 CHUNK = 1 << 18  # query-key pairs worked on at a time; 1 MB in float32
+GEOMETRIES = 16  # kept for a block; about 1 KB each
 CACHED_MASK = 1 << 18  # larger masks are made anew in every call
 
 
@@ -77,54 +80,93 @@ class Block:
     def key_sizes(self) -> tuple[int, ...]:
         return tuple(run.key_size for run in self.runs)
 
+    @cached_property
+    def whole(self) -> bool:
+        """Whether every query of a tile attends its whole box."""
+        return all(run.whole for run in self.runs)
+
+    @cached_property
+    def triangular(self) -> bool:
+        """Whether the mask is a lower triangle, which some kernels know by themselves."""
+        return len(self.runs) == 1 and not self.whole and self.runs[0].triangular
+
     def queries(self, x: Tensor, kv_heads: int) -> Tensor:
         """View ``[lead, heads per kv head, tile sizes, C]`` of ``x [B, *space, heads, C]``."""
-        shape, stride, offset = _geometry(self, kv_heads, x.shape, x.stride())
-        return x.as_strided(shape, stride, x.storage_offset() + offset)
+        return self._view(x, kv_heads)
 
     def keys(self, x: Tensor) -> Tensor:
         """View ``[lead, box sizes, channels]`` of ``x [B, *space, kv heads, C]``; boxes overlap."""
-        shape, stride, offset = _geometry(self, None, x.shape, x.stride())
+        return self._view(x, None)
+
+    @cached_property
+    def _geometries(self) -> Bounded:
+        # Small problems are all overhead: what views need is kept between calls.
+        return Bounded(GEOMETRIES)
+
+    def _view(self, x: Tensor, kv_heads: int | None) -> Tensor:
+        key = kv_heads, x.shape, x.stride()
+        geometry = self._geometries.get(key)
+        if geometry is None:
+            geometry = _geometry(self, *key)
+            self._geometries.keep(key, geometry)
+        shape, stride, offset = geometry
         return x.as_strided(shape, stride, x.storage_offset() + offset)
 
-    def chunks(self, query: Tensor, key: Tensor, extra: int = 0) -> list[Chunk]:
+    def chunks(self, query: Tensor, key: Tensor, extra: int = 0) -> Iterator[Chunk]:
         """Slices of the lead dimensions that hold about ``CHUNK`` query-key pairs each.
 
         They hold no more pairs than the inputs hold numbers, so that scores take no more memory.
         """
-        kv_heads = key.shape[-2]
+        per_kv = query.shape[-2] // key.shape[-2]
+        pairs = per_kv * math.prod(self.query_sizes) * (math.prod(self.key_sizes) + extra)
         most = min(CHUNK, query.numel() + 2 * key.numel())
-        return _chunks(self, query.shape[0], kv_heads, query.shape[-2] // kv_heads, extra, most)
+        return self.slices(query.shape[0], key.shape[-2], most // max(1, pairs))
+
+    def slices(self, batch: int, kv_heads: int, most: int) -> Iterator[Chunk]:
+        """Slices of the lead dimensions that hold at most ``most`` tiles, or one, of a kv head."""
+        lead = [run.repeats for run in self.runs] + [run.groups for run in self.runs]
+        lead += [batch, kv_heads]
+        room = max(1, most)
+        steps = []
+        for size in reversed(lead):
+            step = max(1, min(size, room))
+            room //= step
+            steps.append(step)
+        return itertools.product(
+            *(
+                [slice(i, min(i + step, size)) for i in range(0, size, step)]
+                for size, step in zip(lead, reversed(steps))
+            )
+        )
 
     def mask(self) -> Tensor | None:
         """Added to scores, float32 ``[tile tokens, box tokens]``; None if the tile attends all."""
+        if self.whole:
+            return None
         if math.prod(self.query_sizes) * math.prod(self.key_sizes) <= CACHED_MASK:
-            return self._cached_mask
-        return self._make_mask()
+            return _kept_mask(self)
+        return self.make_mask()
 
-    @cached_property
-    def _cached_mask(self) -> Tensor | None:
-        return self._make_mask()
-
-    def _make_mask(self) -> Tensor | None:
-        allowed = torch.ones(1, 1, dtype=torch.bool, device="cpu")
+    def make_mask(self) -> Tensor:
+        """The mask, made anew."""
+        mask = torch.zeros(1, 1, device="cpu")
         for run in self.runs:
             position = torch.arange(run.key_size, device="cpu")
-            own = (position >= run.lower[:, None]) & (position < run.upper[:, None])
-            allowed = outer(allowed, own, torch.logical_and)
-        if bool(allowed.all()):
-            return None
-        return torch.zeros(allowed.shape, device="cpu").masked_fill_(~allowed, -math.inf)
+            outside = (position < run.lower[:, None]) | (position >= run.upper[:, None])
+            own = torch.zeros(outside.shape, device="cpu").masked_fill_(outside, -math.inf)
+            mask = outer(mask, own, torch.add)
+        return mask
 
     def offsets(self, axis: int) -> int:
         """Key position minus query position of the box's and the tile's first positions."""
         return self.runs[axis].key_start - self.runs[axis].query_start
 
 
-# Small problems are all overhead: what views and chunks need is kept between calls.
+@kept(lambda mask: mask.nbytes)
+def _kept_mask(block: Block) -> Tensor:
+    return block.make_mask()
 
 
-@lru_cache(maxsize=4096)
 def _geometry(
     block: Block, kv_heads: int | None, shape: Sequence[int], stride: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...], int]:
@@ -147,37 +189,44 @@ def _geometry(
     return view_shape, view_stride, offset
 
 
-@lru_cache(maxsize=1024)
-def _chunks(
-    block: Block, batch: int, kv_heads: int, per_kv: int, extra: int, most: int
-) -> list[Chunk]:
-    lead = [run.repeats for run in block.runs] + [run.groups for run in block.runs]
-    lead += [batch, kv_heads]
-    pairs = per_kv * math.prod(block.query_sizes) * (math.prod(block.key_sizes) + extra)
-    room = max(1, most // max(1, pairs))
-    steps = []
-    for size in reversed(lead):
-        step = max(1, min(size, room))
-        room //= step
-        steps.append(step)
-    ranges = [
-        [slice(i, min(i + step, size)) for i in range(0, size, step)]
-        for size, step in zip(lead, reversed(steps))
-    ]
-    return list(itertools.product(*ranges))
+class Plan(NamedTuple):
+    """Blocks of tiles, and what they are estimated to take; see :mod:`natten.tiling`."""
+
+    cost: float
+    blocks: list[Block]
+
+    @classmethod
+    def of(cls, cost: float, tiling: Tiling, rule: Rule) -> Plan:
+        """A plan of every block of a tiling."""
+        blocks = [Block(block, rule.dilation) for block in itertools.product(*tiling)]
+        return cls(cost, blocks)
+
+    def bytes(self) -> int:
+        """About what it takes in memory."""
+        axes = {id(run): run for block in self.blocks for run in block.runs}
+        tensors = sum(run.lower.nbytes + run.upper.nbytes for run in axes.values())
+        return tensors + 1024 * (len(axes) + (1 + GEOMETRIES) * len(self.blocks))
 
 
-@lru_cache(maxsize=64)
+@kept(Plan.bytes)
 def _plan(
     rule: Rule, shape: tuple[int, ...], key_shape: tuple[int, ...], matrices: int, head_dim: int
-) -> list[Block]:
-    runs = tiles(rule, shape, key_shape, matrices, head_dim)
-    return [Block(block, rule.dilation) for block in itertools.product(*runs)]
+) -> Plan:
+    return Plan.of(*tiles(rule, shape, key_shape, matrices, head_dim), rule)
+
+
+def estimate(
+    rule: Rule, shape: Sequence[int], key_shape: Sequence[int], matrices: int, head_dim: int
+) -> float:
+    """What attention is estimated to take; only ratios matter."""
+    found: Plan = _plan(rule, tuple(shape), tuple(key_shape), matrices, head_dim)
+    return found.cost
 
 
 def _blocks(rule: Rule, query: Tensor, key: Tensor, head_dim: int) -> list[Block]:
     matrices = query.shape[0] * query.shape[-2]
-    return _plan(rule, tuple(query.shape[1:-2]), tuple(key.shape[1:-2]), matrices, head_dim)
+    plan: Plan = _plan(rule, tuple(query.shape[1:-2]), tuple(key.shape[1:-2]), matrices, head_dim)
+    return plan.blocks
 
 
 # --- relative positional bias ---
@@ -385,7 +434,7 @@ def forward(
     return out, lse
 
 
-def _add_boxes(block: Block, target: Tensor, chunk: Chunk, boxes: Tensor) -> None:
+def add_boxes(block: Block, target: Tensor, chunk: Chunk, boxes: Tensor) -> None:
     """Add a chunk of overlapping boxes to ``target``, one phase of disjoint boxes at a time."""
     view = target[chunk]
     boxes = boxes.view(view.shape) if boxes.is_contiguous() else boxes.reshape(view.shape)
@@ -482,7 +531,7 @@ def backward(
                     tail = boxes[:, box:].unflatten(0, (-1, *grad_extra[chunk[-2:]].shape[:2]))
                     grad_extra[chunk[-2:]].add_(tail.sum(0))
                     boxes = boxes[:, :box]
-                _add_boxes(block, view, chunk, boxes)
+                add_boxes(block, view, chunk, boxes)
             if grad_bias is not None:
                 heads = chunk[-1].stop - chunk[-1].start
                 grad_bias[chunk[-1]].add_(ds.view(-1, heads, rows, cols).sum(0)[..., :box])
@@ -599,7 +648,7 @@ def av_transposed(attn: Tensor, x: Tensor, rule: Neighborhood) -> Tensor:
             dense = _spread(weights, index, valid, box, scratch("p", n, rows, box + 1))
             xs = _load(scratch("x", n, rows, dim), x_view[chunk])
             boxes = torch.bmm(dense.transpose(1, 2), xs, out=scratch("o", n, box, dim))
-            _add_boxes(block, out_view, chunk, boxes)
+            add_boxes(block, out_view, chunk, boxes)
     return out.to(x.dtype)
 
 

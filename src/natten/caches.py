@@ -1,0 +1,89 @@
+"""What is kept between calls, within one bound in bytes.
+
+Plans and masks depend on the token layout, and a program may go through many. All of them share
+one store; what was not used for longest leaves first.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+MOST = 64 << 20  # bytes, of everything that is kept
+_ENTRY = 512  # bytes of an entry's key and bookkeeping, about
+
+
+class Store:
+    """Values by key, at most ``most`` bytes of them, the least recently used first out."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.bytes = 0
+        self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(
+        self,
+        key: Hashable,
+        make: Callable[..., Any],
+        size: Callable[[Any], int],
+        args: tuple[Any, ...] = (),
+    ) -> Any:
+        """The value at ``key``; if there is none, what ``make(*args)`` returns, which is kept.
+
+        Args:
+            key: any hashable.
+            make, args: called without the lock, so two threads may make the same value.
+            size: bytes of a value. One that is larger than ``most`` is not kept.
+        """
+        with self._lock:
+            found = self._entries.get(key)
+            if found is not None:
+                self._entries.move_to_end(key)
+                return found[0]
+        value = make(*args)
+        needed = size(value) + _ENTRY
+        with self._lock:
+            self._drop(key)
+            if needed <= self.most:
+                self._entries[key] = value, needed
+                self.bytes += needed
+                while self.bytes > self.most:
+                    self._drop(next(iter(self._entries)))
+        return value
+
+    def forget(self, belongs: Callable[[Any], bool]) -> None:
+        """Drop the entries whose key ``belongs``."""
+        with self._lock:
+            for key in [key for key in self._entries if belongs(key)]:
+                self._drop(key)
+
+    def _drop(self, key: Hashable) -> None:
+        _, size = self._entries.pop(key, (None, 0))
+        self.bytes -= size
+
+
+STORE = Store(MOST)
+
+
+def kept(size: Callable[[Any], int]) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate a function of hashable arguments: its results are in ``STORE``.
+
+    Args:
+        size: bytes of a result.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def wrapper(*args: Hashable) -> Any:
+            return STORE.find((function, *args), function, size, args)
+
+        wrapper.cache_clear = lambda: STORE.forget(  # type: ignore[attr-defined]
+            lambda key: key[0] is function
+        )
+        return wrapper
+
+    return decorate

@@ -1,0 +1,94 @@
+"""What is kept between calls stays within its bound in bytes."""
+
+import gc
+import threading
+
+import pytest
+import torch
+
+import natten
+from natten import caches, tiling
+from natten.backends import sdpa, tiled
+from natten.caches import Store
+
+
+def test_the_least_recently_used_leaves_first():
+    store = Store(3 * (100 + caches._ENTRY))
+    for key in "abc":
+        store.find(key, str, lambda _: 100)
+    store.find("a", pytest.fail, lambda _: 100)  # used again
+    store.find("d", str, lambda _: 100)
+    assert list(store._entries) == ["c", "a", "d"]
+    assert store.bytes == store.most
+
+
+def test_what_is_too_large_is_not_kept():
+    store = Store(1000)
+    store.find("small", str, lambda _: 1)
+    assert store.find("large", lambda: "value", lambda _: 1001) == "value"
+    assert list(store._entries) == ["small"]
+
+
+def test_forgetting_counts():
+    store = Store(10_000)
+    for key in range(4):
+        store.find(key, str, lambda _: 10)
+    store.forget(lambda key: key < 3)
+    assert list(store._entries) == [3] and store.bytes == 10 + caches._ENTRY
+
+
+def test_threads():
+    """They find and evict at once; the count stays right."""
+    store = Store(20 * (50 + caches._ENTRY))
+
+    def work(first):
+        for i in range(2000):
+            key = (first + i * 7) % 40
+            assert store.find(key, lambda key=key: key, lambda _: 50) == key
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(store._entries) == 20
+    assert store.bytes == sum(size for _, size in store._entries.values()) == store.most
+
+
+def tensor_bytes():
+    """Of all CPU tensors that are alive, each storage once."""
+    gc.collect()
+    storages = {}
+    for x in gc.get_objects():
+        if type(x) is torch.Tensor and x.device.type == "cpu":
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def masks_of_tiled(rule, x):
+    return [tiled._kept_mask(block) for block in tiled._blocks(rule, x, x, 32)[::3]]
+
+
+def masks_of_sdpa(rule, x):
+    every = sdpa._tiles(rule, 1.0, (x, x, x, None, None, None), False)
+    return [tiles.mask for tiles in every if tiles.mask is not None]
+
+
+@pytest.mark.parametrize("masks", [masks_of_tiled, masks_of_sdpa])
+def test_two_hundred_layouts(masks, monkeypatch):
+    """Plans and masks of all of them would take more than four times what may be kept."""
+    monkeypatch.setattr(tiling, "_candidates", lambda *args: [4])  # a search takes its time
+    options = sdpa._options
+    monkeypatch.setattr(sdpa, "_options", lambda *args: [[axis[-2]] for axis in options(*args)])
+    caches.STORE.forget(lambda key: True)
+    before, made = tensor_bytes(), 0
+    for n in range(200):
+        shape = (8 + n % 4, 15 + n // 4 % 5, 13 + n // 20)
+        rule = natten.Neighborhood.create(3, (7, 11, 11))
+        made += sum(mask.nbytes for mask in masks(rule, torch.zeros(1, *shape, 1, 1)))
+        assert caches.STORE.bytes <= caches.MOST
+    kept = tensor_bytes() - before
+    assert caches.MOST / 2 < kept <= caches.STORE.bytes
+    assert made > 4 * caches.MOST
+    caches.STORE.forget(lambda key: True)
+    assert tensor_bytes() - before < 1 << 20
