@@ -115,10 +115,23 @@ _QUARTER = {
     "quarter-3d-dilated": ((8, 12, 12), 1, 1, 32, 3, 1, 2),
     "quarter-3d": ((8, 32, 32), 1, 2, 64, 7),
 }
+# Windows that hold three quarters of all pairs or more take at most 1 / 0.95 of dense time.
+_NEAR = {
+    "full-1d": ((2048,), 1, 4, 64, 2048),
+    "full-2d": ((32, 32), 2, 4, 32, 32),
+    "near-1d": ((2048,), 1, 4, 64, 1800),
+    "near-1d-dilated": ((2048,), 1, 4, 64, 950, 1, 2),
+    "near-2d-small": ((14, 14), 16, 4, 32, 12),
+    "near-2d": ((64, 64), 1, 2, 32, 60),
+    "near-2d-strided": ((48, 48), 1, 4, 64, 44, 4),
+    "near-3d": ((16, 16, 16), 1, 2, 64, 15),
+}
 CPU = [
     *(Case(n, *each, dtype=FP32, target=target) for n, (*each, target) in _MAIN.items()),
     *(Case(f"{n}-bf16", *each) for n, (*each, _) in _MAIN.items()),
     *(Case(n, *each, dtype=FP32, target=(1.0, 1.0)) for n, each in _QUARTER.items()),
+    *(Case(n, *each, dtype=FP32, target=(1.05, 1.05)) for n, each in _NEAR.items()),
+    Case("near-2d-bf16", *_NEAR["near-2d"]),
 ]
 
 CASES = {

@@ -24,8 +24,8 @@ def peak_over_inputs(case: Case) -> float:
 
 def _measure(case: Case, queue: Any) -> None:
     problem = case.problem("cpu")
-    call = natten_call(problem, "tiled", backward=True)
-    natten_call(_small(case), "tiled", backward=True)()  # loads libraries and starts threads
+    call = natten_call(problem, None, backward=True)
+    natten_call(_small(case), None, backward=True)()  # loads libraries and starts threads
     before = _status_kb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     call()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import natten
 from natten import backends, tuning
-from natten.backends import reference, tiled
+from natten.backends import reference, sdpa, tiled
 from natten.neighborhood import Dense
 
 GRADS = ("query", "key", "value", "rpb", "extra_keys", "extra_values")
@@ -70,7 +70,8 @@ def run(module, inputs, rule, scale, grads=None):
     return out, lse, module.backward(*grads, *inputs, out, lse, rule, scale)
 
 
-def check(case, dtype, grad_lse=True, transform=lambda x: x):
+def check(case, dtype, grad_lse=True, transform=lambda x: x, module=tiled):
+    case = case._replace(rpb=case.rpb and module is not sdpa)  # which has no bias
     inputs = [None if x is None else transform(x) for x in case.inputs(dtype)]
     oracle = [None if x is None else x.double() for x in inputs]
     shape = (*oracle[0].shape[:-1], case.value_dim)
@@ -83,7 +84,7 @@ def check(case, dtype, grad_lse=True, transform=lambda x: x):
         0.4,
         (grad.double(), None if extra is None else extra.double()),
     )
-    actual = run(tiled, inputs, case.rule, 0.4, (grad, extra))
+    actual = run(module, inputs, case.rule, 0.4, (grad, extra))
     ratio = RATIO[dtype]
     assert_close("out", expected[0], actual[0], ratio)
     assert_close("lse", expected[1], actual[1], RATIO[tiled.compute_dtype(dtype)])
@@ -92,10 +93,14 @@ def check(case, dtype, grad_lse=True, transform=lambda x: x):
     assert actual[0].dtype == dtype
 
 
+both = pytest.mark.parametrize("module", [tiled, sdpa], ids=["tiled", "sdpa"])
+
+
+@both
 @pytest.mark.parametrize("dtype", RATIO, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_tiled(case, dtype):
-    check(case, dtype)
+def test_against_the_oracle(case, dtype, module):
+    check(case, dtype, module=module)
 
 
 @pytest.mark.parametrize("chunk", [1, 100, 2000])
@@ -111,20 +116,22 @@ def test_tiled_without_kept_masks(case, monkeypatch):
     check(case, torch.float64)
 
 
+@both
 @pytest.mark.parametrize("case", CASES[5:8], ids=name_of)
-def test_tiled_on_views(case):
+def test_on_views(case, module):
     """Heads before space in memory, and every other channel."""
 
     def strided(x):
         wide = torch.randn(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
         return wide.movedim(-2, 1).contiguous().movedim(1, -2)[..., ::2]
 
-    check(case, torch.float64, transform=lambda x: strided(x) if x.dim() > 3 else x)
+    check(case, torch.float64, transform=lambda x: strided(x) if x.dim() > 3 else x, module=module)
 
 
-def test_tiled_on_expanded_inputs():
+@both
+def test_on_expanded_inputs(module):
     case = Case((9, 8), (3, 4), extra=2)
-    check(case, torch.float64, transform=lambda x: x[:, :1].expand(x.shape))
+    check(case, torch.float64, transform=lambda x: x[:, :1].expand(x.shape), module=module)
 
 
 @st.composite
@@ -151,10 +158,10 @@ def problems(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(problems(), st.booleans())
-def test_tiled_anywhere_in_the_parameter_space(case, grad_lse):
+@given(problems(), st.booleans(), st.sampled_from([tiled, sdpa]))
+def test_anywhere_in_the_parameter_space(case, grad_lse, module):
     torch.manual_seed(0)
-    check(case, torch.float64, grad_lse)
+    check(case, torch.float64, grad_lse, module=module)
 
 
 @settings(max_examples=80, deadline=None)
@@ -177,25 +184,31 @@ def test_unfused_anywhere_in_the_parameter_space(case):
         assert_close(name, expected, actual, 1e-12)
 
 
+@both
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(5, 5), (7, 3), (3, 70), (1, 1), (4, 0)])
-def test_dense(causal, queries, keys):
-    q, k, v = (torch.randn(2, n, 2, 3).double() for n in (queries, keys, keys))
+def test_dense(causal, queries, keys, module):
+    """Of any two lengths; a query with nothing to attend gets 0, LSE -inf and gradients of 0."""
+    inputs = [torch.randn(2, n, 2, 3).double() for n in (queries, keys, keys)] + [None] * 3
+    grads = torch.randn(2, queries, 2, 3).double(), torch.randn(2, queries, 2).double()
     expected, actual = (
-        module.forward(q, k, v, None, None, None, Dense(causal), 0.5)
-        for module in (reference, tiled)
+        run(each, inputs, Dense(causal), 0.5, grads) for each in (reference, module)
     )
     assert_close("out", expected[0], actual[0], 1e-12)
     assert_close("lse", expected[1], actual[1], 1e-12)
+    for name, a, b in zip(GRADS, expected[2], actual[2]):
+        assert_close(f"gradient of {name}", a.nan_to_num() if a is not None else a, b, 2e-12)
 
 
+@both
 @pytest.mark.parametrize("case", CASES[5:8], ids=name_of)
-def test_same_bits_on_every_run(case):
+def test_same_bits_on_every_run(case, module):
+    case = case._replace(rpb=case.rpb and module is not sdpa)
     inputs = case.inputs(torch.float32)
     grad = torch.randn(*inputs[0].shape[:-1], case.value_dim)
-    first = run(tiled, inputs, case.rule, 0.4, (grad, None))
+    first = run(module, inputs, case.rule, 0.4, (grad, None))
     for _ in range(3):
-        again = run(tiled, inputs, case.rule, 0.4, (grad, None))
+        again = run(module, inputs, case.rule, 0.4, (grad, None))
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
         for a, b in zip(first[2], again[2]):
             assert a is b or torch.equal(a, b)
@@ -227,13 +240,25 @@ def problem(dtype=torch.float32, operation="attention"):
     return backends.Problem(operation, torch.device("cpu"), dtype, 8, 8)
 
 
-def test_cpu_default_is_tiled():
+def test_small_windows_run_on_tiled():
     assert backends.choose("", problem()).name == "tiled"
     assert backends.choose("reference", problem()).name == "reference"
     assert backends.choose("triton", problem()).name == "tiled"  # falls back
     q = torch.zeros(1, 8, 1, 4)
     assert backends.choose_backend(q, q, q) == "tiled"
-    assert backends.get_compatible_fmha_backends(q, q, q) == ["tiled", "reference"]
+    assert backends.get_compatible_backends(q, q, q) == ["tiled", "sdpa", "reference"]
+
+
+def test_what_is_asked_for_runs_even_if_it_is_slower():
+    assert backends.choose("sdpa", problem()).name == "sdpa"
+    assert "sdpa: runs" in backends.explain(torch.zeros(1, 64, 1, 8), kernel_size=3, backend="sdpa")
+    assert "slower than tiled" in backends.explain(torch.zeros(1, 56, 56, 2, 32), kernel_size=3)
+
+
+def test_plain_attention_of_long_sequences_runs_on_sdpa():
+    q = torch.zeros(1, 512, 1, 32)
+    assert backends.choose_fmha_backend(q, q, q) == "sdpa"
+    assert backends.get_compatible_fmha_backends(q, q, q) == ["sdpa", "tiled", "reference"]
 
 
 def test_falling_back_is_said_at_debug_level(caplog):
@@ -253,7 +278,7 @@ def test_a_choice_is_made_once(caplog):
     assert "passed over" not in caplog.text
 
 
-@pytest.mark.parametrize("backend", [None, "tiled", "reference"])
+@pytest.mark.parametrize("backend", [None, "sdpa", "tiled", "reference"])
 def test_explain_names_the_backend_that_runs(backend):
     text = backends.explain(torch.zeros(1, 8, 1, 4), backend=backend)
     assert f"{backend or 'tiled'}: runs" in text

@@ -165,7 +165,7 @@ def test_profile(capsys, tmp_path):
     assert __version__ in out and torch.__version__ in out
     assert "2-D 8x6, window 3x3" in out and "this is the CPU" in out
     names = [row[:3] for row in table(out)]
-    for attention in ("natten tiled", "dense sdpa"):
+    for attention in ("natten sdpa", "dense sdpa"):
         for pass_name in ("forward", "forward+backward"):
             assert [attention, pass_name, "eager"] in names
     assert "Computed over needed pairs: forward" in out
@@ -209,8 +209,8 @@ def test_hints_of_upstream_are_accepted_and_explained(capsys):
     hints = ["--backend", "hopper-fna", "--fmha-backend", "hopper-fmha", "--schedule", "pp"]
     hints += ["--persistent", "--q-tile", 4, 4, "--kv-tile", 4, 4, "--no-dense"]
     out = called(capsys, "profile", *SMALL, *hints).out
-    assert "hopper-fna is a hint here: backend tiled runs." in out
-    assert "Tile sizes have no effect on backend tiled" in out
+    assert "hopper-fna is a hint here: backend sdpa runs." in out
+    assert "Tile sizes have no effect on backend sdpa" in out
     assert "Accepted, without effect here: --fmha-backend, --schedule, --persistent." in out
 
 
@@ -221,7 +221,7 @@ def test_the_whole_layout_is_the_default_window(capsys):
 
 
 def test_dry_run_on_a_cpu(capsys):
-    out = called(capsys, "profile", *SMALL, "--dry-run").out
+    out = called(capsys, "profile", *SMALL, "--dry-run", "--backend", "tiled").out
     assert [row[:2] for row in table(out)] == [["0", "8"], ["1", "6"]]
     out = called(capsys, "profile", *SMALL, "--dry-run", "--backend", "reference").out
     assert "has no tiles" in out

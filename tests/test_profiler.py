@@ -139,13 +139,15 @@ def test_computed_pairs_of_each_backend():
     assert tune.computed_over_needed(problem, "reference", None) == {"forward": 4.0}
     rule = Neighborhood.create(2, (7, 5), dilation=(1, 2))
     plane = Problem((40, 30), rule)
-    blocks = tiled._plan(rule, plane.shape, plane.shape, 1, 64)
+    blocks = tiled._plan(rule, plane.shape, plane.shape, 1, 64).blocks
     computed = sum(
         math.prod(run.repeats * run.groups * run.query_size * run.key_size for run in block.runs)
         for block in blocks
     )
     found = tune.computed_over_needed(plane, "tiled", "tiled")
     assert found == {"forward": computed / plane.needed_pairs}
+    found = tune.computed_over_needed(Problem((600,), Neighborhood.create(1, 600)), "sdpa", "sdpa")
+    assert found == {"forward": 1.0}
     pytest.importorskip("triton")
     found = tune.computed_over_needed(problem, "triton", "triton")
     assert set(found) == {"forward", "query", "key"} and min(found.values()) >= 1

@@ -374,10 +374,11 @@ class Call:
 
     def problem(self, operation: str, inputs: Sequence[Any]) -> backends.Problem:
         """What decides who runs "attention" or its "gradient"."""
-        query, _, value, rpb, *_ = inputs
+        query, key, value, rpb, extra_keys, *_ = inputs
         return backends.Problem(
             operation, query.device, query.dtype, query.shape[-1], value.shape[-1],
-            query.shape, self.rule, self.scale, rpb is not None,
+            query.shape, self.rule, self.scale, rpb is not None, key.shape[1:-2],
+            extra_keys is not None,
         )  # fmt: skip
 
     def packed(self) -> tuple[Any, ...]:

@@ -40,6 +40,8 @@ class Problem(NamedTuple):
         rule: the neighborhood, None where only tensors are asked about.
         scale: factor on the scores.
         bias: whether there is a relative positional bias.
+        key_shape: token layout of the keys; () where it is the query's.
+        extra: whether there are additional keys.
     """
 
     operation: str
@@ -51,6 +53,8 @@ class Problem(NamedTuple):
     rule: Any = None
     scale: float = 1.0
     bias: bool = False
+    key_shape: tuple[int, ...] = ()
+    extra: bool = False
 
 
 # What a problem's operation is called.
@@ -77,6 +81,7 @@ class Backend:
         plain: whether fused operators run plain attention.
         tiles: whether fused operators take tile shapes.
         limits: further reasons why it can not run a problem of a device that it can run on.
+        slower: why a problem that it can run is left to the next unless it is asked for by name.
     """
 
     name: str
@@ -90,6 +95,12 @@ class Backend:
     plain: bool = True
     tiles: bool = False
     limits: Callable[[Problem], str | None] | None = None
+    slower: Callable[[Problem], str | None] | None = None
+
+    def declined(self, problem: Problem) -> str | None:
+        """Why it does not run a problem unless it is asked for, or None."""
+        reason = self.unsupported(problem)
+        return reason if reason is not None or self.slower is None else self.slower(problem)
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why it can not run a problem, or None."""
@@ -163,6 +174,18 @@ def _beyond_triton(problem: Problem) -> str | None:
     return None
 
 
+def _without_cpu(problem: Problem) -> str | None:
+    return None if problem.device.type == "cpu" else f"runs on CPUs, not on {problem.device.type}"
+
+
+def _beyond_sdpa(problem: Problem) -> str | None:
+    return importlib.import_module("natten.backends.sdpa").unsupported(problem)
+
+
+def _sdpa_is_slower(problem: Problem) -> str | None:
+    return importlib.import_module("natten.backends.sdpa").slower(problem)
+
+
 def _nothing_missing(problem: Problem) -> str | None:
     return None
 
@@ -194,6 +217,16 @@ BACKENDS: tuple[Backend, ...] = (
         value_dims=range(1, 513),
         tiles=True,
         limits=_beyond_triton,
+    ),
+    Backend(
+        "sdpa",
+        "CPUs",
+        _without_cpu,
+        ("attention", "gradient"),
+        dtypes=(*_HALF, torch.float32, torch.float64),
+        bias=False,
+        limits=_beyond_sdpa,
+        slower=_sdpa_is_slower,
     ),
     Backend("tiled", "every device of PyTorch", _nothing_missing, _EVERYWHERE),
     Backend("reference", "every device of PyTorch", _nothing_missing, _EVERYWHERE),
@@ -234,7 +267,8 @@ def find(name: str, problem: Problem) -> Backend | None:
     """The backend called ``name`` if it can run, else the first that can, if any."""
     wanted = [backend for backend in BACKENDS if backend.name == name]
     for backend in (*wanted, *BACKENDS):
-        reason = backend.unsupported(problem)
+        asked = backend.name == name
+        reason = backend.unsupported(problem) if asked else backend.declined(problem)
         if reason is None:
             return backend
         _log.debug("backend %s is passed over: it %s", backend.name, reason)

@@ -43,7 +43,8 @@ def explain(
         >>> print(explain(torch.zeros(1, 16, 1, 8), kernel_size=3))
         hopper: runs on GPUs, not on cpu
         triton: runs on GPUs, not on cpu
-        tiled: runs
+        sdpa: runs
+        tiled: can run, comes later in the order of preference
         reference: can run, comes later in the order of preference
     """
     key = query if key is None else key
@@ -71,7 +72,7 @@ def _explain_attention(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[s
         if packed.backend_for(query, key, value, name) is not None:
             return _lines(name, *(packed.problem_of(query, value),) * 2)
         query = query[:, : max(ours, default=0)]
-    return _lines(name, *(call.problem(each, (query, key, value, None)) for each in _PASSES))
+    return _lines(name, *(call.problem(each, (query, key, value, None, None)) for each in _PASSES))
 
 
 def _lines(name: str, problem: backends.Problem, gradient: backends.Problem) -> str:
@@ -80,10 +81,11 @@ def _lines(name: str, problem: backends.Problem, gradient: backends.Problem) -> 
     lines = []
     for candidate in backends.BACKENDS:
         reason = candidate.unsupported(problem)
+        declined = candidate.unsupported if candidate.name == name else candidate.declined
         if candidate is forward and candidate is backward:
             what = "runs"
         elif candidate is forward:
-            what = f"runs forward, but {candidate.unsupported(gradient)}"
+            what = f"runs forward, but {declined(gradient)}"
         elif candidate is backward:
             what = "runs backward"
         elif reason is not None:
@@ -91,6 +93,6 @@ def _lines(name: str, problem: backends.Problem, gradient: backends.Problem) -> 
         elif name:
             what = f"can run, `backend` asks for {name}"
         else:
-            what = "can run, comes later in the order of preference"
+            what = f"can run, {declined(problem) or 'comes later in the order of preference'}"
         lines.append(f"{candidate.name}: {what}")
     return "\n".join(lines)

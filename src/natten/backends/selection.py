@@ -5,20 +5,29 @@ from __future__ import annotations
 from torch import Tensor
 
 from natten import backends
+from natten.neighborhood import Dense, Rule
+
+
+def _compatible(query: Tensor, key: Tensor, value: Tensor, rule: Rule | None) -> list[str]:
+    """Backends that can run a problem: the one that does, then the others in order."""
+    problem = backends.Problem(
+        "attention", query.device, query.dtype, query.shape[-1], value.shape[-1],
+        tuple(query.shape), rule, key_shape=tuple(key.shape[1:-2]),
+    )  # fmt: skip
+    names = [each.name for each in backends.BACKENDS if each.unsupported(problem) is None]
+    first = backends.find("", problem)
+    return sorted(names, key=lambda name: first is None or name != first.name)
 
 
 def get_compatible_backends(
     query: Tensor, key: Tensor, value: Tensor, torch_compile: bool = False
 ) -> list[str]:
-    """Backends that can run ``na*d`` on these tensors, best first."""
-    problem = backends.Problem(
-        "attention", query.device, query.dtype, query.shape[-1], value.shape[-1]
-    )
-    return [each.name for each in backends.BACKENDS if each.unsupported(problem) is None]
+    """Backends that can run ``na*d`` on these tensors, best first, whatever the window."""
+    return _compatible(query, key, value, None)
 
 
 def choose_backend(query: Tensor, key: Tensor, value: Tensor, torch_compile: bool = False) -> str:
-    """The backend that ``na*d`` runs on these tensors."""
+    """The backend that ``na*d`` runs on these tensors unless another is faster for its window."""
     return get_compatible_backends(query, key, value, torch_compile)[0]
 
 
@@ -31,7 +40,7 @@ def get_compatible_fmha_backends(
     torch_compile: bool = False,
 ) -> list[str]:
     """Backends that can run ``attention`` on these tensors, best first."""
-    return get_compatible_backends(query, key, value, torch_compile)
+    return _compatible(query, key, value, Dense(bool(is_causal)))
 
 
 def choose_fmha_backend(
@@ -43,4 +52,4 @@ def choose_fmha_backend(
     torch_compile: bool = False,
 ) -> str:
     """The backend that ``attention`` runs on these tensors."""
-    return get_compatible_fmha_backends(query, key, value)[0]
+    return get_compatible_fmha_backends(query, key, value, is_causal)[0]

@@ -152,7 +152,7 @@ def profile(
         >>> rule = natten.Neighborhood.create(1, kernel_size=5)
         >>> report = profile(Problem((32,), rule), warmup=1)
         >>> [(row.attention, row.kind) for row in report.rows]
-        [('natten tiled', 'eager'), ('dense sdpa', 'eager')]
+        [('natten sdpa', 'eager'), ('dense sdpa', 'eager')]
     """
     on_gpu = problem.device.type == "cuda"
     dense_only = backend in DENSE
@@ -170,7 +170,7 @@ def profile(
     else:
         report = Report(problem, choose_backend(problem, backend))
         names = ([*DENSE] if on_gpu else [PLAIN_DENSE]) if dense else []
-        gradient = choose_backend(problem, report.backend, "gradient") if backward else None
+        gradient = choose_backend(problem, backend, "gradient") if backward else None
         report.computed_over_needed = computed_over_needed(problem, report.backend, gradient)
     kinds = ("graph", "eager") if on_gpu else ("eager",)
     times: dict[tuple[str, str, str], measure.Timing] = {}
@@ -179,9 +179,7 @@ def profile(
         calls: dict[str, Callable[[], Callable[[], Any]]] = {}
         if not dense_only:
             ours = f"natten {report.backend}" + (", compiled" if compiled else "")
-            calls[ours] = partial(
-                natten_call, problem, report.backend, with_gradients, compiled, **hints
-            )
+            calls[ours] = partial(natten_call, problem, backend, with_gradients, compiled, **hints)
         for name in names:
             calls[f"dense {name}"] = partial(dense_call, problem, name, with_gradients)
         for number, (attention, make) in enumerate(calls.items()):

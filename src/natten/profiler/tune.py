@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from natten import tiling, tuning
+from natten.backends import sdpa
 from natten.errors import ArgumentError
 from natten.profiler.problem import Problem
 
@@ -80,6 +81,8 @@ def computed_over_needed(problem: Problem, forward: str, gradient: str | None) -
         )
     if forward == "tiled":
         computed[FORWARD_KIND] = math.prod(axis.products for axis in tiled_axes(problem))
+    elif forward == "sdpa":
+        computed[FORWARD_KIND] = sdpa.computed_pairs(*_tiling_arguments(problem))
     elif forward == "reference":
         computed[FORWARD_KIND] = problem.tokens**2
     extra = problem.tokens * problem.extra
@@ -88,11 +91,15 @@ def computed_over_needed(problem: Problem, forward: str, gradient: str | None) -
 
 def tiled_axes(problem: Problem) -> list[tiling.TileCost]:
     """What the ``tiled`` backend's tiling costs on each axis."""
-    runs = tiling.tiles(
+    _, runs = tiling.tiles(*_tiling_arguments(problem))
+    return [tiling.axis_cost(axis) for axis in runs]
+
+
+def _tiling_arguments(problem: Problem) -> tuple[Any, ...]:
+    return (
         problem.rule, problem.shape, problem.shape, problem.batch * problem.heads,
         (problem.dim + problem.value_dim) // 2,
     )  # fmt: skip
-    return [tiling.axis_cost(list(axis)) for axis in runs]
 
 
 class Forced(NamedTuple):

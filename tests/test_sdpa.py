@@ -1,0 +1,233 @@
+"""The sdpa backend beyond what every backend is tested for: ways to cut, choice, exactness."""
+
+import random
+
+import pytest
+import torch
+from helpers import CASES, RATIO, Case, assert_close, name_of
+
+import natten
+from natten import backends, caches, tiling
+from natten.backends import Problem, reference, sdpa, tiled
+from natten.neighborhood import Dense, Neighborhood
+
+NEAR = [
+    Case((40,), (37,), batch=1, heads=4, dim=12, value_dim=5, extra=3),
+    Case((41,), (18,), dilation=2, heads=4, kv_heads=2),
+    Case((33,), (33,), is_causal=True, dim=4),
+    Case((21,), (20,), is_causal=True, extra=2),
+    Case((9, 11), (8, 10), batch=1, value_dim=12),
+    Case((12, 7), (11, 7), stride=(5, 1)),
+    Case((12, 10), (6, 5), dilation=2, is_causal=(True, False), extra=1),
+    Case((5, 6, 7), (5, 5, 6)),
+]
+
+
+@pytest.fixture
+def fresh():
+    """Plans are kept between calls; a test that changes how they are made starts and ends bare."""
+    caches.STORE.forget(lambda key: True)
+    yield
+    caches.STORE.forget(lambda key: True)
+
+
+def run(module, inputs, rule, grads):
+    out, lse = module.forward(*inputs, rule, 0.4)
+    found = module.backward(*grads, *inputs, out, lse, rule, 0.4)
+    names = ("query", "key", "value", "rpb", "extra_keys", "extra_values")
+    return {"out": out, "lse": lse} | dict(zip(names, found))
+
+
+def check(case, dtype=torch.float64, grad_lse=True):
+    inputs = case.inputs(dtype)
+    grad = torch.randn(*inputs[0].shape[:-1], case.value_dim, dtype=dtype)
+    exponents = torch.randn(grad.shape[:-1], dtype=tiled.compute_dtype(dtype)) if grad_lse else None
+    oracle = [None if x is None else x.double() for x in (*inputs, grad, exponents)]
+    expected = run(reference, oracle[:6], case.rule, oracle[6:])
+    actual = run(sdpa, inputs, case.rule, (grad, exponents))
+    for name, x in expected.items():
+        ratio = RATIO[tiled.compute_dtype(dtype) if name == "lse" else dtype]
+        assert_close(name, x, actual[name], ratio if name in ("out", "lse") else 2 * ratio)
+
+
+@pytest.mark.parametrize("grad_lse", [False, True])
+@pytest.mark.parametrize("dtype", RATIO, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", NEAR, ids=name_of)
+def test_windows_that_are_nearly_the_layout(case, dtype, grad_lse):
+    check(case, dtype, grad_lse)
+
+
+@pytest.mark.parametrize("case", [*NEAR, *(c for c in CASES[:-1] if not c.rpb)], ids=name_of)
+def test_every_way_to_cut_is_right(case, monkeypatch, fresh):
+    """Which is cheapest is a guess about machines; no choice may change the result."""
+    options, rng = sdpa._options, random.Random(0)
+    monkeypatch.setattr(
+        sdpa, "_options", lambda *args: [[rng.choice(axis)] for axis in options(*args)]
+    )
+    for copied in (1, sdpa.COPIED, 1, sdpa.COPIED):
+        monkeypatch.setattr(sdpa, "COPIED", copied)
+        caches.STORE.forget(lambda key: True)
+        check(case)
+
+
+def blocks(shape, kernel_size, **rule):
+    rule = Neighborhood.create(len(shape), kernel_size, **rule)
+    return sdpa._plan(rule, shape, shape, 4, 64, False, False, False, 1).blocks
+
+
+def test_a_full_window_needs_no_mask():
+    (block,) = blocks((24, 24), 24)
+    assert block.whole and block.query_sizes == block.key_sizes == (24, 24)
+    (block,) = blocks((900,), 900, is_causal=True)
+    assert block.triangular
+
+
+def test_the_ends_of_nearly_full_windows_need_no_mask():
+    found = blocks((64, 64), 60)
+    unmasked = sum(b.runs[0].query_size * b.runs[1].query_size for b in found if b.whole)
+    assert unmasked >= 0.9 * 64 * 64
+    pairs = sum(b.runs[0].key_size * b.runs[1].key_size for b in found)
+    assert pairs > 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel_size", "causal"),
+    [((128, 128), 100, False), ((30000,), 29000, False), ((20, 24, 24), 18, (True, False, False))],
+)
+def test_masks_are_small(shape, kernel_size, causal):
+    """A mask of all pairs would be 1 GB, 3.6 GB and 0.5 GB; one tile's is at most 16 MB."""
+    for block in blocks(shape, kernel_size, is_causal=causal):
+        pairs = 1
+        for run in block.runs:
+            pairs *= run.query_size * run.key_size
+        assert block.whole or 4 * pairs <= 4 * sdpa.MASK == 16 << 20
+
+
+def problem(shape, rule, operation="attention", **others):
+    size = (1, *shape, 4, 64)
+    cpu = torch.device("cpu")
+    return Problem(operation, cpu, torch.float32, 64, 64, size, rule, 0.125, **others)
+
+
+@pytest.mark.parametrize("operation", ["attention", "gradient"])
+def test_choice(operation):
+    """Windows of many pairs and plain attention run here, small windows on tiled."""
+    whole, small = (Neighborhood.create(2, k) for k in (32, 3))
+    assert backends.choose("", problem((32, 32), whole, operation)).name == "sdpa"
+    assert backends.choose("", problem((32, 32), small, operation)).name == "tiled"
+    for causal in (False, True):
+        dense = problem((512,), Dense(causal), operation, key_shape=(700,))
+        assert backends.choose("", dense).name == "sdpa"
+
+
+def test_a_backward_that_leaves_threads_idle(monkeypatch):
+    """PyTorch's backward shares matrices among threads, not the queries of one."""
+    one = problem((32, 32), Neighborhood.create(2, 32), "gradient")._replace(
+        shape=(1, 32, 32, 1, 64)
+    )
+    assert backends.choose("", one).name == "sdpa"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 32)
+    assert backends.choose("", one).name == "tiled"
+    assert backends.choose("", one._replace(operation="attention")).name == "sdpa"
+
+
+def test_what_it_can_not_run():
+    (backend,) = (each for each in backends.BACKENDS if each.name == "sdpa")
+    rule = Neighborhood.create(1, 16, is_causal=True)
+    question = problem((16,), rule)
+    assert backend.unsupported(question) is None
+    assert "positive scale" in backend.unsupported(question._replace(scale=0.0))
+    assert "bias" in backend.unsupported(question._replace(bias=True))
+    on_gpu = question._replace(device=torch.device("cuda"))
+    assert backend.unsupported(on_gpu) == "runs on CPUs, not on cuda"
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+@pytest.mark.parametrize("causal", [False, True])
+def test_scales_that_are_not_positive(scale, causal):
+    """PyTorch's causal kernel multiplies minus infinity by the scale."""
+    q, k, v = (torch.randn(1, 12, 2, 8).double() for _ in range(3))
+    out = natten.na1d(q, k, v, 12, is_causal=causal, scale=scale, backend="sdpa")
+    expected = natten.na1d(q, k, v, 12, is_causal=causal, scale=scale, backend="reference")
+    assert_close("out", expected, out, 1e-12)
+
+
+def test_large_scores_do_not_overflow():
+    case = Case((40,), (37,), dim=4)
+    inputs = [None if x is None else 100 * x for x in case.inputs(torch.float32)]
+    oracle = [None if x is None else x.double() for x in inputs]
+    expected = reference.forward(*oracle, case.rule, 0.4)
+    out, lse = sdpa.forward(*inputs, case.rule, 0.4)
+    assert lse.abs().max() > 1e3
+    assert_close("lse", expected[1], lse, 1e-5)
+    # float32 scores near 10^4 are exact to 10^-3, and so are the weights.
+    assert_close("out", expected[0], out, 2e-3)
+
+
+@pytest.mark.parametrize("mean", [0, 1, 10, 100])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_gradients_where_values_have_a_common_mean(mean, dtype):
+    """The output is not read after it was rounded: at most twice the math path's error."""
+    q, k, v, grad = (torch.randn(1, 96, 2, 32) for _ in range(4))
+    inputs = [x.to(dtype) for x in (q, k, v + mean)]
+    grad = grad.to(dtype)
+
+    def gradients(call, tensors, last):
+        leaves = [x.detach().clone().requires_grad_() for x in tensors]
+        return torch.autograd.grad(call(*leaves), leaves, last)
+
+    def ours(*tensors):
+        return natten.na1d(*tensors, 91, backend="sdpa")
+
+    def math_path(*tensors):
+        inside = natten.neighborhood.window_mask(Neighborhood.create(1, 91), (96,), (96,))
+        mask = torch.zeros(96, 96, dtype=tensors[0].dtype).masked_fill_(~inside, -torch.inf)
+        first = [x.transpose(1, 2) for x in tensors]
+        out, _ = torch.ops.aten._scaled_dot_product_attention_math(*first, attn_mask=mask)
+        return out.transpose(1, 2)
+
+    def error(actual, expected):
+        return ((actual.double() - expected).norm() / expected.norm()).item()
+
+    exact = gradients(math_path, [x.double() for x in inputs], grad.double())
+    theirs = gradients(math_path, inputs, grad)
+    for name, a, b, x in zip("qkv", gradients(ours, inputs, grad), theirs, exact):
+        assert error(a, x) <= 2 * error(b, x) + 1e-4, (name, error(a, x), error(b, x))
+
+
+@pytest.mark.parametrize("case", [Case((24,), (24,)), NEAR[0], NEAR[4]], ids=name_of)
+def test_outputs_are_no_views(case):
+    """Autograd's forward mode takes none from a Function."""
+    rule, inputs = case.rule, case.inputs()
+    assert not any(x._is_view() for x in sdpa.forward(*inputs, rule, 0.4))
+    q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.randn_like(q))
+        out = natten.neighborhood_attention_generic(dual, k, v, *rule_arguments(rule))
+        assert torch.autograd.forward_ad.unpack_dual(out).tangent.isfinite().all()
+
+
+def rule_arguments(rule):
+    return rule.kernel_size, rule.stride, rule.dilation, rule.is_causal
+
+
+def test_tokens_that_are_shown_many_times():
+    """Strides of zero, which a matrix product does not take."""
+    x = torch.randn(1, 1, 1, 8).expand(2, 30, 2, 8)
+    rule = Neighborhood.create(1, 28)
+    inputs = (x, x, x, None, None, None)
+    expected, actual = (module.forward(*inputs, rule, 0.3) for module in (reference, sdpa))
+    assert_close("out", expected[0], actual[0], 1e-5)
+    assert_close("lse", expected[1], actual[1], 1e-5)
+
+
+def test_tiles_are_cut_where_windows_change():
+    rule = Neighborhood.create(1, 60)
+    ends = tiling.window_runs(rule, 0, 64, 64, between=False)
+    assert [(r.query_size, r.repeats, r.whole) for r in ends] == [
+        (31, 1, True), (3, 1, False), (30, 1, True),
+    ]  # fmt: skip
+    each = tiling.window_runs(rule, 0, 64, 64, between=True)
+    assert [(r.query_size, r.repeats, r.whole) for r in each] == [
+        (31, 1, True), (1, 3, True), (30, 1, True),
+    ]  # fmt: skip
