@@ -281,7 +281,7 @@ def test_a_choice_is_made_once(caplog):
 @pytest.mark.parametrize("backend", [None, "sdpa", "tiled", "reference"])
 def test_explain_names_the_backend_that_runs(backend):
     text = backends.explain(torch.zeros(1, 8, 1, 4), backend=backend)
-    assert f"{backend or 'tiled'}: runs" in text
+    assert f"{backend or 'sdpa'}: runs" in text
 
 
 def test_gluon_is_not_interpreted(monkeypatch):

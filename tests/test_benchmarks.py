@@ -44,7 +44,7 @@ def test_cases_are_problems(load):
     for device, cases in load("cases").CASES.items():
         for name, case in cases.items():
             problem = case.problem("cpu")  # checks the window
-            assert problem.needed_pairs < problem.all_pairs, (device, name)
+            assert 0 < problem.needed_pairs <= problem.all_pairs, (device, name)
 
 
 def test_groups_are_of_known_cases(load):
@@ -62,7 +62,8 @@ def test_runner_writes_the_schema(load, tmp_path, capsys):
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == load("records").COLUMNS
-    assert [row["backend"] for row in rows] == ["natten tiled", "dense sdpa"]
+    ours, dense = (row["backend"] for row in rows)
+    assert ours in ("natten sdpa", "natten tiled") and dense == "dense sdpa"
     assert all(float(row["median_us"]) > 0 and row["device"] and row["versions"] for row in rows)
     assert rows[0]["computed_over_needed"].startswith("forward=")
 

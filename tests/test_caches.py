@@ -60,7 +60,7 @@ def tensor_bytes():
     gc.collect()
     storages = {}
     for x in gc.get_objects():
-        if type(x) is torch.Tensor and x.device.type == "cpu":
+        if type(x) is torch.Tensor and x.device.type == "cpu" and x.layout is torch.strided:
             storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
     return sum(storages.values())
 

@@ -344,11 +344,11 @@ def test_env(capsys, monkeypatch):
     monkeypatch.setenv("SECRET", "hunter2")
     out = called(capsys, "env").out
     assert f"natten: {__version__}" in out and f"torch: {torch.__version__}" in out
-    assert "tiled: runs" in out and "NATTEN_LOG_LEVEL: warning" in out
+    assert ": runs" in out and "NATTEN_LOG_LEVEL: warning" in out
     assert "hunter2" not in out
     found = json.loads(called(capsys, "env", "--json").out)
     reasons = found["backends"]["na*d, cpu, float32"]
-    assert reasons["tiled"] == "runs"
+    assert list(reasons.values()).count("runs") == 1
     if not torch.cuda.is_available():
         assert reasons["triton"] == "runs on GPUs, not on cpu"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import natten
 from natten import operators, packed
-from natten.backends import tiled
+from natten.backends import sdpa, tiled
 from natten.errors import ArgumentError
 from natten.neighborhood import Dense
 from natten.varlen import Documents
@@ -186,15 +186,17 @@ def test_after_a_kernel_that_fails(part: str, name: str, monkeypatch: pytest.Mon
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError("no room")
 
-    names = (part, *(("qk", "bias") if part == "forward" else ("av_transposed",)))
+    names = {part: (sdpa, tiled)}
+    names |= dict.fromkeys(("qk", "bias") if part == "forward" else ("av_transposed",), (tiled,))
     function, rank = OPERATORS[name]
     given = inputs(rank)
     alive = [weakref.ref(x) for x in given]
 
     def call(given: list[Tensor]) -> None:
         outputs = forward(function, given) if part == "backward" else []
-        for each in names:
-            monkeypatch.setattr(tiled, each, fail)
+        for each, modules in names.items():
+            for module in modules:
+                monkeypatch.setattr(module, each, fail)
         with pytest.raises(OSError, match="no room"):
             gradients(outputs or forward(function, given), given, False)
 

@@ -7,7 +7,7 @@ import torch
 from helpers import CASES, RATIO, Case, assert_close, name_of
 
 import natten
-from natten import backends, caches, tiling
+from natten import backends, caches, tiling, tuning
 from natten.backends import Problem, reference, sdpa, tiled
 from natten.neighborhood import Dense, Neighborhood
 
@@ -125,10 +125,14 @@ def test_a_backward_that_leaves_threads_idle(monkeypatch):
     one = problem((32, 32), Neighborhood.create(2, 32), "gradient")._replace(
         shape=(1, 32, 32, 1, 64)
     )
-    assert backends.choose("", one).name == "sdpa"
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 32)
-    assert backends.choose("", one).name == "tiled"
-    assert backends.choose("", one._replace(operation="attention")).name == "sdpa"
+    found = []
+    for threads in (1, 32):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        tuning._forget_choices()
+        both = one._replace(operation="attention"), one
+        found.append([backends.choose("", each).name for each in both])
+    tuning._forget_choices()
+    assert found == [["sdpa", "sdpa"], ["sdpa", "tiled"]]
 
 
 def test_what_it_can_not_run():
