@@ -40,6 +40,7 @@ def explain(
         ArgumentError: as the call.
 
     Example:
+        >>> import torch
         >>> print(explain(torch.zeros(1, 16, 1, 8), kernel_size=3))
         hopper: runs on GPUs, not on cpu
         triton: runs on GPUs, not on cpu
