@@ -32,12 +32,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from natten.backends import Problem, no_gradients, tiled
-from natten.backends.tiled import Block, Chunk, Plan, add_boxes, compute_dtype
+from natten.backends.tiled import Block, Chunk, Plan, add_boxes, compute_dtype, geometry
 from natten.caches import kept
 from natten.neighborhood import Dense, Rule, group_length
 from natten.tiling import Run, TileCost, axis_runs, cheapest, uniform, window_runs
+from natten.tuning import Bounded
 
 COPIED = 1 << 21  # numbers copied before a call; 8 MB in float32
+VIEWS = 16  # kept for the tiles of one kind; about 1 KB each
 MASK = 1 << 22  # most pairs of a tile that needs a mask; 16 MB in float32
 
 
@@ -165,108 +167,227 @@ def _options(
 
 
 @kept(lambda mask: mask.nbytes)
-def _kept_mask(block: Block) -> Tensor:
-    return block.make_mask()
+def _mask(block: Block, dtype: torch.dtype, more: int) -> Tensor:
+    """A block's mask, with ``more`` keys that all attend behind those of the box."""
+    return F.pad(block.make_mask().to(dtype), (0, more))
+
+
+class _Sizes(NamedTuple):
+    """The sizes of a call's tensors."""
+
+    batch: int
+    shape: tuple[int, ...]
+    key_shape: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    dim: int
+    value_dim: int
+    extra: int | None  # additional keys
+
+    @classmethod
+    def of(cls, inputs: Sequence[Tensor | None]) -> _Sizes:
+        query, key, value, _, extra, _ = inputs
+        assert query is not None and key is not None and value is not None
+        batch, *shape, heads, dim = query.shape
+        _, *key_shape, kv_heads, _ = key.shape
+        return cls(
+            batch, tuple(shape), tuple(key_shape), heads, kv_heads, dim, value.shape[-1],
+            None if extra is None else extra.shape[1],
+        )  # fmt: skip
+
+
+class _View(NamedTuple):
+    """Where a chunk of tiles or boxes lies in a tensor of given strides."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    merged: tuple[int, ...] | None  # the shape for the kernel, if no view has it
+    ready: bool  # the kernel takes the view as it is
+
+    def of(self, x: Tensor) -> Tensor:
+        return x.as_strided(self.shape, self.stride, x.storage_offset() + self.offset)
+
+
+def _as_one(sizes: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
+    """Size and stride of dimensions seen as one, or None where they have no single stride."""
+    size, stride = sizes[-1], strides[-1]
+    for n, step in zip(sizes[-2::-1], strides[-2::-1]):
+        if size == 1:
+            stride = step
+        elif n > 1 and step != size * stride:
+            return None
+        size *= n
+    return size, stride
 
 
 class _Tiles:
-    """The tiles of one kind, as PyTorch's kernel takes them.
+    """The tiles of one kind, as PyTorch's kernel takes them: what is the same in every call.
 
     Its tensors are ``[matrices, heads, tokens, channels]``, in memory ``[matrices, tokens, heads,
-    channels]`` where it makes them.
+    channels]`` where it makes them. They are views of the call's tensors where such views exist:
+    where consecutive tokens of a tile, and of a box, are equally far apart.
     """
 
     def __init__(
-        self, block: Block, inputs: Sequence[Tensor | None], scale: float, grad_lse: bool = False
+        self, block: Block, sizes: _Sizes, dtype: torch.dtype, scale: float, grad_lse: bool
     ) -> None:
-        query, key, value, _, *extra = inputs
-        assert query is not None and key is not None and value is not None
-        self.block, self.rank, self.scale = block, len(block.runs), scale
-        self.query, self.key, self.value, self.extra = query, key, value, extra
-        self.kv_heads, self.per_kv = key.shape[-2], query.shape[-2] // key.shape[-2]
+        self.block, self.rank, self.dtype, self.scale = block, len(block.runs), dtype, scale
+        self.kv_heads, self.per_kv = sizes.kv_heads, sizes.heads // sizes.kv_heads
         self.cols = math.prod(block.key_sizes)
-        self.width = max(query.shape[-1], value.shape[-1])
-        if grad_lse and self.width == value.shape[-1]:
+        self.width = max(sizes.dim, sizes.value_dim)
+        if grad_lse and self.width == sizes.value_dim:
             self.width += 8  # one is needed; rows are read faster from multiples of 32 bytes
-        more = 0 if extra[0] is None else extra[0].shape[1]
+        self.more = sizes.extra or 0
         self.alone = (
-            block.query_sizes == query.shape[1:-2] and block.key_sizes == key.shape[1:-2]
+            block.query_sizes == sizes.shape and block.key_sizes == sizes.key_shape
         )  # all queries in one tile, and all keys in its box
-        self.everything = (slice(None),) * (2 * self.rank + 2)
-        self.causal = block.triangular and not more
-        self.mask = None
-        if not (self.causal or block.whole):
-            mask = _kept_mask(block).to(query.dtype)
-            self.mask = F.pad(mask, (0, more)) if more else mask
+        self.causal = block.triangular and not self.more
+        self.masked = not (self.causal or block.whole)
+        self.chunks = list(self._chunks(sizes))
+        self._views = Bounded(VIEWS)
 
-    def chunks(self) -> Iterable[Chunk]:
+    def bytes(self) -> int:
+        """About what it takes in memory."""
+        return 1024 * (1 + VIEWS) + 512 * len(self.chunks)
+
+    def _chunks(self, sizes: _Sizes) -> Iterable[Chunk | None]:
         """Slices of tiles of which no more numbers are copied than the inputs hold."""
-        rows, batch = math.prod(self.block.query_sizes), self.query.shape[0]
+        rows, heads = math.prod(self.block.query_sizes), sizes.batch * self.kv_heads
         each = self.width * self.per_kv * (rows + 2 * self.cols)
-        room = min(COPIED, self.query.numel() + 2 * self.key.numel()) // each
+        queries = math.prod(sizes.shape) * sizes.heads * sizes.dim
+        keys = math.prod(sizes.key_shape) * self.kv_heads * sizes.dim
+        room = min(COPIED, sizes.batch * (queries + 2 * keys)) // each
         tiles = math.prod(run.groups * run.repeats for run in self.block.runs)
-        if self.alone or room >= tiles * batch * self.kv_heads:
-            return [self.everything]
-        return self.block.slices(batch, self.kv_heads, room)
+        if self.alone or room >= tiles * heads:
+            return [None]
+        return self.block.slices(sizes.batch, self.kv_heads, room)
 
-    def inputs(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def mask(self) -> Tensor | None:
+        """Added to the scores; masks have a bound of their own, so it may be made anew."""
+        return _mask(self.block, self.dtype, self.more) if self.masked else None
+
+    def inputs(self, tensors: Sequence[Tensor | None], index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of a chunk, all with as many heads and channels."""
-        boxes = []
-        for x, extra in zip((self.key, self.value), self.extra):
-            box = self._tokens(x, chunk, None)
-            if extra is not None:
-                own = extra.transpose(1, 2)[chunk[-2:]]
-                own = own.expand(len(box) // len(own), *own.shape).flatten(0, 1)
-                box = torch.cat([box, own], dim=2)
-            if self.per_kv > 1:
-                box = box.repeat_interleave(self.per_kv, dim=1)
-            boxes.append(self._fit(box))
-        return self.load(self.query, chunk), boxes[0], boxes[1]
+        query, key, value, _, extra_keys, extra_values = tensors
+        assert query is not None and key is not None and value is not None
+        return (
+            self.load(query, index),
+            self._keys(key, extra_keys, index),
+            self._keys(value, extra_values, index),
+        )
 
-    def load(self, x: Tensor, chunk: Chunk) -> Tensor:
-        """A chunk of ``x [batch, *space, heads, channels]``, which is of queries."""
-        return self._fit(self._tokens(x, chunk, self.kv_heads))
+    def _keys(self, x: Tensor, extra: Tensor | None, index: int) -> Tensor:
+        view = self._view(x, index, None)
+        box = view.of(x)
+        if view.ready:
+            return box
+        box = box if view.merged is None else box.reshape(view.merged)
+        if extra is not None:
+            own = extra.transpose(1, 2)
+            own = own if (chunk := self.chunks[index]) is None else own[chunk[-2:]]
+            own = own.expand(len(box) // len(own), *own.shape).flatten(0, 1)
+            box = torch.cat([box, own], dim=2)
+        if self.per_kv > 1:
+            box = box.repeat_interleave(self.per_kv, dim=1)
+        return self._fit(box)
 
-    def load_numbers(self, x: Tensor, chunk: Chunk) -> Tensor:
-        """As :meth:`load`, of one number per query and head."""
-        return self._tokens(x[..., None], chunk, self.kv_heads)[..., 0]
+    def load(self, x: Tensor, index: int) -> Tensor:
+        """A chunk of ``x [batch, *space, heads, channels]``, which is of queries.
 
-    def store(self, target: Tensor, chunk: Chunk, x: Tensor) -> None:
+        A number per query and head has no channels, here and there.
+        """
+        view = self._view(x, index, self.kv_heads)
+        part = view.of(x)
+        if view.ready:
+            return part
+        part = part if view.merged is None else part.reshape(view.merged)
+        return self._fit(part) if part.ndim == 4 else part
+
+    def store(self, target: Tensor, index: int, x: Tensor) -> None:
         """Undo :meth:`load`."""
-        part = self.block.queries(target, self.kv_heads)
-        part = part if chunk is self.everything else part[chunk]
-        part.copy_(x[..., : target.shape[-1]].reshape(part.shape))
+        view = self._view(target, index, self.kv_heads)
+        part = view.of(target)
+        if x.ndim == 4 and x.shape[-1] > target.shape[-1]:
+            x = x[..., : target.shape[-1]]
+        part.copy_(x if view.merged is None else x.reshape(view.shape))
 
-    def _tokens(self, x: Tensor, chunk: Chunk, kv_heads: int | None) -> Tensor:
-        """Tiles of queries, or boxes of keys if ``kv_heads`` is None."""
-        if self.alone:
-            return x.flatten(1, -3).transpose(1, 2)
-        part = self.block.keys(x) if kv_heads is None else self.block.queries(x, kv_heads)
-        part = part if chunk is self.everything else part[chunk]
-        matrices, tokens = part.shape[: 2 * self.rank + 1], part.shape[-1 - self.rank : -1]
-        return part.reshape(math.prod(matrices), -1, math.prod(tokens), x.shape[-1])
+    def add(self, target: Tensor, index: int, boxes: Tensor) -> None:
+        """Add boxes ``[matrices, heads, tokens, channels or more]`` to what they were cut from."""
+        if boxes.shape[-1] > target.shape[-1]:
+            boxes = boxes[..., : target.shape[-1]]
+        if len(self.chunks) == 1 and all(run.repeats == 1 for run in self.block.runs):
+            view = self._view(target, index, None)
+            view.of(target).add_(boxes if view.merged is None else boxes.reshape(view.shape))
+        else:
+            chunk = self.chunks[index]
+            everything = (slice(None),) * (2 * self.rank + 2)
+            add_boxes(self.block, self.block.keys(target), chunk or everything, boxes)
+
+    def _view(self, x: Tensor, index: int, kv_heads: int | None) -> _View:
+        """Where tiles of queries lie, or boxes of keys if ``kv_heads`` is None."""
+        key = index, kv_heads, x.shape, x.stride()
+        view: _View | None = self._views.get(key)
+        if view is None:
+            view = self._find_view(*key)
+            self._views.keep(key, view)
+        return view
+
+    def _find_view(
+        self, index: int, kv_heads: int | None, shape: Sequence[int], stride: Sequence[int]
+    ) -> _View:
+        numbers = len(shape) == self.rank + 2
+        if numbers:
+            shape, stride = (*shape, 1), (*stride, 1)
+        sizes, steps, offset = geometry(self.block, kv_heads, shape, stride)
+        chunk = self.chunks[index]
+        if chunk is not None:
+            offset += sum(part.start * step for part, step in zip(chunk, steps))
+            lead = tuple(part.stop - part.start for part in chunk)
+            sizes = (*lead, *sizes[len(lead) :])
+        matrices, tokens = 2 * self.rank + 1, len(sizes) - 1 - self.rank
+        cuts = [slice(0, matrices), slice(matrices, tokens), slice(tokens, -1), slice(-1, None)]
+        cuts = cuts[:-1] if numbers else cuts
+        parts = [_as_one(sizes[cut], steps[cut]) for cut in cuts]
+        if None in parts:
+            merged = tuple(math.prod(sizes[cut]) for cut in cuts)
+            if numbers:
+                sizes, steps = sizes[:-1], steps[:-1]
+            return _View(sizes, steps, offset, merged, False)
+        sizes, steps = zip(*(part for part in parts if part is not None))
+        ready = numbers or (
+            self._fits(sizes, steps)
+            and (kv_heads is not None or (not self.more and self.per_kv == 1))
+        )
+        return _View(sizes, steps, offset, None, ready)
+
+    def _fits(self, shape: Sequence[int], stride: Sequence[int]) -> bool:
+        # What the kernel takes for granted; tokens that are shown many times have a stride of 0.
+        return shape[-1] == self.width and stride[-1] == 1 and stride[-2] >= self.width
 
     def _fit(self, x: Tensor) -> Tensor:
         if x.shape[-1] < self.width:
             return F.pad(x, (0, self.width - x.shape[-1]))
-        # What the kernel takes for granted; tokens that are shown many times have a stride of 0.
-        return x if x.stride(-1) == 1 and x.stride(-2) >= self.width else x.contiguous()
+        return x if self._fits(x.shape, x.stride()) else x.contiguous()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Output and LSE."""
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, self.causal, attn_mask=self.mask, scale=self.scale
-        )
+        out, lse = _forward(q, k, v, 0.0, self.causal, attn_mask=self.mask, scale=self.scale)
         return out, lse
 
     def backward(self, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of queries, keys and values from those of the output, inputs and outputs."""
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *tensors, 0.0, self.causal, attn_mask=self.mask, scale=self.scale
-        )
+        dq, dk, dv = _backward(*tensors, 0.0, self.causal, attn_mask=self.mask, scale=self.scale)
         if self.per_kv > 1:
             dk, dv = (x.unflatten(1, (-1, self.per_kv)).sum(2) for x in (dk, dv))
         return dq, dk, dv
+
+
+# As overloads: looking one up takes as long as half a call.
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def _exact(x: Any) -> Any:
@@ -277,34 +398,38 @@ def _exact(x: Any) -> Any:
     return x.resolve_neg().to(compute_dtype(x.dtype))
 
 
-def _tiles(
-    rule: Rule,
-    scale: float,
-    inputs: Sequence[Tensor | None],
-    half: bool,
-    backward: bool = False,
-    grad_lse: bool = False,
-) -> list[_Tiles]:
-    query, key, value, _, extra, _ = inputs
-    assert query is not None and key is not None and value is not None
+@kept(lambda every: sum(tiles.bytes() for tiles in every))
+def _kept_tiles(
+    rule: Rule, sizes: _Sizes, dtype: torch.dtype, scale: float, half: bool, backward: bool,
+    grad_lse: bool, threads: int,
+) -> list[_Tiles]:  # fmt: skip
     plan: Plan = _plan(
-        rule, tuple(query.shape[1:-2]), tuple(key.shape[1:-2]), query.shape[0] * query.shape[-2],
-        max(query.shape[-1], value.shape[-1]), extra is not None, backward, half,
+        rule, sizes.shape, sizes.key_shape, sizes.batch * sizes.heads,
+        max(sizes.dim, sizes.value_dim), sizes.extra is not None, backward, half, threads,
+    )  # fmt: skip
+    return [_Tiles(block, sizes, dtype, scale, grad_lse) for block in plan.blocks]
+
+
+def _tiles(
+    rule: Rule, scale: float, inputs: Sequence[Tensor | None], half: bool, backward: bool = False,
+    grad_lse: bool = False,
+) -> list[_Tiles]:  # fmt: skip
+    assert inputs[0] is not None
+    every: list[_Tiles] = _kept_tiles(
+        rule, _Sizes.of(inputs), inputs[0].dtype, scale, half, backward, grad_lse,
         torch.get_num_threads(),
     )  # fmt: skip
-    return [_Tiles(block, inputs, scale, grad_lse) for block in plan.blocks]
+    return every
 
 
-def _heads_last(x: Tensor, channels: int, like: Tensor) -> Tensor:
-    """What the kernel made of all tokens at once, in the layout and dtype of ``like``."""
+def _heads_last(x: Tensor, like: Tensor, channels: int) -> Tensor:
+    """What the kernel made of all tokens at once, in the layout and dtype of ``like``.
+
+    It is no view, which a Function that has forward mode may not return; nobody else has ``x``.
+    """
     x = x.transpose(1, 2)
     x = x if x.shape[-1] == channels else x[..., :channels]
-    return _owned(x.reshape(*like.shape[:-1], channels)).to(like.dtype)
-
-
-def _owned(x: Tensor) -> Tensor:
-    """A view of what nobody else has, as no view: a Function that has forward mode returns none."""
-    return x.new_empty(0).set_(x.contiguous())  # type: ignore[call-overload]
+    return _unsafe_view(x.contiguous(), (*like.shape[:-1], channels)).to(like.dtype)
 
 
 def forward(
@@ -324,14 +449,15 @@ def forward(
     inputs = [_exact(x) for x in (query, key, value, rpb, extra_keys, extra_values)]
     every = _tiles(rule, scale, inputs, query.dtype != dtype)
     if every[0].alone:
-        out, lse = every[0].forward(*every[0].inputs(every[0].everything))
-        return _heads_last(out, value_dim, query), _owned(lse.transpose(1, 2).reshape(shape))
+        out, lse = every[0].forward(*every[0].inputs(inputs, 0))
+        lse = _unsafe_view(lse.transpose(1, 2).contiguous(), shape)
+        return _heads_last(out, query, value_dim), lse
     out, lse = query.new_empty(*shape, value_dim), query.new_empty(shape, dtype=dtype)
     for tiles in every:
-        for chunk in tiles.chunks():
-            own_out, own_lse = tiles.forward(*tiles.inputs(chunk))
-            tiles.store(out, chunk, own_out)
-            tiles.store(lse[..., None], chunk, own_lse[..., None])
+        for index in range(len(tiles.chunks)):
+            own_out, own_lse = tiles.forward(*tiles.inputs(inputs, index))
+            tiles.store(out, index, own_out)
+            tiles.store(lse, index, own_lse)
     return out, lse
 
 
@@ -366,31 +492,30 @@ def backward(
         None if x is None else x.new_zeros(x.shape, dtype=dtype) for x in (extra_keys, extra_values)
     ]
     for tiles in every:
-        for chunk in tiles.chunks():
-            q, k, v = tiles.inputs(chunk)
-            grad = tiles.load(grad_out, chunk)
+        for index, chunk in enumerate(tiles.chunks):
+            q, k, v = tiles.inputs(inputs, index)
+            grad = tiles.load(grad_out, index)
             if half:
                 own_out, own_lse = tiles.forward(q, k, v)
             else:
-                own_out, own_lse = tiles.load(out, chunk), tiles.load_numbers(lse, chunk)
+                own_out, own_lse = tiles.load(out, index), tiles.load(lse, index)
             if grad_lse is not None:
-                grad[..., value_dim] = tiles.load_numbers(grad_lse, chunk)
+                grad[..., value_dim] = tiles.load(grad_lse, index)
                 own_out[..., value_dim] = -1.0
             dq, *boxes = tiles.backward(grad, q, k, v, own_out, own_lse)
             for i, extra in enumerate(grad_extra):
                 if extra is not None:
-                    target = extra[chunk[-2], :, chunk[-1]]
+                    target = extra if chunk is None else extra[chunk[-2], :, chunk[-1]]
                     tail = boxes[i][:, :, tiles.cols :, : extra.shape[-1]].transpose(1, 2)
                     target.add_(tail.unflatten(0, (-1, len(target))).sum(0))
                     boxes[i] = boxes[i][:, :, : tiles.cols]
             if alone:
-                grad_query = _heads_last(dq, query.shape[-1], query)
-                grad_boxes = [_heads_last(x, y.shape[-1], y) for x, y in zip(boxes, (key, value))]
+                grad_query = _heads_last(dq, query, query.shape[-1])
+                grad_boxes = [_heads_last(x, y, y.shape[-1]) for x, y in zip(boxes, (key, value))]
                 break
-            tiles.store(grad_query, chunk, dq)
+            tiles.store(grad_query, index, dq)
             for x, total in zip(boxes, grad_boxes):
-                own = x[..., : total.shape[-1]]
-                add_boxes(tiles.block, tiles.block.keys(total), chunk, own)
+                tiles.add(total, index, x)
     return (
         grad_query,
         *(x.to(query.dtype) for x in grad_boxes),

@@ -105,11 +105,11 @@ class Block:
 
     def _view(self, x: Tensor, kv_heads: int | None) -> Tensor:
         key = kv_heads, x.shape, x.stride()
-        geometry = self._geometries.get(key)
-        if geometry is None:
-            geometry = _geometry(self, *key)
-            self._geometries.keep(key, geometry)
-        shape, stride, offset = geometry
+        found = self._geometries.get(key)
+        if found is None:
+            found = geometry(self, *key)
+            self._geometries.keep(key, found)
+        shape, stride, offset = found
         return x.as_strided(shape, stride, x.storage_offset() + offset)
 
     def chunks(self, query: Tensor, key: Tensor, extra: int = 0) -> Iterator[Chunk]:
@@ -167,7 +167,7 @@ def _kept_mask(block: Block) -> Tensor:
     return block.make_mask()
 
 
-def _geometry(
+def geometry(
     block: Block, kv_heads: int | None, shape: Sequence[int], stride: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """Shape, stride and offset of a block's view of queries, or of keys if ``kv_heads`` is None."""
