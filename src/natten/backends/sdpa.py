@@ -185,14 +185,13 @@ class _Sizes(NamedTuple):
     extra: int | None  # additional keys
 
     @classmethod
-    def of(cls, inputs: Sequence[Tensor | None]) -> _Sizes:
-        query, key, value, _, extra, _ = inputs
-        assert query is not None and key is not None and value is not None
-        batch, *shape, heads, dim = query.shape
-        _, *key_shape, kv_heads, _ = key.shape
+    def of(
+        cls, query: torch.Size, key: torch.Size, value: torch.Size, extra: torch.Size | None
+    ) -> _Sizes:
+        batch, *shape, heads, dim = query
         return cls(
-            batch, tuple(shape), tuple(key_shape), heads, kv_heads, dim, value.shape[-1],
-            None if extra is None else extra.shape[1],
+            batch, tuple(shape), tuple(key[1:-2]), heads, key[-2], dim, value[-1],
+            None if extra is None else extra[1],
         )  # fmt: skip
 
 
@@ -387,22 +386,20 @@ class _Tiles:
 # As overloads: looking one up takes as long as half a call.
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
-def _exact(x: Any) -> Any:
-    """A tensor in the dtype that is computed in."""
-    if x is None or x.dtype == compute_dtype(x.dtype):
-        return x
+def _exact(x: Tensor | None) -> Tensor | None:
+    """A tensor of half precision in the dtype that is computed in."""
     # PyTorch copies float16 views that negate to float32 without the sign.
-    return x.resolve_neg().to(compute_dtype(x.dtype))
+    return None if x is None else x.resolve_neg().to(compute_dtype(x.dtype))
 
 
 @kept(lambda every: sum(tiles.bytes() for tiles in every))
 def _kept_tiles(
-    rule: Rule, sizes: _Sizes, dtype: torch.dtype, scale: float, half: bool, backward: bool,
-    grad_lse: bool, threads: int,
+    rule: Rule, scale: float, dtype: torch.dtype, shapes: tuple[torch.Size | None, ...], half: bool,
+    backward: bool, grad_lse: bool, threads: int,
 ) -> list[_Tiles]:  # fmt: skip
+    sizes = _Sizes.of(*shapes)
     plan: Plan = _plan(
         rule, sizes.shape, sizes.key_shape, sizes.batch * sizes.heads,
         max(sizes.dim, sizes.value_dim), sizes.extra is not None, backward, half, threads,
@@ -411,25 +408,31 @@ def _kept_tiles(
 
 
 def _tiles(
-    rule: Rule, scale: float, inputs: Sequence[Tensor | None], half: bool, backward: bool = False,
+    rule: Rule, scale: float, inputs: Sequence[Any], half: bool, backward: bool = False,
     grad_lse: bool = False,
 ) -> list[_Tiles]:  # fmt: skip
-    assert inputs[0] is not None
+    query, key, value, _, extra, _ = inputs
+    shapes = query.shape, key.shape, value.shape, None if extra is None else extra.shape
     every: list[_Tiles] = _kept_tiles(
-        rule, _Sizes.of(inputs), inputs[0].dtype, scale, half, backward, grad_lse,
-        torch.get_num_threads(),
-    )  # fmt: skip
+        rule, scale, query.dtype, shapes, half, backward, grad_lse, torch.get_num_threads()
+    )
     return every
 
 
 def _heads_last(x: Tensor, like: Tensor, channels: int) -> Tensor:
     """What the kernel made of all tokens at once, in the layout and dtype of ``like``.
 
-    It is no view, which a Function that has forward mode may not return; nobody else has ``x``.
+    Nobody else has ``x``, which changes in place: views are nothing that a Function with forward
+    mode may return.
     """
-    x = x.transpose(1, 2)
-    x = x if x.shape[-1] == channels else x[..., :channels]
-    return _unsafe_view(x.contiguous(), (*like.shape[:-1], channels)).to(like.dtype)
+    x = _tokens_first(x if x.shape[-1] == channels else x[..., :channels], like.shape[:-1])
+    return x if x.dtype == like.dtype else x.to(like.dtype)
+
+
+def _tokens_first(x: Tensor, shape: torch.Size) -> Tensor:
+    """``[batch, heads, tokens, ...]`` as ``[*shape, ...]``, where it lies: so the kernel writes."""
+    rest = x.shape[3:]
+    return x.transpose_(1, 2).contiguous().resize_(*shape, *rest)
 
 
 def forward(
@@ -446,12 +449,14 @@ def forward(
     shape, value_dim, dtype = query.shape[:-1], value.shape[-1], compute_dtype(query.dtype)
     if query.numel() == 0 or key.numel() == 0:
         return query.new_zeros(*shape, value_dim), query.new_full(shape, -math.inf, dtype=dtype)
-    inputs = [_exact(x) for x in (query, key, value, rpb, extra_keys, extra_values)]
-    every = _tiles(rule, scale, inputs, query.dtype != dtype)
+    half = query.dtype != dtype
+    inputs = [query, key, value, rpb, extra_keys, extra_values]
+    if half:
+        inputs = [_exact(x) for x in inputs]
+    every = _tiles(rule, scale, inputs, half)
     if every[0].alone:
         out, lse = every[0].forward(*every[0].inputs(inputs, 0))
-        lse = _unsafe_view(lse.transpose(1, 2).contiguous(), shape)
-        return _heads_last(out, query, value_dim), lse
+        return _heads_last(out, query, value_dim), _tokens_first(lse, shape)
     out, lse = query.new_empty(*shape, value_dim), query.new_empty(shape, dtype=dtype)
     for tiles in every:
         for index in range(len(tiles.chunks)):
@@ -480,8 +485,9 @@ def backward(
         return no_gradients(query, key, value, rpb, extra_keys, extra_values)
     dtype, value_dim = compute_dtype(query.dtype), value.shape[-1]
     half = query.dtype != dtype
-    inputs = [_exact(x) for x in (query, key, value, rpb, extra_keys, extra_values)]
-    grad_out = _exact(grad_out)
+    inputs = [query, key, value, rpb, extra_keys, extra_values]
+    if half:
+        inputs, grad_out = [_exact(x) for x in inputs], _exact(grad_out)
     every = _tiles(rule, scale, inputs, half, True, grad_lse is not None)
     alone = every[0].alone
     grad_query, grad_boxes = query, []
