@@ -1,5 +1,6 @@
 """The sdpa backend beyond what every backend is tested for: ways to cut, choice, exactness."""
 
+import math
 import random
 
 import pytest
@@ -83,11 +84,25 @@ def test_a_full_window_needs_no_mask():
 
 
 def test_the_ends_of_nearly_full_windows_need_no_mask():
+    """On each axis, the windows of 2 * 30 queries."""
     found = blocks((64, 64), 60)
-    unmasked = sum(b.runs[0].query_size * b.runs[1].query_size for b in found if b.whole)
-    assert unmasked >= 0.9 * 64 * 64
-    pairs = sum(b.runs[0].key_size * b.runs[1].key_size for b in found)
-    assert pairs > 0
+    queries = [math.prod(run.repeats * run.query_size for run in block.runs) for block in found]
+    assert sum(queries) == 64 * 64
+    assert sum(n for n, block in zip(queries, found) if block.whole) == 60 * 60
+
+
+@pytest.mark.parametrize(("batch", "heads"), [(1, 3), (3, 1), (1, 1)])
+def test_the_ends_are_one_call_on_views(batch, heads, monkeypatch, fresh):
+    """Two tiles and the batch, or two tiles and the heads, are what the kernel takes a batch of."""
+    options = sdpa._options
+    monkeypatch.setattr(sdpa, "_options", lambda *args: [[axis[-2]] for axis in options(*args)])
+    query = torch.randn(batch, 400, heads, 16)
+    inputs = (query, query, query, None, None, None)
+    ends, between = sdpa._tiles(Neighborhood.create(1, 391), 1.0, inputs, False)
+    assert [each.chunks for each in (ends, between)] == [[None], [None]]
+    for x in (*ends.inputs(inputs, 0), *between.inputs(inputs, 0)):
+        assert x.untyped_storage().data_ptr() == query.untyped_storage().data_ptr()
+    assert ends.load(query, 0).shape == (2, batch * heads, 196, 16)
 
 
 @pytest.mark.parametrize(
@@ -228,9 +243,8 @@ def test_tokens_that_are_shown_many_times():
 def test_tiles_are_cut_where_windows_change():
     rule = Neighborhood.create(1, 60)
     ends = tiling.window_runs(rule, 0, 64, 64, between=False)
-    assert [(r.query_size, r.repeats, r.whole) for r in ends] == [
-        (31, 1, True), (3, 1, False), (30, 1, True),
-    ]  # fmt: skip
+    assert [(r.query_size, r.repeats, r.whole) for r in ends] == [(30, 2, True), (4, 1, False)]
+    assert (ends[0].step, ends[0].key_step) == (34, 4)
     each = tiling.window_runs(rule, 0, 64, 64, between=True)
     assert [(r.query_size, r.repeats, r.whole) for r in each] == [
         (31, 1, True), (1, 3, True), (30, 1, True),

@@ -24,12 +24,16 @@ from natten.neighborhood import Neighborhood, Rule, group_length
 
 
 class Run(NamedTuple):
-    """``repeats`` tiles, ``step`` positions apart, in each of ``groups`` dilation groups."""
+    """``repeats`` tiles, ``step`` positions apart, in each of ``groups`` dilation groups.
+
+    Their boxes are ``key_step`` positions apart.
+    """
 
     group: int
     groups: int
     repeats: int
     step: int
+    key_step: int
     query_start: int
     query_size: int
     key_start: int
@@ -144,7 +148,7 @@ def _merge_tiles(
     keys, boxes = key_size.tolist(), box[heads].tolist()
     return [
         Run(
-            group, groups, b - a, size, first + size * a, size, boxes[i], keys[i],
+            group, groups, b - a, size, size, first + size * a, size, boxes[i], keys[i],
             lower[i].clone(), upper[i].clone(), whole[i], triangular[i],
         )
         for i, (a, b) in enumerate(itertools.pairwise(edges))
@@ -155,7 +159,8 @@ def window_runs(rule: Rule, axis: int, length: int, key_length: int, between: bo
     """Cut an axis of ``length`` queries and ``key_length`` keys where windows change.
 
     At each end many queries share one window, which is the whole box of their tile. The others lie
-    in one tile, or, if ``between``, in one for each window.
+    in one tile, or, if ``between``, in one for each window. Without ``between`` the tiles at the
+    ends have one size and are one run.
     """
     dilation = rule.dilation[axis]
     runs: list[Run] = []
@@ -166,11 +171,24 @@ def window_runs(rule: Rule, axis: int, length: int, key_length: int, between: bo
         changes = ((start[1:] != start[:-1]) | (end[1:] != end[:-1])).nonzero().flatten() + 1
         edges = [0, *changes.tolist(), n]
         if not between and len(edges) > 3:
-            edges = [0, edges[1], edges[-2], n]
+            size = min(edges[1], n - edges[-2])
+            edges = [0, size, n - size, n]
+        own: list[Run] = []
         for size, tiles in itertools.groupby(itertools.pairwise(edges), lambda ab: ab[1] - ab[0]):
             first, *_, last = (edge for tile in tiles for edge in tile)
-            runs += _merge_tiles(group, groups, first, size, start[first:last], end[first:last])
+            own += _merge_tiles(group, groups, first, size, start[first:last], end[first:last])
+        runs += own if between else _merge_ends(own)
     return runs
+
+
+def _merge_ends(runs: list[Run]) -> list[Run]:
+    """The first and the last run as one, if both are a tile without a mask, of one size."""
+    first, last = runs[0], runs[-1]
+    sizes = [(run.query_size, run.key_size, run.repeats, run.whole) for run in (first, last)]
+    if len(runs) == 1 or sizes != [(first.query_size, first.key_size, 1, True)] * 2:
+        return runs
+    steps = last.query_start - first.query_start, last.key_start - first.key_start
+    return [first._replace(repeats=2, step=steps[0], key_step=steps[1]), *runs[1:-1]]
 
 
 def axis_cost(runs: Sequence[Run], triangles: bool = False) -> TileCost:

@@ -70,8 +70,9 @@ class Costs(NamedTuple):
         # The estimates are of two threads.
         tiles = math.prod(each.tiles for each in axes)
         idle = max(1.0, threads * runs / (2 * matrices * tiles))
-        # Boxes that are consecutive tokens are not copied.
-        consecutive = axes[0].tiles == axes[0].runs and all(each.tiles == 1 for each in axes[1:])
+        # Boxes that are consecutive tokens are not copied, if the tiles of a run are few.
+        few = axes[0].tiles <= 2 * axes[0].runs
+        consecutive = few and all(each.tiles == 1 for each in axes[1:])
         copied = 0 if consecutive else 2 * dim * self.copy * (queries + keys)
         rows = math.prod(each.rows for each in axes) / max(
             1, products
@@ -257,8 +258,13 @@ class _Tiles:
         )  # all queries in one tile, and all keys in its box
         self.causal = block.triangular and not self.more
         self.masked = not (self.causal or block.whole)
-        self.chunks = list(self._chunks(sizes))
+        # One head's batch may be the kernel's heads, so that tiles may be its matrices.
+        self.matrices = 2 * self.rank + (sizes.heads > 1 or sizes.extra is not None)
         self._views = Bounded(VIEWS)
+        self.chunks: list[Chunk | None] = [None]
+        if not (self.alone or self._all_views(sizes)):
+            self.chunks = list(self._chunks(sizes))
+            self._views.clear()
 
     def bytes(self) -> int:
         """About what it takes in memory."""
@@ -272,9 +278,21 @@ class _Tiles:
         keys = math.prod(sizes.key_shape) * self.kv_heads * sizes.dim
         room = min(COPIED, sizes.batch * (queries + 2 * keys)) // each
         tiles = math.prod(run.groups * run.repeats for run in self.block.runs)
-        if self.alone or room >= tiles * heads:
+        if tiles == 2:
+            room = min(room, heads)  # one at a time they may be views
+        if room >= tiles * heads:
             return [None]
         return self.block.slices(sizes.batch, self.kv_heads, room)
+
+    def _all_views(self, sizes: _Sizes) -> bool:
+        """Whether the kernel takes views of all tiles and boxes, if the inputs are contiguous."""
+        if self.more or self.per_kv > 1:
+            return False
+        batch = sizes.batch
+        query = torch.empty(batch, *sizes.shape, sizes.heads, self.width, device="meta")
+        key = torch.empty(batch, *sizes.key_shape, sizes.kv_heads, self.width, device="meta")
+        views = self._view(query, 0, self.kv_heads), self._view(key, 0, None)
+        return all(view.merged is None for view in views)
 
     @property
     def mask(self) -> Tensor | None:
@@ -359,8 +377,8 @@ class _Tiles:
             offset += sum(part.start * step for part, step in zip(chunk, steps))
             lead = tuple(part.stop - part.start for part in chunk)
             sizes = (*lead, *sizes[len(lead) :])
-        matrices, tokens = 2 * self.rank + 1, len(sizes) - 1 - self.rank
-        cuts = [slice(0, matrices), slice(matrices, tokens), slice(tokens, -1), slice(-1, None)]
+        heads, tokens = self.matrices, len(sizes) - 1 - self.rank
+        cuts = [slice(0, heads), slice(heads, tokens), slice(tokens, -1), slice(-1, None)]
         cuts = cuts[:-1] if numbers else cuts
         parts = [_as_one(sizes[cut], steps[cut]) for cut in cuts]
         if None in parts:

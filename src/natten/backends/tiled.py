@@ -180,7 +180,8 @@ def geometry(
     for run, d, step in zip(block.runs, block.dilation, stride[1:]):
         start = run.key_start if kv_heads is None else run.query_start
         size = run.key_size if kv_heads is None else run.query_size
-        count.append((run.repeats, run.step * d * step))
+        apart = run.key_step if kv_heads is None else run.step
+        count.append((run.repeats, apart * d * step))
         group.append((run.groups, step))
         inner.append((size, d * step))
         offset += (start * d + run.group) * step
@@ -440,7 +441,9 @@ def add_boxes(block: Block, target: Tensor, chunk: Chunk, boxes: Tensor) -> None
     boxes = boxes.view(view.shape) if boxes.is_contiguous() else boxes.reshape(view.shape)
     phases = [
         [slice(p, None, every) for p in range(min(every, count))]
-        for every, count in zip((-(-run.key_size // run.step) for run in block.runs), view.shape)
+        for every, count in zip(
+            (-(-run.key_size // run.key_step) for run in block.runs), view.shape
+        )
     ]
     for phase in itertools.product(*phases):
         view[phase].add_(boxes[phase])
