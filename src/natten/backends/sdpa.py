@@ -50,7 +50,7 @@ class Costs(NamedTuple):
     mask: float  # per pair of a tile that needs a mask
     copy: float  # per copied element, where tiles and boxes are no views
     key: float  # per key of a tile
-    run: float  # Python, per run
+    run: float  # Python, per call of the kernel: at least one per run
     alone: float  # Python, where there is one tile, which nothing is copied for
 
     def of(
@@ -73,7 +73,10 @@ class Costs(NamedTuple):
         # Boxes that are consecutive tokens are not copied, if the tiles of a run are few.
         few = axes[0].tiles <= 2 * axes[0].runs
         consecutive = few and all(each.tiles == 1 for each in axes[1:])
-        copied = 0 if consecutive else 2 * dim * self.copy * (queries + keys)
+        copied, calls = 0.0, float(runs)
+        if not consecutive:
+            copied = 2 * dim * self.copy * (queries + keys)
+            calls += (queries + 2 * keys) / (3 * queries)  # see _Tiles._chunks
         rows = math.prod(each.rows for each in axes) / max(
             1, products
         )  # of a tile, on average over pairs
@@ -81,7 +84,7 @@ class Costs(NamedTuple):
             matrices * products * self.product_dim * dim * _of_rows(rows) * idle
             + matrices * (products - math.prod(each.whole for each in axes)) * self.mask
             + matrices * (keys * self.key + copied)
-            + (self.alone if all(each.tiles == 1 for each in axes) else runs * self.run)
+            + (self.alone if all(each.tiles == 1 for each in axes) else calls * self.run)
         )
 
 
@@ -98,7 +101,7 @@ SURELY = 0.8  # of tiled's estimate: what is estimated is within 30 % of what wa
 # Fitted to times of 50 random problems and tilings on AMD Zen 3 (AVX2), float32, one thread,
 # beside `tiled`, whose softmax takes more of its time there than its own constants say. Those of
 # the backward are relative to its backward.
-FORWARD = Costs(product_dim=0.027, mask=0.13, copy=0.21, key=2.2, run=60_000.0, alone=20_000.0)
+FORWARD = Costs(product_dim=0.027, mask=0.2, copy=0.21, key=2.2, run=60_000.0, alone=20_000.0)
 BACKWARD = Costs(product_dim=0.028, mask=0.15, copy=0.38, key=2.2, run=60_000.0, alone=20_000.0)
 RECOMPUTED = Costs(*(b + f / 2 for b, f in zip(BACKWARD, FORWARD)))  # and the forward once more
 
