@@ -100,7 +100,8 @@ SURELY = 0.8  # of tiled's estimate: what is estimated is within 30 % of what wa
 
 # Fitted to times of 50 random problems and tilings on AMD Zen 3 (AVX2), float32, one thread,
 # beside `tiled`, whose softmax takes more of its time there than its own constants say. Those of
-# the backward are relative to its backward.
+# the backward are relative to its backward. The forward's mask and what rows cost
+# (:func:`_of_rows`) were measured on two threads, beside dense attention.
 FORWARD = Costs(product_dim=0.027, mask=0.2, copy=0.21, key=2.2, run=60_000.0, alone=20_000.0)
 BACKWARD = Costs(product_dim=0.028, mask=0.15, copy=0.38, key=2.2, run=60_000.0, alone=20_000.0)
 RECOMPUTED = Costs(*(b + f / 2 for b, f in zip(BACKWARD, FORWARD)))  # and the forward once more
