@@ -21,6 +21,10 @@ NEAR = [
     Case((12, 7), (11, 7), stride=(5, 1)),
     Case((12, 10), (6, 5), dilation=2, is_causal=(True, False), extra=1),
     Case((5, 6, 7), (5, 5, 6)),
+    # One head: its batch may be the kernel's heads.
+    Case((6,), (6,), batch=3, heads=1, kv_heads=1, value_dim=3),
+    Case((4, 5), (3, 5), batch=3, heads=1, kv_heads=1),
+    Case((40,), (37,), batch=2, heads=1, kv_heads=1, is_causal=True, dim=5),
 ]
 
 

@@ -262,8 +262,9 @@ class _Tiles:
         )  # all queries in one tile, and all keys in its box
         self.causal = block.triangular and not self.more
         self.masked = not (self.causal or block.whole)
-        # One head's batch may be the kernel's heads, so that tiles may be its matrices.
-        self.matrices = 2 * self.rank + (sizes.heads > 1 or sizes.extra is not None)
+        # One head's batch may be the kernel's heads, so that tiles may be its matrices; what one
+        # tile gives is handed out as the kernel writes it, a batch entry after another.
+        self.matrices = 2 * self.rank + (self.alone or sizes.heads > 1 or sizes.extra is not None)
         self._views = Bounded(VIEWS)
         self.chunks: list[Chunk | None] = [None]
         if not (self.alone or self._all_views(sizes)):
