@@ -82,7 +82,7 @@ def blocks(shape, kernel_size, **rule):
 
 def test_a_full_window_needs_no_mask():
     (block,) = blocks((24, 24), 24)
-    assert block.whole and block.query_sizes == block.key_sizes == (24, 24)
+    assert block.full and block.query_sizes == block.key_sizes == (24, 24)
     (block,) = blocks((900,), 900, is_causal=True)
     assert block.triangular
 
@@ -92,7 +92,7 @@ def test_the_ends_of_nearly_full_windows_need_no_mask():
     found = blocks((64, 64), 60)
     queries = [math.prod(run.repeats * run.query_size for run in block.runs) for block in found]
     assert sum(queries) == 64 * 64
-    assert sum(n for n, block in zip(queries, found) if block.whole) == 60 * 60
+    assert sum(n for n, block in zip(queries, found) if block.full) == 60 * 60
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(1, 3), (3, 1), (1, 1)])
@@ -119,7 +119,7 @@ def test_masks_are_small(shape, kernel_size, causal):
         pairs = 1
         for run in block.runs:
             pairs *= run.query_size * run.key_size
-        assert block.whole or 4 * pairs <= 4 * sdpa.MASK == 16 << 20
+        assert block.full or 4 * pairs <= 4 * sdpa.MASK == 16 << 20
 
 
 def problem(shape, rule, operation="attention", **others):
@@ -247,9 +247,9 @@ def test_tokens_that_are_shown_many_times():
 def test_tiles_are_cut_where_windows_change():
     rule = Neighborhood.create(1, 60)
     ends = tiling.window_runs(rule, 0, 64, 64, between=False)
-    assert [(r.query_size, r.repeats, r.whole) for r in ends] == [(30, 2, True), (4, 1, False)]
+    assert [(r.query_size, r.repeats, r.full) for r in ends] == [(30, 2, True), (4, 1, False)]
     assert (ends[0].step, ends[0].key_step) == (34, 4)
     each = tiling.window_runs(rule, 0, 64, 64, between=True)
-    assert [(r.query_size, r.repeats, r.whole) for r in each] == [
+    assert [(r.query_size, r.repeats, r.full) for r in each] == [
         (31, 1, True), (1, 3, True), (30, 1, True),
     ]  # fmt: skip

@@ -40,7 +40,7 @@ class Run(NamedTuple):
     key_size: int
     lower: Tensor  # [query_size]: each query's window inside the box: first position ...
     upper: Tensor  # [query_size]: ... and one past the last
-    whole: bool  # every query attends the whole box: no mask is needed
+    full: bool  # every query attends every key of the box: no mask is needed
     triangular: bool  # the first query attends the first key, each further one another key
 
 
@@ -48,7 +48,7 @@ class TileCost(NamedTuple):
     """What one axis contributes to the cost of tiles; of several axes, most of it multiplies."""
 
     products: int  # query-key pairs computed
-    whole: int  # of those, pairs of tiles that need no mask
+    full: int  # of those, pairs of tiles that need no mask
     rows: int  # queries of a tile, summed over its pairs
     keys: int  # key rows of all tiles
     tiles: int
@@ -143,13 +143,13 @@ def _merge_tiles(
     key_size = upper.amax(1)
     from_first = (lower == 0).all(1)
     more = torch.arange(1, size + 1, device="cpu").minimum(key_size[:, None])
-    whole = (from_first & (upper == key_size[:, None]).all(1)).tolist()
+    full = (from_first & (upper == key_size[:, None]).all(1)).tolist()
     triangular = (from_first & (upper == more).all(1)).tolist()
     keys, boxes = key_size.tolist(), box[heads].tolist()
     return [
         Run(
             group, groups, b - a, size, size, first + size * a, size, boxes[i], keys[i],
-            lower[i].clone(), upper[i].clone(), whole[i], triangular[i],
+            lower[i].clone(), upper[i].clone(), full[i], triangular[i],
         )
         for i, (a, b) in enumerate(itertools.pairwise(edges))
     ]  # fmt: skip
@@ -158,7 +158,7 @@ def _merge_tiles(
 def window_runs(rule: Rule, axis: int, length: int, key_length: int, between: bool) -> list[Run]:
     """Cut an axis of ``length`` queries and ``key_length`` keys where windows change.
 
-    At each end many queries share one window, which is the whole box of their tile. The others lie
+    At each end many queries share one window, which is the box of their tile. The others lie
     in one tile, or, if ``between``, in one for each window. Without ``between`` the tiles at the
     ends have one size and are one run.
     """
@@ -184,7 +184,7 @@ def window_runs(rule: Rule, axis: int, length: int, key_length: int, between: bo
 def _merge_ends(runs: list[Run]) -> list[Run]:
     """The first and the last run as one, if both are a tile without a mask, of one size."""
     first, last = runs[0], runs[-1]
-    sizes = [(run.query_size, run.key_size, run.repeats, run.whole) for run in (first, last)]
+    sizes = [(run.query_size, run.key_size, run.repeats, run.full) for run in (first, last)]
     if len(runs) == 1 or sizes != [(first.query_size, first.key_size, 1, True)] * 2:
         return runs
     steps = last.query_start - first.query_start, last.key_start - first.key_start
@@ -198,20 +198,20 @@ def axis_cost(runs: Sequence[Run], triangles: bool = False) -> TileCost:
         runs: what the axis is cut into.
         triangles: whether a triangular tile needs no mask, and only half of it is computed.
     """
-    products = whole = rows = largest = largest_masked = 0
+    products = full = rows = largest = largest_masked = 0
     for run in runs:
         tiles, size = run.groups * run.repeats, run.query_size * run.key_size
         half = triangles and run.triangular
         pairs = tiles * (size // 2 if half else size)
         products, rows = products + pairs, rows + pairs * run.query_size
         largest = max(largest, size)
-        if half or run.whole:
-            whole += pairs
+        if half or run.full:
+            full += pairs
         else:
             largest_masked = max(largest_masked, size)
     return TileCost(
         products,
-        whole,
+        full,
         rows,
         keys=sum(r.groups * r.repeats * r.key_size for r in runs),
         tiles=sum(r.groups * r.repeats for r in runs),

@@ -77,12 +77,11 @@ class Costs(NamedTuple):
         if not consecutive:
             copied = 2 * dim * self.copy * (queries + keys)
             calls += (queries + 2 * keys) / (3 * queries)  # see _Tiles._chunks
-        rows = math.prod(each.rows for each in axes) / max(
-            1, products
-        )  # of a tile, on average over pairs
+        # Queries of a tile, on average over pairs.
+        rows = math.prod(each.rows for each in axes) / max(1, products)
         return (
             matrices * products * self.product_dim * dim * _of_rows(rows) * idle
-            + matrices * (products - math.prod(each.whole for each in axes)) * self.mask
+            + matrices * (products - math.prod(each.full for each in axes)) * self.mask
             + matrices * (keys * self.key + copied)
             + (self.alone if all(each.tiles == 1 for each in axes) else calls * self.run)
         )
@@ -261,7 +260,7 @@ class _Tiles:
             block.query_sizes == sizes.shape and block.key_sizes == sizes.key_shape
         )  # all queries in one tile, and all keys in its box
         self.causal = block.triangular and not self.more
-        self.masked = not (self.causal or block.whole)
+        self.masked = not (self.causal or block.full)
         # One head's batch may be the kernel's heads, so that tiles may be its matrices; what one
         # tile gives is handed out as the kernel writes it, a batch entry after another.
         self.matrices = 2 * self.rank + (self.alone or sizes.heads > 1 or sizes.extra is not None)

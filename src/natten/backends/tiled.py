@@ -81,14 +81,14 @@ class Block:
         return tuple(run.key_size for run in self.runs)
 
     @cached_property
-    def whole(self) -> bool:
-        """Whether every query of a tile attends its whole box."""
-        return all(run.whole for run in self.runs)
+    def full(self) -> bool:
+        """Whether every query of a tile attends every key of its box."""
+        return all(run.full for run in self.runs)
 
     @cached_property
     def triangular(self) -> bool:
         """Whether the mask is a lower triangle, which some kernels know by themselves."""
-        return len(self.runs) == 1 and not self.whole and self.runs[0].triangular
+        return len(self.runs) == 1 and not self.full and self.runs[0].triangular
 
     def queries(self, x: Tensor, kv_heads: int) -> Tensor:
         """View ``[lead, heads per kv head, tile sizes, C]`` of ``x [B, *space, heads, C]``."""
@@ -141,7 +141,7 @@ class Block:
 
     def mask(self) -> Tensor | None:
         """Added to scores, float32 ``[tile tokens, box tokens]``; None if the tile attends all."""
-        if self.whole:
+        if self.full:
             return None
         if math.prod(self.query_sizes) * math.prod(self.key_sizes) <= CACHED_MASK:
             return _kept_mask(self)
