@@ -2,9 +2,9 @@
 
 import typing as _typing
 
-from natten import _submodules, compat, context, flops, functional, legacy, types, utils
-from natten.errors import ArgumentError
-from natten.functional import (
+from . import _submodules, compat, context, flops, functional, legacy, types, utils
+from .errors import ArgumentError
+from .functional import (
     attention,
     merge_attentions,
     na1d,
@@ -21,23 +21,23 @@ from natten.functional import (
     na3d_varlen,
     neighborhood_attention_generic,
 )
-from natten.legacy import imports as _imports
-from natten.modules import (
+from .legacy import imports as _imports
+from .modules import (
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
 )
-from natten.neighborhood import Neighborhood, fit_window
-from natten.utils import log as _log
-from natten.varlen import VarlenLayout
-from natten.version import __version__
+from .neighborhood import Neighborhood, fit_window
+from .utils import log as _log
+from .varlen import VarlenLayout
+from .version import __version__
 
 _log.get_logger()
 _imports.install(__name__)
 if _typing.TYPE_CHECKING:  # what comes from `__getattr__`
-    from natten import backends, draw, export, profiler, simulator, tuning
-    from natten.legacy.configs import *  # noqa: F403
-    from natten.legacy.switches import *  # noqa: F403
+    from . import backends, draw, export, profiler, simulator, tuning
+    from .legacy.configs import *  # noqa: F403
+    from .legacy.switches import *  # noqa: F403
 
     HAS_LIBNATTEN: bool
 

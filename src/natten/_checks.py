@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natten._numbers import entries, integer, real
-from natten._ranks import SHAPES
-from natten._warnings import warn_once
-from natten.errors import ArgumentError, UnsupportedError
-from natten.neighborhood import Neighborhood
+from ._numbers import entries, integer, real
+from ._ranks import SHAPES
+from ._warnings import warn_once
+from .errors import ArgumentError, UnsupportedError
+from .neighborhood import Neighborhood
 
 
 def check_tensors(**tensors: Any) -> None:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from natten.errors import ArgumentError
+from .errors import ArgumentError
 
 # Names of other libraries' attention, and what there is here.
 ELSEWHERE = {

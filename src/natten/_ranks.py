@@ -8,9 +8,9 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
-from natten._keywords import check_call, signature_of
-from natten._tracing import unscriptable
-from natten.errors import ArgumentError
+from ._keywords import check_call, signature_of
+from ._tracing import unscriptable
+from .errors import ArgumentError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

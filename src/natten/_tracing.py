@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from natten.errors import UnsupportedError
+from .errors import UnsupportedError
 
 
 def is_traced() -> bool:

@@ -1,3 +1,3 @@
 """Where 0.17 to 0.21 had the switches; they live in :mod:`natten.legacy.switches`."""
 
-from natten.legacy.switches import *  # noqa: F403
+from .legacy.switches import *  # noqa: F403

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from natten import gather, operators, packed
-from natten.operators import unpack
+from . import gather, operators, packed
+from .operators import unpack
 
 __all__ = ["decompositions"]
 

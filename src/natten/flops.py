@@ -16,10 +16,10 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from natten import operators, packed  # register torch.ops.natten
-from natten._tracing import function_name
-from natten.errors import ArgumentError
-from natten.legacy.checks import check_all_args
+from . import operators, packed  # register torch.ops.natten
+from ._tracing import function_name
+from .errors import ArgumentError
+from .legacy.checks import check_all_args
 
 _ops = operators._ops
 

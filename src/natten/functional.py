@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, TypeVar, ca
 import torch
 from torch import Tensor
 
-from natten import operators, packed, tuning
-from natten._checks import (
+from . import operators, packed, tuning
+from ._checks import (
     autocast_tensors,
     check_additional,
     check_hints,
@@ -35,16 +35,16 @@ from natten._checks import (
     check_tiles,
     warn_of_heads_first,
 )
-from natten._keywords import check_call, signature_of, unknown_keyword
-from natten._numbers import entries, truth
-from natten._ranks import SHAPES, of_rank
-from natten._tracing import unscriptable
-from natten._warnings import warn
-from natten.backends import check_name
-from natten.errors import ArgumentError
-from natten.neighborhood import Causal, Dense, Dimension, Neighborhood, fit_window
-from natten.softmax import softmax_with_lse
-from natten.unfused import (
+from ._keywords import check_call, signature_of, unknown_keyword
+from ._numbers import entries, truth
+from ._ranks import SHAPES, of_rank
+from ._tracing import unscriptable
+from ._warnings import warn
+from .backends import check_name
+from .errors import ArgumentError
+from .neighborhood import Causal, Dense, Dimension, Neighborhood, fit_window
+from .softmax import softmax_with_lse
+from .unfused import (
     na1d_av,
     na1d_qk,
     na1d_qk_with_bias,
@@ -55,7 +55,7 @@ from natten.unfused import (
     na3d_qk,
     na3d_qk_with_bias,
 )
-from natten.varlen import VarlenLayout
+from .varlen import VarlenLayout
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -698,7 +698,7 @@ def __getattr__(name: str) -> Any:
     """Names that older eras had here live in :mod:`natten.legacy`."""
     if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from natten.legacy import functional as legacy
+    from .legacy import functional as legacy
 
     try:
         return getattr(legacy, name)

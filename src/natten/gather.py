@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from natten.backends.tiled import compute_dtype
-from natten.neighborhood import Neighborhood, group_length, outer
+from .backends.tiled import compute_dtype
+from .neighborhood import Neighborhood, group_length, outer
 
 
 class _Axis(NamedTuple):

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from natten._checks import check_scale, check_tensors
-from natten._keywords import ELSEWHERE, signature_of, unknown_keyword
-from natten._numbers import entries, integer
-from natten._ranks import SHAPES
-from natten._tracing import call_as_node, refuse_script
-from natten._warnings import warn_once
-from natten.errors import ArgumentError
-from natten.functional import (
+from ._checks import check_scale, check_tensors
+from ._keywords import ELSEWHERE, signature_of, unknown_keyword
+from ._numbers import entries, integer
+from ._ranks import SHAPES
+from ._tracing import call_as_node, refuse_script
+from ._warnings import warn_once
+from .errors import ArgumentError
+from .functional import (
     KERNEL_HINTS,
     Causal,
     Dimension,
@@ -32,7 +32,7 @@ from natten.functional import (
     na3d_qk,
     neighborhood_attention_generic,
 )
-from natten.neighborhood import Neighborhood, fit_window
+from .neighborhood import Neighborhood, fit_window
 
 _UNFUSED = {1: (na1d_qk, na1d_av), 2: (na2d_qk, na2d_av), 3: (na3d_qk, na3d_av)}
 _BIAS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natten._numbers import entries, integer, truth
-from natten.errors import ArgumentError
+from ._numbers import entries, integer, truth
+from .errors import ArgumentError
 
 # One value for all axes, or one per axis.
 Dimension = int | Sequence[int]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natten.errors import ArgumentError
+from .errors import ArgumentError
 
 
 def is_nested(*tensors: Any) -> bool:
@@ -58,7 +58,7 @@ def per_item(function: Callable[..., Tensor], **tensors: Tensor | None) -> Tenso
 def __getattr__(name: str) -> Any:
     """0.17's ``na*d_*_nested`` live in :mod:`natten.legacy.operators`."""
     if name.endswith("_nested"):
-        from natten.legacy import operators
+        from .legacy import operators
 
         return getattr(operators, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

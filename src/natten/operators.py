@@ -30,11 +30,11 @@ from torch._functorch import eager_transforms
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 
-from natten import _tracing, backends, gather
-from natten.backends.tiled import compute_dtype
-from natten.errors import UnsupportedError
-from natten.neighborhood import Dense, Neighborhood, Rule, window_mask
-from natten.softmax import softmax_with_lse
+from . import _tracing, backends, gather
+from .backends.tiled import compute_dtype
+from .errors import UnsupportedError
+from .neighborhood import Dense, Neighborhood, Rule, window_mask
+from .softmax import softmax_with_lse
 
 # Lists of integers that are never empty, which every consumer of a schema takes: torch.jit.trace
 # knows no bool[], AOTInductor passes None for an empty list. _pack and unpack know what is in them.

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from natten import _tracing, backends, operators
-from natten._checks import check_same_shape
-from natten._numbers import integer
-from natten.errors import ArgumentError
-from natten.neighborhood import Dense, Rule
-from natten.operators import Call, Choice, differentiable_gradients, is_composed, is_plain
-from natten.varlen import Documents, check_integers, check_starts, sequence_lengths, sequences
+from . import _tracing, backends, operators
+from ._checks import check_same_shape
+from ._numbers import integer
+from .errors import ArgumentError
+from .neighborhood import Dense, Rule
+from .operators import Call, Choice, differentiable_gradients, is_composed, is_plain
+from .varlen import Documents, check_integers, check_starts, sequence_lengths, sequences
 
 Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 

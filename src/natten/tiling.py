@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from natten.caches import kept
-from natten.neighborhood import Neighborhood, Rule, group_length
+from .caches import kept
+from .neighborhood import Neighborhood, Rule, group_length
 
 
 class Run(NamedTuple):

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from natten.version import __version__
+from .version import __version__
 
 _log = logging.getLogger("natten")
 _trials: dict[str, Any] = {}

@@ -1,3 +1,3 @@
 """Where 0.17 to 0.21 had the type names; they live in :mod:`natten.legacy.types`."""
 
-from natten.legacy.types import *  # noqa: F403
+from .legacy.types import *  # noqa: F403

@@ -9,18 +9,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from natten import operators
-from natten._checks import (
+from . import operators
+from ._checks import (
     autocast_tensors,
     check_rpb,
     check_same,
     check_same_shape,
     check_tensors,
 )
-from natten._ranks import Function, of_rank
-from natten.errors import ArgumentError
-from natten.neighborhood import Causal, Dimension, Neighborhood
-from natten.nested import is_nested, per_item
+from ._ranks import Function, of_rank
+from .errors import ArgumentError
+from .neighborhood import Causal, Dimension, Neighborhood
+from .nested import is_nested, per_item
 
 
 def _qk(

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from natten._numbers import entries, integer
-from natten.errors import ArgumentError
-from natten.neighborhood import Neighborhood, fit_window
+from ._numbers import entries, integer
+from .errors import ArgumentError
+from .neighborhood import Neighborhood, fit_window
 
 
 class Documents(NamedTuple):

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from natten import _submodules, tuning
-from natten._warnings import warn_once
-from natten.errors import ArgumentError
-from natten.neighborhood import Dense
+from .. import _submodules, tuning
+from .._warnings import warn_once
+from ..errors import ArgumentError
+from ..neighborhood import Dense
 
 _log = logging.getLogger("natten")
 

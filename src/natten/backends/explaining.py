@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from natten import backends, packed
-from natten._checks import autocast_tensors
-from natten._keywords import check_call
-from natten.functional import ATTENTION, GENERIC, check_arguments, check_attention
-from natten.neighborhood import Dimension
-from natten.operators import Call
+from .. import backends, packed
+from .._checks import autocast_tensors
+from .._keywords import check_call
+from ..functional import ATTENTION, GENERIC, check_arguments, check_attention
+from ..neighborhood import Dimension
+from ..operators import Call
 
 
 def explain(

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from natten.neighborhood import Neighborhood, Rule, outer, window_mask
-from natten.softmax import softmax_with_lse
+from ..neighborhood import Neighborhood, Rule, outer, window_mask
+from ..softmax import softmax_with_lse
 
 
 def relative_bias(rule: Neighborhood, shape: Sequence[int], rpb: Tensor) -> Tensor:

@@ -31,12 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from natten.backends import Problem, no_gradients, tiled
-from natten.backends.tiled import Block, Chunk, Plan, add_boxes, compute_dtype, geometry
-from natten.caches import kept
-from natten.neighborhood import Dense, Rule, group_length
-from natten.tiling import Run, TileCost, axis_runs, cheapest, uniform, window_runs
-from natten.tuning import Bounded
+from ..caches import kept
+from ..neighborhood import Dense, Rule, group_length
+from ..tiling import Run, TileCost, axis_runs, cheapest, uniform, window_runs
+from ..tuning import Bounded
+from . import Problem, no_gradients, tiled
+from .tiled import Block, Chunk, Plan, add_boxes, compute_dtype, geometry
 
 COPIED = 1 << 21  # numbers copied before a call; 8 MB in float32
 VIEWS = 16  # kept for the tiles of one kind; about 1 KB each

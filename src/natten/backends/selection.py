@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from natten import backends
-from natten.neighborhood import Dense, Rule
+from .. import backends
+from ..neighborhood import Dense, Rule
 
 
 def _compatible(query: Tensor, key: Tensor, value: Tensor, rule: Rule | None) -> list[str]:

@@ -25,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from natten.backends import no_gradients
-from natten.caches import kept
-from natten.neighborhood import Neighborhood, Rule, outer
-from natten.tiling import Run, Tiling, tiles
-from natten.tuning import Bounded
+from ..caches import kept
+from ..neighborhood import Neighborhood, Rule, outer
+from ..tiling import Run, Tiling, tiles
+from ..tuning import Bounded
+from . import no_gradients
 
 CHUNK = 1 << 18  # query-key pairs worked on at a time; 1 MB in float32
 GEOMETRIES = 16  # kept for a block; about 1 KB each

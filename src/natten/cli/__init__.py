@@ -13,9 +13,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from natten._submodules import getter
-from natten.errors import ArgumentError
-from natten.version import __version__
+from .._submodules import getter
+from ..errors import ArgumentError
+from ..version import __version__
 
 __getattr__ = getter(__name__)
 COMMANDS = {

@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from natten import draw
-from natten.cli.options import add_window_arguments, by, not_negative, positive, window_of
-from natten.errors import ArgumentError
-from natten.neighborhood import Neighborhood
+from .. import draw
+from ..errors import ArgumentError
+from ..neighborhood import Neighborhood
+from .options import add_window_arguments, by, not_negative, positive, window_of
 
 EPILOG = """examples:
   a 5x5 window near a corner:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from natten import backends, tuning
-from natten.profiler.machine import cpu_name, version_of, versions
+from .. import backends, tuning
+from ..profiler.machine import cpu_name, version_of, versions
 
 EPILOG = """examples:
   natten env

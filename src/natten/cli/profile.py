@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from natten import backends
-from natten.cli.options import (
+from .. import backends
+from ..errors import ArgumentError
+from .options import (
     add_layer_arguments,
     by,
     not_negative,
@@ -29,11 +30,10 @@ from natten.cli.options import (
     window_of,
     write,
 )
-from natten.cli.tables import duration, print_table, progress
-from natten.errors import ArgumentError
+from .tables import duration, print_table, progress
 
 if TYPE_CHECKING:
-    from natten.profiler import Problem, Report
+    from ..profiler import Problem, Report
 
 EPILOG = """examples:
   a 2-D layer of NAT, forward:
@@ -124,9 +124,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Profile, list or tune; see the module."""
-    from natten import profiler
-    from natten.profiler.report import check_csv
-    from natten.profiler.tune import Forced, forced_tiles, kernels
+    from .. import profiler
+    from ..profiler.report import check_csv
+    from ..profiler.tune import Forced, forced_tiles, kernels
 
     problem = problem_of(args)
     for tile in ("q_tile", "kv_tile", "backward_q_tile", "backward_kv_tile"):
@@ -198,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
 
 def problem_of(args: argparse.Namespace) -> Problem:
     """The problem that the arguments describe."""
-    from natten.profiler import Problem
+    from ..profiler import Problem
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ArgumentError("`--device` cuda: PyTorch sees no GPU here.")
@@ -226,7 +226,7 @@ def problem_of(args: argparse.Namespace) -> Problem:
 
 def print_report(report: Report) -> None:
     """Tables for people."""
-    from natten.profiler.machine import device_name, versions
+    from ..profiler.machine import device_name, versions
 
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
     print(device_name(report.problem.device))
@@ -286,8 +286,8 @@ def _print_kernels(report: Report, pass_name: str, kernels: list[Any]) -> None:
 
 
 def _dry_run(args: argparse.Namespace, problem: Problem) -> int:
-    from natten.profiler import choose_backend
-    from natten.profiler.tune import kernels, tiled_axes, tiles_module
+    from ..profiler import choose_backend
+    from ..profiler.tune import kernels, tiled_axes, tiles_module
 
     asked = next((each for each in backends.BACKENDS if each.name == args.backend), None)
     backend = asked.name if asked else choose_backend(problem, args.backend)
@@ -332,7 +332,7 @@ def _lacks(backend: backends.Backend, problem: Problem, operation: str) -> str |
 
 def _print_tiles(problem: Problem, backend: str, kind: str, most: int) -> None:
     """What a kernel can use; columns are the fields of its tiles."""
-    from natten.profiler.tune import arguments, shapes, tiles_module
+    from ..profiler.tune import arguments, shapes, tiles_module
 
     tiles: Any = tiles_module(backend)
     found = tiles.candidates(kind, *arguments(problem))
@@ -370,9 +370,9 @@ def _cell(field: str, value: int | None, rank: int) -> str:
 def _optimize(
     args: argparse.Namespace, problem: Problem, backend: str, found: Sequence[tuple[str, str]]
 ) -> None:
-    from natten.profiler import natten_call
-    from natten.profiler.measure import graph_time
-    from natten.profiler.tune import FORWARD_KIND, arguments, optimize, shapes, tiles_module
+    from ..profiler import natten_call
+    from ..profiler.measure import graph_time
+    from ..profiler.tune import FORWARD_KIND, arguments, optimize, shapes, tiles_module
 
     if not found:
         raise ArgumentError(

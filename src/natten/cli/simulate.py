@@ -16,10 +16,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from natten.cli.options import add_layer_arguments, by, output, positive, window_of, write
-from natten.cli.tables import duration, print_table
-from natten.errors import ArgumentError
-from natten.simulator import (
+from ..errors import ArgumentError
+from ..simulator import (
     DEVICES,
     Device,
     Prediction,
@@ -28,6 +26,8 @@ from natten.simulator import (
     simulate,
     simulate_strides,
 )
+from .options import add_layer_arguments, by, output, positive, window_of, write
+from .tables import duration, print_table
 
 EPILOG = """examples:
   every stride of HunyuanVideo's window, on an H100:

@@ -8,6 +8,6 @@ objects. Each has all modules of its era, as :mod:`natten.legacy.imports` lists 
 replacing ``natten`` in every import of a program is enough.
 """
 
-from natten._submodules import getter as _getter
+from .._submodules import getter as _getter
 
 __getattr__ = _getter(__name__)

@@ -8,9 +8,9 @@ pairs.py    all pairs of queries and keys; how tiles cover them
 walk.py     one query after the other
 """
 
-from natten.draw.canvas import ATTENDED, PARTLY, QUERY, TOKEN, WASTED
-from natten.draw.pairs import draw_mask, draw_tiles
-from natten.draw.walk import draw_walk
-from natten.draw.window import draw_examples, draw_neighborhood
+from .canvas import ATTENDED, PARTLY, QUERY, TOKEN, WASTED
+from .pairs import draw_mask, draw_tiles
+from .walk import draw_walk
+from .window import draw_examples, draw_neighborhood
 
 __all__ = ["draw_examples", "draw_mask", "draw_neighborhood", "draw_tiles", "draw_walk"]

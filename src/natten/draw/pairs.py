@@ -15,7 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from natten.draw.canvas import (
+from ..errors import ArgumentError
+from ..neighborhood import Neighborhood
+from ..simulator import simulate
+from .canvas import (
     ATTENDED,
     INK,
     PARTLY,
@@ -29,7 +32,7 @@ from natten.draw.canvas import (
     compose,
     square,
 )
-from natten.draw.window import (
+from .window import (
     Grid,
     Sizes,
     axis_masks,
@@ -39,9 +42,6 @@ from natten.draw.window import (
     layout,
     position,
 )
-from natten.errors import ArgumentError
-from natten.neighborhood import Neighborhood
-from natten.simulator import simulate
 
 MAX_PAIR_TOKENS = 1024
 _SIDE = 640  # of a mask

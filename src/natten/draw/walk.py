@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
-from natten.draw.canvas import ATTENDED, CARD, INK, QUERY, QUIET_INK, TOKEN, check_suffix, compose
-from natten.draw.window import LEGEND, Sizes, axis_masks, layout, position, window_panel
-from natten.errors import ArgumentError
+from ..errors import ArgumentError
+from .canvas import ATTENDED, CARD, INK, QUERY, QUIET_INK, TOKEN, check_suffix, compose
+from .window import LEGEND, Sizes, axis_masks, layout, position, window_panel
 
 MAX_FRAMES = 400
 MAX_PAGE_TOKENS = 4096

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from natten._numbers import entries, integer
-from natten.draw.canvas import (
+from .._numbers import entries, integer
+from ..errors import ArgumentError
+from ..neighborhood import Neighborhood, window_mask
+from .canvas import (
     ATTENDED,
     INK,
     LINE,
@@ -25,8 +27,6 @@ from natten.draw.canvas import (
     compose,
     square,
 )
-from natten.errors import ArgumentError
-from natten.neighborhood import Neighborhood, window_mask
 
 MAX_TOKENS = 16384
 _MAX_WIDTH = 1000  # of a row of slices, and of a layout where tokens can still shrink

@@ -3,6 +3,6 @@
 Nothing else depends on it, except the thin files that stand where old code imports from.
 """
 
-from natten._submodules import getter as _getter
+from .._submodules import getter as _getter
 
 __getattr__ = _getter(__name__)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natten.errors import ArgumentError
-from natten.neighborhood import Neighborhood
+from ..errors import ArgumentError
+from ..neighborhood import Neighborhood
 
 __all__ = [
     "check_additional_keys",

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from natten.errors import ArgumentError
-from natten.legacy.types import KernelSchedule
+from ..errors import ArgumentError
+from .types import KernelSchedule
 
 __all__ = [
     "get_bwd_configs_for_cutlass_blackwell_fmha",

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from natten.backends.selection import choose_backend, choose_fmha_backend
-from natten.legacy import checks, operators, switches, types
-from natten.legacy.checks import *  # noqa: F403
-from natten.legacy.operators import *  # noqa: F403
-from natten.legacy.switches import *  # noqa: F403
-from natten.legacy.types import *  # noqa: F403
+from ..backends.selection import choose_backend, choose_fmha_backend
+from . import checks, operators, switches, types
+from .checks import *  # noqa: F403
+from .operators import *  # noqa: F403
+from .switches import *  # noqa: F403
+from .types import *  # noqa: F403
 
 
 def _renamed(rank: int, old: str) -> Callable[..., Any]:

@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import Tensor
 
-from natten import functional as F
-from natten.errors import ArgumentError
-from natten.legacy.checks import check_all_args
-from natten.legacy.configs import SHAPES
+from .. import functional as F
+from ..errors import ArgumentError
+from .checks import check_all_args
+from .configs import SHAPES
 
 _FUSED = {1: F.na1d, 2: F.na2d, 3: F.na3d}
 _QK = {1: F.na1d_qk, 2: F.na2d_qk, 3: F.na3d_qk}

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from natten import tuning
-from natten.errors import ArgumentError
+from .. import tuning
+from ..errors import ArgumentError
 
 __all__ = [
     "AutotunerContext",

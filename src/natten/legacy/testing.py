@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from natten.legacy import switches
+from . import switches
 
 Decorator = Callable[[Any], Any]
 

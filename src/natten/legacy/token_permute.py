@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from natten.errors import ArgumentError
+from ..errors import ArgumentError
 
 
 def _padded(layout: Sequence[int], tile: Sequence[int], dilation: Sequence[int]) -> list[int]:

@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from natten import backends
-from natten.errors import ArgumentError
-from natten.functional import neighborhood_attention_generic
-from natten.profiler import measure
-from natten.profiler.problem import Problem
-from natten.profiler.report import BOTH, FORWARD, Report, Row
-from natten.profiler.tune import computed_over_needed
+from .. import backends
+from ..errors import ArgumentError
+from ..functional import neighborhood_attention_generic
+from . import measure
+from .problem import Problem
+from .report import BOTH, FORWARD, Report, Row
+from .tune import computed_over_needed
 
 Step = Callable[[str], None]
 

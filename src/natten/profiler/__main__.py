@@ -2,7 +2,7 @@
 
 import sys
 
-from natten.cli import main
+from ..cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["profile", *sys.argv[1:]]))

@@ -10,9 +10,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from natten.errors import ArgumentError
-from natten.neighborhood import Neighborhood, group_length
-from natten.tiling import group_kinds
+from ..errors import ArgumentError
+from ..neighborhood import Neighborhood, group_length
+from ..tiling import group_kinds
 
 CPU = torch.device("cpu")
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from natten.errors import ArgumentError
-from natten.profiler.machine import device_name, versions
-from natten.profiler.measure import Kernel, Timing
-from natten.profiler.problem import Problem
+from ..errors import ArgumentError
+from .machine import device_name, versions
+from .measure import Kernel, Timing
+from .problem import Problem
 
 FORWARD, BOTH = "forward", "forward+backward"
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from natten import tiling, tuning
-from natten.backends import sdpa
-from natten.errors import ArgumentError
-from natten.profiler.problem import Problem
+from .. import tiling, tuning
+from ..backends import sdpa
+from ..errors import ArgumentError
+from .problem import Problem
 
 FORWARD_KIND = "forward"
 Shape = tuple[int, ...]

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natten import tiling
-from natten._numbers import entries, integer, real
-from natten.backends import BACKENDS
-from natten.errors import ArgumentError
-from natten.neighborhood import Neighborhood, group_length, window_bounds
-from natten.simulator.kernels import Axis, Hopper, Kernel, Sized, Tiling, outer, tile_shapes
+from .. import tiling
+from .._numbers import entries, integer, real
+from ..backends import BACKENDS
+from ..errors import ArgumentError
+from ..neighborhood import Neighborhood, group_length, window_bounds
+from .kernels import Axis, Hopper, Kernel, Sized, Tiling, outer, tile_shapes
 
 Shape = tuple[int, ...]
 

@@ -1,7 +1,7 @@
 """Where 0.17 to 0.21 had argument helpers; they live in :mod:`natten.legacy.checks`."""
 
-from natten._submodules import getter as _getter
-from natten.legacy.checks import (
+from .._submodules import getter as _getter
+from ..legacy.checks import (
     check_additional_keys,
     check_additional_values,
     check_all_args,
@@ -14,8 +14,8 @@ from natten.legacy.checks import (
     get_num_na_weights,
     make_attn_tensor_from_input,
 )
-from natten.legacy.switches import get_device_cc
-from natten.legacy.types import NoneType
+from ..legacy.switches import get_device_cc
+from ..legacy.types import NoneType
 
 __all__ = [
     "NoneType",

@@ -1,6 +1,6 @@
 """Where 0.17 to 0.21 had argument helpers; ``check_all_args`` takes a stride here, or none."""
 
-from natten.legacy.checks import (
+from ..legacy.checks import (
     check_additional_keys,
     check_additional_values,
     check_args_against_input,
@@ -13,10 +13,10 @@ from natten.legacy.checks import (
     check_tiling_config,
     get_num_na_weights,
 )
-from natten.legacy.checks import (
+from ..legacy.checks import (
     check_all_args_with_stride as check_all_args,
 )
-from natten.legacy.types import create_causal_arg_from_bool, create_dim_from_int
+from ..legacy.types import create_causal_arg_from_bool, create_dim_from_int
 
 __all__ = [
     "check_additional_keys",

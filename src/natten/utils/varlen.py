@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from natten.errors import ArgumentError
-from natten.varlen import sequence_lengths
+from ..errors import ArgumentError
+from ..varlen import sequence_lengths
 
 
 def generate_varlen_parameters(

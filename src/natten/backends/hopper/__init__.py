@@ -14,17 +14,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from natten.backends import Problem, no_gradients
-from natten.backends.hopper.releases import KNOWN, release
-from natten.backends.hopper.tiles import native
-from natten.neighborhood import Neighborhood, Rule
+from ...neighborhood import Neighborhood, Rule
+from .. import Problem, no_gradients
+from .releases import KNOWN, release
+from .tiles import native
 
 # The simulator reads this package's tiles, also where there is no Triton, or one without Gluon.
 if release() in KNOWN:
-    from natten.backends import triton as portable
-    from natten.backends.hopper.descriptors import MOST, readable
-    from natten.backends.hopper.plan import plan_for
-    from natten.backends.triton.plan import contiguous, on_device
+    from .. import triton as portable
+    from ..triton.plan import contiguous, on_device
+    from .descriptors import MOST, readable
+    from .plan import plan_for
 
 __all__ = ["backward", "forward", "unsupported"]
 

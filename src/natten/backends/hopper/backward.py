@@ -8,7 +8,7 @@ as left operands of what is summed: dQ += dS K, or dK += dS^T Q and dV += P^T dO
 
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
 
-from natten.backends.hopper.gluon_names import (
+from .gluon_names import (
     aggregate,
     fence_async_shared,
     gdc_launch_dependents,
@@ -21,7 +21,7 @@ from natten.backends.hopper.gluon_names import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from natten.backends.hopper.masks import (
+from .masks import (
     COMPARE,
     HUGE,
     NONE,
@@ -32,8 +32,8 @@ from natten.backends.hopper.masks import (
     is_whole,
     scores,
 )
-from natten.backends.hopper.problem import Problem, place
-from natten.backends.hopper.ring import Ring, ring
+from .problem import Problem, place
+from .ring import Ring, ring
 
 LN2 = gl.constexpr(0.6931471805599453)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from natten.backends.hopper.gluon_names import TensorDescriptor, gl
+from .gluon_names import TensorDescriptor, gl
 
 MOST = 2**31 - 1  # coordinates of TMA are 32 bits
 

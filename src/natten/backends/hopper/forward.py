@@ -4,7 +4,7 @@ A program takes tiles of queries in turn, so that the next tile is fetched while
 and values come box by box; a warpgroup hands back unread what its queries do not attend.
 """
 
-from natten.backends.hopper.gluon_names import (
+from .gluon_names import (
     fence_async_shared,
     gdc_launch_dependents,
     gdc_wait,
@@ -15,7 +15,7 @@ from natten.backends.hopper.gluon_names import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from natten.backends.hopper.masks import (
+from .masks import (
     COMPARE,
     HUGE,
     NONE,
@@ -26,8 +26,8 @@ from natten.backends.hopper.masks import (
     is_whole,
     scores,
 )
-from natten.backends.hopper.problem import Problem, place
-from natten.backends.hopper.ring import ring
+from .problem import Problem, place
+from .ring import ring
 
 LN2 = gl.constexpr(0.6931471805599453)
 

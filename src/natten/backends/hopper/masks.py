@@ -6,8 +6,8 @@ product is 0 or about -2^100. Where that takes too many columns, ``COMPARE`` loo
 a box that is not whole.
 """
 
-from natten.backends.hopper.gluon_names import fence_async_shared, gl, gluon, warpgroup_mma
-from natten.backends.triton import primitives
+from ..triton import primitives
+from .gluon_names import fence_async_shared, gl, gluon, warpgroup_mma
 
 NONE = gl.constexpr(0)
 COMPARE = gl.constexpr(1)

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natten import tuning
-from natten.backends.hopper import tiles as tiling
-from natten.backends.hopper.backward import pass_kernel
-from natten.backends.hopper.descriptors import Boxes, View, box_layout, contiguous, view
-from natten.backends.hopper.forward import forward_kernel
-from natten.backends.hopper.gluon_names import gl
-from natten.backends.hopper.terms import terms_kernel
-from natten.backends.triton import plan as portable
-from natten.backends.triton.plan import Trials, modes, padded
-from natten.neighborhood import Neighborhood
+from ... import tuning
+from ...neighborhood import Neighborhood
+from ..triton import plan as portable
+from ..triton.plan import Trials, modes, padded
+from . import tiles as tiling
+from .backward import pass_kernel
+from .descriptors import Boxes, View, box_layout, contiguous, view
+from .forward import forward_kernel
+from .gluon_names import gl
+from .terms import terms_kernel
 
 Shape = tuple[int, ...]
 _LOG2E = math.log2(math.e)

@@ -9,8 +9,8 @@ attend it.
 
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
 
-from natten.backends.hopper.gluon_names import aggregate, from_triton, gl, gluon
-from natten.backends.triton import primitives
+from ..triton import primitives
+from .gluon_names import aggregate, from_triton, gl, gluon
 
 window = from_triton(primitives.window)
 queries_of = from_triton(primitives.queries_of)

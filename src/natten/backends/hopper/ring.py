@@ -2,7 +2,7 @@
 
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
 
-from natten.backends.hopper.gluon_names import aggregate, gl, gluon, load_box, mbarrier
+from .gluon_names import aggregate, gl, gluon, load_box, mbarrier
 
 
 @aggregate

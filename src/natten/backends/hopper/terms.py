@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from natten.backends.triton.backward import make_terms
-from natten.backends.triton.primitives import kernel, load_rows
+from ..triton.backward import make_terms
+from ..triton.primitives import kernel, load_rows
 
 
 @kernel

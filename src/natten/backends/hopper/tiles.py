@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from natten import tuning
-from natten.neighborhood import Neighborhood, Rule, group_length
-from natten.tiling import padded, reach
+from ... import tuning
+from ...neighborhood import Neighborhood, Rule, group_length
+from ...tiling import padded, reach
 
 Shape = tuple[int, ...]
 KINDS = ("forward", "query", "key")  # the last two make the gradients of these

@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from natten.backends import no_gradients
-from natten.backends.triton.plan import Plan, contiguous, on_device, plan_for, readable
-from natten.backends.triton.unfused import av, av_transposed, bias, bias_transposed, qk
-from natten.neighborhood import Rule
-from natten.varlen import Documents
+from ...neighborhood import Rule
+from ...varlen import Documents
+from .. import no_gradients
+from .plan import Plan, contiguous, on_device, plan_for, readable
+from .unfused import av, av_transposed, bias, bias_transposed, qk
 
 __all__ = ["av", "av_transposed", "backward", "bias", "bias_transposed", "forward", "qk"]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from natten.backends.triton.primitives import (
+from .primitives import (
     LOG2E,
     before,
     bias_place,

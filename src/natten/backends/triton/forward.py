@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from natten.backends.triton.primitives import (
+from .primitives import (
     LN2,
     LOG2E,
     before,

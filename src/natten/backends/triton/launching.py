@@ -17,7 +17,7 @@ import triton
 from triton import knobs
 from triton.runtime import driver
 
-from natten.tuning import Bounded
+from ...tuning import Bounded
 
 Launcher = Callable[[Sequence[Any]], None]
 Arguments = Callable[[Sequence[Any], int], tuple[Any, ...]]

@@ -18,18 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natten import tuning
-from natten.backends.triton import tiles as tiling
-from natten.backends.triton.backward import (
+from ... import tuning
+from ...neighborhood import Dense, Rule
+from ...tiling import padded
+from ...varlen import Documents
+from . import tiles as tiling
+from .backward import (
     bias_kernel,
     bias_sum_kernel,
     extra_kernel,
     key_kernel,
     query_kernel,
 )
-from natten.backends.triton.forward import forward_kernel
-from natten.backends.triton.launching import Launcher, described, launcher
-from natten.backends.triton.primitives import (
+from .forward import forward_kernel
+from .launching import Launcher, described, launcher
+from .primitives import (
     CAUSAL,
     CAUSAL_STRIDED,
     FULL,
@@ -38,9 +41,6 @@ from natten.backends.triton.primitives import (
     STRIDED,
     UNIT,
 )
-from natten.neighborhood import Dense, Rule
-from natten.tiling import padded
-from natten.varlen import Documents
 
 _log = logging.getLogger("natten")
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from natten import tuning
-from natten.neighborhood import Rule, group_length
-from natten.tiling import group_kinds, reach
+from ... import tuning
+from ...neighborhood import Rule, group_length
+from ...tiling import group_kinds, reach
 
 _log = logging.getLogger("natten")
 

@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from natten import tuning
-from natten.backends.triton import tiles as tiling
-from natten.backends.triton.plan import (
+from ... import tuning
+from ...neighborhood import Neighborhood
+from . import tiles as tiling
+from .plan import (
     Launch,
     allows_tf32,
     contiguous,
@@ -28,7 +29,7 @@ from natten.backends.triton.plan import (
     padded,
     readable,
 )
-from natten.backends.triton.primitives import (
+from .primitives import (
     UNIT,
     before,
     bias_offset,
@@ -49,7 +50,6 @@ from natten.backends.triton.primitives import (
     tokens,
     windows,
 )
-from natten.neighborhood import Neighborhood
 
 # Wider heads are worked on in blocks of channels of so many bytes a row.
 MOST_BYTES = 256

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from inspect import Parameter, Signature
 from typing import Any
 
-from natten.compat.v014 import functional
-from natten.errors import ArgumentError
-from natten.legacy.imports import install
-from natten.modules import NeighborhoodAttentionGeneric
+from ...errors import ArgumentError
+from ...legacy.imports import install
+from ...modules import NeighborhoodAttentionGeneric
+from . import functional
 
 __version__ = "0.14.4"
 

@@ -3,4 +3,4 @@
 To 0.14.4 windows came from the shapes of the bias and of the weights; both forms are accepted.
 """
 
-from natten.legacy.operators import *  # noqa: F403
+from ...legacy.operators import *  # noqa: F403

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from natten.compat.v015 import functional
-from natten.legacy.imports import install
-from natten.legacy.switches import (
+from ...legacy.imports import install
+from ...legacy.switches import (
     disable_gemm_na,
     disable_tf32,
     disable_tiled_na,
@@ -21,7 +20,8 @@ from natten.legacy.switches import (
     has_half,
     has_tf32_gemm,
 )
-from natten.modules import NeighborhoodAttentionGeneric
+from ...modules import NeighborhoodAttentionGeneric
+from . import functional
 
 __version__ = "0.15.1"
 

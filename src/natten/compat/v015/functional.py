@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from natten import functional as F
-from natten.legacy import functional as legacy
-from natten.legacy.imports import lookup
+from ... import functional as F
+from ...legacy import functional as legacy
+from ...legacy.imports import lookup
 
 
 def na3d_qk(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from natten.compat.v017 import functional
-from natten.legacy import switches
-from natten.legacy.imports import install
-from natten.legacy.switches import *  # noqa: F403
-from natten.modules import NeighborhoodAttentionGeneric
+from ...legacy import switches
+from ...legacy.imports import install
+from ...legacy.switches import *  # noqa: F403
+from ...modules import NeighborhoodAttentionGeneric
+from . import functional
 
 __version__ = "0.17.5"
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from natten import functional as F
-from natten.legacy import functional as legacy
-from natten.legacy.imports import lookup
+from ... import functional as F
+from ...legacy import functional as legacy
+from ...legacy.imports import lookup
 
 
 def _fused(rank: int) -> Callable[..., Any]:
