@@ -24,11 +24,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from natten import tuning
-from natten.backends import Problem, hopper
-from natten.backends import triton as portable
+from natten.backends import Backend, Problem, named
 from natten.backends.hopper.plan import Launch as HopperLaunch
 from natten.backends.triton import tiles as tiling
 from natten.backends.triton.plan import Launch
+from natten.inputs import Inputs
 from natten.neighborhood import Neighborhood
 
 
@@ -64,7 +64,8 @@ class Kernel(NamedTuple):
 
 def call_portable(variant: Variant) -> None:
     """Attention and its gradient, then the unfused maps."""
-    _attention(variant, portable.forward, portable.backward)
+    portable = _backend("triton")
+    _attention(variant, portable)
     if not variant.bias:
         rule, q, k, v = _inputs(variant)
         attn = portable.qk(q, k, rule)
@@ -74,10 +75,13 @@ def call_portable(variant: Variant) -> None:
 
 def call_hopper(variant: Variant) -> None:
     """Attention, and its gradient where there is one."""
-    rule, q, _, v = _inputs(variant)
-    problem = Problem("gradient", q.device, q.dtype, q.shape[-1], v.shape[-1], tuple(q.shape), rule)
-    supported = hopper.unsupported(problem) is None
-    _attention(variant, hopper.forward, hopper.backward if supported else None)
+    _attention(variant, _backend("hopper"))
+
+
+def _backend(name: str) -> Backend:
+    found = named(name)
+    assert found is not None
+    return found
 
 
 def _inputs(variant: Variant) -> tuple[Neighborhood, Tensor, Tensor, Tensor]:
@@ -91,19 +95,18 @@ def _inputs(variant: Variant) -> tuple[Neighborhood, Tensor, Tensor, Tensor]:
     return rule, q, k, v
 
 
-def _attention(
-    variant: Variant, forward: Callable[..., Any], backward: Callable[..., Any] | None
-) -> None:
+def _attention(variant: Variant, backend: Backend) -> None:
     rule, q, k, v = _inputs(variant)
-    more: list[Tensor | None] = [None, None, None]
+    inputs = Inputs(q, k, v)
     if variant.bias:
-        more[0] = q.new_empty(4, *(2 * size - 1 for size in rule.kernel_size))
+        inputs = inputs._replace(rpb=q.new_empty(4, *(2 * size - 1 for size in rule.kernel_size)))
     if variant.extra:
-        more[1:] = [x.new_empty(2, variant.extra, 4, x.shape[-1]) for x in (k, v)]
+        tokens = [x.new_empty(2, variant.extra, 4, x.shape[-1]) for x in (k, v)]
+        inputs = inputs._replace(additional_keys=tokens[0], additional_values=tokens[1])
     scale = variant.dim**-0.5
-    out, lse = forward(q, k, v, *more, rule, scale)
-    if backward is not None:
-        backward(out, None, q, k, v, *more, out, lse, rule, scale)
+    out, lse = backend.forward(inputs, rule, scale)
+    if backend.lacks(Problem.of("gradient", inputs, rule, scale)) is None:
+        backend.backward(out, None, inputs, out, lse, rule, scale)
 
 
 def launches(

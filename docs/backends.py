@@ -36,7 +36,7 @@ def table() -> str:
         ),
         ("relative positional bias", [said(each.bias) for each in BACKENDS]),
         ("plain attention", [said(each.plain) for each in BACKENDS]),
-        ("tile shapes as arguments", [said(each.tiles) for each in BACKENDS]),
+        ("tile shapes as arguments", [said(each.takes_tiles) for each in BACKENDS]),
     ]
     lines = [f"| | {' | '.join(f'`{each.name}`' for each in BACKENDS)} |"]
     lines.append("|---" * (len(BACKENDS) + 1) + "|")

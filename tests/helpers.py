@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from natten import backends
+from natten.inputs import Inputs
 from natten.neighborhood import Neighborhood, window_mask
+
+hopper, triton, sdpa, tiled, reference = backends.BACKENDS
 
 # RMS of the error over RMS of the value, of outputs; gradients may have twice as much.
 RATIO = {
@@ -61,22 +65,22 @@ class Case(NamedTuple):
     def options(self) -> dict:
         return self._asdict() | {"rpb": None}
 
-    def inputs(self, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
-        """Query, key, value, rpb, additional keys and values."""
+    def inputs(self, dtype: torch.dtype = torch.float64) -> Inputs:
+        """Random inputs."""
 
         def make(*shape: int) -> Tensor:
             return torch.randn(shape, dtype=dtype)
 
         bias = make(self.heads, *(2 * k - 1 for k in self.kernel_size)) if self.rpb else None
         extra = (self.batch, self.extra, self.kv_heads)
-        return [
+        return Inputs(
             make(self.batch, *self.space, self.heads, self.dim),
             make(self.batch, *self.space, self.kv_heads, self.dim),
             make(self.batch, *self.space, self.kv_heads, self.value_dim),
             bias,
             make(*extra, self.dim) if self.extra else None,
             make(*extra, self.value_dim) if self.extra else None,
-        ]
+        )
 
 
 def name_of(case: Case) -> str:

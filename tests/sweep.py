@@ -11,6 +11,7 @@ summary.
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import math
 import multiprocessing
@@ -22,11 +23,12 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
+from helpers import reference
 from torch import Tensor
 
 from natten import backends
-from natten.backends import reference
 from natten.backends.hopper.tiles import native
+from natten.inputs import Inputs
 from natten.neighborhood import Dense, Neighborhood
 from natten.varlen import VarlenLayout
 
@@ -147,7 +149,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def check(kind: Kind, rng: random.Random) -> dict[str, float]:
     """Error ratios of everything that a problem of a kind returns."""
-    module = next(each for each in backends.BACKENDS if each.name == BACKEND).module
+    module = backends.named(BACKEND)
     space, rule = random_rule(kind, rng)
     if kind.operation == "unfused":
         return check_unfused(kind, module, space, rule, rng)
@@ -160,22 +162,23 @@ def check(kind: Kind, rng: random.Random) -> dict[str, float]:
         layout = VarlenLayout([random_rule(kind, rng)[0] for _ in range(rng.randint(1, 4))])
         batch, space, key_space = 1, [layout.total_tokens], [layout.total_tokens]
         options["documents"] = layout.documents(rule, torch.device(DEVICE))
+        module = importlib.import_module("natten.backends.triton.fused")  # which also takes tiles
     extra = rng.randint(1, 20) if kind.extra else 0
-    inputs: list[Any] = [
+    inputs = Inputs(
         tensor(rng, dtype, batch, *space, heads, kind.dim),
         tensor(rng, dtype, batch, *key_space, kv_heads, kind.dim),
         tensor(rng, dtype, batch, *key_space, kv_heads, kind.value_dim),
         tensor(rng, dtype, heads, *(2 * k - 1 for k in rule.kernel_size)) if kind.rpb else None,
         tensor(rng, dtype, batch, extra, kv_heads, kind.dim) if extra else None,
         tensor(rng, dtype, batch, extra, kv_heads, kind.value_dim) if extra else None,
-    ]
+    )
     scale = rng.choice([kind.dim**-0.5, 0.3, rng.uniform(0.01, 1)])
-    exact = [None if x is None else x.double() for x in inputs]
+    exact = Inputs(*(None if x is None else x.double() for x in inputs))
     if kind.operation == "packed":
         leaves = [x.requires_grad_() for x in exact[:3]]
         out, lse = packed_oracle(leaves, layout, rule, scale)
     else:
-        out, lse = reference.forward(*exact, rule_, scale)
+        out, lse = reference.forward(exact, rule_, scale)
     grad_out = torch.randn_like(out).to(dtype)
     grad_lse = torch.randn_like(lse, dtype=torch.float32) if rng.random() < 0.5 else None
     if kind.operation == "packed":
@@ -185,14 +188,14 @@ def check(kind: Kind, rng: random.Random) -> dict[str, float]:
     else:
         grads = reference.backward(
             grad_out.double(), None if grad_lse is None else grad_lse.double(),
-            *exact, out, lse, rule_, scale,
+            exact, out, lse, rule_, scale,
         )  # fmt: skip
-    found, found_lse = module.forward(*inputs, rule_, scale, **options)
+    found, found_lse = module.forward(inputs, rule_, scale, **options)
     errors = {"out": ratio(out, found), "lse": ratio(lse, found_lse)}
     if BACKEND == "hopper" and (kind.dim > 128 or native(kind.dim) != native(kind.value_dim)):
         return errors  # another backend's backward
     found_grads = module.backward(
-        grad_out, grad_lse, *inputs, found, found_lse, rule_, scale, **options
+        grad_out, grad_lse, inputs, found, found_lse, rule_, scale, **options
     )
     names = ("dq", "dk", "dv", "drpb", "dek", "dev")
     for name, expected, actual in zip(names, grads, found_grads):
@@ -232,8 +235,8 @@ def check_unfused(
         "qk": (x, y),
         "av": (attn, y),
         "av_transposed": (attn, x),
-        "bias": (rpb, space),
-        "bias_transposed": (attn[0],),
+        "rpb_bias": (rpb, space),
+        "rpb_bias_transposed": (attn[0],),
     }
     errors = {}
     for name, args in calls.items():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import Case, assert_close
+from helpers import Case, assert_close, tiled
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
@@ -13,7 +13,7 @@ from torch.library import opcheck
 
 import natten
 from natten import merge_attentions, na1d, na2d, na2d_av, na2d_qk, operators
-from natten.backends import tiled
+from natten.inputs import Inputs
 from natten.modules import NeighborhoodAttention2D
 from natten.neighborhood import Dense
 from natten.packed import packed_attention
@@ -33,7 +33,7 @@ def fused(case):
         given = iter(rest)
         rpb = next(given) if case.rpb else None
         ek, ev = (next(given), next(given)) if case.extra else (None, None)
-        return operators.attention(q, k, v, rpb, ek, ev, case.rule, 0.7)
+        return operators.attention(Inputs(q, k, v, rpb, ek, ev), case.rule, 0.7)
 
     return function
 
@@ -61,14 +61,14 @@ def unfused_leaves():
 
 
 def dense(q, k, v):
-    return operators.attention(q, k, v, None, None, None, Dense(), 0.7)
+    return operators.attention(Inputs(q, k, v), Dense(), 0.7)
 
 
 def packed_by_a_table(q, k, v):
     """One document, by a backend that reads tables, as on GPUs."""
     backend = SimpleNamespace(
-        forward=lambda *args: tiled.forward(*args[:8]),
-        backward=lambda *args: tiled.backward(*args[:12]),
+        packed_forward=lambda inputs, _, *rest: tiled.forward(inputs, *rest),
+        packed_backward=lambda *args: tiled.backward(*args[:5], *args[6:]),
     )
     documents = Documents(q, 1, q.shape[1:2], k.shape[1:2])
     return packed_attention(backend, q, k, v, documents, Dense(), 0.7, dense)

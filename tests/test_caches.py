@@ -8,8 +8,10 @@ import torch
 
 import natten
 from natten import caches, tiling
-from natten.backends import sdpa, tiled
+from natten.backends.sdpa import costs, fused
+from natten.backends.tiled import blocks
 from natten.caches import Store
+from natten.inputs import Inputs
 
 
 def test_the_least_recently_used_leaves_first():
@@ -66,11 +68,11 @@ def tensor_bytes():
 
 
 def masks_of_tiled(rule, x):
-    return [tiled._kept_mask(block) for block in tiled._blocks(rule, x, x, 32)[::3]]
+    return [blocks._kept_mask(block) for block in blocks.blocks_for(rule, x, x, 32)[::3]]
 
 
 def masks_of_sdpa(rule, x):
-    every = sdpa._tiles(rule, 1.0, (x, x, x, None, None, None), False)
+    every = fused._tiles(rule, 1.0, Inputs(x, x, x), False)
     return [tiles.mask for tiles in every if tiles.mask is not None]
 
 
@@ -78,8 +80,8 @@ def masks_of_sdpa(rule, x):
 def test_two_hundred_layouts(masks, monkeypatch):
     """Plans and masks of all of them would take more than four times what may be kept."""
     monkeypatch.setattr(tiling, "_candidates", lambda *args: [4])  # a search takes its time
-    options = sdpa._options
-    monkeypatch.setattr(sdpa, "_options", lambda *args: [[axis[-2]] for axis in options(*args)])
+    options = costs._options
+    monkeypatch.setattr(costs, "_options", lambda *args: [[axis[-2]] for axis in options(*args)])
     caches.STORE.forget(lambda key: True)
     before, made = tensor_bytes(), 0
     for n in range(200):

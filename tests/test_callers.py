@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from helpers import Case, assert_close, masked_attention
+from helpers import Case, assert_close, masked_attention, reference, tiled
 
 import natten
 from natten import functional as NF
-from natten.backends import reference, tiled
+from natten.backends.reference import relative_bias
+from natten.inputs import Inputs
 from natten.neighborhood import window_mask
 
 
@@ -99,7 +100,7 @@ def test_all_in_one():
             out = NF.natten1dav(attn.softmax(-1), v, 5, dilation)
         inputs = [x.movedim(1, -2) for x in (q, k, v)]
         rule = natten.Neighborhood.create(1, 5, 1, dilation)
-        wanted, _ = reference.forward(*inputs, rpb, None, None, rule, 1.0)
+        wanted, _ = reference.forward(Inputs(*inputs, rpb), rule, 1.0)
         assert_close("all-in-one", wanted, out.movedim(1, -2), 1e-12)
 
 
@@ -112,7 +113,7 @@ def test_agileformer():
     inputs = [x.movedim(1, -2) for x in (q, k, v)]
     extra = tokens.transpose(1, 2)
     wanted, _ = reference.forward(
-        *inputs, bias, extra, extra, natten.Neighborhood.create(2, 3), 1.0
+        Inputs(*inputs, bias, extra, extra), natten.Neighborhood.create(2, 3), 1.0
     )
     assert_close("agileformer", wanted, out.movedim(1, -2), 1e-12)
 
@@ -142,7 +143,7 @@ def test_cosmos3():
     parts = [window[0].flatten(1, 3), text[0]], [window[1].flatten(1, 3), text[1]]
     out, _ = natten.merge_attentions(*parts, torch_compile=False, use_autograd_fix=True)
     rule = natten.Neighborhood.create(3, 3)
-    wanted, _ = reference.forward(q, k, v, None, text_k, text_v, rule, 8**-0.5)
+    wanted, _ = reference.forward(Inputs(q, k, v, None, text_k, text_v), rule, 8**-0.5)
     assert_close("cosmos3", wanted.flatten(1, 3), out, 1e-12)
 
 
@@ -154,7 +155,7 @@ def dense_qkrpb(query, key, rpb, kernel_size, dilation):
     space = tuple(query.shape[2:-1])
     rule = natten.Neighborhood.create(2, kernel_size, 1, dilation)
     scores = query.flatten(2, 3) @ key.flatten(2, 3).mT
-    scores = scores + reference.relative_bias(rule, space, rpb)
+    scores = scores + relative_bias(rule, space, rpb)
     return scores.masked_fill(~window_mask(rule, space, space), -math.inf)
 
 
@@ -245,8 +246,8 @@ def test_partial_tiles_hold_no_garbage(length, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
     case = Case((length,), (7,), batch=1, dim=4, value_dim=5)
     inputs = case.inputs()
-    out, lse = tiled.forward(*inputs, case.rule, 0.5)
-    grads = tiled.backward(torch.ones_like(out), None, *inputs, out, lse, case.rule, 0.5)
+    out, lse = tiled.forward(Inputs(*inputs), case.rule, 0.5)
+    grads = tiled.backward(torch.ones_like(out), None, inputs, out, lse, case.rule, 0.5)
     for x in (out, lse, *grads[:3]):
         assert torch.isfinite(x).all()
 

@@ -1,7 +1,6 @@
 """What explain says is what a call does, whatever the call, and an error where the call has one."""
 
 import warnings
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -34,8 +33,8 @@ def who_runs(monkeypatch):
     for each in backends.BACKENDS:
         if each.name not in ("hopper", "triton"):  # which do not run on a CPU
             for what in ("forward", "backward"):
-                function = noted(each.name, what, getattr(each.module, what))
-                monkeypatch.setattr(each.module, what, function)
+                function = noted(each.name, what, getattr(each, what))
+                monkeypatch.setattr(each, what, function)
     yield ran
     natten.functional._calls.clear()
 
@@ -219,11 +218,14 @@ def test_nothing_is_computed_and_nobody_is_warned(who_runs):
 
 def test_documents_in_one_launch(monkeypatch):
     """A backend that takes packed documents is the one that runs them, unless another is asked."""
-    tables = Mock()
+
+    class Tables(backends.Backend):
+        name, operations = "tables", ("packed",)
+
     packs = [each for each in backends.BACKENDS if each.name != "reference"]
-    monkeypatch.setattr(natten.packed, "backend_for", lambda *_: tables)
+    monkeypatch.setattr(natten.packed, "backend_for", lambda *_: Tables())
     taken = [
-        backends.Backend("tables", "everywhere", lambda _: None, ("packed",)),
+        Tables(),
         *packs,
     ]
     monkeypatch.setattr(backends, "BACKENDS", tuple(taken))

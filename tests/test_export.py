@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
-from helpers import CASES, assert_close, name_of
+from helpers import CASES, assert_close, name_of, reference
 from torch.export import Dim, export
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import natten
 from natten import gather
-from natten.backends import reference
+from natten.inputs import Inputs
 from natten.operators import gathered_gradient
 
 # --- gathered maps ---
@@ -44,19 +44,19 @@ def test_gathered_maps(case):
     for name, expected in wanted.items():
         assert_close(name, expected.movedim(-2, 1), found[name], 1e-12)
     rpb = torch.randn(case.heads, *(2 * k - 1 for k in case.kernel_size)).double()
-    bias = reference.bias(rpb, case.space, rule).movedim(-2, 0)
+    bias = reference.rpb_bias(rpb, case.space, rule).movedim(-2, 0)
     assert_close("bias", bias, gather.rpb_bias(rpb, case.space, rule), 1e-12)
     if case.batch:
-        grad = reference.bias_transposed(last[0][0], rule)
+        grad = reference.rpb_bias_transposed(last[0][0], rule)
         assert_close("rpb", grad, gather.rpb_bias_transposed(attn[0], rule), 1e-12)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_gathered_gradient(case):
     inputs, rule = case.inputs(), case.rule
-    out, lse = reference.forward(*inputs, rule, 0.7)
+    out, lse = reference.forward(Inputs(*inputs), rule, 0.7)
     grads = torch.randn_like(out), torch.randn_like(lse)
-    wanted = reference.backward(*grads, *inputs, out, lse, rule, 0.7)
+    wanted = reference.backward(*grads, Inputs(*inputs), out, lse, rule, 0.7)
     found = gathered_gradient(*grads, inputs, rule, 0.7)
     for expected, actual in zip(wanted, found, strict=True):
         assert_close("gradient", expected, actual, 1e-11)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import CASES, Case, assert_close, name_of
+from helpers import CASES, Case, assert_close, name_of, reference
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import natten
@@ -18,7 +18,8 @@ from natten import (
     neighborhood_attention_generic,
 )
 from natten import functional as NF
-from natten.backends import HINTS, reference
+from natten.backends import HINTS
+from natten.inputs import Inputs
 from natten.neighborhood import Dense
 from natten.utils.varlen import generate_varlen_parameters
 
@@ -42,7 +43,7 @@ def window(case):
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_fused(case):
     q, k, v, rpb, ek, ev = inputs = case.inputs()
-    expected = reference.forward(*inputs, case.rule, case.dim**-0.5)
+    expected = reference.forward(Inputs(*inputs), case.rule, case.dim**-0.5)
     options = window(case) | {"additional_keys": ek, "additional_values": ev, "rpb": rpb}
     out, lse = FUSED[len(case.space)](q, k, v, **options, return_lse=True)
     assert_close("out", expected[0], out, 1e-12)
@@ -85,7 +86,7 @@ UNFUSED = [c._replace(kv_heads=c.heads, value_dim=c.dim) for c in CASES]
 @pytest.mark.parametrize("case", UNFUSED, ids=name_of)
 def test_unfused_is_fused(case):
     q, k, v, rpb, ek, ev = case.inputs()
-    expected = reference.forward(q, k, v, rpb, ek, ev, case.rule, case.dim**-0.5)[0]
+    expected = reference.forward(Inputs(q, k, v, rpb, ek, ev), case.rule, case.dim**-0.5)[0]
     q, k, v = (x.movedim(-2, 1) for x in (q, k, v))
     ek, ev = (None if x is None else x.transpose(1, 2) for x in (ek, ev))
     rank, options = len(case.space), window(case)
@@ -351,5 +352,5 @@ def test_layout():
 
 def test_dense_rule_through_the_operator():
     q = torch.randn(1, 5, 1, 2)
-    direct = reference.forward(q, q, q, None, None, None, Dense(), 0.5)[0]
+    direct = reference.forward(Inputs(q, q, q), Dense(), 0.5)[0]
     assert_close("out", direct, attention(q, q, q, scale=0.5), 1e-6)

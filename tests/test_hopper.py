@@ -10,15 +10,16 @@ import pathlib
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from helpers import hopper, reference
 
 from natten import tuning
-from natten.backends import BACKENDS, Problem, reference
+from natten.backends import Problem
+from natten.inputs import Inputs
 from natten.neighborhood import Neighborhood
 
 pytest.importorskip("triton")
@@ -26,7 +27,6 @@ pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
 import natten
-from natten.backends import hopper
 from natten.backends.hopper import descriptors
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
@@ -240,17 +240,15 @@ PLAIN = Problem(
     ],
 )
 def test_unsupported_says_why(change: dict[str, Any], reason: str) -> None:
-    assert hopper.unsupported(PLAIN) is None
-    said = hopper.unsupported(PLAIN._replace(**change))
+    assert hopper.lacks(PLAIN) is None
+    said = hopper.lacks(PLAIN._replace(**change))
     assert said is not None and reason in said
 
 
 def test_heads_of_all_widths_that_tma_reads() -> None:
-    (backend,) = (each for each in BACKENDS if each.name == "hopper")
-
     def said(dim: int, value_dim: int, operation: str) -> str | None:
         sizes = {"head_dim": dim, "value_dim": value_dim, "operation": operation}
-        return replace(backend, missing=lambda _: None).unsupported(PLAIN._replace(**sizes))
+        return hopper.lacks(PLAIN._replace(**sizes))
 
     for dim, value_dim in ((8, 8), (40, 64), (72, 128), (128, 96)):
         assert said(dim, value_dim, "attention") is said(dim, value_dim, "gradient") is None
@@ -341,16 +339,18 @@ def test_an_older_triton_is_declined_before_gluon_is_imported() -> None:
         "import sys, triton; triton.__version__ = '3.2.0'\n"
         "sys.modules['triton.experimental'] = None\n"
         "import torch; from natten import backends\n"
-        "problem = backends.Problem('attention', torch.device('cpu'), torch.bfloat16, 64, 64)\n"
-        "from natten.backends import hopper; print(hopper.unsupported(problem))"
+        "torch.cuda.get_device_capability = lambda _: (9, 0)\n"
+        "problem = backends.Problem('attention', torch.device('cuda'), torch.bfloat16, 64, 64)\n"
+        "print(backends.named('hopper').unsupported(problem))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "3, 2" in done.stdout, done.stderr
 
 
 def test_unknown_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "release", lambda: (9, 9))
-    said = hopper.unsupported(PLAIN)
+    monkeypatch.setattr("natten.backends.hopper.release", lambda: (9, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    said = hopper.unsupported(PLAIN._replace(device=torch.device("cuda")))
     assert said is not None and "(9, 9)" in said
 
 
@@ -412,20 +412,20 @@ def test_forward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) ->
         torch.randn(2, extra, kv_heads, d, device="cuda", dtype=dtype) for d in (dim, value_dim)
     ]
     ek, ev = more if extra else (None, None)
-    (backend,) = (each for each in BACKENDS if each.name == "hopper")
     problem = Problem("attention", q.device, dtype, dim, value_dim, tuple(q.shape), rule, scale)
-    reason = backend.unsupported(problem)
+    reason = hopper.unsupported(problem)
     if reason is not None:
         pytest.skip(reason)
-    double = [None if x is None else x.double() for x in (q, k, v, None, ek, ev)]
-    expected, expected_lse = reference.forward(*double, rule, scale)
+    inputs = Inputs(q, k, v, None, ek, ev)
+    double = [None if x is None else x.double() for x in inputs]
+    expected, expected_lse = reference.forward(Inputs(*double), rule, scale)
     for tiles in ways("forward", rule, shape, max(dim, value_dim)):
         key = tiling.key("forward", rule, shape, shape, dim, value_dim, 2)
         results = []
         for processors in (132, 1):  # with one, a program takes many tiles
             monkeypatch.setattr(planning, "_processors", lambda _, n=processors: n)
             with tuning.trial(key, list(tiles)):
-                results += [hopper.forward(q, k, v, None, ek, ev, rule, scale) for _ in range(2)]
+                results += [hopper.forward(inputs, rule, scale) for _ in range(2)]
         (out, lse), *others = results
         assert not out.isnan().any() and not lse.isnan().any()
         assert all(torch.equal(out, a) and torch.equal(lse, b) for a, b in others)
@@ -460,12 +460,13 @@ def test_backward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -
     q, k = (random(2, *shape, n, dim) for n in (heads, kv_heads))
     v = random(2, *shape, kv_heads, value_dim)
     ek, ev = (random(2, extra, kv_heads, n) if extra else None for n in (dim, value_dim))
-    inputs = (q, k, v, None, ek, ev)
-    out, lse = hopper.forward(*inputs, rule, scale)
+    inputs = Inputs(q, k, v, None, ek, ev)
+    out, lse = hopper.forward(inputs, rule, scale)
     grad_out, grad_lse = random(*out.shape), torch.randn_like(lse) if has_grad_lse else None
     double = [None if x is None else x.double() for x in (grad_out, grad_lse, *inputs)]
-    exact = reference.forward(*double[2:], rule, scale)
-    expected = reference.backward(*double, *exact, rule, scale)
+    exact_inputs = Inputs(*double[2:])
+    exact = reference.forward(exact_inputs, rule, scale)
+    expected = reference.backward(*double[:2], exact_inputs, *exact, rule, scale)
     # Pairwise: the passes do not know of each other's tiles.
     choices = itertools.zip_longest(*(ways(x, rule, shape, dim) for x in ("query", "key")))
     for choice in choices:
@@ -479,7 +480,7 @@ def test_backward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -
                         stack.enter_context(tuning.trial(key, list(tiles)))
                 for _ in range(2):
                     results.append(
-                        hopper.backward(grad_out, grad_lse, *inputs, out, lse, rule, scale)
+                        hopper.backward(grad_out, grad_lse, inputs, out, lse, rule, scale)
                     )
         grads, *others = results
         for name, right, found, *same in zip("qkvbef", expected, grads, *others):
@@ -507,14 +508,11 @@ def test_errors_are_those_of_cudnn(dim: int) -> None:
         torch.randn(2, *shape, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4)
     ]
     q, k, v, grad = tensors
-    inputs = (q, k, v, None, None, None)
-    double = [x.double() for x in tensors]
-    exact = reference.forward(*double[:3], None, None, None, rule, dim**-0.5)
-    right = reference.backward(
-        double[3], None, *double[:3], None, None, None, *exact, rule, dim**-0.5
-    )
-    out, lse = hopper.forward(*inputs, rule, dim**-0.5)
-    ours = (out, *hopper.backward(grad, None, *inputs, out, lse, rule, dim**-0.5)[:3])
+    inputs, exact_inputs = Inputs(q, k, v), Inputs(q.double(), k.double(), v.double())
+    exact = reference.forward(exact_inputs, rule, dim**-0.5)
+    right = reference.backward(grad.double(), None, exact_inputs, *exact, rule, dim**-0.5)
+    out, lse = hopper.forward(inputs, rule, dim**-0.5)
+    ours = (out, *hopper.backward(grad, None, inputs, out, lse, rule, dim**-0.5)[:3])
     leaves = [x.flatten(1, 2).transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         dense = torch.nn.functional.scaled_dot_product_attention(*leaves)

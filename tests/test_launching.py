@@ -12,6 +12,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from helpers import hopper
+from helpers import triton as portable
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -22,10 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import _allocation, driver
 
-from natten.backends import hopper
-from natten.backends import triton as portable
+from natten.backends import Backend
 from natten.backends.hopper import plan as hopper_plan
 from natten.backends.triton import plan as portable_plan
+from natten.inputs import Inputs
 from natten.neighborhood import Neighborhood
 
 pytestmark = pytest.mark.skipif(
@@ -59,13 +61,15 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
         yield found
 
 
-def attention(module: Any, extra: int = 0) -> None:
+def attention(backend: Backend, extra: int = 0) -> None:
     """A forward and a backward on tensors of which nothing is read."""
     q, k, v = (torch.empty(1, 12, 16, 2, 64, dtype=torch.bfloat16) for _ in range(3))
-    more = [q.new_empty(1, extra, 2, 64) for _ in range(2)] if extra else [None, None]
-    inputs = (q, k, v, None, *more)
-    outputs = module.forward(*inputs, RULE, 0.125)
-    module.backward(q.new_empty(q.shape), None, *inputs, *outputs, RULE, 0.125)
+    inputs = Inputs(q, k, v)
+    if extra:
+        tokens = q.new_empty(1, extra, 2, 64)
+        inputs = inputs._replace(additional_keys=tokens, additional_values=tokens.clone())
+    outputs = backend.forward(inputs, RULE, 0.125)
+    backend.backward(q.new_empty(q.shape), None, inputs, *outputs, RULE, 0.125)
 
 
 def plain(args: tuple[Any, ...]) -> list[Any]:
@@ -88,15 +92,15 @@ def launch_often(monkeypatch: pytest.MonkeyPatch, *before: Callable[[], None]) -
 
 
 @pytest.mark.parametrize("extra", [0, 3])
-@pytest.mark.parametrize("module", [portable, hopper], ids=["triton", "hopper"])
+@pytest.mark.parametrize("backend", [portable, hopper], ids=["triton", "hopper"])
 def test_the_short_way_passes_what_triton_passes(
-    module: Any, extra: int, launched: Launches, monkeypatch: pytest.MonkeyPatch
+    backend: Backend, extra: int, launched: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hook = Mock()
     chain = knobs.runtime.launch_enter_hook
     launch_often(monkeypatch, lambda: None, lambda: chain.add(hook), lambda: chain.remove(hook))
-    attention(module, extra)
-    kernels = 4 if module is hopper else 3  # one of which makes terms
+    attention(backend, extra)
+    kernels = 4 if backend is hopper else 3  # one of which makes terms
     assert len(launched) == 4 * (kernels + (extra > 0))
     for first, short, hooked, again in zip(*(launched[i::4] for i in range(4))):
         assert plain(first) == plain(short) == plain(hooked) == plain(again)

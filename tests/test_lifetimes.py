@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import sdpa, tiled
 from torch import Tensor
 
 import natten
 from natten import operators, packed
-from natten.backends import sdpa, tiled
 from natten.errors import ArgumentError
+from natten.inputs import Inputs
 from natten.neighborhood import Dense
 from natten.varlen import Documents
 
@@ -68,12 +69,12 @@ def table(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Any:
     """Packed documents by a backend that reads tables, as on GPUs: one document here."""
     rule, documents = Dense(), Documents(q, 1, (6,), (6,))
     backend = SimpleNamespace(
-        forward=lambda *args: tiled.forward(*args[:8]),
-        backward=lambda *args: tiled.backward(*args[:12]),
+        packed_forward=lambda inputs, _, *rest: tiled.forward(inputs, *rest),
+        packed_backward=lambda *args: tiled.backward(*args[:5], *args[6:]),
     )
 
     def one_by_one(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return operators.attention(q, k, v, None, None, None, rule, 0.5)
+        return operators.attention(Inputs(q, k, v), rule, 0.5)
 
     return packed.packed_attention(backend, q, k, v, documents, rule, 0.5, one_by_one)
 
@@ -187,7 +188,9 @@ def test_after_a_kernel_that_fails(part: str, name: str, monkeypatch: pytest.Mon
         raise OSError("no room")
 
     names = {part: (sdpa, tiled)}
-    names |= dict.fromkeys(("qk", "bias") if part == "forward" else ("av_transposed",), (tiled,))
+    names |= dict.fromkeys(
+        ("qk", "rpb_bias") if part == "forward" else ("av_transposed",), (tiled,)
+    )
     function, rank = OPERATORS[name]
     given = inputs(rank)
     alive = [weakref.ref(x) for x in given]

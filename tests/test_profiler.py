@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from natten import profiler, tuning
-from natten.backends import tiled
+from natten.backends.tiled import blocks
 from natten.errors import ArgumentError
 from natten.neighborhood import Neighborhood, window_mask
 from natten.profiler import Problem, choose_backend, count_steps, measure, tune
@@ -139,10 +139,10 @@ def test_computed_pairs_of_each_backend():
     assert tune.computed_over_needed(problem, "reference", None) == {"forward": 4.0}
     rule = Neighborhood.create(2, (7, 5), dilation=(1, 2))
     plane = Problem((40, 30), rule)
-    blocks = tiled._plan(rule, plane.shape, plane.shape, 1, 64).blocks
+    plan = blocks._plan(rule, plane.shape, plane.shape, 1, 64)
     computed = sum(
         math.prod(run.repeats * run.groups * run.query_size * run.key_size for run in block.runs)
-        for block in blocks
+        for block in plan.blocks
     )
     found = tune.computed_over_needed(plane, "tiled", "tiled")
     assert found == {"forward": computed / plane.needed_pairs}
@@ -189,13 +189,13 @@ def test_clocks():
 def triton_problem():
     pytest.importorskip("triton")
     rule = Neighborhood.create(2, 5)
-    return Problem((30, 20), rule, dtype=torch.bfloat16), tune.tiles_module("triton")
+    return Problem((30, 20), rule, dtype=torch.bfloat16), tune.tile_chooser("triton")
 
 
 def test_only_backends_with_tiles_can_be_tuned():
-    assert tune.tiles_module("tiled") is None and tune.tiles_module("reference") is None
+    assert tune.tile_chooser("tiled") is None and tune.tile_chooser("reference") is None
     triton_problem()
-    assert tune.tiles_module("triton").KINDS[0] == tune.FORWARD_KIND
+    assert tune.tile_chooser("triton").KINDS[0] == tune.FORWARD_KIND
 
 
 def test_optimize_remembers_the_fastest():
@@ -255,7 +255,7 @@ def test_forced_tiles():
 def test_forced_tiles_of_kernels_that_hold_keys():
     """Of the keys' gradients: ``--backward-q-tile`` is its box of queries."""
     problem = dataclasses.replace(triton_problem()[0], shape=(32, 32))
-    tiles, arguments = tune.tiles_module("hopper"), tune.arguments(problem)
+    tiles, arguments = tune.tile_chooser("hopper"), tune.arguments(problem)
     for kind in ("query", "key"):
         other = tiles.candidates(kind, *arguments)[-1]
         queries, keys = tune.shapes(kind, other)

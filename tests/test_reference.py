@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from helpers import Case, assert_close, brute_force_axis, name_of
+from helpers import Case, assert_close, brute_force_axis, name_of, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from natten.backends import reference
+from natten.inputs import Inputs
 
 CASES = [
     Case((7,), (3,), batch=1, dim=2, value_dim=1),
@@ -72,7 +72,10 @@ def by_hand(case, inputs, scale):
 
 def check(case):
     inputs = case.inputs()
-    expected, actual = by_hand(case, inputs, 0.7), reference.forward(*inputs, case.rule, 0.7)
+    expected, actual = (
+        by_hand(case, inputs, 0.7),
+        reference.forward(Inputs(*inputs), case.rule, 0.7),
+    )
     assert_close("out", expected[0], actual[0], 1e-12)
     assert_close("lse", expected[1], actual[1], 1e-12)
 
@@ -87,7 +90,7 @@ def test_unfused_slots(case):
     """Products and bias in every slot, in the order of the definition; masked slots are last."""
     case = case._replace(kv_heads=case.heads, rpb=True)
     q, k, _, rpb, _, _ = case.inputs()
-    products, bias = reference.qk(q, k, case.rule), reference.bias(rpb, case.space, case.rule)
+    products, bias = reference.qk(q, k, case.rule), reference.rpb_bias(rpb, case.space, case.rule)
     valid = case.rule.attended_slots(case.space)
     for token, keys, offsets in attended(case):
         assert valid[token].sum() == len(keys)
@@ -126,7 +129,7 @@ def test_stride_of_the_window_is_blocked_attention(window):
     """Each block of ``kernel_size`` tokens attends itself alone."""
     case = Case((12,), (window,), stride=window)
     q, k, v, *_ = inputs = case.inputs()
-    out, _ = reference.forward(*inputs, case.rule, 0.5)
+    out, _ = reference.forward(Inputs(*inputs), case.rule, 0.5)
     blocks = [x.unflatten(1, (-1, window)).movedim(-2, 2) for x in (q, k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(*blocks, scale=0.5)
     assert_close("out", expected.movedim(2, -2).flatten(1, 2), out, 1e-12)
@@ -135,21 +138,23 @@ def test_stride_of_the_window_is_blocked_attention(window):
 def test_dilation_is_attention_inside_every_group():
     case = Case((11,), (3,), stride=2, dilation=3, is_causal=True)
     inputs = case.inputs()
-    out, _ = reference.forward(*inputs, case.rule, 0.5)
+    out, _ = reference.forward(Inputs(*inputs), case.rule, 0.5)
     for group in range(3):
         part = [None if x is None else x[:, group::3] for x in inputs]
         alone = case._replace(dilation=1).rule
-        assert_close("group", reference.forward(*part, alone, 0.5)[0], out[:, group::3], 1e-12)
+        assert_close(
+            "group", reference.forward(Inputs(*part), alone, 0.5)[0], out[:, group::3], 1e-12
+        )
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_the_references_gradient_is_its_derivative(case):
     """It is written out, because autograd is off inside of dispatch modes."""
     inputs = [None if x is None else x.requires_grad_() for x in case.inputs()]
-    outputs = reference.forward(*inputs, case.rule, 0.7)
+    outputs = reference.forward(Inputs(*inputs), case.rule, 0.7)
     grads = [torch.randn_like(x) for x in outputs]
     given = [x for x in inputs if x is not None]
     wanted = torch.autograd.grad(outputs, given, grads)
-    found = reference.backward(*grads, *inputs, *outputs, case.rule, 0.7)
+    found = reference.backward(*grads, Inputs(*inputs), *outputs, case.rule, 0.7)
     for expected, actual in zip(wanted, [x for x in found if x is not None], strict=True):
         assert_close("gradient", expected, actual.detach(), 1e-11)

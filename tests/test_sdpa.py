@@ -5,11 +5,13 @@ import random
 
 import pytest
 import torch
-from helpers import CASES, RATIO, Case, assert_close, name_of
+from helpers import CASES, RATIO, Case, assert_close, name_of, reference, sdpa
 
 import natten
 from natten import backends, caches, tiling, tuning
-from natten.backends import Problem, reference, sdpa, tiled
+from natten.backends import Problem
+from natten.backends.sdpa import costs, fused, views
+from natten.inputs import Inputs, compute_dtype
 from natten.neighborhood import Dense, Neighborhood
 
 NEAR = [
@@ -37,8 +39,8 @@ def fresh():
 
 
 def run(module, inputs, rule, grads):
-    out, lse = module.forward(*inputs, rule, 0.4)
-    found = module.backward(*grads, *inputs, out, lse, rule, 0.4)
+    out, lse = module.forward(Inputs(*inputs), rule, 0.4)
+    found = module.backward(*grads, Inputs(*inputs), out, lse, rule, 0.4)
     names = ("query", "key", "value", "rpb", "extra_keys", "extra_values")
     return {"out": out, "lse": lse} | dict(zip(names, found))
 
@@ -46,12 +48,12 @@ def run(module, inputs, rule, grads):
 def check(case, dtype=torch.float64, grad_lse=True):
     inputs = case.inputs(dtype)
     grad = torch.randn(*inputs[0].shape[:-1], case.value_dim, dtype=dtype)
-    exponents = torch.randn(grad.shape[:-1], dtype=tiled.compute_dtype(dtype)) if grad_lse else None
+    exponents = torch.randn(grad.shape[:-1], dtype=compute_dtype(dtype)) if grad_lse else None
     oracle = [None if x is None else x.double() for x in (*inputs, grad, exponents)]
     expected = run(reference, oracle[:6], case.rule, oracle[6:])
     actual = run(sdpa, inputs, case.rule, (grad, exponents))
     for name, x in expected.items():
-        ratio = RATIO[tiled.compute_dtype(dtype) if name == "lse" else dtype]
+        ratio = RATIO[compute_dtype(dtype) if name == "lse" else dtype]
         assert_close(name, x, actual[name], ratio if name in ("out", "lse") else 2 * ratio)
 
 
@@ -65,19 +67,19 @@ def test_windows_that_are_nearly_the_layout(case, dtype, grad_lse):
 @pytest.mark.parametrize("case", [*NEAR, *(c for c in CASES[:-1] if not c.rpb)], ids=name_of)
 def test_every_way_to_cut_is_right(case, monkeypatch, fresh):
     """Which is cheapest is a guess about machines; no choice may change the result."""
-    options, rng = sdpa._options, random.Random(0)
+    options, rng = costs._options, random.Random(0)
     monkeypatch.setattr(
-        sdpa, "_options", lambda *args: [[rng.choice(axis)] for axis in options(*args)]
+        costs, "_options", lambda *args: [[rng.choice(axis)] for axis in options(*args)]
     )
-    for copied in (1, sdpa.COPIED, 1, sdpa.COPIED):
-        monkeypatch.setattr(sdpa, "COPIED", copied)
+    for copied in (1, views.COPIED, 1, views.COPIED):
+        monkeypatch.setattr(views, "COPIED", copied)
         caches.STORE.forget(lambda key: True)
         check(case)
 
 
 def blocks(shape, kernel_size, **rule):
     rule = Neighborhood.create(len(shape), kernel_size, **rule)
-    return sdpa._plan(rule, shape, shape, 4, 64, False, False, False, 1).blocks
+    return costs.plan_for(rule, shape, shape, 4, 64, False, False, False, 1).blocks
 
 
 def test_a_full_window_needs_no_mask():
@@ -98,11 +100,11 @@ def test_the_ends_of_nearly_full_windows_need_no_mask():
 @pytest.mark.parametrize(("batch", "heads"), [(1, 3), (3, 1), (1, 1)])
 def test_the_ends_are_one_call_on_views(batch, heads, monkeypatch, fresh):
     """Two tiles and the batch, or two tiles and the heads, are what the kernel takes a batch of."""
-    options = sdpa._options
-    monkeypatch.setattr(sdpa, "_options", lambda *args: [[axis[-2]] for axis in options(*args)])
+    options = costs._options
+    monkeypatch.setattr(costs, "_options", lambda *args: [[axis[-2]] for axis in options(*args)])
     query = torch.randn(batch, 400, heads, 16)
-    inputs = (query, query, query, None, None, None)
-    ends, between = sdpa._tiles(Neighborhood.create(1, 391), 1.0, inputs, False)
+    inputs = Inputs(query, query, query)
+    ends, between = fused._tiles(Neighborhood.create(1, 391), 1.0, inputs, False)
     assert [each.chunks for each in (ends, between)] == [[None], [None]]
     for x in (*ends.inputs(inputs, 0), *between.inputs(inputs, 0)):
         assert x.untyped_storage().data_ptr() == query.untyped_storage().data_ptr()
@@ -119,7 +121,7 @@ def test_masks_are_small(shape, kernel_size, causal):
         pairs = 1
         for run in block.runs:
             pairs *= run.query_size * run.key_size
-        assert block.full or 4 * pairs <= 4 * sdpa.MASK == 16 << 20
+        assert block.full or 4 * pairs <= 4 * costs.MASK == 16 << 20
 
 
 def problem(shape, rule, operation="attention", **others):
@@ -179,8 +181,8 @@ def test_large_scores_do_not_overflow():
     case = Case((40,), (37,), dim=4)
     inputs = [None if x is None else 100 * x for x in case.inputs(torch.float32)]
     oracle = [None if x is None else x.double() for x in inputs]
-    expected = reference.forward(*oracle, case.rule, 0.4)
-    out, lse = sdpa.forward(*inputs, case.rule, 0.4)
+    expected = reference.forward(Inputs(*oracle), case.rule, 0.4)
+    out, lse = sdpa.forward(Inputs(*inputs), case.rule, 0.4)
     assert lse.abs().max() > 1e3
     assert_close("lse", expected[1], lse, 1e-5)
     # float32 scores near 10^4 are exact to 10^-3, and so are the weights.
@@ -222,7 +224,7 @@ def test_gradients_where_values_have_a_common_mean(mean, dtype):
 def test_outputs_are_no_views(case):
     """Autograd's forward mode takes none from a Function."""
     rule, inputs = case.rule, case.inputs()
-    assert not any(x._is_view() for x in sdpa.forward(*inputs, rule, 0.4))
+    assert not any(x._is_view() for x in sdpa.forward(Inputs(*inputs), rule, 0.4))
     q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(q, torch.randn_like(q))
@@ -239,7 +241,7 @@ def test_tokens_that_are_shown_many_times():
     x = torch.randn(1, 1, 1, 8).expand(2, 30, 2, 8)
     rule = Neighborhood.create(1, 28)
     inputs = (x, x, x, None, None, None)
-    expected, actual = (module.forward(*inputs, rule, 0.3) for module in (reference, sdpa))
+    expected, actual = (module.forward(Inputs(*inputs), rule, 0.3) for module in (reference, sdpa))
     assert_close("out", expected[0], actual[0], 1e-5)
     assert_close("lse", expected[1], actual[1], 1e-5)
 

@@ -6,12 +6,13 @@ import weakref
 
 import pytest
 import torch
-from helpers import CASES, RATIO, Case, assert_close, name_of
+from helpers import CASES, RATIO, Case, assert_close, name_of, reference, tiled
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import natten
 from natten import caches, tiling
-from natten.backends import reference, tiled
+from natten.backends.tiled import blocks
+from natten.inputs import Inputs, compute_dtype
 
 LARGE = [
     Case((700,), (31,), batch=1, heads=4, kv_heads=2, dim=32, value_dim=12, extra=5),
@@ -40,8 +41,8 @@ def forget_plans():
 
 def run(module, inputs, rule, grad_out, grad_lse):
     """Output, LSE and all gradients, by name."""
-    out, lse = module.forward(*inputs, rule, 0.4)
-    grads = module.backward(grad_out, grad_lse, *inputs, out, lse, rule, 0.4)
+    out, lse = module.forward(Inputs(*inputs), rule, 0.4)
+    grads = module.backward(grad_out, grad_lse, Inputs(*inputs), out, lse, rule, 0.4)
     names = ("query", "key", "value", "rpb", "extra_keys", "extra_values")
     return {"out": out, "lse": lse} | dict(zip(names, grads))
 
@@ -49,12 +50,12 @@ def run(module, inputs, rule, grad_out, grad_lse):
 def check(case, dtype=torch.float64, inputs=None):
     inputs = case.inputs(dtype) if inputs is None else inputs
     grad_out = torch.randn(*inputs[0].shape[:-1], case.value_dim, dtype=dtype)
-    grad_lse = torch.randn(grad_out.shape[:-1], dtype=tiled.compute_dtype(dtype))
+    grad_lse = torch.randn(grad_out.shape[:-1], dtype=compute_dtype(dtype))
     oracle = [None if x is None else x.double() for x in inputs]
     expected = run(reference, oracle, case.rule, grad_out.double(), grad_lse.double())
     actual = run(tiled, inputs, case.rule, grad_out, grad_lse)
     for name, x in expected.items():
-        ratio = RATIO[tiled.compute_dtype(dtype) if name == "lse" else dtype]
+        ratio = RATIO[compute_dtype(dtype) if name == "lse" else dtype]
         assert_close(name, x, actual[name], ratio if name in ("out", "lse") else 2 * ratio)
 
 
@@ -92,10 +93,10 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("chunk", [100, tiled.CHUNK])
+@pytest.mark.parametrize("chunk", [100, blocks.CHUNK])
 @pytest.mark.parametrize("case", [*CASES, LARGE[1], LARGE[4]], ids=name_of)
 def test_no_garbage_is_read(case, chunk, monkeypatch, poison):
-    monkeypatch.setattr(tiled, "CHUNK", chunk)
+    monkeypatch.setattr(blocks, "CHUNK", chunk)
     check(case)
 
 
@@ -111,8 +112,8 @@ def test_unfused_reads_no_garbage(case, poison):
         "qk": ((q, q, case.rule),) * 2,
         "av": ((attn, q, case.rule), (dirty, q, case.rule)),
         "av_transposed": ((attn, q, case.rule), (dirty, q, case.rule)),
-        "bias": ((rpb, case.space, case.rule),) * 2,
-        "bias_transposed": ((attn.sum(0), case.rule), (dirty.sum(0), case.rule)),
+        "rpb_bias": ((rpb, case.space, case.rule),) * 2,
+        "rpb_bias_transposed": ((attn.sum(0), case.rule), (dirty.sum(0), case.rule)),
     }
     for name, (clean, given) in calls.items():
         expected = getattr(reference, name)(*clean)
@@ -149,8 +150,8 @@ def test_large_scores_do_not_overflow():
     case = Case((40,), (7,), dim=4, extra=2, rpb=True)
     inputs = [100 * x for x in case.inputs(torch.float32)]
     oracle = [x.double() for x in inputs]
-    expected = reference.forward(*oracle, case.rule, 0.4)
-    out, lse = tiled.forward(*inputs, case.rule, 0.4)
+    expected = reference.forward(Inputs(*oracle), case.rule, 0.4)
+    out, lse = tiled.forward(Inputs(*inputs), case.rule, 0.4)
     assert lse.abs().max() > 1e3
     assert_close("lse", expected[1], lse, 1e-5)
     # float32 scores near 10^4 are exact to 10^-3, and so are the weights.
@@ -176,10 +177,10 @@ class NoOverlap(TorchDispatchMode):
 def test_no_operation_writes_an_element_twice(case, tile, monkeypatch, fresh_plans):
     monkeypatch.setattr(tiling, "_candidates", lambda *args: [tile])
     inputs = case.inputs()
-    out, lse = tiled.forward(*inputs, case.rule, 0.4)
+    out, lse = tiled.forward(Inputs(*inputs), case.rule, 0.4)
     attn = torch.randn(*inputs[0].shape[:-1], case.rule.window_tokens).double()
     with NoOverlap() as watch:
-        tiled.backward(out, lse, *inputs, out, lse, case.rule, 0.4)
+        tiled.backward(out, lse, inputs, out, lse, case.rule, 0.4)
         tiled.av_transposed(attn, out, case.rule)
     assert watch.writes > 10
 

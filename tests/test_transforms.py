@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers import Case, assert_close
+from helpers import Case, assert_close, reference
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import natten
-from natten.backends import reference
+from natten.inputs import Inputs
 
 CASE = Case((3, 4), (2, 3), is_causal=(True, False), batch=1, heads=1, kv_heads=1, dim=2, rpb=True)
 SEEDED = torch.Generator().manual_seed(0)
@@ -17,7 +17,7 @@ RPB = torch.randn(1, 3, 5, generator=SEEDED, dtype=torch.float64)
 
 
 def oracle(q):
-    out, lse = reference.forward(q, q.sin(), q.cos(), RPB, None, None, CASE.rule, 0.7)
+    out, lse = reference.forward(Inputs(q, q.sin(), q.cos(), RPB), CASE.rule, 0.7)
     return out * lse[..., None]
 
 

@@ -84,9 +84,9 @@ def test_views_that_negate_are_read_as_what_they_say():
 
 SWEEP = """
 import torch
-from helpers import Case, assert_close
+from helpers import Case, assert_close, reference, triton
 from natten import tuning
-from natten.backends import reference, triton
+from natten.inputs import Inputs
 from natten.backends.triton import plan
 from natten.neighborhood import Dense
 torch.set_num_threads(1)
@@ -102,11 +102,11 @@ CASES = [
 ]
 def check(inputs, rule, **tiles):
     backends = (reference, {}), (triton, tiles)
-    expected, actual = (m.forward(*inputs, rule, 0.6, **options) for m, options in backends)
+    expected, actual = (m.forward(inputs, rule, 0.6, **options) for m, options in backends)
     grads = torch.randn_like(expected[0]), torch.randn_like(expected[1])
     for a, b in zip(expected, actual):
         assert_close(f"forward {rule}", a, b, 1e-5)
-    both = (m.backward(*grads, *inputs, *x, rule, 0.6, **options)
+    both = (m.backward(*grads, inputs, *x, rule, 0.6, **options)
             for (m, options), x in zip(backends, (expected, actual)))
     for a, b in zip(*both):
         assert_close(f"backward {rule}", a, b, 2e-5)
@@ -114,23 +114,22 @@ for case in CASES:
     check(case.inputs(torch.float32), case.rule)
 for causal in (False, True):
     q, k = torch.randn(1, 9, 2, 4), torch.randn(1, 5, 1, 4)
-    check([q, k, k.clone(), None, None, None], Dense(causal))
+    check(Inputs(q, k, k.clone()), Dense(causal))
 # Tiles longer than an axis of one token: nothing beyond the bias is read.
 case = Case((1, 9), (1, 4), is_causal=(False, True), rpb=True, batch=1)
 inputs = case.inputs(torch.float32)
-bias = inputs[3]
+bias = inputs.rpb
 around = torch.full((3, *bias.shape), float("inf"))
 around[1] = bias
-inputs[3] = around[1]
-check(inputs, case.rule, tiles=(8, 8) * 4)
+check(inputs._replace(rpb=around[1]), case.rule, tiles=(8, 8) * 4)
 # The bias's gradient head by head, where sums of all have no room.
 plan._MOST_SUMS = 1
 tuning._forget_choices()
-q, k, v, rpb, *_ = inputs = CASES[2].inputs(torch.float32)
+inputs = CASES[2].inputs(torch.float32)
 check(inputs, CASES[2].rule)
-assert len(plan.plan_for(q, k, v, rpb, None, CASES[2].rule, 0.6).rpb[1]) == 2
+assert len(plan.plan_for(inputs, CASES[2].rule, 0.6).rpb[1]) == 2
 q = torch.randn(0, 5, 1, 4)
-assert triton.forward(q, q, q, None, None, None, CASES[0].rule, 1.0)[0].shape == q.shape
+assert triton.forward(Inputs(q, q, q), CASES[0].rule, 1.0)[0].shape == q.shape
 print("checked", len(CASES))
 """
 
@@ -150,8 +149,7 @@ raise SystemExit(pytest.main(["-p", "no:cacheprovider", "tests/test_empty_rows.p
 
 UNFUSED = """
 import torch
-from helpers import Case, assert_close
-from natten.backends import reference, triton
+from helpers import Case, assert_close, reference, triton
 torch.set_num_threads(1)
 torch.manual_seed(0)
 CASES = [
@@ -171,8 +169,8 @@ for case in CASES:
     attn = attn.masked_fill(~rule.attended_slots(space)[..., None, :], float("nan"))
     rpb = torch.randn(case.heads, *(2 * n - 1 for n in rule.kernel_size))
     for name, args in {
-        "qk": (q, k), "av": (attn, v), "av_transposed": (attn, q), "bias": (rpb, space),
-        "bias_transposed": (attn[0],),
+        "qk": (q, k), "av": (attn, v), "av_transposed": (attn, q), "rpb_bias": (rpb, space),
+        "rpb_bias_transposed": (attn[0],),
     }.items():
         expected, actual = (getattr(m, name)(*args, rule) for m in (reference, triton))
         assert_close(f"{name} {rule}", expected, actual, 1e-5)

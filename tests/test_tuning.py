@@ -10,6 +10,7 @@ import torch
 
 import natten
 from natten import tuning
+from natten.inputs import Inputs
 from natten.neighborhood import Neighborhood
 
 
@@ -133,7 +134,7 @@ def test_kernels_follow_a_trial():
     problem = ("forward", rule, (300,), (300,), 64, 64, 2)
 
     def used():
-        constants = plan_for(query, query, query, None, None, rule, 1.0).forward.constants
+        constants = plan_for(Inputs(query, query, query), rule, 1.0).forward.constants
         return constants["TQ"], constants["TK"]
 
     first, other = tiles.candidates(*problem)[:2]
@@ -230,7 +231,7 @@ def test_the_first_call_keeps_the_fastest_tiles(monkeypatch):
     problem = ("forward", rule, (310,), (310,), 64, 64, 2)
     natten.use_autotuner(True, False)
     try:
-        found = plan.plan_for(x, x, x, None, None, rule, 1.0)
+        found = plan.plan_for(Inputs(x, x, x), rule, 1.0)
         assert isinstance(found.forward, plan.Trials) and isinstance(found.key, plan.Launch)
         ranked = tiles.candidates(*problem)[:6]
         times = dict(zip(found.forward.launches.values(), (6, 5, 1, 7, 8, 9)))
@@ -241,6 +242,6 @@ def test_the_first_call_keeps_the_fastest_tiles(monkeypatch):
         assert tuning.lookup(tiles.key(*problem)) is not None
     finally:
         natten.disable_autotuner()
-    again = plan.plan_for(x, x, x, None, None, rule, 1.0)
+    again = plan.plan_for(Inputs(x, x, x), rule, 1.0)
     assert isinstance(again.forward, plan.Launch)
     assert tiles.choose(*problem) == ranked[2]

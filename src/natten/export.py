@@ -60,17 +60,15 @@ def _of_rule(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _attention(*args: Any) -> tuple[Tensor, Tensor]:
-    q, k, v, rpb, ek, ev, *rule, scale, _, _ = args
-    out, lse = operators.composed_attention(
-        q, k, v, rpb, ek, ev, unpack(*rule), scale, gathered=True
-    )
+    inputs, call = operators.unpack_call(args)
+    out, lse = operators.composed_attention(inputs, call.rule, call.scale, gathered=True)
     return out.contiguous(), lse.contiguous()
 
 
 def _attention_backward(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -> list[Tensor]:
-    *inputs, _, _ = args[:8]  # output and LSE, which are computed again
-    *rule, scale, _, _ = args[8:]
-    grads = operators.gathered_gradient(grad_out, grad_lse, inputs, unpack(*rule), scale)
+    # Output and LSE, the seventh and eighth, are computed again.
+    inputs, call = operators.unpack_call((*args[:6], *args[8:]))
+    grads = operators.gathered_gradient(grad_out, grad_lse, inputs, call.rule, call.scale)
     return [grad.contiguous() for grad in grads if grad is not None]
 
 
@@ -84,4 +82,4 @@ def _packed_backward(grad_out: Tensor, grad_lse: Tensor | None, *arguments: Any)
     query, key, value, _, _, *rest = arguments  # output and LSE are computed again
     lengths, rule, scale, _ = packed.unpack(rest)
     grads = packed.gathered_gradient(grad_out, grad_lse, query, key, value, lengths, rule, scale)
-    return [grad.contiguous() for grad in grads]
+    return [grad.contiguous() for grad in grads if grad is not None]

@@ -42,6 +42,7 @@ from ._tracing import unscriptable
 from ._warnings import warn
 from .backends import check_name
 from .errors import ArgumentError
+from .inputs import Inputs
 from .neighborhood import Causal, Dense, Dimension, Neighborhood, fit_window
 from .softmax import softmax_with_lse
 from .unfused import (
@@ -191,20 +192,20 @@ def neighborhood_attention_generic(
     query, key, value, additional_keys, additional_values = autocast_tensors(
         query, key, value, additional_keys, additional_values
     )
-    tensors = (query, key, value, rpb, additional_keys, additional_values)
+    inputs = Inputs(query, key, value, rpb, additional_keys, additional_values)
     arguments = (
         kernel_size, stride, dilation, is_causal, scale, attention_kwargs, backend,
         q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape,
     )  # fmt: skip
-    kind = _kind(tensors, arguments)
+    kind = _kind(inputs, arguments)
     call = None if kind is None else _calls.get(kind)
     if call is None:
-        checked = check_arguments(tensors, *arguments)
+        checked = check_arguments(inputs, *arguments)
         if kind is not None and _is_builtin(arguments):
             _calls.keep(kind, operators.Call(*checked))
-        out, lse = operators.attention(*tensors, *checked)
+        out, lse = operators.attention(inputs, *checked)
     else:
-        out, lse = call(tensors)
+        out, lse = call(inputs)
     return (out, lse) if return_lse else out
 
 
@@ -236,17 +237,13 @@ def _is_builtin(x: Any) -> bool:
 
 
 def check_arguments(
-    tensors: Sequence[Any], kernel_size: Any, stride: Any = 1, dilation: Any = 1,
+    inputs: Inputs, kernel_size: Any, stride: Any = 1, dilation: Any = 1,
     is_causal: Any = False, scale: Any = None, attention_kwargs: Any = None, backend: Any = None,
     q_tile_shape: Any = None, kv_tile_shape: Any = None, backward_q_tile_shape: Any = None,
     backward_kv_tile_shape: Any = None, **_: Any,
 ) -> tuple[Neighborhood, float, operators.Choice]:  # fmt: skip
-    """Rule, scale and choice of a call of fused attention whose arguments are allowed.
-
-    Args:
-        tensors: query, key, value, rpb, additional keys and values.
-    """
-    query, key, value, rpb, additional_keys, additional_values = tensors
+    """Rule, scale and choice of a call of fused attention whose arguments are allowed."""
+    query, key, value, rpb, additional_keys, additional_values = inputs
     check_tensors(query=query, key=key, value=value)
     rank = query.dim() - 3
     if rank not in (1, 2, 3):
@@ -401,7 +398,7 @@ def attention(
         backward_q_tile_size, backward_kv_tile_size,
     )  # fmt: skip
     if lengths is None:
-        out, lse = operators.attention(query, key, value, None, None, None, rule, factor, choice)
+        out, lse = operators.attention(Inputs(query, key, value), rule, factor, choice)
     else:
         out, lse = packed.sequence_attention(query, key, value, lengths, rule, factor, choice)
     return (out, lse) if return_lse else out
@@ -603,7 +600,7 @@ def _varlen(
             )
             results.append((out.flatten(1, -3), lse.flatten(1, -2)))
         if not results:
-            return operators.attention(q, k, v, None, None, None, Dense(), 1.0)
+            return operators.attention(Inputs(q, k, v), Dense(), 1.0)
         outputs, exponents = zip(*results)
         return torch.cat(outputs, dim=1), torch.cat(exponents, dim=1)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends.tiled import compute_dtype
+from .inputs import compute_dtype
 from .neighborhood import Neighborhood, group_length, outer
 
 

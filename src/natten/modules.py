@@ -32,6 +32,7 @@ from .functional import (
     na3d_qk,
     neighborhood_attention_generic,
 )
+from .inputs import Inputs
 from .neighborhood import Neighborhood, fit_window
 
 _UNFUSED = {1: (na1d_qk, na1d_av), 2: (na2d_qk, na2d_av), 3: (na3d_qk, na3d_av)}
@@ -231,7 +232,8 @@ class NeighborhoodAttentionGeneric(nn.Module):
             return out.flatten(-2)
         extra = hints.get("additional_keys"), hints.get("additional_values")
         if hints:
-            *_, choice = check_arguments((q, k, v, rpb, *extra), *window, self.scale, **hints)
+            inputs = Inputs(q, k, v, rpb, *extra)
+            *_, choice = check_arguments(inputs, *window, self.scale, **hints)
             if choice.backend:
                 warn_once(
                     f"{type(self).__name__}: `backend` has no effect in training with `attn_drop`, "

@@ -18,11 +18,10 @@ Second derivatives and forward mode of ``attention`` are composed of those.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -31,8 +30,8 @@ from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 
 from . import _tracing, backends, gather
-from .backends.tiled import compute_dtype
 from .errors import UnsupportedError
+from .inputs import Gradients, Inputs, compute_dtype
 from .neighborhood import Dense, Neighborhood, Rule, window_mask
 from .softmax import softmax_with_lse
 
@@ -41,7 +40,8 @@ from .softmax import softmax_with_lse
 _RULE = "SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation, SymInt[] is_causal"
 _CHOICE = "str backend, SymInt[] tiles"
 _INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? extra_keys, Tensor? extra_values"
+    "Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? additional_keys, "
+    "Tensor? additional_values"
 )
 
 _library = torch.library.Library("natten", "DEF")
@@ -112,9 +112,9 @@ def has_window(kernel_size: Sequence[int]) -> bool:
     return any(kernel_size)
 
 
-def _unfused_module(x: Tensor) -> Any:
-    """The functions of the backend that runs the unfused maps."""
-    return backends.choose("", backends.Problem("unfused", x.device, x.dtype)).module
+def _unfused_backend(x: Tensor) -> backends.Backend:
+    """The backend that runs the unfused maps."""
+    return backends.choose("", backends.Problem("unfused", x.device, x.dtype))
 
 
 class Choice(NamedTuple):
@@ -144,9 +144,9 @@ def _unpack_choice(backend: str, tiles: Sequence[int]) -> Choice:
 
 def _unfused(name: str) -> Callable[..., Tensor]:
     def real(a: Tensor, b: Tensor, *packed: Any) -> Tensor:
-        module, rule = _unfused_module(b), unpack(*packed)
+        backend, rule = _unfused_backend(b), unpack(*packed)
         rule.check(b.shape[2:-1])  # a trace may see smaller tensors than those it was made with
-        out = getattr(module, name)(a.movedim(1, -2), b.movedim(1, -2), rule)
+        out = getattr(backend, name)(a.movedim(1, -2), b.movedim(1, -2), rule)
         return out.movedim(-2, 1).contiguous()
 
     return real
@@ -161,8 +161,8 @@ def _fake_av(attn: Tensor, value: Tensor, *_: Any) -> Tensor:
 
 
 def _bias(rpb: Tensor, shape: Sequence[int], *rule: Any) -> Tensor:
-    module = _unfused_module(rpb)
-    return module.bias(rpb, shape, unpack(*rule)).movedim(-2, 0).contiguous()
+    backend = _unfused_backend(rpb)
+    return backend.rpb_bias(rpb, shape, unpack(*rule)).movedim(-2, 0).contiguous()
 
 
 def _fake_bias(rpb: Tensor, shape: Sequence[int], kernel_size: Sequence[int], *_: Any) -> Tensor:
@@ -170,8 +170,8 @@ def _fake_bias(rpb: Tensor, shape: Sequence[int], kernel_size: Sequence[int], *_
 
 
 def _bias_transposed(grad: Tensor, *rule: Any) -> Tensor:
-    module = _unfused_module(grad)
-    return module.bias_transposed(grad.movedim(0, -2), unpack(*rule)).contiguous()
+    backend = _unfused_backend(grad)
+    return backend.rpb_bias_transposed(grad.movedim(0, -2), unpack(*rule)).contiguous()
 
 
 def _fake_bias_transposed(grad: Tensor, kernel_size: Sequence[int], *_: Any) -> Tensor:
@@ -351,64 +351,60 @@ class Call:
     rule: Rule
     scale: float
     choice: Choice = _ANY
-    _chosen: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict, repr=False)
+    _chosen: dict[str, tuple[backends.Backend, dict[str, Any]]] = field(
+        default_factory=dict, repr=False
+    )
 
-    def __call__(self, tensors: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Output and LSE of plain tensors, differentiable."""
-        watched = [x for x in tensors if x is not None and x.requires_grad]
+        watched = [x for x in inputs if x is not None and x.requires_grad]
         if (watched and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
-            return _PlainAttention.apply(*tensors, self)
-        return self.forward(tensors)
+            return _PlainAttention.apply(*inputs, self)
+        return self.forward(inputs)
 
-    def forward(self, inputs: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Output and LSE."""
-        module, options = self._backend("attention", inputs)
-        return module.forward(*inputs, self.rule, self.scale, **options)
+        backend, options = self._backend("attention", inputs)
+        return backend.forward(inputs, self.rule, self.scale, **options)
 
     def backward(
-        self, grad_out: Tensor, grad_lse: Tensor | None, saved: Sequence[Any]
-    ) -> Sequence[Any]:
-        """Gradients of the six inputs, None for those that are None; ``saved``: also outputs."""
-        module, options = self._backend("gradient", saved)
-        return module.backward(grad_out, grad_lse, *saved, self.rule, self.scale, **options)
-
-    def problem(self, operation: str, inputs: Sequence[Any]) -> backends.Problem:
-        """What decides who runs "attention" or its "gradient"."""
-        query, key, value, rpb, extra_keys, *_ = inputs
-        return backends.Problem(
-            operation, query.device, query.dtype, query.shape[-1], value.shape[-1],
-            query.shape, self.rule, self.scale, rpb is not None, key.shape[1:-2],
-            extra_keys is not None,
-        )  # fmt: skip
+        self, grad_out: Tensor, grad_lse: Tensor | None, inputs: Inputs, out: Tensor, lse: Tensor
+    ) -> Gradients:
+        """Gradients of the inputs."""
+        backend, options = self._backend("gradient", inputs)
+        return backend.backward(
+            grad_out, grad_lse, inputs, out, lse, self.rule, self.scale, **options
+        )
 
     def packed(self) -> tuple[Any, ...]:
-        """What the operators take behind the tensors."""
+        """What the operators take after the tensors."""
         return (*_pack(self.rule), self.scale, *_pack_choice(self.choice))
 
-    def _backend(self, operation: str, inputs: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
-        """The functions that run "attention" or its "gradient", and their options."""
+    def _backend(self, operation: str, inputs: Inputs) -> tuple[backends.Backend, dict[str, Any]]:
+        """The backend that runs "attention" or its "gradient", and its options."""
         if operation not in self._chosen:
-            problem = self.problem(operation, inputs)
+            problem = backends.Problem.of(operation, inputs, self.rule, self.scale)
             chosen = backends.choose(self.choice.backend, problem)
             if self.choice.backend not in ("", chosen.name):
                 backends.warn_of_another(self.choice.backend, chosen, problem)
             tiles = self.choice.tiles
-            options = {"tiles": tiles} if tiles and chosen.tiles else {}
-            self._chosen[operation] = chosen.module, options
+            options = {"tiles": tiles} if tiles and chosen.takes_tiles else {}
+            self._chosen[operation] = chosen, options
         return self._chosen[operation]
 
 
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, rpb: Any, extra_keys: Any, extra_values: Any,
-    kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, scale: float, backend: str,
-    tiles: Sequence[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rule = unpack(kernel_size, stride, dilation, is_causal)
-    if isinstance(rule, Neighborhood):  # a trace may see smaller tensors than those of its making
-        rule.check(query.shape[1:-2])
-    inputs = (query, key, value, rpb, extra_keys, extra_values)
-    outputs = Call(rule, scale, _unpack_choice(backend, tiles)).forward(inputs)
-    return outputs[0].contiguous(), outputs[1].contiguous()  # as the fake ones
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, call = unpack_call(arguments)
+    if isinstance(call.rule, Neighborhood):  # a trace may see other sizes than those of its making
+        call.rule.check(inputs.query.shape[1:-2])
+    out, lse = call.forward(inputs)
+    return out.contiguous(), lse.contiguous()  # as the fake ones
+
+
+def unpack_call(arguments: Sequence[Any]) -> tuple[Inputs, Call]:
+    """Inputs and call of the arguments of ``natten::attention``."""
+    *rule, scale, backend, tiles = arguments[6:]
+    return Inputs(*arguments[:6]), Call(unpack(*rule), scale, _unpack_choice(backend, tiles))
 
 
 def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -416,20 +412,15 @@ def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple
     return out, query.new_empty(query.shape[:-1], dtype=compute_dtype(query.dtype))
 
 
-def _attention_backward(
-    grad_out: Tensor, grad_lse: Any, query: Tensor, key: Tensor, value: Tensor, rpb: Any,
-    extra_keys: Any, extra_values: Any, out: Tensor, lse: Tensor,
-    kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, scale: float, backend: str,
-    tiles: Sequence[int],
-) -> list[Tensor]:  # fmt: skip
-    rule = unpack(kernel_size, stride, dilation, is_causal)
-    saved = (query, key, value, rpb, extra_keys, extra_values, out, lse)
-    grads = Call(rule, scale, _unpack_choice(backend, tiles)).backward(grad_out, grad_lse, saved)
+def _attention_backward(grad_out: Tensor, grad_lse: Any, *arguments: Any) -> list[Tensor]:
+    (out, lse), options = arguments[6:8], arguments[8:]
+    inputs, call = unpack_call((*arguments[:6], *options))
+    grads = call.backward(grad_out, grad_lse, inputs, out, lse)
     return [grad.contiguous() for grad in grads if grad is not None]
 
 
-def _fake_attention_backward(grad_out: Tensor, grad_lse: Any, *args: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in args[:6] if x is not None]
+def _fake_attention_backward(grad_out: Tensor, grad_lse: Any, *arguments: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in arguments[:6] if x is not None]
 
 
 _library.impl("attention", _attention, "CompositeExplicitAutograd")
@@ -492,14 +483,14 @@ class _Products:
             return self.windows.rpb_bias_transposed(grad)
         return rpb_bias_transposed(grad, self.rule)
 
-    def extra_qk(self, query: Tensor, extra_keys: Tensor) -> Tensor:
+    def additional_qk(self, query: Tensor, additional_keys: Tensor) -> Tensor:
         """Products of every query with every additional key."""
-        return self._space(self._tokens(query) @ extra_keys.transpose(-1, -2))
+        return self._space(self._tokens(query) @ additional_keys.transpose(-1, -2))
 
-    def extra_av(self, attn: Tensor, extra_values: Tensor) -> Tensor:
-        return self._space(self._tokens(attn) @ extra_values)
+    def additional_av(self, attn: Tensor, additional_values: Tensor) -> Tensor:
+        return self._space(self._tokens(attn) @ additional_values)
 
-    def extra_av_transposed(self, attn: Tensor, x: Tensor) -> Tensor:
+    def additional_av_transposed(self, attn: Tensor, x: Tensor) -> Tensor:
         """For every additional key, the sum of ``x`` over all queries, weighted."""
         return self._tokens(attn).transpose(-1, -2) @ self._tokens(x)
 
@@ -510,13 +501,16 @@ class _Products:
         """Undo :meth:`_tokens`, in a way that legacy vmap can batch."""
         return x.reshape(*x.shape[:2], *self.shape, x.shape[-1])
 
-    def scores(self, q: Tensor, k: Tensor, rpb: Tensor | None, ek: Tensor | None) -> Tensor:
+    def scores(self, inputs: Inputs) -> Tensor:
         """Scores of scaled queries in the window's slots, then those of additional keys."""
-        slots = self.qk(q, k)
-        if rpb is not None:
-            slots = slots + self.bias(rpb.to(q.dtype))
+        slots = self.qk(inputs.query, inputs.key)
+        if inputs.rpb is not None:
+            slots = slots + self.bias(inputs.rpb.to(slots.dtype))
         slots = self.masked(slots, -math.inf)
-        return slots if ek is None else torch.cat([slots, self.extra_qk(q, ek)], dim=-1)
+        if inputs.additional_keys is None:
+            return slots
+        additional = self.additional_qk(inputs.query, inputs.additional_keys)
+        return torch.cat([slots, additional], dim=-1)
 
     def masked(self, attn: Tensor, fill: float) -> Tensor:
         return attn if self.mask is None else attn.masked_fill(~self.mask, fill)
@@ -528,47 +522,47 @@ def _heads_first(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
+def _prepared(inputs: Inputs | Gradients, like: Inputs, scale: float) -> Any:
+    """Inputs, or tangents of inputs ``like`` these, heads first; queries are scaled."""
+    heads, dtype = like.query.shape[-2], compute_dtype(like.query.dtype)
+
+    def first(x: Tensor | None) -> Any:
+        return None if x is None else _heads_first(x, heads, dtype)
+
+    query, key, value, rpb, additional_keys, additional_values = inputs
+    q, kind = first(query), cast(Any, type(inputs))
+    return kind(
+        None if q is None else q * scale, first(key), first(value), rpb, first(additional_keys),
+        first(additional_values),
+    )  # fmt: skip
+
+
 def composed_attention(
-    query: Tensor, key: Tensor, value: Tensor, rpb: Any, extra_keys: Any, extra_values: Any,
-    rule: Rule, scale: float, gathered: bool = False, mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    inputs: Inputs, rule: Rule, scale: float, gathered: bool = False, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """``attention`` composed of differentiable maps; stores all weights.
 
     ``mask [queries, keys]`` says who attends whom in plain attention, instead of the rule.
     """
-    products, heads, dtype = (
-        _Products(query, key, rule, gathered, mask),
-        query.shape[-2],
-        compute_dtype(query.dtype),
-    )
-    q, k, v, ek, ev = (
-        None if x is None else _heads_first(x, heads, dtype)
-        for x in (query, key, value, extra_keys, extra_values)
-    )
-    assert q is not None and k is not None and v is not None
-    scores = products.scores(q * scale, k, rpb, ek)
-    weights, lse = softmax_with_lse(scores)
-    windowed = scores.shape[-1] - (0 if ek is None else ek.shape[2])
-    out = products.av(weights[..., :windowed], v)
-    if ev is not None:
-        out = out + products.extra_av(weights[..., windowed:], ev)
-    return out.movedim(1, -2).to(query.dtype), lse.movedim(1, -1)
+    products = _Products(inputs.query, inputs.key, rule, gathered, mask)
+    dtype = inputs.query.dtype
+    inputs = _prepared(inputs, inputs, scale)
+    weights, lse = softmax_with_lse(products.scores(inputs))
+    windowed = weights.shape[-1]
+    if inputs.additional_keys is not None:
+        windowed -= inputs.additional_keys.shape[2]
+    out = products.av(weights[..., :windowed], inputs.value)
+    if inputs.additional_values is not None:
+        out = out + products.additional_av(weights[..., windowed:], inputs.additional_values)
+    return out.movedim(1, -2).to(dtype), lse.movedim(1, -1)
 
 
 def gathered_gradient(
-    grad_out: Tensor, grad_lse: Tensor | None, inputs: Sequence[Any], rule: Rule, scale: float,
+    grad_out: Tensor, grad_lse: Tensor | None, inputs: Inputs, rule: Rule, scale: float,
     mask: Tensor | None = None,
-) -> Sequence[Any]:  # fmt: skip
-    """Gradients of ``attention``'s six inputs, gathered, None for those that are None."""
-    query, key, _, rpb, extra_keys, _ = inputs
-    products, heads, dtype = (
-        _Products(query, key, rule, True, mask),
-        query.shape[-2],
-        compute_dtype(query.dtype),
-    )
-
-    def first(x: Any) -> Any:
-        return None if x is None else _heads_first(x, heads, dtype)
+) -> Gradients:  # fmt: skip
+    """Gradients of the inputs of ``attention``, gathered."""
+    products = _Products(inputs.query, inputs.key, rule, True, mask)
 
     def finish(grad: Tensor, like: Tensor) -> Tensor:
         return grad.movedim(1, -2).to(like.dtype)
@@ -576,48 +570,41 @@ def gathered_gradient(
     def finish_kv(grad: Tensor, like: Tensor) -> Tensor:
         return finish(grad.unflatten(1, (like.shape[-2], -1)).sum(2), like)
 
-    q, k, v, ek, ev = (first(x) for x in (*inputs[:3], *inputs[4:]))
-    q, do = q * scale, first(grad_out)
-    weights, _ = softmax_with_lse(products.scores(q, k, rpb, ek))
-    dp = products.qk(do, v)
+    q, k, v, _, ak, av = prepared = _prepared(inputs, inputs, scale)
+    do = _heads_first(grad_out, inputs.query.shape[-2], q.dtype)
+    weights, _ = softmax_with_lse(products.scores(prepared))
+    dp = products.qk(do, v)  # dP = dO V^T
     windowed = dp.shape[-1]
-    if ev is not None:
-        dp = torch.cat([dp, products.extra_qk(do, ev)], dim=-1)
+    if av is not None:
+        dp = torch.cat([dp, products.additional_qk(do, av)], dim=-1)
     delta = (weights * dp).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse.movedim(-1, 1)
-    ds = weights * (dp - delta[..., None])
+    ds = weights * (dp - delta[..., None])  # dS = P * (dP - delta)
     slots, dq = ds[..., :windowed], products.av(ds[..., :windowed], k)
-    drpb = dek = dev = None
-    if rpb is not None:
-        drpb = products.bias_transposed(slots.sum(0)).to(rpb.dtype)
-    if extra_keys is not None:
-        dq = dq + products.extra_av(ds[..., windowed:], ek)
-        dek = finish_kv(products.extra_av_transposed(ds[..., windowed:], q), extra_keys)
-        dev = finish_kv(products.extra_av_transposed(weights[..., windowed:], do), inputs[5])
-    dk = finish_kv(products.av_transposed(slots, q), key)
-    dv = finish_kv(products.av_transposed(weights[..., :windowed], do), inputs[2])
-    return finish(dq * scale, query), dk, dv, drpb, dek, dev
+    grad_rpb = grad_keys = grad_values = None
+    if inputs.rpb is not None:
+        grad_rpb = products.bias_transposed(slots.sum(0)).to(inputs.rpb.dtype)
+    if inputs.additional_keys is not None and inputs.additional_values is not None:
+        dq = dq + products.additional_av(ds[..., windowed:], ak)
+        grad_keys = products.additional_av_transposed(ds[..., windowed:], q)
+        grad_values = products.additional_av_transposed(weights[..., windowed:], do)
+        grad_keys = finish_kv(grad_keys, inputs.additional_keys)
+        grad_values = finish_kv(grad_values, inputs.additional_values)
+    dk = finish_kv(products.av_transposed(slots, q), inputs.key)
+    dv = finish_kv(products.av_transposed(weights[..., :windowed], do), inputs.value)
+    dq = finish(dq * scale, inputs.query)
+    return Gradients(dq, dk, dv, grad_rpb, grad_keys, grad_values)
 
 
 def _composed_tangent(
-    primals: Sequence[Any], tangents: Sequence[Any], rule: Rule, scale: float
+    primals: Inputs, tangents: Gradients, rule: Rule, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Tangents of ``attention``'s output and LSE; None stands for a zero tangent."""
-    query, key, value, rpb, extra_keys, extra_values = primals
-    products, heads, dtype = (
-        _Products(query, key, rule),
-        query.shape[-2],
-        compute_dtype(query.dtype),
-    )
-
-    def prepared(tensors: Sequence[Any]) -> tuple[Any, ...]:
-        first = [None if x is None else _heads_first(x, heads, dtype) for x in tensors]
-        q = None if first[0] is None else first[0] * scale
-        return (q, *first[1:])
-
-    q, k, v, ek, ev = prepared((query, key, value, extra_keys, extra_values))
-    dq, dk, dv, dek, dev = prepared([tangents[i] for i in (0, 1, 2, 4, 5)])
+    products, dtype = _Products(primals.query, primals.key, rule), primals.query.dtype
+    tangents = _prepared(tangents, primals, scale)
+    primals = _prepared(primals, primals, scale)
+    q, k, v, _, ak, av = primals
 
     def product_rule(product: Any, a: Any, b: Any, da: Any, db: Any) -> Any:
         """Tangent of ``product(a, b)``."""
@@ -625,24 +612,28 @@ def _composed_tangent(
         change = change if da is None else change + product(da, b)
         return change if db is None else change + product(a, db)
 
-    def weighted(attn: Tensor, values: Tensor | None, extra_values: Tensor | None) -> Any:
+    def weighted(attn: Tensor, values: Tensor | None, additional: Tensor | None) -> Any:
         # Not slices: one of everything is an alias, which legacy vmap can not batch.
         slots, others = attn.split([windowed, attn.shape[-1] - windowed], -1)
         out = 0 if values is None else products.av(slots, values)
-        return out if extra_values is None else out + products.extra_av(others, extra_values)
+        return out if additional is None else out + products.additional_av(others, additional)
 
-    scores, change = products.scores(q, k, rpb, ek), product_rule(products.qk, q, k, dq, dk)
-    if tangents[3] is not None:
-        change = change + products.bias(tangents[3].to(dtype))
+    scores = products.scores(primals)
+    change = product_rule(products.qk, q, k, tangents.query, tangents.key)
+    if tangents.rpb is not None:
+        change = change + products.bias(tangents.rpb.to(change.dtype))
     change, windowed = products.masked(change, 0.0), change.shape[-1]
-    if ek is not None:
-        extra_change = product_rule(products.extra_qk, q, ek, dq, dek)
-        change = torch.cat([change, extra_change], dim=-1)
+    if ak is not None:
+        additional_change = product_rule(
+            products.additional_qk, q, ak, tangents.query, tangents.additional_keys
+        )
+        change = torch.cat([change, additional_change], dim=-1)
     weights, _ = softmax_with_lse(scores)
     lse_tangent = (weights * change).sum(-1)
     weight_tangent = weights * (change - lse_tangent[..., None])
-    out = weighted(weight_tangent, v, ev) + weighted(weights, dv, dev)
-    return out.movedim(1, -2).to(query.dtype), lse_tangent.movedim(1, -1)
+    out = weighted(weight_tangent, v, av)
+    out = out + weighted(weights, tangents.value, tangents.additional_values)
+    return out.movedim(1, -2).to(dtype), lse_tangent.movedim(1, -1)
 
 
 # The heads' dimension in each input. Mapped dimensions become more heads, because each mapped rpb
@@ -653,10 +644,10 @@ _HEADS = (-2, -2, -2, 0, -2, -2)
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, call = args
-        if is_plain(tensors):
-            return call.forward(tensors)
-        return _ops.attention(*tensors, *call.packed())
+        inputs, call = Inputs(*args[:6]), args[6]
+        if is_plain(inputs):
+            return call.forward(inputs)
+        return _ops.attention(*inputs, *call.packed())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -668,26 +659,29 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
+        *tensors, out, lse = ctx.saved_tensors
+        inputs = Inputs(*tensors)
         if is_composed((grad_out, grad_lse)):
             _tracing.refuse_gradients()
             needed = ctx.needs_input_grad[:6]
-            grads = _differentiable_gradient(saved[:6], needed, grad_out, grad_lse, ctx.call)
+            grads = _differentiable_gradient(inputs, needed, grad_out, grad_lse, ctx.call)
         else:
-            grads = _gradient(grad_out, grad_lse, saved, ctx.call)
+            grads = _gradient(grad_out, grad_lse, inputs, out, lse, ctx.call)
         return (*grads, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
         _refuse_nested_forward_mode()
-        call = ctx.call
-        return _composed_tangent(ctx.saved_tensors[:6], tangents[:6], call.rule, call.scale)
+        primals, changes = Inputs(*ctx.saved_tensors[:6]), Gradients(*tangents[:6])
+        return _composed_tangent(primals, changes, ctx.call.rule, ctx.call.scale)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         call, size = args[6], info.batch_size
-        merged = [_merge(x, dim, size, heads) for x, dim, heads in zip(args, in_dims, _HEADS)]
-        out, lse = attention(*merged, call.rule, call.scale, call.choice)  # type: ignore[call-arg]
+        merged: list[Any] = [
+            _merge(x, dim, size, heads) for x, dim, heads in zip(args, in_dims, _HEADS)
+        ]
+        out, lse = attention(Inputs(*merged), call.rule, call.scale, call.choice)
         return (_split(out, size, -2), _split(lse, size, -1)), (0, 0)
 
 
@@ -696,8 +690,7 @@ class _PlainAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, call = args
-        output = call.forward(tensors)
+        output = args[6].forward(Inputs(*args[:6]))
         _Attention.setup_context(ctx, args, output)
         return output
 
@@ -706,25 +699,27 @@ class _PlainAttention(torch.autograd.Function):
 
 
 def _gradient(
-    grad_out: Tensor | None, grad_lse: Tensor | None, saved: Sequence[Any], call: Call
-) -> Sequence[Any]:
-    """Gradients of the six inputs, None for those that are None."""
+    grad_out: Tensor | None, grad_lse: Tensor | None, inputs: Inputs, out: Tensor, lse: Tensor,
+    call: Call,
+) -> Sequence[Tensor | None]:  # fmt: skip
+    """Gradients of the inputs, None for those that are None."""
     if grad_out is None:
-        grad_out = torch.zeros_like(saved[6])
-    if is_plain((grad_out, grad_lse, *saved)):
-        return call.backward(grad_out, grad_lse, saved)
+        grad_out = torch.zeros_like(out)
+    if is_plain((grad_out, grad_lse, *inputs, out, lse)):
+        return call.backward(grad_out, grad_lse, inputs, out, lse)
     _tracing.refuse_gradients()
-    found = iter(_ops.attention_backward(grad_out, grad_lse, *saved, *call.packed()))
-    return [None if x is None else next(found) for x in saved[:6]]
+    arguments = (grad_out, grad_lse, *inputs, out, lse, *call.packed())
+    found = iter(_ops.attention_backward(*arguments))
+    return [None if x is None else next(found) for x in inputs]
 
 
 def _differentiable_gradient(
-    inputs: Sequence[Any], needed: Sequence[bool], grad_out: Tensor | None,
-    grad_lse: Tensor | None, call: Call,
+    inputs: Inputs, needed: Sequence[bool], grad_out: Tensor | None, grad_lse: Tensor | None,
+    call: Call,
 ) -> Sequence[Any]:  # fmt: skip
-    composed: Callable[..., tuple[Tensor, Tensor]] = functools.partial(
-        composed_attention, rule=call.rule, scale=call.scale
-    )
+    def composed(*tensors: Any) -> tuple[Tensor, Tensor]:
+        return composed_attention(Inputs(*tensors), call.rule, call.scale)
+
     if is_plain((grad_out, grad_lse, *inputs)):
         return differentiable_gradients(composed, inputs, needed, (grad_out, grad_lse))
 
@@ -776,10 +771,8 @@ def differentiable_gradients(
 
 
 def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *rule, scale, backend, tiles = inputs[6:]
-    ctx.call = Call(unpack(*rule), scale, _unpack_choice(backend, tiles))
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:6], *output)
+    tensors, call = unpack_call(inputs)
+    _Attention.setup_context(ctx, (*tensors, call), output)
 
 
 def _attention_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
@@ -793,26 +786,17 @@ torch.library.register_autograd(
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    extra_keys: Tensor | None,
-    extra_values: Tensor | None,
-    rule: Rule,
-    scale: float,
-    choice: Choice = _ANY,
+    inputs: Inputs, rule: Rule, scale: float, choice: Choice = _ANY
 ) -> tuple[Tensor, Tensor]:
-    """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``."""
-    tensors = (query, key, value, rpb, extra_keys, extra_values)
+    """Output ``[batch, *space, heads, value_dim]`` and LSE ``[batch, *space, heads]``."""
     call = Call(rule, scale, choice)
     compiled = torch.compiler.is_compiling()
-    if not compiled and is_plain(tensors):
-        return call(tensors)
+    if not compiled and is_plain(inputs):
+        return call(inputs)
     if compiled or _tracing.is_traced():
         _refuse_forward_mode()
         if _tracing.is_for_onnx():
-            return composed_attention(*tensors, rule, scale, gathered=True)
+            return composed_attention(inputs, rule, scale, gathered=True)
         rank = rule.rank if isinstance(rule, Neighborhood) else 0
-        return _tracing.record(_ops.attention, rank, *tensors, *call.packed())
-    return _Attention.apply(*tensors, call)
+        return _tracing.record(_ops.attention, rank, *inputs, *call.packed())
+    return _Attention.apply(*inputs, call)

@@ -18,31 +18,34 @@ from torch.autograd import forward_ad
 from . import _tracing, backends, operators
 from ._checks import check_same_shape
 from ._numbers import integer
+from .documents import Documents
 from .errors import ArgumentError
+from .inputs import Inputs
 from .neighborhood import Dense, Rule
 from .operators import Call, Choice, differentiable_gradients, is_composed, is_plain
-from .varlen import Documents, check_integers, check_starts, sequence_lengths, sequences
+from .varlen import check_integers, check_starts, sequence_lengths
 
 Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def problem_of(query: Tensor, value: Tensor) -> backends.Problem:
     """What decides which backend runs packed documents."""
+    # Not their number of tokens, which would have the choice made again for every batch.
     dims = query.shape[-1], value.shape[-1]
     return backends.Problem("packed", query.device, query.dtype, *dims)
 
 
-def backend_for(query: Tensor, key: Tensor, value: Tensor, name: str) -> Any | None:
-    """The functions of the backend that runs packed documents, or None if none does."""
+def backend_for(query: Tensor, key: Tensor, value: Tensor, name: str) -> backends.Backend | None:
+    """The backend that runs packed documents, or None if none does."""
     tangents = forward_ad._current_level >= 0
     if torch.compiler.is_compiling() or tangents or not is_plain((query, key, value)):
         return None
     found = backends.find(name, problem_of(query, value))
-    return None if found is None or found.name != (name or found.name) else found.module
+    return None if found is None or found.name != (name or found.name) else found
 
 
 def packed_attention(
-    backend: Any,
+    backend: backends.Backend,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -64,7 +67,7 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         query, key, value, backend, documents, rule, scale, _ = args
-        out, lse = backend.forward(query, key, value, None, None, None, rule, scale, documents)
+        out, lse = backend.packed_forward(Inputs(query, key, value), documents, rule, scale)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.others = args[3:]
@@ -78,9 +81,8 @@ class _PackedAttention(torch.autograd.Function):
             found = differentiable_gradients(one_by_one, inputs, ctx.needs_input_grad[:3], grads)
         else:
             grad_out = torch.zeros_like(out) if grads[0] is None else grads[0]
-            empty = (None, None, None)
-            found = backend.backward(
-                grad_out, grads[1], *inputs, *empty, out, lse, rule, scale, documents
+            found = backend.packed_backward(
+                grad_out, grads[1], Inputs(*inputs), out, lse, documents, rule, scale
             )
         return (*found[:3], *(None for _ in ctx.others))
 
@@ -164,10 +166,10 @@ class Lengths(NamedTuple):
             )
             check_starts("Q", query.shape[1], starts_q, most[0])
             check_starts("KV", key.shape[1], starts_kv, most[1])
-            return sequences((starts_q, starts_kv), most)
+            return Documents.of_sequences((starts_q, starts_kv), most)
         both = self.read(query, key)
         sums = [torch.tensor([0, *accumulate(each)], device=query.device) for each in both]
-        return sequences(sums, [max(each, default=0) for each in both])
+        return Documents.of_sequences(sums, [max(each, default=0) for each in both])
 
 
 def sequence_attention(
@@ -191,7 +193,7 @@ def sequence_attention(
 
     def each(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            return operators.attention(q, k, v, None, None, None, rule, scale, choice)
+            return operators.attention(Inputs(q, k, v), rule, scale, choice)
 
         return _one_by_one(dense, lengths, q, k, v)
 
@@ -207,7 +209,7 @@ def gathered(
 ) -> tuple[Tensor, Tensor]:
     """:func:`sequence_attention` in PyTorch's own operators, of all queries with all keys."""
     mask = _same_sequence(query, key, lengths, rule)
-    return operators.composed_attention(query, key, value, None, None, None, rule, scale, mask=mask)
+    return operators.composed_attention(Inputs(query, key, value), rule, scale, mask=mask)
 
 
 def gathered_gradient(
@@ -215,7 +217,7 @@ def gathered_gradient(
     lengths: Lengths, rule: Dense, scale: float,
 ) -> Sequence[Any]:  # fmt: skip
     """The gradient of :func:`gathered`, of query, key and value."""
-    mask, inputs = _same_sequence(query, key, lengths, rule), (query, key, value, None, None, None)
+    mask, inputs = _same_sequence(query, key, lengths, rule), Inputs(query, key, value)
     return operators.gathered_gradient(grad_out, grad_lse, inputs, rule, scale, mask=mask)[:3]
 
 
@@ -288,12 +290,12 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tupl
     backend = backend_for(query, key, value, choice.backend)
     if backend is None:
         found = _one_by_one(
-            lambda *qkv: Call(rule, scale, choice).forward((*qkv, None, None, None)),
+            lambda *qkv: Call(rule, scale, choice).forward(Inputs(*qkv)),
             lengths, query, key, value,
         )  # fmt: skip
     else:
         documents = lengths.documents(query, key)
-        found = backend.forward(query, key, value, None, None, None, rule, scale, documents)
+        found = backend.packed_forward(Inputs(query, key, value), documents, rule, scale)
     out, lse = found
     return out.contiguous(), lse.contiguous()
 
@@ -303,13 +305,13 @@ def _backward(
     out: Tensor, lse: Tensor, *arguments: Any,
 ) -> list[Tensor]:  # fmt: skip
     lengths, rule, scale, choice = unpack(arguments)
-    backend, empty = backend_for(query, key, value, choice.backend), (None, None, None)
+    backend = backend_for(query, key, value, choice.backend)
     if backend is not None:
         documents = lengths.documents(query, key)
-        found = backend.backward(
-            grad_out, grad_lse, query, key, value, *empty, out, lse, rule, scale, documents
+        found = backend.packed_backward(
+            grad_out, grad_lse, Inputs(query, key, value), out, lse, documents, rule, scale
         )
-        return [x.contiguous() for x in found[:3]]
+        return [x.contiguous() for x in found[:3] if x is not None]
     ours, theirs = lengths.read(query, key)
     ours, theirs = (ours, theirs) if ours else ([query.shape[1]], [key.shape[1]])
     sizes = ours, ours, ours, theirs, theirs, ours, ours
@@ -317,8 +319,8 @@ def _backward(
     parts = ([None] * len(ours) if x is None else x.split(n, 1) for x, n in zip(tensors, sizes))
     grads = []
     for grad, grad_exponent, q, k, v, each_out, each_lse in zip(*parts):
-        saved = (q, k, v, *empty, each_out, each_lse)
-        grads.append(Call(rule, scale, choice).backward(grad, grad_exponent, saved)[:3])
+        call = Call(rule, scale, choice)
+        grads.append(call.backward(grad, grad_exponent, Inputs(q, k, v), each_out, each_lse)[:3])
     return [torch.cat(each, dim=1) for each in zip(*grads)]
 
 

@@ -1,8 +1,7 @@
 """Neighborhood attention as dense masked attention: short, slow, and the oracle of all tests.
 
 Plain differentiable PyTorch for any dtype and device; memory grows with the square of the number
-of tokens. The functions have the names and layouts of every backend: tensors are heads-last,
-``[batch, *space, heads, head_dim]``; weights are ``[batch, *space, heads, window tokens]``.
+of tokens.
 """
 
 from __future__ import annotations
@@ -13,8 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..inputs import Gradients, Inputs
 from ..neighborhood import Neighborhood, Rule, outer, window_mask
 from ..softmax import softmax_with_lse
+from .interface import Backend, Shape
 
 
 def relative_bias(rule: Neighborhood, shape: Sequence[int], rpb: Tensor) -> Tensor:
@@ -40,20 +41,12 @@ def _bias_gradient(grad: Tensor, index: Tensor, rule: Neighborhood) -> Tensor:
     return flat.index_add(1, index.flatten(), grad.flatten(1)).unflatten(1, sizes)
 
 
-def _scores(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    extra_keys: Tensor | None,
-    extra_values: Tensor | None,
-    rule: Rule,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _scores(inputs: Inputs, rule: Rule, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Query, keys, values, ``[batch, heads, tokens, channels]``, and scores; additional ones last.
 
     All are float32 or float64; key/value heads are repeated.
     """
+    query, key, value, rpb, additional_keys, additional_values = inputs
     shape, key_shape, heads = query.shape[1:-2], key.shape[1:-2], query.shape[-2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     mask = window_mask(rule, shape, key_shape, query.device)
@@ -63,89 +56,17 @@ def _scores(
         assert isinstance(rule, Neighborhood)
         bias = relative_bias(rule, shape, rpb.to(dtype))
     bias = bias.masked_fill(~mask, -math.inf)
-    if extra_keys is not None and extra_values is not None:
-        k = torch.cat([k, extra_keys.to(dtype).transpose(1, 2)], dim=2)
-        v = torch.cat([v, extra_values.to(dtype).transpose(1, 2)], dim=2)
-        bias = torch.nn.functional.pad(bias, (0, extra_keys.shape[1]))
+    if additional_keys is not None and additional_values is not None:
+        k = torch.cat([k, additional_keys.to(dtype).transpose(1, 2)], dim=2)
+        v = torch.cat([v, additional_values.to(dtype).transpose(1, 2)], dim=2)
+        bias = torch.nn.functional.pad(bias, (0, additional_keys.shape[1]))
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     return q, k, v, q @ k.transpose(-1, -2) * scale + bias
-
-
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    extra_keys: Tensor | None,
-    extra_values: Tensor | None,
-    rule: Rule,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``."""
-    shape = query.shape[1:-2]
-    _, _, v, scores = _scores(query, key, value, rpb, extra_keys, extra_values, rule, scale)
-    weights, lse = softmax_with_lse(scores)
-    out = (weights @ v).transpose(1, 2).unflatten(1, shape)
-    return out.to(query.dtype), lse.transpose(1, 2).unflatten(1, shape)
-
-
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    extra_keys: Tensor | None,
-    extra_values: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    rule: Rule,
-    scale: float,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, rpb, additional keys and additional values."""
-    # Not by autograd, which is off where a dispatch mode (a flop counter, say) calls an operator.
-    q, k, v, scores = _scores(query, key, value, rpb, extra_keys, extra_values, rule, scale)
-    weights, _ = softmax_with_lse(scores)
-    do = grad_out.to(q.dtype).flatten(1, -3).transpose(1, 2)
-    dp = do @ v.transpose(-1, -2)
-    delta = (weights * dp).sum(-1)
-    if grad_lse is not None:
-        delta = delta - grad_lse.flatten(1, -2).transpose(1, 2)
-    ds = weights * (dp - delta[..., None])  # [B, H, N, M + additional]
-    dq, dk, dv = ds @ k * scale, ds.transpose(-1, -2) @ q * scale, weights.transpose(-1, -2) @ do
-
-    def finish(grad: Tensor, like: Tensor) -> Tensor:
-        return grad.transpose(1, 2).reshape(like.shape).to(like.dtype)
-
-    def finish_kv(grad: Tensor, like: Tensor) -> Tensor:
-        return finish(grad.unflatten(1, (like.shape[-2], -1)).sum(2), like)
-
-    tokens = math.prod(key.shape[1:-2])
-    drpb = dek = dev = None
-    if rpb is not None and isinstance(rule, Neighborhood):
-        index = _bias_index(rule, query.shape[1:-2], query.device)
-        drpb = _bias_gradient(ds[..., :tokens].sum(0), index, rule).to(rpb.dtype)
-    if extra_keys is not None and extra_values is not None:
-        dek = finish_kv(dk[:, :, tokens:], extra_keys)
-        dev = finish_kv(dv[:, :, tokens:], extra_values)
-    dk, dv = finish_kv(dk[:, :, :tokens], key), finish_kv(dv[:, :, :tokens], value)
-    return finish(dq, query), dk, dv, drpb, dek, dev
 
 
 def _slots(rule: Neighborhood, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     token, valid = rule.window_tokens_of(shape, device), rule.attended_slots(shape, device)
     return token.flatten(0, -2), valid.flatten(0, -2)
-
-
-def qk(query: Tensor, key: Tensor, rule: Neighborhood) -> Tensor:
-    """Products of every query with its window's keys; 0 in masked slots."""
-    shape = query.shape[1:-2]
-    token, valid = _slots(rule, shape, query.device)
-    q, k = (x.flatten(1, -3).transpose(1, 2) for x in (query, key))
-    scores = q @ k.transpose(-1, -2)
-    scores = scores.gather(-1, token.expand(*scores.shape[:-1], -1)).masked_fill(~valid, 0)
-    return scores.transpose(1, 2).unflatten(1, shape)
 
 
 def _dense(attn: Tensor, rule: Neighborhood) -> Tensor:
@@ -156,29 +77,86 @@ def _dense(attn: Tensor, rule: Neighborhood) -> Tensor:
     return dense.scatter_add(-1, token.expand(weights.shape), weights)
 
 
-def av(attn: Tensor, value: Tensor, rule: Neighborhood) -> Tensor:
-    """Sum of the window's values, weighted; masked slots are ignored."""
-    out = _dense(attn, rule) @ value.flatten(1, -3).transpose(1, 2)
-    return out.transpose(1, 2).unflatten(1, value.shape[1:-2])
+class Reference(Backend):
+    """The definition, written out."""
 
+    name = "reference"
+    devices = "every device of PyTorch"
+    operations = ("attention", "gradient", "unfused")
 
-def av_transposed(attn: Tensor, x: Tensor, rule: Neighborhood) -> Tensor:
-    """For every key, the sum of ``x`` at the queries that attend it, weighted."""
-    out = _dense(attn, rule).transpose(-1, -2) @ x.flatten(1, -3).transpose(1, 2)
-    return out.transpose(1, 2).unflatten(1, x.shape[1:-2])
+    def forward(
+        self, inputs: Inputs, rule: Rule, scale: float, tiles: Shape = ()
+    ) -> tuple[Tensor, Tensor]:
+        query, shape = inputs.query, inputs.query.shape[1:-2]
+        _, _, v, scores = _scores(inputs, rule, scale)
+        weights, lse = softmax_with_lse(scores)
+        out = (weights @ v).transpose(1, 2).unflatten(1, shape)
+        return out.to(query.dtype), lse.transpose(1, 2).unflatten(1, shape)
 
+    def backward(
+        self, grad_out: Tensor, grad_lse: Tensor | None, inputs: Inputs, out: Tensor, lse: Tensor,
+        rule: Rule, scale: float, tiles: Shape = (),
+    ) -> Gradients:  # fmt: skip
+        # Not by autograd, which is off where a dispatch mode (a flop counter, say) calls an
+        # operator.
+        query, key, value, rpb, additional_keys, additional_values = inputs
+        q, k, v, scores = _scores(inputs, rule, scale)
+        weights, _ = softmax_with_lse(scores)  # P [B, H, queries, keys + additional]
+        do = grad_out.to(q.dtype).flatten(1, -3).transpose(1, 2)
+        dp = do @ v.transpose(-1, -2)  # dP = dO V^T
+        delta = (weights * dp).sum(-1)
+        if grad_lse is not None:
+            delta = delta - grad_lse.flatten(1, -2).transpose(1, 2)
+        ds = weights * (dp - delta[..., None])  # dS = P * (dP - delta)
+        dq = ds @ k * scale
+        dk, dv = ds.transpose(-1, -2) @ q * scale, weights.transpose(-1, -2) @ do
 
-def bias(rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
-    """``rpb`` in every window slot, ``[*space, heads, window tokens]``; 0 in masked slots."""
-    token, valid = _slots(rule, shape, rpb.device)
-    dense = relative_bias(rule, shape, rpb)
-    picked = dense.gather(-1, token.expand(len(dense), -1, -1)).masked_fill(~valid, 0)
-    return picked.transpose(0, 1).unflatten(0, shape)
+        def finish(grad: Tensor, like: Tensor) -> Tensor:
+            return grad.transpose(1, 2).reshape(like.shape).to(like.dtype)
 
+        def finish_kv(grad: Tensor, like: Tensor) -> Tensor:
+            return finish(grad.unflatten(1, (like.shape[-2], -1)).sum(2), like)
 
-def bias_transposed(grad: Tensor, rule: Neighborhood) -> Tensor:
-    """The gradient of ``rpb`` from ``grad [*space, heads, window tokens]``."""
-    token, valid = _slots(rule, grad.shape[:-2], grad.device)
-    index = _bias_index(rule, grad.shape[:-2], grad.device).gather(1, token)
-    slots = grad.flatten(0, -3).transpose(0, 1).masked_fill(~valid, 0)
-    return _bias_gradient(slots, index, rule)
+        tokens = math.prod(key.shape[1:-2])
+        grad_rpb = grad_keys = grad_values = None
+        if rpb is not None and isinstance(rule, Neighborhood):
+            index = _bias_index(rule, query.shape[1:-2], query.device)
+            grad_rpb = _bias_gradient(ds[..., :tokens].sum(0), index, rule).to(rpb.dtype)
+        if additional_keys is not None and additional_values is not None:
+            grad_keys = finish_kv(dk[:, :, tokens:], additional_keys)
+            grad_values = finish_kv(dv[:, :, tokens:], additional_values)
+        dk, dv = finish_kv(dk[:, :, :tokens], key), finish_kv(dv[:, :, :tokens], value)
+        return Gradients(finish(dq, query), dk, dv, grad_rpb, grad_keys, grad_values)
+
+    def qk(self, query: Tensor, key: Tensor, rule: Neighborhood) -> Tensor:
+        shape = query.shape[1:-2]
+        token, valid = _slots(rule, shape, query.device)
+        q, k = (x.flatten(1, -3).transpose(1, 2) for x in (query, key))
+        scores = q @ k.transpose(-1, -2)
+        scores = scores.gather(-1, token.expand(*scores.shape[:-1], -1)).masked_fill(~valid, 0)
+        return scores.transpose(1, 2).unflatten(1, shape)
+
+    def av(self, attn: Tensor, value: Tensor, rule: Neighborhood) -> Tensor:
+        out = _dense(attn, rule) @ value.flatten(1, -3).transpose(1, 2)
+        return out.transpose(1, 2).unflatten(1, value.shape[1:-2])
+
+    def av_transposed(self, attn: Tensor, x: Tensor, rule: Neighborhood) -> Tensor:
+        out = _dense(attn, rule).transpose(-1, -2) @ x.flatten(1, -3).transpose(1, 2)
+        return out.transpose(1, 2).unflatten(1, x.shape[1:-2])
+
+    def rpb_bias(self, rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
+        token, valid = _slots(rule, shape, rpb.device)
+        dense = relative_bias(rule, shape, rpb)
+        picked = dense.gather(-1, token.expand(len(dense), -1, -1)).masked_fill(~valid, 0)
+        return picked.transpose(0, 1).unflatten(0, shape)
+
+    def rpb_bias_transposed(self, grad: Tensor, rule: Neighborhood) -> Tensor:
+        token, valid = _slots(rule, grad.shape[:-2], grad.device)
+        index = _bias_index(rule, grad.shape[:-2], grad.device).gather(1, token)
+        slots = grad.flatten(0, -3).transpose(0, 1).masked_fill(~valid, 0)
+        return _bias_gradient(slots, index, rule)
+
+    def computed_pairs(
+        self, rule: Neighborhood, shape: Shape, key_shape: Shape, matrices: int, dim: int
+    ) -> int:
+        return math.prod(shape) * math.prod(key_shape)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import backends
+from ..inputs import Inputs
 from ..neighborhood import Dense, Rule
 
 
 def _compatible(query: Tensor, key: Tensor, value: Tensor, rule: Rule | None) -> list[str]:
     """Backends that can run a problem: the one that does, then the others in order."""
-    problem = backends.Problem(
-        "attention", query.device, query.dtype, query.shape[-1], value.shape[-1],
-        tuple(query.shape), rule, key_shape=tuple(key.shape[1:-2]),
-    )  # fmt: skip
+    problem = backends.Problem.of("attention", Inputs(query, key, value), rule)
     names = [each.name for each in backends.BACKENDS if each.unsupported(problem) is None]
     first = backends.find("", problem)
     return sorted(names, key=lambda name: first is None or name != first.name)

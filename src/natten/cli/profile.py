@@ -9,11 +9,9 @@ times the fraction of query-key pairs that are needed.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -287,13 +285,13 @@ def _print_kernels(report: Report, pass_name: str, kernels: list[Any]) -> None:
 
 def _dry_run(args: argparse.Namespace, problem: Problem) -> int:
     from ..profiler import choose_backend
-    from ..profiler.tune import kernels, tiled_axes, tiles_module
+    from ..profiler.tune import kernels, tile_chooser, tiled_axes
 
-    asked = next((each for each in backends.BACKENDS if each.name == args.backend), None)
+    asked = backends.named(args.backend)
     backend = asked.name if asked else choose_backend(problem, args.backend)
     if asked is not None and (reason := _lacks(asked, problem, "attention")) is not None:
         raise ArgumentError(f"`--backend` {backend}: it {reason}.")
-    tiles = tiles_module(backend)
+    tiles = tile_chooser(backend)
     print(problem)
     if tiles is None and backend == "tiled":
         axes = [
@@ -321,20 +319,19 @@ def _dry_run(args: argparse.Namespace, problem: Problem) -> int:
 
 def _lacks(backend: backends.Backend, problem: Problem, operation: str) -> str | None:
     """Why a backend can not run a problem, whatever this machine lacks: nothing runs."""
-    limits = backend.limits if importlib.util.find_spec("triton") is not None else None
     question = backends.Problem(
         operation, problem.device, problem.dtype, problem.dim, problem.value_dim,
         (problem.batch, *problem.shape, problem.heads, problem.dim), problem.rule,
         problem.dim**-0.5,
     )  # fmt: skip
-    return replace(backend, missing=lambda _: None, limits=limits).unsupported(question)
+    return backend.lacks(question)
 
 
 def _print_tiles(problem: Problem, backend: str, kind: str, most: int) -> None:
     """What a kernel can use; columns are the fields of its tiles."""
-    from ..profiler.tune import arguments, shapes, tiles_module
+    from ..profiler.tune import arguments, shapes, tile_chooser
 
-    tiles: Any = tiles_module(backend)
+    tiles: Any = tile_chooser(backend)
     found = tiles.candidates(kind, *arguments(problem))
     chosen = tiles.choose(kind, *arguments(problem))
     rank = len(problem.shape)
@@ -372,7 +369,7 @@ def _optimize(
 ) -> None:
     from ..profiler import natten_call
     from ..profiler.measure import graph_time
-    from ..profiler.tune import FORWARD_KIND, arguments, optimize, shapes, tiles_module
+    from ..profiler.tune import FORWARD_KIND, arguments, optimize, shapes, tile_chooser
 
     if not found:
         raise ArgumentError(
@@ -388,7 +385,7 @@ def _optimize(
 
     steps = 0
     for name, kind in found:
-        tiles: Any = tiles_module(name)
+        tiles: Any = tile_chooser(name)
         count = len(tiles.candidates(kind, *arguments(problem)))
         steps += min(count, args.max_configs or count)
     with progress(steps) as step:

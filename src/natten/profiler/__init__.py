@@ -57,7 +57,8 @@ def choose_backend(problem: Problem, name: str | None, operation: str = "attenti
     )  # fmt: skip
     chosen = backends.choose(wanted, question)
     if wanted and operation == "attention" and chosen.name != wanted:
-        asked = next(each for each in backends.BACKENDS if each.name == wanted)
+        asked = backends.named(wanted)
+        assert asked is not None
         raise ArgumentError(f"`backend` {wanted}: it {asked.unsupported(question)}.")
     return chosen.name
 

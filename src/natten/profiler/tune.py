@@ -1,21 +1,17 @@
 """Tiles that a backend can be told to use: listing, forcing, trying, remembering.
 
-A backend whose package has a module ``tiles`` with ``KINDS``, ``candidates``, ``choose``, ``key``
-and ``computed_pairs`` can be tuned; :mod:`natten.backends.triton.tiles` says what they are.
+A backend that has a :class:`natten.backends.interface.TileChooser` can be tuned.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import tiling, tuning
-from ..backends import sdpa
+from .. import backends, tiling, tuning
+from ..backends.interface import TileChooser
 from ..errors import ArgumentError
 from .problem import Problem
 
@@ -23,27 +19,23 @@ FORWARD_KIND = "forward"
 Shape = tuple[int, ...]
 
 
-def tiles_module(backend: str) -> Any | None:
-    """The backend's module ``tiles``, or None if it has nothing to tune.
+def tile_chooser(backend: str) -> TileChooser | None:
+    """How the backend's tiles are chosen, or None if it has nothing to tune.
 
     Raises:
         ArgumentError: a package that the backend needs is missing.
     """
+    found = backends.named(backend)
     try:
-        if importlib.util.find_spec(f"natten.backends.{backend}.tiles") is None:
-            return None
-        module = importlib.import_module(f"natten.backends.{backend}.tiles")
-        return module if hasattr(module, "KINDS") else None
+        return None if found is None else found.tile_chooser()
     except ModuleNotFoundError as error:
-        if error.name and error.name.startswith("natten"):
-            return None  # a backend in one file
         raise ArgumentError(
             f"`--backend` {backend} needs the package {error.name}, which is not installed."
         ) from None
 
 
 def arguments(problem: Problem) -> tuple[Any, ...]:
-    """What functions of a module ``tiles`` take after the kind of kernel."""
+    """What functions of a :class:`TileChooser` take after the kind of kernel."""
     return (
         problem.rule, problem.shape, problem.shape, problem.dim, problem.value_dim,
         problem.dtype.itemsize,
@@ -57,10 +49,10 @@ def kernels(forward: str, gradient: str | None) -> list[tuple[str, str]]:
         forward: the backend of the forward pass.
         gradient: that of the backward pass, which may be another; None is none.
     """
-    found = [(forward, FORWARD_KIND)] if tiles_module(forward) is not None else []
-    module = None if gradient is None else tiles_module(gradient)
-    if gradient is not None and module is not None:
-        found += [(gradient, kind) for kind in module.KINDS if kind != FORWARD_KIND]
+    found = [(forward, FORWARD_KIND)] if tile_chooser(forward) is not None else []
+    chooser = None if gradient is None else tile_chooser(gradient)
+    if gradient is not None and chooser is not None:
+        found += [(gradient, kind) for kind in chooser.KINDS if kind != FORWARD_KIND]
     return found
 
 
@@ -73,18 +65,16 @@ def computed_over_needed(problem: Problem, forward: str, gradient: str | None) -
     """
     computed = {}
     for backend, kind in kernels(forward, gradient):
-        tiles = tiles_module(backend)
-        assert tiles is not None
-        chosen = tiles.choose(kind, *arguments(problem))
-        computed[kind] = tiles.computed_pairs(
-            kind, problem.rule, problem.shape, problem.shape, chosen
+        chooser = tile_chooser(backend)
+        assert chooser is not None
+        tiles = chooser.choose(kind, *arguments(problem))
+        computed[kind] = chooser.computed_pairs(
+            kind, problem.rule, problem.shape, problem.shape, tiles
         )
-    if forward == "tiled":
-        computed[FORWARD_KIND] = math.prod(axis.products for axis in tiled_axes(problem))
-    elif forward == "sdpa":
-        computed[FORWARD_KIND] = sdpa.computed_pairs(*_tiling_arguments(problem))
-    elif forward == "reference":
-        computed[FORWARD_KIND] = problem.tokens**2
+    plain = backends.named(forward)
+    pairs = None if plain is None else plain.computed_pairs(*_tiling_arguments(problem))
+    if pairs is not None:
+        computed[FORWARD_KIND] = pairs
     extra = problem.tokens * problem.extra
     return {kind: (pairs + extra) / problem.needed_pairs for kind, pairs in computed.items()}
 
@@ -128,7 +118,7 @@ def forced_tiles(
             wanted = forward if kind == FORWARD_KIND else backward
             if wanted == Forced(None, None):
                 continue
-            tiles = tiles_module(backend)
+            tiles = tile_chooser(backend)
             assert tiles is not None
             candidates = tiles.candidates(kind, *arguments(problem))
             fitting = next((x for x in candidates if _fits(shapes(kind, x), wanted)), None)
@@ -194,7 +184,7 @@ def optimize(
     trials: list[Trial] = []
     paths = []
     for backend, kind in found:
-        tiles = tiles_module(backend)
+        tiles = tile_chooser(backend)
         assert tiles is not None
         key = tiles.key(kind, *arguments(problem))
 

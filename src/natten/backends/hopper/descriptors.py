@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import MOST
 from .gluon_names import TensorDescriptor, gl
-
-MOST = 2**31 - 1  # coordinates of TMA are 32 bits
 
 
 class View(NamedTuple):

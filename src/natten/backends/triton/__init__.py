@@ -9,120 +9,108 @@ strides.
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from ...neighborhood import Rule
-from ...varlen import Documents
-from .. import no_gradients
-from .plan import Plan, contiguous, on_device, plan_for, readable
-from .unfused import av, av_transposed, bias, bias_transposed, qk
-
-__all__ = ["av", "av_transposed", "backward", "bias", "bias_transposed", "forward", "qk"]
+from ... import _submodules
+from ...documents import Documents
+from ...inputs import Gradients, Inputs
+from ...neighborhood import Neighborhood, Rule
+from ..interface import Backend, Problem, Shape, TileChooser
 
 
-def _others(
-    query: Tensor,
-    rpb: Tensor | None,
-    extra_keys: Tensor | None,
-    extra_values: Tensor | None,
-    documents: Documents | None,
-) -> list[Tensor]:
-    """Bias, additional tokens and table as kernels read them; what is missing is never read."""
-    table = None if documents is None else documents.table
-    return [query if x is None else contiguous(x) for x in (rpb, extra_keys, extra_values, table)]
+def missing(problem: Problem) -> str | None:
+    """What Triton's kernels for GPUs lack on this machine, None if nothing."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if problem.device.type != "cuda" and not interpreted:
+        return f"runs on GPUs, not on {problem.device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton"
+    if interpreted or torch.version.hip is not None:
+        return None
+    if torch.cuda.get_device_capability(problem.device) < (8, 0):
+        return "needs a GPU of compute capability 8.0 or newer"
+    return None
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    extra_keys: Tensor | None,
-    extra_values: Tensor | None,
-    rule: Rule,
-    scale: float,
-    documents: Documents | None = None,
-    tiles: tuple[int, ...] = (),
-) -> tuple[Tensor, Tensor]:
-    """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``.
+class Triton(Backend):
+    """The portable kernels; their modules are imported at the first use, as they need Triton."""
 
-    With ``documents``, batch is 1 and space is the tokens of all of them.
-    """
-    *rows, _ = query.shape
-    out = query.new_empty(*rows, value.shape[-1])
-    lse = query.new_empty(*rows, dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
-    query, key, value = readable(query), readable(key), readable(value)
-    found = plan_for(query, key, value, rpb, extra_keys, rule, scale, documents, tiles)
-    with on_device(query):
-        others = _others(query, rpb, extra_keys, extra_values, documents)
-        found.forward(query, key, value, *others, out, lse)
-    return out, lse
+    name = "triton"
+    devices = "NVIDIA from compute capability 8.0, AMD"
+    operations = ("attention", "gradient", "unfused", "packed")
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    head_dims = range(1, 257)
+    value_dims = range(1, 513)
+    takes_tiles = True
 
+    def missing(self, problem: Problem) -> str | None:
+        return missing(problem)
 
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    extra_keys: Tensor | None,
-    extra_values: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    rule: Rule,
-    scale: float,
-    documents: Documents | None = None,
-    tiles: tuple[int, ...] = (),
-) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, rpb, additional keys and additional values."""
-    if query.numel() == 0 or key.numel() == 0:
-        return no_gradients(query, key, value, rpb, extra_keys, extra_values)
-    grad_query, grad_key, grad_value = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
-    ]
-    terms = lse.new_empty(*lse.shape, 4)
-    grad_rpb = grad_ek = grad_ev = None
-    query, key, value = readable(query), readable(key), readable(value)
-    grad_out, out, lse = contiguous(grad_out), out.contiguous(), lse.contiguous()
-    found = plan_for(query, key, value, rpb, extra_keys, rule, scale, documents, tiles)
-    with on_device(query):
-        bias, ek, ev, table = _others(query, rpb, extra_keys, extra_values, documents)
-        run, given = found.query, lse  # of which nothing is read
-        if grad_lse is not None:
-            run, given = found.query_of_both, contiguous(grad_lse)
-        run(query, key, value, bias, ek, ev, table, out, lse, grad_out, given, terms, grad_query)
-        found.key(query, key, value, bias, table, grad_out, terms, grad_key, grad_value)
-        if extra_keys is not None:
-            grad_ek, grad_ev = extra_gradients(found, query, ek, ev, grad_out, terms)
-        if rpb is not None:
-            grad_rpb = _bias_gradient(found, query, key, value, bias, grad_out, terms)
-    return grad_query, grad_key, grad_value, grad_rpb, grad_ek, grad_ev
+    def limits(self, problem: Problem) -> str | None:
+        if problem.bias and abs(problem.scale) < 1e-20:
+            return "divides a bias by the scale, which must not be that small"
+        return None
 
+    @cached_property
+    def _fused(self) -> ModuleType:
+        from . import fused
 
-def extra_gradients(found: Plan, query: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-    """Every query reaches the additional tokens: sums over parts, then over the parts."""
-    parts, launch = found.extra_tokens
-    shape = (found.batch, found.kv_heads, parts, found.extra or 0)
-    grads = [
-        query.new_empty(*shape, channels, dtype=torch.float32)
-        for channels in (found.dim, found.value_dim)
-    ]
-    if found.extra:
-        launch(query, *others, *grads)
-    keys, values = (x.sum(2).transpose(1, 2).to(query.dtype).contiguous() for x in grads)
-    return keys, values
+        return fused
+
+    @cached_property
+    def _unfused(self) -> ModuleType:
+        from . import unfused
+
+        return unfused
+
+    def forward(
+        self, inputs: Inputs, rule: Rule, scale: float, tiles: Shape = ()
+    ) -> tuple[Tensor, Tensor]:
+        return self._fused.forward(inputs, rule, scale, None, tiles)
+
+    def backward(
+        self, grad_out: Tensor, grad_lse: Tensor | None, inputs: Inputs, out: Tensor, lse: Tensor,
+        rule: Rule, scale: float, tiles: Shape = (),
+    ) -> Gradients:  # fmt: skip
+        return self._fused.backward(grad_out, grad_lse, inputs, out, lse, rule, scale, None, tiles)
+
+    def packed_forward(
+        self, inputs: Inputs, documents: Documents, rule: Rule, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return self._fused.forward(inputs, rule, scale, documents)
+
+    def packed_backward(
+        self, grad_out: Tensor, grad_lse: Tensor | None, inputs: Inputs, out: Tensor, lse: Tensor,
+        documents: Documents, rule: Rule, scale: float,
+    ) -> Gradients:  # fmt: skip
+        return self._fused.backward(grad_out, grad_lse, inputs, out, lse, rule, scale, documents)
+
+    def qk(self, query: Tensor, key: Tensor, rule: Neighborhood) -> Tensor:
+        return self._unfused.qk(query, key, rule)
+
+    def av(self, attn: Tensor, value: Tensor, rule: Neighborhood) -> Tensor:
+        return self._unfused.av(attn, value, rule)
+
+    def av_transposed(self, attn: Tensor, x: Tensor, rule: Neighborhood) -> Tensor:
+        return self._unfused.av_transposed(attn, x, rule)
+
+    def rpb_bias(self, rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
+        return self._unfused.rpb_bias(rpb, shape, rule)
+
+    def rpb_bias_transposed(self, grad: Tensor, rule: Neighborhood) -> Tensor:
+        return self._unfused.rpb_bias_transposed(grad, rule)
+
+    def tile_chooser(self) -> TileChooser:
+        from . import tiles
+
+        return tiles  # type: ignore[return-value]
 
 
-def _bias_gradient(
-    found: Plan, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor, *others: Tensor
-) -> Tensor:
-    shape, launches = found.rpb
-    partial, grad = query.new_empty(shape, dtype=torch.float32), torch.empty_like(rpb)
-    for launch, add_up in launches:
-        launch(query, key, value, rpb, *others, partial)
-        add_up(partial, grad)
-    return grad
+__getattr__ = _submodules.getter(__name__)

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ... import tuning
+from ...documents import Documents
+from ...inputs import Inputs
 from ...neighborhood import Dense, Rule
 from ...tiling import padded
-from ...varlen import Documents
 from . import tiles as tiling
 from .backward import (
     bias_kernel,
@@ -359,17 +360,14 @@ _cached_plan = tuning.cached(Plan)
 
 
 def plan_for(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    extra_keys: Tensor | None,
+    inputs: Inputs,
     rule: Rule,
     scale: float,
     documents: Documents | None = None,
     tiles: tuple[int, ...] = (),
 ) -> Plan:
     """The plan of a call; tensors have channels one after another."""
+    query, key, value, rpb, additional_keys, _ = inputs
     return _cached_plan(
         rule,
         scale,
@@ -378,7 +376,7 @@ def plan_for(
         (query.shape, key.shape, value.shape),
         (query.stride(), key.stride(), value.stride()),
         None if rpb is None else rpb.dtype,
-        None if extra_keys is None else extra_keys.shape[1],
+        None if additional_keys is None else additional_keys.shape[1],
         None if documents is None else documents[1:],
         tiles,
         query.dtype == torch.float32 and allows_tf32(),

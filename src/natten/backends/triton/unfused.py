@@ -396,7 +396,7 @@ def av_transposed(attn: Tensor, x: Tensor, rule: Neighborhood) -> Tensor:
     return _run("av_transposed", attn, x, x.shape[-1], rule)
 
 
-def bias(rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
+def rpb_bias(rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
     """``rpb`` in every window slot, ``[*space, heads, window tokens]``; 0 in masked slots."""
     heads, slots, tokens = rpb.shape[0], rule.window_tokens, math.prod(shape)
     out = rpb.new_empty(heads, *shape, slots)
@@ -408,7 +408,7 @@ def bias(rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
     return out.movedim(0, -2)
 
 
-def bias_transposed(grad: Tensor, rule: Neighborhood) -> Tensor:
+def rpb_bias_transposed(grad: Tensor, rule: Neighborhood) -> Tensor:
     """The gradient of ``rpb`` from ``grad [*space, heads, window tokens]``."""
     *shape, heads, _ = grad.shape
     grad = readable(grad)

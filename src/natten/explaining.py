@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import backends, packed
-from .._checks import autocast_tensors
-from .._keywords import check_call
-from ..functional import ATTENTION, GENERIC, check_arguments, check_attention
-from ..neighborhood import Dimension
-from ..operators import Call
+from . import backends, packed
+from ._checks import autocast_tensors
+from ._keywords import check_call
+from .functional import ATTENTION, GENERIC, check_arguments, check_attention
+from .inputs import Inputs
+from .neighborhood import Dimension
+from .operators import Call
 
 
 def explain(
@@ -55,13 +56,9 @@ def explain(
     given = (query, key, value, kernel_size, *args)
     options = dict(check_call("explain", GENERIC, given, kwargs).arguments)
     names = "query", "key", "value", "additional_keys", "additional_values"
-    q, k, v, *extra = autocast_tensors(*(options.pop(name, None) for name in names))
-    tensors = (q, k, v, options.pop("rpb", None), *extra)
-    call = Call(*check_arguments(tensors, **options))
-    return _lines(call.choice.backend, *(call.problem(each, tensors) for each in _PASSES))
-
-
-_PASSES = "attention", "gradient"
+    q, k, v, *additional = autocast_tensors(*(options.pop(name, None) for name in names))
+    inputs = Inputs(q, k, v, options.pop("rpb", None), *additional)
+    return _lines_of(Call(*check_arguments(inputs, **options)), inputs)
 
 
 def _explain_attention(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> str:
@@ -71,9 +68,18 @@ def _explain_attention(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[s
     if lengths is not None:
         ours, _ = lengths.read(query, key)
         if packed.backend_for(query, key, value, name) is not None:
-            return _lines(name, *(packed.problem_of(query, value),) * 2)
+            problem = packed.problem_of(query, value)
+            return _lines(name, problem, problem)
         query = query[:, : max(ours, default=0)]
-    return _lines(name, *(call.problem(each, (query, key, value, None, None)) for each in _PASSES))
+    return _lines_of(call, Inputs(query, key, value))
+
+
+def _lines_of(call: Call, inputs: Inputs) -> str:
+    forward, gradient = (
+        backends.Problem.of(operation, inputs, call.rule, call.scale)
+        for operation in ("attention", "gradient")
+    )
+    return _lines(call.choice.backend, forward, gradient)
 
 
 def _lines(name: str, problem: backends.Problem, gradient: backends.Problem) -> str:

@@ -1,0 +1,285 @@
+"""What a backend is: a class that says what it can run, and runs it.
+
+A backend derives from :class:`Backend`. Its capabilities are class attributes, so that the choice
+of a backend, :func:`natten.backends.explain` and the table of the documentation can read them.
+Methods of operations that it does not list are never called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..documents import Documents
+from ..inputs import Gradients, Inputs
+from ..neighborhood import Dense, Neighborhood, Rule
+
+# What the operations of a problem are called.
+OPERATIONS = {
+    "attention": "fused forward",
+    "gradient": "fused backward",
+    "packed": "packed documents in one launch",
+    "unfused": "unfused operators",
+}
+
+Shape = tuple[int, ...]
+
+
+class Problem(NamedTuple):
+    """What decides which backend runs.
+
+    Attributes:
+        operation: "attention", its "gradient", "packed" documents, or "unfused": qk, av,
+            av_transposed and the bias.
+        device, dtype: of the tensors.
+        head_dim, value_dim: channels of a head.
+        shape: of the query, heads-last; of attention and its gradient only, as what follows.
+        rule: the neighborhood, None where only tensors are asked about.
+        scale: factor on the scores.
+        bias: whether there is a relative positional bias.
+        key_shape: token layout of the keys; () where it is the query's.
+        additional: whether there are additional keys.
+    """
+
+    operation: str
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int = 0
+    value_dim: int = 0
+    shape: Shape = ()
+    rule: Rule | None = None
+    scale: float = 1.0
+    bias: bool = False
+    key_shape: Shape = ()
+    additional: bool = False
+
+    @classmethod
+    def of(
+        cls, operation: str, inputs: Inputs, rule: Rule | None = None, scale: float = 1.0
+    ) -> Problem:
+        """The problem of an operation on these tensors."""
+        query, key, value, rpb, additional_keys, _ = inputs
+        return cls(
+            operation, query.device, query.dtype, query.shape[-1], value.shape[-1], query.shape,
+            rule, scale, rpb is not None, key.shape[1:-2], additional_keys is not None,
+        )  # fmt: skip
+
+
+class Tiles(NamedTuple):
+    """How a kernel cuts a problem, and how it runs; shapes have three axes.
+
+    Attributes:
+        q_block, kv_block: queries and keys that meet in one step. Of the kernel of dK and dV, the
+            keys stay and the blocks of queries pass; of the others, it is the reverse.
+        num_warps: warps that compute.
+        num_stages: blocks in flight.
+        split_axis: the axis along which the tiles of two warpgroups are neighbors.
+        resident_programs: programs that share a multiprocessor.
+    """
+
+    q_block: Shape
+    kv_block: Shape
+    num_warps: int
+    num_stages: int
+    split_axis: int = 0
+    resident_programs: int = 1
+
+
+class TileChooser(Protocol):
+    """How a backend with tiles chooses them; a module may be one.
+
+    The arguments of a problem are the kind of kernel, the rule, the token layouts of queries and of
+    keys, the channels of a head and of its values, and the bytes of a number.
+    """
+
+    KINDS: tuple[str, ...]  # of kernels; the first is the forward's, the others are the backward's
+
+    def key(
+        self, kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int,
+        itemsize: int,
+    ) -> str:  # fmt: skip
+        """The name of a problem in :mod:`natten.tuning`."""
+
+    def candidates(
+        self, kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int,
+        itemsize: int,
+    ) -> Sequence[Tiles]:  # fmt: skip
+        """Tiles that the kernel can run, cheapest first by estimate."""
+
+    def choose(
+        self, kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int,
+        itemsize: int,
+    ) -> Tiles:  # fmt: skip
+        """The tiles that were measured to be fastest, else the first candidate."""
+
+    def computed_pairs(
+        self, kind: str, rule: Rule, shape: Shape, key_shape: Shape, tiles: Tiles
+    ) -> int:
+        """Query-key pairs that the kernel computes per batch entry and head."""
+
+
+class Backend:
+    """Base class of the backends.
+
+    Attributes:
+        name: what users call it.
+        devices: where it runs, for people.
+        operations: keys of ``OPERATIONS``.
+        dtypes: None for every floating-point dtype.
+        head_dims, value_dims: None for all.
+        bias: whether fused operators take a relative positional bias.
+        plain: whether fused operators run plain attention.
+        takes_tiles: whether fused operators take tile shapes.
+    """
+
+    name: str
+    devices: str
+    operations: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...] | None = None
+    head_dims: range | None = None
+    value_dims: range | None = None
+    bias: bool = True
+    plain: bool = True
+    takes_tiles: bool = False
+
+    # --- what it can run ---
+
+    def missing(self, problem: Problem) -> str | None:
+        """What a problem's device or this machine lacks, None if nothing."""
+        return None
+
+    def limits(self, problem: Problem) -> str | None:
+        """A further reason why it can not run a problem, on any machine, or None."""
+        return None
+
+    def slower(self, problem: Problem) -> str | None:
+        """Why a problem that it can run is left to the next backend, or None.
+
+        A backend that is asked for by name runs all the same.
+        """
+        return None
+
+    def lacks(self, problem: Problem) -> str | None:
+        """Why it can not run a problem, on any machine, or None."""
+        dtype, fused = problem.dtype, problem.operation != "unfused"
+        if problem.operation not in self.operations:
+            return f"has no {OPERATIONS[problem.operation]}"
+        if not dtype.is_floating_point:
+            return f"needs a floating-point dtype, not {dtype}"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"has no kernels for {dtype}"
+        for name, dims, dim in (
+            ("head_dim", self.head_dims, problem.head_dim),
+            ("value head_dim", self.value_dims, problem.value_dim),
+        ):
+            if fused and dims is not None and dim not in dims:
+                return f"has kernels for {name} {describe(dims)}"
+        if problem.bias and not self.bias:
+            return "has no relative positional bias"
+        if isinstance(problem.rule, Dense) and not self.plain:
+            return "has kernels for neighborhoods only"
+        return self.limits(problem)
+
+    def unsupported(self, problem: Problem) -> str | None:
+        """Why it can not run a problem here, or None."""
+        missing = self.missing(problem)
+        return self.lacks(problem) if missing is None else missing
+
+    def declined(self, problem: Problem) -> str | None:
+        """Why it does not run a problem unless it is asked for by name, or None."""
+        reason = self.unsupported(problem)
+        return self.slower(problem) if reason is None else reason
+
+    # --- fused attention ---
+
+    def forward(
+        self, inputs: Inputs, rule: Rule, scale: float, tiles: Shape = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Output ``[batch, *space, heads, value_dim]`` and LSE ``[batch, *space, heads]``.
+
+        Args:
+            inputs: the tensors, with any strides.
+            rule: who attends whom.
+            scale: factor on the scores.
+            tiles: sizes along every axis, of tiles of queries and of keys in the forward pass, and
+                of both in the backward pass; 0 leaves the choice. () unless ``takes_tiles``.
+        """
+        raise NotImplementedError
+
+    def backward(
+        self, grad_out: Tensor, grad_lse: Tensor | None, inputs: Inputs, out: Tensor, lse: Tensor,
+        rule: Rule, scale: float, tiles: Shape = (),
+    ) -> Gradients:  # fmt: skip
+        """Gradients of the inputs from those of the output and, if it has one, of the LSE."""
+        raise NotImplementedError
+
+    def packed_forward(
+        self, inputs: Inputs, documents: Documents, rule: Rule, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward` inside each document; the batch is 1, space are all tokens."""
+        raise NotImplementedError
+
+    def packed_backward(
+        self, grad_out: Tensor, grad_lse: Tensor | None, inputs: Inputs, out: Tensor, lse: Tensor,
+        documents: Documents, rule: Rule, scale: float,
+    ) -> Gradients:  # fmt: skip
+        """As :meth:`backward` inside each document."""
+        raise NotImplementedError
+
+    # --- unfused attention: maps that are linear in each tensor. Tensors are heads-last,
+    # [batch, *space, heads, channels], and weights [batch, *space, heads, window tokens]. ---
+
+    def qk(self, query: Tensor, key: Tensor, rule: Neighborhood) -> Tensor:
+        """Products of every query with its window's keys; 0 in masked slots."""
+        raise NotImplementedError
+
+    def av(self, attn: Tensor, value: Tensor, rule: Neighborhood) -> Tensor:
+        """Sum of the window's values, weighted; masked slots are ignored."""
+        raise NotImplementedError
+
+    def av_transposed(self, attn: Tensor, x: Tensor, rule: Neighborhood) -> Tensor:
+        """For every key, the sum of ``x`` at the queries that attend it, weighted."""
+        raise NotImplementedError
+
+    def rpb_bias(self, rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
+        """``rpb`` in every window slot, ``[*space, heads, window tokens]``; 0 in masked slots."""
+        raise NotImplementedError
+
+    def rpb_bias_transposed(self, grad: Tensor, rule: Neighborhood) -> Tensor:
+        """The gradient of ``rpb`` from ``grad [*space, heads, window tokens]``."""
+        raise NotImplementedError
+
+    # --- tiles ---
+
+    def tile_chooser(self) -> TileChooser | None:
+        """How its kernels' tiles are chosen, None if it has none to choose.
+
+        Raises:
+            ModuleNotFoundError: a package that the backend needs is not installed.
+        """
+        return None
+
+    def computed_pairs(
+        self, rule: Neighborhood, shape: Shape, key_shape: Shape, matrices: int, dim: int
+    ) -> int | None:
+        """Query-key pairs that the forward pass computes per batch entry and head.
+
+        Args:
+            rule, shape, key_shape: the neighborhood, the token layouts of queries and keys.
+            matrices: batch entries times heads.
+            dim: channels of a head, the mean of keys and values.
+
+        Returns:
+            The number; None where it depends on tiles, which :meth:`tile_chooser` knows.
+        """
+        return None
+
+
+def describe(dims: range | None) -> str:
+    """Head dims for people."""
+    if dims is None:
+        return "any"
+    return f"{dims[0]} to {dims[-1]}" + (f", multiples of {dims.step}" if dims.step > 1 else "")

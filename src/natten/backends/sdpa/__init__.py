@@ -1,0 +1,87 @@
+"""Neighborhood attention by PyTorch's own attention on CPUs, for windows that hold many pairs.
+
+As in :mod:`natten.backends.tiled`, queries are cut into tiles, and a tile attends the box of keys
+that holds its windows. Here a tile is one matrix of a call of PyTorch's kernel, which keeps no
+scores in memory. So tiles may be large: a window of the whole layout is one tile without a mask.
+Where a window is nearly as large, many queries at each border share one; their tiles have no mask
+either. Which tiles are cheapest, and whether ``tiled`` is cheaper still, is estimated
+(:mod:`natten.tiling`) from constants that were measured.
+
+What the kernel does not do itself:
+
+* Its channels are as many for queries as for values: zeros are added to the fewer.
+* It knows no gradient of the LSE. The kernel subtracts ``sum(grad_out * out)`` from the gradient of
+  the weights. One more channel, with the LSE's gradient in ``grad_out``, -1 in ``out`` and 0 in the
+  values, makes that ``sum(grad_out * out) - grad_lse``.
+* Half precision is computed in float32, as in ``tiled``: the kernel's backward in bfloat16 takes 10
+  to 30 times as long on CPUs without instructions for it, and rounds where float32 does not. The
+  output is computed again before it is differentiated, because one that was rounded gives wrong
+  gradients where values have a large common mean.
+
+The kernel adds up in one order, so every result has the same bits on every run.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ...inputs import compute_dtype
+from ...neighborhood import Neighborhood
+from ..interface import Backend, Problem, Shape
+from ..tiled.blocks import Plan, estimate
+from . import fused
+from .costs import SURELY, is_causal, plan_for
+
+
+class Sdpa(Backend):
+    """PyTorch's ``scaled_dot_product_attention`` over tiles."""
+
+    name = "sdpa"
+    devices = "CPUs"
+    operations = ("attention", "gradient")
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    bias = False
+
+    forward = staticmethod(fused.forward)
+    backward = staticmethod(fused.backward)
+
+    def missing(self, problem: Problem) -> str | None:
+        return (
+            None if problem.device.type == "cpu" else f"runs on CPUs, not on {problem.device.type}"
+        )
+
+    def limits(self, problem: Problem) -> str | None:
+        if problem.rule is not None and is_causal(problem.rule) and problem.scale <= 0:
+            return "needs a positive scale where windows are causal"
+        return None
+
+    def slower(self, problem: Problem) -> str | None:
+        rule, shape = problem.rule, tuple(problem.shape[1:-2])
+        if rule is None or not shape:
+            return "is for windows that hold many pairs; which they are was not said"
+        if 0 in problem.shape:
+            return None
+        key_shape = problem.key_shape or shape
+        matrices = problem.shape[0] * problem.shape[-2]
+        ours: Plan = plan_for(
+            rule, shape, key_shape, matrices, max(problem.head_dim, problem.value_dim),
+            problem.additional, problem.operation == "gradient",
+            compute_dtype(problem.dtype) != problem.dtype, torch.get_num_threads(),
+        )  # fmt: skip
+        mean_dim = (problem.head_dim + problem.value_dim) // 2
+        theirs = estimate(rule, shape, key_shape, matrices, mean_dim)
+        return None if ours.cost < SURELY * theirs else "is estimated to be slower than tiled here"
+
+    def computed_pairs(
+        self, rule: Neighborhood, shape: Shape, key_shape: Shape, matrices: int, dim: int
+    ) -> int:
+        plan: Plan = plan_for(rule, shape, key_shape, matrices, dim, False, False, False, 0)
+        return sum(
+            math.prod(
+                run.groups * run.repeats * run.query_size * run.key_size for run in block.runs
+            )
+            // (2 if block.triangular else 1)
+            for block in plan.blocks
+        )

@@ -1,0 +1,139 @@
+"""Fused attention by PyTorch's kernel, forward and backward, tiles of one kind after another."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...caches import kept
+from ...inputs import Gradients, Inputs, compute_dtype
+from ...neighborhood import Rule
+from ..tiled.blocks import Plan
+from .costs import plan_for
+from .views import Sizes, TileViews
+
+
+def _exact(x: Tensor) -> Tensor:
+    """A tensor of half precision in the dtype that is computed in."""
+    # PyTorch copies float16 views that negate to float32 without the sign.
+    return x.resolve_neg().to(compute_dtype(x.dtype))
+
+
+def _all_exact(inputs: Inputs) -> Inputs:
+    return Inputs(*(None if x is None else _exact(x) for x in inputs))  # type: ignore[arg-type]
+
+
+@kept(lambda every: sum(tiles.bytes() for tiles in every))
+def _kept_tiles(
+    rule: Rule, scale: float, dtype: torch.dtype, shapes: tuple[Any, ...], half: bool,
+    backward: bool, grad_lse: bool, threads: int,
+) -> list[TileViews]:  # fmt: skip
+    sizes = Sizes.of(shapes)
+    plan: Plan = plan_for(
+        rule, sizes.shape, sizes.key_shape, sizes.batch * sizes.heads,
+        max(sizes.dim, sizes.value_dim), sizes.num_additional is not None, backward, half, threads,
+    )  # fmt: skip
+    return [TileViews(block, sizes, dtype, scale, grad_lse) for block in plan.blocks]
+
+
+def _tiles(
+    rule: Rule, scale: float, inputs: Inputs, half: bool, backward: bool = False,
+    grad_lse: bool = False,
+) -> list[TileViews]:  # fmt: skip
+    query, key, value, _, additional, _ = inputs
+    shapes = query.shape, key.shape, value.shape, None if additional is None else additional.shape
+    every: list[TileViews] = _kept_tiles(
+        rule, scale, query.dtype, shapes, half, backward, grad_lse, torch.get_num_threads()
+    )
+    return every
+
+
+def _heads_last(x: Tensor, like: Tensor, channels: int) -> Tensor:
+    """What the kernel made of all tokens at once, in the layout and dtype of ``like``.
+
+    Nobody else has ``x``, which changes in place: views are nothing that a Function with forward
+    mode may return.
+    """
+    x = _tokens_first(x if x.shape[-1] == channels else x[..., :channels], like.shape[:-1])
+    return x if x.dtype == like.dtype else x.to(like.dtype)
+
+
+def _tokens_first(x: Tensor, shape: torch.Size) -> Tensor:
+    """``[batch, heads, tokens, ...]`` as ``[*shape, ...]``, where it lies: so the kernel writes."""
+    rest = x.shape[3:]
+    return x.transpose_(1, 2).contiguous().resize_(*shape, *rest)
+
+
+def forward(
+    inputs: Inputs, rule: Rule, scale: float, tiles: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor]:
+    """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``."""
+    query, key, value, *_ = inputs
+    shape, value_dim, dtype = query.shape[:-1], value.shape[-1], compute_dtype(query.dtype)
+    if query.numel() == 0 or key.numel() == 0:
+        return query.new_zeros(*shape, value_dim), query.new_full(shape, -math.inf, dtype=dtype)
+    half = query.dtype != dtype
+    if half:
+        inputs = _all_exact(inputs)
+    kinds = _tiles(rule, scale, inputs, half)
+    if kinds[0].alone:
+        out, lse = kinds[0].forward(*kinds[0].inputs(inputs, 0))
+        return _heads_last(out, query, value_dim), _tokens_first(lse, shape)
+    out, lse = query.new_empty(*shape, value_dim), query.new_empty(shape, dtype=dtype)
+    for kind in kinds:
+        for index in range(len(kind.chunks)):
+            own_out, own_lse = kind.forward(*kind.inputs(inputs, index))
+            kind.store(out, index, own_out)
+            kind.store(lse, index, own_lse)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, inputs: Inputs, out: Tensor, lse: Tensor, rule: Rule,
+    scale: float, tiles: tuple[int, ...] = (),
+) -> Gradients:  # fmt: skip
+    """Gradients of the inputs."""
+    query, key, value, _, *additional = inputs
+    if query.numel() == 0 or key.numel() == 0:
+        return Gradients.zeros(inputs)
+    dtype, value_dim = compute_dtype(query.dtype), value.shape[-1]
+    half = query.dtype != dtype
+    if half:
+        inputs, grad_out = _all_exact(inputs), _exact(grad_out)
+    kinds = _tiles(rule, scale, inputs, half, True, grad_lse is not None)
+    alone = kinds[0].alone
+    grad_query, grad_boxes = query, []
+    if not alone:
+        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        grad_boxes = [x.new_zeros(x.shape, dtype=dtype) for x in (key, value)]
+    grad_additional = [None if x is None else x.new_zeros(x.shape, dtype=dtype) for x in additional]
+    for kind in kinds:
+        for index, chunk in enumerate(kind.chunks):
+            q, k, v = kind.inputs(inputs, index)
+            grad = kind.load(grad_out, index)
+            if half:
+                own_out, own_lse = kind.forward(q, k, v)
+            else:
+                own_out, own_lse = kind.load(out, index), kind.load(lse, index)
+            if grad_lse is not None:
+                grad[..., value_dim] = kind.load(grad_lse, index)
+                own_out[..., value_dim] = -1.0
+            dq, *boxes = kind.backward(grad, q, k, v, own_out, own_lse)
+            for i, total in enumerate(grad_additional):
+                if total is not None:
+                    target = total if chunk is None else total[chunk[-2], :, chunk[-1]]
+                    tail = boxes[i][:, :, kind.cols :, : total.shape[-1]].transpose(1, 2)
+                    target.add_(tail.unflatten(0, (-1, len(target))).sum(0))
+                    boxes[i] = boxes[i][:, :, : kind.cols]
+            if alone:
+                grad_query = _heads_last(dq, query, query.shape[-1])
+                grad_boxes = [_heads_last(x, y, y.shape[-1]) for x, y in zip(boxes, (key, value))]
+                break
+            kind.store(grad_query, index, dq)
+            for x, total in zip(boxes, grad_boxes):
+                kind.add(total, index, x)
+    grads = (grad_query, *grad_boxes, None, *grad_additional)
+    return Gradients(*(None if x is None else x.to(query.dtype) for x in grads))

@@ -1,0 +1,260 @@
+"""The tiles of one kind as PyTorch's kernel takes them: views of a call's tensors, or copies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...caches import kept
+from ...inputs import Inputs
+from ...tuning import Bounded
+from ..tiled.blocks import Block, Chunk, add_boxes, geometry
+
+COPIED = 1 << 21  # numbers copied before a call; 8 MB in float32
+VIEWS = 16  # kept for the tiles of one kind; about 1 KB each
+
+
+@kept(lambda mask: mask.nbytes)
+def _mask(block: Block, dtype: torch.dtype, num_additional: int) -> Tensor:
+    """A block's mask; after the keys of the box come additional ones, which all queries attend."""
+    return F.pad(block.make_mask().to(dtype), (0, num_additional))
+
+
+class Sizes(NamedTuple):
+    """The sizes of a call's tensors."""
+
+    batch: int
+    shape: tuple[int, ...]
+    key_shape: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    dim: int
+    value_dim: int
+    num_additional: int | None
+
+    @classmethod
+    def of(cls, shapes: Sequence[torch.Size | None]) -> Sizes:
+        """The sizes of query, key, value and additional keys of these shapes."""
+        query, key, value, additional = shapes
+        assert query is not None and key is not None and value is not None
+        batch, *shape, heads, dim = query
+        return cls(
+            batch, tuple(shape), tuple(key[1:-2]), heads, key[-2], dim, value[-1],
+            None if additional is None else additional[1],
+        )  # fmt: skip
+
+
+class _View(NamedTuple):
+    """Where a chunk of tiles or boxes lies in a tensor of given strides."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    merged: tuple[int, ...] | None  # the shape for the kernel, if no view has it
+    ready: bool  # the kernel takes the view as it is
+
+    def of(self, x: Tensor) -> Tensor:
+        return x.as_strided(self.shape, self.stride, x.storage_offset() + self.offset)
+
+
+def _as_one(sizes: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
+    """Size and stride of dimensions seen as one, or None where they have no single stride."""
+    size, stride = sizes[-1], strides[-1]
+    for n, step in zip(sizes[-2::-1], strides[-2::-1]):
+        if size == 1:
+            stride = step
+        elif n > 1 and step != size * stride:
+            return None
+        size *= n
+    return size, stride
+
+
+class TileViews:
+    """The tiles of one kind, as PyTorch's kernel takes them: what is the same in every call.
+
+    Its tensors are ``[matrices, heads, tokens, channels]``, in memory ``[matrices, tokens, heads,
+    channels]`` where it makes them. They are views of the call's tensors where such views exist:
+    where consecutive tokens of a tile, and of a box, are equally far apart.
+    """
+
+    def __init__(
+        self, block: Block, sizes: Sizes, dtype: torch.dtype, scale: float, grad_lse: bool
+    ) -> None:
+        self.block, self.rank, self.dtype, self.scale = block, len(block.runs), dtype, scale
+        self.kv_heads, self.per_kv = sizes.kv_heads, sizes.heads // sizes.kv_heads
+        self.cols = math.prod(block.key_sizes)
+        self.width = max(sizes.dim, sizes.value_dim)
+        if grad_lse and self.width == sizes.value_dim:
+            self.width += 8  # one is needed; rows are read faster from multiples of 32 bytes
+        self.num_additional = sizes.num_additional or 0
+        self.alone = (
+            block.query_sizes == sizes.shape and block.key_sizes == sizes.key_shape
+        )  # all queries in one tile, and all keys in its box
+        self.causal = block.triangular and not self.num_additional
+        self.masked = not (self.causal or block.full)
+        # One head's batch may be the kernel's heads, so that tiles may be its matrices; what one
+        # tile gives is handed out as the kernel writes it, a batch entry after another.
+        self.matrices = 2 * self.rank + (
+            self.alone or sizes.heads > 1 or sizes.num_additional is not None
+        )
+        self._views = Bounded(VIEWS)
+        self.chunks: list[Chunk | None] = [None]
+        if not (self.alone or self._all_views(sizes)):
+            self.chunks = list(self._chunks(sizes))
+            self._views.clear()
+
+    def bytes(self) -> int:
+        """About what it takes in memory."""
+        return 1024 * (1 + VIEWS) + 512 * len(self.chunks)
+
+    def _chunks(self, sizes: Sizes) -> Iterable[Chunk | None]:
+        """Slices of tiles of which no more numbers are copied than the inputs hold."""
+        rows, heads = math.prod(self.block.query_sizes), sizes.batch * self.kv_heads
+        each = self.width * self.per_kv * (rows + 2 * self.cols)
+        queries = math.prod(sizes.shape) * sizes.heads * sizes.dim
+        keys = math.prod(sizes.key_shape) * self.kv_heads * sizes.dim
+        room = min(COPIED, sizes.batch * (queries + 2 * keys)) // each
+        tiles = math.prod(run.groups * run.repeats for run in self.block.runs)
+        if tiles == 2:
+            room = min(room, heads)  # one at a time they may be views
+        if room >= tiles * heads:
+            return [None]
+        return self.block.slices(sizes.batch, self.kv_heads, room)
+
+    def _all_views(self, sizes: Sizes) -> bool:
+        """Whether the kernel takes views of all tiles and boxes, if the inputs are contiguous."""
+        if self.num_additional or self.per_kv > 1:
+            return False
+        batch = sizes.batch
+        query = torch.empty(batch, *sizes.shape, sizes.heads, self.width, device="meta")
+        key = torch.empty(batch, *sizes.key_shape, sizes.kv_heads, self.width, device="meta")
+        views = self._view(query, 0, self.kv_heads), self._view(key, 0, None)
+        return all(view.merged is None for view in views)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Added to the scores; masks have a bound of their own, so it may be made anew."""
+        return _mask(self.block, self.dtype, self.num_additional) if self.masked else None
+
+    def inputs(self, inputs: Inputs, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of a chunk, all with as many heads and channels."""
+        return (
+            self.load(inputs.query, index),
+            self._keys(inputs.key, inputs.additional_keys, index),
+            self._keys(inputs.value, inputs.additional_values, index),
+        )
+
+    def _keys(self, x: Tensor, additional: Tensor | None, index: int) -> Tensor:
+        view = self._view(x, index, None)
+        box = view.of(x)
+        if view.ready:
+            return box
+        box = box if view.merged is None else box.reshape(view.merged)
+        if additional is not None:
+            own = additional.transpose(1, 2)
+            own = own if (chunk := self.chunks[index]) is None else own[chunk[-2:]]
+            own = own.expand(len(box) // len(own), *own.shape).flatten(0, 1)
+            box = torch.cat([box, own], dim=2)
+        if self.per_kv > 1:
+            box = box.repeat_interleave(self.per_kv, dim=1)
+        return self._fit(box)
+
+    def load(self, x: Tensor, index: int) -> Tensor:
+        """A chunk of ``x [batch, *space, heads, channels]``, which is of queries.
+
+        A number per query and head has no channels, here and there.
+        """
+        view = self._view(x, index, self.kv_heads)
+        part = view.of(x)
+        if view.ready:
+            return part
+        part = part if view.merged is None else part.reshape(view.merged)
+        return self._fit(part) if part.ndim == 4 else part
+
+    def store(self, target: Tensor, index: int, x: Tensor) -> None:
+        """Undo :meth:`load`."""
+        view = self._view(target, index, self.kv_heads)
+        part = view.of(target)
+        if x.ndim == 4 and x.shape[-1] > target.shape[-1]:
+            x = x[..., : target.shape[-1]]
+        part.copy_(x if view.merged is None else x.reshape(view.shape))
+
+    def add(self, target: Tensor, index: int, boxes: Tensor) -> None:
+        """Add boxes ``[matrices, heads, tokens, channels or more]`` to what they were cut from."""
+        if boxes.shape[-1] > target.shape[-1]:
+            boxes = boxes[..., : target.shape[-1]]
+        if len(self.chunks) == 1 and all(run.repeats == 1 for run in self.block.runs):
+            view = self._view(target, index, None)
+            view.of(target).add_(boxes if view.merged is None else boxes.reshape(view.shape))
+        else:
+            chunk = self.chunks[index]
+            everything = (slice(None),) * (2 * self.rank + 2)
+            add_boxes(self.block, self.block.keys(target), chunk or everything, boxes)
+
+    def _view(self, x: Tensor, index: int, kv_heads: int | None) -> _View:
+        """Where tiles of queries lie, or boxes of keys if ``kv_heads`` is None."""
+        key = index, kv_heads, x.shape, x.stride()
+        view: _View | None = self._views.get(key)
+        if view is None:
+            view = self._find_view(*key)
+            self._views.keep(key, view)
+        return view
+
+    def _find_view(
+        self, index: int, kv_heads: int | None, shape: Sequence[int], stride: Sequence[int]
+    ) -> _View:
+        numbers = len(shape) == self.rank + 2
+        if numbers:
+            shape, stride = (*shape, 1), (*stride, 1)
+        sizes, steps, offset = geometry(self.block, kv_heads, shape, stride)
+        chunk = self.chunks[index]
+        if chunk is not None:
+            offset += sum(part.start * step for part, step in zip(chunk, steps))
+            lead = tuple(part.stop - part.start for part in chunk)
+            sizes = (*lead, *sizes[len(lead) :])
+        heads, tokens = self.matrices, len(sizes) - 1 - self.rank
+        cuts = [slice(0, heads), slice(heads, tokens), slice(tokens, -1), slice(-1, None)]
+        cuts = cuts[:-1] if numbers else cuts
+        parts = [_as_one(sizes[cut], steps[cut]) for cut in cuts]
+        if None in parts:
+            merged = tuple(math.prod(sizes[cut]) for cut in cuts)
+            if numbers:
+                sizes, steps = sizes[:-1], steps[:-1]
+            return _View(sizes, steps, offset, merged, False)
+        sizes, steps = zip(*(part for part in parts if part is not None))
+        ready = numbers or (
+            self._fits(sizes, steps)
+            and (kv_heads is not None or (not self.num_additional and self.per_kv == 1))
+        )
+        return _View(sizes, steps, offset, None, ready)
+
+    def _fits(self, shape: Sequence[int], stride: Sequence[int]) -> bool:
+        # What the kernel takes for granted; tokens that are shown many times have a stride of 0.
+        return shape[-1] == self.width and stride[-1] == 1 and stride[-2] >= self.width
+
+    def _fit(self, x: Tensor) -> Tensor:
+        if x.shape[-1] < self.width:
+            return F.pad(x, (0, self.width - x.shape[-1]))
+        return x if self._fits(x.shape, x.stride()) else x.contiguous()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Output and LSE."""
+        out, lse = _forward(q, k, v, 0.0, self.causal, attn_mask=self.mask, scale=self.scale)
+        return out, lse
+
+    def backward(self, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of queries, keys and values from those of the output, inputs and outputs."""
+        dq, dk, dv = _backward(*tensors, 0.0, self.causal, attn_mask=self.mask, scale=self.scale)
+        if self.per_kv > 1:
+            dk, dv = (x.unflatten(1, (-1, self.per_kv)).sum(2) for x in (dk, dv))
+        return dq, dk, dv
+
+
+# As overloads: looking one up takes as long as half a call.
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default

@@ -1,0 +1,70 @@
+"""Packed documents as kernels read them: a table of where each begins, and of its windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .neighborhood import Neighborhood, fit_window
+
+
+class Documents(NamedTuple):
+    """Packed documents as a kernel reads them.
+
+    Attributes:
+        table: int64 ``[documents, 16]``: the first token of the queries and of the keys, lengths of
+            three axes, keys of the last axis, window, stride and dilation of three axes, 0. Axes
+            that a layout lacks come first, with length 1.
+        number: how many documents.
+        space, key_space: at least the longest of each axis.
+    """
+
+    table: Tensor
+    number: int
+    space: tuple[int, ...]
+    key_space: tuple[int, ...]
+
+    @classmethod
+    def of_layouts(
+        cls, shapes: Sequence[tuple[int, ...]], rule: Neighborhood, device: torch.device
+    ) -> Documents:
+        """Documents of these layouts, each with the largest window up to ``rule``'s that fits it.
+
+        Those without tokens are left out: no number of theirs is read or written.
+        """
+        missing = [1] * (3 - rule.rank)
+        rows, first = [], 0
+        shapes = [shape for shape in shapes if 0 not in shape]
+        for shape in shapes:
+            fitted = fit_window(shape, rule.kernel_size, rule.stride, rule.dilation)
+            window = [n for each in fitted for n in (*missing, *each)]
+            rows.append([first, first, *missing, *shape, shape[-1], *window, 0])
+            first += math.prod(shape)
+        longest = tuple(_roomy(max(lengths)) for lengths in zip(*shapes))
+        host = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        return cls(host.to(device, non_blocking=True), len(rows), longest, longest)
+
+    @classmethod
+    def of_sequences(cls, starts: Sequence[Tensor], longest: Sequence[int]) -> Documents:
+        """Sequences of queries and of keys for plain attention.
+
+        Args:
+            starts: two cumulative sums ``[sequences + 1]``.
+            longest: at least the two longest lengths.
+        """
+        table = starts[0].new_ones(len(starts[0]) - 1, 16, dtype=torch.int64)
+        for side, start in enumerate(starts):
+            table[:, side] = start[:-1]
+            table[:, 4 + side] = start.diff()
+        space, key_space = ((_roomy(length),) for length in longest)
+        return cls(table, len(table), space, key_space)
+
+
+def _roomy(length: int) -> int:
+    """``length`` or up to a quarter more, so that kernels are planned for few different sizes."""
+    step = max(1, 1 << (length.bit_length() - 3) if length > 3 else 1)
+    return -(-length // step) * step
