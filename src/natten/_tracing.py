@@ -13,12 +13,13 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from ._torch import is_transformed
 from .errors import UnsupportedError
 
 
 def is_traced() -> bool:
     """Whether ``torch.jit``'s tracer records calls; transforms of ``torch.func`` come before it."""
-    return torch.jit.is_tracing() and not torch._C._are_functorch_transforms_active()
+    return torch.jit.is_tracing() and not is_transformed()
 
 
 def is_for_onnx() -> bool:

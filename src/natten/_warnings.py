@@ -5,25 +5,23 @@ from __future__ import annotations
 import sys
 import warnings
 
+from ._torch import run_while_compiling
+
 _given: set[str] = set()
 
 
+@run_while_compiling
 def warn(message: str) -> None:
     """Warn; compiled code does so when it is compiled."""
     warnings.warn(message, stacklevel=_level())
 
 
+@run_while_compiling
 def warn_once(message: str) -> None:
     """Warn, but not in these words again."""
     if message not in _given:
         warnings.warn(message, stacklevel=_level())
         _given.add(message)
-
-
-# torch.compile runs them while it compiles, instead of breaking the graph. It is what
-# torch.compiler.assume_constant_result does, which would import the compiler.
-warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
-warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _level() -> int:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from . import gather, operators, packed
+from ._torch import OpOverload
 from .operators import unpack
 
 __all__ = ["decompositions"]

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import operators, packed  # register torch.ops.natten
+from ._torch import has_fake
 from ._tracing import function_name
 from .errors import ArgumentError
 from .legacy.checks import check_all_args
@@ -57,7 +57,7 @@ def _attention_backward_flops(
 def _pairs_of_sequences(query: Tensor, key: Tensor, arguments: Sequence[Any]) -> int:
     """Pairs of queries and keys in packed sequences, of all heads; at most, of unread lengths."""
     lengths = packed.Lengths(*arguments[:6])
-    if isinstance(query, FakeTensor) or query.is_meta:
+    if has_fake((query,)) or query.is_meta:
         keys = key.shape[1] if lengths.longest_kv < 0 else lengths.longest_kv
         return _rows(query.shape) * keys
     return query.shape[2] * sum(n * m for n, m in zip(*lengths.read(query, key)))

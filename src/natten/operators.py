@@ -25,11 +25,17 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch._functorch import eager_transforms
-from torch._ops import _len_torch_dispatch_stack_pre_dispatch
-from torch.autograd import forward_ad
 
 from . import _tracing, backends, gather
+from ._torch import (
+    PLAIN_TYPES,
+    dispatch_modes,
+    in_forward_mode,
+    in_nested_forward_mode,
+    is_legacy_batch,
+    is_transformed,
+    pre_dispatch_modes,
+)
 from .errors import UnsupportedError
 from .inputs import Gradients, Inputs, compute_dtype
 from .neighborhood import Dense, Neighborhood, Rule, window_mask
@@ -64,10 +70,10 @@ def is_plain(tensors: Sequence[Any]) -> bool:
     """
     return not (
         torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or _len_torch_dispatch_stack_pre_dispatch()
-        or not _PLAIN_TYPES.issuperset(map(type, tensors))
+        or is_transformed()
+        or dispatch_modes()
+        or pre_dispatch_modes()
+        or not PLAIN_TYPES.issuperset(map(type, tensors))
     )
 
 
@@ -79,12 +85,9 @@ def is_composed(grads: Sequence[Tensor | None]) -> bool:
     """
     return (
         torch.is_grad_enabled()
-        or forward_ad._current_level >= 0
-        or any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in grads)
+        or in_forward_mode()
+        or any(x is not None and is_legacy_batch(x) for x in grads)
     )
-
-
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def _pack(rule: Rule) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]:
@@ -186,7 +189,7 @@ def _refuse_forward_mode() -> None:
 
     PyTorch takes its tangent for zero. Without ``fullgraph`` raising makes the caller run eagerly.
     """
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         raise UnsupportedError(
             "natten's operators can be differentiated in forward mode in eager mode only, not "
             "inside torch.compile or torch.export."
@@ -195,7 +198,7 @@ def _refuse_forward_mode() -> None:
 
 def _refuse_nested_forward_mode() -> None:
     """Raise for ``jvp`` of ``jvp``, where PyTorch takes a Function's second tangent for zero."""
-    if eager_transforms.JVP_NESTING > 1:
+    if in_nested_forward_mode():
         raise UnsupportedError(
             "natten's operators can not be differentiated twice in forward mode; nest forward mode "
             "and reverse mode instead, as torch.func.hessian does."
@@ -358,7 +361,7 @@ class Call:
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Output and LSE of plain tensors, differentiable."""
         watched = [x for x in inputs if x is not None and x.requires_grad]
-        if (watched and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
+        if (watched and torch.is_grad_enabled()) or in_forward_mode():
             return _PlainAttention.apply(*inputs, self)
         return self.forward(inputs)
 
@@ -654,7 +657,7 @@ class _Attention(torch.autograd.Function):
         *tensors, ctx.call = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output)
-        if forward_ad._current_level >= 0:
+        if in_forward_mode():
             ctx.save_for_forward(*tensors)
 
     @staticmethod

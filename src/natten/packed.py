@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import _tracing, backends, operators
 from ._checks import check_same_shape
 from ._numbers import integer
+from ._torch import has_fake, in_forward_mode, is_recorded
 from .documents import Documents
 from .errors import ArgumentError
 from .inputs import Inputs
@@ -37,8 +37,8 @@ def problem_of(query: Tensor, value: Tensor) -> backends.Problem:
 
 def backend_for(query: Tensor, key: Tensor, value: Tensor, name: str) -> backends.Backend | None:
     """The backend that runs packed documents, or None if none does."""
-    tangents = forward_ad._current_level >= 0
-    if torch.compiler.is_compiling() or tangents or not is_plain((query, key, value)):
+    compiling = torch.compiler.is_compiling()
+    if compiling or in_forward_mode() or not is_plain((query, key, value)):
         return None
     found = backends.find(name, problem_of(query, value))
     return None if found is None or found.name != (name or found.name) else found
@@ -183,7 +183,8 @@ def sequence_attention(
 ) -> tuple[Tensor, Tensor]:
     """Plain attention inside each packed sequence; shapes as in :func:`packed_attention`."""
     recorded = torch.compiler.is_compiling() or _tracing.is_traced()
-    if recorded or _is_recorded((query, key, value, *lengths.tensors)):
+    # Or the tensors have no data, or what is done with them is written down.
+    if recorded or has_fake((query, key, value, *lengths.tensors)) or is_recorded():
         if recorded:
             operators._refuse_forward_mode()
         if recorded and _tracing.is_for_onnx():
@@ -241,13 +242,6 @@ def _same_sequence(query: Tensor, key: Tensor, lengths: Lengths, rule: Dense) ->
         own_k = k[:, 0] - k_starts.index_select(0, k_sequence)
         mask = mask & (own_k <= own_q[:, None])
     return mask
-
-
-def _is_recorded(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the tensors have no data, or what is done with them is written down."""
-    if any(isinstance(x, torch._subclasses.FakeTensor) for x in tensors):
-        return True
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def _one_by_one(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._numbers import entries, integer
+from ._torch import assert_later
 from .documents import Documents
 from .errors import ArgumentError
 from .neighborhood import Neighborhood
@@ -175,7 +176,7 @@ def check_starts(side: str, tokens: int, starts: Tensor, longest: int) -> None:
     check_integers(f"cumulative_seqlen_{side}", starts)
     lengths = starts.diff()
     whole = (starts[0] == 0) & (starts[-1] == tokens)
-    torch._assert_async(whole & (lengths >= 0).all() & (lengths <= longest).all())
+    assert_later(whole & (lengths >= 0).all() & (lengths <= longest).all())
 
 
 def sequence_lengths(

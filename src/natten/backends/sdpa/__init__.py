@@ -27,6 +27,7 @@ import math
 
 import torch
 
+from ..._torch import cpu_attention, cpu_attention_backward
 from ...inputs import compute_dtype
 from ...neighborhood import Neighborhood
 from ..interface import Backend, Problem, Shape
@@ -48,9 +49,11 @@ class Sdpa(Backend):
     backward = staticmethod(fused.backward)
 
     def missing(self, problem: Problem) -> str | None:
-        return (
-            None if problem.device.type == "cpu" else f"runs on CPUs, not on {problem.device.type}"
-        )
+        if problem.device.type != "cpu":
+            return f"runs on CPUs, not on {problem.device.type}"
+        if cpu_attention is None or cpu_attention_backward is None:
+            return "needs a PyTorch that has flash attention for CPUs"
+        return None
 
     def limits(self, problem: Problem) -> str | None:
         if problem.rule is not None and is_causal(problem.rule) and problem.scale <= 0:

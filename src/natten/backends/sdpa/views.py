@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._torch import cpu_attention, cpu_attention_backward
 from ...caches import kept
 from ...inputs import Inputs
 from ...tuning import Bounded
@@ -244,17 +245,14 @@ class TileViews:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Output and LSE."""
-        out, lse = _forward(q, k, v, 0.0, self.causal, attn_mask=self.mask, scale=self.scale)
+        out, lse = cpu_attention(q, k, v, 0.0, self.causal, attn_mask=self.mask, scale=self.scale)
         return out, lse
 
     def backward(self, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of queries, keys and values from those of the output, inputs and outputs."""
-        dq, dk, dv = _backward(*tensors, 0.0, self.causal, attn_mask=self.mask, scale=self.scale)
+        dq, dk, dv = cpu_attention_backward(
+            *tensors, 0.0, self.causal, attn_mask=self.mask, scale=self.scale
+        )
         if self.per_kv > 1:
             dk, dv = (x.unflatten(1, (-1, self.per_kv)).sum(2) for x in (dk, dv))
         return dq, dk, dv
-
-
-# As overloads: looking one up takes as long as half a call.
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
