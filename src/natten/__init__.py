@@ -75,7 +75,7 @@ def __dir__() -> list[str]:
     return [*__all__, "backends", "compat", "errors", "flops", "functional", "modules", "utils"]
 
 
-_old_name = _imports.lookup(__name__, "natten.legacy.switches", "natten.legacy.configs")
+_old_name = _imports.lookup(__name__, ".legacy.switches", ".legacy.configs")
 _submodule = _submodules.getter(__name__)
 
 

@@ -8,6 +8,7 @@ import warnings
 from ._torch import run_while_compiling
 
 _given: set[str] = set()
+_SKIPPED = (f"{__package__}.", "torch.")
 
 
 @run_while_compiling
@@ -27,7 +28,7 @@ def warn_once(message: str) -> None:
 def _level() -> int:
     """The caller's ``stacklevel`` of the first frame that is neither ours nor torch's."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_globals.get("__name__", "").partition(".")[0] in ("natten", "torch"):
+    while f"{frame.f_globals.get('__name__')}.".startswith(_SKIPPED):
         if frame.f_back is None:
             break
         level, frame = level + 1, frame.f_back

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import gather, operators, packed
+from ._library import ops
 from ._torch import OpOverload
 from .operators import unpack
 
@@ -36,7 +36,6 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
         >>> any("natten" in str(node.target) for node in program.graph.nodes)
         False
     """
-    ops = torch.ops.natten
     table: dict[OpOverload, Callable[..., Any]] = {
         ops.attention.default: _attention,
         ops.attention_backward.default: _attention_backward,

@@ -15,13 +15,12 @@ from typing import Any
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import operators, packed  # register torch.ops.natten
+from . import operators, packed  # define the operators
+from ._library import NAMESPACE, ops
 from ._torch import has_fake
 from ._tracing import function_name
 from .errors import ArgumentError
 from .legacy.checks import check_all_args
-
-_ops = operators._ops
 
 
 def _rows(shape: Sequence[int]) -> int:
@@ -35,7 +34,7 @@ def _attended(query: Sequence[int], key: Sequence[int], extra: Any, kernel_size:
     return window + (0 if extra is None else extra[1])
 
 
-@register_flop_formula(_ops.attention)
+@register_flop_formula(ops.attention)
 def _attention_flops(
     query: Any, key: Any, value: Any, rpb: Any, extra_keys: Any, extra_values: Any,
     kernel_size: Any, *args: Any, **kwargs: Any,
@@ -44,7 +43,7 @@ def _attention_flops(
     return 2 * pairs * (query[-1] + value[-1])
 
 
-@register_flop_formula(_ops.attention_backward)
+@register_flop_formula(ops.attention_backward)
 def _attention_backward_flops(
     grad_out: Any, grad_lse: Any, query: Any, key: Any, value: Any, rpb: Any, extra_keys: Any,
     extra_values: Any, out: Any, lse: Any, kernel_size: Any, *args: Any, **kwargs: Any,
@@ -63,13 +62,13 @@ def _pairs_of_sequences(query: Tensor, key: Tensor, arguments: Sequence[Any]) ->
     return query.shape[2] * sum(n * m for n, m in zip(*lengths.read(query, key)))
 
 
-@register_flop_formula(_ops.packed_attention, get_raw=True)
+@register_flop_formula(ops.packed_attention, get_raw=True)
 def _packed_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, out_val: Any) -> int:
     pairs = _pairs_of_sequences(query, key, args)
     return 2 * pairs * (query.shape[-1] + value.shape[-1])
 
 
-@register_flop_formula(_ops.packed_attention_backward, get_raw=True)
+@register_flop_formula(ops.packed_attention_backward, get_raw=True)
 def _packed_backward_flops(
     grad_out: Any, grad_lse: Any, query: Tensor, key: Tensor, value: Tensor, out: Any, lse: Any,
     *args: Any, out_val: Any,
@@ -78,12 +77,12 @@ def _packed_backward_flops(
     return 2 * pairs * (3 * query.shape[-1] + 2 * value.shape[-1])
 
 
-@register_flop_formula(_ops.qk)
+@register_flop_formula(ops.qk)
 def _qk_flops(query: Any, key: Any, kernel_size: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * math.prod(query) * math.prod(kernel_size)
 
 
-@register_flop_formula([_ops.av, _ops.av_transposed])
+@register_flop_formula([ops.av, ops.av_transposed])
 def _av_flops(attn: Any, value: Any, kernel_size: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * math.prod(value) * math.prod(kernel_size)
 
@@ -195,7 +194,7 @@ def add_natten_handle(flop_ctr: Any) -> Any:
     fvcore sees them under the names that NATTEN's autograd.Functions had, but for plain attention
     and what was traced before.
     """
-    handlers = {f"natten::{name}": handler for name, handler in _HANDLERS.items()}
+    handlers = {f"{NAMESPACE}::{name}": handler for name, handler in _HANDLERS.items()}
     for name, handler in _HANDLERS.items():
         for rank in (1, 2, 3):
             handlers[f"prim::PythonOp.{function_name(name, rank)}"] = handler

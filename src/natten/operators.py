@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from . import _tracing, backends, gather
+from ._library import define, differentiate, implement, ops
 from ._torch import (
     PLAIN_TYPES,
     dispatch_modes,
@@ -50,17 +51,16 @@ _INPUTS = (
     "Tensor? additional_values"
 )
 
-_library = torch.library.Library("natten", "DEF")
-_library.define(f"attention({_INPUTS}, {_RULE}, float scale, {_CHOICE}) -> (Tensor, Tensor)")
-_library.define(
+define(f"attention({_INPUTS}, {_RULE}, float scale, {_CHOICE}) -> (Tensor, Tensor)")
+define(
     f"attention_backward(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, "
     f"{_RULE}, float scale, {_CHOICE}) -> Tensor[]"
 )
-_library.define(f"qk(Tensor query, Tensor key, {_RULE}) -> Tensor")
-_library.define(f"av(Tensor attn, Tensor value, {_RULE}) -> Tensor")
-_library.define(f"av_transposed(Tensor attn, Tensor x, {_RULE}) -> Tensor")
-_library.define(f"rpb_bias(Tensor rpb, SymInt[] shape, {_RULE}) -> Tensor")
-_library.define(f"rpb_bias_transposed(Tensor grad, {_RULE}) -> Tensor")
+define(f"qk(Tensor query, Tensor key, {_RULE}) -> Tensor")
+define(f"av(Tensor attn, Tensor value, {_RULE}) -> Tensor")
+define(f"av_transposed(Tensor attn, Tensor x, {_RULE}) -> Tensor")
+define(f"rpb_bias(Tensor rpb, SymInt[] shape, {_RULE}) -> Tensor")
+define(f"rpb_bias_transposed(Tensor grad, {_RULE}) -> Tensor")
 
 
 def is_plain(tensors: Sequence[Any]) -> bool:
@@ -181,9 +181,6 @@ def _fake_bias_transposed(grad: Tensor, kernel_size: Sequence[int], *_: Any) -> 
     return grad.new_empty(grad.shape[0], *(2 * k - 1 for k in kernel_size))
 
 
-_ops = torch.ops.natten
-
-
 def _refuse_forward_mode() -> None:
     """Raise where a torch.library operator would be differentiated in forward mode.
 
@@ -235,9 +232,8 @@ def _linear(
     such maps. The map takes the tensors, then other arguments, then the rule. ``plain`` is the same
     map in PyTorch's own operators.
     """
-    _library.impl(name, real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"natten::{name}", fake, lib=_library)
-    operator = getattr(_ops, name)
+    implement(name, real, fake)
+    operator = getattr(ops, name)
 
     def call(*args: Any) -> Tensor:
         if torch.compiler.is_compiling() or _tracing.is_traced():
@@ -290,7 +286,7 @@ def _linear(
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return (*Map.backward(ctx, grad), None, None, None)
 
-    torch.library.register_autograd(f"natten::{name}", backward, setup_context=setup, lib=_library)
+    differentiate(name, backward, setup)
     Map.__name__ = Map.__qualname__ = call.__name__ = name
     return call
 
@@ -426,10 +422,8 @@ def _fake_attention_backward(grad_out: Tensor, grad_lse: Any, *arguments: Any) -
     return [x.new_empty(x.shape) for x in arguments[:6] if x is not None]
 
 
-_library.impl("attention", _attention, "CompositeExplicitAutograd")
-_library.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("natten::attention", _fake_attention, lib=_library)
-torch.library.register_fake("natten::attention_backward", _fake_attention_backward, lib=_library)
+implement("attention", _attention, _fake_attention)
+implement("attention_backward", _attention_backward, _fake_attention_backward)
 
 
 class _Products:
@@ -650,7 +644,7 @@ class _Attention(torch.autograd.Function):
         inputs, call = Inputs(*args[:6]), args[6]
         if is_plain(inputs):
             return call.forward(inputs)
-        return _ops.attention(*inputs, *call.packed())
+        return ops.attention(*inputs, *call.packed())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -712,7 +706,7 @@ def _gradient(
         return call.backward(grad_out, grad_lse, inputs, out, lse)
     _tracing.refuse_gradients()
     arguments = (grad_out, grad_lse, *inputs, out, lse, *call.packed())
-    found = iter(_ops.attention_backward(*arguments))
+    found = iter(ops.attention_backward(*arguments))
     return [None if x is None else next(found) for x in inputs]
 
 
@@ -783,9 +777,7 @@ def _attention_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | No
     return (*_Attention.backward(ctx, grad_out, grad_lse), *(None for _ in range(6)))
 
 
-torch.library.register_autograd(
-    "natten::attention", _attention_gradient, setup_context=_setup_attention, lib=_library
-)
+differentiate("attention", _attention_gradient, _setup_attention)
 
 
 def attention(
@@ -801,5 +793,5 @@ def attention(
         if _tracing.is_for_onnx():
             return composed_attention(inputs, rule, scale, gathered=True)
         rank = rule.rank if isinstance(rule, Neighborhood) else 0
-        return _tracing.record(_ops.attention, rank, *inputs, *call.packed())
+        return _tracing.record(ops.attention, rank, *inputs, *call.packed())
     return _Attention.apply(*inputs, call)

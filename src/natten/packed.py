@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import _tracing, backends, operators
 from ._checks import check_same_shape
+from ._library import define, differentiate, implement, ops
 from ._numbers import integer
 from ._torch import has_fake, in_forward_mode, is_recorded
 from .documents import Documents
@@ -190,7 +191,7 @@ def sequence_attention(
         if recorded and _tracing.is_for_onnx():
             return gathered(query, key, value, lengths, rule, scale)
         options = int(rule.causal), scale, choice.backend, choice.tiles or (0,)
-        return torch.ops.natten.packed_attention(query, key, value, *lengths, *options)
+        return ops.packed_attention(query, key, value, *lengths, *options)
 
     def each(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,12 +263,11 @@ _LENGTHS = (
 )
 # Lists are never empty, and is_causal is 0 or 1: some exporters know neither empty lists nor bools.
 _OPTIONS = "int is_causal, float scale, str backend, SymInt[] tiles"
-_library = torch.library.Library("natten", "FRAGMENT")
-_library.define(
+define(
     f"packed_attention(Tensor query, Tensor key, Tensor value, {_LENGTHS}, {_OPTIONS}) "
     "-> (Tensor, Tensor)"
 )
-_library.define(
+define(
     "packed_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, "
     f"Tensor value, Tensor out, Tensor lse, {_LENGTHS}, {_OPTIONS}) -> Tensor[]"
 )
@@ -335,18 +335,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     query, key, value, out, lse, *tensors = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    found = torch.ops.natten.packed_attention_backward(
+    found = ops.packed_attention_backward(
         grad_out, grad_lse, query, key, value, out, lse, *tensors, *ctx.others
     )
     return (*found, *(None for _ in (*tensors, *ctx.others)))
 
 
-for _name, _real, _fake in (
-    ("packed_attention", _forward, _fake_forward),
-    ("packed_attention_backward", _backward, _fake_backward),
-):
-    _library.impl(_name, _real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"natten::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "natten::packed_attention", _gradient, setup_context=_setup, lib=_library
-)
+implement("packed_attention", _forward, _fake_forward)
+implement("packed_attention_backward", _backward, _fake_backward)
+differentiate("packed_attention", _gradient, _setup)

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         chosen = command_parser.parse_args(argv)
-        command = importlib.import_module(f"natten.cli.{chosen.command}")
+        command = importlib.import_module(f".{chosen.command}", __package__)
         parser = argparse.ArgumentParser(
             prog=f"natten {chosen.command}",
             description=command.__doc__,

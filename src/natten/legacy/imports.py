@@ -1,7 +1,8 @@
 """Modules that old code imports and that have no file here, as one table.
 
 Such a module looks its names up in ours when they are asked for. ``natten`` and the stand-ins in
-``natten.compat`` install their part of the table when they are imported.
+``natten.compat`` install their part of the table when they are imported. Our modules begin with a
+dot here, because a copy of this package has another name.
 """
 
 from __future__ import annotations
@@ -13,59 +14,56 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_TYPES = "natten.legacy.types"
-_CHECKS = f"natten.legacy.checks {_TYPES}"
+_PACKAGE = __package__.rpartition(".")[0]
+_TYPES = ".legacy.types"
+_CHECKS = f".legacy.checks {_TYPES}"
 _UTILS = {
-    "utils": f"natten.utils {_CHECKS}",
+    "utils": f".utils {_CHECKS}",
     "utils.checks": _CHECKS,
-    "utils.log": "natten.utils.log",
-    "utils.testing": "natten.legacy.testing",
-    "utils.tensor": "natten.legacy.checks",
-    "utils.misc utils.device": "natten.legacy.switches",
+    "utils.log": ".utils.log",
+    "utils.testing": ".legacy.testing",
+    "utils.tensor": ".legacy.checks",
+    "utils.misc utils.device": ".legacy.switches",
     "utils.typing": _TYPES,
 }
 
 #: Per package: names of modules, and where what they had is looked up, the first that has it.
 MODULES: dict[str, dict[str, str]] = {
-    "natten": {
+    _PACKAGE: {
         # These modules had a dilation where layers and fused operators have a stride now.
         "natten1d natten2d natten3d na1d na2d na3d": (
-            "natten.compat.v017 natten.compat.v014 natten.compat.v017.functional"
+            ".compat.v017 .compat.v014 .compat.v017.functional"
         ),
-        "experimental": "natten.compat.v017.functional",
-        "flex": "natten.legacy.operators",
-        "nattencuda nattencuda1d nattencuda2d": (
-            "natten.compat.v014 natten.compat.v014.functional"
-        ),
-        "ops": "natten.legacy.operators",
-        "autotuner": "natten.legacy.operators",
-        "attn_merge": "natten.functional",
+        "experimental": ".compat.v017.functional",
+        "flex": ".legacy.operators",
+        "nattencuda nattencuda1d nattencuda2d": (".compat.v014 .compat.v014.functional"),
+        "ops": ".legacy.operators",
+        "autotuner": ".legacy.operators",
+        "attn_merge": ".functional",
         "utils.tensor": _UTILS["utils.tensor"],
         "utils.misc utils.device": _UTILS["utils.misc utils.device"],
         "utils.typing": _UTILS["utils.typing"],
         "utils.tuples": _TYPES,
     },
-    "natten.compat.v014": {
+    f"{_PACKAGE}.compat.v014": {
         "natten1d natten2d nattencuda nattencuda1d nattencuda2d": (
-            "natten.compat.v014 natten.compat.v014.functional"
+            ".compat.v014 .compat.v014.functional"
         ),
-        "flops": "natten.flops",
+        "flops": ".flops",
     },
-    "natten.compat.v015": {
-        "natten1d natten2d natten3d": "natten.compat.v015 natten.compat.v015.functional",
-        "flops": "natten.flops",
-        "nested ops": "natten.compat.v015.functional",
+    f"{_PACKAGE}.compat.v015": {
+        "natten1d natten2d natten3d": ".compat.v015 .compat.v015.functional",
+        "flops": ".flops",
+        "nested ops": ".compat.v015.functional",
         **_UTILS,
     },
-    "natten.compat.v017": {
-        "na1d na2d na3d natten1d natten2d natten3d": (
-            "natten.compat.v017 natten.compat.v017.functional"
-        ),
-        "experimental": "natten.compat.v017.functional",
-        "flex nested ops": "natten.legacy.operators",
-        "autotuner": "natten.legacy.operators",
-        "context": "natten.legacy.switches",
-        "flops": "natten.flops",
+    f"{_PACKAGE}.compat.v017": {
+        "na1d na2d na3d natten1d natten2d natten3d": (".compat.v017 .compat.v017.functional"),
+        "experimental": ".compat.v017.functional",
+        "flex nested ops": ".legacy.operators",
+        "autotuner": ".legacy.operators",
+        "context": ".legacy.switches",
+        "flops": ".flops",
         "types": _TYPES,
         **_UTILS,
     },
@@ -79,11 +77,12 @@ def _names(source: ModuleType) -> Sequence[str]:
 def lookup(module: str, *sources: str) -> Callable[[str], Any]:
     """The ``__getattr__`` of ``module``: the public names of the modules ``sources``.
 
-    What is found stays in ``module``, so that it is looked up once.
+    A source that begins with a dot is a module of this package. What is found stays in ``module``,
+    so that it is looked up once.
     """
 
     def __getattr__(name: str) -> Any:
-        found = map(importlib.import_module, sources)
+        found = (importlib.import_module(source, _PACKAGE) for source in sources)
         if name == "__all__":
             return sorted({each for source in found for each in _names(source)})
         if not name.startswith("__"):

@@ -58,4 +58,4 @@ def na3d_av(
 na3d_qk_nested, na3d_av_nested = na3d_qk_with_bias, na3d_av
 
 __all__ = [*F.__all__, *legacy.__all__]
-__getattr__ = lookup(__name__, "natten.legacy.operators", F.__name__, legacy.__name__)
+__getattr__ = lookup(__name__, ".legacy.operators", F.__name__, legacy.__name__)

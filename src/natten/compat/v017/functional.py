@@ -54,6 +54,4 @@ na1d, na2d, na3d = (_fused(rank) for rank in (1, 2, 3))
 
 
 __all__ = [*F.__all__, *legacy.__all__]
-__getattr__ = lookup(
-    __name__, "natten.legacy.operators", "natten.legacy.checks", F.__name__, legacy.__name__
-)
+__getattr__ = lookup(__name__, ".legacy.operators", ".legacy.checks", F.__name__, legacy.__name__)
