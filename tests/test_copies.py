@@ -76,7 +76,7 @@ def use(name, natten):
     found["draw"] = natten.draw.draw_mask((4, 4), kernel_size=3)
     found["simulate"] = repr(natten.simulator.simulate((16, 16), (4, 4)))
     tune = natten.profiler.tune
-    found["tiles"] = [tune.tiles_module(each) is None for each in ("tiled", "sdpa", "reference")]
+    found["tiles"] = [tune.tile_chooser(each) is None for each in ("tiled", "sdpa", "reference")]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert natten.cli.main(["simulate", "-i", "16", "-w", "4"]) == 0

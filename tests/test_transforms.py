@@ -131,3 +131,16 @@ def test_nested_with_bias(causal):
     attn = natten.na2d_qk(nested, nested, 3, is_causal=causal, rpb=rpb)
     for item, found in zip(items, attn.unbind(), strict=True):
         assert torch.equal(natten.na2d_qk(item, item, 3, is_causal=causal, rpb=rpb), found)
+
+
+class Subclass(torch.Tensor):
+    """A tensor that operators see as one of another class."""
+
+
+@pytest.mark.parametrize("function", [fused, unfused], ids=lambda f: f.__name__)
+def test_forward_mode_of_a_subclass(function):
+    found = []
+    for q in (Q, Q.as_subclass(Subclass)):
+        with forward_ad.dual_level():
+            found.append(forward_ad.unpack_dual(function(forward_ad.make_dual(q, T))).tangent)
+    assert_close("tangent", *found, 1e-12)

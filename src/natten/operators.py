@@ -668,9 +668,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
-        _refuse_nested_forward_mode()
-        primals, changes = Inputs(*ctx.saved_tensors[:6]), Gradients(*tangents[:6])
-        return _composed_tangent(primals, changes, ctx.call.rule, ctx.call.scale)
+        # The operator's outputs may be views, whose tangents must have their strides.
+        out, lse = _PlainAttention.jvp(ctx, *tangents)
+        return out.contiguous(), lse.contiguous()
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -692,7 +692,12 @@ class _PlainAttention(torch.autograd.Function):
         return output
 
     backward = _Attention.backward
-    jvp = _Attention.jvp
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        _refuse_nested_forward_mode()
+        primals, changes = Inputs(*ctx.saved_tensors[:6]), Gradients(*tangents[:6])
+        return _composed_tangent(primals, changes, ctx.call.rule, ctx.call.scale)
 
 
 def _gradient(
