@@ -20,7 +20,7 @@ from ._library import NAMESPACE, ops
 from ._torch import has_fake
 from ._tracing import function_name
 from .errors import ArgumentError
-from .legacy.checks import check_all_args
+from .neighborhood import Neighborhood
 
 
 def _rows(shape: Sequence[int]) -> int:
@@ -96,8 +96,8 @@ def _window_macs(
     rank = len(shape) - 3
     if rank not in (1, 2, 3):
         raise ArgumentError(f"shapes must have 4 to 6 dimensions, got {tuple(shape)}.")
-    kernel, _, _ = check_all_args(rank, kernel_size, dilation, is_causal)
-    return math.prod(shape) * math.prod(kernel)
+    rule = Neighborhood.create(rank, kernel_size, 1, dilation, is_causal)
+    return math.prod(shape) * rule.window_tokens
 
 
 def na_qk_flop_count(

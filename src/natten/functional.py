@@ -690,14 +690,7 @@ na1d_varlen = _varlen_of_rank(1, _varlen)
 na2d_varlen = _varlen_of_rank(2, _varlen)
 na3d_varlen = _varlen_of_rank(3, _varlen)
 
+if TYPE_CHECKING:
 
-def __getattr__(name: str) -> Any:
-    """Names that older eras had here live in :mod:`natten.legacy`."""
-    if name.startswith("__"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .legacy import functional as legacy
-
-    try:
-        return getattr(legacy, name)
-    except AttributeError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    def __getattr__(name: str) -> Any:
+        """Names that older eras had here, which :mod:`natten.legacy.imports` adds."""

@@ -53,12 +53,3 @@ def per_item(function: Callable[..., Tensor], **tensors: Tensor | None) -> Tenso
         if not results
         else torch.nested.as_nested_tensor(results)
     )
-
-
-def __getattr__(name: str) -> Any:
-    """0.17's ``na*d_*_nested`` live in :mod:`natten.legacy.operators`."""
-    if name.endswith("_nested"):
-        from .legacy import operators
-
-        return getattr(operators, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,15 +1,16 @@
-"""Modules that old code imports and that have no file here, as one table.
+"""What old code imports and what is elsewhere now, as two tables: modules, and names in modules.
 
-Such a module looks its names up in ours when they are asked for. ``natten`` and the stand-ins in
-``natten.compat`` install their part of the table when they are imported. Our modules begin with a
-dot here, because a copy of this package has another name.
+They are looked up in our modules when they are asked for, so that these need not know them.
+``natten`` and the stand-ins in ``natten.compat`` install their part of the tables when they are
+imported. Our modules begin with a dot here, because a copy of this package has another name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -69,9 +70,8 @@ MODULES: dict[str, dict[str, str]] = {
     },
 }
 
-
-def _names(source: ModuleType) -> Sequence[str]:
-    return getattr(source, "__all__", None) or [n for n in vars(source) if not n.startswith("_")]
+#: Modules of ours that had more names, and where these are looked up.
+NAMES = {"functional": ".legacy.functional", "nested": ".legacy.operators"}
 
 
 def lookup(module: str, *sources: str) -> Callable[[str], Any]:
@@ -82,11 +82,8 @@ def lookup(module: str, *sources: str) -> Callable[[str], Any]:
     """
 
     def __getattr__(name: str) -> Any:
-        found = (importlib.import_module(source, _PACKAGE) for source in sources)
-        if name == "__all__":
-            return sorted({each for source in found for each in _names(source)})
         if not name.startswith("__"):
-            for source in found:
+            for source in _imported(sources):
                 if name in _names(source):
                     return vars(sys.modules[module]).setdefault(name, getattr(source, name))
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
@@ -94,21 +91,56 @@ def lookup(module: str, *sources: str) -> Callable[[str], Any]:
     return __getattr__
 
 
+def _imported(sources: Iterable[str]) -> Iterator[ModuleType]:
+    return (importlib.import_module(source, _PACKAGE) for source in sources)
+
+
+def _names(source: ModuleType) -> Sequence[str]:
+    return getattr(source, "__all__", None) or [n for n in vars(source) if not n.startswith("_")]
+
+
 def install(package: str) -> None:
-    """Make the modules of ``package`` in the table importable, and attributes where none is."""
+    """Give ``package`` its part of both tables, once all of it that they add to is imported."""
     rows = MODULES[package]
     names = [name for row in rows for name in row.split()]
     for row, sources in rows.items():
         for name in row.split():
-            path = f"{package}.{name}"
-            module = ModuleType(path, f"Where old code imports from; see {sources}.")
             has_children = any(other.startswith(f"{name}.") for other in names)
-            module.__spec__ = ModuleSpec(path, None, is_package=has_children)
-            if has_children:
-                module.__path__ = []
-            module.__getattr__ = lookup(path, *sources.split())  # type: ignore[method-assign]
-            sys.modules[path] = module
-            parent, _, child = path.rpartition(".")
-            attributes = vars(sys.modules[parent])
-            if isinstance(attributes.get(child, module), ModuleType):  # `natten.na2d` is a function
-                attributes[child] = module
+            _stand_in(f"{package}.{name}", sources.split(), has_children)
+    if package == _PACKAGE:
+        for name, sources in NAMES.items():
+            _extend(sys.modules[f"{package}.{name}"], sources.split())
+
+
+def _stand_in(path: str, sources: Sequence[str], has_children: bool) -> None:
+    """Make a module that has no file importable, and an attribute where none is."""
+    module = ModuleType(path, f"Where old code imports from; see {' '.join(sources)}.")
+    module.__spec__ = ModuleSpec(path, None, is_package=has_children)
+    if has_children:
+        module.__path__ = []
+    find = lookup(path, *sources)
+
+    def __getattr__(name: str) -> Any:
+        if name == "__all__":
+            return sorted({each for source in _imported(sources) for each in _names(source)})
+        return find(name)
+
+    module.__getattr__ = __getattr__  # type: ignore[method-assign]
+    sys.modules[path] = module
+    parent, _, child = path.rpartition(".")
+    attributes = vars(sys.modules[parent])
+    if isinstance(attributes.get(child, module), ModuleType):  # `natten.na2d` is a function
+        attributes[child] = module
+
+
+def _extend(module: ModuleType, sources: Sequence[str]) -> None:
+    """Let a module have old names besides its own."""
+    find = lookup(module.__name__, *sources)
+    own = vars(module).get("__getattr__", find)
+
+    def __getattr__(name: str) -> Any:
+        with contextlib.suppress(AttributeError):
+            return own(name)
+        return find(name)
+
+    module.__getattr__ = __getattr__  # type: ignore[method-assign]
