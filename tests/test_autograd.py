@@ -13,11 +13,12 @@ from torch.library import opcheck
 
 import natten
 from natten import merge_attentions, na1d, na2d, na2d_av, na2d_qk, operators
+from natten.documents import Documents
 from natten.inputs import Inputs
 from natten.modules import NeighborhoodAttention2D
 from natten.neighborhood import Dense
-from natten.packed import packed_attention
-from natten.varlen import Documents
+from natten.operators import schema
+from natten.operators.packed import packed_attention
 
 # Everything at once: even and strided windows, dilation, causality, GQA, bias, additional tokens.
 FULL = Case((4, 7), (2, 3), (2, 1), (1, 2), (True, False), 1, 4, 2, 2, 3, extra=2, rpb=True)
@@ -416,7 +417,7 @@ def test_export():
     assert "natten.attention.default" in names
 
 
-RULE, DENSE = operators._pack(FULL.rule), operators._pack(Dense(causal=True))
+RULE, DENSE = schema.pack(FULL.rule), schema.pack(Dense(causal=True))
 
 
 def reversed_in_memory(x):

@@ -37,7 +37,7 @@ def refuse(*_):
 )
 def test_a_second_call_is_not_checked(arguments, monkeypatch):
     first = na2d(*inputs(), **arguments)
-    monkeypatch.setattr(functional, "check_arguments", refuse)
+    monkeypatch.setattr(functional, "check_call_of", refuse)
     second = na2d(*inputs(), **arguments)
     assert len(functional._calls) == 1
     assert [x.shape for x in first] == [x.shape for x in second]

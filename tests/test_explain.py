@@ -223,7 +223,7 @@ def test_documents_in_one_launch(monkeypatch):
         name, operations = "tables", ("packed",)
 
     packs = [each for each in backends.BACKENDS if each.name != "reference"]
-    monkeypatch.setattr(natten.packed, "backend_for", lambda *_: Tables())
+    monkeypatch.setattr(natten.operators, "backend_for", lambda *_: Tables())
     taken = [
         Tables(),
         *packs,

@@ -20,7 +20,7 @@ from natten import (
 from natten import functional as NF
 from natten.backends import HINTS
 from natten.inputs import Inputs
-from natten.neighborhood import Dense
+from natten.neighborhood import Dense, crop_rpb
 from natten.utils.varlen import generate_varlen_parameters
 
 FUSED = {1: natten.na1d, 2: natten.na2d, 3: natten.na3d}
@@ -285,7 +285,7 @@ def test_varlen(rank):
     documents = zip(shapes, *(layout.unpack(x) for x in (q, k, v, out, lse)))
     for shape, qs, ks, vs, part, part_lse in documents:
         kernel, stride, dilation = fit_window(shape, 3, 1, 2)
-        bias = NF.crop_rpb(rpb, (3,) * rank, kernel)
+        bias = crop_rpb(rpb, (3,) * rank, kernel)
         expected = FUSED[rank](
             qs[None], ks[None], vs[None], kernel, stride, dilation, rpb=bias, return_lse=True
         )

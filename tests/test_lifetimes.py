@@ -16,11 +16,12 @@ from helpers import sdpa, tiled
 from torch import Tensor
 
 import natten
-from natten import operators, packed
+from natten import operators
+from natten.documents import Documents
 from natten.errors import ArgumentError
 from natten.inputs import Inputs
 from natten.neighborhood import Dense
-from natten.varlen import Documents
+from natten.operators.packed import packed_attention
 
 SPACES = {1: (6,), 2: (4, 5), 3: (3, 4, 3)}
 LENGTHS = (4, 2)
@@ -76,7 +77,7 @@ def table(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Any:
     def one_by_one(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return operators.attention(Inputs(q, k, v), rule, 0.5)
 
-    return packed.packed_attention(backend, q, k, v, documents, rule, 0.5, one_by_one)
+    return packed_attention(backend, q, k, v, documents, rule, 0.5, one_by_one)
 
 
 def merged(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, more: Tensor) -> Any:

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from . import backends, packed
+from . import backends, operators
 from ._checks import autocast_tensors
 from ._keywords import check_call
-from .functional import ATTENTION, GENERIC, check_arguments, check_attention
+from .functional import ATTENTION, GENERIC, check_attention, check_call_of
 from .inputs import Inputs
 from .neighborhood import Dimension
 from .operators import Call
@@ -58,20 +58,21 @@ def explain(
     names = "query", "key", "value", "additional_keys", "additional_values"
     q, k, v, *additional = autocast_tensors(*(options.pop(name, None) for name in names))
     inputs = Inputs(q, k, v, options.pop("rpb", None), *additional)
-    return _lines_of(Call(*check_arguments(inputs, **options)), inputs)
+    defaults = {"kernel_size": None, "stride": 1, "dilation": 1, "is_causal": False}
+    window = tuple(options.pop(name, default) for name, default in defaults.items())
+    return _lines_of(check_call_of(inputs, window, **options), inputs)
 
 
 def _explain_attention(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> str:
     options = check_call("explain", ATTENTION, (query, key, value), kwargs).arguments
-    query, key, value, lengths, rule, scale, choice = check_attention(**options)
-    call, name = Call(rule, scale, choice), choice.backend
+    inputs, lengths, call = check_attention(**options)
     if lengths is not None:
-        ours, _ = lengths.read(query, key)
-        if packed.backend_for(query, key, value, name) is not None:
-            problem = packed.problem_of(query, value)
-            return _lines(name, problem, problem)
-        query = query[:, : max(ours, default=0)]
-    return _lines_of(call, Inputs(query, key, value))
+        ours, _ = lengths.read(inputs.query, inputs.key)
+        if operators.backend_for(*inputs[:3], call.choice.backend) is not None:
+            problem = operators.problem_of(inputs.query, inputs.value)
+            return _lines(call.choice.backend, problem, problem)
+        inputs = inputs._replace(query=inputs.query[:, : max(ours, default=0)])
+    return _lines_of(call, inputs)
 
 
 def _lines_of(call: Call, inputs: Inputs) -> str:

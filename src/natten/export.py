@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import gather, operators, packed
+from . import gather, operators
 from ._library import ops
 from ._torch import OpOverload
 from .operators import unpack
@@ -72,13 +72,15 @@ def _attention_backward(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -
 
 
 def _packed(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    lengths, rule, scale, _ = packed.unpack(arguments)
-    out, lse = packed.gathered(query, key, value, lengths, rule, scale)
+    lengths, rule, scale, _ = operators.unpack_sequences(arguments)
+    out, lse = operators.gathered_sequences(query, key, value, lengths, rule, scale)
     return out.contiguous(), lse.contiguous()
 
 
 def _packed_backward(grad_out: Tensor, grad_lse: Tensor | None, *arguments: Any) -> list[Tensor]:
     query, key, value, _, _, *rest = arguments  # output and LSE are computed again
-    lengths, rule, scale, _ = packed.unpack(rest)
-    grads = packed.gathered_gradient(grad_out, grad_lse, query, key, value, lengths, rule, scale)
+    lengths, rule, scale, _ = operators.unpack_sequences(rest)
+    grads = operators.gathered_sequences_gradient(
+        grad_out, grad_lse, query, key, value, lengths, rule, scale
+    )
     return [grad.contiguous() for grad in grads if grad is not None]

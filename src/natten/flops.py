@@ -15,12 +15,13 @@ from typing import Any
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import operators, packed  # define the operators
+from . import operators  # defines the operators
 from ._library import NAMESPACE, ops
 from ._torch import has_fake
 from ._tracing import function_name
 from .errors import ArgumentError
 from .neighborhood import Neighborhood
+from .sequences import Lengths
 
 
 def _rows(shape: Sequence[int]) -> int:
@@ -28,34 +29,34 @@ def _rows(shape: Sequence[int]) -> int:
     return math.prod(shape[:-1])
 
 
-def _attended(query: Sequence[int], key: Sequence[int], extra: Any, kernel_size: Any) -> int:
+def _attended(query: Sequence[int], key: Sequence[int], additional: Any, kernel_size: Any) -> int:
     """Keys that each query attends; without a window, all of ``key [batch, length, ...]``."""
     window = math.prod(kernel_size) if operators.has_window(kernel_size) else key[1]
-    return window + (0 if extra is None else extra[1])
+    return window + (0 if additional is None else additional[1])
 
 
 @register_flop_formula(ops.attention)
 def _attention_flops(
-    query: Any, key: Any, value: Any, rpb: Any, extra_keys: Any, extra_values: Any,
+    query: Any, key: Any, value: Any, rpb: Any, additional_keys: Any, additional_values: Any,
     kernel_size: Any, *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
-    pairs = _rows(query) * _attended(query, key, extra_keys, kernel_size)
+    pairs = _rows(query) * _attended(query, key, additional_keys, kernel_size)
     return 2 * pairs * (query[-1] + value[-1])
 
 
 @register_flop_formula(ops.attention_backward)
 def _attention_backward_flops(
-    grad_out: Any, grad_lse: Any, query: Any, key: Any, value: Any, rpb: Any, extra_keys: Any,
-    extra_values: Any, out: Any, lse: Any, kernel_size: Any, *args: Any, **kwargs: Any,
+    grad_out: Any, grad_lse: Any, query: Any, key: Any, value: Any, rpb: Any, additional_keys: Any,
+    additional_values: Any, out: Any, lse: Any, kernel_size: Any, *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     # Scores anew, dQ and dK take the query's head dim; dP and dV the value's.
-    pairs = _rows(query) * _attended(query, key, extra_keys, kernel_size)
+    pairs = _rows(query) * _attended(query, key, additional_keys, kernel_size)
     return 2 * pairs * (3 * query[-1] + 2 * value[-1])
 
 
 def _pairs_of_sequences(query: Tensor, key: Tensor, arguments: Sequence[Any]) -> int:
     """Pairs of queries and keys in packed sequences, of all heads; at most, of unread lengths."""
-    lengths = packed.Lengths(*arguments[:6])
+    lengths = Lengths(*arguments[:6])
     if has_fake((query,)) or query.is_meta:
         keys = key.shape[1] if lengths.longest_kv < 0 else lengths.longest_kv
         return _rows(query.shape) * keys

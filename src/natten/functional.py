@@ -12,16 +12,15 @@ Attention" (2025).
 from __future__ import annotations
 
 import functools
-import inspect
 import marshal
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, TypeVar, cast, overload
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
 
-from . import operators, packed, tuning
+from . import operators, tuning
 from ._checks import (
     autocast_tensors,
     check_additional,
@@ -35,15 +34,17 @@ from ._checks import (
     check_tiles,
     warn_of_heads_first,
 )
-from ._keywords import check_call, signature_of, unknown_keyword
+from ._hints import DenseHints, Hints
+from ._keywords import check_call, signature_of
 from ._numbers import entries, truth
-from ._ranks import SHAPES, of_rank
+from ._ranks import of_rank
 from ._tracing import unscriptable
 from ._warnings import warn
 from .backends import check_name
 from .errors import ArgumentError
 from .inputs import Inputs
-from .neighborhood import Causal, Dense, Dimension, Neighborhood, fit_window
+from .neighborhood import Causal, Dense, Dimension, Neighborhood
+from .sequences import Lengths
 from .softmax import softmax_with_lse
 from .unfused import (
     na1d_av,
@@ -56,7 +57,7 @@ from .unfused import (
     na3d_qk,
     na3d_qk_with_bias,
 )
-from .varlen import VarlenLayout
+from .varlen import na1d_varlen, na2d_varlen, na3d_varlen
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -81,21 +82,6 @@ __all__ = [
     "na3d_varlen",
     "neighborhood_attention_generic",
 ]
-
-
-class Hints(TypedDict, total=False):
-    """Arguments of fused operators that change no result."""
-
-    attention_kwargs: dict[str, Any] | None
-    q_tile_shape: Sequence[int] | None
-    kv_tile_shape: Sequence[int] | None
-    backward_q_tile_shape: Sequence[int] | None
-    backward_kv_tile_shape: Sequence[int] | None
-    backward_kv_splits: Sequence[int] | None
-    backward_use_pt_reduction: bool
-    run_persistent_kernel: bool
-    kernel_schedule: Any
-    torch_compile: bool
 
 
 @overload
@@ -192,20 +178,12 @@ def neighborhood_attention_generic(
     query, key, value, additional_keys, additional_values = autocast_tensors(
         query, key, value, additional_keys, additional_values
     )
-    inputs = Inputs(query, key, value, rpb, additional_keys, additional_values)
-    arguments = (
-        kernel_size, stride, dilation, is_causal, scale, attention_kwargs, backend,
-        q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape,
+    out, lse = attend(
+        Inputs(query, key, value, rpb, additional_keys, additional_values),
+        (kernel_size, stride, dilation, is_causal),
+        scale, attention_kwargs, backend, q_tile_shape, kv_tile_shape, backward_q_tile_shape,
+        backward_kv_tile_shape,
     )  # fmt: skip
-    kind = _kind(inputs, arguments)
-    call = None if kind is None else _calls.get(kind)
-    if call is None:
-        checked = check_arguments(inputs, *arguments)
-        if kind is not None and _is_builtin(arguments):
-            _calls.keep(kind, operators.Call(*checked))
-        out, lse = operators.attention(inputs, *checked)
-    else:
-        out, lse = call(inputs)
     return (out, lse) if return_lse else out
 
 
@@ -216,18 +194,43 @@ neighborhood_attention_generic.__signature__ = GENERIC  # type: ignore[attr-defi
 _calls = tuning.Kept()
 
 
-def _kind(tensors: Sequence[Tensor | None], arguments: tuple[Any, ...]) -> Any | None:
+def attend(
+    inputs: Inputs, window: Neighborhood | tuple[Any, ...], *options: Any
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE of fused attention.
+
+    Args:
+        inputs: the tensors, in autocast's dtype.
+        window: who attends whom; or a kernel size, stride, dilation and causality to be checked.
+        options: what :func:`check_call_of` takes after the rule.
+    """
+    plain = operators.is_plain_call(inputs)
+    kind = _kind(inputs, window, options) if plain else None
+    call = None if kind is None else _calls.get(kind)
+    if call is None:
+        call = check_call_of(inputs, window, *options)
+        if kind is not None and _is_builtin(options) and _is_known(window):
+            _calls.keep(kind, call)
+    return call(inputs, plain)
+
+
+def _kind(inputs: Inputs, window: Any, options: tuple[Any, ...]) -> Any | None:
     """All that checks and backends look at, hashable; None if something else may matter, too."""
-    if torch.compiler.is_compiling() or not operators.is_plain(tensors):
-        return None
     try:
         # Bytes, because 1, 1.0 and True are equal and lists have no hash. Those of other than
         # builtin types may be equal where types differ.
-        return marshal.dumps(arguments, 2), *[
-            None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors
-        ]
+        known = window if isinstance(window, Neighborhood) else marshal.dumps(window, 2)
+        return (
+            known,
+            marshal.dumps(options, 2),
+            *[None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in inputs],
+        )
     except (RuntimeError, ValueError):  # nested tensors have no shape, some objects no bytes
         return None
+
+
+def _is_known(window: Any) -> bool:
+    return isinstance(window, Neighborhood) or _is_builtin(window)
 
 
 def _is_builtin(x: Any) -> bool:
@@ -236,13 +239,13 @@ def _is_builtin(x: Any) -> bool:
     return x is None or type(x) in (bool, int, float, str)
 
 
-def check_arguments(
-    inputs: Inputs, kernel_size: Any, stride: Any = 1, dilation: Any = 1,
-    is_causal: Any = False, scale: Any = None, attention_kwargs: Any = None, backend: Any = None,
-    q_tile_shape: Any = None, kv_tile_shape: Any = None, backward_q_tile_shape: Any = None,
+def check_call_of(
+    inputs: Inputs, window: Neighborhood | tuple[Any, ...], scale: Any = None,
+    attention_kwargs: Any = None, backend: Any = None, q_tile_shape: Any = None,
+    kv_tile_shape: Any = None, backward_q_tile_shape: Any = None,
     backward_kv_tile_shape: Any = None, **_: Any,
-) -> tuple[Neighborhood, float, operators.Choice]:  # fmt: skip
-    """Rule, scale and choice of a call of fused attention whose arguments are allowed."""
+) -> operators.Call:  # fmt: skip
+    """A call of fused attention, if its arguments are allowed; as in :func:`attend`."""
     query, key, value, rpb, additional_keys, additional_values = inputs
     check_tensors(query=query, key=key, value=value)
     rank = query.dim() - 3
@@ -251,12 +254,7 @@ def check_arguments(
             "`query` must be [batch, *space, heads, head_dim] with 1 to 3 axes of tokens, "
             f"got {tuple(query.shape)}."
         )
-    if _is_bool(dilation):
-        raise ArgumentError(
-            f"`dilation`, the sixth argument, must be integers, got {dilation!r}. Code written for "
-            "NATTEN 0.17 passes `is_causal` there; natten.compat.v017 has that order."
-        )
-    rule = Neighborhood.create(rank, kernel_size, stride, dilation, is_causal)
+    rule = window if isinstance(window, Neighborhood) else _rule_of(rank, *window)
     check_qkv(query, key, value)
     rule.check(query.shape[1:-2])
     warn_of_heads_first(query)
@@ -271,7 +269,18 @@ def check_arguments(
         backward_q_tile_shape=backward_q_tile_shape,
         backward_kv_tile_shape=backward_kv_tile_shape,
     )
-    return rule, factor, operators.Choice(name, tiles)
+    return operators.Call(rule, factor, operators.Choice(name, tiles))
+
+
+def _rule_of(
+    rank: int, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any
+) -> Neighborhood:
+    if _is_bool(dilation):
+        raise ArgumentError(
+            f"`dilation`, the sixth argument, must be integers, got {dilation!r}. Code written for "
+            "NATTEN 0.17 passes `is_causal` there; natten.compat.v017 has that order."
+        )
+    return Neighborhood.create(rank, kernel_size, stride, dilation, is_causal)
 
 
 def _is_bool(value: Any) -> bool:
@@ -296,20 +305,6 @@ na3d = of_rank(3, "na3d", neighborhood_attention_generic, _FUSED)
 
 
 # --- plain attention, packed sequences, merging ---
-
-
-class DenseHints(TypedDict, total=False):
-    """Arguments of :func:`attention` that change no result."""
-
-    q_tile_size: int | None
-    kv_tile_size: int | None
-    backward_q_tile_size: int | None
-    backward_kv_tile_size: int | None
-    backward_kv_splits: int | None
-    backward_use_pt_reduction: bool
-    run_persistent_kernel: bool
-    kernel_schedule: Any
-    torch_compile: bool
 
 
 @overload
@@ -392,15 +387,15 @@ def attention(
     """
     if unknown:
         check_call("attention", ATTENTION, (), unknown)
-    query, key, value, lengths, rule, factor, choice = check_attention(
+    inputs, lengths, call = check_attention(
         query, key, value, is_causal, scale, seqlens_Q, seqlens_KV, cumulative_seqlen_Q,
         cumulative_seqlen_KV, max_seqlen_Q, max_seqlen_KV, backend, q_tile_size, kv_tile_size,
         backward_q_tile_size, backward_kv_tile_size,
     )  # fmt: skip
     if lengths is None:
-        out, lse = operators.attention(Inputs(query, key, value), rule, factor, choice)
+        out, lse = call(inputs, operators.is_plain_call(inputs))
     else:
-        out, lse = packed.sequence_attention(query, key, value, lengths, rule, factor, choice)
+        out, lse = operators.sequence_attention(inputs, lengths, call)
     return (out, lse) if return_lse else out
 
 
@@ -410,9 +405,7 @@ def check_attention(
     cumulative_seqlen_KV: Any = None, max_seqlen_Q: Any = None, max_seqlen_KV: Any = None,
     backend: Any = None, q_tile_size: Any = None, kv_tile_size: Any = None,
     backward_q_tile_size: Any = None, backward_kv_tile_size: Any = None, **_: Any,
-) -> tuple[
-    Tensor, Tensor, Tensor, packed.Lengths | None, Dense, float, operators.Choice
-]:  # fmt: skip
+) -> tuple[Inputs, Lengths | None, operators.Call]:  # fmt: skip
     """What a call of :func:`attention` computes, if its arguments are allowed."""
     check_tensors(query=query, key=key, value=value)
     query, key, value = autocast_tensors(query, key, value)
@@ -432,7 +425,7 @@ def check_attention(
         backward_q_tile_size=backward_q_tile_size,
         backward_kv_tile_size=backward_kv_tile_size,
     )
-    lengths = packed.Lengths.create(
+    lengths = Lengths.create(
         seqlens_Q, seqlens_KV, cumulative_seqlen_Q, cumulative_seqlen_KV,
         longest=(max_seqlen_Q, max_seqlen_KV),
     )  # fmt: skip
@@ -440,7 +433,8 @@ def check_attention(
         raise ArgumentError(
             f"`query` must have batch size 1 when sequences are packed, got {query.shape[0]}."
         )
-    return query, key, value, lengths, Dense(causal), factor, operators.Choice(name, tiles)
+    call = operators.Call(Dense(causal), factor, operators.Choice(name, tiles))
+    return Inputs(query, key, value), lengths, call
 
 
 ATTENTION = signature_of(attention)
@@ -525,170 +519,6 @@ def merge_attentions(
 
 _MERGE = signature_of(merge_attentions)
 merge_attentions.__signature__ = _MERGE  # type: ignore[attr-defined]
-
-KERNEL_HINTS = tuple(Hints.__annotations__)
-
-
-@overload
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, kernel_size: Dimension,
-    stride: Dimension = ..., dilation: Dimension = ..., is_causal: Causal | None = ...,
-    scale: float | None = ..., backend: str | None = ...,
-    *, rpb: Tensor | None = ..., return_lse: Literal[False] = ..., **hints: Unpack[Hints],
-) -> Tensor: ...  # fmt: skip
-@overload
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, kernel_size: Dimension,
-    stride: Dimension = ..., dilation: Dimension = ..., is_causal: Causal | None = ...,
-    scale: float | None = ..., backend: str | None = ...,
-    *, rpb: Tensor | None = ..., return_lse: Literal[True], **hints: Unpack[Hints],
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@overload
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, kernel_size: Dimension,
-    stride: Dimension = ..., dilation: Dimension = ..., is_causal: Causal | None = ...,
-    scale: float | None = ..., backend: str | None = ...,
-    *, rpb: Tensor | None = ..., return_lse: bool, **hints: Unpack[Hints],
-) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: VarlenLayout,
-    kernel_size: Dimension,
-    stride: Dimension = 1,
-    dilation: Dimension = 1,
-    is_causal: Causal | None = False,
-    scale: float | None = None,
-    backend: str | None = None,
-    *,
-    rpb: Tensor | None = None,
-    return_lse: bool = False,
-    **hints: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
-    if not isinstance(layout, VarlenLayout):
-        raise ArgumentError(f"`layout` must be a natten.VarlenLayout, got {type(layout)}.")
-    rule = Neighborhood.create(layout.rank, kernel_size, stride, dilation, is_causal)
-    for name in hints:
-        if name not in KERNEL_HINTS:
-            raise unknown_keyword(f"na{layout.rank}d_varlen", name, _VARLEN_KEYWORDS)
-    check_hints(hints.get("attention_kwargs"))
-    check_tiles(layout.rank, **{name: x for name, x in hints.items() if name.endswith("_shape")})
-    for tensor_name, x in (("query", query), ("key", key), ("value", value)):
-        _check_packed(tensor_name, x, layout)
-    check_rpb(rpb, query, rule, heads=query.shape[-2])
-
-    def one_by_one(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        results = []
-        for shape, *qkv in zip(layout, *(layout.unpack(x[0]) for x in (q, k, v))):
-            if 0 in shape:
-                continue
-            window, step, gap = fit_window(shape, rule.kernel_size, rule.stride, rule.dilation)
-            each = [x[None] for x in qkv]
-            out, lse = neighborhood_attention_generic(
-                each[0],
-                each[1],
-                each[2],
-                window,
-                step,
-                gap,
-                rule.is_causal,
-                scale,
-                backend=backend,
-                return_lse=True,
-                rpb=crop_rpb(rpb, rule.kernel_size, window),
-            )
-            results.append((out.flatten(1, -3), lse.flatten(1, -2)))
-        if not results:
-            return operators.attention(Inputs(q, k, v), Dense(), 1.0)
-        outputs, exponents = zip(*results)
-        return torch.cat(outputs, dim=1), torch.cat(exponents, dim=1)
-
-    query, key, value = (x[None] for x in autocast_tensors(query, key, value))
-    check_qkv(query, key, value)
-    factor, name = check_scale(scale, query.shape[-1]), check_name(backend)
-    runs = None
-    if rpb is None and layout.total_tokens:
-        runs = packed.backend_for(query, key, value, name)
-    if runs is None:
-        out, lse = one_by_one(query, key, value)
-    else:
-        documents = layout.documents(rule, query.device)
-        out, lse = packed.packed_attention(
-            runs, query, key, value, documents, rule, factor, one_by_one
-        )
-    return (out[0], lse[0]) if return_lse else out[0]
-
-
-_VARLEN_KEYWORDS = (*list(inspect.signature(_varlen).parameters)[:-1], *KERNEL_HINTS)
-
-
-def _check_packed(name: str, packed: Tensor, layout: VarlenLayout) -> None:
-    check_tensors(**{name: packed})
-    layout.check(name, packed)
-    if packed.dim() != 3:
-        raise ArgumentError(
-            f"`{name}` must be [tokens, heads, head_dim], got {tuple(packed.shape)}."
-        )
-
-
-def crop_rpb(rpb: Any, kernel_size: Sequence[int], fitted: Sequence[int]) -> Any:
-    """The middle of ``rpb``: offset 0 stays in the middle of a smaller window."""
-    if not isinstance(rpb, Tensor):
-        return rpb
-    for axis, (k, new) in enumerate(zip(kernel_size, fitted)):
-        rpb = rpb.narrow(1 + axis, k - new, 2 * new - 1)
-    return rpb
-
-
-_VARLEN = """{rank}-D neighborhood attention inside each document of a packed tensor.
-
-    Args:
-        query: ``[tokens, heads, head_dim]``, documents one after another.
-        key, value: ``[tokens, heads_kv, head_dim or value_dim]``.
-        layout: the documents' token layouts, :class:`natten.VarlenLayout` of rank {rank}.
-        kernel_size, stride, dilation, is_causal, scale, rpb: as in ``na{rank}d``; a window that is
-            larger than a document is clamped to it by :func:`natten.fit_window`.
-        backend, tile shapes and the other hints of ``na{rank}d``: accepted.
-        return_lse: also return the LSE.
-
-    Returns:
-        ``[tokens, heads, value_dim]``; with ``return_lse`` also the LSE ``[tokens, heads]``.
-
-    Raises:
-        ArgumentError: an argument has a type, shape, dtype, device or value that is not allowed.
-
-    Example:
-        >>> layout = VarlenLayout([({sizes}), ({sizes})])
-        >>> q, k, v = (torch.randn(layout.total_tokens, 2, 16) for _ in range(3))
-        >>> out = {name}(q, k, v, layout, kernel_size={kernel})
-"""
-
-
-Varlen = TypeVar("Varlen", bound=Callable[..., Any])
-
-
-def _varlen_of_rank(rank: int, generic: Varlen) -> Varlen:
-    def function(*args: Any, **kwargs: Any) -> Any:
-        layout = args[3] if len(args) > 3 else kwargs.get("layout")
-        if isinstance(layout, VarlenLayout) and layout.rank != rank:
-            raise ArgumentError(f"`layout` must have rank {rank}, got {layout}.")
-        try:
-            return generic(*args, **kwargs)
-        except TypeError:
-            check_call(name, signature, args, kwargs)
-            raise
-
-    name, signature = f"na{rank}d_varlen", inspect.signature(generic)
-    function.__name__ = function.__qualname__ = name
-    function.__doc__ = inspect.cleandoc(_VARLEN.format(rank=rank, name=name, **SHAPES[rank]))
-    function.__signature__ = signature  # type: ignore[attr-defined]
-    return cast(Varlen, function)
-
-
-na1d_varlen = _varlen_of_rank(1, _varlen)
-na2d_varlen = _varlen_of_rank(2, _varlen)
-na3d_varlen = _varlen_of_rank(3, _varlen)
 
 if TYPE_CHECKING:
 

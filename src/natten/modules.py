@@ -11,31 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ._checks import check_scale, check_tensors
+from ._checks import autocast_tensors, check_scale, check_tensors
+from ._hints import KERNEL_HINTS
 from ._keywords import ELSEWHERE, signature_of, unknown_keyword
 from ._numbers import entries, integer
 from ._ranks import SHAPES
 from ._tracing import call_as_node, refuse_script
 from ._warnings import warn_once
 from .errors import ArgumentError
-from .functional import (
-    KERNEL_HINTS,
-    Causal,
-    Dimension,
-    check_arguments,
-    crop_rpb,
-    na1d_av,
-    na1d_qk,
-    na2d_av,
-    na2d_qk,
-    na3d_av,
-    na3d_qk,
-    neighborhood_attention_generic,
-)
+from .functional import attend, check_call_of
 from .inputs import Inputs
-from .neighborhood import Neighborhood, fit_window
+from .neighborhood import Causal, Dimension, Neighborhood, crop_rpb
+from .unfused import scores, weighted_sum
 
-_UNFUSED = {1: (na1d_qk, na1d_av), 2: (na2d_qk, na2d_av), 3: (na3d_qk, na3d_av)}
 _BIAS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _OVERSIZE = ("error", "clamp", "pad")
 
@@ -205,15 +193,15 @@ class NeighborhoodAttentionGeneric(nn.Module):
                 forward = f"{type(self).__name__}.forward"
                 raise unknown_keyword(forward, name, _FORWARD, _IN_LAYERS)
         shape = x.shape[1:-1]
-        rule, rpb = self.neighborhood, self.rpb
+        rule = self.neighborhood
+        rpb: Tensor | None = self.rpb
         if self.oversize == "pad":
             wanted = (k * d for k, d in zip(rule.kernel_size, rule.dilation))
             missing = [max(0, size - length) for size, length in zip(wanted, shape)]
             if any(missing):
                 x = F.pad(x, (0, 0, *(n for each in reversed(missing) for n in (0, each))))
         elif self.oversize == "clamp":
-            fitted = fit_window(shape, rule.kernel_size, rule.stride, rule.dilation)
-            rule = Neighborhood.create(rank, *fitted, rule.is_causal)
+            rule = rule.fitted(shape)
             rpb = None if rpb is None else crop_rpb(rpb, self.kernel_size, rule.kernel_size)
         out = self._attend(x, rule, rpb, hints)
         for axis, length in enumerate(shape):
@@ -225,28 +213,24 @@ class NeighborhoodAttentionGeneric(nn.Module):
     ) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.unbind(-3)
-        window: tuple[Any, ...]
-        window = (rule.kernel_size, rule.stride, rule.dilation, rule.is_causal)
+        additional = hints.get("additional_keys"), hints.get("additional_values")
+        options = [hints.get(name) for name in _OPTIONS]
         if not (self.training and self.attn_drop_rate > 0):
-            out = neighborhood_attention_generic(q, k, v, *window, self.scale, rpb=rpb, **hints)
+            q, k, v, keys, values = autocast_tensors(q, k, v, *additional)
+            out, _ = attend(Inputs(q, k, v, rpb, keys, values), rule, self.scale, *options)
             return out.flatten(-2)
-        extra = hints.get("additional_keys"), hints.get("additional_values")
         if hints:
-            inputs = Inputs(q, k, v, rpb, *extra)
-            *_, choice = check_arguments(inputs, *window, self.scale, **hints)
-            if choice.backend:
+            call = check_call_of(Inputs(q, k, v, rpb, *additional), rule, self.scale, *options)
+            if call.choice.backend:
                 warn_once(
                     f"{type(self).__name__}: `backend` has no effect in training with `attn_drop`, "
                     "where weights are dropped out between the unfused operators."
                 )
-        na_qk, na_av = _UNFUSED[rule.rank]
         q, k, v = (t.movedim(-2, 1) for t in (q, k, v))
-        keys, values = (None if t is None else t.transpose(1, 2) for t in extra)
-        options: dict[str, Any] = {"is_causal": rule.is_causal, "stride": rule.stride}
-        window = rule.kernel_size, rule.dilation
-        attn = na_qk(q * self.scale, k, *window, keys, rpb=rpb, **options)
+        keys, values = (None if t is None else t.transpose(1, 2) for t in additional)
+        attn = scores(q * self.scale, k, rule, rpb, keys)
         attn = self.attn_drop(attn.softmax(-1))
-        return na_av(attn, v, *window, values, **options).movedim(1, -2).flatten(-2)
+        return weighted_sum(attn, v, rule, values).movedim(1, -2).flatten(-2)
 
     def _misfit(self, x: Any) -> ArgumentError:
         """Why ``x`` is no input."""
@@ -291,6 +275,11 @@ class NeighborhoodAttentionGeneric(nn.Module):
 
 
 _LAYER = tuple(signature_of(NeighborhoodAttentionGeneric).parameters)[1:]
+# What a call of fused attention takes after the scale.
+_OPTIONS = (
+    "attention_kwargs", "backend", "q_tile_shape", "kv_tile_shape", "backward_q_tile_shape",
+    "backward_kv_tile_shape",
+)  # fmt: skip
 _FORWARD = ("backend", "additional_keys", "additional_values", *KERNEL_HINTS)
 _IN_LAYERS = {
     **ELSEWHERE,

@@ -95,6 +95,11 @@ class Neighborhood:
             return _created(rank, *given, *kinds)
         return _created.__wrapped__(rank, *given)
 
+    def fitted(self, shape: Sequence[int]) -> Neighborhood:
+        """The largest windows up to these that fit the token layout ``shape``."""
+        fitted = fit_window(shape, self.kernel_size, self.stride, self.dilation)
+        return Neighborhood.create(self.rank, *fitted, self.is_causal)
+
     @property
     def rank(self) -> int:
         """Number of axes."""
@@ -327,3 +332,15 @@ def fit_window(
         fitted.append((k, min(s, k), d))
     kernel, strides, dilations = zip(*fitted)
     return kernel, strides, dilations
+
+
+def crop_rpb(rpb: Tensor, kernel_size: Sequence[int], fitted: Sequence[int]) -> Tensor:
+    """The middle of ``rpb``: offset 0 stays in the middle of a smaller window.
+
+    Args:
+        rpb: the bias ``[heads, 2 * kernel_size - 1, ...]``.
+        kernel_size, fitted: its window, and the smaller one.
+    """
+    for axis, (k, new) in enumerate(zip(kernel_size, fitted)):
+        rpb = rpb.narrow(1 + axis, k - new, 2 * new - 1)
+    return rpb

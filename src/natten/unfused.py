@@ -46,21 +46,9 @@ def _qk(
         return per_item(each, query=query, key=key, additional_keys=additional_keys)
 
     check_tensors(query=query, key=key)
-    query, key, additional_keys = autocast_tensors(query, key, additional_keys)
-    rule, space = _rule(query, kernel_size, stride, dilation, is_causal)
-    check_same_shape("key", key.shape, "query", query.shape)
-    check_same("key", key, "query", query)
-    check_rpb(rpb, query, rule, heads=query.shape[1])
-    attn = operators.qk(query, key, rule)
-    if rpb is not None:
-        attn = attn + operators.rpb_bias(rpb.to(attn.dtype), space, rule)
-    if any(rule.is_causal):
-        attn = attn.masked_fill(~rule.attended_slots(space, attn.device), -math.inf)
-    if additional_keys is None:
-        return attn
-    _check_additional("additional_keys", additional_keys, query)
-    extra = query.flatten(2, -2) @ additional_keys.transpose(-1, -2)
-    return torch.cat([attn, extra.unflatten(2, space)], dim=-1)
+    return scores(
+        query, key, _rule(query, kernel_size, stride, dilation, is_causal), rpb, additional_keys
+    )
 
 
 def _av(
@@ -83,8 +71,38 @@ def _av(
         return per_item(each, attn=attn, value=value, additional_values=additional_values)
 
     check_tensors(attn=attn, value=value)
+    rule = _rule(value, kernel_size, stride, dilation, is_causal)
+    return weighted_sum(attn, value, rule, additional_values)
+
+
+def scores(
+    query: Tensor, key: Tensor, rule: Neighborhood, rpb: Tensor | None,
+    additional_keys: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """What ``na*d_qk`` returns, of dense tensors and a rule."""
+    query, key, additional_keys = autocast_tensors(query, key, additional_keys)
+    space = _space(query, rule, "query")
+    check_same_shape("key", key.shape, "query", query.shape)
+    check_same("key", key, "query", query)
+    check_rpb(rpb, query, rule, heads=query.shape[1])
+    attn = operators.qk(query, key, rule)
+    if rpb is not None:
+        attn = attn + operators.rpb_bias(rpb.to(attn.dtype), space, rule)
+    if any(rule.is_causal):
+        attn = attn.masked_fill(~rule.attended_slots(space, attn.device), -math.inf)
+    if additional_keys is None:
+        return attn
+    _check_additional("additional_keys", additional_keys, query)
+    additional = query.flatten(2, -2) @ additional_keys.transpose(-1, -2)
+    return torch.cat([attn, additional.unflatten(2, space)], dim=-1)
+
+
+def weighted_sum(
+    attn: Tensor, value: Tensor, rule: Neighborhood, additional_values: Tensor | None
+) -> Tensor:
+    """What ``na*d_av`` returns, of dense tensors and a rule."""
     attn, value, additional_values = autocast_tensors(attn, value, additional_values)
-    rule, space = _rule(value, kernel_size, stride, dilation, is_causal, "value")
+    space = _space(value, rule, "value")
     check_same_shape("attn", attn.shape[:-1], "value", value.shape[:-1])
     if attn.device != value.device:
         raise ArgumentError(
@@ -92,11 +110,11 @@ def _av(
         )
     if additional_values is not None:
         _check_additional("additional_values", additional_values, value)
-    extra = 0 if additional_values is None else additional_values.shape[-2]
+    num_additional = 0 if additional_values is None else additional_values.shape[-2]
     windowed = rule.window_tokens
-    if attn.shape[-1] != windowed + extra:
+    if attn.shape[-1] != windowed + num_additional:
         raise ArgumentError(
-            f"`attn` must hold {windowed + extra} attention weights per token, "
+            f"`attn` must hold {windowed + num_additional} attention weights per token, "
             f"got attn.shape[-1]={attn.shape[-1]}."
         )
     attn = attn.to(value.dtype)
@@ -106,18 +124,20 @@ def _av(
     return out + (attn[..., windowed:].flatten(2, -2) @ additional_values).unflatten(2, space)
 
 
-def _rule(
-    x: Tensor, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, name: str = "query"
-) -> tuple[Neighborhood, tuple[int, ...]]:
-    """The windows and the token layout of heads-first ``x [batch, heads, *space, head_dim]``."""
+def _rule(x: Tensor, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any) -> Neighborhood:
+    """The windows of heads-first ``x [batch, heads, *space, head_dim]``."""
+    return Neighborhood.create(x.dim() - 3, kernel_size, stride, dilation, is_causal)
+
+
+def _space(x: Tensor, rule: Neighborhood, name: str) -> tuple[int, ...]:
+    """The token layout of heads-first ``x``, which the windows fit."""
     space = tuple(x.shape[2:-1])
     if torch.jit.is_tracing():  # where sizes are tensors, which an autograd.Function can not take
         space = tuple(int(n) for n in space)
-    rule = Neighborhood.create(len(space), kernel_size, stride, dilation, is_causal)
     rule.check(space)
     if x.shape[-1] < 1:
         raise ArgumentError(f"the head_dim of `{name}` must be at least 1, got {tuple(x.shape)}.")
-    return rule, space
+    return space
 
 
 def _check_additional(name: str, extra: Tensor, like: Tensor) -> None:

@@ -1,23 +1,41 @@
-"""Sequences of different shapes packed into one: their layout, as people and kernels see it.
+"""Documents of different shapes packed into one tensor: their layout, and attention inside each.
 
 A packed tensor holds the tokens of all documents one after another, each in row-major order.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
 
+from . import operators
+from ._checks import (
+    autocast_tensors,
+    check_hints,
+    check_qkv,
+    check_rpb,
+    check_scale,
+    check_tensors,
+    check_tiles,
+)
+from ._hints import KERNEL_HINTS, Hints
+from ._keywords import check_call, unknown_keyword
 from ._numbers import entries, integer
-from ._torch import assert_later
+from ._ranks import SHAPES
+from .backends import check_name
 from .documents import Documents
 from .errors import ArgumentError
-from .neighborhood import Neighborhood
+from .inputs import Inputs
+from .neighborhood import Causal, Dimension, Neighborhood
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class VarlenLayout:
@@ -168,68 +186,122 @@ class VarlenLayout:
         return f"VarlenLayout({list(self.shapes)})"
 
 
-def check_starts(side: str, tokens: int, starts: Tensor, longest: int) -> None:
-    """As :func:`sequence_lengths` for cumulative sums on a GPU, without waiting for it.
+@overload
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, kernel_size: Dimension,
+    stride: Dimension = ..., dilation: Dimension = ..., is_causal: Causal | None = ...,
+    scale: float | None = ..., backend: str | None = ...,
+    *, rpb: Tensor | None = ..., return_lse: Literal[False] = ..., **hints: Unpack[Hints],
+) -> Tensor: ...  # fmt: skip
+@overload
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, kernel_size: Dimension,
+    stride: Dimension = ..., dilation: Dimension = ..., is_causal: Causal | None = ...,
+    scale: float | None = ..., backend: str | None = ...,
+    *, rpb: Tensor | None = ..., return_lse: Literal[True], **hints: Unpack[Hints],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, kernel_size: Dimension,
+    stride: Dimension = ..., dilation: Dimension = ..., is_causal: Causal | None = ...,
+    scale: float | None = ..., backend: str | None = ...,
+    *, rpb: Tensor | None = ..., return_lse: bool, **hints: Unpack[Hints],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: VarlenLayout,
+    kernel_size: Dimension,
+    stride: Dimension = 1,
+    dilation: Dimension = 1,
+    is_causal: Causal | None = False,
+    scale: float | None = None,
+    backend: str | None = None,
+    *,
+    rpb: Tensor | None = None,
+    return_lse: bool = False,
+    **hints: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if not isinstance(layout, VarlenLayout):
+        raise ArgumentError(f"`layout` must be a natten.VarlenLayout, got {type(layout)}.")
+    rule = Neighborhood.create(layout.rank, kernel_size, stride, dilation, is_causal)
+    for name in hints:
+        if name not in KERNEL_HINTS:
+            raise unknown_keyword(f"na{layout.rank}d_varlen", name, _VARLEN_KEYWORDS)
+    check_hints(hints.get("attention_kwargs"))
+    check_tiles(layout.rank, **{name: x for name, x in hints.items() if name.endswith("_shape")})
+    for tensor_name, x in (("query", query), ("key", key), ("value", value)):
+        _check_packed(tensor_name, x, layout)
+    check_rpb(rpb, query, rule, heads=query.shape[-2])
 
-    What they hold is checked on the GPU, where a failure is an error of the next synchronisation.
-    """
-    check_integers(f"cumulative_seqlen_{side}", starts)
-    lengths = starts.diff()
-    whole = (starts[0] == 0) & (starts[-1] == tokens)
-    assert_later(whole & (lengths >= 0).all() & (lengths <= longest).all())
+    query, key, value = (x[None] for x in autocast_tensors(query, key, value))
+    check_qkv(query, key, value)
+    factor, name = check_scale(scale, query.shape[-1]), check_name(backend)
+    out, lse = operators.document_attention(
+        Inputs(query, key, value, rpb), layout.shapes,
+        lambda: layout.documents(rule, query.device), rule, factor, operators.Choice(name),
+    )  # fmt: skip
+    return (out[0], lse[0]) if return_lse else out[0]
 
 
-def sequence_lengths(
-    side: str, tokens: int, seqlens: Tensor | None, cumulative: Tensor | None,
-    longest: int | None = None,
-) -> list[int] | None:  # fmt: skip
-    """Lengths of packed sequences from either description, None where neither is given.
+_VARLEN_KEYWORDS = (*list(inspect.signature(_varlen).parameters)[:-1], *KERNEL_HINTS)
+
+
+def _check_packed(name: str, packed: Tensor, layout: VarlenLayout) -> None:
+    check_tensors(**{name: packed})
+    layout.check(name, packed)
+    if packed.dim() != 3:
+        raise ArgumentError(
+            f"`{name}` must be [tokens, heads, head_dim], got {tuple(packed.shape)}."
+        )
+
+
+_VARLEN = """{rank}-D neighborhood attention inside each document of a packed tensor.
 
     Args:
-        side: "Q" or "KV", for messages.
-        tokens: how many tokens the packed tensor has.
-        seqlens: integers ``[sequences]``.
-        cumulative: their cumulative sum ``[sequences + 1]``, from 0 to ``tokens``.
-        longest: at least the longest length, if given.
+        query: ``[tokens, heads, head_dim]``, documents one after another.
+        key, value: ``[tokens, heads_kv, head_dim or value_dim]``.
+        layout: the documents' token layouts, :class:`natten.VarlenLayout` of rank {rank}.
+        kernel_size, stride, dilation, is_causal, scale, rpb: as in ``na{rank}d``; a window that is
+            larger than a document is clamped to it by :func:`natten.fit_window`.
+        backend, tile shapes and the other hints of ``na{rank}d``: accepted.
+        return_lse: also return the LSE.
+
+    Returns:
+        ``[tokens, heads, value_dim]``; with ``return_lse`` also the LSE ``[tokens, heads]``.
 
     Raises:
-        ArgumentError: the description is malformed or does not add up to ``tokens``.
-    """
-    given = cumulative if cumulative is not None else seqlens
-    if given is None:
-        return None
-    name = f"cumulative_seqlen_{side}" if cumulative is not None else f"seqlens_{side}"
-    check_integers(name, given)
-    numbers = given.tolist()
-    if cumulative is not None:
-        lengths = [b - a for a, b in itertools.pairwise(numbers)]
-        whole = bool(numbers) and numbers[0] == 0 and numbers[-1] == tokens
-    else:
-        lengths, whole = numbers, sum(numbers) == tokens
-    if not whole or any(length < 0 for length in lengths):
-        raise ArgumentError(
-            f"`{name}` must describe sequences that add up to {tokens} tokens, got {numbers}."
-        )
-    if cumulative is not None and seqlens is not None:
-        check_integers(f"seqlens_{side}", seqlens)
-        if seqlens.tolist() != lengths:
-            raise ArgumentError(
-                f"`seqlens_{side}` must be the lengths that `{name}` has, {lengths}, "
-                f"got {seqlens.tolist()}."
-            )
-    if longest is not None and longest < max(lengths, default=0):
-        raise ArgumentError(
-            f"`max_seqlen_{side}` must be at least the longest sequence, {max(lengths)}, "
-            f"got {longest}."
-        )
-    return lengths
+        ArgumentError: an argument has a type, shape, dtype, device or value that is not allowed.
+
+    Example:
+        >>> layout = VarlenLayout([({sizes}), ({sizes})])
+        >>> q, k, v = (torch.randn(layout.total_tokens, 2, 16) for _ in range(3))
+        >>> out = {name}(q, k, v, layout, kernel_size={kernel})
+"""
 
 
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+Varlen = TypeVar("Varlen", bound=Callable[..., Any])
 
 
-def check_integers(name: str, given: Any) -> None:
-    """Raise ArgumentError unless ``given`` is a 1-D tensor of integers."""
-    if not isinstance(given, Tensor) or given.dim() != 1 or given.dtype not in _INTEGERS:
-        got = (given.dtype, tuple(given.shape)) if isinstance(given, Tensor) else type(given)
-        raise ArgumentError(f"`{name}` must be a 1-D integer tensor, got {got}.")
+def _varlen_of_rank(rank: int, generic: Varlen) -> Varlen:
+    def function(*args: Any, **kwargs: Any) -> Any:
+        layout = args[3] if len(args) > 3 else kwargs.get("layout")
+        if isinstance(layout, VarlenLayout) and layout.rank != rank:
+            raise ArgumentError(f"`layout` must have rank {rank}, got {layout}.")
+        try:
+            return generic(*args, **kwargs)
+        except TypeError:
+            check_call(name, signature, args, kwargs)
+            raise
+
+    name, signature = f"na{rank}d_varlen", inspect.signature(generic)
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = inspect.cleandoc(_VARLEN.format(rank=rank, name=name, **SHAPES[rank]))
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    return cast(Varlen, function)
+
+
+na1d_varlen = _varlen_of_rank(1, _varlen)
+na2d_varlen = _varlen_of_rank(2, _varlen)
+na3d_varlen = _varlen_of_rank(3, _varlen)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..varlen import sequence_lengths
+from ..sequences import sequence_lengths
 
 
 def generate_varlen_parameters(

@@ -1,0 +1,250 @@
+"""Fused attention: which backend runs a call, the operator, and its derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _tracing, backends
+from .._library import differentiate, implement, ops
+from .._torch import in_forward_mode
+from ..inputs import Gradients, Inputs, compute_dtype
+from ..neighborhood import Neighborhood, Rule
+from .composed import composed_attention, composed_tangent, differentiable_gradients
+from .schema import ANY, Choice, pack, pack_choice, unpack, unpack_choice
+from .transforms import (
+    is_composed,
+    is_plain,
+    is_plain_call,
+    merge,
+    refuse_forward_mode,
+    refuse_nested_forward_mode,
+    split,
+)
+
+
+@dataclass
+class Call:
+    """Attention of tensors of one kind: shapes, dtypes and devices are always the same.
+
+    They decide which backends run it, so these are chosen once.
+    """
+
+    rule: Rule
+    scale: float
+    choice: Choice = ANY
+    _chosen: dict[str, tuple[backends.Backend, dict[str, Any]]] = field(
+        default_factory=dict, repr=False
+    )
+
+    def __call__(self, inputs: Inputs, plain: bool) -> tuple[Tensor, Tensor]:
+        """Output ``[batch, *space, heads, value_dim]`` and LSE ``[batch, *space, heads]``.
+
+        ``plain`` is what :func:`is_plain_call` says of the inputs.
+        """
+        if plain:
+            watched = [x for x in inputs if x is not None and x.requires_grad]
+            if (watched and torch.is_grad_enabled()) or in_forward_mode():
+                return _PlainAttention.apply(*inputs, self)
+            return self.forward(inputs)
+        if torch.compiler.is_compiling() or _tracing.is_traced():
+            refuse_forward_mode()
+            if _tracing.is_for_onnx():
+                return composed_attention(inputs, self.rule, self.scale, gathered=True)
+            rank = self.rule.rank if isinstance(self.rule, Neighborhood) else 0
+            return _tracing.record(ops.attention, rank, *inputs, *self.packed())
+        return _Attention.apply(*inputs, self)
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Output and LSE."""
+        backend, options = self._backend("attention", inputs)
+        return backend.forward(inputs, self.rule, self.scale, **options)
+
+    def backward(
+        self, grad_out: Tensor, grad_lse: Tensor | None, inputs: Inputs, out: Tensor, lse: Tensor
+    ) -> Gradients:
+        """Gradients of the inputs."""
+        backend, options = self._backend("gradient", inputs)
+        return backend.backward(
+            grad_out, grad_lse, inputs, out, lse, self.rule, self.scale, **options
+        )
+
+    def packed(self) -> tuple[Any, ...]:
+        """What the operators take after the tensors."""
+        return (*pack(self.rule), self.scale, *pack_choice(self.choice))
+
+    def _backend(self, operation: str, inputs: Inputs) -> tuple[backends.Backend, dict[str, Any]]:
+        """The backend that runs "attention" or its "gradient", and its options."""
+        if operation not in self._chosen:
+            problem = backends.Problem.of(operation, inputs, self.rule, self.scale)
+            chosen = backends.choose(self.choice.backend, problem)
+            if self.choice.backend not in ("", chosen.name):
+                backends.warn_of_another(self.choice.backend, chosen, problem)
+            tiles = self.choice.tiles
+            options = {"tiles": tiles} if tiles and chosen.takes_tiles else {}
+            self._chosen[operation] = chosen, options
+        return self._chosen[operation]
+
+
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, call = unpack_call(arguments)
+    if isinstance(call.rule, Neighborhood):  # a trace may see other sizes than those of its making
+        call.rule.check(inputs.query.shape[1:-2])
+    out, lse = call.forward(inputs)
+    return out.contiguous(), lse.contiguous()  # as the fake ones
+
+
+def unpack_call(arguments: Sequence[Any]) -> tuple[Inputs, Call]:
+    """Inputs and call of the arguments of ``natten::attention``."""
+    *rule, scale, backend, tiles = arguments[6:]
+    return Inputs(*arguments[:6]), Call(unpack(*rule), scale, unpack_choice(backend, tiles))
+
+
+def fake_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    return out, query.new_empty(query.shape[:-1], dtype=compute_dtype(query.dtype))
+
+
+def _attention_backward(grad_out: Tensor, grad_lse: Any, *arguments: Any) -> list[Tensor]:
+    (out, lse), options = arguments[6:8], arguments[8:]
+    inputs, call = unpack_call((*arguments[:6], *options))
+    grads = call.backward(grad_out, grad_lse, inputs, out, lse)
+    return [grad.contiguous() for grad in grads if grad is not None]
+
+
+def _fake_attention_backward(grad_out: Tensor, grad_lse: Any, *arguments: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in arguments[:6] if x is not None]
+
+
+implement("attention", _attention, fake_attention)
+implement("attention_backward", _attention_backward, _fake_attention_backward)
+
+
+# The heads' dimension in each input. Mapped dimensions become more heads, because each mapped rpb
+# has heads of its own.
+_HEADS = (-2, -2, -2, 0, -2, -2)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        inputs, call = Inputs(*args[:6]), args[6]
+        if is_plain(inputs):
+            return call.forward(inputs)
+        return ops.attention(*inputs, *call.packed())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.call = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output)
+        if in_forward_mode():
+            ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        inputs = Inputs(*tensors)
+        if is_composed((grad_out, grad_lse)):
+            _tracing.refuse_gradients()
+            needed = ctx.needs_input_grad[:6]
+            grads = _differentiable_gradient(inputs, needed, grad_out, grad_lse, ctx.call)
+        else:
+            grads = _gradient(grad_out, grad_lse, inputs, out, lse, ctx.call)
+        return (*grads, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        # The operator's outputs may be views, whose tangents must have their strides.
+        out, lse = _PlainAttention.jvp(ctx, *tangents)
+        return out.contiguous(), lse.contiguous()
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        call, size = args[6], info.batch_size
+        merged: list[Any] = [
+            merge(x, dim, size, heads) for x, dim, heads in zip(args, in_dims, _HEADS)
+        ]
+        merged_inputs = Inputs(*merged)
+        out, lse = call(merged_inputs, is_plain_call(merged_inputs))
+        return (split(out, size, -2), split(lse, size, -1)), (0, 0)
+
+
+class _PlainAttention(torch.autograd.Function):
+    """:class:`_Attention` without ``torch.func``, which makes ``apply`` twice as slow."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        output = args[6].forward(Inputs(*args[:6]))
+        _Attention.setup_context(ctx, args, output)
+        return output
+
+    backward = _Attention.backward
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        refuse_nested_forward_mode()
+        primals, changes = Inputs(*ctx.saved_tensors[:6]), Gradients(*tangents[:6])
+        return composed_tangent(primals, changes, ctx.call.rule, ctx.call.scale)
+
+
+def _gradient(
+    grad_out: Tensor | None, grad_lse: Tensor | None, inputs: Inputs, out: Tensor, lse: Tensor,
+    call: Call,
+) -> Sequence[Tensor | None]:  # fmt: skip
+    """Gradients of the inputs, None for those that are None."""
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    if is_plain((grad_out, grad_lse, *inputs, out, lse)):
+        return call.backward(grad_out, grad_lse, inputs, out, lse)
+    _tracing.refuse_gradients()
+    arguments = (grad_out, grad_lse, *inputs, out, lse, *call.packed())
+    found = iter(ops.attention_backward(*arguments))
+    return [None if x is None else next(found) for x in inputs]
+
+
+def _differentiable_gradient(
+    inputs: Inputs, needed: Sequence[bool], grad_out: Tensor | None, grad_lse: Tensor | None,
+    call: Call,
+) -> Sequence[Any]:  # fmt: skip
+    def composed(*tensors: Any) -> tuple[Tensor, Tensor]:
+        return composed_attention(Inputs(*tensors), call.rule, call.scale)
+
+    if is_plain((grad_out, grad_lse, *inputs)):
+        return differentiable_gradients(composed, inputs, needed, (grad_out, grad_lse))
+
+    def of_present(*present: Tensor) -> tuple[Tensor, Tensor]:
+        given = iter(present)
+        return composed(*(None if x is None else next(given) for x in inputs))
+
+    (out, lse), pull, *_ = torch.func.vjp(of_present, *(x for x in inputs if x is not None))
+    grads = (
+        torch.zeros_like(out) if grad_out is None else grad_out,
+        torch.zeros_like(lse) if grad_lse is None else grad_lse,
+    )
+    found = iter(pull(grads))
+    return [None if x is None else next(found) for x in inputs]
+
+
+def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors, call = unpack_call(inputs)
+    _Attention.setup_context(ctx, (*tensors, call), output)
+
+
+def _attention_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+    # The operator's options are seven arguments, the Function's are one.
+    return (*_Attention.backward(ctx, grad_out, grad_lse), *(None for _ in range(6)))
+
+
+differentiate("attention", _attention_gradient, _setup_attention)
+
+
+def attention(
+    inputs: Inputs, rule: Rule, scale: float, choice: Choice = ANY
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE of a call that is not kept."""
+    return Call(rule, scale, choice)(inputs, is_plain_call(inputs))

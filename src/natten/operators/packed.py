@@ -1,0 +1,121 @@
+"""Attention inside packed documents: in one launch where the backend reads a table of documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .._torch import in_forward_mode
+from ..documents import Documents
+from ..inputs import Inputs
+from ..neighborhood import Dense, Neighborhood, Rule, crop_rpb
+from .composed import differentiable_gradients
+from .fused import attention
+from .schema import Choice
+from .transforms import is_composed, is_plain_call
+
+Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def document_attention(
+    inputs: Inputs, shapes: Sequence[tuple[int, ...]], documents: Callable[[], Documents],
+    rule: Neighborhood, scale: float, choice: Choice,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Neighborhood attention inside each document, whose window is the largest that fits it.
+
+    Args:
+        inputs: packed tensors ``[1, tokens, heads, channels]``, and perhaps a bias.
+        shapes: the documents' token layouts.
+        documents: makes the table that a kernel reads.
+        rule, scale, choice: as of one document.
+
+    Returns:
+        Output ``[1, tokens, heads, value_dim]`` and LSE ``[1, tokens, heads]``.
+    """
+    query, key, value, rpb, *_ = inputs
+
+    def one_by_one(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        lengths = [math.prod(shape) for shape in shapes]
+        results = []
+        for shape, *qkv in zip(shapes, *(x.split(lengths, 1) for x in (q, k, v))):
+            if 0 in shape:
+                continue
+            fitted = rule.fitted(shape)
+            own_rpb = None if rpb is None else crop_rpb(rpb, rule.kernel_size, fitted.kernel_size)
+            own_q, own_k, own_v = (x.unflatten(1, shape) for x in qkv)
+            out, lse = attention(Inputs(own_q, own_k, own_v, own_rpb), fitted, scale, choice)
+            results.append((out.flatten(1, -3), lse.flatten(1, -2)))
+        if not results:
+            return attention(Inputs(q, k, v), Dense(), 1.0)
+        outputs, exponents = zip(*results)
+        return torch.cat(outputs, dim=1), torch.cat(exponents, dim=1)
+
+    backend = None
+    if rpb is None and query.shape[1]:
+        backend = backend_for(query, key, value, choice.backend)
+    if backend is None:
+        return one_by_one(query, key, value)
+    return packed_attention(backend, query, key, value, documents(), rule, scale, one_by_one)
+
+
+def problem_of(query: Tensor, value: Tensor) -> backends.Problem:
+    """What decides which backend runs packed documents."""
+    # Not their number of tokens, which would have the choice made again for every batch.
+    dims = query.shape[-1], value.shape[-1]
+    return backends.Problem("packed", query.device, query.dtype, *dims)
+
+
+def backend_for(query: Tensor, key: Tensor, value: Tensor, name: str) -> backends.Backend | None:
+    """The backend that runs packed documents, or None if none does."""
+    if in_forward_mode() or not is_plain_call((query, key, value)):
+        return None
+    found = backends.find(name, problem_of(query, value))
+    return None if found is None or found.name != (name or found.name) else found
+
+
+def packed_attention(
+    backend: backends.Backend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    rule: Rule,
+    scale: float,
+    one_by_one: Attention,
+) -> tuple[Tensor, Tensor]:
+    """Output ``[1, tokens, heads, value dim]`` and LSE ``[1, tokens, heads]``.
+
+    Args:
+        query, key, value: ``[1, tokens, heads, channels]``.
+        one_by_one: the same function of these three, for second derivatives.
+    """
+    return _PackedAttention.apply(query, key, value, backend, documents, rule, scale, one_by_one)
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        query, key, value, backend, documents, rule, scale, _ = args
+        out, lse = backend.packed_forward(Inputs(query, key, value), documents, rule, scale)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.others = args[3:]
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        *inputs, out, lse = ctx.saved_tensors
+        backend, documents, rule, scale, one_by_one = ctx.others
+        if is_composed(grads):
+            found = differentiable_gradients(one_by_one, inputs, ctx.needs_input_grad[:3], grads)
+        else:
+            grad_out = torch.zeros_like(out) if grads[0] is None else grads[0]
+            found = backend.packed_backward(
+                grad_out, grads[1], Inputs(*inputs), out, lse, documents, rule, scale
+            )
+        return (*found[:3], *(None for _ in ctx.others))

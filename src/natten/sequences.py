@@ -1,0 +1,166 @@
+"""Lengths of packed sequences, as :func:`natten.attention` takes them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._checks import check_same_shape
+from ._numbers import integer
+from ._torch import assert_later
+from .documents import Documents
+from .errors import ArgumentError
+
+
+class Lengths(NamedTuple):
+    """How long packed sequences are, as :func:`natten.attention` is told.
+
+    Attributes:
+        seqlens_q, seqlens_kv: integers ``[sequences]``.
+        starts_q, starts_kv: their cumulative sums ``[sequences + 1]``.
+        longest_q, longest_kv: at least the longest lengths, or -1.
+    """
+
+    seqlens_q: Tensor | None
+    seqlens_kv: Tensor | None
+    starts_q: Tensor | None
+    starts_kv: Tensor | None
+    longest_q: int = -1
+    longest_kv: int = -1
+
+    @classmethod
+    def create(cls, *tensors: Tensor | None, longest: Sequence[Any]) -> Lengths | None:
+        """What was given, None if nothing was.
+
+        Raises:
+            ArgumentError: something has the wrong type, or one side lacks lengths.
+        """
+        if all(x is None for x in tensors):
+            return None
+        names = "seqlens_Q", "seqlens_KV", "cumulative_seqlen_Q", "cumulative_seqlen_KV"
+        for name, x in zip(names, tensors):
+            if x is not None:
+                check_integers(name, x)
+        if all(x is None for x in tensors[::2]) or all(x is None for x in tensors[1::2]):
+            given = [name for name, x in zip(names, tensors) if x is not None]
+            raise ArgumentError(
+                "the lengths of packed sequences must be given for `query` and for `key`, got "
+                f"{' and '.join(given)} only."
+            )
+        numbers = []
+        for name, x in zip(("max_seqlen_Q", "max_seqlen_KV"), longest):
+            number = -1 if x is None else integer(x)
+            if number is None or (x is not None and number < 0):
+                raise ArgumentError(
+                    f"`{name}` must be None or an integer from 0 on, got {type(x)}: {x!r}."
+                )
+            numbers.append(number)
+        seqlens_q, seqlens_kv, starts_q, starts_kv = tensors
+        return cls(seqlens_q, seqlens_kv, starts_q, starts_kv, *numbers)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but the longest."""
+        return self[:4]
+
+    def read(self, query: Tensor, key: Tensor) -> tuple[list[int], list[int]]:
+        """The lengths, which waits for the device.
+
+        Raises:
+            ArgumentError: they do not add up, or there are more of queries or of keys.
+        """
+        most = [None if n < 0 else n for n in (self.longest_q, self.longest_kv)]
+        ours = sequence_lengths("Q", query.shape[1], self.seqlens_q, self.starts_q, most[0])
+        theirs = sequence_lengths("KV", key.shape[1], self.seqlens_kv, self.starts_kv, most[1])
+        if ours is None or theirs is None or len(ours) != len(theirs):
+            raise ArgumentError(
+                "the lengths of packed sequences must be given for `query` and for `key`, as many "
+                f"each, got {ours} and {theirs}."
+            )
+        return ours, theirs
+
+    def documents(self, query: Tensor, key: Tensor) -> Documents:
+        """What a kernel reads. Cumulative sums with longest lengths never leave the GPU."""
+        starts_q, starts_kv, most = self.starts_q, self.starts_kv, self[4:]
+        if query.is_cuda and starts_q is not None and starts_kv is not None and min(most) >= 0:
+            check_same_shape(
+                "cumulative_seqlen_KV", starts_kv.shape, "cumulative_seqlen_Q", starts_q.shape
+            )
+            check_starts("Q", query.shape[1], starts_q, most[0])
+            check_starts("KV", key.shape[1], starts_kv, most[1])
+            return Documents.of_sequences((starts_q, starts_kv), most)
+        both = self.read(query, key)
+        sums = [torch.tensor([0, *accumulate(each)], device=query.device) for each in both]
+        return Documents.of_sequences(sums, [max(each, default=0) for each in both])
+
+
+def check_starts(side: str, tokens: int, starts: Tensor, longest: int) -> None:
+    """As :func:`sequence_lengths` for cumulative sums on a GPU, without waiting for it.
+
+    What they hold is checked on the GPU, where a failure is an error of the next synchronisation.
+    """
+    check_integers(f"cumulative_seqlen_{side}", starts)
+    lengths = starts.diff()
+    whole = (starts[0] == 0) & (starts[-1] == tokens)
+    assert_later(whole & (lengths >= 0).all() & (lengths <= longest).all())
+
+
+def sequence_lengths(
+    side: str, tokens: int, seqlens: Tensor | None, cumulative: Tensor | None,
+    longest: int | None = None,
+) -> list[int] | None:  # fmt: skip
+    """Lengths of packed sequences from either description, None where neither is given.
+
+    Args:
+        side: "Q" or "KV", for messages.
+        tokens: how many tokens the packed tensor has.
+        seqlens: integers ``[sequences]``.
+        cumulative: their cumulative sum ``[sequences + 1]``, from 0 to ``tokens``.
+        longest: at least the longest length, if given.
+
+    Raises:
+        ArgumentError: the description is malformed or does not add up to ``tokens``.
+    """
+    given = cumulative if cumulative is not None else seqlens
+    if given is None:
+        return None
+    name = f"cumulative_seqlen_{side}" if cumulative is not None else f"seqlens_{side}"
+    check_integers(name, given)
+    numbers = given.tolist()
+    if cumulative is not None:
+        lengths = [b - a for a, b in itertools.pairwise(numbers)]
+        whole = bool(numbers) and numbers[0] == 0 and numbers[-1] == tokens
+    else:
+        lengths, whole = numbers, sum(numbers) == tokens
+    if not whole or any(length < 0 for length in lengths):
+        raise ArgumentError(
+            f"`{name}` must describe sequences that add up to {tokens} tokens, got {numbers}."
+        )
+    if cumulative is not None and seqlens is not None:
+        check_integers(f"seqlens_{side}", seqlens)
+        if seqlens.tolist() != lengths:
+            raise ArgumentError(
+                f"`seqlens_{side}` must be the lengths that `{name}` has, {lengths}, "
+                f"got {seqlens.tolist()}."
+            )
+    if longest is not None and longest < max(lengths, default=0):
+        raise ArgumentError(
+            f"`max_seqlen_{side}` must be at least the longest sequence, {max(lengths)}, "
+            f"got {longest}."
+        )
+    return lengths
+
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_integers(name: str, given: Any) -> None:
+    """Raise ArgumentError unless ``given`` is a 1-D tensor of integers."""
+    if not isinstance(given, Tensor) or given.dim() != 1 or given.dtype not in _INTEGERS:
+        got = (given.dtype, tuple(given.shape)) if isinstance(given, Tensor) else type(given)
+        raise ArgumentError(f"`{name}` must be a 1-D integer tensor, got {got}.")
