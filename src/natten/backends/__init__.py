@@ -86,12 +86,7 @@ def warn_of_another(name: str, chosen: Backend, problem: Problem) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """:func:`explain`, which stands on the operators, names of old eras, and the backends."""
+    """:func:`explain`, which stands on what users call, and the submodules."""
     if name == "explain":
         return importlib.import_module("..explaining", __name__).explain
-    if name.startswith(("choose_", "get_")):
-        for home in (".selection", "..legacy.configs"):
-            module = importlib.import_module(home, __name__)
-            if hasattr(module, name):
-                return getattr(module, name)
     return _submodules.getter(__name__)(name)

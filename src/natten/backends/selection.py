@@ -8,6 +8,13 @@ from .. import backends
 from ..inputs import Inputs
 from ..neighborhood import Dense, Rule
 
+__all__ = [
+    "choose_backend",
+    "choose_fmha_backend",
+    "get_compatible_backends",
+    "get_compatible_fmha_backends",
+]
+
 
 def _compatible(query: Tensor, key: Tensor, value: Tensor, rule: Rule | None) -> list[str]:
     """Backends that can run a problem: the one that does, then the others in order."""

@@ -71,7 +71,11 @@ MODULES: dict[str, dict[str, str]] = {
 }
 
 #: Modules of ours that had more names, and where these are looked up.
-NAMES = {"functional": ".legacy.functional", "nested": ".legacy.operators"}
+NAMES = {
+    "backends": ".backends.selection .legacy.configs",
+    "functional": ".legacy.functional",
+    "nested": ".legacy.operators",
+}
 
 
 def lookup(module: str, *sources: str) -> Callable[[str], Any]:
@@ -135,12 +139,12 @@ def _stand_in(path: str, sources: Sequence[str], has_children: bool) -> None:
 
 def _extend(module: ModuleType, sources: Sequence[str]) -> None:
     """Let a module have old names besides its own."""
-    find = lookup(module.__name__, *sources)
-    own = vars(module).get("__getattr__", find)
+    own, find = vars(module).get("__getattr__"), lookup(module.__name__, *sources)
 
     def __getattr__(name: str) -> Any:
-        with contextlib.suppress(AttributeError):
-            return own(name)
+        if own is not None:
+            with contextlib.suppress(AttributeError):
+                return own(name)
         return find(name)
 
     module.__getattr__ = __getattr__  # type: ignore[method-assign]

@@ -23,9 +23,7 @@ from ...neighborhood import Rule
 from .. import triton
 from ..interface import Backend, Problem, Shape, TileChooser
 from .releases import KNOWN, release
-from .tiles import native
-
-MOST = 2**31 - 1  # coordinates of TMA are 32 bits
+from .tiles import MOST, native
 
 
 class Hopper(Backend):

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import MOST
 from .gluon_names import TensorDescriptor, gl
+from .tiles import MOST
 
 
 class View(NamedTuple):

@@ -21,6 +21,7 @@ Shape = tuple[int, ...]
 KINDS = ("forward", "query", "key")  # the last two make the gradients of these
 ROWS = 64  # tokens of a warpgroup
 HEADS = (32, 64, 128, 256)  # channels that there are kernels for
+MOST = 2**31 - 1  # coordinates of TMA are 32 bits
 _SHARED = 227 * 1024  # bytes a program may have
 
 NONE, COMPARE, PRODUCT = range(3)  # kinds of masks, as in the kernels
