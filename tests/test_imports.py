@@ -21,11 +21,11 @@ ROOT = Path(natten.__file__).parent
 # Modules, or folders of them, from bottom to top. A module imports from its own layer and below.
 LAYERS = (
     "errors version softmax inputs caches tuning"
-    " _library _keywords _numbers _ranks _submodules _torch _tracing _warnings",
-    "neighborhood tiling documents varlen nested _checks",
+    " _hints _library _keywords _numbers _ranks _submodules _torch _tracing _warnings",
+    "neighborhood tiling documents sequences nested _checks",
     "backends",
-    "gather operators packed",
-    "unfused functional modules",
+    "gather operators",
+    "unfused varlen functional modules",
     "explaining export flops simulator draw profiler",
     "cli profiler.__main__",
     # The names of old eras, and the files that stand where old code imports them from.

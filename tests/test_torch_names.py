@@ -175,6 +175,6 @@ def test_wide_windows(without):
 
 def test_lengths_are_checked(without):
     starts = torch.tensor([0, 2, 5])
-    without.varlen.check_starts("Q", 5, starts, 3)
+    without.sequences.check_starts("Q", 5, starts, 3)
     with pytest.raises(RuntimeError):
-        without.varlen.check_starts("Q", 6, starts, 3)
+        without.sequences.check_starts("Q", 6, starts, 3)
