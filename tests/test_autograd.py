@@ -433,7 +433,7 @@ def op_calls():
     tensors += torch.randn(1, 9, 2, 4), torch.randn(1, 7, 1, 4)
     q, k, v, rpb, ek, ev, out, lse, x, attn, row, pair = map(reversed_in_memory, tensors)
     inputs, dense = (q, k, v, rpb, ek, ev), (q[:, 0], k[:, 0], v[:, 0], None, None, None)
-    saved = (out, lse, *inputs, out, lse)
+    saved = (out, lse, out, lse, *inputs)
     lengths = (torch.tensor([4, 5]), None, None, torch.tensor([0, 3, 7]), 5, -1, 1, 0.7, "", [0])
     rows = torch.ops.natten.packed_attention(row, pair, pair, *lengths)
     return {

@@ -193,7 +193,7 @@ def test_operators_under_opcheck():
         torch.library.opcheck(torch.ops.natten.attention.default, args)
         out, lse = (x.detach() for x in torch.ops.natten.attention(*args))
         plain = [x.detach() for x in (q, k, v)]
-        given = (out, lse, *plain, None, None, None, out, lse, *rule, 0.3, backend, [])
+        given = (out, lse, out, lse, *plain, None, None, None, *rule, 0.3, backend, [])
         torch.library.opcheck(torch.ops.natten.attention_backward.default, given)
 
 

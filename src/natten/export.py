@@ -64,9 +64,10 @@ def _attention(*args: Any) -> tuple[Tensor, Tensor]:
     return out.contiguous(), lse.contiguous()
 
 
-def _attention_backward(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -> list[Tensor]:
-    # Output and LSE, the seventh and eighth, are computed again.
-    inputs, call = operators.unpack_call((*args[:6], *args[8:]))
+def _attention_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
+) -> list[Tensor]:
+    inputs, call = operators.unpack_call(args)  # output and LSE are computed again
     grads = operators.gathered_gradient(grad_out, grad_lse, inputs, call.rule, call.scale)
     return [grad.contiguous() for grad in grads if grad is not None]
 

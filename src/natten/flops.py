@@ -46,8 +46,8 @@ def _attention_flops(
 
 @register_flop_formula(ops.attention_backward)
 def _attention_backward_flops(
-    grad_out: Any, grad_lse: Any, query: Any, key: Any, value: Any, rpb: Any, additional_keys: Any,
-    additional_values: Any, out: Any, lse: Any, kernel_size: Any, *args: Any, **kwargs: Any,
+    grad_out: Any, grad_lse: Any, out: Any, lse: Any, query: Any, key: Any, value: Any, rpb: Any,
+    additional_keys: Any, additional_values: Any, kernel_size: Any, *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     # Scores anew, dQ and dK take the query's head dim; dP and dV the value's.
     pairs = _rows(query) * _attended(query, key, additional_keys, kernel_size)

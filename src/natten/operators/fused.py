@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class Call:
             if _tracing.is_for_onnx():
                 return composed_attention(inputs, self.rule, self.scale, gathered=True)
             rank = self.rule.rank if isinstance(self.rule, Neighborhood) else 0
-            return _tracing.record(ops.attention, rank, *inputs, *self.packed())
+            return _tracing.record(ops.attention, rank, *inputs, *self.arguments())
         return _Attention.apply(*inputs, self)
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -73,7 +74,7 @@ class Call:
             grad_out, grad_lse, inputs, out, lse, self.rule, self.scale, **options
         )
 
-    def packed(self) -> tuple[Any, ...]:
+    def arguments(self) -> tuple[Any, ...]:
         """What the operators take after the tensors."""
         return (*pack(self.rule), self.scale, *pack_choice(self.choice))
 
@@ -90,6 +91,16 @@ class Call:
         return self._chosen[operation]
 
 
+# --- the operator ---
+
+
+def unpack_call(arguments: Sequence[Any]) -> tuple[Inputs, Call]:
+    """Inputs and call of the arguments of ``natten::attention``."""
+    tensors, options = arguments[: len(Inputs._fields)], arguments[len(Inputs._fields) :]
+    *rule, scale, backend, tiles = options
+    return Inputs(*tensors), Call(unpack(*rule), scale, unpack_choice(backend, tiles))
+
+
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs, call = unpack_call(arguments)
     if isinstance(call.rule, Neighborhood):  # a trace may see other sizes than those of its making
@@ -98,26 +109,23 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out.contiguous(), lse.contiguous()  # as the fake ones
 
 
-def unpack_call(arguments: Sequence[Any]) -> tuple[Inputs, Call]:
-    """Inputs and call of the arguments of ``natten::attention``."""
-    *rule, scale, backend, tiles = arguments[6:]
-    return Inputs(*arguments[:6]), Call(unpack(*rule), scale, unpack_choice(backend, tiles))
-
-
 def fake_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """What the operator returns, without data."""
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     return out, query.new_empty(query.shape[:-1], dtype=compute_dtype(query.dtype))
 
 
-def _attention_backward(grad_out: Tensor, grad_lse: Any, *arguments: Any) -> list[Tensor]:
-    (out, lse), options = arguments[6:8], arguments[8:]
-    inputs, call = unpack_call((*arguments[:6], *options))
+def _attention_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
+) -> list[Tensor]:
+    inputs, call = unpack_call(arguments)
     grads = call.backward(grad_out, grad_lse, inputs, out, lse)
     return [grad.contiguous() for grad in grads if grad is not None]
 
 
-def _fake_attention_backward(grad_out: Tensor, grad_lse: Any, *arguments: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in arguments[:6] if x is not None]
+def _fake_attention_backward(*arguments: Any) -> list[Tensor]:
+    inputs, _ = unpack_call(arguments[4:])
+    return [x.new_empty(x.shape) for x in inputs if x is not None]
 
 
 implement("attention", _attention, fake_attention)
@@ -132,10 +140,11 @@ _HEADS = (-2, -2, -2, 0, -2, -2)
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        inputs, call = Inputs(*args[:6]), args[6]
+        *tensors, call = args
+        inputs = Inputs(*tensors)
         if is_plain(inputs):
             return call.forward(inputs)
-        return ops.attention(*inputs, *call.packed())
+        return ops.attention(*inputs, *call.arguments())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -151,7 +160,7 @@ class _Attention(torch.autograd.Function):
         inputs = Inputs(*tensors)
         if is_composed((grad_out, grad_lse)):
             _tracing.refuse_gradients()
-            needed = ctx.needs_input_grad[:6]
+            *needed, _ = ctx.needs_input_grad
             grads = _differentiable_gradient(inputs, needed, grad_out, grad_lse, ctx.call)
         else:
             grads = _gradient(grad_out, grad_lse, inputs, out, lse, ctx.call)
@@ -165,12 +174,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        call, size = args[6], info.batch_size
-        merged: list[Any] = [
-            merge(x, dim, size, heads) for x, dim, heads in zip(args, in_dims, _HEADS)
-        ]
-        merged_inputs = Inputs(*merged)
-        out, lse = call(merged_inputs, is_plain_call(merged_inputs))
+        *tensors, call = args
+        size = info.batch_size
+        inputs = Inputs(*map(merge, tensors, in_dims, repeat(size), _HEADS))
+        out, lse = call(inputs, is_plain_call(inputs))
         return (split(out, size, -2), split(lse, size, -1)), (0, 0)
 
 
@@ -179,7 +186,8 @@ class _PlainAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        output = args[6].forward(Inputs(*args[:6]))
+        *tensors, call = args
+        output = call.forward(Inputs(*tensors))
         _Attention.setup_context(ctx, args, output)
         return output
 
@@ -188,8 +196,9 @@ class _PlainAttention(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
         refuse_nested_forward_mode()
-        primals, changes = Inputs(*ctx.saved_tensors[:6]), Gradients(*tangents[:6])
-        return composed_tangent(primals, changes, ctx.call.rule, ctx.call.scale)
+        *changes, _ = tangents
+        primals = Inputs(*ctx.saved_tensors)
+        return composed_tangent(primals, Gradients(*changes), ctx.call.rule, ctx.call.scale)
 
 
 def _gradient(
@@ -202,7 +211,7 @@ def _gradient(
     if is_plain((grad_out, grad_lse, *inputs, out, lse)):
         return call.backward(grad_out, grad_lse, inputs, out, lse)
     _tracing.refuse_gradients()
-    arguments = (grad_out, grad_lse, *inputs, out, lse, *call.packed())
+    arguments = (grad_out, grad_lse, out, lse, *inputs, *call.arguments())
     found = iter(ops.attention_backward(*arguments))
     return [None if x is None else next(found) for x in inputs]
 
@@ -236,8 +245,9 @@ def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 
 
 def _attention_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-    # The operator's options are seven arguments, the Function's are one.
-    return (*_Attention.backward(ctx, grad_out, grad_lse), *(None for _ in range(6)))
+    # The Function has one argument after the inputs, the operator several.
+    *grads, _ = _Attention.backward(ctx, grad_out, grad_lse)
+    return (*grads, *(None for _ in ctx.call.arguments()))
 
 
 differentiate("attention", _attention_gradient, _setup_attention)

@@ -19,7 +19,7 @@ INPUTS = (
 
 define(f"attention({INPUTS}, {RULE}, float scale, {CHOICE}) -> (Tensor, Tensor)")
 define(
-    f"attention_backward(Tensor grad_out, Tensor? grad_lse, {INPUTS}, Tensor out, Tensor lse, "
+    f"attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {INPUTS}, "
     f"{RULE}, float scale, {CHOICE}) -> Tensor[]"
 )
 define(f"qk(Tensor query, Tensor key, {RULE}) -> Tensor")
