@@ -2,6 +2,8 @@
 
 import math
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -331,3 +333,37 @@ def test_explain_names_the_backend_of_the_backward(monkeypatch):
         f"tiled: runs forward, but has no {backends.OPERATIONS['gradient']}",
         "reference: runs backward",
     ]
+
+
+# --- adding one ---
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """The backend that the documentation builds."""
+    page = Path(__file__).parents[1] / "docs" / "adding-a-backend.md"
+    code = re.search(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(compile(code[1], str(page), "exec"), names)
+    return names["Toy"]()
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.rpb and not c.extra], ids=name_of)
+def test_the_documented_backend_is_right(case, toy):
+    check(case, torch.float64, module=toy)
+
+
+def test_the_documented_backend_is_chosen(toy, monkeypatch):
+    monkeypatch.setattr(backends, "BACKENDS", (toy, *backends.BACKENDS))
+    tuning._forget_choices()
+    q = torch.randn(1, 9, 2, 8)
+    assert backends.explain(q, kernel_size=3).startswith("toy: runs\n")
+    extra = torch.randn(1, 2, 2, 8)
+    said = backends.explain(q, kernel_size=3, additional_keys=extra, additional_values=extra)
+    assert said.startswith("toy: has no additional tokens\n")
+    rpb = torch.randn(2, 5)
+    assert "toy: has no relative" in backends.explain(q, kernel_size=3, rpb=rpb)
+    assert "toy: has no kernels for" in backends.explain(q.half(), kernel_size=3)
+    with pytest.warns(UserWarning, match="'toy' has no kernels for torch.float16"):
+        natten.na1d(q.half(), q.half(), q.half(), 3, backend="toy")
+    tuning._forget_choices()
