@@ -289,7 +289,8 @@ def _dry_run(args: argparse.Namespace, problem: Problem) -> int:
 
     asked = backends.named(args.backend)
     backend = asked.name if asked else choose_backend(problem, args.backend)
-    if asked is not None and (reason := _lacks(asked, problem, "attention")) is not None:
+    # Whatever this machine lacks: nothing runs.
+    if asked is not None and (reason := asked.lacks(problem.question("attention"))) is not None:
         raise ArgumentError(f"`--backend` {backend}: it {reason}.")
     tiles = tile_chooser(backend)
     print(problem)
@@ -308,23 +309,14 @@ def _dry_run(args: argparse.Namespace, problem: Problem) -> int:
     if args.backprop and problem.device.type == "cuda":
         gradient = choose_backend(problem, args.backend, "gradient")
     elif args.backprop:  # this backend, or the next one that can
-        names = [x.name for x in backends.BACKENDS if _lacks(x, problem, "gradient") is None]
+        question = problem.question("gradient")
+        names = [each.name for each in backends.BACKENDS if each.lacks(question) is None]
         gradient = backend if backend in names else names[0]
     if problem.device.type != "cuda":
         print("\nNo GPU is used: what would run on one is listed.")
     for name, kind in kernels(backend, gradient):
         _print_tiles(problem, name, kind, args.max_configs)
     return 0
-
-
-def _lacks(backend: backends.Backend, problem: Problem, operation: str) -> str | None:
-    """Why a backend can not run a problem, whatever this machine lacks: nothing runs."""
-    question = backends.Problem(
-        operation, problem.device, problem.dtype, problem.dim, problem.value_dim,
-        (problem.batch, *problem.shape, problem.heads, problem.dim), problem.rule,
-        problem.dim**-0.5,
-    )  # fmt: skip
-    return backend.lacks(question)
 
 
 def _print_tiles(problem: Problem, backend: str, kind: str, most: int) -> None:

@@ -50,11 +50,7 @@ def choose_backend(problem: Problem, name: str | None, operation: str = "attenti
         ArgumentError: the backend is unknown, or can not run the problem; says why.
     """
     wanted = backends.check_name(name)
-    question = backends.Problem(
-        operation, problem.device, problem.dtype, problem.dim, problem.value_dim,
-        (problem.batch, *problem.shape, problem.heads, problem.dim), problem.rule,
-        problem.dim**-0.5,
-    )  # fmt: skip
+    question = problem.question(operation)
     chosen = backends.choose(wanted, question)
     if wanted and operation == "attention" and chosen.name != wanted:
         asked = backends.named(wanted)

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..errors import ArgumentError
 from ..neighborhood import Neighborhood, group_length
 from ..tiling import group_kinds
@@ -84,6 +85,14 @@ class Problem:
                 pairs += groups * int((end - start).sum())
             windows *= pairs
         return windows + self.tokens * self.extra
+
+    def question(self, operation: str) -> backends.Problem:
+        """Which backend runs "attention", or its "gradient"? :mod:`natten.backends` answers."""
+        return backends.Problem(
+            operation, self.device, self.dtype, self.dim, self.value_dim,
+            (self.batch, *self.shape, self.heads, self.dim), self.rule, self.dim**-0.5,
+            key_shape=self.shape, additional=self.extra > 0,
+        )  # fmt: skip
 
     @property
     def is_self_attention(self) -> bool:
