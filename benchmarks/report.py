@@ -268,7 +268,7 @@ def bounds_table() -> list[str]:
         rows.append(
             [
                 f"{name} {by(shape)}", by(window), by(stride), *(f"{x:.1f}x" for x in bounds),
-                "yes" if ours.is_whole else "no",
+                "yes" if ours.is_full else "no",
             ]
         )  # fmt: skip
     return _table(rows)

@@ -321,16 +321,16 @@ def test_simulate_windows_near_a_wish(capsys, tmp_path):
 def test_simulate_a_device_as_given(capsys):
     arguments = ["-i", 32, "-w", 8, "--tflops", 1.5, "--q-tile", 4, "--kv-tile", 2, "--aligned"]
     out = called(capsys, "simulate", *arguments).out
-    assert "as given: 1.5 TFLOP/s, 3.35 TB/s, tiles of 4 queries, boxes of 2 keys, on a " in out
+    assert "as given: 1.5 TFLOP/s, 3.35 TB/s, tiles of 4 queries, blocks of 2 keys, on a " in out
 
 
 @pytest.mark.parametrize(
     "options, tiles",
     [
         (["--device", "h200"], "tiles of our hopper backend"),
-        (["--device", "h200", "-d", "50"], "tiles of 128 queries, boxes of 64 keys"),
-        (["--device", "a100"], "tiles of 128 queries, boxes of 64 keys"),
-        (["--device", "cpu"], "tiles of 16 queries, boxes as large as needed"),
+        (["--device", "h200", "-d", "50"], "tiles of 128 queries, blocks of 64 keys"),
+        (["--device", "a100"], "tiles of 128 queries, blocks of 64 keys"),
+        (["--device", "cpu"], "tiles of 16 queries, blocks as large as needed"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

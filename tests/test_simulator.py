@@ -1,4 +1,4 @@
-"""The simulator: against counting by hand, published bounds, and measured times."""
+"""The simulator is checked against counting by hand, published bounds, and measured times."""
 
 import csv
 import importlib
@@ -32,10 +32,10 @@ IMAGE = ((256, 256), (80, 80))  # FLUX at 4K
 
 
 def count_by_hand(rule, shape, q_tile, kv_tile, aligned):
-    """Boxes visited, boxes that are attended whole, and pairs needed, token by token."""
+    """Blocks visited, blocks attended in full, and pairs needed, counted token by token."""
     mask = window_mask(rule, shape, shape)
     index = torch.arange(math.prod(shape)).view(shape)
-    visited = whole = 0
+    visited = full = 0
     for group in itertools.product(*(range(d) for d in rule.dilation)):
         own = index[tuple(slice(g, None, d) for g, d in zip(group, rule.dilation))]
         tiles = itertools.product(*(range(0, n, t) for n, t in zip(own.shape, q_tile)))
@@ -45,17 +45,17 @@ def count_by_hand(rule, shape, q_tile, kv_tile, aligned):
             some, every = attended.any(0), attended.all(0)
             first = [int(axis.min()) for axis in some.nonzero().unbind(1)]
             origin = [0] * len(shape) if aligned else first
-            boxes = [
+            blocks = [
                 [range(o + i * b, o + (i + 1) * b) for i in range(-(-(n - o) // b))]
                 for o, b, n in zip(origin, kv_tile, own.shape)
             ]
-            for box in itertools.product(*boxes):
-                inside = tuple(slice(r.start, r.stop) for r in box)
+            for block in itertools.product(*blocks):
+                inside = tuple(slice(r.start, r.stop) for r in block)
                 if some[inside].any():
                     visited += 1
-                    complete = all(r.stop <= n for r, n in zip(box, own.shape))
-                    whole += int(complete and bool(every[inside].all()))
-    return visited, whole, int(mask.sum())
+                    complete = all(r.stop <= n for r, n in zip(block, own.shape))
+                    full += int(complete and bool(every[inside].all()))
+    return visited, full, int(mask.sum())
 
 
 @pytest.mark.parametrize("aligned", [False, True], ids=["free", "aligned"])
@@ -73,21 +73,21 @@ def test_counts_are_those_of_the_mask(
     shape, kernel_size, stride, dilation, is_causal, q_tile, kv_tile, aligned
 ):
     rule = Neighborhood.create(len(shape), kernel_size, stride, dilation, is_causal)
-    visited, whole, needed = count_by_hand(rule, shape, q_tile, kv_tile, aligned)
+    visited, full, needed = count_by_hand(rule, shape, q_tile, kv_tile, aligned)
     found = simulate(
         shape, kernel_size, stride, dilation, is_causal,
         q_tile=q_tile, kv_tile=kv_tile, aligned=aligned,
     )  # fmt: skip
-    box = math.prod(q_tile) * math.prod(kv_tile)
+    pairs = math.prod(q_tile) * math.prod(kv_tile)  # of one tile and one block
     tokens = math.prod(shape)
     assert found.kept == pytest.approx(needed / tokens**2)
-    assert found.computed_over_needed == pytest.approx(visited * box / needed)
-    assert found.whole_boxes == pytest.approx(whole / visited)
-    assert found.tile_bound == pytest.approx(tokens**2 / (visited * box))
+    assert found.computed_over_needed == pytest.approx(visited * pairs / needed)
+    assert found.full_blocks == pytest.approx(full / visited)
+    assert found.tile_bound == pytest.approx(tokens**2 / (visited * pairs))
 
 
 def test_published_bound_of_hunyuan_video():
-    """arXiv 2504.16922: 11.1x by FLOPs, of which 3.3x are left at stride 1 on a fixed grid."""
+    """arXiv 2504.16922 has 11.1x by FLOPs, and 3.3x at stride 1 on a fixed grid."""
     fixed = simulate(*VIDEO, q_tile=(4, 8, 8), kv_tile=(2, 8, 8), aligned=True)
     assert round(fixed.flop_bound, 1) == 11.1
     assert round(fixed.interior_bound, 1) == 3.3
@@ -96,17 +96,17 @@ def test_published_bound_of_hunyuan_video():
 
 
 def test_strides_known_to_need_no_mask():
-    assert simulate(*VIDEO, stride=(16, 8, 8)).is_whole
-    assert simulate(*IMAGE, stride=16).is_whole
-    assert not simulate(*VIDEO).is_whole
-    # Upstream's documentation: 256 is the least stride without masks for tiles of 256 queries.
+    assert simulate(*VIDEO, stride=(16, 8, 8)).is_full
+    assert simulate(*IMAGE, stride=16).is_full
+    assert not simulate(*VIDEO).is_full
+    # Upstream's documentation says that 256 is the least stride without masks for such tiles.
     tiles = {"q_tile": (256,), "kv_tile": (128,), "aligned": True}
-    whole = [p.stride for p in simulate_strides((32768,), 2048, **tiles) if p.is_whole]
-    assert whole[0] == (256,)
+    full = [p.stride for p in simulate_strides((32768,), 2048, **tiles) if p.is_full]
+    assert full[0] == (256,)
 
 
 def measured(name, monkeypatch):
-    """Per layer of a file of results, its cases with microseconds of the forward in a graph."""
+    """For each layer in a file of results, its cases with graph times of the forward pass."""
     path = ROOT / "benchmarks/results" / name
     if not path.exists():
         pytest.skip(f"{path.relative_to(ROOT)} is not there: strides were not measured yet")
@@ -134,7 +134,7 @@ def predicted(case):
 
 @pytest.mark.parametrize("name", ["strides.csv", "h100.csv"])
 def test_the_predicted_order_of_strides_is_the_measured_order(name, monkeypatch):
-    """Of strides of one layer whose measured times are more than 5 % apart."""
+    """Compared are strides of one layer whose measured times are more than 5 % apart."""
     wrong, compared = [], 0
     for times in measured(name, monkeypatch).values():
         for (fast, a), (slow, b) in itertools.permutations(times, 2):
@@ -198,14 +198,15 @@ def test_recommendations_are_the_pareto_front():
 def test_roofline_by_hand():
     device = Device("toy", tflops=1, bandwidth=1, exponentials=1, q_tile=4, kv_tile=4, masking=0.5)
     layer = {"device": device, "batch": 2, "heads": 3, "head_dim": 8, "itemsize": 4}
-    found = simulate((64,), 64, **layer)  # dense: 4096 pairs, nothing masked
-    assert found.is_whole and found.speedup == pytest.approx(1)
+    found = simulate((64,), 64, **layer)  # dense attention has 4096 pairs and no mask
+    assert found.is_full and found.speedup == pytest.approx(1)
     assert found.time_us == pytest.approx(4 * 6 * 4096 * 8 / 1e6)
     assert found.bound_by == "products"
-    # A window of 2 over tiles of 4: 16 tiles, 5 keys each but for the first (2 boxes), all masked.
+    # There are 16 tiles of 4 queries. With a window of 2, the first needs 4 keys, which are one
+    # block, and each other one 5 keys, which are two. All blocks are masked.
     found = simulate((64,), 2, **layer)
-    boxes = 16 + 15
-    assert found.time_us == pytest.approx(4 * 6 * boxes * 16 * 1.5 * 8 / 1e6)
+    blocks = 16 + 15
+    assert found.time_us == pytest.approx(4 * 6 * blocks * 16 * 1.5 * 8 / 1e6)
     slow_memory = Device("toy", tflops=1, bandwidth=1e-3, exponentials=1)
     found = simulate((64,), 2, **(layer | {"device": slow_memory}))
     assert found.bound_by == "memory"
@@ -227,8 +228,9 @@ def test_tiles_are_no_larger_than_the_device_says():
 
 def test_for_machines():
     found = simulate((8,), 3)
+    assert (found.whole_boxes, found.is_whole) == (found.full_blocks, found.is_full)  # older names
     record = found.as_dict()
-    assert record["speedup"] == found.speedup and record["is_whole"] == found.is_whole
+    assert record["speedup"] == found.speedup and record["is_full"] == found.is_full
     assert record["kernel_size"] == (3,)
 
 
@@ -283,7 +285,7 @@ def test_tile_shapes_fit_the_layout():
     assert kernels.tile_shapes(64, (3, 5)) == [(4, 16)]
 
 
-# Layers that the Hopper backend runs: shape, window, dilation, causal, head dim.
+# Layers that the Hopper backend runs, as (shape, window, dilation, causal, head dim).
 HOPPER = [
     ((512,), 33, 1, True, 64),
     ((56, 56), 7, 1, False, 32),
@@ -312,13 +314,13 @@ def test_the_tiles_are_those_that_the_hopper_backend_chooses(layer):
         assert found.backend == "hopper"
         assert (found.q_tile, found.kv_tile) == (tile[missing:], chosen.box[missing:]), stride
         assert found.tile_bound == pytest.approx(math.prod(shape) ** 2 / computed)
-        assert found.is_whole == (mask.kind == hopper.NONE)
+        assert found.is_full == (mask.kind == hopper.NONE)
 
 
 def test_what_masks_of_the_hopper_backend_cost():
-    """Of the time without: 16 or 32 channels more in the product of scores, or comparisons.
+    """A mask adds 16 or 32 channels to the product that gives the scores.
 
-    Where neighbors do not share their window, they wait for boxes of each other too.
+    Where two warpgroups do not share all blocks, each also waits for blocks of the other.
     """
     layer = {"shape": (256, 256), "kernel_size": 80, "heads": 24, "device": "h200"}
     free = DEVICES["h200"].tflops * 1e6 / 24 / (4 * 128)  # pairs a microsecond
@@ -326,7 +328,7 @@ def test_what_masks_of_the_hopper_backend_cost():
         found = simulate(stride=stride, **layer)
         bare = 65536**2 / found.tile_bound / free
         waiting = found.time_us / bare - 1 - extra
-        # Of 12 columns of boxes that pass by, a block needs at least 11.
+        # A tile has 12 columns of blocks, of which each warpgroup needs at least 11.
         assert (waiting > 1e-9) == (stride != 16) and waiting < hopper.IDLE / 11 + 1e-9, stride
 
 
@@ -343,7 +345,7 @@ def test_what_the_hopper_backend_can_not_run_has_other_tiles():
 
 
 def test_without_triton():
-    """Most machines that plan for a GPU have none."""
+    """Most machines on which one plans for a GPU have neither a GPU nor Triton."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import importlib.util as util; real = util.find_spec\n"

@@ -1,12 +1,12 @@
-"""Tiles of queries and the boxes of keys they need.
+"""Tiles of queries and the blocks of keys they need.
 
-A tile is a block of consecutive positions inside one dilation group; its box is the smallest block
-of key positions that holds every window of the tile. Consecutive tiles whose windows look alike
-relative to the tile form a :class:`Run`, so that one mask, one shape and one strided view serve
-all of them.
+A tile holds queries at consecutive positions of one dilation group. Its block of keys is the
+smallest range of key positions that holds every window of the tile. Consecutive tiles whose windows
+look alike relative to the tile form a :class:`Run`, so that one mask, one shape and one strided
+view serve all of them.
 
-Kernels walk a box in pieces of one size; :func:`count_boxes` counts those pieces. Tiles and boxes
-are products of axes, so what is counted per axis multiplies.
+GPU kernels visit the keys of a tile in blocks of one size; :func:`count_blocks` counts these. Tiles
+and blocks are products of axes, so what is counted per axis multiplies.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .neighborhood import Neighborhood, Rule, group_length
 class Run(NamedTuple):
     """``repeats`` tiles, ``step`` positions apart, in each of ``groups`` dilation groups.
 
-    Their boxes are ``key_step`` positions apart.
+    Their blocks of keys are ``key_step`` positions apart.
     """
 
     group: int
@@ -38,17 +38,17 @@ class Run(NamedTuple):
     query_size: int
     key_start: int
     key_size: int
-    lower: Tensor  # [query_size]: each query's window inside the box: first position ...
-    upper: Tensor  # [query_size]: ... and one past the last
-    full: bool  # every query attends every key of the box: no mask is needed
-    triangular: bool  # the first query attends the first key, each further one another key
+    lower: Tensor  # [query_size]: where each query's window starts inside the block of keys ...
+    upper: Tensor  # [query_size]: ... and one past where it ends
+    full: bool  # every query attends every key of the block, so no mask is needed
+    triangular: bool  # the first query attends the first key, and each query one key more
 
 
 class TileCost(NamedTuple):
-    """What one axis contributes to the cost of tiles; of several axes, most of it multiplies."""
+    """What one axis contributes to the cost of tiles; over the axes, most of it multiplies."""
 
     products: int  # query-key pairs computed
-    full: int  # of those, pairs of tiles that need no mask
+    full: int  # how many of these pairs belong to tiles that need no mask
     rows: int  # queries of a tile, summed over its pairs
     keys: int  # key rows of all tiles
     tiles: int
@@ -57,17 +57,20 @@ class TileCost(NamedTuple):
     largest_masked: int  # pairs of one tile that needs a mask
 
 
-# Measured on two AVX-512 cores, float32; only their ratios matter. Nanoseconds.
+# Nanoseconds, measured on two AVX-512 cores in float32; only their ratios matter.
 PRODUCT = 0.4  # softmax and mask, per query-key pair
 PRODUCT_DIM = 0.035  # the two matrix products, per pair and head dim
 COPY = 0.25  # per copied element
 _TILE = 300.0  # per matrix product of a tile
-_RUN = 60_000.0  # Python, per run
+_RUN = 60_000.0  # time spent in Python, per run
 _MAX_SCORES = 1 << 20  # query-key pairs of one tile
 
 
 def reach(rule: Rule, axis: int, n: int, n_keys: int, of_keys: bool) -> tuple[Tensor, Tensor]:
-    """First and one-past-last key of each of ``n`` queries of an axis, or query of each key."""
+    """First and one-past-last key of each of ``n`` queries of an axis.
+
+    With ``of_keys``, the first and one-past-last query of each of ``n_keys`` keys.
+    """
     start, end = rule.windows(axis, torch.arange(n, device="cpu"), n, n_keys)
     if not of_keys:
         return start, end
@@ -76,52 +79,55 @@ def reach(rule: Rule, axis: int, n: int, n_keys: int, of_keys: bool) -> tuple[Te
 
 
 def padded(values: Sequence[Any], fill: Any) -> tuple[Any, ...]:
-    """Three axes: the missing ones come first."""
+    """``values`` with three axes: the missing ones come first and hold ``fill``."""
     return (*(fill,) * (3 - len(values)), *values)
 
 
 def group_kinds(length: int, dilation: int) -> list[tuple[int, int]]:
-    """``(first group, how many groups)`` of the dilation groups that are alike: at most two."""
+    """``(first group, number of groups)`` for each set of equally long dilation groups.
+
+    There are at most two such sets.
+    """
     longer = length % dilation  # groups 0 .. longer - 1 have one position more than the rest
     kinds = ((0, longer), (longer, dilation - longer))
     return [(group, groups) for group, groups in kinds if groups and group < length]
 
 
-class BoxCount(NamedTuple):
-    """Boxes that the tiles of one axis visit; each is a tensor with one entry per case."""
+class BlockCount(NamedTuple):
+    """Blocks of keys that the tiles of one axis visit; the fields have one entry per case."""
 
-    visited: Tensor  # all of them
-    whole: Tensor  # those that every query of their tile attends whole: no mask is needed
-    most: Tensor  # visited by the tile that visits the most
+    visited: Tensor  # blocks visited by all tiles
+    full: Tensor  # how many of them every query of the tile attends in full, without a mask
+    most: Tensor  # blocks visited by the tile that visits the most
 
 
-def count_boxes(
+def count_blocks(
     low: Tensor, start: Tensor, end: Tensor, high: Tensor, size: int | Tensor, origin: Tensor
-) -> BoxCount:
-    """Count the boxes of ``size`` key positions that tiles visit along one axis.
+) -> BlockCount:
+    """Count the blocks of ``size`` key positions that tiles visit along one axis.
 
     Args:
-        low, start: ``[..., tiles]``, first window start among a tile's queries, and the last one.
-        end, high: ``[..., tiles]``, first window end among a tile's queries, and the last one.
-        size: key positions in a box.
-        origin: a key position at which a box starts; those of one tile lie side by side.
+        low, start: ``[..., tiles]``, the first and the last window start among a tile's queries.
+        end, high: ``[..., tiles]``, the first and the last window end among a tile's queries.
+        size: key positions in a block.
+        origin: a key position at which a block starts; the blocks of a tile lie side by side.
     """
     first, last = (low - origin) // size, -((origin - high) // size)
-    whole = ((end - origin) // size + (origin - start) // size).clamp(min=0)
+    full = ((end - origin) // size + (origin - start) // size).clamp(min=0)
     visited = last - first
-    return BoxCount(visited.sum(-1), whole.sum(-1), visited.amax(-1))
+    return BlockCount(visited.sum(-1), full.sum(-1), visited.amax(-1))
 
 
 def axis_runs(rule: Rule, axis: int, length: int, key_length: int, tile: int) -> list[Run]:
-    """Cut an axis of ``length`` queries and ``key_length`` keys into runs of tiles of ``tile``."""
+    """Cut an axis of ``length`` queries and ``key_length`` keys into tiles of ``tile`` queries."""
     dilation = rule.dilation[axis]
     runs: list[Run] = []
     for group, groups in group_kinds(length, dilation):
         n = group_length(length, dilation, group)
         n_keys = group_length(key_length, dilation, group)
         start, end = rule.windows(axis, torch.arange(n, device="cpu"), n, n_keys)
-        whole = n // tile * tile
-        for first, last, size in ((0, whole, tile), (whole, n, n - whole)):
+        remainder = n // tile * tile  # where the last, smaller tile starts
+        for first, last, size in ((0, remainder, tile), (remainder, n, n - remainder)):
             if first < last:
                 runs += _merge_tiles(group, groups, first, size, start[first:last], end[first:last])
     return runs
@@ -130,25 +136,27 @@ def axis_runs(rule: Rule, axis: int, length: int, key_length: int, tile: int) ->
 def _merge_tiles(
     group: int, groups: int, first: int, size: int, start: Tensor, end: Tensor
 ) -> list[Run]:
-    start, end = start.view(-1, size), end.view(-1, size)
-    box = start.amin(1)
-    tile_start = first + size * torch.arange(len(box), device="cpu")
+    """Runs of the tiles of ``size`` queries from ``first`` on, given their windows."""
+    start, end = start.view(-1, size), end.view(-1, size)  # [tiles, size]
+    kv_start = start.amin(1)  # [tiles]
+    tile_start = first + size * torch.arange(len(kv_start), device="cpu")
     shape = torch.cat(
-        [start - box[:, None], end - box[:, None], (box - tile_start)[:, None]], dim=1
+        [start - kv_start[:, None], end - kv_start[:, None], (kv_start - tile_start)[:, None]],
+        dim=1,
     )
     changes = (shape[1:] != shape[:-1]).any(1).nonzero().flatten() + 1
-    edges = [0, *changes.tolist(), len(box)]
-    heads = torch.tensor(edges[:-1], device="cpu")
-    lower, upper = start[heads] - box[heads, None], end[heads] - box[heads, None]
+    edges = [0, *changes.tolist(), len(kv_start)]
+    heads = torch.tensor(edges[:-1], device="cpu")  # the first tile of each run
+    lower, upper = start[heads] - kv_start[heads, None], end[heads] - kv_start[heads, None]
     key_size = upper.amax(1)
     from_first = (lower == 0).all(1)
-    more = torch.arange(1, size + 1, device="cpu").minimum(key_size[:, None])
+    one_more_each = torch.arange(1, size + 1, device="cpu").minimum(key_size[:, None])
     full = (from_first & (upper == key_size[:, None]).all(1)).tolist()
-    triangular = (from_first & (upper == more).all(1)).tolist()
-    keys, boxes = key_size.tolist(), box[heads].tolist()
+    triangular = (from_first & (upper == one_more_each).all(1)).tolist()
+    key_sizes, key_starts = key_size.tolist(), kv_start[heads].tolist()
     return [
         Run(
-            group, groups, b - a, size, size, first + size * a, size, boxes[i], keys[i],
+            group, groups, b - a, size, size, first + size * a, size, key_starts[i], key_sizes[i],
             lower[i].clone(), upper[i].clone(), full[i], triangular[i],
         )
         for i, (a, b) in enumerate(itertools.pairwise(edges))
@@ -158,9 +166,9 @@ def _merge_tiles(
 def window_runs(rule: Rule, axis: int, length: int, key_length: int, between: bool) -> list[Run]:
     """Cut an axis of ``length`` queries and ``key_length`` keys where windows change.
 
-    At each end many queries share one window, which is the box of their tile. The others lie
-    in one tile, or, if ``between``, in one for each window. Without ``between`` the tiles at the
-    ends have one size and are one run.
+    At each end many queries share one window, which is their tile's block of keys. The other
+    queries lie in one tile or, with ``between``, in one tile for each window. Without ``between``
+    the tiles at the two ends have one size and are one run.
     """
     dilation = rule.dilation[axis]
     runs: list[Run] = []
@@ -182,7 +190,7 @@ def window_runs(rule: Rule, axis: int, length: int, key_length: int, between: bo
 
 
 def _merge_ends(runs: list[Run]) -> list[Run]:
-    """The first and the last run as one, if both are a tile without a mask, of one size."""
+    """Make one run of the first and the last, if both are one tile of one size without a mask."""
     first, last = runs[0], runs[-1]
     sizes = [(run.query_size, run.key_size, run.repeats, run.full) for run in (first, last)]
     if len(runs) == 1 or sizes != [(first.query_size, first.key_size, 1, True)] * 2:
@@ -196,7 +204,7 @@ def axis_cost(runs: Sequence[Run], triangles: bool = False) -> TileCost:
 
     Args:
         runs: what the axis is cut into.
-        triangles: whether a triangular tile needs no mask, and only half of it is computed.
+        triangles: whether triangular tiles need no mask and only half of them is computed.
     """
     products = full = rows = largest = largest_masked = 0
     for run in runs:
@@ -225,12 +233,12 @@ def _candidates(rule: Rule, axis: int, length: int) -> list[int]:
     n = group_length(length, rule.dilation[axis], 0)
     stride = rule.stride[axis] if isinstance(rule, Neighborhood) else 1
     sizes = {n} | {size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256) if size < n}
-    if stride > 1:  # whole strides make whole tiles
+    if stride > 1:  # tiles of whole strides, so that no two tiles share a window
         sizes |= {stride * m for m in (1, 2, 4, 8, 16) if stride * m < n}
     return sorted(size for size in sizes if size <= 256) or [256]
 
 
-Tiling = tuple[tuple[Run, ...], ...]  # for each axis its runs; a block of tiles is one of each
+Tiling = tuple[tuple[Run, ...], ...]  # the runs of each axis; one run of each makes a set of tiles
 
 
 def cheapest(
@@ -238,11 +246,11 @@ def cheapest(
     cost: Callable[[Sequence[TileCost]], float],
     triangles: bool = False,
 ) -> tuple[float, Tiling]:
-    """The cheapest tiling and its cost.
+    """The cost of the cheapest tiling, and that tiling.
 
     Args:
-        options: for each axis, the runs to choose from; the first is taken if all are too large.
-        cost: of a choice for every axis; infinite if tiles are too large.
+        options: for each axis, the ways to cut it; the first is taken if all cost infinitely much.
+        cost: the cost of one way for every axis; infinite if tiles are too large.
         triangles: as in :func:`axis_cost`.
     """
     described = [[(axis_cost(runs, triangles), tuple(runs)) for runs in axis] for axis in options]
@@ -263,7 +271,7 @@ def _bytes(options: list[list[list[Run]]]) -> int:
 def uniform(
     rule: Rule, shape: tuple[int, ...], key_shape: tuple[int, ...]
 ) -> list[list[list[Run]]]:
-    """For each axis, its runs by tiles of one size, of every size that is worth a thought."""
+    """For each axis, its runs of tiles of one size, for every size that is worth trying."""
     return [
         [
             axis_runs(rule, axis, length, key_length, size)
@@ -276,11 +284,11 @@ def uniform(
 def tiles(
     rule: Rule, shape: tuple[int, ...], key_shape: tuple[int, ...], matrices: int, head_dim: int
 ) -> tuple[float, Tiling]:
-    """The cheapest tiling of the backend ``tiled`` and its cost.
+    """The cost of the cheapest tiling for the backend ``tiled``, and that tiling.
 
     Args:
         rule: the windows.
-        shape, key_shape: token layout of queries and of keys.
+        shape, key_shape: token layouts of queries and of keys.
         matrices: batch times heads.
         head_dim: mean of the query's and the value's head dim.
     """

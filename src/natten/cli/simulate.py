@@ -1,11 +1,11 @@
-"""What a window can gain over dense attention at most, and which strides gain it.
+"""How much a window can gain over dense attention, and which strides gain it.
 
-Nothing runs. The bound by FLOPs is the number of all query-key pairs over those needed. The bound
-by tiling counts the pairs that a kernel computes, which works in whole tiles. Time and speed-up are
+Nothing runs. The bound by FLOPs is the number of all query-key pairs over the number needed. The
+bound by tiling counts the pairs that a kernel computes, because it works in whole tiles. Times are
 rooflines: the longest of products, exponentials and memory at the device's peak rates.
 
-The table has the finest stride and each coarser one that is faster than all finer ones, then the
-finest stride whose boxes are all whole (no masks), if none of those is.
+The table has the finest stride and each coarser one that is faster than all finer ones. If each of
+these needs masks, the finest stride of which all blocks are full follows.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from .tables import duration, print_table
 EPILOG = """examples:
   every stride of HunyuanVideo's window, on an H100:
     natten simulate -i 30 48 80 -w 18 24 24 -n 24
-  one stride beside them:
+  the same, with one stride of your own in the table:
     natten simulate -i 30 48 80 -w 18 24 24 -s 16 8 8 -n 24
-  windows up to 20 % smaller or larger, best in kept pairs and time:
+  windows up to 20 % smaller or larger that are best in kept pairs and time:
     natten simulate -i 256 256 -w 80 80 -n 24 --near 0.2
   a kernel that reorders tokens into tiles first, with its tile shapes:
     natten simulate -i 30 48 80 -w 18 24 24 --q-tile 4 8 8 --kv-tile 2 8 8 --aligned
@@ -52,14 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     device.add_argument("--tflops", type=float, metavar="X", help="10^12 operations a second")
     device.add_argument("--bandwidth", type=float, metavar="X", help="10^12 bytes a second")
     device.add_argument("--exponentials", type=float, metavar="X", help="10^12 a second")
-    for option, meaning in (("--q-tile", "queries in a tile"), ("--kv-tile", "keys in a box")):
+    for option, meaning in (("--q-tile", "queries in a tile"), ("--kv-tile", "keys in a block")):
         device.add_argument(
             option, nargs="+", type=positive, metavar="N",
             help=f"{meaning}, one size per axis; default: what the kernels choose",
         )  # fmt: skip
     device.add_argument(
         "--aligned", action="store_true",
-        help="boxes of keys lie on a fixed grid; ours start where a tile's windows start",
+        help="blocks of keys lie on a fixed grid; ours start where a tile's windows start",
     )  # fmt: skip
     device.add_argument(
         "--itemsize", type=positive, default=2, metavar="N", help="bytes of a number; default: 2"
@@ -67,16 +67,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is shown")
     what.add_argument(
         "--near", type=float, metavar="X",
-        help="windows that differ by at most this fraction, instead of strides of one window",
+        help="show windows that differ by at most this fraction, instead of strides of one window",
     )  # fmt: skip
     what.add_argument(
         "--top",
         type=positive,
         default=12,
         metavar="N",
-        help="with --near: most windows to show; default: 12",
+        help="with --near: show at most this many windows; default: 12",
     )
-    what.add_argument("--all", action="store_true", help="every stride, or every best window")
+    what.add_argument("--all", action="store_true", help="show every stride, or every best window")
     what.add_argument(
         "--json", nargs="?", const="-", type=output, metavar="FILE",
         help="write the rows as JSON to a file, or instead of the table",
@@ -136,33 +136,33 @@ def _device(args: argparse.Namespace) -> Device:
 
 
 def _tiles(args: argparse.Namespace, device: Device, wish: Prediction) -> str:
-    """How the kernels are tiled."""
+    """One phrase that says how the kernels are tiled."""
     if wish.backend:
         return f"tiles of our {wish.backend} backend"
     queries = by(args.q_tile) if args.q_tile else device.q_tile
     keys = by(args.kv_tile) if args.kv_tile else device.kv_tile
-    boxes = "boxes as large as needed" if keys == 1 else f"boxes of {keys} keys"
-    return f"tiles of {queries} queries, {boxes}{', on a fixed grid' if args.aligned else ''}"
+    blocks = "blocks as large as needed" if keys == 1 else f"blocks of {keys} keys"
+    return f"tiles of {queries} queries, {blocks}{', on a fixed grid' if args.aligned else ''}"
 
 
 def _worth_showing(every: Sequence[Prediction], wish: Prediction) -> list[Prediction]:
-    """What no finer stride equals, the finest whole-box stride, and the wish; finest first."""
+    """The recommended strides, one without masks if there is one, and the wish; finest first."""
     shown = recommended_strides(every)
-    if not any(each.is_whole for each in shown):
-        shown += [each for each in every if each.is_whole][:1]
+    if not any(each.is_full for each in shown):
+        shown += [each for each in every if each.is_full][:1]
     strides = {each.stride for each in shown} | {wish.stride}
     return [each for each in every if each.stride in strides]
 
 
 def _around(front: Sequence[Prediction], wish: Prediction, most: int) -> list[Prediction]:
-    """Of a front sorted by kept pairs, the part nearest to what the wish keeps."""
+    """The ``most`` entries of the front that keep about as many pairs as the wish."""
     nearest = sorted(front, key=lambda each: abs(each.kept - wish.kept))[:most]
     return [each for each in front if each in nearest]
 
 
 def _print(rows: Sequence[Prediction], wish: Prediction, title: str) -> None:
     header = (
-        "window", "stride", "queries", "keys", "kept", "computed/needed", "whole boxes",
+        "window", "stride", "queries", "keys", "kept", "computed/needed", "full blocks",
         "by tiling", "time", "speed-up", "bound by",
     )  # fmt: skip
     wished = (wish.kernel_size, wish.stride)
@@ -174,7 +174,7 @@ def _print(rows: Sequence[Prediction], wish: Prediction, title: str) -> None:
             by(row.kv_tile),
             f"{row.kept:.2%}",
             f"{row.computed_over_needed:.2f}",
-            "all" if row.is_whole else f"{min(row.whole_boxes, 0.99):.0%}",  # 100% would be all
+            "all" if row.is_full else f"{min(row.full_blocks, 0.99):.0%}",  # 100 % would mean all
             f"{row.tile_bound:.1f}x",
             duration(row.time_us),
             f"{row.speedup:.1f}x",

@@ -1,14 +1,16 @@
 """What neighborhood attention can gain over dense attention, before any of it runs.
 
-Three numbers, each below the one before it:
+There are three numbers, each below the one before it:
 
 * by FLOPs: all pairs of tokens over the pairs that attend each other;
-* by tiling: all pairs over the pairs that a kernel computes, which works in whole tiles of queries
-  and boxes of keys (:func:`natten.tiling.count_boxes`);
-* by roofline: predicted time of dense attention over predicted time, each the longest of its matrix
-  products, its exponentials, and reading its inputs and writing its output once.
+* by tiling: all pairs over the pairs that a kernel computes, because it works in whole tiles of
+  queries and whole blocks of keys (:func:`natten.tiling.count_blocks`);
+* by roofline: the predicted time of dense attention over the predicted time. Each of these times is
+  the longest of three: the matrix products, the exponentials, and reading the inputs and writing
+  the output once.
 
-Times are of the forward pass, and lower bounds: a device's peaks are those of its data sheet.
+Times are of the forward pass. They are lower bounds, because a device's rates are the peaks of its
+data sheet.
 
 Source of the idea: "Generalized Neighborhood Attention" (arXiv 2504.16922).
 """
@@ -35,8 +37,10 @@ from .kernels import Axis, Hopper, Kernel, Sized, Tiling, outer, tile_shapes
 Shape = tuple[int, ...]
 
 _SAME = 1e-9  # relative difference below which two times are one
-_LATER = 1e-12  # what a tiling's place adds to its cost, so that of equal ones the first is taken
-_CHUNK = 64  # windows counted position by position at a time
+_LATER = (
+    1e-12  # a tiling's position adds this to its cost, so that the first of equal ones is taken
+)
+_CHUNK = 64  # how many windows are counted position by position at a time
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,10 @@ class Device:
         bandwidth: of memory, 10^12 bytes a second.
         exponentials: 10^12 a second.
         q_tile: queries in a tile, a power of two.
-        kv_tile: keys in a box, as well; 1 means that a tile takes exactly the keys it needs.
-        masking: what masking by comparisons adds to the products of a box, as a fraction.
-        backend: whose tiles are taken where it can run the layer, instead of those sizes: "hopper",
-            or "" for none.
+        kv_tile: keys in a block, a power of two; with 1 a tile takes exactly the keys it needs.
+        masking: what masking by comparisons adds to the products of a block, as a fraction.
+        backend: "hopper" if that backend's tiles replace those sizes where it can run the layer,
+            else "".
     """
 
     name: str
@@ -83,8 +87,9 @@ class Device:
             raise ArgumentError(f"`backend` must be '' or {Hopper.name!r}, got {self.backend!r}.")
 
 
-# GPUs: dense bf16 and memory from data sheets; exponentials are 16 per multiprocessor and clock.
-# cpu: two cores, from the constants that the tiled backend chooses its tiles by.
+# For GPUs, the rates of dense bf16 products and of memory are those of data sheets, and
+# exponentials are 16 per multiprocessor and clock. "cpu" is two cores, with the constants by which
+# the tiled backend chooses its tiles.
 DEVICES = {
     device.name: device
     for device in (
@@ -98,7 +103,7 @@ DEVICES = {
             exponentials=1e-3 / tiling.PRODUCT,
             q_tile=16,
             kv_tile=1,
-            masking=0.0,  # part of the cost of an exponential
+            masking=0.0,  # the cost of an exponential includes it
         ),
     )
 }
@@ -111,15 +116,15 @@ class Prediction:
     Attributes:
         kernel_size, stride: the window.
         kept: fraction of all pairs of tokens that attend each other.
-        backend: whose tiles these are: "hopper", or "" if only their sizes were given.
-        q_tile, kv_tile: the cheapest tile of queries and box of keys.
-        computed_over_needed: pairs computed per pair needed; 1 is no waste.
-        whole_boxes: fraction of the visited boxes that need no mask.
-        flop_bound: most speed-up over dense attention that the kept pairs allow.
-        tile_bound: most speed-up that the computed pairs allow.
-        interior_bound: most speed-up of a single tile, the one that visits the most boxes; it lies
-            away from the borders, where windows stop moving.
-        time_us, dense_us: roofline of this problem and of dense attention, microseconds.
+        backend: the backend whose tiles these are, "hopper", or "" if only their sizes were given.
+        q_tile, kv_tile: the cheapest tile of queries and block of keys.
+        computed_over_needed: pairs computed per pair needed; 1 means that nothing is wasted.
+        full_blocks: fraction of the visited blocks that are full, so that they need no mask.
+        flop_bound: the largest speed-up over dense attention that the kept pairs allow.
+        tile_bound: the largest speed-up that the computed pairs allow.
+        interior_bound: the largest speed-up of a single tile, the one that visits the most blocks.
+            It lies away from the borders, where windows stop moving.
+        time_us, dense_us: rooflines of this problem and of dense attention, microseconds.
         bound_by: what takes longest: "products", "exponentials" or "memory".
     """
 
@@ -130,7 +135,7 @@ class Prediction:
     q_tile: Shape
     kv_tile: Shape
     computed_over_needed: float
-    whole_boxes: float
+    full_blocks: float
     flop_bound: float
     tile_bound: float
     interior_bound: float
@@ -139,9 +144,19 @@ class Prediction:
     bound_by: str
 
     @property
+    def is_full(self) -> bool:
+        """Whether no visited block needs a mask."""
+        return self.full_blocks == 1
+
+    @property
+    def whole_boxes(self) -> float:
+        """The older name of ``full_blocks``."""
+        return self.full_blocks
+
+    @property
     def is_whole(self) -> bool:
-        """Whether no visited box needs a mask."""
-        return self.whole_boxes == 1
+        """The older name of ``is_full``."""
+        return self.is_full
 
     @property
     def speedup(self) -> float:
@@ -149,8 +164,8 @@ class Prediction:
         return self.dense_us / self.time_us
 
     def as_dict(self) -> dict[str, Any]:
-        """For machines."""
-        return {**asdict(self), "is_whole": self.is_whole, "speedup": self.speedup}
+        """All fields and properties, for JSON."""
+        return {**asdict(self), "is_full": self.is_full, "speedup": self.speedup}
 
 
 @dataclass(frozen=True)
@@ -236,7 +251,7 @@ class Layer:
         return math.prod(self.shape)
 
     def kernel(self) -> Kernel:
-        """The kernels that run the layer."""
+        """The model of the kernels that run the layer."""
         lengths = [group_length(n, d, 0) for n, d in zip(self.shape, self.dilation)]
         device, given = self.device, self.q_tile or self.kv_tile or self.aligned
         if device.backend == Hopper.name and not given and self._suits_hopper():
@@ -246,17 +261,17 @@ class Layer:
         return Sized(queries, keys, device.masking)
 
     def _suits_hopper(self) -> bool:
-        """Whether the backend has kernels for this layer."""
+        """Whether the ``hopper`` backend has kernels for this layer."""
         divides = all(n % d == 0 for n, d in zip(self.shape, self.dilation))
         dims = next(each.head_dims for each in BACKENDS if each.name == Hopper.name)
         return self.itemsize == 2 and divides and (dims is None or self.head_dim in dims)
 
     def time_us(self, pairs: float, overhead: float = 0.0) -> tuple[float, str]:
-        """Roofline of ``pairs`` computed per head, and what bounds it; microseconds.
+        """Roofline of ``pairs`` in microseconds, and what bounds it.
 
         Args:
-            pairs: query-key pairs.
-            overhead: work of masking them and of waiting, as a fraction of the products.
+            pairs: query-key pairs computed per head.
+            overhead: the work of masking and of waiting, as a fraction of the products.
         """
         matrices, device = self.batch * self.heads, self.device
         work = matrices * pairs * (1 + overhead)
@@ -297,11 +312,11 @@ def simulate(
         device: a :class:`Device`, or the name of one of ``DEVICES``: "h100", "h200", "a100", "cpu".
         batch, heads, head_dim: of the attention layer; 1, 1 and 128.
         itemsize: bytes of a number, 2 for half precision.
-        q_tile, kv_tile: tile of queries and box of keys, one size per axis. Without them, those
-            that the device's backend chooses; if it has none that can run the layer, the cheapest
-            powers of two that multiply to the device's numbers.
-        aligned: whether boxes lie on a fixed grid, as in kernels that reorder tokens first.
-            Our kernels' boxes start where a tile's first window starts.
+        q_tile, kv_tile: tile of queries and block of keys, one size per axis. Without them, these
+            are what the device's backend chooses. If the device has no backend that can run the
+            layer, they are the cheapest powers of two that multiply to the device's numbers.
+        aligned: whether blocks lie on a fixed grid, as in kernels that reorder tokens first.
+            In our kernels the blocks start where a tile's first window starts.
 
     Raises:
         ArgumentError: an argument has a type or value that is not allowed.
@@ -310,7 +325,7 @@ def simulate(
         >>> video = simulate((30, 48, 80), (18, 24, 24), heads=24)
         >>> f"{video.flop_bound:.1f} by FLOPs, {video.tile_bound:.1f} by tiling"
         '11.1 by FLOPs, 7.5 by tiling'
-        >>> simulate((30, 48, 80), (18, 24, 24), (16, 8, 8), heads=24).is_whole
+        >>> simulate((30, 48, 80), (18, 24, 24), (16, 8, 8), heads=24).is_full
         True
     """
     layer = Layer.create(shape, kernel_size, stride, dilation, is_causal, **options)
@@ -322,7 +337,7 @@ def simulate_strides(
 ) -> list[Prediction]:
     """Predict every stride, finest first: the fewer queries share a window, the finer.
 
-    Takes the arguments of :func:`simulate`, but for ``stride``.
+    Takes the arguments of :func:`simulate` without ``stride``.
 
     Example:
         >>> len(simulate_strides((16, 44, 80), (16, 8, 12)))
@@ -334,7 +349,10 @@ def simulate_strides(
 
 
 def recommended_strides(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """Of one window's predictions, finest first, those that no finer stride equals in speed.
+    """Keep the predictions that are faster than every finer stride.
+
+    Args:
+        predictions: of one window, finest stride first, as :func:`simulate_strides` returns them.
 
     Example:
         >>> best = recommended_strides(simulate_strides((32768,), 2048))
@@ -360,17 +378,17 @@ def recommend(
 ) -> list[Prediction]:
     """Windows and strides near a wish that are Pareto-best in kept pairs and predicted time.
 
-    Windows differ from the wish by at most the fraction ``near`` on each axis. Strides are the
-    wish, powers of two, and sizes of given tiles, up to the wish or half the window, whichever is
-    larger.
+    Windows differ from the wish by at most the fraction ``near`` on each axis. The strides tried
+    are the wish, powers of two, and the sizes of given tiles. None exceeds the wish or half the
+    window, whichever is larger.
 
     Args:
         near: how far from ``kernel_size`` a window may be, as a fraction.
         shape, kernel_size, stride, dilation, is_causal, options: as in :func:`simulate`.
 
     Returns:
-        Fastest first; each keeps more pairs than all before it, and none that keeps as many is
-        predicted faster.
+        Predictions, fastest first. Each keeps more pairs than all before it, and no candidate that
+        keeps as many is predicted to be faster.
 
     Example:
         >>> front = recommend((256, 256), 80, 16, near=0.1, heads=24)
@@ -420,39 +438,41 @@ def _count(
     dilation: int,
     is_causal: bool,
     windows: Sequence[tuple[int, int]],
-    query: int,
-    key: int,
-    parts: int,
+    q_block: int,
+    kv_block: int,
+    warpgroups: int,
     aligned: bool,
 ) -> Axis:
     """Count what one axis contributes, for every ``(kernel_size, stride)`` of ``windows``."""
     kernel, stride = torch.tensor(windows, device="cpu")[:, :, None].unbind(1)
-    needed = visited = whole = most = fetched = torch.zeros(
+    needed = visited = full = most = fetched = torch.zeros(
         len(windows), dtype=torch.float64, device="cpu"
     )
-    blocks = 0
+    q_blocks = 0
+    tile = q_block * warpgroups
     for group, groups in tiling.group_kinds(length, dilation):
         n = group_length(length, dilation, group)
-        begin = torch.arange(0, n, query * parts, device="cpu")
-        blocks += groups * len(begin) * parts
+        begin = torch.arange(0, n, tile, device="cpu")
+        q_blocks += groups * len(begin) * warpgroups
         needed = needed + groups * _needed(n, kernel, stride, is_causal)
         origin, _ = window_bounds(begin, n, kernel, stride, is_causal)
-        tail = (begin + parts * query - 1).clamp(max=n - 1)
-        _, past = window_bounds(tail, n, kernel, stride, is_causal)
-        fetched = fetched + groups * parts * (-((origin - past) // key)).sum(-1)
-        for part in range(parts):
-            first = (begin + part * query).clamp(max=n - 1)
-            last = (begin + part * query + query - 1).clamp(max=n - 1)
+        _, tile_end = window_bounds(
+            (begin + tile - 1).clamp(max=n - 1), n, kernel, stride, is_causal
+        )
+        fetched = fetched + groups * warpgroups * (-((origin - tile_end) // kv_block)).sum(-1)
+        for warpgroup in range(warpgroups):
+            first = (begin + warpgroup * q_block).clamp(max=n - 1)
+            last = (begin + warpgroup * q_block + q_block - 1).clamp(max=n - 1)
             low, end = window_bounds(first, n, kernel, stride, is_causal)
             start, high = window_bounds(last, n, kernel, stride, is_causal)
-            count = tiling.count_boxes(
-                low, start, end, high, key, torch.zeros_like(low) if aligned else origin
+            count = tiling.count_blocks(
+                low, start, end, high, kv_block, torch.zeros_like(low) if aligned else origin
             )
             visited = visited + groups * count.visited
-            whole = whole + groups * count.whole
+            full = full + groups * count.full
             most = torch.maximum(most, count.most)
     slides = (stride[:, 0] == 1) & (not is_causal)
-    return Axis(needed, visited, whole, most, fetched, slides, blocks)
+    return Axis(needed, visited, full, most, fetched, slides, q_blocks)
 
 
 def _predict(
@@ -461,8 +481,9 @@ def _predict(
     """Predict every combination of one option per axis, each with its cheapest tiles.
 
     Args:
-        options: per axis, a list of options; an option is ``(kernel_size, stride)`` alternatives
-            of which the cheapest counts. Options of an axis have as many alternatives.
+        options: for each axis, a list of options. An option is a list of alternatives
+            ``(kernel_size, stride)``, of which the cheapest counts; all options of an axis have
+            the same number of alternatives.
     """
     kernel = layer.kernel()
     device, rank = layer.device, len(layer.shape)
@@ -470,18 +491,20 @@ def _predict(
         torch.tensor([option[0][0] for option in axis], dtype=torch.float64, device="cpu")
         for axis in options
     ]
-    size = outer(sizes)  # of windows, which costs are compared per token of
+    size = outer(sizes)  # tokens of each window: costs are compared per token of the window
     largest = float(size.max())
 
     @cache
-    def cheapest(axis: int, query: int, key: int, parts: int) -> tuple[Axis, list[int], float]:
-        """Counts and index of the cheapest alternative of each option; fewest boxes per token."""
+    def cheapest(
+        axis: int, q_block: int, kv_block: int, warpgroups: int
+    ) -> tuple[Axis, list[int], float]:
+        """Each option's cheapest alternative: counts, indices, and the fewest blocks per token."""
         alternatives = len(options[axis][0])
         counts = _count(
             layer.shape[axis], layer.dilation[axis], layer.is_causal[axis],
-            tuple(itertools.chain(*options[axis])), query, key, parts, layer.aligned,
+            tuple(itertools.chain(*options[axis])), q_block, kv_block, warpgroups, layer.aligned,
         )  # fmt: skip
-        cost = counts.visited + device.masking * (counts.visited - counts.whole)
+        cost = counts.visited + device.masking * (counts.visited - counts.full)
         chosen = cost.view(-1, alternatives).argmin(1)
         index = chosen + alternatives * torch.arange(len(chosen), device="cpu")
         found = counts.of(index)
@@ -489,18 +512,18 @@ def _predict(
 
     def cut(tiles: Tiling) -> list[tuple[Axis, list[int], float]]:
         """What :func:`cheapest` says of every axis."""
-        query, key, split, parts = tiles
-        return [cheapest(a, query[a], key[a], parts if a == split else 1) for a in range(rank)]
+        q, kv, split_axis, warpgroups = tiles
+        return [cheapest(a, q[a], kv[a], warpgroups if a == split_axis else 1) for a in range(rank)]
 
     bounds = []
     for number, tiles in enumerate(kernel.tilings):
         axes, _, fewest = zip(*cut(tiles))
-        blocks = math.prod(axis.blocks for axis in axes) / largest
-        bounds.append(kernel.least(number, math.prod(fewest), blocks))
+        q_blocks = math.prod(axis.q_blocks for axis in axes) / largest
+        bounds.append(kernel.least(number, math.prod(fewest), q_blocks))
     combinations = list(itertools.product(*(range(len(axis)) for axis in options)))
     best = torch.full([len(combinations)], math.inf, dtype=torch.float64, device="cpu")
     chosen = torch.zeros(len(combinations), dtype=torch.int64, device="cpu")
-    # The most promising first, so that the others need not be looked at.
+    # The most promising tilings come first, so that most of the others need not be looked at.
     for number in sorted(range(len(bounds)), key=bounds.__getitem__):
         if bounds[number] > float((best / size).max()):
             break
@@ -510,9 +533,9 @@ def _predict(
         best = torch.where(better, cost, best)
         chosen.masked_fill_(better, number)
 
-    names = "needed", "visited", "whole", "most", "overhead"
+    names = "needed", "visited", "full", "most", "overhead"
     columns = {name: torch.empty_like(best) for name in names}
-    windows = {}  # per tiling and axis, of each option
+    windows = {}  # for each tiling and axis, the chosen window and stride of each option
     for number in chosen.unique().tolist():
         of_tiling = chosen == number
         axes, indices, _ = zip(*cut(kernel.tilings[number]))
@@ -526,7 +549,7 @@ def _predict(
     dense_us, _ = layer.time_us(float(layer.tokens) ** 2)
     predictions = []
     rows = zip(combinations, chosen.tolist(), *(each.tolist() for each in columns.values()))
-    for combination, number, needed, visited, whole, most, overhead in rows:
+    for combination, number, needed, visited, full, most, overhead in rows:
         tiles = kernel.tilings[number]
         kernel_size, stride = zip(*(axis[i] for axis, i in zip(windows[number], combination)))
         pairs = visited * tiles.pairs
@@ -538,12 +561,12 @@ def _predict(
                 kept=needed / layer.tokens**2,
                 backend=kernel.name,
                 q_tile=tiles.tile,
-                kv_tile=tiles.key,
+                kv_tile=tiles.kv_block,
                 computed_over_needed=pairs / needed,
-                whole_boxes=whole / visited,
+                full_blocks=full / visited,
                 flop_bound=layer.tokens**2 / needed,
                 tile_bound=layer.tokens**2 / pairs,
-                interior_bound=layer.tokens / (most * math.prod(tiles.key)),
+                interior_bound=layer.tokens / (most * math.prod(tiles.kv_block)),
                 time_us=time_us,
                 dense_us=dense_us,
                 bound_by=bound_by,

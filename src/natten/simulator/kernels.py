@@ -1,7 +1,7 @@
-"""How kernels cut a layer into tiles of queries and boxes of keys, and what that costs them.
+"""How kernels cut a layer into tiles of queries and blocks of keys, and what that costs them.
 
-Two kinds: kernels of which only the sizes of tiles and boxes are known, and our Hopper kernels,
-whose own estimate says what they choose. :mod:`natten.simulator` counts boxes for both.
+There are two models: kernels of which only the sizes of tiles and blocks are known, and our Hopper
+kernels, whose own estimate says what they choose. :mod:`natten.simulator` counts blocks for both.
 """
 
 from __future__ import annotations
@@ -21,64 +21,67 @@ Shape = tuple[int, ...]
 
 
 class Tiling(NamedTuple):
-    """Blocks of queries, and boxes of keys.
+    """The queries and keys that one warpgroup computes in one step.
 
-    ``parts`` blocks that are neighbors along the axis ``split`` are a tile: their boxes start where
-    the tile's first window starts, and each visits those of them that it needs.
+    The ``q_block`` of ``warpgroups`` warpgroups are neighbors along ``split_axis`` and make one
+    tile. The blocks of keys of a tile start where its first window starts, and each warpgroup
+    visits those of them that it needs.
     """
 
-    query: Shape  # of a block
-    key: Shape
-    split: int = 0
-    parts: int = 1
+    q_block: Shape
+    kv_block: Shape
+    split_axis: int = 0
+    warpgroups: int = 1
 
     @property
     def pairs(self) -> int:
-        """Query-key pairs of a block and a box."""
-        return math.prod(self.query + self.key)
+        """Query-key pairs of one step."""
+        return math.prod(self.q_block + self.kv_block)
 
     @property
     def tile(self) -> Shape:
-        """Queries of all parts."""
-        if self.parts == 1:
-            return self.query
-        return tuple(q * (self.parts if a == self.split else 1) for a, q in enumerate(self.query))
+        """Queries of all warpgroups."""
+        factors = (self.warpgroups if a == self.split_axis else 1 for a in range(len(self.q_block)))
+        return tuple(q * factor for q, factor in zip(self.q_block, factors))
 
 
 class Axis(NamedTuple):
     """Counts of one axis for one tiling; one entry per window and stride.
 
-    float64: counts of three axes are multiplied.
+    They are float64, because counts of three axes are multiplied.
     """
 
-    needed: Tensor  # pairs
-    visited: Tensor  # boxes, by every block
-    whole: Tensor  # those that every query of their block attends whole
-    most: Tensor  # boxes of the block that visits the most
-    fetched: Tensor  # boxes that pass by every block, whether it visits them or not
-    slides: Tensor  # whether every query has a window of its own, one position after the other
-    blocks: int
+    needed: Tensor  # query-key pairs
+    visited: Tensor  # blocks of keys, summed over the blocks of queries that visit them
+    full: Tensor  # how many of them every query of the block attends in full
+    most: Tensor  # blocks of keys of the block of queries that visits the most
+    fetched: Tensor  # blocks of keys fetched for a tile, summed over its warpgroups
+    slides: Tensor  # whether each query's window starts one position after the previous one's
+    q_blocks: int  # blocks of queries
 
     def of(self, windows: Tensor) -> Axis:
-        """Of some of the windows."""
-        counts = {name: x[windows] for name, x in self._asdict().items() if name != "blocks"}
+        """The counts of some of the windows, given by their indices."""
+        counts = {name: x[windows] for name, x in self._asdict().items() if name != "q_blocks"}
         return self._replace(**counts)
 
 
 class Kernel(Protocol):
-    """What the simulator asks of a kind of kernel; results have an entry per combination."""
+    """What the simulator asks of a model of kernels; results have one entry per combination.
+
+    ``number`` is the index of a tiling in ``tilings``.
+    """
 
     name: str
-    tilings: list[Tiling]  # of equal cost, the first is taken
+    tilings: list[Tiling]  # the first of those with equal cost is taken
 
-    def least(self, number: int, visited: float, blocks: float) -> float:
-        """A bound of :meth:`cost` of the tiling of this number, that takes no time."""
+    def least(self, number: int, visited: float, q_blocks: float) -> float:
+        """A lower bound of :meth:`cost` that is computed at once from numbers."""
 
     def cost(self, number: int, axes: Sequence[Axis]) -> Tensor:
-        """What tilings are chosen by, in any unit."""
+        """The cost by which tilings are compared, in any unit."""
 
     def overhead(self, number: int, axes: Sequence[Axis]) -> Tensor:
-        """Work of masking and of waiting, as a fraction of the products."""
+        """The work of masking and of waiting, as a fraction of the products."""
 
 
 def outer(vectors: Sequence[Tensor]) -> Tensor:
@@ -89,15 +92,16 @@ def outer(vectors: Sequence[Tensor]) -> Tensor:
     return product
 
 
-def _boxes(axes: Sequence[Axis]) -> tuple[Tensor, Tensor]:
-    """Boxes visited, and those of them that are attended whole."""
-    return outer([axis.visited for axis in axes]), outer([axis.whole for axis in axes])
+def _blocks(axes: Sequence[Axis]) -> tuple[Tensor, Tensor]:
+    """Blocks of keys that are visited, and how many of them are full."""
+    return outer([axis.visited for axis in axes]), outer([axis.full for axis in axes])
 
 
 def tile_shapes(count: int, lengths: Sequence[int]) -> list[Shape]:
-    """Powers of two, one per axis, whose product is ``count``; no axis is far longer than needed.
+    """Powers of two, one per axis, whose product is ``count``.
 
-    If the layout has too few tokens, the last axis is as long as it must be.
+    No axis exceeds the power of two that covers its length, except for the last one of a layout
+    that has fewer tokens than ``count``.
     """
     most = [max(1, 1 << (n - 1).bit_length()) for n in lengths]
     most[-1] = max(most[-1], count // math.prod(most[:-1]))
@@ -106,7 +110,7 @@ def tile_shapes(count: int, lengths: Sequence[int]) -> list[Shape]:
 
 
 class Sized:
-    """Kernels with tiles and boxes of these shapes, which mask boxes that are attended in part."""
+    """Kernels with tiles and blocks of these shapes, which mask partial blocks only."""
 
     name = ""
 
@@ -114,25 +118,25 @@ class Sized:
         self.tilings = [Tiling(*each) for each in itertools.product(queries, keys)]
         self.fraction = masking
 
-    def least(self, number: int, visited: float, blocks: float) -> float:
-        """Of boxes without masks."""
+    def least(self, number: int, visited: float, q_blocks: float) -> float:
+        """The cost if no block had a mask."""
         return visited * self.tilings[number].pairs
 
     def cost(self, number: int, axes: Sequence[Axis]) -> Tensor:
-        """Pairs computed, more of them where there are masks."""
-        visited, whole = _boxes(axes)
-        return (visited + self.fraction * (visited - whole)) * self.tilings[number].pairs
+        """Pairs computed; those of partial blocks cost more by the fraction of masking."""
+        visited, full = _blocks(axes)
+        return (visited + self.fraction * (visited - full)) * self.tilings[number].pairs
 
     def overhead(self, number: int, axes: Sequence[Axis]) -> Tensor:
-        """Masks of the boxes that are attended in part."""
-        visited, whole = _boxes(axes)
-        return self.fraction * (1 - whole / visited)
+        """The masks of partial blocks."""
+        visited, full = _blocks(axes)
+        return self.fraction * (1 - full / visited)
 
 
 class Hopper:
-    """The forward of the ``hopper`` backend: as it estimates, so it chooses.
+    """The forward kernels of the ``hopper`` backend, which choose by the same estimate.
 
-    Its masks are part of the compiled kernel, so that all boxes have one if some box needs it.
+    Masks are part of a compiled kernel: if one block needs a mask, all blocks have one.
     """
 
     name = "hopper"
@@ -148,33 +152,33 @@ class Hopper:
         self.bare = [hopper.prices(each, hopper.Mask(), self.work) for each in self.found]
         self.kinds = cache(_kinds)
 
-    def least(self, number: int, visited: float, blocks: float) -> float:
-        """Of boxes without masks."""
-        box, block = self.bare[number]
-        return visited * box + blocks * block
+    def least(self, number: int, visited: float, q_blocks: float) -> float:
+        """The cost if no block had a mask."""
+        per_kv_block, per_q_block = self.bare[number]
+        return visited * per_kv_block + q_blocks * per_q_block
 
     def cost(self, number: int, axes: Sequence[Axis]) -> Tensor:
-        """Cycles of a multiprocessor; infinite where masks leave no room."""
-        block = math.prod(axis.blocks for axis in axes) * self.bare[number][1]
+        """Cycles of a multiprocessor; infinite where the tiles with their masks do not fit it."""
+        q_blocks = math.prod(axis.q_blocks for axis in axes)
         visited = outer([axis.visited for axis in axes])
-        boxes = visited * (1 + self._idle(axes))
-        return boxes * self._by_mask(number, axes, 0) + block
+        kv_blocks = visited * (1 + self._idle(axes))
+        return kv_blocks * self._by_mask(number, axes, 0) + q_blocks * self.bare[number][1]
 
     def overhead(self, number: int, axes: Sequence[Axis]) -> Tensor:
-        """Masks, a step of the product or comparisons, and boxes that are handed back."""
+        """Masks, by a step of the product or by comparisons, and blocks released unread."""
         return self._by_mask(number, axes, 1) + self._idle(axes)
 
     def _idle(self, axes: Sequence[Axis]) -> Tensor:
-        """Cost of boxes that are handed back, per visited box."""
+        """The cost of blocks that a warpgroup releases unread, per visited block."""
         return hopper.IDLE * (outer([axis.fetched / axis.visited for axis in axes]) - 1)
 
     def _by_mask(self, number: int, axes: Sequence[Axis], what: int) -> Tensor:
-        """The price of a box (0) or the work of its mask (1), for every combination."""
-        kinds, places = zip(*(self.kinds(axis, axis is axes[-1]) for axis in axes))
+        """The cycles of a block (0) or the work of its mask (1), for every combination."""
+        kinds, indices = zip(*(self.kinds(axis, axis is axes[-1]) for axis in axes))
         values = [self._priced(number, kind)[what] for kind in itertools.product(*kinds)]
         table = torch.tensor(values, dtype=torch.float64, device="cpu").view(*map(len, kinds))
-        for axis, place in reversed(list(enumerate(places))):
-            table = table.index_select(axis, place)
+        for axis, index in reversed(list(enumerate(indices))):
+            table = table.index_select(axis, index)
         return table.flatten()
 
     def _priced(self, number: int, kinds: tuple[_Masked, ...]) -> tuple[float, float]:
@@ -191,7 +195,7 @@ class Hopper:
 
 
 class _Masked(NamedTuple):
-    """What a mask needs to know of an axis."""
+    """What decides how one axis is masked."""
 
     masked: bool
     slides: bool
@@ -199,13 +203,13 @@ class _Masked(NamedTuple):
 
 
 def _kinds(axis: Axis, is_last: bool) -> tuple[list[_Masked], Tensor]:
-    """How windows of an axis are masked, each way once, and which way each window is."""
-    masked = axis.whole < axis.visited
+    """The distinct ways in which windows of an axis are masked, and each window's index in them."""
+    masked = axis.full < axis.visited
     slides = masked & axis.slides & is_last
     rows = map(_Masked, masked.tolist(), slides.tolist(), (axis.most.long() * slides).tolist())
-    places: dict[_Masked, int] = {}
-    numbers = [places.setdefault(row, len(places)) for row in rows]
-    return list(places), torch.tensor(numbers, device="cpu")
+    index: dict[_Masked, int] = {}
+    indices = [index.setdefault(row, len(index)) for row in rows]
+    return list(index), torch.tensor(indices, device="cpu")
 
 
 @lru_cache(maxsize=1 << 14)
