@@ -18,7 +18,7 @@ TILE = {"q_tile": (4, 8), "kv_tile": (4, 4)}
 
 
 def pictures() -> dict[str, str]:
-    """SVG by file name."""
+    """The SVG documents by file name."""
     return {
         "neighborhoods.svg": draw_examples(),
         "causal.svg": draw_neighborhood(
@@ -37,13 +37,13 @@ def pictures() -> dict[str, str]:
         ),
         "mask-tiles.svg": draw_mask(
             (12, 12), 5, q_tile=(4, 4), kv_tile=(2, 4), legend=True,
-            caption="12x12 tokens, kernel_size=5, 4x4 queries, boxes of 2x4 keys",
+            caption="12x12 tokens, kernel_size=5, 4x4 queries, blocks of 2x4 keys",
         ),
     }  # fmt: skip
 
 
 def write(directory: Path) -> None:
-    """Write all, the walk too."""
+    """Write all pictures and the walks."""
     for name, svg in pictures().items():
         (directory / name).write_text(svg, encoding="utf-8")
     walk = {"shape": (8, 8), "kernel_size": 4, "stride": 2}

@@ -119,7 +119,7 @@ def test_bad_arguments(arguments, name):
         draw_neighborhood(**{"shape": (8, 8), "kernel_size": 3, **arguments})
 
 
-# 12 tokens, window 5: a tile of 4 queries walks over boxes of 3 keys.
+# 12 tokens and a window of 5; a tile of 4 queries visits blocks of 3 keys.
 TILED = {"shape": (12,), "kernel_size": 5, "q_tile": (4,), "kv_tile": (3,)}
 
 
@@ -134,7 +134,7 @@ def test_mask_by_tiles():
     fills = [rect.get("fill") for rect in squares(draw_mask(**TILED))]
     cells, lines = fills[: 12 * 12], fills[12 * 12 :]
     letters = "".join({ATTENDED: "a", WASTED: "w", TOKEN: "."}[fill] for fill in cells)
-    # The second tile, queries 4 to 7, needs keys 2 to 9: three boxes from key 2 on, up to key 10.
+    # The second tile, queries 4 to 7, needs keys 2 to 9: three blocks, which end at key 10.
     assert [letters[12 * q : 12 * q + 12] for q in (0, 4, 7)] == [
         "aaaaaw......",
         "..aaaaawwww.",
@@ -151,7 +151,7 @@ def test_mask_with_many_tokens_has_the_same_pairs():
 
 
 def test_mask_orders_tokens_by_tiles():
-    """Blocks that match the tiles attend themselves only: squares on the diagonal."""
+    """Where windows match the tiles, each tile attends only itself: squares on the diagonal."""
     svg = draw_mask((4, 4), 2, 2, q_tile=(2, 2), kv_tile=(2, 2))
     fills = [rect.get("fill") for rect in squares(svg)][: 16 * 16]
     diagonal = [q // 4 == k // 4 for q in range(16) for k in range(16)]
@@ -160,15 +160,15 @@ def test_mask_orders_tokens_by_tiles():
 
 def test_tiles():
     rects = squares(draw_tiles(**TILED, query=(5,)))
-    tokens, boxes = rects[:12], rects[12:]
+    tokens, blocks = rects[:12], rects[12:]
     some, every = {2, 3, 4, 7, 8, 9}, {5, 6}  # windows 2-6, 3-7, 4-8, 5-9
     for x, token in enumerate(tokens):
         kind = PARTLY if x in some else ATTENDED if x in every else WASTED if x == 10 else TOKEN
         assert token.get("fill") == kind, x
         assert (token.get("stroke") == QUERY) == (x in (4, 5, 6, 7))
-    assert len(boxes) == 3
+    assert len(blocks) == 3
     text = "".join(ET.fromstring(draw_tiles(**TILED)).itertext())
-    assert "3 boxes of 3 keys, none without a mask" in text
+    assert "3 blocks of 3 keys, none without a mask" in text
 
 
 def test_tiles_with_a_dilation_stay_in_their_group():
@@ -177,9 +177,9 @@ def test_tiles_with_a_dilation_stay_in_their_group():
         assert x % 2 == 1 or token.get("fill") == TOKEN
 
 
-def test_whole_boxes_are_counted():
+def test_full_blocks_are_counted():
     text = draw_tiles((16, 16), 8, 8, q_tile=(4, 8), kv_tile=(4, 4))
-    assert "4 boxes of 4x4 keys, 4 without a mask" in text
+    assert "4 blocks of 4x4 keys, 4 without a mask" in text
     assert "1.00 pairs computed per pair needed" in text
 
 
@@ -316,7 +316,7 @@ def test_command_refuses(line, message, tmp_path, monkeypatch, capsys):
 
 
 def test_pictures_of_the_documentation_are_current(tmp_path):
-    """Those that are text; ``python docs/pictures.py`` writes them."""
+    """Only pictures that are text are compared; ``python docs/pictures.py`` writes all."""
     pytest.importorskip("matplotlib")
     runpy.run_path(str(ROOT / "docs/pictures.py"))["write"](tmp_path)
     for path in tmp_path.iterdir():

@@ -1,9 +1,9 @@
 """Draw what a query attends, the attention mask, how tiles cover it, or a walk over the queries.
 
 window   the tokens, one query, and what it attends; three axes become slices
-mask     one row per query, one column per key, at most 1024 tokens
-tiles    one tile of queries, and the boxes of keys that a kernel visits for it
-walk     one query after the other: a GIF, or an HTML page that follows the pointer
+mask     one row per query and one column per key, for at most 1024 tokens
+tiles    one tile of queries, and the blocks of keys that a kernel visits for it
+walk     an animation of one query after the other: a GIF, or an HTML page that follows the pointer
 
 Pictures are SVG or, with matplotlib (pip install matplotlib), PNG.
 """
@@ -34,7 +34,7 @@ EPILOG = """examples:
     natten draw mask -i 48 -w 7 --dilation 2
   the same pairs as a kernel computes them:
     natten draw mask -i 16 16 -w 7 --q-tile 4 4 --kv-tile 2 4
-  one tile and its boxes:
+  one tile and its blocks:
     natten draw tiles -i 24 24 -w 9 --q-tile 4 8 --kv-tile 4 4
   an animation, and a page to point at:
     natten draw walk -i 8 8 -w 3 -o walk.gif
@@ -46,12 +46,12 @@ KINDS: dict[str, Callable[..., Any]] = {
     "tiles": draw.draw_tiles,
     "walk": draw.draw_walk,
 }
-# Which pictures know an option; elsewhere it is a mistake.
+# The kinds of picture that have an option; with any other kind it is an error.
 USES = {"query": ("window", "tiles"), "q_tile": ("mask", "tiles"), "kv_tile": ("mask", "tiles")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``natten draw``; those of the window are named as in the profiler."""
+    """Options of ``natten draw``; the window's have the names that the profiler uses."""
     parser.epilog = EPILOG
     parser.add_argument(
         "kind", nargs="?", default="window", choices=KINDS, help="what to draw; default: window"
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-q", "--query", nargs="+", type=not_negative, metavar="X",
         help="position of the query, one number per axis; default: the middle",
     )  # fmt: skip
-    for option, what in (("--q-tile", "queries in a tile"), ("--kv-tile", "keys in a box")):
+    for option, what in (("--q-tile", "queries in a tile"), ("--kv-tile", "keys in a block")):
         picture.add_argument(
             option, nargs="+", type=positive, metavar="N", help=f"{what}, one size per axis"
         )
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     if args.kind != "walk":
         options["legend"] = not args.no_legend
     title = args.title
-    if args.kind == "tiles":  # which has a caption of its own
+    if args.kind == "tiles":  # draw_tiles writes a caption of its own
         title = title or _caption(args, rule)
     else:
         options["caption"] = _caption(args, rule)
@@ -119,7 +119,7 @@ def _caption(args: argparse.Namespace, rule: Neighborhood) -> str:
     if args.kind == "mask":
         for sizes, what in (
             (args.q_tile, "tiles of {} queries"),
-            (args.kv_tile, "boxes of {} keys"),
+            (args.kv_tile, "blocks of {} keys"),
         ):
             parts += [what.format(by(sizes))] if sizes else []
     return ", ".join(parts)

@@ -1,11 +1,11 @@
 """Pictures of neighborhoods as SVG and PNG, and walks over query positions as GIF and HTML.
 
-What is marked comes from :mod:`natten.neighborhood`, so a picture shows what the operators compute.
+The marks come from :mod:`natten.neighborhood`, so a picture shows what the operators compute.
 
 canvas.py   rectangles and text, written as SVG or painted by matplotlib
 window.py   what one query attends
-pairs.py    all pairs of queries and keys; how tiles cover them
-walk.py     one query after the other
+pairs.py    all pairs of queries and keys, and how tiles cover them
+walk.py     an animation that shows what one query after the other attends
 """
 
 from .canvas import ATTENDED, PARTLY, QUERY, TOKEN, WASTED

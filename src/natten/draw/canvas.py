@@ -1,4 +1,4 @@
-"""Rectangles and text in panels: written as SVG, or painted by matplotlib."""
+"""Rectangles and text in panels, written as SVG or painted by matplotlib."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ class Text(NamedTuple):
 
     @property
     def width(self) -> float:
-        """An upper estimate; fonts differ."""
+        """An upper estimate, because fonts differ."""
         return 0.62 * self.size * len(self.text)
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Parts of a picture that belong together, in coordinates of their own."""
+    """Rectangles and texts that belong together, in coordinates of their own."""
 
     parts: Sequence[Rect | Text]
     width: float
@@ -74,7 +74,7 @@ class Panel:
 
 
 class Key(NamedTuple):
-    """A line of a legend: a square and what it means."""
+    """An entry of a legend: a square and what it means."""
 
     fill: str
     framed: bool
@@ -83,7 +83,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Picture:
-    """Panels on a light card, which reads on any background."""
+    """Panels on a light card, which is readable on any background."""
 
     panels: Sequence[tuple[float, float, Panel]]
     width: float
@@ -144,10 +144,10 @@ class Picture:
         return figure
 
     def save(self, path: str | Path) -> None:
-        """Write the picture; the end of the name says whether as SVG or PNG.
+        """Write the picture as SVG or PNG, as the suffix of the name says.
 
         Raises:
-            ArgumentError: another format, or PNG without matplotlib.
+            ArgumentError: the suffix is another one, or PNG is asked for without matplotlib.
         """
         path = Path(path)
         suffix = check_suffix(path, written=".svg", painted=".png")
@@ -159,10 +159,10 @@ class Picture:
 
 
 def check_suffix(path: Path, *, written: str, painted: str) -> str:
-    """The end of a file's name: that of the format written here, or of matplotlib's.
+    """The suffix of ``path``: ``written`` needs nothing, ``painted`` needs matplotlib.
 
     Raises:
-        ArgumentError: it is neither, or there is no matplotlib.
+        ArgumentError: the suffix is neither, or matplotlib is needed and not installed.
     """
     suffix = path.suffix.lower()
     if suffix not in (written, painted):
@@ -176,7 +176,7 @@ def check_suffix(path: Path, *, written: str, painted: str) -> str:
 
 
 def square(x: float, y: float, size: float, fill: str, framed: bool = False) -> Rect:
-    """A token."""
+    """A token, drawn as a square."""
     frame = (QUERY, size * 0.15) if framed else ("none", 0.0)
     return Rect(x, y, size, size, fill, round(size / 4, 1), *frame)
 

@@ -1,7 +1,7 @@
-"""All pairs of queries and keys, and how tiles of queries and boxes of keys cover them.
+"""All pairs of queries and keys, and how tiles of queries and blocks of keys cover them.
 
-A kernel computes a tile of queries at a time. The tile walks over boxes of keys, from where its
-first window starts to where its last one ends, and computes every pair of a box it visits.
+A kernel computes a tile of queries at a time. It visits blocks of keys, from where the tile's first
+window starts to where its last one ends, and computes every pair of a block that it visits.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from .window import (
 )
 
 MAX_PAIR_TOKENS = 1024
-_SIDE = 640  # of a mask
-_FRAME = 1.5  # thickness of a box's frame
+_SIDE = 640  # width and height of a mask
+_FRAME = 1.5  # thickness of a block's frame
 
 
 def draw_mask(
@@ -65,12 +65,12 @@ def draw_mask(
     """Draw the attention mask: one row per query, one column per key.
 
     Tokens are in row-major order. With tiles they are in the order of the tiles instead, a line
-    lies between two tiles of queries, and pairs that are computed for nothing are red.
+    lies between two tiles of queries, and pairs that are computed and masked are red.
 
     Args:
         shape: token layout, one to three axis lengths, at most 1024 tokens.
         kernel_size, stride, dilation, is_causal: as in ``na1d``, ``na2d`` and ``na3d``.
-        q_tile, kv_tile: queries in a tile and keys in a box, per axis; both or neither.
+        q_tile, kv_tile: queries in a tile and keys in a block, per axis; give both or neither.
         title, caption, legend, path: as in :func:`natten.draw.draw_neighborhood`.
 
     Returns:
@@ -123,16 +123,17 @@ def draw_tiles(
     legend: bool = False,
     path: str | Path | None = None,
 ) -> str:
-    """Draw one tile of queries and the boxes of keys that it visits.
+    """Draw one tile of queries and the blocks of keys that it visits.
 
-    The tile's tokens carry an orange frame and each box a dark one. Keys that all queries of the
-    tile attend are blue, keys that only some attend light blue, keys that none attends red. The
-    lines below count boxes, and the pairs that all tiles together compute per pair needed.
+    The tile's tokens carry an orange frame and each block a dark one. Keys that all queries of the
+    tile attend are blue, keys that only some attend are light blue, and visited keys that no query
+    attends are red. The lines below count the blocks, and the pairs that all tiles together compute
+    per pair needed.
 
     Args:
         shape: token layout, one to three axis lengths.
         kernel_size, stride, dilation, is_causal: as in ``na1d``, ``na2d`` and ``na3d``.
-        q_tile, kv_tile: queries in a tile and keys in a box, per axis.
+        q_tile, kv_tile: queries in a tile and keys in a block, per axis.
         query: a token of the tile; None is the middle of the layout.
         title, legend, path: as in :func:`natten.draw.draw_neighborhood`.
 
@@ -155,26 +156,26 @@ def draw_tiles(
         every_axis([axis.some for axis in axes]),
         every_axis([axis.every for axis in axes]),
     )
-    visited = every_axis([axis.boxes.sum(0) > 0 for axis in axes])
+    visited = every_axis([axis.blocks.sum(0) > 0 for axis in axes])
 
     grid = Grid(lengths)
     parts: list[Rect | Text] = []
     for i in range(len(visited)):
         color = ATTENDED if every[i] else PARTLY if some[i] else WASTED if visited[i] else TOKEN
         parts.append(square(*grid.place(i), grid.cell, color, in_tile[i]))
-    boxes = list(itertools.product(*(axis.boxes for axis in axes)))
-    for box in boxes:
-        parts += _outline(grid, [int(i) for i, inside in enumerate(every_axis(box)) if inside])
-    whole = math.prod(axis.whole for axis in axes)
+    blocks = list(itertools.product(*(axis.blocks for axis in axes)))
+    for block in blocks:
+        parts += _outline(grid, [int(i) for i, inside in enumerate(every_axis(block)) if inside])
+    full = math.prod(axis.full for axis in axes)
     found = simulate(
         lengths, rule.kernel_size, rule.stride, rule.dilation, rule.is_causal, q_tile=q, kv_tile=kv
     )
     caption = (
-        f"{_by(q)} queries, {len(boxes)} boxes of {_by(kv)} keys, "
-        f"{whole or 'none'} without a mask\n"
+        f"{_by(q)} queries, {len(blocks)} blocks of {_by(kv)} keys, "
+        f"{full or 'none'} without a mask\n"
         f"all tiles: {found.computed_over_needed:.2f} pairs computed per pair needed"
     )
-    description = f"{title or 'Tile'} of {q} queries and boxes of {kv} keys: {rule}"
+    description = f"{title or 'Tile'} of {q} queries and blocks of {kv} keys: {rule}"
     panel = grid.panel(parts, title, caption, description)
     key = (
         Key(TOKEN, True, "queries of the tile"),
@@ -186,39 +187,38 @@ def draw_tiles(
 
 
 class _Walk(NamedTuple):
-    """One axis of a tile's walk; tensors are bool, the last axis is the layout's."""
+    """What a tile visits along one axis; the tensors are bool and mark the axis's tokens."""
 
-    tile: Tensor  # its queries
-    some: Tensor  # keys that some query attends
-    every: Tensor  # keys that all queries attend
-    boxes: Tensor  # [boxes, length], keys of each box
-    whole: int  # boxes that all queries attend whole
+    tile: Tensor  # [length], queries of the tile
+    some: Tensor  # [length], keys that some query attends
+    every: Tensor  # [length], keys that all queries attend
+    blocks: Tensor  # [blocks, length], keys of each block
+    full: int  # blocks that all queries attend in full
 
 
 def _walk(rule: Neighborhood, axis: int, length: int, x: int, q: int, kv: int) -> _Walk:
-    """The tile of ``q`` queries that holds token ``x``, and its boxes of ``kv`` keys."""
+    """The tile of ``q`` queries that holds token ``x``, and its blocks of ``kv`` keys."""
     d = rule.dilation[axis]
     token = torch.arange(length, device="cpu")
-    group, place = token % d == x % d, token // d
-    tile = group & (place // q == x // d // q)
+    group, at = token % d == x % d, token // d
+    tile = group & (at // q == x // d // q)
     n = int(group.sum())
-    start, end = rule.windows(axis, place[tile], n, n)
+    start, end = rule.windows(axis, at[tile], n, n)
     low, high = int(start.min()), int(end.max())
-    every = group & (place >= start.max()) & (place < end.min())
-    firsts = range(low, high, kv)
-    boxes = torch.stack([group & (place >= b) & (place < b + kv) for b in firsts])
-    whole = sum(int((box & every).sum()) == kv for box in boxes)
-    return _Walk(tile, group & (place >= low) & (place < high), every, boxes, whole)
+    every = group & (at >= start.max()) & (at < end.min())
+    blocks = torch.stack([group & (at >= b) & (at < b + kv) for b in range(low, high, kv)])
+    full = sum(int((block & every).sum()) == kv for block in blocks)
+    return _Walk(tile, group & (at >= low) & (at < high), every, blocks, full)
 
 
 def _computed(rule: Neighborhood, axis: int, length: int, q: int, kv: int) -> Tensor:
     """Pairs that tiles compute along an axis, bool ``[length, length]``."""
     walks = (_walk(rule, axis, length, x, q, kv) for x in range(length))
-    return torch.stack([walk.boxes.any(0) for walk in walks])
+    return torch.stack([walk.blocks.any(0) for walk in walks])
 
 
 def _tile_of(rule: Neighborhood, tile: Sequence[int], token: Sequence[int]) -> list[int]:
-    """A tile's place in the order of tiles: its dilation groups, then its number on each axis."""
+    """The sort key of a token's tile: dilation group, then index of the tile, on each axis."""
     groups = [x % d for x, d in zip(token, rule.dilation)]
     return groups + [x // d // t for x, d, t in zip(token, rule.dilation, tile)]
 
@@ -242,7 +242,7 @@ def _tiles(
 
 
 def _outer(axes: Sequence[Tensor]) -> Tensor:
-    """The product of masks ``[length, length]`` of each axis: ``[tokens, tokens]``."""
+    """The product of one mask ``[length, length]`` per axis, ``[tokens, tokens]``."""
     product = torch.ones(1, 1, device="cpu")
     for axis in axes:
         product = torch.kron(product, axis.float())
@@ -252,7 +252,7 @@ def _outer(axes: Sequence[Tensor]) -> Tensor:
 def _matrix(
     rows: list[list[int]], colors: Sequence[str], edges: Sequence[int], title: str, caption: str
 ) -> Panel:
-    """Cells of a table as squares; where they are small, equal neighbors are one bar."""
+    """Cells of a table as squares; where these are small, equal neighbors become one bar."""
     grid = Grid((len(rows), len(rows)), max_width=_SIDE, min_step=1)
     merge = grid.step < 7
     parts: list[Rect | Text] = []
@@ -282,7 +282,7 @@ def _matrix(
 
 
 def _outline(grid: Grid, tokens: Sequence[int]) -> list[Rect | Text]:
-    """A frame around tokens, one per slice, in the middle of the gap that neighbors share."""
+    """A frame around tokens in each slice, in the middle of the gap that neighbors share."""
     frames: list[Rect | Text] = []
     out = (grid.step - grid.cell + _FRAME) / 2
     for _, group in itertools.groupby(tokens, key=lambda i: i // (grid.rows * grid.columns)):

@@ -1,4 +1,4 @@
-"""One query after the other: a GIF, or a page on which the pointer chooses the query."""
+"""Animations of one query after the other: a GIF, or a page where the pointer picks the query."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def draw_walk(
 ) -> None:
     """Write an animation of what one query after the other attends.
 
-    A ``.gif`` needs matplotlib and pillow. An ``.html`` is one file without anything else: it plays
-    by itself, and the pointer on a token shows what that one attends.
+    A ``.gif`` needs matplotlib and pillow. An ``.html`` is a single file that needs nothing else. It
+    plays by itself, and the pointer on a token shows what that token attends.
 
     Args:
         shape: token layout, one to three axis lengths.
         kernel_size, stride, dilation, is_causal: as in ``na1d``, ``na2d`` and ``na3d``.
-        path: where to write it; the end of the name chooses the format.
-        queries: positions to visit; None is every token in row-major order.
-        frames_per_second: queries a second.
+        path: the file to write; its suffix chooses the format.
+        queries: positions to visit; None means every token, in row-major order.
+        frames_per_second: queries shown per second.
         title, caption: a line above and lines below the tokens.
 
     Raises:
@@ -95,7 +95,7 @@ def draw_walk(
     writer.finish()
 
 
-# Who attends whom comes as one table per axis; the script only looks it up.
+# The page holds one table per axis of which position attends which; the script looks them up.
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">

@@ -1,4 +1,4 @@
-"""What one query attends."""
+"""Pictures of what one query attends."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from .canvas import (
 )
 
 MAX_TOKENS = 16384
-_MAX_WIDTH = 1000  # of a row of slices, and of a layout where tokens can still shrink
-_FAINT, _STRONG = (200, 222, 252), (22, 78, 170)  # ends of the scale of weights
+_MAX_WIDTH = 1000  # width of a row of slices, and of a layout as long as tokens can still shrink
+_FAINT, _STRONG = (200, 222, 252), (22, 78, 170)  # the two ends of the scale of weights
 
 Sizes = int | Sequence[int]
 LEGEND = (
@@ -56,18 +56,18 @@ def draw_neighborhood(
 ) -> str:
     """Draw the tokens, one query among them, and what it attends.
 
-    The query is orange, what it attends is blue. With a stride above 1 the queries that have the
-    same window carry an orange frame. Three axes become slices along the first one.
+    The query is orange, and the tokens that it attends are blue. With a stride above 1, queries
+    with the same window carry an orange frame. Three axes become slices along the first one.
 
     Args:
         shape: token layout, one to three axis lengths.
         kernel_size, stride, dilation, is_causal: as in ``na1d``, ``na2d`` and ``na3d``.
-        query: position of the query; None is the middle.
+        query: position of the query; None means the middle.
         weights: how strongly the query attends each slot of its window, ``[window tokens]``:
-            one row of what ``na*d_qk`` followed by softmax returns. They become the shade.
+            one row of what ``na*d_qk`` followed by softmax returns. Larger weights are darker.
         title, caption: a line above and lines below the tokens.
         legend: whether to explain the colors below.
-        path: also write the picture to this file, ``.svg`` or ``.png`` (with matplotlib).
+        path: also write the picture to this file, ``.svg`` or (with matplotlib) ``.png``.
 
     Returns:
         The picture, a complete SVG document.
@@ -87,7 +87,7 @@ def draw_neighborhood(
 
 
 def draw_examples() -> str:
-    """The picture of the README: four windows side by side, with a legend.
+    """Draw the picture of the README: four windows side by side, with a legend.
 
     Example:
         >>> draw_examples().count("Strided")
@@ -156,14 +156,17 @@ def integers(name: str, value: Sizes) -> tuple[int, ...]:
 
 
 def axis_masks(rule: Neighborhood, lengths: tuple[int, ...]) -> list[Tensor]:
-    """Who attends whom along each axis, bool ``[length, length]``: all of them must hold."""
+    """For each axis, which query attends which key along it, bool ``[length, length]``.
+
+    A query attends a key where all of them are true.
+    """
     axes = zip(rule.kernel_size, rule.stride, rule.dilation, rule.is_causal)
     rules = [Neighborhood.create(1, *each) for each in axes]
     return [window_mask(each, (n,), (n,)) for each, n in zip(rules, lengths)]
 
 
 def every_axis(vectors: Sequence[Tensor]) -> list[bool]:
-    """Tokens, in row-major order, that are marked along every axis."""
+    """For each token, in row-major order, whether it is marked along every axis."""
     marked = torch.ones(1, dtype=torch.bool, device="cpu")
     for vector in vectors:
         marked = (marked[:, None] & vector).flatten()
@@ -204,7 +207,7 @@ def window_panel(
 
 
 class Grid:
-    """Where tokens lie: a row, a plane, or slices side by side that wrap."""
+    """Where tokens lie: in a row, in a plane, or in slices side by side that wrap."""
 
     def __init__(
         self, lengths: tuple[int, ...], max_width: int = _MAX_WIDTH, min_step: int = 7
@@ -213,7 +216,7 @@ class Grid:
         self.step = max(min_step, min(20, max_width // max(self.rows, self.columns)))
         self.cell = self.step - round(self.step * 0.15)
         self.slices = len(lengths) == 3
-        self.top = LINE if self.slices else 0  # a slice's own label
+        self.top = LINE if self.slices else 0  # height of a slice's own label
         width = self.columns * self.step - (self.step - self.cell)
         height = self.top + self.rows * self.step - (self.step - self.cell)
         self.across = max(1, min(self.depth, (_MAX_WIDTH + PAD) // (width + PAD)))
@@ -222,11 +225,11 @@ class Grid:
         self.height = -(-self.depth // self.across) * self.slice[1] - PAD
 
     def corner(self, z: int) -> tuple[int, int]:
-        """Left and top of the tokens of slice ``z``."""
+        """The left and top edge of the tokens of slice ``z``."""
         return z % self.across * self.slice[0], z // self.across * self.slice[1] + self.top
 
     def place(self, index: int) -> tuple[int, int]:
-        """Left and top of a token, counted in row-major order."""
+        """The left and top edge of a token, given by its index in row-major order."""
         left, top = self.corner(index // (self.rows * self.columns))
         y, x = index // self.columns % self.rows, index % self.columns
         return left + x * self.step, top + y * self.step
@@ -234,7 +237,7 @@ class Grid:
     def panel(
         self, parts: Sequence[Rect | Text], title: str, caption: str, description: str
     ) -> Panel:
-        """The tokens with a line above, lines below, and the names of slices."""
+        """``parts`` with a title above, a caption below, and the names of slices."""
         lines = [
             Text(0, 0, line, color=INK if number == 0 else Text._field_defaults["color"])
             for number, line in enumerate(caption.splitlines())
@@ -257,7 +260,7 @@ class Grid:
 def _shades(
     weights: Tensor | None, rule: Neighborhood, shape: tuple[int, ...], query: tuple[int, ...]
 ) -> dict[int, str] | None:
-    """The color of each attended token, by its weight; the strongest is darkest."""
+    """The color of each attended token; the token with the largest weight is the darkest."""
     if weights is None:
         return None
     if not isinstance(weights, Tensor) or weights.shape != (rule.window_tokens,):
@@ -280,4 +283,5 @@ def _shades(
 
 
 def _mix(share: float) -> str:
+    """The color at ``share`` of the way from the faintest to the strongest."""
     return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in zip(_FAINT, _STRONG))
