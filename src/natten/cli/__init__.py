@@ -20,9 +20,9 @@ from ..version import __version__
 __getattr__ = getter(__name__)
 COMMANDS = {
     "profile": "time one problem beside dense attention; list, try and remember tiles",
-    "simulate": "what a window and its strides can gain at most, without running anything",
-    "draw": "pictures of windows, masks and tiles",
-    "env": "versions, devices and backends: what an issue report needs",
+    "simulate": "say how much a window and its strides can gain, without running anything",
+    "draw": "draw windows, masks and tiles",
+    "env": "print versions, devices and backends, for a report of an issue",
 }
 _EXAMPLES = """examples:
   natten env
@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command_parser.add_argument("--version", action="version", version=f"natten {__version__}")
     command_parser.add_argument("command", choices=COMMANDS, metavar="command")
-    command_parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
+    command_parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, help="arguments of the command"
+    )
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         command_parser.print_help(sys.stderr)
@@ -82,10 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("natten: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # who reads our output has seen enough
+    except BrokenPipeError:  # the reader of our output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (OSError, RuntimeError) as error:  # a file that can not be written, out of memory
+    except (OSError, RuntimeError) as error:  # such as an unwritable file, or too little memory
         if logging.getLogger("natten").isEnabledFor(logging.DEBUG):
             raise
         print(

@@ -21,14 +21,14 @@ EPILOG = """examples:
   natten env --json
 """
 DTYPES = (torch.bfloat16, torch.float32)
-# Names of variables that change what runs; of others nothing is told.
+# Prefixes of the variables that change what runs. Other variables are not printed.
 PREFIXES = ("NATTEN_", "TRITON_", "TORCHINDUCTOR_", "CUDA_VISIBLE", "OMP_NUM", "XDG_CACHE_HOME")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``natten env``."""
     parser.epilog = EPILOG
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def environment() -> dict[str, dict[str, Any]]:
-    """What an issue report needs, by section."""
+    """Everything that an issue report needs, by section."""
     return {
         "versions": {
             **versions(),
@@ -81,7 +81,7 @@ def _devices() -> dict[str, str]:
 
 
 def _backends() -> dict[str, dict[str, str]]:
-    """Per operator, device and dtype, what each backend says of it."""
+    """For each operator, device and dtype, whether each backend runs it, or why not."""
     found = {}
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         for dtype in DTYPES:

@@ -1,4 +1,4 @@
-"""Options that several commands share, named as in NATTEN's profiler."""
+"""Options that several commands share; they have the names of NATTEN's profiler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..neighborhood import Neighborhood
 
 
 def boolean(text: str) -> bool:
-    """``true``, ``false``, ``1`` or ``0``."""
+    """Parse ``true``, ``false``, ``1`` or ``0``."""
     values = {"true": True, "1": True, "false": False, "0": False}
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"expected true, false, 1 or 0, got {text!r}")
@@ -21,12 +21,12 @@ def boolean(text: str) -> bool:
 
 
 def positive(text: str) -> int:
-    """An integer of at least 1."""
+    """Parse an integer of at least 1."""
     return _at_least(1, text)
 
 
 def not_negative(text: str) -> int:
-    """An integer of at least 0."""
+    """Parse an integer of at least 0."""
     return _at_least(0, text)
 
 
@@ -43,7 +43,7 @@ def _at_least(least: int, text: str) -> int:
 
 
 def output(text: str) -> str:
-    """A file that can be written, as far as can be told before it is; "-" is stdout."""
+    """Check that a file can be written, as far as one can tell beforehand; "-" is stdout."""
     path = Path(text)
     folder = path.parent
     if text == "-":
@@ -58,7 +58,7 @@ def output(text: str) -> str:
 
 
 def write(target: str, text: str) -> None:
-    """Write a text to what :func:`output` returned."""
+    """Write a text to a target that :func:`output` has checked."""
     if target == "-":
         print(text)
     else:
@@ -66,7 +66,7 @@ def write(target: str, text: str) -> None:
 
 
 def add_window_arguments(parser: argparse.ArgumentParser, title: str) -> Any:
-    """Layout and window, as the group of options that is returned."""
+    """Add the options of layout and window, and return their group."""
     layer = parser.add_argument_group(title, "one number for all axes, or one per axis")
     layer.add_argument(
         "-i", "--input-size", nargs="+", type=positive, required=True, metavar="N",
@@ -74,7 +74,7 @@ def add_window_arguments(parser: argparse.ArgumentParser, title: str) -> Any:
     )  # fmt: skip
     layer.add_argument(
         "-w", "--window-size", nargs="+", type=positive, metavar="N",
-        help="tokens of the window (kernel_size); default: the whole layout, self attention",
+        help="tokens of the window (kernel_size); default: the whole layout (self attention)",
     )  # fmt: skip
     layer.add_argument(
         "-s", "--stride", nargs="+", type=positive, default=[1], metavar="N",
@@ -92,7 +92,7 @@ def add_window_arguments(parser: argparse.ArgumentParser, title: str) -> Any:
 
 
 def add_layer_arguments(parser: argparse.ArgumentParser, head_dim: int) -> None:
-    """Layout, window and sizes of an attention layer."""
+    """Add the options of layout, window and sizes of an attention layer."""
     layer = add_window_arguments(parser, "layer")
     for names, what in ((("-b", "--batch-size"), "batch size"), (("-n", "--heads"), "heads")):
         layer.add_argument(
@@ -105,7 +105,7 @@ def add_layer_arguments(parser: argparse.ArgumentParser, head_dim: int) -> None:
 
 
 def window_of(args: argparse.Namespace) -> Neighborhood:
-    """The window of the arguments, checked.
+    """The window that the arguments describe, after checks.
 
     Raises:
         ArgumentError: an option has the wrong number of entries, or a value that is not allowed.

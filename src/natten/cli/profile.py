@@ -1,9 +1,9 @@
 """Time neighborhood attention beside dense attention over the same tokens.
 
-Measures the default GPU, or the CPU where there is none. Shows the median time of a call, from
-Python ("eager") and of its kernels alone in a CUDA graph ("graph"), the rate of needed products,
-the speed-up over the fastest dense attention, and how close the time is to the ideal: dense time
-times the fraction of query-key pairs that are needed.
+It measures the default GPU, or the CPU where there is no GPU. The table shows the median time of a
+call from Python ("eager") and of its kernels alone in a CUDA graph ("graph"), the rate of needed
+products, the speed-up over the fastest dense attention, and how close the time is to the ideal,
+which is dense time times the fraction of query-key pairs that are needed.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 EPILOG = """examples:
   a 2-D layer of NAT, forward:
     natten profile -i 56 56 -w 7 7 -b 4 -n 2 -d 32
-  forward and backward of a causal 1-D window, on the CPU, as one line of a CSV file per time:
+  forward and backward of a causal 1-D window on the CPU, with each time a line of a CSV file:
     natten profile -i 2048 -w 256 -c true --backprop --device cpu --csv times.csv
   HunyuanVideo with the stride that needs no masks, on a GPU:
     natten profile -i 30 48 80 -w 18 24 24 -s 16 8 8 -n 24 -d 128 --dtype bf16
-  which tiles the GPU kernels could use, without a GPU:
+  list the tiles that the GPU kernels could use, without a GPU:
     natten profile -i 256 256 -w 80 80 -d 128 --dtype bf16 --backend triton --dry-run
   try the best ten of them and use the fastest from now on, on a GPU:
     natten profile -i 256 256 -w 80 80 -n 24 -d 128 --dtype bf16 --optimize
@@ -62,23 +62,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``natten profile``, named as in NATTEN's profiler."""
     parser.epilog = EPILOG
     add_layer_arguments(parser, head_dim=64)
-    more = parser.add_argument_group("problem")
-    more.add_argument("--heads-kv", type=positive, metavar="N", help="default: as --heads")
-    more.add_argument("--dim-value", type=positive, metavar="N", help="default: as --dim")
-    more.add_argument(
+    problem = parser.add_argument_group("problem")
+    problem.add_argument(
+        "--heads-kv", type=positive, metavar="N", help="heads of key and value; default: as --heads"
+    )
+    problem.add_argument(
+        "--dim-value", type=positive, metavar="N", help="head dim of the value; default: as --dim"
+    )
+    problem.add_argument(
         "--add-kv", type=not_negative, default=0, metavar="N",
         help="additional keys and values that every query attends; default: 0",
     )  # fmt: skip
-    more.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
-    more.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    more.add_argument("--backprop", action="store_true", help="also time forward and backward")
+    problem.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    problem.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU"
+    )
+    problem.add_argument("--backprop", action="store_true", help="also time forward and backward")
 
     how = parser.add_argument_group("how it is computed")
     how.add_argument(
         "--backend",
         help="hopper, triton, tiled, reference; one of NATTEN's (cutlass-fna, hopper-fna, "
-        "blackwell-fna, flex-fna), which leave the choice to us; or dense attention alone on a "
-        "GPU: cudnn, fav2, xformers",
+        "blackwell-fna, flex-fna), with which natten chooses; or dense attention alone on a GPU: "
+        "cudnn, fav2, xformers",
     )
     how.add_argument("--fmha-backend", metavar="NAME", help="accepted; has no effect here")
     for prefix, kernel in (("", "forward"), ("backward-", "backward")):
@@ -104,11 +110,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     what.add_argument(
         "--optimize", action="store_true",
-        help="try tiles, remember the fastest, and profile with them; on a GPU",
+        help="try tiles on a GPU, remember the fastest, and profile with them",
     )  # fmt: skip
     what.add_argument(
         "--optimize-warmup-steps", type=not_negative, default=5, metavar="N",
-        help="calls before those that count, of each tile; default: 5",
+        help="calls of each tile before those that count; default: 5",
     )  # fmt: skip
     what.add_argument(
         "--json", nargs="?", const="-", type=output, metavar="FILE",
@@ -121,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Profile, list or tune; see the module."""
+    """Profile the problem, list its tiles or tune them, as the module says."""
     from .. import profiler
     from ..profiler.report import check_csv
     from ..profiler.tune import Forced, forced_tiles, kernels
@@ -223,7 +229,7 @@ def problem_of(args: argparse.Namespace) -> Problem:
 
 
 def print_report(report: Report) -> None:
-    """Tables for people."""
+    """Print the report as tables."""
     from ..profiler.machine import device_name, versions
 
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
@@ -320,7 +326,7 @@ def _dry_run(args: argparse.Namespace, problem: Problem) -> int:
 
 
 def _print_tiles(problem: Problem, backend: str, kind: str, most: int) -> None:
-    """What a kernel can use; columns are the fields of its tiles."""
+    """Print the tiles that a kernel can use; the columns are the fields of the tiles."""
     from ..profiler.tune import arguments, shapes, tile_chooser
 
     tiles: Any = tile_chooser(backend)
@@ -350,7 +356,7 @@ def _print_tiles(problem: Problem, backend: str, kind: str, most: int) -> None:
 
 
 def _cell(field: str, value: int | None, rank: int) -> str:
-    """A field of tiles; those have three axes, of which the last are the problem's."""
+    """A field of tiles as text; tiles have three axes, and the last ones are the problem's."""
     if value is None:
         return ""
     return str(value - (3 - rank) if field == "split" else value)

@@ -1,6 +1,6 @@
-"""Tables and progress on a terminal: by rich where it is installed, else plain.
+"""Tables and progress on a terminal, by rich where it is installed, else in plain text.
 
-Both write Markdown, so that what a command prints can be pasted into an issue.
+Both ways write Markdown, so that the output of a command can be pasted into an issue.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ def has_rich() -> bool:
 def print_table(
     title: str, header: Row, rows: Sequence[Row], emphasized: int | None = None
 ) -> None:
-    """Print a table; the first column is text, the others are right-aligned.
+    """Print a table; the first column is left-aligned, the others are right-aligned.
 
     Args:
-        title: a line above.
-        header, rows: cells.
-        emphasized: number of a row to print in bold where there is rich and a terminal.
+        title: a line above the table.
+        header, rows: the texts of the cells.
+        emphasized: index of a row to print in bold where there is rich and a terminal.
     """
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
@@ -56,7 +56,7 @@ def print_table(
 
 @contextlib.contextmanager
 def progress(steps: int) -> Iterator[Callable[[str], None]]:
-    """Inside, call what this yields at the start of each step with its name."""
+    """Show progress; call the function that this yields with the name of each step that starts."""
     if not sys.stderr.isatty():
         yield lambda name: None
         return
@@ -79,7 +79,7 @@ def progress(steps: int) -> Iterator[Callable[[str], None]]:
 
 
 def duration(microseconds: float) -> str:
-    """Three digits with a unit."""
+    """A duration with three digits and a unit."""
     for unit, size in (("s", 1e6), ("ms", 1e3)):
         if microseconds >= size:
             return f"{_three_digits(microseconds / size)} {unit}"

@@ -32,8 +32,8 @@ def draw_walk(
 ) -> None:
     """Write an animation of what one query after the other attends.
 
-    A ``.gif`` needs matplotlib and pillow. An ``.html`` is a single file that needs nothing else. It
-    plays by itself, and the pointer on a token shows what that token attends.
+    A ``.gif`` needs matplotlib and pillow. An ``.html`` needs nothing beside its one file. It plays
+    by itself, and the pointer on a token shows what that token attends.
 
     Args:
         shape: token layout, one to three axis lengths.

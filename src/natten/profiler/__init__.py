@@ -1,10 +1,10 @@
 """Time neighborhood attention beside dense attention; ``natten profile --help`` has examples.
 
-problem.py   what is computed, and what it needs at least
+problem.py   what is computed, and the least work that it needs
 measure.py   clocks
-tune.py      tiles: listing, forcing, trying, remembering
-report.py    what was found
-machine.py   what it was found on
+tune.py      tiles: list, force, try and remember them
+report.py    the results
+machine.py   the machine and the versions they were measured with
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .tune import computed_over_needed
 
 Step = Callable[[str], None]
 
-# By the names of NATTEN's profiler; all need a GPU.
+# The keys are the names that NATTEN's profiler has for them. All of them need a GPU.
 DENSE = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "fav2": SDPBackend.FLASH_ATTENTION,
@@ -43,11 +43,11 @@ def choose_backend(problem: Problem, name: str | None, operation: str = "attenti
 
     Args:
         problem: what to run.
-        name: a backend's name, one of upstream's (hints), or None.
+        name: a backend's name, one of upstream's (which are hints), or None.
         operation: "attention", or its "gradient", which another backend may run.
 
     Raises:
-        ArgumentError: the backend is unknown, or can not run the problem; says why.
+        ArgumentError: the backend is unknown or can not run the problem; the message says why.
     """
     wanted = backends.check_name(name)
     question = problem.question(operation)
@@ -62,7 +62,7 @@ def choose_backend(problem: Problem, name: str | None, operation: str = "attenti
 def natten_call(
     problem: Problem, backend: str | None, backward: bool, compiled: bool = False, **hints: Any
 ) -> Callable[[], Any]:
-    """A call of our operator on random inputs; with ``backward``, its gradients too."""
+    """A call of our operator on random inputs; with ``backward`` it also computes gradients."""
     function: Callable[..., Any] = neighborhood_attention_generic
     if compiled:
         function = torch.compile(function, fullgraph=True)
@@ -90,7 +90,7 @@ def dense_call(problem: Problem, name: str, backward: bool) -> Callable[[], Any]
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """PyTorch warns of each reason why an implementation can not run, and then raises."""
+    """Silence PyTorch, which warns of every reason why it can not run before it raises."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -132,13 +132,14 @@ def profile(
 
     Args:
         problem: what to run.
-        backend: a backend, one of upstream's names, or "cudnn", "fav2" or "xformers": then dense
-            attention alone, which must be what the problem asks for.
+        backend: a backend's name, one of upstream's, or "cudnn", "fav2" or "xformers". The last
+            three time dense attention alone, and the problem must be dense attention.
         backward: also time forward and backward together.
         dense: whether to time dense attention.
         compiled: time ours under ``torch.compile``.
         warmup: calls before those that count.
-        step: called with a name before each measurement; :func:`count_steps` says how often.
+        step: a function that is called with a name before each measurement; :func:`count_steps`
+            says how often.
         hints: further arguments of ``na1d``, ``na2d`` and ``na3d``.
 
     Raises:

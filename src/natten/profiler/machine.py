@@ -1,4 +1,4 @@
-"""What a result was measured on."""
+"""The machine and the versions that a result was measured with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..version import __version__
 
 
 def version_of(package: str) -> str:
-    """The installed version, or "not installed"."""
+    """The installed version of a package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -21,7 +21,7 @@ def version_of(package: str) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The processor's name if the system tells it, else its architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -36,7 +36,7 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides speed."""
+    """The versions of what decides speed."""
     return {
         "natten": __version__,
         "torch": torch.__version__,

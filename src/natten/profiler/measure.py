@@ -1,4 +1,4 @@
-"""Times: of a call from Python, of its kernels inside a CUDA graph, and of each kernel."""
+"""Clocks: for a call from Python, for its kernels inside a CUDA graph, and for each kernel."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Function = Callable[[], Any]
 
 
 class Timing(NamedTuple):
-    """Of several calls, microseconds: their median, and the range of the middle half."""
+    """The median of several calls in microseconds, and the range of their middle half."""
 
     median_us: float
     spread_us: float
 
 
 class Kernel(NamedTuple):
-    """A kernel, or an operator on a CPU, in one call: how often it ran, and its time in sum."""
+    """A kernel (on a CPU an operator): how often it ran in one call, and its total time."""
 
     name: str
     calls: int
@@ -52,7 +52,7 @@ def eager_time(
         function: what to call.
         device: where its kernels run.
         warmup: calls before the first that counts.
-        seconds, calls: measure until either is reached; at least once.
+        seconds, calls: measure at least once, until either is reached.
     """
     for _ in range(warmup):
         function()
@@ -73,16 +73,16 @@ def graph_time(
     seconds: float = 0.3,
     replays: int = 50,
 ) -> Timing:
-    """Time of a call's kernels inside a CUDA graph, without the host's share.
+    """Time of a call's kernels inside a CUDA graph, without the time of the host.
 
-    Short calls are captured several times, so that starting the graph does not count. Arguments
-    are those of :func:`eager_time`; ``replays`` is the most graphs to run.
+    Short calls are captured several times, so that the start of the graph hardly counts. The
+    arguments are those of :func:`eager_time`, and ``replays`` limits how often the graph runs.
 
     Raises:
         RuntimeError: the call can not be captured.
     """
     side = torch.cuda.Stream(device)
-    with torch.cuda.stream(side):  # warm up where it will be captured
+    with torch.cuda.stream(side):  # warm up on a side stream, as capturing requires
         function()
     once = eager_time(function, device, warmup, calls=1).median_us
     calls = max(1, min(20, int(2e3 / once)))
@@ -104,7 +104,10 @@ def graph_time(
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """PyTorch 2.13's profiler announces its start and stop there, whatever its log level."""
+    """Silence standard error, where PyTorch 2.13's profiler announces its start and stop.
+
+    It does so at every log level.
+    """
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, 2)

@@ -1,4 +1,4 @@
-"""One attention problem: its tensors, and what it needs at least."""
+"""One attention problem: its tensors, and the least work that it needs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Problem:
         batch, heads, kv_heads, dim, value_dim: sizes of ``[batch, *shape, heads, dim]``; ``heads``
             is a multiple of ``kv_heads``.
         extra: additional keys and values.
-        dtype, device: of all tensors.
+        dtype, device: those of all tensors.
 
     Example:
         >>> rule = Neighborhood.create(2, kernel_size=3)
@@ -103,8 +103,8 @@ class Problem:
         """Operations of the matrix products, 2 per multiply-add.
 
         Args:
-            pairs: per batch entry and head; None means those needed.
-            backward: add the backward: scores anew and four gradients.
+            pairs: query-key pairs per batch entry and head; None means the needed ones.
+            backward: add the backward pass, which computes the scores again and four gradients.
         """
         pairs = self.needed_pairs if pairs is None else pairs
         per_pair = self.dim + self.value_dim
@@ -113,10 +113,10 @@ class Problem:
         return 2 * self.batch * self.heads * pairs * per_pair
 
     def bytes(self, backward: bool = False) -> int:
-        """Size of inputs and output, each moved once; with ``backward`` also of the gradients."""
-        query = self.tokens * self.heads * (self.dim + self.value_dim)  # and output
-        key = (self.tokens + self.extra) * self.kv_heads * (self.dim + self.value_dim)
-        passes = 3 if backward else 1  # the backward reads everything again, and writes gradients
+        """Bytes of inputs and output, each moved once; with ``backward`` also of the gradients."""
+        query = self.tokens * self.heads * (self.dim + self.value_dim)  # query and output
+        key = (self.tokens + self.extra) * self.kv_heads * (self.dim + self.value_dim)  # and value
+        passes = 3 if backward else 1  # the backward reads everything again and writes gradients
         return passes * self.batch * (query + key) * self.dtype.itemsize
 
     def inputs(self, requires_grad: bool = False) -> dict[str, Tensor]:
@@ -137,7 +137,7 @@ class Problem:
         }
 
     def dense_inputs(self, requires_grad: bool = False) -> dict[str, Tensor]:
-        """Random arguments of ``scaled_dot_product_attention``, heads-first, all tokens."""
+        """Random arguments of ``scaled_dot_product_attention`` over all tokens, heads-first."""
         keys = self.tokens + self.extra
         sizes = {
             "query": (self.heads, self.tokens, self.dim),

@@ -1,4 +1,4 @@
-"""What profiling found, for people and machines."""
+"""The results of profiling, for people and as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ FORWARD, BOTH = "forward", "forward+backward"
 
 @dataclass(frozen=True)
 class Row:
-    """One time: of which attention, in which pass, how measured, and what it means.
+    """One time: which attention in which pass it belongs to, how it was measured, what it means.
 
     Attributes:
         attention: "natten" and the backend, or "dense" and its implementation.
         pass_name: "forward" or "forward+backward".
-        kind: "eager", from Python to the last kernel's end, or "graph", kernels alone.
+        kind: "eager" for the time from the call in Python to the end of the last kernel, or "graph"
+            for the time of the kernels alone.
         timing: microseconds of a call.
-        tflops: 10^12 operations of the needed matrix products a second.
-        gbytes: 10^9 bytes a second, inputs and outputs moved once.
-        speedup: time of the fastest dense attention over this one; None without dense times.
-        efficiency: ideal time over this one; None for dense attention. The ideal is the time of
+        tflops: 10^12 operations of the needed matrix products per second.
+        gbytes: 10^9 bytes per second, if inputs and outputs move once.
+        speedup: the time of the fastest dense attention over this one; None without dense times.
+        efficiency: the ideal time over this one; None for dense attention. The ideal is the time of
             the fastest dense attention times the fraction of pairs that are needed.
     """
 
@@ -49,11 +50,12 @@ class Report:
 
     Attributes:
         problem: what was measured.
-        backend: which backend ran.
+        backend: the backend that ran.
         rows: the times.
-        kernels: per pass, the kernels of one call of ours, slowest first.
-        computed_over_needed: per kernel kind, pairs computed per pair needed; 1 is no waste.
-        notes: what the reader should know.
+        kernels: for each pass, the kernels of one call of ours, slowest first.
+        computed_over_needed: for each kind of kernel, pairs computed per pair needed; 1 means that
+            nothing is wasted.
+        notes: sentences that the reader should know.
     """
 
     problem: Problem
@@ -65,11 +67,11 @@ class Report:
 
     @property
     def kept(self) -> float:
-        """Fraction of all pairs that are needed."""
+        """The fraction of all pairs that are needed."""
         return self.problem.needed_pairs / self.problem.all_pairs
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The report for JSON."""
         problem, rule = self.problem, self.problem.rule
         return {
             "problem": {
@@ -139,7 +141,7 @@ class Report:
             self.write_csv(file, header=new)
 
     def write_csv(self, file: TextIO, header: bool = True) -> None:
-        """Write the times, and a line of column names first."""
+        """Write the times; with ``header``, a line of column names comes first."""
         writer = csv.DictWriter(file, fieldnames=COLUMNS)
         if header:
             writer.writeheader()
@@ -152,10 +154,10 @@ COLUMNS = (
 
 
 def check_csv(path: Path) -> bool:
-    """Whether a file is yet to be begun.
+    """Whether a file is new or empty, so that the column names are to be written first.
 
     Raises:
-        ArgumentError: it has other columns than a report.
+        ArgumentError: the file has other columns than a report.
     """
     if not path.exists() or path.stat().st_size == 0:
         return True
