@@ -1,7 +1,7 @@
-"""What is kept between calls, within one bound in bytes.
+"""A store of plans and masks that are kept between calls, bounded in bytes.
 
-Plans and masks depend on the token layout, and a program may go through many. All of them share
-one store; what was not used for longest leaves first.
+Plans and masks depend on the token layout, and a program may use many layouts. All of them share
+one store, which drops the least recently used ones first.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
-MOST = 64 << 20  # bytes, of everything that is kept
-_ENTRY = 512  # bytes of an entry's key and bookkeeping, about
+MOST = 64 << 20  # bytes of everything that is kept
+_ENTRY = 512  # about the bytes of an entry's key and bookkeeping
 
 
 class Store:
-    """Values by key, at most ``most`` bytes of them, the least recently used first out."""
+    """Values by key, at most ``most`` bytes of them; the least recently used leave first."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -32,12 +32,13 @@ class Store:
         size: Callable[[Any], int],
         args: tuple[Any, ...] = (),
     ) -> Any:
-        """The value at ``key``; if there is none, what ``make(*args)`` returns, which is kept.
+        """The value at ``key``. If there is none, ``make(*args)`` makes it, and it is kept.
 
         Args:
-            key: any hashable.
-            make, args: called without the lock, so two threads may make the same value.
-            size: bytes of a value. One that is larger than ``most`` is not kept.
+            key: any hashable object.
+            make, args: the function and its arguments. It is called without the lock, so two
+                threads may make the same value.
+            size: gives the bytes of a value. A value larger than ``most`` is not kept.
         """
         with self._lock:
             found = self._entries.get(key)
@@ -56,7 +57,7 @@ class Store:
         return value
 
     def forget(self, belongs: Callable[[Any], bool]) -> None:
-        """Drop the entries whose key ``belongs``."""
+        """Drop the entries for whose key ``belongs`` returns True."""
         with self._lock:
             for key in [key for key in self._entries if belongs(key)]:
                 self._drop(key)
@@ -70,10 +71,10 @@ STORE = Store(MOST)
 
 
 def kept(size: Callable[[Any], int]) -> Callable[[Callable[..., Any]], Any]:
-    """Decorate a function of hashable arguments: its results are in ``STORE``.
+    """A decorator that keeps the results of a function of hashable arguments in ``STORE``.
 
     Args:
-        size: bytes of a result.
+        size: gives the bytes of a result.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:

@@ -1,7 +1,7 @@
-"""Decompositions: attention as PyTorch's own operators, for exporters that know no others.
+"""Decompositions of attention into PyTorch's own operators, for exporters that know no others.
 
-Keys and values are gathered window by window (:mod:`natten.gather`), in memory of queries times
-window tokens: that runs everywhere, and slower than the backends.
+Keys and values are gathered window by window (:mod:`natten.gather`), which takes memory of queries
+times window tokens. It runs everywhere and is slower than the backends.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = ["decompositions"]
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     """Every operator of natten as plain PyTorch operators, forward and backward.
 
-    For ``torch.export.ExportedProgram.run_decompositions``, before a program goes to ONNX, Core ML,
-    TensorRT, ExecuTorch or anything else that knows PyTorch's operators only.
+    Give them to ``torch.export.ExportedProgram.run_decompositions`` before a program goes to ONNX,
+    Core ML, TensorRT, ExecuTorch or another runtime that knows PyTorch's operators only.
 
     Returns:
-        A new dictionary from operators to functions of the same arguments; more may be added.
+        A new dictionary from operators to functions with the same arguments. You may add to it.
 
     Example:
         >>> import natten, torch
@@ -54,7 +54,7 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
 
 
 def _of_rule(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``function`` of an operator's arguments: a rule is four of them, the last."""
+    """Let ``function`` take an operator's arguments, of which the last four are the rule."""
     return lambda *args: function(*args[:-4], unpack(*args[-4:]))
 
 

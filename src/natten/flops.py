@@ -1,9 +1,9 @@
-"""Counting the products of neighborhood attention.
+"""FLOP counters for neighborhood attention.
 
-``torch.utils.flop_counter.FlopCounterMode`` counts 2 per multiply-add, like PyTorch's own
-operators. The fvcore handlers of 0.14 to 0.17 count multiply-adds, as 0.17.4 did: products only,
-without softmax and bias. Windows are counted exactly; causal masking is not subtracted, as for
-``scaled_dot_product_attention``.
+``torch.utils.flop_counter.FlopCounterMode`` counts 2 per multiply-add, as it does for PyTorch's own
+operators. The fvcore handlers of 0.14 to 0.17 count multiply-adds, as those of 0.17.4 did. Only
+products count, not the softmax and the bias. Windows are counted exactly, but causal masking is not
+subtracted, as PyTorch does for ``scaled_dot_product_attention``.
 """
 
 from __future__ import annotations
@@ -25,14 +25,19 @@ from .sequences import Lengths
 
 
 def _rows(shape: Sequence[int]) -> int:
-    """Queries of ``[..., channels]``, all batches and heads."""
+    """The number of queries in ``[..., channels]``, over all batch entries and heads."""
     return math.prod(shape[:-1])
 
 
-def _attended(query: Sequence[int], key: Sequence[int], additional: Any, kernel_size: Any) -> int:
-    """Keys that each query attends; without a window, all of ``key [batch, length, ...]``."""
+def _attended(
+    query: Sequence[int], key: Sequence[int], additional_keys: Any, kernel_size: Any
+) -> int:
+    """The number of keys that each query attends, given the shapes of the tensors.
+
+    Without a window these are all keys of ``[batch, length, ...]``.
+    """
     window = math.prod(kernel_size) if operators.has_window(kernel_size) else key[1]
-    return window + (0 if additional is None else additional[1])
+    return window + (0 if additional_keys is None else additional_keys[1])
 
 
 @register_flop_formula(ops.attention)
@@ -49,13 +54,16 @@ def _attention_backward_flops(
     grad_out: Any, grad_lse: Any, out: Any, lse: Any, query: Any, key: Any, value: Any, rpb: Any,
     additional_keys: Any, additional_values: Any, kernel_size: Any, *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
-    # Scores anew, dQ and dK take the query's head dim; dP and dV the value's.
+    # The scores, dQ and dK are products over the query's head dim, dP and dV over the value's.
     pairs = _rows(query) * _attended(query, key, additional_keys, kernel_size)
     return 2 * pairs * (3 * query[-1] + 2 * value[-1])
 
 
 def _pairs_of_sequences(query: Tensor, key: Tensor, arguments: Sequence[Any]) -> int:
-    """Pairs of queries and keys in packed sequences, of all heads; at most, of unread lengths."""
+    """Query-key pairs in packed sequences, over all heads.
+
+    Where lengths can not be read, this is the largest number that is possible.
+    """
     lengths = Lengths(*arguments[:6])
     if has_fake((query,)) or query.is_meta:
         keys = key.shape[1] if lengths.longest_kv < 0 else lengths.longest_kv
@@ -150,32 +158,33 @@ def fna_flop_count(
 
 
 def _shapes(values: Sequence[Any]) -> list[list[int]]:
-    """Shapes of the tensors among jit values."""
+    """The shapes of the tensors among jit values."""
     shapes = [v.type().sizes() for v in values if v.type().kind() == "TensorType"]
     return [list(shape) for shape in shapes if shape]
 
 
 def qk_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-    """Multiply-adds of ``na*d_qk``, from jit values: every weight is one product of two rows."""
+    """Multiply-adds of ``na*d_qk``, from jit values: each weight is the product of two rows."""
     return math.prod(_shapes(outputs)[0]) * _shapes(inputs)[0][-1]
 
 
 def av_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-    """Multiply-adds of ``na*d_av``, from jit values: every weight scales one row."""
+    """Multiply-adds of ``na*d_av``, from jit values: each weight scales one row."""
     return math.prod(_shapes(inputs)[0]) * _shapes(outputs)[0][-1]
 
 
 def fna_generic_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
     """Multiply-adds of ``na*d`` and plain ``attention``, from jit values."""
     query, key, value, *rest = _shapes(inputs)
-    # Additional keys and values have rank 4 and come last; a bias has other heads or none.
-    extra = rest[-2] if len(rest) >= 2 else None
-    pairs = _rows(query) * _attended(query, key, extra, _kernel_size(outputs[0].node()))
+    # Additional keys and values come last; a bias alone is one more tensor, not two.
+    additional_keys = rest[-2] if len(rest) >= 2 else None
+    kernel_size = _kernel_size(outputs[0].node())
+    pairs = _rows(query) * _attended(query, key, additional_keys, kernel_size)
     return pairs * (query[-1] + value[-1])
 
 
 def _kernel_size(node: Any) -> Sequence[int]:
-    """The window, the first list among the arguments of an operator or of a Function's node."""
+    """The window: the first list among the arguments of an operator's or a Function's node."""
     if node.kind() == "prim::PythonOp":
         return next(x for x in node.scalar_args() if isinstance(x, (tuple, list)))
     lists = (x.node() for x in node.inputs() if x.type().kind() == "ListType")
@@ -190,10 +199,10 @@ _HANDLERS = {"qk": qk_flops, "av": av_flops, "attention": fna_generic_flops}
 
 
 def add_natten_handle(flop_ctr: Any) -> Any:
-    """Teach an ``fvcore.nn.FlopCountAnalysis`` to count our operators; returns it.
+    """Teach an ``fvcore.nn.FlopCountAnalysis`` to count our operators, and return it.
 
-    fvcore sees them under the names that NATTEN's autograd.Functions had, but for plain attention
-    and what was traced before.
+    fvcore sees them under the names that NATTEN's autograd.Functions had. Plain attention and
+    graphs that were traced before hold the operators themselves.
     """
     handlers = {f"{NAMESPACE}::{name}": handler for name, handler in _HANDLERS.items()}
     for name, handler in _HANDLERS.items():
@@ -203,7 +212,7 @@ def add_natten_handle(flop_ctr: Any) -> Any:
 
 
 def get_flops(model: Any, input: Any, disable_warnings: bool = False) -> int:
-    """Multiply-adds of ``model(input)``, by fvcore.
+    """Multiply-adds of ``model(input)``, as fvcore counts them.
 
     Raises:
         ImportError: fvcore is not installed.

@@ -1,8 +1,8 @@
 """Attention's linear maps as plain PyTorch operators, for exporters that know no others.
 
 Every query gathers the tokens of its window, so memory is queries times window tokens. Shapes may
-be symbolic. Tensors are heads-first, as those of the operators in :mod:`natten.operators`, whose
-maps of the same names these are; tokens are flat inside, ``[batch, heads, tokens, ...]``.
+be symbolic. The maps have the names of the operators in :mod:`natten.operators` and compute the
+same; tensors are heads-first there and here.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .neighborhood import Neighborhood, group_length, outer
 
 
 class _Axis(NamedTuple):
-    """Tables of one axis, ``[length, window]``; slots that are not attended hold the last that is.
+    """Tables of one axis, ``[length, window]``.
 
     Attributes:
-        token: in every slot.
-        attended: which slots are.
-        bias: which entry of the bias's axis they take.
+        token: the token in each slot; slots that are not attended hold the last one that is.
+        attended: whether each slot is attended.
+        bias: the index of the bias in each slot.
     """
 
     token: Tensor
@@ -36,7 +36,7 @@ class _Axis(NamedTuple):
     def of(cls, rule: Neighborhood, axis: int, length: int, device: torch.device) -> _Axis:
         d, k = rule.dilation[axis], rule.kernel_size[axis]
         x = torch.arange(length, device=device)
-        # Without dilation there is one group, and a graph that much smaller.
+        # Without dilation there is one group, and skipping these divisions makes the graph smaller.
         position, group = (x, 0) if d == 1 else (x // d, x % d)
         n = group_length(length, d, group)
         start, end = (bound[:, None] for bound in rule.windows(axis, position, n, n))
@@ -51,8 +51,9 @@ class _Axis(NamedTuple):
 class Windows:
     """The maps for one rule and token layout, which share its tables.
 
-    They are made of tensor operators and become part of a graph, because PyTorch's
-    ``run_decompositions`` takes no new constants; static ones are folded by what reads the graph.
+    Tensor operators compute the tables and become part of the graph, because PyTorch's
+    ``run_decompositions`` can not add constants. Where shapes are known, the reader of the graph
+    folds them into constants.
     """
 
     def __init__(self, rule: Neighborhood, space: Sequence[int], device: torch.device) -> None:
@@ -64,7 +65,7 @@ class Windows:
 
     @cached_property
     def _tokens(self) -> Tensor:
-        """The token in every slot of every window, ``[tokens * window tokens]``."""
+        """The token in each slot of each window, ``[tokens * window tokens]``."""
         token = self._axes[0].token
         for length, axis in zip(self.space[1:], self._axes[1:]):
             token = outer(token * length, axis.token, torch.add)
@@ -72,7 +73,7 @@ class Windows:
 
     @cached_property
     def attended(self) -> Tensor | None:
-        """Which slots are attended, ``[*space, window tokens]``; None if all are."""
+        """Whether each slot is attended, ``[*space, window tokens]``; None if all are."""
         if not any(self.rule.is_causal):
             return None
         attended = self._axes[0].attended
@@ -82,9 +83,9 @@ class Windows:
 
     @cached_property
     def _bias_index(self) -> Tensor:
-        """Which entry of the flat bias every slot takes, ``[tokens * window tokens]``.
+        """The index of each slot in the flat bias, ``[tokens * window tokens]``.
 
-        Slots that are not attended take some entry.
+        In slots that are not attended it is the index of some entry.
         """
         index = self._axes[0].bias
         for k, axis in zip(self.rule.kernel_size[1:], self._axes[1:]):
@@ -92,7 +93,7 @@ class Windows:
         return index.flatten()
 
     def _gathered(self, x: Tensor) -> Tensor:
-        """``[B, H, tokens, window tokens, C]`` of ``x [B, H, *space, C]``."""
+        """The windows of ``x [B, H, *space, C]`` as ``[B, H, tokens, window tokens, C]``."""
         return x.flatten(2, -2).index_select(2, self._tokens).unflatten(2, self._flat)
 
     @property
@@ -100,22 +101,22 @@ class Windows:
         return -1, self.rule.window_tokens
 
     def masked(self, x: Tensor) -> Tensor:
-        """``x [..., *space, window tokens]``, 0 in slots that causality empties."""
+        """``x [..., *space, window tokens]`` with 0 in slots that causality empties."""
         return x if self.attended is None else x.masked_fill(~self.attended, 0)
 
     def qk(self, query: Tensor, key: Tensor) -> Tensor:
-        """Products of every query with the key in each slot."""
+        """The product of each query with the key in each slot of its window."""
         keys = self._gathered(key).transpose(-1, -2)  # [B, H, N, C, W]
         products = query.flatten(2, -2)[..., None, :] @ keys
         return products.reshape(*query.shape[:-1], self.rule.window_tokens)
 
     def av(self, attn: Tensor, value: Tensor) -> Tensor:
-        """Sum of the window's values, weighted."""
+        """For each query, the weighted sum of the values in its window."""
         weights = attn.flatten(2, -2)[..., None, :]  # [B, H, N, 1, W]
         return (weights @ self._gathered(value)).reshape(value.shape)
 
     def av_transposed(self, attn: Tensor, x: Tensor) -> Tensor:
-        """For every key, the sum of ``x`` at the queries whose windows have it, weighted."""
+        """For each key, the weighted sum of ``x`` at the queries whose windows hold it."""
         dtype = compute_dtype(x.dtype)
         weights, rows = attn.flatten(2, -2).to(dtype), x.flatten(2, -2).to(dtype)
         sent = weights[..., None] * rows[..., None, :]  # [B, H, N, W, C]
@@ -123,7 +124,7 @@ class Windows:
         return out.to(x.dtype).reshape(x.shape)
 
     def rpb_bias(self, rpb: Tensor) -> Tensor:
-        """``rpb`` in every window slot, ``[heads, *space, window tokens]``."""
+        """``rpb`` in each slot of each window, ``[heads, *space, window tokens]``."""
         picked = rpb.flatten(1).index_select(1, self._bias_index)
         return picked.reshape(rpb.shape[0], *self.space, self.rule.window_tokens)
 
@@ -136,29 +137,29 @@ class Windows:
         return out.to(grad.dtype).reshape(grad.shape[0], *sizes)
 
 
-# The operators' maps, in which slots that are not attended hold 0 and are not read.
+# The operators' maps: slots that are not attended hold 0 in results and are not read in arguments.
 
 
 def qk(query: Tensor, key: Tensor, rule: Neighborhood) -> Tensor:
-    """Products of every query with its window's keys; 0 in masked slots."""
+    """The product of each query with each key of its window; 0 in masked slots."""
     windows = Windows(rule, query.shape[2:-1], query.device)
     return windows.masked(windows.qk(query, key))
 
 
 def av(attn: Tensor, value: Tensor, rule: Neighborhood) -> Tensor:
-    """Sum of the window's values, weighted; masked slots are ignored."""
+    """For each query, the weighted sum of its window's values; masked slots are ignored."""
     windows = Windows(rule, value.shape[2:-1], value.device)
     return windows.av(windows.masked(attn), value)
 
 
 def av_transposed(attn: Tensor, x: Tensor, rule: Neighborhood) -> Tensor:
-    """For every key, the sum of ``x`` at the queries that attend it, weighted."""
+    """For each key, the weighted sum of ``x`` at the queries that attend it."""
     windows = Windows(rule, x.shape[2:-1], x.device)
     return windows.av_transposed(windows.masked(attn), x)
 
 
 def rpb_bias(rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
-    """``rpb`` in every window slot, ``[heads, *space, window tokens]``; 0 in masked slots."""
+    """``rpb`` in each window slot, ``[heads, *space, window tokens]``; 0 in masked slots."""
     windows = Windows(rule, shape, rpb.device)
     return windows.masked(windows.rpb_bias(rpb))
 

@@ -1,4 +1,4 @@
-"""What a neighborhood is: the only place that knows which keys a query attends.
+"""The definition of a neighborhood; no other module knows which keys a query attends.
 
 Per axis of length ``L``, with window ``K``, stride ``S``, dilation ``d``:
 
@@ -6,7 +6,7 @@ Per axis of length ``L``, with window ``K``, stride ``S``, dilation ``d``:
   of group ``g = x % d``, which has ``n = ceil((L - g) / d)`` positions.
 * Not causal: the leader of query ``i`` is ``c = min((i // S) * S + S // 2, n - 1)``; its window
   starts at ``s = min(max(c - K // 2, 0), n - K)`` and has ``K`` positions. At a border the window
-  shifts, it never shrinks.
+  shifts; it never shrinks.
 * Causal: the leader is ``c = min((i // S) * S + S - 1, n - 1)``, the window starts at
   ``s = max(c - K + 1, 0)`` and ends at the query itself.
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from ._numbers import entries, integer, truth
 from .errors import ArgumentError
 
-# One value for all axes, or one per axis.
+# Arguments with one value for all axes, or one per axis.
 Dimension = int | Sequence[int]
 Causal = bool | Sequence[bool]
 
@@ -37,7 +37,7 @@ Causal = bool | Sequence[bool]
 def _per_axis(
     name: str, value: Any, rank: int, kind: type, what: str, default: Any = None
 ) -> tuple[Any, ...]:
-    """``value`` as a tuple of ``rank`` entries of ``kind``; one entry stands for all axes."""
+    """``value`` as a tuple of ``rank`` entries of ``kind``; a single value stands for all axes."""
     if value is None and default is not None:
         value = default
     given = entries(value)
@@ -134,10 +134,11 @@ class Neighborhood:
         """First and one-past-last key position of the queries at ``position``.
 
         Args:
-            axis: which axis.
+            axis: the axis.
             position: int64, the queries' positions inside their dilation groups.
-            n: how many positions their groups have; one number, or one per query.
-            n_keys: the same of the keys; they are the queries' own tokens, so it equals ``n``.
+            n: the number of positions in their groups; one number, or one per query.
+            n_keys: the same number for keys; it equals ``n``, as queries and keys are the same
+                tokens.
 
         Returns:
             Two int64 tensors shaped like ``position``.
@@ -147,7 +148,7 @@ class Neighborhood:
         )
 
     def attended_slots(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-        """Which slots of each token's window it attends; causality empties the last ones.
+        """Whether each token attends each slot of its window; causality empties the last slots.
 
         Returns:
             bool ``[*shape, window tokens]``; slots are in row-major order, window start first.
@@ -172,10 +173,10 @@ class Neighborhood:
             position = start[:, None] + torch.arange(k, device=device)
             own_valid = position < end[:, None]
             own = position.minimum(n[:, None] - 1) * d + (x % d)[:, None]
-            place = [1] * (2 * self.rank)  # every axis of tokens, then every axis of the window
-            place[axis], place[self.rank + axis] = length, k
-            token = token * length + own.view(place)
-            valid = valid & own_valid.view(place)
+            spread = [1] * (2 * self.rank)  # every axis of tokens, then every axis of the window
+            spread[axis], spread[self.rank + axis] = length, k
+            token = token * length + own.view(spread)
+            valid = valid & own_valid.view(spread)
         slots = (*shape, self.window_tokens)
         return token.reshape(slots), valid.reshape(slots)
 
@@ -187,7 +188,7 @@ def window_bounds(
     stride: int | Tensor,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """First and one-past-last key position of queries of one axis; arguments may be broadcast."""
+    """First and one-past-last key position of queries of one axis; arguments are broadcast."""
     k, s = kernel_size, stride
     if is_causal:
         leader = (position // s * s + s - 1).clamp(max=n - 1)
@@ -201,9 +202,10 @@ _UNCHANGING = frozenset((int, bool, type(None)))
 
 
 def _kinds(value: Any) -> Any:
-    """Types, because True and 1 are equal but not both a window; None if it may change later.
+    """The types in ``value``, which belong to its cache key because True and 1 are equal.
 
-    Lists, arrays and tensors may, and a configuration's list has a hash all the same.
+    None if ``value`` may change later, as lists, arrays and tensors may. A hash does not tell:
+    OmegaConf's lists have one.
     """
     kind = type(value)
     if kind in _UNCHANGING:
@@ -221,7 +223,7 @@ def _created(
     is_causal: Any,
     *kinds: Any,
 ) -> Neighborhood:
-    """:meth:`Neighborhood.create`, kept because models call with the same few windows."""
+    """:meth:`Neighborhood.create`, cached because models call with the same few windows."""
     if rank not in (1, 2, 3):
         raise ArgumentError(f"`rank` must be 1, 2 or 3, got {rank}.")
     kernel = _per_axis("kernel_size", kernel_size, rank, int, "an integer")
@@ -243,9 +245,9 @@ def _created(
 
 @dataclass(frozen=True)
 class Dense:
-    """Plain attention between sequences of any two lengths, in the terms of a neighborhood.
+    """Plain attention between sequences of any two lengths, with the methods of a neighborhood.
 
-    Causal is aligned top-left: query ``i`` attends keys ``0 .. i``.
+    Causal attention is aligned top-left: query ``i`` attends keys ``0 .. i``.
     """
 
     causal: bool = False
@@ -254,7 +256,7 @@ class Dense:
     def windows(
         self, axis: int, position: Tensor, n: int | Tensor, n_keys: int | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`Neighborhood.windows`, for ``n`` queries and ``n_keys`` keys."""
+        """The same as :meth:`Neighborhood.windows`, for ``n`` queries and ``n_keys`` keys."""
         end = (
             (position + 1).clamp(max=n_keys) if self.causal else torch.zeros_like(position) + n_keys
         )
@@ -270,7 +272,7 @@ def window_mask(
     key_shape: Sequence[int],
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Who attends whom: bool ``[queries, keys]``, tokens counted in row-major order."""
+    """Which query attends which key, bool ``[queries, keys]``; tokens are in row-major order."""
     mask = torch.ones(1, 1, dtype=torch.bool, device=device)
     for axis, (length, key_length) in enumerate(zip(shape, key_shape)):
         d = rule.dilation[axis]
@@ -283,12 +285,12 @@ def window_mask(
 
 
 def outer(a: Tensor, b: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Combine ``a [m, n]`` of the axes so far with ``b [p, q]`` of the next: ``[m * p, n * q]``."""
+    """Combine ``a [m, n]`` of the first axes with ``b [p, q]`` of the next: ``[m * p, n * q]``."""
     return combine(a[:, None, :, None], b[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
 def group_length(length: int, dilation: int, group: Any) -> Any:
-    """Positions in dilation group ``group`` of an axis; ``group`` may be a tensor."""
+    """The number of positions in dilation group ``group`` of an axis; ``group`` may be a tensor."""
     return (length - group + dilation - 1) // dilation
 
 
@@ -298,7 +300,7 @@ def fit_window(
     stride: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """The largest window, stride and dilation, not above the given ones, that fit ``shape``.
+    """The largest window, stride and dilation that fit ``shape`` and do not exceed the given ones.
 
     Per axis of length ``L``: ``d' = min(d, L)``, ``K' = min(K, L // d')``, ``S' = min(S, K')``.
 
@@ -319,7 +321,7 @@ def fit_window(
     lengths = entries(shape)
     if lengths is None:
         raise ArgumentError(f"`shape` must be a tuple of integers, got {type(shape)}: {shape!r}.")
-    if torch.jit.is_tracing():  # where sizes are tensors
+    if torch.jit.is_tracing():  # sizes are tensors there
         lengths = tuple(int(n) for n in lengths)
     lengths = _per_axis("shape", lengths, len(lengths), int, "an integer")
     wanted = Neighborhood.create(len(lengths), kernel_size, stride, dilation)
