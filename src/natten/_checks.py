@@ -1,4 +1,7 @@
-"""Checks of public arguments: every message names the argument, what came and what is allowed."""
+"""Checks of public arguments.
+
+Every message names the argument, says what is allowed, and shows what was given.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from .neighborhood import Neighborhood
 
 
 def check_tensors(**tensors: Any) -> None:
-    """Each is a dense floating-point tensor."""
+    """Raise an error unless each argument is a dense floating-point tensor."""
     for name, x in tensors.items():
         if isinstance(x, torch.fx.Proxy):
             raise UnsupportedError(
@@ -39,7 +42,7 @@ def check_tensors(**tensors: Any) -> None:
 
 
 def check_same(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Both have one dtype and one device."""
+    """Raise ArgumentError unless both tensors have one dtype and one device."""
     if x.dtype != other.dtype:
         raise ArgumentError(
             f"`{name}` must have the dtype of `{other_name}`, got {x.dtype} and {other.dtype}."
@@ -51,7 +54,7 @@ def check_same(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor, same_space: bool = True) -> None:
-    """Heads-last query, key and value fit each other."""
+    """Raise ArgumentError unless heads-last query, key and value fit each other."""
     for name, x in (("key", key), ("value", value)):
         check_same(name, x, "query", query)
         if x.dim() != query.dim() or x.shape[0] != query.shape[0]:
@@ -90,13 +93,14 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, same_space: bool = True
 def warn_of_heads_first(query: Tensor) -> None:
     """Warn once if the heads of a fused operator's query seem to come before its tokens.
 
-    ``[batch, heads, *space, head_dim]`` is read as a layout whose first axis are the heads, and the
-    tokens of the last axis are taken for heads. They are more heads than there ever are, or as many
-    as the axis before has tokens, because images are square. In 3-D layouts that may be by chance.
+    A query ``[batch, heads, *space, head_dim]`` is read with the heads as the first axis of tokens,
+    and with the tokens of the last axis as heads. The warning looks for the results of this: there
+    are more heads than any model has, or as many heads as the axis before has tokens, because
+    images are square. In 3-D layouts the second may be a coincidence, so it takes larger numbers.
     """
     sizes = query.shape[1:-1]
     if torch.compiler.is_compiling() or any(type(n) is not int for n in sizes):
-        return  # a question about sizes that are not known yet would fix them
+        return  # comparing a symbolic size would turn it into a constant
     first, *others, heads = sizes
     is_square = others[-1:] == [heads] and heads > (8, 32)[len(others) - 1]
     if first < heads and (is_square or heads > 64):
@@ -111,7 +115,10 @@ def warn_of_heads_first(query: Tensor) -> None:
 def check_additional(
     query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, values: Tensor | None
 ) -> None:
-    """Additional keys and values come together, ``[batch, extra, heads_kv, channels]``."""
+    """Raise ArgumentError unless additional keys and values fit each other and the call.
+
+    They are ``[batch, num_additional, heads_kv, channels]``, and both are given or neither.
+    """
     if keys is None and values is None:
         return
     if keys is None or values is None:
@@ -137,7 +144,7 @@ def check_additional(
 
 
 def check_rpb(rpb: Tensor | None, query: Tensor, rule: Neighborhood, heads: int) -> None:
-    """The bias is ``[heads, 2 * kernel_size - 1, ...]`` on the query's device."""
+    """Raise ArgumentError unless ``rpb`` is ``[heads, 2 * kernel_size - 1, ...]`` or None."""
     if rpb is None:
         return
     check_tensors(rpb=rpb)
@@ -153,7 +160,7 @@ def check_rpb(rpb: Tensor | None, query: Tensor, rule: Neighborhood, heads: int)
 
 
 def check_scale(scale: Any, head_dim: int, name: str = "scale") -> float:
-    """The factor on the scores; None means ``head_dim ** -0.5``."""
+    """The factor on the scores as a float; None means ``head_dim ** -0.5``."""
     if scale is None:
         return float(head_dim) ** -0.5
     if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
@@ -164,13 +171,13 @@ def check_scale(scale: Any, head_dim: int, name: str = "scale") -> float:
     number = real(scale)
     if number is None:
         raise ArgumentError(f"`{name}` must be None or a number, got {type(scale)}: {scale!r}.")
-    if not -sys.float_info.max <= number <= sys.float_info.max:  # NaN neither
+    if not -sys.float_info.max <= number <= sys.float_info.max:  # NaN fails this, too
         raise ArgumentError(f"`{name}` must be None or a finite number, got {scale!r}.")
     return float(number)
 
 
 def check_tiles(rank: int, **shapes: Any) -> tuple[int, ...]:
-    """Tile shapes one after another, 0 where none is given; () if there is none at all."""
+    """All tile shapes in one tuple, with 0 for those not given; () if none is given."""
     if all(shape is None for shape in shapes.values()):
         return ()
     flat: list[int] = []
@@ -186,7 +193,7 @@ def check_tiles(rank: int, **shapes: Any) -> tuple[int, ...]:
 
 
 def check_hints(attention_kwargs: Any) -> None:
-    """Hints change nothing, but a wrong type is a wrong call."""
+    """Raise ArgumentError for hints of a wrong type, although hints have no effect."""
     if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
         raise ArgumentError(
             f"`attention_kwargs` must be None or a dict, got {type(attention_kwargs)}."
@@ -194,7 +201,7 @@ def check_hints(attention_kwargs: Any) -> None:
 
 
 def check_same_shape(name: str, shape: Sequence[int], other: str, wanted: Sequence[int]) -> None:
-    """Two shapes agree; the message names the first dimension where they do not."""
+    """Raise ArgumentError unless two shapes agree, and name the first dimension that differs."""
     if tuple(shape) == tuple(wanted):
         return
     where = next((i for i, (a, b) in enumerate(zip(shape, wanted)) if a != b), "count")
@@ -204,15 +211,15 @@ def check_same_shape(name: str, shape: Sequence[int], other: str, wanted: Sequen
     )
 
 
-# Asked once: torch.compile can not trace the question in every version.
+# Worked out at import, because some versions of torch.compile can not trace the question.
 _KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia")
 _AUTOCAST = frozenset(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))
 
 
 def autocast_tensors(*tensors: Any) -> tuple[Any, ...]:
-    """Cast to autocast's dtype where it is on, as scaled_dot_product_attention does.
+    """Cast tensors to autocast's dtype where it is on, as scaled_dot_product_attention does.
 
-    float64 stays as it is, and so does everything on another device.
+    Tensors of float64 stay as they are, and so do tensors on another device.
     """
     for first in tensors:
         if isinstance(first, Tensor):

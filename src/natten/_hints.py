@@ -1,4 +1,4 @@
-"""Keyword arguments that functions accept and that change no result."""
+"""Keyword arguments that functions accept without an effect on the result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 
 class Hints(TypedDict, total=False):
-    """Arguments of fused operators that change no result."""
+    """Arguments of fused operators that do not change the result."""
 
     attention_kwargs: dict[str, Any] | None
     q_tile_shape: Sequence[int] | None
@@ -22,7 +22,7 @@ class Hints(TypedDict, total=False):
 
 
 class DenseHints(TypedDict, total=False):
-    """Arguments of :func:`attention` that change no result."""
+    """Arguments of :func:`attention` that do not change the result."""
 
     q_tile_size: int | None
     kv_tile_size: int | None

@@ -1,4 +1,4 @@
-"""Packed documents as kernels read them: a table of where each begins, and of its windows."""
+"""Packed documents in the form that kernels read: a table of where each begins, and its windows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from .neighborhood import Neighborhood, fit_window
 
 
 class Documents(NamedTuple):
-    """Packed documents as a kernel reads them.
+    """Packed documents in the form that kernels read.
 
     Attributes:
-        table: int64 ``[documents, 16]``: the first token of the queries and of the keys, lengths of
-            three axes, keys of the last axis, window, stride and dilation of three axes, 0. Axes
-            that a layout lacks come first, with length 1.
-        number: how many documents.
-        space, key_space: at least the longest of each axis.
+        table: int64 ``[documents, 16]``. A row holds the first token of the queries and of the
+            keys, the lengths of three axes, the number of keys on the last axis, window, stride and
+            dilation of three axes each, and a 0. Axes that a layout lacks come first and have
+            length 1.
+        number: the number of documents.
+        space, key_space: for each axis a length that no document exceeds.
     """
 
     table: Tensor
@@ -32,9 +33,9 @@ class Documents(NamedTuple):
     def of_layouts(
         cls, shapes: Sequence[tuple[int, ...]], rule: Neighborhood, device: torch.device
     ) -> Documents:
-        """Documents of these layouts, each with the largest window up to ``rule``'s that fits it.
+        """Documents of these layouts; windows that exceed a document are clamped to it.
 
-        Those without tokens are left out: no number of theirs is read or written.
+        Documents without tokens are left out, because nothing is read or written for them.
         """
         missing = [1] * (3 - rule.rank)
         rows, first = [], 0
@@ -53,8 +54,8 @@ class Documents(NamedTuple):
         """Sequences of queries and of keys for plain attention.
 
         Args:
-            starts: two cumulative sums ``[sequences + 1]``.
-            longest: at least the two longest lengths.
+            starts: two cumulative sums ``[sequences + 1]``, of queries and of keys.
+            longest: for each of them a length that no sequence exceeds.
         """
         table = starts[0].new_ones(len(starts[0]) - 1, 16, dtype=torch.int64)
         for side, start in enumerate(starts):
@@ -65,6 +66,6 @@ class Documents(NamedTuple):
 
 
 def _roomy(length: int) -> int:
-    """``length`` or up to a quarter more, so that kernels are planned for few different sizes."""
+    """``length`` rounded up by at most a quarter, so that few different sizes need a plan."""
     step = max(1, 1 << (length.bit_length() - 3) if length > 3 else 1)
     return -(-length // step) * step

@@ -1,7 +1,7 @@
-"""What users call: neighborhood attention, plain attention, packed sequences, merging.
+"""The public functions: neighborhood attention, plain attention, packed sequences, merging.
 
-Fused operators are heads-last and one call: ``na1d``, ``na2d``, ``na3d``. Unfused operators, of
-``natten.unfused``, are heads-first and expose the attention weights: ``na*d_qk``, then softmax,
+Fused operators (``na1d``, ``na2d``, ``na3d``) are heads-last and take one call. Unfused operators
+(:mod:`natten.unfused`) are heads-first and expose the attention weights: ``na*d_qk``, then softmax,
 then ``na*d_av``.
 
 Methods: Hassani et al., "Neighborhood Attention Transformer" (2023), "Dilated Neighborhood
@@ -138,32 +138,34 @@ def neighborhood_attention_generic(
     try_fuse_additional_kv: bool = False,
     **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Neighborhood attention over 1-D, 2-D or 3-D token layouts, the rank taken from ``query``.
+    """Neighborhood attention over 1-D, 2-D or 3-D token layouts; ``query`` decides the rank.
 
     Args:
-        query: ``[batch, *space, heads, head_dim]``, floating point; any strides.
+        query: ``[batch, *space, heads, head_dim]``, floating point, with any strides.
         key: ``[batch, *space, heads_kv, head_dim]``; ``heads`` is a multiple of ``heads_kv``.
         value: ``[batch, *space, heads_kv, value_dim]``.
         kernel_size: tokens in the window, one number for all axes or one per axis.
-        stride: queries that share a window; 1 is a sliding window, ``kernel_size`` blocks.
+        stride: how many queries share a window. 1 gives sliding windows, and ``kernel_size`` gives
+            blocks that attend themselves.
         dilation: step between the tokens of a window.
-        is_causal: whether a query attends nothing behind itself, per axis.
+        is_causal: whether a query attends no later tokens, per axis.
         scale: factor on the scores; None means ``head_dim ** -0.5``.
-        additional_keys, additional_values: ``[batch, extra, heads_kv, head_dim or value_dim]``,
-            attended by every query in the same softmax.
-        rpb: relative positional bias ``[heads, 2 * kernel_size - 1, ...]``, trainable.
-        return_lse: also return the logarithm of the sum of exponentials of the scores.
+        additional_keys, additional_values: keys and values that every query attends in the same
+            softmax, ``[batch, num_additional, heads_kv, head_dim or value_dim]``.
+        rpb: trainable relative positional bias ``[heads, 2 * kernel_size - 1, ...]``.
+        return_lse: also return the LSE, the logarithm of the sum of the scores' exponentials.
         backend: None, or the name of a backend; upstream's names are hints.
         q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape: tiles of queries
-            and of keys of the forward and of the backward pass, one size per axis, instead of those
-            that a cost model chooses; a backend that has no such tiles ignores them.
+            and of keys of the forward and of the backward pass, one size per axis. They replace the
+            tiles that a cost model chooses; a backend that has no such tiles ignores them.
         attention_kwargs, backward_kv_splits, backward_use_pt_reduction, run_persistent_kernel,
         kernel_schedule, torch_compile, xformers_kwargs (0.17.5), try_fuse_additional_kv (0.20):
             accepted as hints, without effect.
 
     Returns:
-        ``[batch, *space, heads, value_dim]``; with ``return_lse`` also the LSE, natural logarithm,
-        ``[batch, *space, heads]``, float32 (float64 for float64). Both are differentiable.
+        ``[batch, *space, heads, value_dim]``; with ``return_lse`` also the LSE (natural logarithm)
+        ``[batch, *space, heads]`` in float32, or in float64 for float64 inputs. Both are
+        differentiable.
 
     Raises:
         ArgumentError: an argument has a type, shape, dtype, device or value that is not allowed.
@@ -190,7 +192,7 @@ def neighborhood_attention_generic(
 GENERIC = signature_of(neighborhood_attention_generic)
 neighborhood_attention_generic.__signature__ = GENERIC  # type: ignore[attr-defined]
 
-# Calls of one kind come again, and checks of them would take longer than a small kernel.
+# Calls repeat, and checking each of them again would take longer than a small kernel runs.
 _calls = tuning.Kept()
 
 
@@ -201,8 +203,8 @@ def attend(
 
     Args:
         inputs: the tensors, in autocast's dtype.
-        window: who attends whom; or a kernel size, stride, dilation and causality to be checked.
-        options: what :func:`check_call_of` takes after the rule.
+        window: a rule, or kernel size, stride, dilation and causality, which are checked.
+        options: the arguments of :func:`check_call_of` after the window.
     """
     plain = operators.is_plain_call(inputs)
     kind = _kind(inputs, window, options) if plain else None
@@ -215,17 +217,20 @@ def attend(
 
 
 def _kind(inputs: Inputs, window: Any, options: tuple[Any, ...]) -> Any | None:
-    """All that checks and backends look at, hashable; None if something else may matter, too."""
+    """A hashable key of all that checks and backends look at.
+
+    None if something else may matter, so that the call can not be recognized.
+    """
     try:
-        # Bytes, because 1, 1.0 and True are equal and lists have no hash. Those of other than
-        # builtin types may be equal where types differ.
+        # The arguments become bytes, because 1, 1.0 and True are equal and lists have no hash.
+        # Objects of other than builtin types may have the same bytes and different types.
         known = window if isinstance(window, Neighborhood) else marshal.dumps(window, 2)
         return (
             known,
             marshal.dumps(options, 2),
             *[None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in inputs],
         )
-    except (RuntimeError, ValueError):  # nested tensors have no shape, some objects no bytes
+    except (RuntimeError, ValueError):  # nested tensors have no shape, some objects have no bytes
         return None
 
 
@@ -245,7 +250,7 @@ def check_call_of(
     kv_tile_shape: Any = None, backward_q_tile_shape: Any = None,
     backward_kv_tile_shape: Any = None, **_: Any,
 ) -> operators.Call:  # fmt: skip
-    """A call of fused attention, if its arguments are allowed; as in :func:`attend`."""
+    """Check the arguments of :func:`attend`, and return its call."""
     query, key, value, rpb, additional_keys, additional_values = inputs
     check_tensors(query=query, key=key, value=value)
     rank = query.dim() - 3
@@ -289,7 +294,7 @@ def _is_bool(value: Any) -> bool:
     return len(given) > 0 and all(truth(entry) is not None for entry in given)
 
 
-_FUSED = """{rank}-D neighborhood attention, fused.
+_FUSED = """Fused {rank}-D neighborhood attention.
 
     {arguments}
 
@@ -362,13 +367,14 @@ def attention(
     Args:
         query: ``[batch, length, heads, head_dim]``.
         key, value: ``[batch, length_kv, heads_kv, head_dim or value_dim]``.
-        is_causal: query ``i`` attends keys ``0 .. i`` (aligned top-left).
+        is_causal: whether query ``i`` attends only keys ``0 .. i`` (aligned top-left).
         scale: factor on the scores; None means ``head_dim ** -0.5``.
-        seqlens_Q, seqlens_KV: integers ``[sequences]``: the batch is 1 and holds sequences one
-            after another; each attends only itself. Reading them waits for the device.
-        cumulative_seqlen_Q, cumulative_seqlen_KV, max_seqlen_Q, max_seqlen_KV: the same as
-            cumulative sums ``[sequences + 1]`` and longest lengths.
-        return_lse: also return the logarithm of the sum of exponentials of the scores.
+        seqlens_Q, seqlens_KV: integers ``[sequences]``. With them the batch size is 1, and the
+            batch entry holds sequences one after another, each of which attends only itself.
+            Reading the lengths waits for the device.
+        cumulative_seqlen_Q, cumulative_seqlen_KV, max_seqlen_Q, max_seqlen_KV: the same lengths as
+            cumulative sums ``[sequences + 1]``, and the longest length of each.
+        return_lse: also return the LSE, the logarithm of the sum of the scores' exponentials.
         backend and what follows it: accepted as hints, as in
             :func:`neighborhood_attention_generic`.
 
@@ -406,7 +412,7 @@ def check_attention(
     backend: Any = None, q_tile_size: Any = None, kv_tile_size: Any = None,
     backward_q_tile_size: Any = None, backward_kv_tile_size: Any = None, **_: Any,
 ) -> tuple[Inputs, Lengths | None, operators.Call]:  # fmt: skip
-    """What a call of :func:`attention` computes, if its arguments are allowed."""
+    """Check the arguments of :func:`attention`, and return what the call computes."""
     check_tensors(query=query, key=key, value=value)
     query, key, value = autocast_tensors(query, key, value)
     if query.dim() != 4:
@@ -451,19 +457,18 @@ def merge_attentions(
 ) -> tuple[Tensor, Tensor]:
     """Attention over the union of disjoint sets of keys, from attention over each set.
 
-    Plain autograd: the gradient reaches every part through its output and its LSE, and no input
-    is changed.
+    This is plain autograd: the gradient reaches every part through its output and its LSE, and no
+    input is changed.
 
     Args:
         outputs: one or more outputs ``[batch, *space, heads, value_dim]`` of the same queries.
-        lse_tensors: as many LSE tensors ``[batch, *space, heads]``. -inf says that a query has
-            nothing to attend in a part; so does +inf, which flash attention writes there.
-        torch_compile: without effect.
-        use_autograd_fix: without effect here. Upstream overwrites the parts' tensors in the
-            backward, for operators that ignore the gradient of their LSE. Parts made by such
-            operators of other libraries get a wrong gradient with plain autograd; a part whose
-            LSE does not require a gradient while its output does is such a part, and is warned
-            about.
+        lse_tensors: one LSE ``[batch, *space, heads]`` for each output. -inf says that a query
+            has nothing to attend in that part; so does +inf, which flash attention writes there.
+        torch_compile: accepted, without effect.
+        use_autograd_fix: accepted, without effect. Upstream overwrites the parts' tensors in the
+            backward, for operators that ignore the gradient of their LSE. With plain autograd,
+            parts that such operators of other libraries made get a wrong gradient. A part whose
+            output requires a gradient while its LSE does not is such a part, and a warning says so.
 
     Returns:
         The merged output and its LSE.
@@ -510,7 +515,8 @@ def merge_attentions(
     )
     exponents = torch.stack([x.to(dtype) for x in lse_tensors])
     exponents = exponents.masked_fill(exponents == math.inf, -math.inf)
-    # A softmax, because weights from differences to a large LSE do not add up to one.
+    # The weights come from a softmax. As exp(LSE - merged LSE) they would not add up to one where
+    # the LSE is large.
     weights, lse = softmax_with_lse(exponents, dim=0)
     merged = sum(out.to(dtype) * weight[..., None] for out, weight in zip(outputs, weights))
     assert isinstance(merged, Tensor)

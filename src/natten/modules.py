@@ -1,4 +1,4 @@
-"""Neighborhood attention as a module: projection to query, key and value, attention, projection."""
+"""Layers: a projection to query, key and value, neighborhood attention, and a projection."""
 
 from __future__ import annotations
 
@@ -31,36 +31,37 @@ _OVERSIZE = ("error", "clamp", "pad")
 class NeighborhoodAttentionGeneric(nn.Module):
     """Multi-head neighborhood attention over ``na_dim`` axes of tokens.
 
-    Checkpoints of every NATTEN era load strictly (``qkv.*``, ``proj.*``, ``rpb``). A checkpoint's
-    ``rpb`` creates the parameter when the module was built without one, because eras differed in
-    their default; load before building the optimizer. It is trained if the projections are.
+    Checkpoints of every NATTEN era load strictly (``qkv.*``, ``proj.*``, ``rpb``). If a module was
+    built without ``rpb``, a checkpoint that has it creates the parameter, because eras differed in
+    their default. So load before you build the optimizer. The new parameter requires a gradient if
+    the projections do.
 
     Args:
         na_dim: number of token axes, 1 to 3.
         embed_dim: channels of input and output; ``dim`` is its older name.
-        num_heads: attention heads; divides ``embed_dim``.
+        num_heads: attention heads; the number divides ``embed_dim``.
         kernel_size: tokens in the window, one number for all axes or one per axis.
-        stride: queries that share a window.
+        stride: how many queries share a window.
         dilation: step between the tokens of a window; None means 1.
-        is_causal: whether a query attends nothing behind itself, per axis.
+        is_causal: whether a query attends no later tokens, per axis.
         qkv_bias: whether the first projection has a bias.
         qk_scale: factor on the scores; None means ``head_dim ** -0.5``.
         proj_drop: dropout probability after the last projection.
-        rel_pos_bias: learn a relative positional bias ``rpb``; None means no. ``bias`` is its older
-            name.
-        attn_drop: dropout probability of the attention weights. Above 0, training takes the
-            unfused operators, which store the weights.
-        oversize: what to do when ``kernel_size * dilation`` exceeds the input: ``"error"``,
-            ``"clamp"`` the window by :func:`natten.fit_window`, or ``"pad"`` the input with zeros
-            and crop the output, as NATTEN 0.14 and 0.15 did.
+        rel_pos_bias: whether to learn a relative positional bias ``rpb``; None means no. ``bias``
+            is its older name.
+        attn_drop: dropout probability of the attention weights. If it is above 0, training takes
+            the unfused operators, which store the weights.
+        oversize: what to do when ``kernel_size * dilation`` exceeds the input: raise an
+            ``"error"``, ``"clamp"`` the window by :func:`natten.fit_window`, or ``"pad"`` the input
+            with zeros and crop the output, as NATTEN 0.14 and 0.15 did.
         kernel_size_d, dilation_d: window and dilation of the first of three axes, as in 0.15.
-        use_experimental_ops: without effect.
+        use_experimental_ops: accepted, without effect.
 
     Raises:
         ArgumentError: an argument has a type or value that is not allowed.
 
     Shape:
-        ``[batch, *space, embed_dim]`` in and out.
+        Input and output are ``[batch, *space, embed_dim]``.
     """
 
     def __init__(
@@ -133,14 +134,14 @@ class NeighborhoodAttentionGeneric(nn.Module):
             nn.init.trunc_normal_(self.rpb, std=0.02, mean=0.0, a=-2.0, b=2.0)
 
     def _create_rpb(self, like: Tensor, is_trained: bool = True) -> None:
-        """``rpb`` of zeros with the dtype and device of ``like``."""
+        """Create ``rpb`` of zeros with the dtype and device of ``like``."""
         shape = (self.num_heads, *(2 * k - 1 for k in self.kernel_size))
         zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.rpb = nn.Parameter(zeros, requires_grad=is_trained)
 
     @property
     def attn_drop_rate(self) -> float:
-        """Share of the weights that are dropped in training."""
+        """The share of the weights that is dropped in training."""
         return self.attn_drop.p
 
     @property
@@ -164,13 +165,13 @@ class NeighborhoodAttentionGeneric(nn.Module):
         return self.neighborhood.is_causal
 
     def forward(self, x: Tensor, **hints: Any) -> Tensor:
-        """Attend.
+        """Project, attend and project.
 
         Args:
             x: ``[batch, *space, embed_dim]``, channels last.
-            hints: ``backend``, tile shapes, ``additional_keys`` and ``additional_values`` of the
-                fused operator. Where weights are dropped out, ``backend`` and tile shapes are
-                checked, but have no effect.
+            hints: ``backend``, tile shapes, ``additional_keys`` and ``additional_values``, as in
+                the fused operator. Where weights are dropped out, ``backend`` and tile shapes are
+                checked but have no effect.
 
         Returns:
             ``[batch, *space, embed_dim]``.
@@ -233,7 +234,7 @@ class NeighborhoodAttentionGeneric(nn.Module):
         return weighted_sum(attn, v, rule, values).movedim(1, -2).flatten(-2)
 
     def _misfit(self, x: Any) -> ArgumentError:
-        """Why ``x`` is no input."""
+        """The error that says why ``x`` can not be an input."""
         check_tensors(x=x)
         rank, channels = self.neighborhood.rank, self.num_heads * self.head_dim
         name = type(self).__name__
@@ -255,8 +256,8 @@ class NeighborhoodAttentionGeneric(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         found = state_dict.get(f"{prefix}rpb")
         if self.rpb is None and found is not None:
-            # The projections may be wrapped or quantized. Their weights are the largest parameters;
-            # what a wrapper adds to them, and trains, is smaller.
+            # The projections may be wrapped or quantized. Their weights are the largest parameters,
+            # because whatever a wrapper adds and trains is smaller.
             parameters = sorted(self.parameters(), key=Tensor.numel, reverse=True)
             like = next((x for x in parameters if x.dtype in _BIAS_DTYPES), found)
             self._create_rpb(like, is_trained=bool(parameters) and parameters[0].requires_grad)
@@ -298,7 +299,7 @@ def _count(name: str, given: Any) -> int:
 
 
 def _with_depth(name: str, na_dim: int, depth: int | None, rest: Dimension) -> Dimension:
-    """0.15's 3-D modules gave the first axis its own argument."""
+    """``rest`` with ``depth`` before it; 0.15's 3-D modules had an argument for the first axis."""
     if depth is None:
         return rest
     if na_dim != 3 or entries(rest) is not None:
@@ -314,11 +315,11 @@ Parameters = ParamSpec("Parameters")
 def _without_na_dim(
     generic: Callable[Concatenate[Any, int, Parameters], None],
 ) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, Parameters], None]]:
-    """Give the constructor of one rank the signature and the arguments' meaning of ``generic``."""
+    """Give a constructor the signature and the documented arguments of ``generic``'s layer."""
     signature = signature_of(generic)
     known = [each for name, each in signature.parameters.items() if name != "na_dim"]
     _, _, sections = (inspect.getdoc(NeighborhoodAttentionGeneric) or "").partition("Args:\n")
-    _, _, arguments = sections.partition("\n")  # the first is `na_dim`
+    _, _, arguments = sections.partition("\n")  # drops `na_dim`, the first argument
 
     def decorate(init: Callable[..., None]) -> Callable[Concatenate[Any, Parameters], None]:
         init.__signature__ = signature.replace(parameters=known)  # type: ignore[attr-defined]
@@ -331,7 +332,7 @@ def _without_na_dim(
 class NeighborhoodAttention1D(NeighborhoodAttentionGeneric):
     """Multi-head neighborhood attention over ``[batch, length, channels]``.
 
-    A :class:`NeighborhoodAttentionGeneric`, which says what the arguments mean.
+    It is a :class:`NeighborhoodAttentionGeneric`, where the arguments are explained.
 
     Example:
         >>> import torch
@@ -347,7 +348,7 @@ class NeighborhoodAttention1D(NeighborhoodAttentionGeneric):
 class NeighborhoodAttention2D(NeighborhoodAttentionGeneric):
     """Multi-head neighborhood attention over ``[batch, height, width, channels]``.
 
-    A :class:`NeighborhoodAttentionGeneric`, which says what the arguments mean.
+    It is a :class:`NeighborhoodAttentionGeneric`, where the arguments are explained.
 
     Example:
         >>> import torch
@@ -363,7 +364,7 @@ class NeighborhoodAttention2D(NeighborhoodAttentionGeneric):
 class NeighborhoodAttention3D(NeighborhoodAttentionGeneric):
     """Multi-head neighborhood attention over ``[batch, depth, height, width, channels]``.
 
-    A :class:`NeighborhoodAttentionGeneric`, which says what the arguments mean.
+    It is a :class:`NeighborhoodAttentionGeneric`, where the arguments are explained.
 
     Example:
         >>> import torch

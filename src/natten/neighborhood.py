@@ -337,7 +337,7 @@ def fit_window(
 
 
 def crop_rpb(rpb: Tensor, kernel_size: Sequence[int], fitted: Sequence[int]) -> Tensor:
-    """The middle of ``rpb``: offset 0 stays in the middle of a smaller window.
+    """The middle of ``rpb`` for a smaller window, in which offset 0 is still in the middle.
 
     Args:
         rpb: the bias ``[heads, 2 * kernel_size - 1, ...]``.

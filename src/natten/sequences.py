@@ -18,12 +18,12 @@ from .errors import ArgumentError
 
 
 class Lengths(NamedTuple):
-    """How long packed sequences are, as :func:`natten.attention` is told.
+    """The lengths of packed sequences, in the forms that :func:`natten.attention` takes.
 
     Attributes:
-        seqlens_q, seqlens_kv: integers ``[sequences]``.
+        seqlens_q, seqlens_kv: the lengths, integers ``[sequences]``.
         starts_q, starts_kv: their cumulative sums ``[sequences + 1]``.
-        longest_q, longest_kv: at least the longest lengths, or -1.
+        longest_q, longest_kv: lengths that no sequence exceeds, or -1 if they are not known.
     """
 
     seqlens_q: Tensor | None
@@ -35,7 +35,7 @@ class Lengths(NamedTuple):
 
     @classmethod
     def create(cls, *tensors: Tensor | None, longest: Sequence[Any]) -> Lengths | None:
-        """What was given, None if nothing was.
+        """The lengths from the arguments of a call; None if there are none.
 
         Raises:
             ArgumentError: something has the wrong type, or one side lacks lengths.
@@ -65,14 +65,14 @@ class Lengths(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All but the longest."""
+        """The tensors among the fields."""
         return self[:4]
 
     def read(self, query: Tensor, key: Tensor) -> tuple[list[int], list[int]]:
-        """The lengths, which waits for the device.
+        """Read the lengths, which waits for the device.
 
         Raises:
-            ArgumentError: they do not add up, or there are more of queries or of keys.
+            ArgumentError: they do not add up, or queries and keys have different numbers of them.
         """
         most = [None if n < 0 else n for n in (self.longest_q, self.longest_kv)]
         ours = sequence_lengths("Q", query.shape[1], self.seqlens_q, self.starts_q, most[0])
@@ -85,7 +85,7 @@ class Lengths(NamedTuple):
         return ours, theirs
 
     def documents(self, query: Tensor, key: Tensor) -> Documents:
-        """What a kernel reads. Cumulative sums with longest lengths never leave the GPU."""
+        """The table for kernels; cumulative sums with longest lengths never leave the GPU."""
         starts_q, starts_kv, most = self.starts_q, self.starts_kv, self[4:]
         if query.is_cuda and starts_q is not None and starts_kv is not None and min(most) >= 0:
             check_same_shape(
@@ -100,28 +100,28 @@ class Lengths(NamedTuple):
 
 
 def check_starts(side: str, tokens: int, starts: Tensor, longest: int) -> None:
-    """As :func:`sequence_lengths` for cumulative sums on a GPU, without waiting for it.
+    """Check cumulative sums on a GPU as :func:`sequence_lengths` does, without waiting for it.
 
-    What they hold is checked on the GPU, where a failure is an error of the next synchronisation.
+    The GPU checks the values. If they are wrong, the next synchronisation raises an error.
     """
     check_integers(f"cumulative_seqlen_{side}", starts)
     lengths = starts.diff()
-    whole = (starts[0] == 0) & (starts[-1] == tokens)
-    assert_later(whole & (lengths >= 0).all() & (lengths <= longest).all())
+    complete = (starts[0] == 0) & (starts[-1] == tokens)
+    assert_later(complete & (lengths >= 0).all() & (lengths <= longest).all())
 
 
 def sequence_lengths(
     side: str, tokens: int, seqlens: Tensor | None, cumulative: Tensor | None,
     longest: int | None = None,
 ) -> list[int] | None:  # fmt: skip
-    """Lengths of packed sequences from either description, None where neither is given.
+    """Lengths of packed sequences from either description; None if neither is given.
 
     Args:
         side: "Q" or "KV", for messages.
-        tokens: how many tokens the packed tensor has.
-        seqlens: integers ``[sequences]``.
+        tokens: the number of tokens in the packed tensor.
+        seqlens: the lengths, integers ``[sequences]``.
         cumulative: their cumulative sum ``[sequences + 1]``, from 0 to ``tokens``.
-        longest: at least the longest length, if given.
+        longest: a length that no sequence exceeds, or None.
 
     Raises:
         ArgumentError: the description is malformed or does not add up to ``tokens``.
@@ -134,10 +134,10 @@ def sequence_lengths(
     numbers = given.tolist()
     if cumulative is not None:
         lengths = [b - a for a, b in itertools.pairwise(numbers)]
-        whole = bool(numbers) and numbers[0] == 0 and numbers[-1] == tokens
+        complete = bool(numbers) and numbers[0] == 0 and numbers[-1] == tokens
     else:
-        lengths, whole = numbers, sum(numbers) == tokens
-    if not whole or any(length < 0 for length in lengths):
+        lengths, complete = numbers, sum(numbers) == tokens
+    if not complete or any(length < 0 for length in lengths):
         raise ArgumentError(
             f"`{name}` must describe sequences that add up to {tokens} tokens, got {numbers}."
         )

@@ -1,6 +1,7 @@
 """Documents of different shapes packed into one tensor: their layout, and attention inside each.
 
-A packed tensor holds the tokens of all documents one after another, each in row-major order.
+A packed tensor holds the tokens of all documents, one document after another, each in row-major
+order.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ class VarlenLayout:
     Args:
         shapes: a list with one token layout per document, all of the same rank (1 to 3); a number
             is a 1-D layout. Documents may be empty.
-        device: where :attr:`offsets` lives.
+        device: the device of :attr:`offsets`.
 
     Raises:
-        ArgumentError: ``shapes`` is something else, or a tuple of numbers, which could be the
-            layout of one document.
+        ArgumentError: ``shapes`` is something else. A tuple of numbers is refused, because it could
+            be the layout of one document.
 
     Example:
         >>> layout = VarlenLayout([(4, 6), (3, 3)])
@@ -110,12 +111,12 @@ class VarlenLayout:
 
     @property
     def num_docs(self) -> int:
-        """How many documents."""
+        """The number of documents."""
         return len(self)
 
     @property
     def token_layouts(self) -> Tensor:
-        """:attr:`shapes` as int32 ``[documents, rank]``, where :attr:`offsets` lives."""
+        """:attr:`shapes` as int32 ``[documents, rank]``, on the device of :attr:`offsets`."""
         return torch.tensor(self.shapes, dtype=torch.int32, device=self.device)
 
     @property
@@ -125,12 +126,12 @@ class VarlenLayout:
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """:attr:`offsets`: int32 ``[documents + 1]``, where each document starts."""
+        """The same as :attr:`offsets`: where each document starts, int32 ``[documents + 1]``."""
         return self.offsets
 
     @property
     def device(self) -> torch.device:
-        """Where :attr:`offsets` lives."""
+        """The device of :attr:`offsets`."""
         return self.offsets.device
 
     @property
@@ -139,7 +140,7 @@ class VarlenLayout:
         return len(set(self.shapes)) == 1
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Documents ``[*space, ...]`` as one packed tensor ``[tokens, ...]``."""
+        """Pack documents ``[*space, ...]`` into one tensor ``[tokens, ...]``."""
         if len(tensors) != len(self):
             raise ArgumentError(f"`tensors` must be {len(self)} documents, got {len(tensors)}.")
         for x, shape in zip(tensors, self.shapes):
@@ -150,7 +151,7 @@ class VarlenLayout:
         return torch.cat([x.flatten(0, self.rank - 1) for x in tensors])
 
     def unpack(self, packed: Tensor) -> list[Tensor]:
-        """Undo :meth:`pack`: views of the packed tensor."""
+        """Undo :meth:`pack`; the documents are views of the packed tensor."""
         self.check("packed", packed)
         return [
             part.unflatten(0, shape) for part, shape in zip(packed.split(self.lengths), self.shapes)
@@ -159,13 +160,13 @@ class VarlenLayout:
     split = unpack
 
     def documents(self, rule: Neighborhood, device: torch.device) -> Documents:
-        """The documents as kernels read them."""
+        """The documents in the form that kernels read, with ``rule``'s windows."""
         if (rule, device) not in self._documents:
             self._documents[rule, device] = Documents.of_layouts(self.shapes, rule, device)
         return self._documents[rule, device]
 
     def check(self, name: str, packed: Any) -> None:
-        """Raise ArgumentError unless ``packed`` is a tensor of as many tokens."""
+        """Raise ArgumentError unless ``packed`` is a tensor of :attr:`total_tokens` tokens."""
         if (
             not isinstance(packed, Tensor)
             or packed.dim() < 1
@@ -263,8 +264,8 @@ _VARLEN = """{rank}-D neighborhood attention inside each document of a packed te
         query: ``[tokens, heads, head_dim]``, documents one after another.
         key, value: ``[tokens, heads_kv, head_dim or value_dim]``.
         layout: the documents' token layouts, :class:`natten.VarlenLayout` of rank {rank}.
-        kernel_size, stride, dilation, is_causal, scale, rpb: as in ``na{rank}d``; a window that is
-            larger than a document is clamped to it by :func:`natten.fit_window`.
+        kernel_size, stride, dilation, is_causal, scale, rpb: as in ``na{rank}d``. A window that
+            exceeds a document is clamped to it by :func:`natten.fit_window`.
         backend, tile shapes and the other hints of ``na{rank}d``: accepted.
         return_lse: also return the LSE.
 
