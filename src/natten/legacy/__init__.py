@@ -1,6 +1,6 @@
-"""Names of NATTEN 0.14 to 0.21, as translations onto this package.
+"""Names of NATTEN 0.14 to 0.21, translated to this package.
 
-Nothing else depends on it, except the thin files that stand where old code imports from.
+Nothing else depends on this folder, except the thin files that old code imports from.
 """
 
 from .._submodules import getter as _getter

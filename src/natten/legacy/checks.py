@@ -1,4 +1,4 @@
-"""The argument helpers of ``natten.utils``, on top of :class:`natten.Neighborhood`."""
+"""The argument helpers of ``natten.utils``, made of :class:`natten.Neighborhood`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check_causal_arg(na_dim: int, is_causal: Any) -> tuple[bool, ...]:
 def check_all_args(
     na_dim: int, kernel_size: Any, dilation: Any, is_causal: Any
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
-    """Kernel size, dilation and causality, one entry per axis each (0.17's order)."""
+    """Kernel size, dilation and causality in 0.17's order, each with one entry per axis."""
     rule = Neighborhood.create(na_dim, kernel_size, 1, dilation, is_causal)
     return rule.kernel_size, rule.dilation, rule.is_causal
 
@@ -61,9 +61,9 @@ def check_all_args(
 def check_all_args_with_stride(
     na_dim: int, kernel_size: Any, stride: Any = ..., dilation: Any = ..., is_causal: Any = ...
 ) -> tuple[tuple[Any, ...], ...]:
-    """Kernel size, stride, dilation and causality, one entry per axis each (0.20's order).
+    """Kernel size, stride, dilation and causality in 0.20's order, each with one entry per axis.
 
-    Four arguments are 0.17's, as :func:`check_all_args` has them.
+    A call with four arguments is 0.17's, as :func:`check_all_args` takes them.
     """
     if is_causal is ...:
         stride, dilation, is_causal = ..., stride, dilation
@@ -88,7 +88,7 @@ def check_input_size_arg(na_dim: int, input_size: Any) -> tuple[int, ...]:
 
 
 def get_num_na_weights(kernel_size: Sequence[int]) -> int:
-    """Tokens in a window.
+    """The number of tokens in a window.
 
     Example:
         >>> get_num_na_weights((3, 5))
@@ -100,17 +100,17 @@ def get_num_na_weights(kernel_size: Sequence[int]) -> int:
 
 
 def check_tiling_config(na_dim: int, tiling_config: Any) -> Any:
-    """Tile shapes are hints here: they are returned as they came."""
+    """The tile shapes as they came, because they are only hints here."""
     return tiling_config
 
 
 def check_backward_tiling_config(na_dim: int, tiling_config: Any) -> Any:
-    """Tile shapes are hints here: they are returned as they came."""
+    """The tile shapes as they came, because they are only hints here."""
     return tiling_config
 
 
 def check_additional_keys(input_tensor: Tensor, additional_keys: Tensor | None) -> int:
-    """How many additional keys a heads-first call has."""
+    """The number of additional keys of a heads-first call."""
     return _check_additional("additional_keys", input_tensor, additional_keys)
 
 
@@ -120,26 +120,26 @@ def check_additional_values(
     value: Tensor,
     expected_attn_weights: int,
 ) -> int:
-    """How many additional values a heads-first call has; their weights come last."""
-    extra = _check_additional("additional_values", value, additional_values)
-    if attn_tensor.shape[-1] != expected_attn_weights + extra:
+    """The number of additional values of a heads-first call; their weights come last."""
+    num_additional = _check_additional("additional_values", value, additional_values)
+    if attn_tensor.shape[-1] != expected_attn_weights + num_additional:
         raise ArgumentError(
-            f"Expected {expected_attn_weights + extra} attention weights per token, "
+            f"Expected {expected_attn_weights + num_additional} attention weights per token, "
             f"got attn_tensor.shape[-1]={attn_tensor.shape[-1]}."
         )
-    return extra
+    return num_additional
 
 
-def _check_additional(name: str, x: Tensor, extra: Tensor | None) -> int:
-    if extra is None:
+def _check_additional(name: str, x: Tensor, additional: Tensor | None) -> int:
+    if additional is None:
         return 0
     wanted = (x.shape[0], x.shape[1], x.shape[-1])
-    if extra.dim() != 4 or (*extra.shape[:2], extra.shape[-1]) != wanted:
+    if additional.dim() != 4 or (*additional.shape[:2], additional.shape[-1]) != wanted:
         raise ArgumentError(
             f"`{name}` must be [batch, heads, extra, head_dim] with batch, heads and head_dim "
-            f"{wanted}, got {tuple(extra.shape)}."
+            f"{wanted}, got {tuple(additional.shape)}."
         )
-    return extra.shape[2]
+    return additional.shape[2]
 
 
 def make_attn_tensor_from_input(input_tensor: Tensor, attention_dim: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""``get_configs_for_*`` of 0.20 and 0.21: tile shapes in upstream's structure.
+"""``get_configs_for_*`` of 0.20 and 0.21, which return tile shapes in upstream's structure.
 
-Tile shapes are hints here, so every entry is accepted; the lists are short and never empty.
+Tile shapes are hints here, so every entry is accepted. The lists are short and never empty.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _with_schedule(configs: list[Any]) -> list[Any]:
 
 
 def _configs(name: str, of: Callable[[Tensor], list[Any]], doc: str) -> Callable[..., list[Any]]:
-    """``(query, key, value)``, or as in 0.20.0 one tensor, ``input_tensor``."""
+    """A function of ``(query, key, value)`` or, as in 0.20.0, of one ``input_tensor``."""
 
     def function(
         query: Tensor | None = None,

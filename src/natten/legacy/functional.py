@@ -1,6 +1,6 @@
-"""What ``natten.functional`` had in 0.14 to 0.21 and has no more; old operators warn.
+"""The names that ``natten.functional`` had in 0.14 to 0.21 and has no longer.
 
-A DeprecationWarning says the new name of each ``natten*d*`` operator.
+Each ``natten*d*`` operator warns with a DeprecationWarning that says its new name.
 """
 
 from __future__ import annotations

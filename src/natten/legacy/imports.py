@@ -1,8 +1,9 @@
-"""What old code imports and what is elsewhere now, as two tables: modules, and names in modules.
+"""Two tables of what old code imports from elsewhere: modules, and names in modules.
 
-They are looked up in our modules when they are asked for, so that these need not know them.
+A name is looked up in our modules when it is asked for, so that these need not know the old names.
 ``natten`` and the stand-ins in ``natten.compat`` install their part of the tables when they are
-imported. Our modules begin with a dot here, because a copy of this package has another name.
+imported. The names of our modules begin with a dot here, because a copy of this package has another
+name.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ _UTILS = {
     "utils.typing": _TYPES,
 }
 
-#: Per package: names of modules, and where what they had is looked up, the first that has it.
+#: For each package: the names of modules, and the modules in which their names are looked up. The
+#: first module that has a name counts.
 MODULES: dict[str, dict[str, str]] = {
     _PACKAGE: {
-        # These modules had a dilation where layers and fused operators have a stride now.
+        # These modules had a dilation at the position where layers and operators now have a stride.
         "natten1d natten2d natten3d na1d na2d na3d": (
             ".compat.v017 .compat.v014 .compat.v017.functional"
         ),
@@ -70,7 +72,7 @@ MODULES: dict[str, dict[str, str]] = {
     },
 }
 
-#: Modules of ours that had more names, and where these are looked up.
+#: Our modules that once had additional names, and the modules where these are looked up.
 NAMES = {
     "backends": ".backends.selection .legacy.configs",
     "functional": ".legacy.functional",
@@ -79,10 +81,10 @@ NAMES = {
 
 
 def lookup(module: str, *sources: str) -> Callable[[str], Any]:
-    """The ``__getattr__`` of ``module``: the public names of the modules ``sources``.
+    """The ``__getattr__`` of ``module``, which finds the public names of the modules ``sources``.
 
-    A source that begins with a dot is a module of this package. What is found stays in ``module``,
-    so that it is looked up once.
+    A source that begins with a dot is a module of this package. A name that was found stays in
+    ``module``, so that it is looked up once.
     """
 
     def __getattr__(name: str) -> Any:
@@ -104,7 +106,7 @@ def _names(source: ModuleType) -> Sequence[str]:
 
 
 def install(package: str) -> None:
-    """Give ``package`` its part of both tables, once all of it that they add to is imported."""
+    """Give ``package`` its part of both tables; the modules that they extend must be imported."""
     rows = MODULES[package]
     names = [name for row in rows for name in row.split()]
     for row, sources in rows.items():
@@ -117,7 +119,10 @@ def install(package: str) -> None:
 
 
 def _stand_in(path: str, sources: Sequence[str], has_children: bool) -> None:
-    """Make a module that has no file importable, and an attribute where none is."""
+    """Make a module that has no file importable, and an attribute of its parent.
+
+    An attribute that is no module stays as it is: ``natten.na2d`` is a function.
+    """
     module = ModuleType(path, f"Where old code imports from; see {' '.join(sources)}.")
     module.__spec__ = ModuleSpec(path, None, is_package=has_children)
     if has_children:
@@ -133,12 +138,12 @@ def _stand_in(path: str, sources: Sequence[str], has_children: bool) -> None:
     sys.modules[path] = module
     parent, _, child = path.rpartition(".")
     attributes = vars(sys.modules[parent])
-    if isinstance(attributes.get(child, module), ModuleType):  # `natten.na2d` is a function
+    if isinstance(attributes.get(child, module), ModuleType):
         attributes[child] = module
 
 
 def _extend(module: ModuleType, sources: Sequence[str]) -> None:
-    """Let a module have old names besides its own."""
+    """Let a module find old names beside its own."""
     own, find = vars(module).get("__getattr__"), lookup(module.__name__, *sources)
 
     def __getattr__(name: str) -> Any:

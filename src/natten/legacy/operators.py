@@ -1,10 +1,11 @@
 """The operators of 0.14 to 0.17 under their old names, in every form in which they were called.
 
-Releases differ in what of the window they pass after the tensors, and are told apart by that:
+Releases differ in the arguments after the tensors, by which they are told apart:
 
-* to 0.14.4 (``av`` to 0.14.5) the dilation alone, the window being that of the bias or the weights;
-* then window and dilation; in 3-D those of the first axis are numbers of their own;
-* from 0.17 on one value or one per axis, and causality.
+* up to 0.14.4 (``av`` up to 0.14.5) the dilation alone; the window's size is that of the bias or of
+  the weights;
+* then window and dilation, in 3-D with separate numbers for the first axis;
+* from 0.17 on one value for all axes or one per axis, and causality.
 
 :mod:`natten.legacy.functional` has the same operators with a warning.
 """
@@ -32,7 +33,13 @@ _WINDOW_3D = ("kernel_size_d", "kernel_size", "dilation_d", "dilation")
 def _window(
     rank: int, given: Sequence[Any], default: Callable[[], Sequence[int] | None]
 ) -> tuple[Any, Any, Any]:
-    """Window, dilation and causality of what came after the tensors; ``default``: the window."""
+    """Window, dilation and causality, from the arguments after the tensors.
+
+    Args:
+        rank: axes of tokens.
+        given: the arguments.
+        default: gives the window if only a dilation was given; None if it is not known.
+    """
     if len(given) == 1 and (window := default()) is not None:
         return window, given[0], False
     if len(given) == 2:
@@ -119,17 +126,17 @@ natten1dqkrpb, natten2dqkrpb, natten3dqkrpb = (_qkrpb(rank) for rank in (1, 2, 3
 natten1dav, natten2dav, natten3dav = (_av(rank) for rank in (1, 2, 3))
 
 
-# --- autograd Functions, of which programs call ``apply`` ---
+# --- autograd Functions, whose ``apply`` programs call ---
 
 
 def _function(name: str, apply: Callable[..., Tensor]) -> type:
-    """A class with ``apply``; what it calls is differentiable and can be traced."""
-    doc = f"0.14 to 0.17 had an autograd Function of this name; ``{name}.apply`` computes as its."
+    """A class with ``apply``, which calls a differentiable and traceable function."""
+    doc = f"0.14 to 0.17 had an autograd Function of this name; ``{name}.apply`` does the same."
     return type(name, (), {"apply": staticmethod(apply), "__doc__": doc, "__module__": __name__})
 
 
 def _additional(rest: Sequence[Any]) -> tuple[Tensor | None, Sequence[Any]]:
-    """0.15.1 and later pass additional keys or values, or None, before the window."""
+    """Split off the additional tokens (or None) that 0.15.1 and later pass before the window."""
     if rest and (rest[0] is None or isinstance(rest[0], Tensor)):
         return rest[0], rest[1:]
     return None, rest
@@ -198,7 +205,7 @@ def autotune_fna(
 ) -> tuple[Any, Any]:
     """0.17's tiles of the forward and of the backward pass.
 
-    They are hints to 0.17's Functions; what is timed here, calls choose themselves.
+    0.17's Functions take them as hints. Here nothing is timed, and calls choose tiles themselves.
     """
     check_all_args(na_dim, kernel_size, dilation, is_causal)
     tiles = SHAPES[na_dim][0]
@@ -239,7 +246,7 @@ def _flex(rank: int) -> Callable[..., Tensor]:
 flex_na1d, flex_na2d, flex_na3d = (_flex(rank) for rank in (1, 2, 3))
 
 
-# --- nested tensors, which today's operators take themselves ---
+# --- nested tensors; today's operators take them directly ---
 
 na1d_qk_nested, na1d_av_nested = F.na1d_qk_with_bias, F.na1d_av
 na2d_qk_nested, na2d_av_nested = F.na2d_qk_with_bias, F.na2d_av

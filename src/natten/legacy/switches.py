@@ -1,8 +1,8 @@
 """The switches and feature queries of 0.14 to 0.21.
 
-Except for the autotuner's, they steered kernels that this package does not have: they remember what
-they were told, so that their getters stay consistent, and refuse what eras refused. Feature queries
-say whether there is a GPU.
+Except for the autotuner's, the switches steered kernels that this package does not have. They
+remember their settings, so that their getters stay consistent, and refuse what upstream's refused.
+Feature queries say whether there is a GPU.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ __all__ = [
 
 
 class MemoryUsagePreference(Enum):
-    """How much memory upstream's fused backward was allowed."""
+    """How much memory upstream's fused backward was allowed to take."""
 
     Default = 0
     Strict = 1
@@ -84,7 +84,7 @@ class MemoryUsagePreference(Enum):
 
 
 class NattenContext:
-    """What the switches were told; without effect on results and speed."""
+    """The settings of the switches, which have no effect on results and speed."""
 
     is_deterministic_mode_enabled: bool = False
     is_fused_na_enabled: bool = False
@@ -100,12 +100,12 @@ class NattenContext:
 
     @staticmethod
     def reset() -> None:
-        """Back to the defaults."""
+        """Set everything back to the defaults."""
         _restore(NattenContext, _NATTEN_DEFAULTS)
 
 
 class AutotunerContext:
-    """What :func:`use_autotuner` was told."""
+    """The setting of :func:`use_autotuner`."""
 
     enabled_for_forward: bool = False
     enabled_for_backward: bool = False
@@ -118,7 +118,7 @@ class AutotunerContext:
 
     @staticmethod
     def reset() -> None:
-        """Back to the defaults."""
+        """Set everything back to the defaults."""
         _restore(AutotunerContext, _AUTOTUNER_DEFAULTS)
         _autotune()
 
@@ -139,7 +139,7 @@ _NATTEN_DEFAULTS, _AUTOTUNER_DEFAULTS = _values(NattenContext), _values(Autotune
 
 
 def set_memory_usage_preference(pref: str = "default") -> None:
-    """Remember "default", "strict" or "unrestricted"; without effect.
+    """Remember "default", "strict" or "unrestricted", without effect.
 
     Raises:
         ArgumentError: ``pref`` is something else.
@@ -151,7 +151,7 @@ def set_memory_usage_preference(pref: str = "default") -> None:
 
 
 def get_memory_usage_preference() -> MemoryUsagePreference:
-    """What :func:`set_memory_usage_preference` was told."""
+    """The setting of :func:`set_memory_usage_preference`."""
     return NattenContext.training_memory_preference
 
 
@@ -171,8 +171,10 @@ def is_memory_usage_unrestricted() -> bool:
 
 
 def use_deterministic_algorithms(mode: bool = True) -> None:
-    """Without effect on results: every backend is deterministic. It forbids the autotuner and KV
-    parallelism, as it did."""
+    """Forbid the autotuner and KV parallelism, as upstream does.
+
+    Results are the same either way, because every backend is deterministic.
+    """
     NattenContext.is_deterministic_mode_enabled = mode
     if mode:
         NattenContext.is_kv_parallelism_enabled = False
@@ -181,12 +183,12 @@ def use_deterministic_algorithms(mode: bool = True) -> None:
 
 
 def are_deterministic_algorithms_enabled() -> bool:
-    """What :func:`use_deterministic_algorithms` was told."""
+    """The setting of :func:`use_deterministic_algorithms`."""
     return NattenContext.is_deterministic_mode_enabled
 
 
 def _forbidden(what: str) -> bool:
-    """Whether determinism forbids ``what``: natten's own by an error, torch's by a warning."""
+    """Whether determinism forbids ``what``: natten's raises an error, torch's only warns."""
     if NattenContext.is_deterministic_mode_enabled:
         raise ArgumentError(
             f"{what} is not deterministic, and natten.use_deterministic_algorithms is on."
@@ -201,7 +203,7 @@ def _forbidden(what: str) -> bool:
 
 
 def use_kv_parallelism_in_fused_na(mode: bool = True) -> None:
-    """Without effect: kernels here need no KV parallelism.
+    """No effect: kernels here need no KV parallelism.
 
     Raises:
         ArgumentError: natten's deterministic mode is on, and ``mode`` is True.
@@ -210,7 +212,7 @@ def use_kv_parallelism_in_fused_na(mode: bool = True) -> None:
 
 
 def is_kv_parallelism_in_fused_na_enabled() -> bool:
-    """What :func:`use_kv_parallelism_in_fused_na` was told; True by default, as since 0.17.2."""
+    """The setting of :func:`use_kv_parallelism_in_fused_na`; True by default, as since 0.17.2."""
     return NattenContext.is_kv_parallelism_enabled
 
 
@@ -220,7 +222,7 @@ def use_fused_na(
     use_flex_attention: bool = False,
     force_flex_attention: bool = False,
 ) -> None:
-    """Without effect: modules take the fused operator wherever it can do their work.
+    """No effect: modules take the fused operator wherever it can do their work.
 
     Raises:
         ArgumentError: ``kv_parallel`` is asked for in natten's deterministic mode.
@@ -235,7 +237,7 @@ def use_fused_na(
 
 
 def is_fused_na_enabled() -> bool:
-    """What :func:`use_fused_na` was told."""
+    """The setting of :func:`use_fused_na`."""
     return NattenContext.is_fused_na_enabled
 
 
@@ -243,33 +245,33 @@ use_fna, is_fna_enabled = use_fused_na, is_fused_na_enabled
 
 
 def use_flex_attention() -> None:
-    """Without effect: there is no FlexAttention backend."""
+    """No effect: there is no FlexAttention backend."""
     NattenContext.flex_attention = True
 
 
 def force_flex_attention() -> None:
-    """Without effect: there is no FlexAttention backend."""
+    """No effect: there is no FlexAttention backend."""
     NattenContext.flex_attention = NattenContext.flex_attention_forced = True
 
 
 def should_use_flex_attention() -> bool:
-    """What :func:`use_flex_attention` was told."""
+    """The setting of :func:`use_flex_attention`."""
     return NattenContext.flex_attention
 
 
 def should_force_flex_attention() -> bool:
-    """What :func:`force_flex_attention` was told."""
+    """The setting of :func:`force_flex_attention`."""
     return NattenContext.flex_attention_forced
 
 
 def allow_flex_compile(mode: bool = True, backprop: bool = False) -> None:
-    """Without effect: there is no FlexAttention backend."""
+    """No effect: there is no FlexAttention backend."""
     NattenContext.flex_compile_allowed = mode
     NattenContext.flex_compile_backprop_allowed = mode and backprop
 
 
 def allow_flex_compile_backprop(mode: bool = True) -> None:
-    """Without effect: there is no FlexAttention backend."""
+    """No effect: there is no FlexAttention backend."""
     NattenContext.flex_compile_backprop_allowed = mode
 
 
@@ -284,12 +286,12 @@ def disable_flex_compile_backprop() -> None:
 
 
 def is_flex_compile_allowed() -> bool:
-    """What :func:`allow_flex_compile` was told."""
+    """The setting of :func:`allow_flex_compile`."""
     return NattenContext.flex_compile_allowed
 
 
 def is_flex_compile_backprop_allowed() -> bool:
-    """What :func:`allow_flex_compile_backprop` was told."""
+    """The setting of :func:`allow_flex_compile_backprop`."""
     return NattenContext.flex_compile_backprop_allowed
 
 
@@ -308,10 +310,12 @@ def use_autotuner(
 ) -> None:
     """Time a few tiles at the first GPU call of each problem, and remember the fastest on disk.
 
+    A setting of None stays as it is.
+
     Args:
-        forward_pass, backward_pass: of which passes; None leaves a setting as it is, as below.
-        thorough_mode_forward, thorough_mode_backward: time 24 tiles instead of 6.
-        warmup_steps_forward, warmup_steps_backward, steps_forward, steps_backward: remembered,
+        forward_pass, backward_pass: whether to time tiles of this pass.
+        thorough_mode_forward, thorough_mode_backward: whether to time 24 tiles instead of 6.
+        warmup_steps_forward, warmup_steps_backward, steps_forward, steps_backward: remembered, but
             without effect.
 
     Raises:
@@ -363,12 +367,12 @@ def disable_autotuner() -> None:
 
 
 def is_autotuner_enabled_for_forward() -> bool:
-    """What :func:`use_autotuner` was told."""
+    """The setting of :func:`use_autotuner`."""
     return AutotunerContext.enabled_for_forward
 
 
 def is_autotuner_enabled_for_backward() -> bool:
-    """What :func:`use_autotuner` was told."""
+    """The setting of :func:`use_autotuner`."""
     return AutotunerContext.enabled_for_backward
 
 
@@ -398,7 +402,7 @@ def has_cuda() -> bool:
 
 
 def get_device_cc(device_index: Device = None) -> int:
-    """Compute capability of a GPU, 90 for 9.0; 0 without one."""
+    """Compute capability of a GPU, such as 90 for 9.0; 0 without a GPU."""
     if not has_cuda():
         return 0
     major, minor = torch.cuda.get_device_capability(device_index)
@@ -406,7 +410,7 @@ def get_device_cc(device_index: Device = None) -> int:
 
 
 def has_half(device_index: Device = None) -> bool:
-    """Whether there is a GPU. The CPU runs float16 too; eras asked for the GPU's sake."""
+    """Whether there is a GPU. The CPU runs float16 too, but old releases asked about the GPU."""
     return get_device_cc(device_index) >= 50
 
 
@@ -434,32 +438,32 @@ has_fna, has_fp32_gemm, has_fp64_gemm = has_fused_na, has_tf32_gemm, has_tf32_ge
 
 
 def use_tf32_in_gemm_na(mode: bool = True) -> None:
-    """Without effect; stays off without a GPU. PyTorch's own TF32 setting counts."""
+    """No effect; the setting stays off without a GPU. PyTorch's own TF32 setting counts."""
     NattenContext.is_tf32_in_gemm_na_enabled = mode and has_tf32_gemm()
 
 
 def use_tiled_na(mode: bool = True) -> None:
-    """Without effect."""
+    """No effect."""
     NattenContext.is_tiled_na_enabled = mode
 
 
 def use_gemm_na(mode: bool = True) -> None:
-    """Without effect."""
+    """No effect."""
     NattenContext.is_gemm_na_enabled = mode
 
 
 def is_tf32_in_gemm_na_enabled() -> bool:
-    """What :func:`use_tf32_in_gemm_na` was told."""
+    """The setting of :func:`use_tf32_in_gemm_na`."""
     return NattenContext.is_tf32_in_gemm_na_enabled
 
 
 def is_tiled_na_enabled() -> bool:
-    """What :func:`use_tiled_na` was told."""
+    """The setting of :func:`use_tiled_na`."""
     return NattenContext.is_tiled_na_enabled
 
 
 def is_gemm_na_enabled() -> bool:
-    """What :func:`use_gemm_na` was told."""
+    """The setting of :func:`use_gemm_na`."""
     return NattenContext.is_gemm_na_enabled
 
 

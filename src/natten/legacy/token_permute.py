@@ -1,6 +1,6 @@
-"""0.21's token permutation in plain PyTorch: tokens in dilation groups and tiles.
+"""0.21's token permutation in plain PyTorch, which orders tokens by dilation groups and tiles.
 
-No operator here needs it; it is for code that calls it.
+No operator here needs it. It is for old code that calls it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ..errors import ArgumentError
 
 
 def _padded(layout: Sequence[int], tile: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """The layout inside one dilation group, whole tiles."""
+    """The layout inside one dilation group, padded to whole tiles."""
     return [math.ceil(math.ceil(n / t) / d) * t for n, t, d in zip(layout, tile, dilation)]
 
 
 def _order(rank: int, flip: bool) -> list[int]:
-    """Dimensions ``[batch, (tiles, tile, dilation) per axis, heads, dim]`` in permuted order."""
+    """The order in which ``[batch, (tiles, tile, dilation) per axis, heads, dim]`` is permuted."""
     axes = list(reversed(range(rank))) if flip else list(range(rank))
     dilation, tiles, tile = ([3 * a + part for a in axes] for part in (3, 1, 2))
     return [0, *dilation, *tiles, *tile, 3 * rank + 1, 3 * rank + 2]

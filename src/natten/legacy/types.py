@@ -30,15 +30,15 @@ CausalArgTypeOrDed = Union[bool, CausalArgType]  # noqa: UP007
 
 
 class KernelSchedule(Enum):
-    """Upstream's Hopper kernel schedules; hints without effect."""
+    """Upstream's schedules of Hopper kernels, which are hints without effect."""
 
     NonPersistent = 0
     WarpSpecializedCooperative = 1
     WarpSpecializedPingpong = 2
 
 
-# What upstream's kernels were told of tiles: of queries and of keys, then how keys are split and
-# whether PyTorch reduces; in 0.20 and later the schedule of Hopper's.
+# Tile settings of upstream's kernels: the tiles of queries and of keys, then how keys are split and
+# whether PyTorch reduces. In 0.20 and later Hopper's forward kernels have a schedule, too.
 QKTileShapeType = Union[  # noqa: UP007
     tuple[Dimension1DType, Dimension1DType],
     tuple[Dimension2DType, Dimension2DType],
@@ -66,12 +66,12 @@ ListOrNestedTensor = Union[list, Tensor]  # noqa: UP007
 
 
 def create_dim_from_int(na_dim: int, value: int) -> tuple[int, ...]:
-    """``value`` for every axis."""
+    """A tuple with ``value`` for every axis."""
     return (value,) * na_dim
 
 
 def create_causal_arg_from_bool(na_dim: int, value: bool) -> tuple[bool, ...]:
-    """``value`` for every axis."""
+    """A tuple with ``value`` for every axis."""
     return (value,) * na_dim
 
 

@@ -1,6 +1,6 @@
-"""NATTEN 0.14.1 to 0.14.4: the window comes before the heads, and the bias is always there.
+"""NATTEN 0.14.1 to 0.14.4: the window comes before the heads, and there is a bias by default.
 
-0.14.5 and 0.14.6 had the order of :mod:`natten.compat.v015`; calls in that order are understood
+0.14.5 and 0.14.6 had the order of :mod:`natten.compat.v015`. Calls in that order are understood
 where they can be told apart.
 """
 
@@ -29,11 +29,11 @@ _LATER = (
 
 
 def _order(args: Sequence[Any]) -> Sequence[str]:
-    """The names of arguments given by position: windows were odd, and heads divide channels."""
+    """The names of positional arguments; windows were odd, and heads divide channels."""
     if len(args) < 3:
         return _FIRST
     dim, second, third = args[:3]
-    if len(args) > 3:  # 0.14.4 had `qkv_bias` there, and 0.14.5 the dilation
+    if len(args) > 3:  # the fourth is `qkv_bias` in 0.14.4, and the dilation in 0.14.5
         return _FIRST if isinstance(args[3], bool) else _LATER
 
     def fits(kernel_size: Any, num_heads: Any) -> bool:

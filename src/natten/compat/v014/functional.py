@@ -1,6 +1,6 @@
-"""``natten.functional`` of 0.14: :mod:`natten.legacy.operators`, which does not warn.
+"""``natten.functional`` of 0.14: the names of :mod:`natten.legacy.operators`, which do not warn.
 
-To 0.14.4 windows came from the shapes of the bias and of the weights; both forms are accepted.
+Up to 0.14.4 windows came from the shapes of the bias and of the weights. Both forms are accepted.
 """
 
 from ...legacy.operators import *  # noqa: F403

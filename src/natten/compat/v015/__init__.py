@@ -1,4 +1,4 @@
-"""NATTEN 0.14.5 to 0.15.1: the bias is on by default, and inputs that are too small are padded."""
+"""NATTEN 0.14.5 to 0.15.1: there is a bias by default, and inputs that are too small are padded."""
 
 from __future__ import annotations
 

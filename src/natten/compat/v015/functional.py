@@ -1,4 +1,4 @@
-"""``natten.functional`` of 0.14.5 to 0.15.1: 3-D windows and dilations are two numbers each.
+"""``natten.functional`` of 0.14.5 to 0.15.1, where a 3-D window or dilation is two numbers.
 
 Everything else is the same in ``natten.functional`` and :mod:`natten.legacy`.
 """

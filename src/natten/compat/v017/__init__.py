@@ -1,4 +1,4 @@
-"""NATTEN 0.17: modules and fused operators have no stride, ``dilation`` comes before it did."""
+"""NATTEN 0.17: modules and fused operators have ``dilation`` where they have a stride now."""
 
 from __future__ import annotations
 

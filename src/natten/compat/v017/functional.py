@@ -1,4 +1,4 @@
-"""``natten.functional`` of 0.17: ``dilation`` is the fused operators' fifth argument.
+"""``natten.functional`` of 0.17, where ``dilation`` is the fifth argument of fused operators.
 
 Everything else is the same in ``natten.functional`` and :mod:`natten.legacy`.
 """
