@@ -1,4 +1,4 @@
-"""Write the table of docs/backends.md from what the backends say of themselves.
+"""Write the table of docs/backends.md from the capabilities that the backends declare.
 
 python docs/backends.py
 """
