@@ -1,7 +1,7 @@
 """The problems that are measured, by name.
 
-``GROUPS`` has the names of the tables' cases, "cuda" and "cpu", and of "strides", which compares
-strides of two layers.
+``GROUPS`` has the names of the cases in each group: "cuda" and "cpu" for the tables, and "strides",
+which compares strides of two layers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 class Case:
     """One problem.
 
-    ``target`` is the most that our time may be of dense time on a CPU, forward and
+    ``target`` limits our time on a CPU as a fraction of dense time, for forward and for
     forward+backward.
     """
 
@@ -38,7 +38,7 @@ class Case:
     target: tuple[float, float] | None = None
 
     def describe(self, usual: torch.dtype) -> str:
-        """What is computed; the dtype only if it is not the usual one."""
+        """The problem in words; the dtype is named only if it is not the usual one."""
         rule = self.problem("cpu").rule
         parts = [
             f"{len(self.shape)}-D {by(self.shape)}",
@@ -54,7 +54,7 @@ class Case:
         return ", ".join(part for part in parts if part)
 
     def problem(self, device: str) -> Problem:
-        """What the profiler measures."""
+        """The problem for the profiler."""
         rule = Neighborhood.create(
             len(self.shape), self.kernel_size, self.stride, self.dilation, self.is_causal
         )
@@ -85,7 +85,7 @@ GPU = [
     Case("hunyuan-s", (30, 48, 80), 1, 24, 128, (18, 24, 24), (16, 8, 8)),
 ]
 
-# Two layers with every kind of stride, to hold the simulator's order against.
+# Two layers with every kind of stride, to be compared with the simulator's order.
 _FLUX = {f"flux-s{s}": ((256, 256), 1, 24, 128, 80, s) for s in (2, 4, 8, 40, 80)}
 _HUNYUAN = {
     f"hunyuan-s{by(s)}": ((30, 48, 80), 1, 24, 128, (18, 24, 24), s)

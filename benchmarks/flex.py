@@ -2,9 +2,9 @@
 
     python benchmarks/flex.py --out benchmarks/results/flex-h200.csv     # needs a GPU
 
-FlexAttention gets its tokens already in tiles that its blocks of 128 fit; neither the permutation
-nor its block mask is timed. The strides of these cases make its blocks whole, as ours are, so that
-it computes no mask. Its outputs and gradients are compared with ours before.
+FlexAttention gets its tokens already in tiles that match its blocks of 128. The time to permute
+them and to make its block mask does not count. With the strides of these cases its blocks are full,
+as ours are, so that it computes no mask. Its outputs and gradients are compared with ours first.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from natten.legacy.token_permute import token_permute_operation
 from natten.profiler.report import BOTH, FORWARD
 
 NAMES = ("1d", "1d-s256", "flux-s16", "hunyuan-s")
-TILE = {1: (128,), 2: (16, 8), 3: (2, 8, 8)}  # of 128 tokens
-ROUNDS = 3  # of both, one after the other: clocks drift
-TOLERANCE = 0.02  # relative, of bfloat16 results that are each within 0.01 of the exact ones
+TILE = {1: (128,), 2: (16, 8), 3: (2, 8, 8)}  # 128 tokens each
+ROUNDS = 3  # both are timed in each round, because clocks drift
+TOLERANCE = 0.02  # relative; both results are bfloat16 and within 0.01 of the exact ones
 
-# A function, its inputs, its output's gradient.
+# A function, its inputs, and the gradient of its output.
 Call = tuple[Callable[..., Any], list[Tensor], Tensor]
 
 
 def tiled(x: Tensor, tile: tuple[int, ...]) -> Tensor:
-    """``[batch, *space, heads, channels]`` as ``[batch, heads, tokens, channels]``, by tiles."""
+    """``[batch, *space, heads, channels]`` in the order of tiles, heads-first with flat tokens."""
     permuted, *_ = token_permute_operation(x, tile, flip_tiled_dims=False)
     return permuted.transpose(1, 2).contiguous()
 
 
 def window_mask(case: Case) -> Callable[..., Tensor]:
-    """Who attends whom, of tokens as :func:`tiled` numbers them."""
+    """Which query attends which key, as FlexAttention asks; tokens are in :func:`tiled` order."""
     rule, tile = case.problem("cuda").rule, TILE[len(case.shape)]
     counts = [n // t for n, t in zip(case.shape, tile)]
 
@@ -60,8 +60,8 @@ def window_mask(case: Case) -> Callable[..., Tensor]:
 
     def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         allowed = query >= 0
-        places = zip(coordinates(query), coordinates(key), case.shape)
-        for axis, (x, y, length) in enumerate(places):
+        axes = zip(coordinates(query), coordinates(key), case.shape)
+        for axis, (x, y, length) in enumerate(axes):
             start, end = rule.windows(axis, x, length, length)
             allowed = allowed & (y >= start) & (y < end)
         return allowed
@@ -75,7 +75,7 @@ def training_step(call: Callable[..., Tensor], inputs: list[Tensor], grad: Tenso
 
 
 def calls_of(case: Case, backend: str) -> dict[str, Call]:
-    """What is timed, by name."""
+    """The calls that are timed, by name."""
     rule, tile = case.problem("cuda").rule, TILE[len(case.shape)]
     shape = (case.batch, *case.shape, case.heads, case.dim)
     *ours, grad = (torch.randn(shape, device="cuda", dtype=case.dtype) for _ in range(4))
@@ -87,7 +87,7 @@ def calls_of(case: Case, backend: str) -> dict[str, Call]:
         neighborhood_attention_generic, kernel_size=rule.kernel_size, stride=rule.stride,
         backend=backend,
     )  # fmt: skip
-    torch._dynamo.reset()  # or the next shape is compiled for any
+    torch._dynamo.reset()  # otherwise the next shape is compiled for all shapes
     flex = partial(torch.compile(flex_attention, dynamic=False), block_mask=blocks)
     return {
         f"natten {backend}": (attention, [x.requires_grad_() for x in ours], grad),
@@ -96,7 +96,7 @@ def calls_of(case: Case, backend: str) -> dict[str, Call]:
 
 
 def check(case: Case, calls: dict[str, Call]) -> None:
-    """Whether both compute the same."""
+    """Raise an error unless both compute the same."""
     ours, theirs = calls.values()
     tile = TILE[len(case.shape)]
     pairs = [(ours[0](*ours[1]), theirs[0](*theirs[1]))]

@@ -1,11 +1,11 @@
-"""What a call costs the host: Python and launches, as a table.
+"""Print a table of what a call costs on the host, for Python and for launches.
 
     python benchmarks/host.py                # needs a GPU
-    taskset -c 3 python benchmarks/host.py   # on one processor, where its threads wake one another
+    taskset -c 3 python benchmarks/host.py   # on one processor: threads wake faster
 
-Tensors are so small that the GPU waits for the host. Calls follow one another without waiting for
-it. Yardsticks are ``x + 1``, an autograd function that does nothing, and PyTorch's attention over
-as many tokens.
+Tensors are so small that the GPU waits for the host, and calls do not wait for the GPU. The other
+rows are for comparison: ``x + 1``, an autograd function that does nothing, and PyTorch's attention
+over the same number of tokens.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from natten import na2d
 from natten.backends import explain
 
 SHAPE, WINDOW = (1, 16, 16, 2, 32), 7
-WARMUP, ROUNDS, CALLS = 2, 25, 60  # rounds, of so many calls each
+WARMUP, ROUNDS, CALLS = 2, 25, 60  # each round has CALLS calls; the first WARMUP do not count
 
 
 class Nothing(torch.autograd.Function):
-    """Allocates the output and returns gradients that exist."""
+    """A function that allocates its output and returns a given tensor as every gradient."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class Nothing(torch.autograd.Function):
 
 
 def host_us(call: Callable[[], Any]) -> float:
-    """Microseconds of a call until it returns."""
+    """Microseconds until a call returns."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(CALLS):
@@ -52,7 +52,7 @@ def host_us(call: Callable[[], Any]) -> float:
 
 
 def step(call: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, threads: bool) -> None:
-    """Forward and backward, which autograd runs in another thread or in this one."""
+    """Run forward and backward; with ``threads`` autograd runs the backward in another thread."""
     with torch.autograd.set_multithreading_enabled(threads):
         torch.autograd.grad(call(*inputs), inputs, grad)
 
@@ -60,7 +60,7 @@ def step(call: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, thread
 def columns(
     call: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor
 ) -> list[Callable[[], Any]]:
-    """What is timed: without gradients, with, and with a backward in one and in two threads."""
+    """The calls of a row: without gradients, with them, and with backward in one or two threads."""
     return [
         partial(call, *(x.detach() for x in inputs)),
         partial(call, *inputs),
@@ -70,7 +70,7 @@ def columns(
 
 
 def main() -> int:
-    """Measure and print."""
+    """Measure all rows in turn and print the table."""
     *inputs, grad = (torch.randn(SHAPE, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     inputs = [x.requires_grad_() for x in inputs]
     dense = [x.detach().flatten(1, 2).transpose(1, 2).requires_grad_() for x in inputs]
@@ -84,7 +84,7 @@ def main() -> int:
     rows["PyTorch's attention"] = columns(scaled_dot_product_attention, dense, dense_grad)
     cells = {(name, i): call for name, calls in rows.items() for i, call in enumerate(calls)}
     times: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
-    for number in range(WARMUP + ROUNDS):  # in turn: how fast a machine is drifts
+    for number in range(WARMUP + ROUNDS):  # in turn, because a machine's speed drifts
         for cell, call in cells.items():
             time_us = host_us(call)
             if number >= WARMUP:

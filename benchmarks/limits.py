@@ -1,4 +1,4 @@
-"""How busy each kernel of the table's cases keeps what may limit it, by Nsight Compute.
+"""Measure by Nsight Compute how busy each kernel keeps the resources that may limit it.
 
     ncu --csv --page raw --section SpeedOfLight --section ComputeWorkloadAnalysis \\
         --section MemoryWorkloadAnalysis -k regex:"(forward|pass|query|key)_kernel" \\
@@ -6,9 +6,9 @@
     python benchmarks/limits.py --from ncu.csv --about "NVIDIA H100, ..." \\
         --out benchmarks/results/limits/h100.csv
 
-With --backend triton in the first, the portable kernels are examined.
+With --backend triton, the first command examines the portable kernels.
 
-Large cases run with four heads, which changes how long kernels take, not what they wait for.
+Large cases run with four heads, which changes how long kernels take, but not what they wait for.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from natten.functional import neighborhood_attention_generic
 NAMES = [name for name in GROUPS["cuda"] if name not in ("nat-fp16", "nat-d64", "dinat")]
 KERNELS = ("forward", "dQ", "dK, dV")  # in the order in which a training step launches them
 PERCENT = ".avg.pct_of_peak_sustained_elapsed"
-METRICS = {  # by field of Limit
+METRICS = {  # for each field of Limit
     "products": "sm__pipe_tensor_cycles_active",
     "exponentials": "sm__inst_executed_pipe_xu",
     "instructions": "sm__issue_active",
@@ -38,8 +38,10 @@ METRICS = {  # by field of Limit
 
 
 class Limit(NamedTuple):
-    """A kernel: percent of the peak of the tensor cores, of exponentials, of issue slots, of
-    shared memory, of the L2 cache, of DRAM."""
+    """How busy a kernel keeps each resource, in percent of its peak.
+
+    The resources are tensor cores, exponentials, issue slots, shared memory, L2 cache, and DRAM.
+    """
 
     case: str
     kernel: str
@@ -53,13 +55,13 @@ class Limit(NamedTuple):
 
 
 def read(name: str) -> list[Limit]:
-    """The results ``limits/NAME.csv``."""
+    """Read the results ``limits/NAME.csv``."""
     with (RESULTS / f"limits/{name}.csv").open(newline="") as file:
         return [Limit(**row) for row in csv.DictReader(file)]
 
 
 def run(names: list[str], backend: str | None) -> None:
-    """A training step of each case."""
+    """Run a training step of each case."""
     for name in names:
         case = CASES["cuda"][name]
         rule = case.problem("cuda").rule
@@ -78,7 +80,7 @@ def run(names: list[str], backend: str | None) -> None:
 
 
 def parse(path: Path, names: list[str], about: str) -> list[Limit]:
-    """What ncu printed for :func:`run`."""
+    """Parse the output of ncu for :func:`run`."""
     lines = path.read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith('"ID"'))
     _units, *rows = csv.DictReader(lines[first:])
@@ -92,14 +94,14 @@ def parse(path: Path, names: list[str], about: str) -> list[Limit]:
 
 
 def main() -> None:
-    """Run the cases, or write what ncu found."""
+    """Run the cases, or write the results of ncu to a file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", default=",".join(NAMES), help="comma-separated")
     parser.add_argument("--backend", help="one of ours, instead of the default")
-    parser.add_argument("--from", dest="source", type=Path, help="what ncu printed")
-    parser.add_argument("--out", type=Path, help="what to write")
+    parser.add_argument("--from", dest="source", type=Path, help="the output of ncu")
+    parser.add_argument("--out", type=Path, help="the file to write")
     parser.add_argument("--about", default="", help="device and versions")
     args = parser.parse_args()
     names = args.cases.split(",")

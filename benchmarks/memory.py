@@ -1,4 +1,4 @@
-"""Memory that one forward and backward adds to a process."""
+"""Measure the memory that one forward and backward adds to a process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from natten.profiler import natten_call
 
 
 def peak_over_inputs(case: Case) -> float:
-    """Peak extra memory over the size of query, key and value, in a fresh process (Linux)."""
+    """Peak added memory over the size of query, key and value, in a new process (Linux)."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_measure, args=(case, queue))

@@ -1,4 +1,4 @@
-"""The one schema of results: a CSV file with a line per time."""
+"""The schema of all results: a CSV file with one line per time."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Record(NamedTuple):
-    """One time; what is not known is an empty string.
+    """One time; fields that are not known are empty strings.
 
-    ``case`` is a name of ``cases.py``. ``backend`` is "natten" and ours, "dense" and the
-    implementation, or a peer. ``pass_`` is "forward", "backward" or "forward+backward"; ``time`` is
-    "graph", kernels in a CUDA graph, or "eager", a call from Python. ``spread_us`` is the range of
-    the middle half. ``computed_over_needed`` is pairs computed per pair needed, by kernel;
-    ``peak_over_inputs`` is memory that the pass adds, over the size of query, key and value.
+    ``case`` is a name of ``cases.py``. ``backend`` is "natten" and our backend, "dense" and its
+    implementation, or another library. ``pass_`` is "forward", "backward" or "forward+backward".
+    ``time`` is "graph" for kernels in a CUDA graph, or "eager" for a call from Python.
+    ``spread_us`` is the range of the middle half. ``computed_over_needed`` is the pairs computed
+    per pair needed, for each kind of kernel. ``peak_over_inputs`` is the memory that the pass adds,
+    over the size of query, key and value.
     """
 
     case: str
@@ -37,7 +38,7 @@ COLUMNS = tuple(name.rstrip("_") for name in Record._fields)
 
 
 def read(name: str) -> list[Record]:
-    """The results ``NAME.csv``."""
+    """Read the results ``NAME.csv``."""
     with open(RESULTS / f"{name}.csv", newline="", encoding="utf-8") as file:
         rows = csv.reader(file)
         if tuple(next(rows)) != COLUMNS:

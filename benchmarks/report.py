@@ -3,7 +3,7 @@
     python benchmarks/report.py            # write what changed
     python benchmarks/report.py --check    # write nothing; fail if something is stale
 
-A file says with `<!-- table: NAME -->` and `<!-- /table -->` where a table goes.
+`<!-- table: NAME -->` and `<!-- /table -->` in a file mark where a table goes.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTAL
 README_CPU = ("nat", "dinat", "hdit", "1d", "video", "nat-bf16")
 UPSTREAM, FLEX = "upstream hopper-fna", "flex attention"
 PEERS = "peers-h100"
-GPU = "h100"  # of the results, and as the simulator knows it
+GPU = "h100"  # the name of its results, and of the simulator's device
 
 
 class Times:
-    """The medians of a file, microseconds."""
+    """The medians of a file, in microseconds."""
 
     def __init__(self, name: str) -> None:
         self.records = read(name)
@@ -53,7 +53,7 @@ class Times:
 
     @property
     def cases(self) -> list[str]:
-        """Names, in the order of the file."""
+        """The names of the cases, in the order of the file."""
         return list(dict.fromkeys(each.case for each in self.records))
 
     def of(self, case: str, backend: str, pass_: str, *kinds: str) -> float | None:
@@ -62,7 +62,7 @@ class Times:
         return next((each for each in found if each is not None), None)
 
     def machine(self) -> str:
-        """Device, versions, commit and date; one line, because a file is of one run."""
+        """Device, versions, commit and date in one line, because a file comes from one run."""
         about = {(r.device, r.versions, r.commit, r.date) for r in self.records}
         return "; ".join(
             ", ".join(filter(None, (device, versions, commit and f"commit {commit}", date)))
@@ -71,13 +71,13 @@ class Times:
 
 
 def _kind(backend: str) -> tuple[str]:
-    """Ours is "natten" whichever backend ran, dense is "dense"."""
+    """The backend's name in tables: "natten" for all of ours, "dense" for all that are dense."""
     first = backend.split()[0]
     return (first,) if first in ("natten", "dense") else (backend,)
 
 
 def cpu_table(names: Sequence[str] | None = None) -> list[str]:
-    """Ours beside dense attention on a CPU; with the targets and memory if of all cases."""
+    """Ours beside dense attention on a CPU; for all cases also with targets and memory."""
     times, whole = Times("cpu"), names is None
     rows = [["case", "dense ms, forward / forward+backward", "natten ms", "natten / dense"]]
     rows[0] += ["target", "peak extra memory over inputs"] if whole else []
@@ -160,7 +160,7 @@ def flex_table(gpu: str = GPU) -> list[str]:
 
 
 def short_gpu_table() -> list[str]:
-    """Kernel times on a GPU, and how much faster that is than dense attention."""
+    """Kernel times on a GPU, and how much faster they are than dense attention's."""
     times = Times(GPU)
     rows = [["case", "natten us, forward / forward+backward", "dense / natten"]]
     for name in times.cases:
@@ -175,7 +175,7 @@ def short_gpu_table() -> list[str]:
 
 
 def floor_table() -> list[str]:
-    """What each GPU case needs at least, and how far from it we are."""
+    """The least time that each GPU case needs, and how much longer ours takes."""
     times, device = Times(GPU), DEVICES[GPU]
     rows = [
         [
@@ -207,12 +207,12 @@ def floor_table() -> list[str]:
 
 
 def _waste(times: Times) -> dict[str, str]:
-    """Pairs computed per pair needed, by case."""
+    """Pairs computed per pair needed, for each case."""
     return {r.case: r.computed_over_needed for r in times.records if r.computed_over_needed}
 
 
 def limit_table(name: str = GPU) -> list[str]:
-    """How busy the kernels keep what may limit them."""
+    """How busy the kernels keep the resources that may limit them."""
     found = limits.read(name)
     titles = {
         "products": "tensor cores", "exponentials": "exponentials",
@@ -226,7 +226,7 @@ def limit_table(name: str = GPU) -> list[str]:
 
 
 def peer_table() -> list[str]:
-    """What others measured on an H100."""
+    """Times of other implementations on an H100."""
     times = Times(PEERS)
     rows = [["case", "dense cuDNN", "upstream NATTEN", "upstream, eager", "FlexAttention"]]
     for name in times.cases:
@@ -237,7 +237,7 @@ def peer_table() -> list[str]:
     return [*_table(rows), "", f"{times.machine()}."]
 
 
-# Layers of arXiv 2504.16922 with its tiles of queries and boxes of keys: layout, window, stride.
+# Layers of arXiv 2504.16922: layout, window, stride, and its tile of queries and block of keys.
 _GNA_3D = ((4, 8, 8), (2, 8, 8))
 _GNA_2D = ((16, 16), (16, 8))
 _GNA = (
@@ -251,7 +251,7 @@ _GNA = (
 
 
 def bounds_table() -> list[str]:
-    """What strides gain at most, on a fixed grid of boxes and with our own."""
+    """The largest gains of strides, with blocks on a fixed grid and with ours."""
     rows = [
         [
             "layer", "window", "stride", "by FLOPs", "fixed grid, interior", "fixed grid",
@@ -317,7 +317,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 
 
 def chart() -> str:
-    """Forward speed over dense attention, each on its own machine: bars, longer is better."""
+    """A bar chart of forward speed over dense attention, each on its own machine."""
     ours, peers = Times(GPU), Times(PEERS)
     device = ours.records[0].device
     bars = (
@@ -399,7 +399,7 @@ def _table(rows: list[list[str]]) -> list[str]:
 
 
 def generate() -> dict[str, str]:
-    """What the files of README and documentation should contain, by path."""
+    """The current contents of the files of README and documentation, by path."""
 
     def fill(match: re.Match[str]) -> str:
         body = "\n".join(TABLES[match.group(2)]())

@@ -4,11 +4,11 @@
     python benchmarks/run.py --device cuda --out h100.csv
     python benchmarks/run.py --device cuda --cases nat,flux --passes forward --out some.csv
     python benchmarks/run.py --device cuda --cases strides --passes forward --no-dense \\
-        --out benchmarks/results/strides.csv           # what the simulator's order is held against
+        --out benchmarks/results/strides.csv           # the simulator's order is compared with it
 
 `python benchmarks/report.py` makes tables and charts of the results. Dense attention is cuDNN's on
 a GPU. On a CPU it is PyTorch's, in float32 for every case, because bfloat16 is not faster there.
-Only ratios within one run mean anything.
+Only ratios within one run are meaningful.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WARMUP = 2
 
 
 def times(call: Callable[[], Any], device: torch.device) -> dict[str, measure.Timing]:
-    """Median and spread of a call, by kind of time."""
+    """Median and spread of a call, for each kind of time."""
     found = {}
     if device.type == "cuda":
         found["graph"] = measure.graph_time(call, device, WARMUP, seconds=0.15)
@@ -48,14 +48,14 @@ def times(call: Callable[[], Any], device: torch.device) -> dict[str, measure.Ti
 
 @cache  # the cases of one layout share it
 def dense_times(problem: Problem, name: str, backward: bool) -> dict[str, measure.Timing]:
-    """Of dense attention over a problem's tokens."""
+    """The times of dense attention over a problem's tokens."""
     return times(dense_call(problem, name, backward), problem.device)
 
 
 def measure_case(
     case: Case, device: str, passes: list[str], backend: str | None, dense: bool
 ) -> Iterator[Record]:
-    """One record per time."""
+    """Measure a case, with one record per time."""
     problem = case.problem(device)
     forward = choose_backend(problem, backend)
     gradient = choose_backend(problem, backend, "gradient")
@@ -85,7 +85,7 @@ def measure_case(
 
 
 def about(device: torch.device) -> dict[str, str]:
-    """Where and when a time was measured."""
+    """The fields of a record that say where and when a time was measured."""
     return {
         "device": device_name(device),
         "versions": " ".join(f"{name}={each}" for name, each in versions().items()),
@@ -95,7 +95,7 @@ def about(device: torch.device) -> dict[str, str]:
 
 
 def whole_layout(problem: Problem) -> Neighborhood:
-    """The window that is the whole layout, so that problems of one layout are equal."""
+    """A window of the whole layout, with which all problems of one layout are equal."""
     rank = problem.rule.rank
     return replace(
         problem.rule, kernel_size=problem.shape, stride=(1,) * rank, dilation=(1,) * rank,
@@ -114,7 +114,7 @@ def commit() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure the chosen cases; the file grows as they finish."""
+    """Measure the chosen cases, and write each to the file when it is done."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
                 text = f"{record.median_us:>12} us  +-{record.spread_us}"
                 print(f"{name:20}{record.backend:16}{record.pass_:18}{record.time:7}{text}")
                 sys.stdout.flush()
-        except (RuntimeError, ValueError) as error:  # the other cases are still worth their time
+        except (RuntimeError, ValueError) as error:  # go on with the other cases
             failed.append(name)
             print(f"{name}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
     if failed:

@@ -3,7 +3,7 @@
     python examples/digits.py
 
 Every pixel of an 8x8 digit is a token. Layers attend a 3x3 window, with dilation 1 and 2 in turn.
-Needs scikit-learn, rich and matplotlib: ``pip install .[demo]``.
+It needs scikit-learn, rich and matplotlib, which ``pip install .[demo]`` brings.
 """
 
 import argparse
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Pixels to tokens, blocks with alternating dilation, mean over tokens, ten classes."""
+    """A classifier of images whose pixels are tokens, with blocks of alternating dilation."""
 
     def __init__(self, dim: int = 32, heads: int = 4, dilations: tuple[int, ...] = (1, 2, 1, 2)):
         super().__init__()
@@ -125,7 +125,7 @@ def draw(model: Classifier, images: Tensor, path: Path) -> None:
     figure.suptitle("Orange: a token. Blue: what it attends, darker where the weight is larger.")
     for column, image in enumerate(images[:, 0].numpy()):
         row, col = divmod(int(image[2:6, 2:6].argmax()), 4)
-        token = row + 2, col + 2  # the darkest of the middle
+        token = row + 2, col + 2  # the darkest token near the middle
         for row, ax in enumerate(axes[:, column]):
             ax.imshow(image, cmap="gray_r", vmax=1 if row == 0 else 2.5)
             ax.set(xticks=[], yticks=[])
