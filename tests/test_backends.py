@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 import natten
 from natten import backends, tuning
-from natten.backends.tiled import blocks
+from natten.backends.tiled import grids
 from natten.inputs import Inputs, compute_dtype
 from natten.neighborhood import Dense
 
@@ -119,13 +119,13 @@ def test_against_the_oracle(case, dtype, module):
 @pytest.mark.parametrize("chunk", [1, 100, 2000])
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_tiled_in_chunks(case, chunk, monkeypatch):
-    monkeypatch.setattr(blocks, "CHUNK", chunk)
+    monkeypatch.setattr(grids, "CHUNK", chunk)
     check(case, torch.float64, grad_lse=False)
 
 
 @pytest.mark.parametrize("case", CASES[4:8], ids=name_of)
 def test_tiled_without_kept_masks(case, monkeypatch):
-    monkeypatch.setattr(blocks, "CACHED_MASK", 0)
+    monkeypatch.setattr(grids, "CACHED_MASK", 0)
     check(case, torch.float64)
 
 
@@ -243,7 +243,7 @@ def test_memory_does_not_grow_with_the_square_of_the_tokens():
     inputs = case.inputs(torch.float32)
     with Watch():
         run(tiled, inputs, case.rule, 0.5, (torch.ones_like(inputs[0]), None))
-    assert 0 < largest <= max(4 * blocks.CHUNK * 2, inputs[0].nbytes)
+    assert 0 < largest <= max(4 * grids.CHUNK * 2, inputs[0].nbytes)
 
 
 # --- choice ---

@@ -9,7 +9,7 @@ import torch
 import natten
 from natten import caches, tiling
 from natten.backends.sdpa import costs, fused
-from natten.backends.tiled import blocks
+from natten.backends.tiled import grids
 from natten.caches import Store
 from natten.inputs import Inputs
 
@@ -68,11 +68,11 @@ def tensor_bytes():
 
 
 def masks_of_tiled(rule, x):
-    return [blocks._kept_mask(block) for block in blocks.blocks_for(rule, x, x, 32)[::3]]
+    return [grids._kept_mask(grid) for grid in grids.grids_for(rule, x, x, 32)[::3]]
 
 
 def masks_of_sdpa(rule, x):
-    every = fused._tiles(rule, 1.0, Inputs(x, x, x), False)
+    every = fused._tile_views(rule, 1.0, Inputs(x, x, x), False)
     return [tiles.mask for tiles in every if tiles.mask is not None]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from natten import profiler, tuning
-from natten.backends.tiled import blocks
+from natten.backends.tiled import grids
 from natten.errors import ArgumentError
 from natten.neighborhood import Neighborhood, window_mask
 from natten.profiler import Problem, choose_backend, count_steps, measure, tune
@@ -139,10 +139,10 @@ def test_computed_pairs_of_each_backend():
     assert tune.computed_over_needed(problem, "reference", None) == {"forward": 4.0}
     rule = Neighborhood.create(2, (7, 5), dilation=(1, 2))
     plane = Problem((40, 30), rule)
-    plan = blocks._plan(rule, plane.shape, plane.shape, 1, 64)
+    plan = grids._plan(rule, plane.shape, plane.shape, 1, 64)
     computed = sum(
-        math.prod(run.repeats * run.groups * run.query_size * run.key_size for run in block.runs)
-        for block in plan.blocks
+        math.prod(run.repeats * run.groups * run.query_size * run.key_size for run in grid.runs)
+        for grid in plan.grids
     )
     found = tune.computed_over_needed(plane, "tiled", "tiled")
     assert found == {"forward": computed / plane.needed_pairs}

@@ -77,24 +77,24 @@ def test_every_way_to_cut_is_right(case, monkeypatch, fresh):
         check(case)
 
 
-def blocks(shape, kernel_size, **rule):
+def grids(shape, kernel_size, **rule):
     rule = Neighborhood.create(len(shape), kernel_size, **rule)
-    return costs.plan_for(rule, shape, shape, 4, 64, False, False, False, 1).blocks
+    return costs.plan_for(rule, shape, shape, 4, 64, False, False, False, 1).grids
 
 
 def test_a_full_window_needs_no_mask():
-    (block,) = blocks((24, 24), 24)
-    assert block.full and block.query_sizes == block.key_sizes == (24, 24)
-    (block,) = blocks((900,), 900, is_causal=True)
-    assert block.triangular
+    (grid,) = grids((24, 24), 24)
+    assert grid.full and grid.query_sizes == grid.key_sizes == (24, 24)
+    (grid,) = grids((900,), 900, is_causal=True)
+    assert grid.triangular
 
 
 def test_the_ends_of_nearly_full_windows_need_no_mask():
     """On each axis, the windows of 2 * 30 queries."""
-    found = blocks((64, 64), 60)
-    queries = [math.prod(run.repeats * run.query_size for run in block.runs) for block in found]
+    found = grids((64, 64), 60)
+    queries = [math.prod(run.repeats * run.query_size for run in grid.runs) for grid in found]
     assert sum(queries) == 64 * 64
-    assert sum(n for n, block in zip(queries, found) if block.full) == 60 * 60
+    assert sum(n for n, grid in zip(queries, found) if grid.full) == 60 * 60
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(1, 3), (3, 1), (1, 1)])
@@ -104,7 +104,7 @@ def test_the_ends_are_one_call_on_views(batch, heads, monkeypatch, fresh):
     monkeypatch.setattr(costs, "_options", lambda *args: [[axis[-2]] for axis in options(*args)])
     query = torch.randn(batch, 400, heads, 16)
     inputs = Inputs(query, query, query)
-    ends, between = fused._tiles(Neighborhood.create(1, 391), 1.0, inputs, False)
+    ends, between = fused._tile_views(Neighborhood.create(1, 391), 1.0, inputs, False)
     assert [each.chunks for each in (ends, between)] == [[None], [None]]
     for x in (*ends.inputs(inputs, 0), *between.inputs(inputs, 0)):
         assert x.untyped_storage().data_ptr() == query.untyped_storage().data_ptr()
@@ -117,11 +117,11 @@ def test_the_ends_are_one_call_on_views(batch, heads, monkeypatch, fresh):
 )
 def test_masks_are_small(shape, kernel_size, causal):
     """A mask of all pairs would be 1 GB, 3.6 GB and 0.5 GB; one tile's is at most 16 MB."""
-    for block in blocks(shape, kernel_size, is_causal=causal):
+    for grid in grids(shape, kernel_size, is_causal=causal):
         pairs = 1
-        for run in block.runs:
+        for run in grid.runs:
             pairs *= run.query_size * run.key_size
-        assert block.full or 4 * pairs <= 4 * costs.MASK == 16 << 20
+        assert grid.full or 4 * pairs <= 4 * costs.MASK == 16 << 20
 
 
 def problem(shape, rule, operation="attention", **others):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import natten
 from natten import caches, tiling
-from natten.backends.tiled import blocks
+from natten.backends.tiled import grids
 from natten.inputs import Inputs, compute_dtype
 
 LARGE = [
@@ -93,10 +93,10 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("chunk", [100, blocks.CHUNK])
+@pytest.mark.parametrize("chunk", [100, grids.CHUNK])
 @pytest.mark.parametrize("case", [*CASES, LARGE[1], LARGE[4]], ids=name_of)
 def test_no_garbage_is_read(case, chunk, monkeypatch, poison):
-    monkeypatch.setattr(blocks, "CHUNK", chunk)
+    monkeypatch.setattr(grids, "CHUNK", chunk)
     check(case)
 
 

@@ -1,7 +1,7 @@
 """Neighborhood attention as dense masked attention: short, slow, and the oracle of all tests.
 
-Plain differentiable PyTorch for any dtype and device; memory grows with the square of the number
-of tokens.
+It is plain differentiable PyTorch for any dtype and device. Memory grows with the square of the
+number of tokens.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .interface import Backend, Shape
 
 
 def relative_bias(rule: Neighborhood, shape: Sequence[int], rpb: Tensor) -> Tensor:
-    """``[heads, queries, keys]`` from ``rpb [heads, 2K-1, ...]``; masked pairs hold any value."""
+    """The bias of each pair, ``[heads, queries, keys]``; masked pairs hold any value."""
     return rpb.flatten(1)[:, _bias_index(rule, shape, rpb.device)]
 
 
 def _bias_index(rule: Neighborhood, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Which entry of the flat bias every pair takes, ``[queries, keys]``."""
+    """The index of each pair in the flat bias, ``[queries, keys]``."""
     index = torch.zeros(1, 1, dtype=torch.int64, device=device)
     for axis, length in enumerate(shape):
         position = torch.arange(length, device=device) // rule.dilation[axis]
@@ -35,16 +35,16 @@ def _bias_index(rule: Neighborhood, shape: Sequence[int], device: torch.device) 
 
 
 def _bias_gradient(grad: Tensor, index: Tensor, rule: Neighborhood) -> Tensor:
-    """The gradient of ``rpb`` from ``grad [heads, ...]`` of the entries at ``index [...]``."""
+    """The gradient of ``rpb``, given ``grad [heads, ...]`` of its entries at ``index [...]``."""
     sizes = [2 * k - 1 for k in rule.kernel_size]
     flat = grad.new_zeros(len(grad), math.prod(sizes))
     return flat.index_add(1, index.flatten(), grad.flatten(1)).unflatten(1, sizes)
 
 
 def _scores(inputs: Inputs, rule: Rule, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Query, keys, values, ``[batch, heads, tokens, channels]``, and scores; additional ones last.
+    """Queries, keys and values ``[batch, heads, tokens, channels]``, and the scores.
 
-    All are float32 or float64; key/value heads are repeated.
+    All are float32 or float64. Additional keys and values come last, and kv heads are repeated.
     """
     query, key, value, rpb, additional_keys, additional_values = inputs
     shape, key_shape, heads = query.shape[1:-2], key.shape[1:-2], query.shape[-2]
@@ -70,7 +70,7 @@ def _slots(rule: Neighborhood, shape: Sequence[int], device: torch.device) -> tu
 
 
 def _dense(attn: Tensor, rule: Neighborhood) -> Tensor:
-    """Weights ``[batch, heads, queries, keys]``, zero outside the windows."""
+    """Weights as ``[batch, heads, queries, keys]``, which are 0 outside the windows."""
     token, valid = _slots(rule, attn.shape[1:-2], attn.device)
     weights = attn.flatten(1, -3).transpose(1, 2).masked_fill(~valid, 0)
     dense = weights.new_zeros(*weights.shape[:-1], len(token))
@@ -97,8 +97,8 @@ class Reference(Backend):
         self, grad_out: Tensor, grad_lse: Tensor | None, inputs: Inputs, out: Tensor, lse: Tensor,
         rule: Rule, scale: float, tiles: Shape = (),
     ) -> Gradients:  # fmt: skip
-        # Not by autograd, which is off where a dispatch mode (a flop counter, say) calls an
-        # operator.
+        # Autograd can not serve here: it is off where a dispatch mode, such as a FLOP counter,
+        # calls an operator.
         query, key, value, rpb, additional_keys, additional_values = inputs
         q, k, v, scores = _scores(inputs, rule, scale)
         weights, _ = softmax_with_lse(scores)  # P [B, H, queries, keys + additional]

@@ -1,22 +1,23 @@
 """Neighborhood attention by PyTorch's own attention on CPUs, for windows that hold many pairs.
 
-As in :mod:`natten.backends.tiled`, queries are cut into tiles, and a tile attends the box of keys
-that holds its windows. Here a tile is one matrix of a call of PyTorch's kernel, which keeps no
-scores in memory. So tiles may be large: a window of the whole layout is one tile without a mask.
-Where a window is nearly as large, many queries at each border share one; their tiles have no mask
-either. Which tiles are cheapest, and whether ``tiled`` is cheaper still, is estimated
-(:mod:`natten.tiling`) from constants that were measured.
+As in :mod:`natten.backends.tiled`, queries are cut into tiles, and a tile attends the block of keys
+that holds its windows. Here a tile is one matrix in a call of PyTorch's kernel, which keeps no
+scores in memory, so tiles may be large. A window of the whole layout is one tile without a mask.
+Where a window is nearly as large, many queries at each border share one window, and their tiles
+have no mask either. Estimates from measured constants say which tiles are cheapest, and whether
+``tiled`` is cheaper still (:mod:`natten.tiling`).
 
-What the kernel does not do itself:
+The kernel lacks three things, which are added here:
 
-* Its channels are as many for queries as for values: zeros are added to the fewer.
-* It knows no gradient of the LSE. The kernel subtracts ``sum(grad_out * out)`` from the gradient of
+* It has the same number of channels for queries and for values. The smaller ones are filled up with
+  zeros.
+* It has no gradient of the LSE. The kernel subtracts ``sum(grad_out * out)`` from the gradient of
   the weights. One more channel, with the LSE's gradient in ``grad_out``, -1 in ``out`` and 0 in the
-  values, makes that ``sum(grad_out * out) - grad_lse``.
-* Half precision is computed in float32, as in ``tiled``: the kernel's backward in bfloat16 takes 10
+  values, makes this ``sum(grad_out * out) - grad_lse``.
+* Half precision is computed in float32, as in ``tiled``. In bfloat16 the kernel's backward takes 10
   to 30 times as long on CPUs without instructions for it, and rounds where float32 does not. The
-  output is computed again before it is differentiated, because one that was rounded gives wrong
-  gradients where values have a large common mean.
+  backward computes the output again, because a rounded output gives wrong gradients where values
+  have a large common mean.
 
 The kernel adds up in one order, so every result has the same bits on every run.
 """
@@ -31,7 +32,7 @@ from ..._torch import cpu_attention, cpu_attention_backward
 from ...inputs import compute_dtype
 from ...neighborhood import Neighborhood
 from ..interface import Backend, Problem, Shape
-from ..tiled.blocks import Plan, estimate
+from ..tiled.grids import Plan, estimate
 from . import fused
 from .costs import SURELY, is_causal, plan_for
 
@@ -82,9 +83,7 @@ class Sdpa(Backend):
     ) -> int:
         plan: Plan = plan_for(rule, shape, key_shape, matrices, dim, False, False, False, 0)
         return sum(
-            math.prod(
-                run.groups * run.repeats * run.query_size * run.key_size for run in block.runs
-            )
-            // (2 if block.triangular else 1)
-            for block in plan.blocks
+            math.prod(run.groups * run.repeats * run.query_size * run.key_size for run in grid.runs)
+            // (2 if grid.triangular else 1)
+            for grid in plan.grids
         )

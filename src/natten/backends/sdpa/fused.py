@@ -1,4 +1,4 @@
-"""Fused attention by PyTorch's kernel, forward and backward, tiles of one kind after another."""
+"""Fused attention by PyTorch's kernel, forward and backward, one grid of tiles after another."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from ...caches import kept
 from ...inputs import Gradients, Inputs, compute_dtype
 from ...neighborhood import Rule
-from ..tiled.blocks import Plan
+from ..tiled.grids import Plan
 from .costs import plan_for
 from .views import Sizes, TileViews
 
 
 def _exact(x: Tensor) -> Tensor:
-    """A tensor of half precision in the dtype that is computed in."""
-    # PyTorch copies float16 views that negate to float32 without the sign.
+    """A tensor of half precision in the dtype in which it is computed."""
+    # PyTorch loses the sign where it copies lazily negated float16 views to float32.
     return x.resolve_neg().to(compute_dtype(x.dtype))
 
 
@@ -27,7 +27,7 @@ def _all_exact(inputs: Inputs) -> Inputs:
 
 
 @kept(lambda every: sum(tiles.bytes() for tiles in every))
-def _kept_tiles(
+def _kept_views(
     rule: Rule, scale: float, dtype: torch.dtype, shapes: tuple[Any, ...], half: bool,
     backward: bool, grad_lse: bool, threads: int,
 ) -> list[TileViews]:  # fmt: skip
@@ -36,33 +36,33 @@ def _kept_tiles(
         rule, sizes.shape, sizes.key_shape, sizes.batch * sizes.heads,
         max(sizes.dim, sizes.value_dim), sizes.num_additional is not None, backward, half, threads,
     )  # fmt: skip
-    return [TileViews(block, sizes, dtype, scale, grad_lse) for block in plan.blocks]
+    return [TileViews(grid, sizes, dtype, scale, grad_lse) for grid in plan.grids]
 
 
-def _tiles(
+def _tile_views(
     rule: Rule, scale: float, inputs: Inputs, half: bool, backward: bool = False,
     grad_lse: bool = False,
 ) -> list[TileViews]:  # fmt: skip
     query, key, value, _, additional, _ = inputs
     shapes = query.shape, key.shape, value.shape, None if additional is None else additional.shape
-    every: list[TileViews] = _kept_tiles(
+    every: list[TileViews] = _kept_views(
         rule, scale, query.dtype, shapes, half, backward, grad_lse, torch.get_num_threads()
     )
     return every
 
 
 def _heads_last(x: Tensor, like: Tensor, channels: int) -> Tensor:
-    """What the kernel made of all tokens at once, in the layout and dtype of ``like``.
+    """A result of the kernel for all tokens at once, in the layout and dtype of ``like``.
 
-    Nobody else has ``x``, which changes in place: views are nothing that a Function with forward
-    mode may return.
+    It changes ``x`` in place, to which there is no other reference, because a Function with forward
+    mode must not return views.
     """
     x = _tokens_first(x if x.shape[-1] == channels else x[..., :channels], like.shape[:-1])
     return x if x.dtype == like.dtype else x.to(like.dtype)
 
 
 def _tokens_first(x: Tensor, shape: torch.Size) -> Tensor:
-    """``[batch, heads, tokens, ...]`` as ``[*shape, ...]``, where it lies: so the kernel writes."""
+    """``[batch, heads, tokens, ...]`` as ``[*shape, ...]``, which is the kernel's memory layout."""
     rest = x.shape[3:]
     return x.transpose_(1, 2).contiguous().resize_(*shape, *rest)
 
@@ -78,16 +78,16 @@ def forward(
     half = query.dtype != dtype
     if half:
         inputs = _all_exact(inputs)
-    kinds = _tiles(rule, scale, inputs, half)
-    if kinds[0].alone:
-        out, lse = kinds[0].forward(*kinds[0].inputs(inputs, 0))
+    grids = _tile_views(rule, scale, inputs, half)
+    if grids[0].alone:
+        out, lse = grids[0].forward(*grids[0].inputs(inputs, 0))
         return _heads_last(out, query, value_dim), _tokens_first(lse, shape)
     out, lse = query.new_empty(*shape, value_dim), query.new_empty(shape, dtype=dtype)
-    for kind in kinds:
-        for index in range(len(kind.chunks)):
-            own_out, own_lse = kind.forward(*kind.inputs(inputs, index))
-            kind.store(out, index, own_out)
-            kind.store(lse, index, own_lse)
+    for views in grids:
+        for index in range(len(views.chunks)):
+            own_out, own_lse = views.forward(*views.inputs(inputs, index))
+            views.store(out, index, own_out)
+            views.store(lse, index, own_lse)
     return out, lse
 
 
@@ -103,37 +103,37 @@ def backward(
     half = query.dtype != dtype
     if half:
         inputs, grad_out = _all_exact(inputs), _exact(grad_out)
-    kinds = _tiles(rule, scale, inputs, half, True, grad_lse is not None)
-    alone = kinds[0].alone
-    grad_query, grad_boxes = query, []
+    grids = _tile_views(rule, scale, inputs, half, True, grad_lse is not None)
+    alone = grids[0].alone
+    grad_query, grad_kv = query, []
     if not alone:
         grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-        grad_boxes = [x.new_zeros(x.shape, dtype=dtype) for x in (key, value)]
+        grad_kv = [x.new_zeros(x.shape, dtype=dtype) for x in (key, value)]
     grad_additional = [None if x is None else x.new_zeros(x.shape, dtype=dtype) for x in additional]
-    for kind in kinds:
-        for index, chunk in enumerate(kind.chunks):
-            q, k, v = kind.inputs(inputs, index)
-            grad = kind.load(grad_out, index)
+    for views in grids:
+        for index, chunk in enumerate(views.chunks):
+            q, k, v = views.inputs(inputs, index)
+            grad = views.load(grad_out, index)
             if half:
-                own_out, own_lse = kind.forward(q, k, v)
+                own_out, own_lse = views.forward(q, k, v)
             else:
-                own_out, own_lse = kind.load(out, index), kind.load(lse, index)
+                own_out, own_lse = views.load(out, index), views.load(lse, index)
             if grad_lse is not None:
-                grad[..., value_dim] = kind.load(grad_lse, index)
+                grad[..., value_dim] = views.load(grad_lse, index)
                 own_out[..., value_dim] = -1.0
-            dq, *boxes = kind.backward(grad, q, k, v, own_out, own_lse)
+            dq, *dkv = views.backward(grad, q, k, v, own_out, own_lse)
             for i, total in enumerate(grad_additional):
                 if total is not None:
                     target = total if chunk is None else total[chunk[-2], :, chunk[-1]]
-                    tail = boxes[i][:, :, kind.cols :, : total.shape[-1]].transpose(1, 2)
+                    tail = dkv[i][:, :, views.cols :, : total.shape[-1]].transpose(1, 2)
                     target.add_(tail.unflatten(0, (-1, len(target))).sum(0))
-                    boxes[i] = boxes[i][:, :, : kind.cols]
+                    dkv[i] = dkv[i][:, :, : views.cols]
             if alone:
                 grad_query = _heads_last(dq, query, query.shape[-1])
-                grad_boxes = [_heads_last(x, y, y.shape[-1]) for x, y in zip(boxes, (key, value))]
+                grad_kv = [_heads_last(x, y, y.shape[-1]) for x, y in zip(dkv, (key, value))]
                 break
-            kind.store(grad_query, index, dq)
-            for x, total in zip(boxes, grad_boxes):
-                kind.add(total, index, x)
-    grads = (grad_query, *grad_boxes, None, *grad_additional)
+            views.store(grad_query, index, dq)
+            for x, total in zip(dkv, grad_kv):
+                views.add(total, index, x)
+    grads = (grad_query, *grad_kv, None, *grad_additional)
     return Gradients(*(None if x is None else x.to(query.dtype) for x in grads))

@@ -1,4 +1,4 @@
-"""The tiles of one kind as PyTorch's kernel takes them: views of a call's tensors, or copies."""
+"""A grid of tiles as PyTorch's kernel takes them: views of a call's tensors, or copies."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..._torch import cpu_attention, cpu_attention_backward
 from ...caches import kept
 from ...inputs import Inputs
 from ...tuning import Bounded
-from ..tiled.blocks import Block, Chunk, add_boxes, geometry
+from ..tiled.grids import Chunk, TileGrid, add_kv_blocks, geometry
 
-COPIED = 1 << 21  # numbers copied before a call; 8 MB in float32
-VIEWS = 16  # kept for the tiles of one kind; about 1 KB each
+COPIED = 1 << 21  # the most numbers that are copied before a call; 8 MB in float32
+VIEWS = 16  # how many are kept for a grid of tiles; about 1 KB each
 
 
 @kept(lambda mask: mask.nbytes)
-def _mask(block: Block, dtype: torch.dtype, num_additional: int) -> Tensor:
-    """A block's mask; after the keys of the box come additional ones, which all queries attend."""
-    return F.pad(block.make_mask().to(dtype), (0, num_additional))
+def _mask(grid: TileGrid, dtype: torch.dtype, num_additional: int) -> Tensor:
+    """The mask of a grid's tiles; the additional keys come last, and all queries attend them."""
+    return F.pad(grid.make_mask().to(dtype), (0, num_additional))
 
 
 class Sizes(NamedTuple):
@@ -51,20 +51,20 @@ class Sizes(NamedTuple):
 
 
 class _View(NamedTuple):
-    """Where a chunk of tiles or boxes lies in a tensor of given strides."""
+    """Where a chunk of tiles, or of their blocks of keys, lies in a tensor of given strides."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
-    merged: tuple[int, ...] | None  # the shape for the kernel, if no view has it
-    ready: bool  # the kernel takes the view as it is
+    merged: tuple[int, ...] | None  # the kernel's shape if no view has it; then it takes a copy
+    ready: bool  # whether the kernel takes the view as it is
 
     def of(self, x: Tensor) -> Tensor:
         return x.as_strided(self.shape, self.stride, x.storage_offset() + self.offset)
 
 
 def _as_one(sizes: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
-    """Size and stride of dimensions seen as one, or None where they have no single stride."""
+    """Size and stride of dimensions merged into one; None if they have no common stride."""
     size, stride = sizes[-1], strides[-1]
     for n, step in zip(sizes[-2::-1], strides[-2::-1]):
         if size == 1:
@@ -76,30 +76,31 @@ def _as_one(sizes: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | N
 
 
 class TileViews:
-    """The tiles of one kind, as PyTorch's kernel takes them: what is the same in every call.
+    """A grid of tiles as PyTorch's kernel takes them, with all that is the same in every call.
 
-    Its tensors are ``[matrices, heads, tokens, channels]``, in memory ``[matrices, tokens, heads,
-    channels]`` where it makes them. They are views of the call's tensors where such views exist:
-    where consecutive tokens of a tile, and of a box, are equally far apart.
+    The kernel's tensors are ``[matrices, heads, tokens, channels]``. Those that it makes itself lie
+    in memory as ``[matrices, tokens, heads, channels]``. Inputs are views of the call's tensors
+    where such views exist: where the tokens of a tile, and of its block of keys, are equally far
+    apart.
     """
 
     def __init__(
-        self, block: Block, sizes: Sizes, dtype: torch.dtype, scale: float, grad_lse: bool
+        self, grid: TileGrid, sizes: Sizes, dtype: torch.dtype, scale: float, grad_lse: bool
     ) -> None:
-        self.block, self.rank, self.dtype, self.scale = block, len(block.runs), dtype, scale
+        self.grid, self.rank, self.dtype, self.scale = grid, len(grid.runs), dtype, scale
         self.kv_heads, self.per_kv = sizes.kv_heads, sizes.heads // sizes.kv_heads
-        self.cols = math.prod(block.key_sizes)
+        self.cols = math.prod(grid.key_sizes)
         self.width = max(sizes.dim, sizes.value_dim)
         if grad_lse and self.width == sizes.value_dim:
-            self.width += 8  # one is needed; rows are read faster from multiples of 32 bytes
+            self.width += 8  # one is needed, but rows are read faster at multiples of 32 bytes
         self.num_additional = sizes.num_additional or 0
-        self.alone = (
-            block.query_sizes == sizes.shape and block.key_sizes == sizes.key_shape
-        )  # all queries in one tile, and all keys in its box
-        self.causal = block.triangular and not self.num_additional
-        self.masked = not (self.causal or block.full)
-        # One head's batch may be the kernel's heads, so that tiles may be its matrices; what one
-        # tile gives is handed out as the kernel writes it, a batch entry after another.
+        # Whether one tile holds all queries, and its block holds all keys.
+        self.alone = grid.query_sizes == sizes.shape and grid.key_sizes == sizes.key_shape
+        self.causal = grid.triangular and not self.num_additional
+        self.masked = not (self.causal or grid.full)
+        # How many lead dimensions are the kernel's matrices. If there is one head, the batch may be
+        # the kernel's heads, so that tiles may be its matrices. The result of a single tile is
+        # returned as the kernel writes it, with the batch entries as matrices.
         self.matrices = 2 * self.rank + (
             self.alone or sizes.heads > 1 or sizes.num_additional is not None
         )
@@ -110,25 +111,25 @@ class TileViews:
             self._views.clear()
 
     def bytes(self) -> int:
-        """About what it takes in memory."""
+        """About how many bytes the views take."""
         return 1024 * (1 + VIEWS) + 512 * len(self.chunks)
 
     def _chunks(self, sizes: Sizes) -> Iterable[Chunk | None]:
-        """Slices of tiles of which no more numbers are copied than the inputs hold."""
-        rows, heads = math.prod(self.block.query_sizes), sizes.batch * self.kv_heads
+        """Slices of tiles for which no more numbers are copied than the inputs hold."""
+        rows, heads = math.prod(self.grid.query_sizes), sizes.batch * self.kv_heads
         each = self.width * self.per_kv * (rows + 2 * self.cols)
         queries = math.prod(sizes.shape) * sizes.heads * sizes.dim
         keys = math.prod(sizes.key_shape) * self.kv_heads * sizes.dim
         room = min(COPIED, sizes.batch * (queries + 2 * keys)) // each
-        tiles = math.prod(run.groups * run.repeats for run in self.block.runs)
+        tiles = math.prod(run.groups * run.repeats for run in self.grid.runs)
         if tiles == 2:
-            room = min(room, heads)  # one at a time they may be views
+            room = min(room, heads)  # a single tile at a time may be a view
         if room >= tiles * heads:
             return [None]
-        return self.block.slices(sizes.batch, self.kv_heads, room)
+        return self.grid.slices(sizes.batch, self.kv_heads, room)
 
     def _all_views(self, sizes: Sizes) -> bool:
-        """Whether the kernel takes views of all tiles and boxes, if the inputs are contiguous."""
+        """Whether views serve for all tiles and blocks of keys, if the inputs are contiguous."""
         if self.num_additional or self.per_kv > 1:
             return False
         batch = sizes.batch
@@ -139,11 +140,11 @@ class TileViews:
 
     @property
     def mask(self) -> Tensor | None:
-        """Added to the scores; masks have a bound of their own, so it may be made anew."""
-        return _mask(self.block, self.dtype, self.num_additional) if self.masked else None
+        """The mask that is added to the scores; the store of masks is bounded and may drop it."""
+        return _mask(self.grid, self.dtype, self.num_additional) if self.masked else None
 
     def inputs(self, inputs: Inputs, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of a chunk, all with as many heads and channels."""
+        """Queries, keys and values of a chunk, with the same numbers of heads and channels."""
         return (
             self.load(inputs.query, index),
             self._keys(inputs.key, inputs.additional_keys, index),
@@ -152,23 +153,24 @@ class TileViews:
 
     def _keys(self, x: Tensor, additional: Tensor | None, index: int) -> Tensor:
         view = self._view(x, index, None)
-        box = view.of(x)
+        keys = view.of(x)
         if view.ready:
-            return box
-        box = box if view.merged is None else box.reshape(view.merged)
+            return keys
+        keys = keys if view.merged is None else keys.reshape(view.merged)
         if additional is not None:
             own = additional.transpose(1, 2)
             own = own if (chunk := self.chunks[index]) is None else own[chunk[-2:]]
-            own = own.expand(len(box) // len(own), *own.shape).flatten(0, 1)
-            box = torch.cat([box, own], dim=2)
+            own = own.expand(len(keys) // len(own), *own.shape).flatten(0, 1)
+            keys = torch.cat([keys, own], dim=2)
         if self.per_kv > 1:
-            box = box.repeat_interleave(self.per_kv, dim=1)
-        return self._fit(box)
+            keys = keys.repeat_interleave(self.per_kv, dim=1)
+        return self._fit(keys)
 
     def load(self, x: Tensor, index: int) -> Tensor:
-        """A chunk of ``x [batch, *space, heads, channels]``, which is of queries.
+        """A chunk of ``x [batch, *space, heads, channels]``, a tensor of queries.
 
-        A number per query and head has no channels, here and there.
+        ``x [batch, *space, heads]``, with one number per query and head, gives a chunk without
+        channels.
         """
         view = self._view(x, index, self.kv_heads)
         part = view.of(x)
@@ -185,20 +187,24 @@ class TileViews:
             x = x[..., : target.shape[-1]]
         part.copy_(x if view.merged is None else x.reshape(view.shape))
 
-    def add(self, target: Tensor, index: int, boxes: Tensor) -> None:
-        """Add boxes ``[matrices, heads, tokens, channels or more]`` to what they were cut from."""
-        if boxes.shape[-1] > target.shape[-1]:
-            boxes = boxes[..., : target.shape[-1]]
-        if len(self.chunks) == 1 and all(run.repeats == 1 for run in self.block.runs):
+    def add(self, target: Tensor, index: int, grad: Tensor) -> None:
+        """Add a chunk's gradients of keys or values to ``target``, which has all of them.
+
+        They are ``[matrices, heads, tokens, channels]``, and channels that ``target`` does not have
+        are dropped.
+        """
+        if grad.shape[-1] > target.shape[-1]:
+            grad = grad[..., : target.shape[-1]]
+        if len(self.chunks) == 1 and all(run.repeats == 1 for run in self.grid.runs):
             view = self._view(target, index, None)
-            view.of(target).add_(boxes if view.merged is None else boxes.reshape(view.shape))
+            view.of(target).add_(grad if view.merged is None else grad.reshape(view.shape))
         else:
             chunk = self.chunks[index]
             everything = (slice(None),) * (2 * self.rank + 2)
-            add_boxes(self.block, self.block.keys(target), chunk or everything, boxes)
+            add_kv_blocks(self.grid, self.grid.keys(target), chunk or everything, grad)
 
     def _view(self, x: Tensor, index: int, kv_heads: int | None) -> _View:
-        """Where tiles of queries lie, or boxes of keys if ``kv_heads`` is None."""
+        """Where the tiles of queries lie, or the blocks of keys if ``kv_heads`` is None."""
         key = index, kv_heads, x.shape, x.stride()
         view: _View | None = self._views.get(key)
         if view is None:
@@ -212,7 +218,7 @@ class TileViews:
         numbers = len(shape) == self.rank + 2
         if numbers:
             shape, stride = (*shape, 1), (*stride, 1)
-        sizes, steps, offset = geometry(self.block, kv_heads, shape, stride)
+        sizes, steps, offset = geometry(self.grid, kv_heads, shape, stride)
         chunk = self.chunks[index]
         if chunk is not None:
             offset += sum(part.start * step for part, step in zip(chunk, steps))
@@ -235,7 +241,7 @@ class TileViews:
         return _View(sizes, steps, offset, None, ready)
 
     def _fits(self, shape: Sequence[int], stride: Sequence[int]) -> bool:
-        # What the kernel takes for granted; tokens that are shown many times have a stride of 0.
+        # The kernel relies on this. Expanded tokens, with a stride of 0, do not fulfil it.
         return shape[-1] == self.width and stride[-1] == 1 and stride[-2] >= self.width
 
     def _fit(self, x: Tensor) -> Tensor:
@@ -244,12 +250,16 @@ class TileViews:
         return x if self._fits(x.shape, x.stride()) else x.contiguous()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Output and LSE."""
+        """Output and LSE of a chunk."""
         out, lse = cpu_attention(q, k, v, 0.0, self.causal, attn_mask=self.mask, scale=self.scale)
         return out, lse
 
     def backward(self, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of queries, keys and values from those of the output, inputs and outputs."""
+        """Gradients of queries, keys and values.
+
+        Args:
+            tensors: gradient of the output, queries, keys, values, output and LSE.
+        """
         dq, dk, dv = cpu_attention_backward(
             *tensors, 0.0, self.causal, attn_mask=self.mask, scale=self.scale
         )

@@ -1,12 +1,13 @@
 """Neighborhood attention over tiles in plain PyTorch: the CPU default, and the fallback everywhere.
 
-Queries are cut into tiles (:mod:`natten.tiling`); each tile is dense attention against the box of
-keys that holds its windows, with a mask. Many tiles of one kind are a batch of matrix products;
-they are worked through in chunks small enough to stay in cache, in buffers that are used again.
-Nothing grows with the square of the number of tokens, and the backward recomputes the weights.
+Queries are cut into tiles (:mod:`natten.tiling`). Each tile is dense attention against the block of
+keys that holds its windows, with a mask. Equal tiles at regular distances, a grid of tiles, are one
+batch of matrix products. A grid is computed in chunks that are small enough to stay in cache, in
+buffers that are used again. Nothing grows with the square of the number of tokens, and the backward
+computes the weights again.
 
-Sums over overlapping boxes are taken in phases of tiles whose boxes do not overlap, so every
-result has the same bits on every run, on any device.
+Blocks of keys overlap. Their gradients are added up in phases of tiles whose blocks do not overlap,
+so every result has the same bits on every run, on any device.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from . import fused, unfused
 
 
 class Tiled(Backend):
-    """Plain PyTorch over tiles."""
+    """Attention over tiles in plain PyTorch."""
 
     name = "tiled"
     devices = "every device of PyTorch"

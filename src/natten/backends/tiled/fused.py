@@ -12,7 +12,7 @@ from torch import Tensor
 from ...inputs import Gradients, Inputs, compute_dtype
 from ...neighborhood import Neighborhood, Rule
 from .bias import add_bias_gradient, bias_of
-from .blocks import Block, Chunk, Scratch, add_boxes, blocks_for, load
+from .grids import Chunk, Scratch, TileGrid, add_kv_blocks, grids_for, load
 
 
 class _Sizes(NamedTuple):
@@ -35,14 +35,14 @@ class _Sizes(NamedTuple):
 
 
 def _score_bias(
-    block: Block, rpb: Tensor | None, rule: Rule, sizes: _Sizes, like: Tensor, dtype: torch.dtype
+    grid: TileGrid, rpb: Tensor | None, rule: Rule, sizes: _Sizes, like: Tensor, dtype: torch.dtype
 ) -> Tensor | None:
-    """Bias and mask, which are added to the scores: ``[kv heads or 1, rows, columns]``.
+    """The sum of bias and mask, to be added to the scores: ``[kv heads or 1, rows, columns]``.
 
-    Rows are the tile's queries of all heads that share a kv head; columns are the tokens of the
-    box, then the additional ones.
+    Rows are the tile's queries of all heads that share a kv head. Columns are the keys of the
+    block, then the additional ones.
     """
-    mask = block.mask()
+    mask = grid.mask()
     if rpb is None and mask is None:
         return None
     if mask is not None:
@@ -52,17 +52,17 @@ def _score_bias(
         bias = mask.repeat(sizes.per_kv, 1)[None] if sizes.per_kv > 1 else mask[None]
     else:
         assert isinstance(rule, Neighborhood)
-        bias = bias_of(block, rpb.to(dtype), rule)
+        bias = bias_of(grid, rpb.to(dtype), rule)
         bias = bias if mask is None else bias + mask
         bias = bias.reshape(sizes.kv_heads, -1, bias.shape[-1])
     return F.pad(bias, (0, sizes.num_additional)) if sizes.num_additional else bias
 
 
 def _empty_rows(bias: Tensor | None, rpb: Tensor | None) -> Tensor | None:
-    """Rows ``[kv heads, rows, 1]`` that a bias of -inf leaves nothing to attend.
+    """The rows that a bias of -inf leaves nothing to attend, bool ``[kv heads, rows, 1]``.
 
-    Their bias becomes 0, so that the softmax is finite there; what it gives is thrown away. A mask
-    alone leaves no row empty: the answer is None.
+    Their bias is set to 0, so that the softmax is finite there; its result is replaced later. A
+    mask alone leaves no row empty, and then this is None.
     """
     if bias is None or rpb is None:
         return None
@@ -72,36 +72,36 @@ def _empty_rows(bias: Tensor | None, rpb: Tensor | None) -> Tensor | None:
 
 
 def _fill_rows(x: Tensor, rows: Tensor | None, kv_heads: slice, value: float) -> None:
-    """Fill the given rows of a chunk's ``x [matrices, rows, channels]``."""
+    """Set the given rows of a chunk's ``x [matrices, rows, channels]`` to ``value``."""
     if rows is not None:
         rows = rows[kv_heads]
         x.view(-1, *rows.shape[:-1], x.shape[-1]).masked_fill_(rows, value)
 
 
 def _load_keys(
-    buffer: Tensor, block: Block, view: Tensor, chunk: Chunk, additional: Tensor | None
+    buffer: Tensor, grid: TileGrid, view: Tensor, chunk: Chunk, additional: Tensor | None
 ) -> Tensor:
-    """Copy a chunk of boxes into ``buffer``, after each box its batch entry's additional tokens."""
+    """Copy a chunk of blocks of keys into ``buffer``, each followed by the additional tokens."""
     view = view[chunk]
     if additional is None:
         return load(buffer, view)
-    lead = view.shape[: 2 * len(block.runs) + 2]
-    box = math.prod(block.key_sizes)
+    lead = view.shape[: 2 * len(grid.runs) + 2]
+    windowed = math.prod(grid.key_sizes)
     rows = buffer.view(*lead, buffer.shape[-2], buffer.shape[-1])
-    rows[..., :box, :].unflatten(-2, block.key_sizes).copy_(view.resolve_neg())
-    rows[..., box:, :].copy_(_of_chunk(additional, chunk).resolve_neg())
+    rows[..., :windowed, :].unflatten(-2, grid.key_sizes).copy_(view.resolve_neg())
+    rows[..., windowed:, :].copy_(_of_chunk(additional, chunk).resolve_neg())
     return buffer
 
 
 def _of_chunk(additional: Tensor, chunk: Chunk) -> Tensor:
-    """Additional tokens ``[batch, kv heads, tokens, channels]`` of a chunk of tiles."""
+    """A chunk's additional tokens, ``[batch, kv heads, num_additional, channels]``."""
     return additional.transpose(1, 2)[chunk[-2:]]
 
 
 def _scores(
     query: Tensor, keys: Tensor, bias: Tensor | None, kv_heads: slice, out: Tensor
 ) -> Tensor:
-    """Softmaxed in place by the caller: ``query @ keys^T + bias``."""
+    """The scores ``query @ keys^T + bias``, in ``out``; callers take the softmax in place."""
     torch.bmm(query, keys.transpose(1, 2), out=out)
     if bias is not None:
         if bias.shape[0] > 1:
@@ -122,38 +122,38 @@ def forward(
         return out, lse
     sizes = _Sizes.of(inputs)
     scratch = Scratch(query, dtype)
-    for block in blocks_for(rule, query, key, (sizes.dim + sizes.value_dim) // 2):
-        q_view = block.queries(query, sizes.kv_heads)
-        k_view, v_view = block.keys(key), block.keys(value)
-        out_view = block.queries(out, sizes.kv_heads)
-        lse_view = block.queries(lse[..., None], sizes.kv_heads)
-        rows = sizes.per_kv * math.prod(block.query_sizes)
-        cols = math.prod(block.key_sizes) + sizes.num_additional
+    for grid in grids_for(rule, query, key, (sizes.dim + sizes.value_dim) // 2):
+        q_view = grid.queries(query, sizes.kv_heads)
+        k_view, v_view = grid.keys(key), grid.keys(value)
+        out_view = grid.queries(out, sizes.kv_heads)
+        lse_view = grid.queries(lse[..., None], sizes.kv_heads)
+        rows = sizes.per_kv * math.prod(grid.query_sizes)
+        cols = math.prod(grid.key_sizes) + sizes.num_additional
         if cols == 0:
             out_view.zero_()
             lse_view.fill_(-math.inf)
             continue
-        bias = _score_bias(block, rpb, rule, sizes, query, dtype)
+        bias = _score_bias(grid, rpb, rule, sizes, query, dtype)
         empty = _empty_rows(bias, rpb)
-        for chunk in block.chunks(query, key, sizes.num_additional):
+        for chunk in grid.chunks(query, key, sizes.num_additional):
             part = q_view[chunk]
             n = part.numel() // (rows * sizes.dim)
             q = load(scratch("q", n, rows, sizes.dim), part).mul_(scale)
-            k = _load_keys(scratch("k", n, cols, sizes.dim), block, k_view, chunk, additional_keys)
+            k = _load_keys(scratch("k", n, cols, sizes.dim), grid, k_view, chunk, additional_keys)
             v = scratch("v", n, cols, sizes.value_dim)
-            v = _load_keys(v, block, v_view, chunk, additional_values)
+            v = _load_keys(v, grid, v_view, chunk, additional_values)
             s = _scores(q, k, bias, chunk[-1], scratch("s", n, rows, cols))
-            top = s.amax(-1, keepdim=True)
+            row_max = s.amax(-1, keepdim=True)
             p = torch.softmax(s, -1, out=s)
-            # The largest weight belongs to the largest score: its logarithm gives the LSE.
-            top.sub_(p.amax(-1, keepdim=True).log_())
+            # The largest weight is exp(row_max - LSE).
+            row_lse = row_max.sub_(p.amax(-1, keepdim=True).log_())
             o = torch.bmm(p, v, out=scratch("o", n, rows, sizes.value_dim))
             _fill_rows(o, empty, chunk[-1], 0.0)
-            _fill_rows(top, empty, chunk[-1], -math.inf)
+            _fill_rows(row_lse, empty, chunk[-1], -math.inf)
             target = out_view[chunk]
             target.copy_(o.view(target.shape))
             target = lse_view[chunk]
-            target.copy_(top.view(target.shape))
+            target.copy_(row_lse.view(target.shape))
     return out, lse
 
 
@@ -176,38 +176,38 @@ def backward(
         grad_keys = additional_keys.new_zeros(additional_keys.shape, dtype=dtype)
         grad_values = additional_values.new_zeros(additional_values.shape, dtype=dtype)
     scratch = Scratch(query, dtype)
-    for block in blocks_for(rule, query, key, (sizes.dim + sizes.value_dim) // 2):
-        q_view = block.queries(query, sizes.kv_heads)
-        k_view, v_view = block.keys(key), block.keys(value)
-        do_view = block.queries(grad_out, sizes.kv_heads)
-        dl_view = None if grad_lse is None else block.queries(grad_lse[..., None], sizes.kv_heads)
-        dq_view = block.queries(grad_query, sizes.kv_heads)
-        dk_view, dv_view = block.keys(grad_key), block.keys(grad_value)
-        box = math.prod(block.key_sizes)
-        rows = sizes.per_kv * math.prod(block.query_sizes)
-        cols = box + sizes.num_additional
+    for grid in grids_for(rule, query, key, (sizes.dim + sizes.value_dim) // 2):
+        q_view = grid.queries(query, sizes.kv_heads)
+        k_view, v_view = grid.keys(key), grid.keys(value)
+        do_view = grid.queries(grad_out, sizes.kv_heads)
+        dl_view = None if grad_lse is None else grid.queries(grad_lse[..., None], sizes.kv_heads)
+        dq_view = grid.queries(grad_query, sizes.kv_heads)
+        dk_view, dv_view = grid.keys(grad_key), grid.keys(grad_value)
+        windowed = math.prod(grid.key_sizes)
+        rows = sizes.per_kv * math.prod(grid.query_sizes)
+        cols = windowed + sizes.num_additional
         if cols == 0:
             dq_view.zero_()
             continue
-        bias = _score_bias(block, rpb, rule, sizes, query, dtype)
+        bias = _score_bias(grid, rpb, rule, sizes, query, dtype)
         empty = _empty_rows(bias, rpb)
         grad_bias = None
         if rpb is not None:
-            grad_bias = query.new_zeros(sizes.kv_heads, rows, box, dtype=dtype)
-        for chunk in block.chunks(query, key, sizes.num_additional):
+            grad_bias = query.new_zeros(sizes.kv_heads, rows, windowed, dtype=dtype)
+        for chunk in grid.chunks(query, key, sizes.num_additional):
             part = q_view[chunk]
             n = part.numel() // (rows * sizes.dim)
             q = load(scratch("q", n, rows, sizes.dim), part).mul_(scale)
-            k = _load_keys(scratch("k", n, cols, sizes.dim), block, k_view, chunk, additional_keys)
+            k = _load_keys(scratch("k", n, cols, sizes.dim), grid, k_view, chunk, additional_keys)
             v = scratch("v", n, cols, sizes.value_dim)
-            v = _load_keys(v, block, v_view, chunk, additional_values)
+            v = _load_keys(v, grid, v_view, chunk, additional_values)
             do = load(scratch("do", n, rows, sizes.value_dim), do_view[chunk])
             _fill_rows(do, empty, chunk[-1], 0.0)
 
             p = _scores(q, k, bias, chunk[-1], scratch("s", n, rows, cols))
             torch.softmax(p, -1, out=p)
             ds = torch.bmm(do, v.transpose(1, 2), out=scratch("ds", n, rows, cols)).mul_(p)
-            # delta = sum(P * dP), not sum(dO * O): an output in half precision is rounded.
+            # delta = sum(P * dP), not sum(dO * O), because an output in half precision is rounded.
             delta = ds.sum(-1, keepdim=True)
             if dl_view is not None:
                 delta.view(dl_view[chunk].shape).sub_(dl_view[chunk])
@@ -220,17 +220,20 @@ def backward(
             target = dq_view[chunk]
             target.copy_(dq.view(target.shape))
             sums = (dk, dk_view, grad_keys), (dv, dv_view, grad_values)
-            for boxes, view, additional in sums:
+            for grad, view, additional in sums:
                 if additional is not None:
                     of_chunk = _of_chunk(additional, chunk)
-                    of_chunk.add_(boxes[:, box:].unflatten(0, (-1, *of_chunk.shape[:2])).sum(0))
-                    boxes = boxes[:, :box]
-                add_boxes(block, view, chunk, boxes)
+                    tail = grad[:, windowed:].unflatten(0, (-1, *of_chunk.shape[:2]))
+                    of_chunk.add_(tail.sum(0))
+                    grad = grad[:, :windowed]
+                add_kv_blocks(grid, view, chunk, grad)
             if grad_bias is not None:
                 heads = chunk[-1].stop - chunk[-1].start
-                grad_bias[chunk[-1]].add_(ds.view(-1, heads, rows, cols).sum(0)[..., :box])
+                own = ds.view(-1, heads, rows, cols).sum(0)[..., :windowed]
+                grad_bias[chunk[-1]].add_(own)
         if grad_bias is not None and grad_rpb is not None and isinstance(rule, Neighborhood):
-            add_bias_gradient(block, grad_bias.reshape(sizes.heads, -1, box), grad_rpb, rule)
+            grad_bias = grad_bias.reshape(sizes.heads, -1, windowed)
+            add_bias_gradient(grid, grad_bias, grad_rpb, rule)
 
     grads = (grad_query, grad_key, grad_value, grad_rpb, grad_keys, grad_values)
     return Gradients(

@@ -1,4 +1,4 @@
-"""Blocks of tiles of one kind: their views of tensors, their masks, and the buffers they use."""
+"""Grids of equal tiles: their views of tensors, their masks, and the buffers that they use."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ...neighborhood import Rule, outer
 from ...tiling import Run, Tiling, tiles
 from ...tuning import Bounded
 
-CHUNK = 1 << 18  # query-key pairs worked on at a time; 1 MB in float32
-GEOMETRIES = 16  # kept for a block; about 1 KB each
-CACHED_MASK = 1 << 18  # larger masks are made anew in every call
+CHUNK = 1 << 18  # query-key pairs computed at a time; 1 MB in float32
+GEOMETRIES = 16  # how many are kept for a grid; about 1 KB each
+CACHED_MASK = 1 << 18  # masks with more pairs are made anew in every call
 
 
 class Scratch:
-    """Named buffers that are used again, so that no chunk faults in fresh memory."""
+    """Named buffers that all chunks share, because first touching new memory takes long."""
 
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
         self._like, self._dtype = like, dtype
@@ -42,12 +42,12 @@ Chunk = tuple[slice, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
-    """Tiles of one kind: one run per axis.
+class TileGrid:
+    """Equal tiles at regular distances: one run of each axis.
 
-    Its views have the dimensions ``[tiles per axis, groups per axis, batch, kv heads]`` ("lead")
-    and then, for queries, ``[heads per kv head, tile sizes, channels]``, for keys
-    ``[box sizes, channels]``.
+    Its views have first the dimensions ``[tiles per axis, groups per axis, batch, kv heads]``, the
+    lead. Then come ``[heads per kv head, queries per axis, channels]`` for queries, and
+    ``[keys per axis, channels]`` for keys.
     """
 
     runs: tuple[Run, ...]
@@ -63,25 +63,25 @@ class Block:
 
     @cached_property
     def full(self) -> bool:
-        """Whether every query of a tile attends every key of its box."""
+        """Whether every query of a tile attends every key of its block."""
         return all(run.full for run in self.runs)
 
     @cached_property
     def triangular(self) -> bool:
-        """Whether the mask is a lower triangle, which some kernels know by themselves."""
+        """Whether the mask is a lower triangle, for which some kernels have a causal mode."""
         return len(self.runs) == 1 and not self.full and self.runs[0].triangular
 
     def queries(self, x: Tensor, kv_heads: int) -> Tensor:
-        """View ``[lead, heads per kv head, tile sizes, C]`` of ``x [B, *space, heads, C]``."""
+        """The queries of all tiles, a view of ``x [batch, *space, heads, channels]``."""
         return self._view(x, kv_heads)
 
     def keys(self, x: Tensor) -> Tensor:
-        """View ``[lead, box sizes, channels]`` of ``x [B, *space, kv heads, C]``; boxes overlap."""
+        """The overlapping blocks of keys, a view of ``x [batch, *space, kv heads, channels]``."""
         return self._view(x, None)
 
     @cached_property
     def _geometries(self) -> Bounded:
-        # Small problems are all overhead: what views need is kept between calls.
+        # In small problems overhead dominates, so geometries of views are kept between calls.
         return Bounded(GEOMETRIES)
 
     def _view(self, x: Tensor, kv_heads: int | None) -> Tensor:
@@ -93,18 +93,19 @@ class Block:
         shape, stride, offset = found
         return x.as_strided(shape, stride, x.storage_offset() + offset)
 
-    def chunks(self, query: Tensor, key: Tensor, extra: int = 0) -> Iterator[Chunk]:
+    def chunks(self, query: Tensor, key: Tensor, num_additional: int = 0) -> Iterator[Chunk]:
         """Slices of the lead dimensions that hold about ``CHUNK`` query-key pairs each.
 
-        They hold no more pairs than the inputs hold numbers, so that scores take no more memory.
+        They hold no more pairs than the inputs hold numbers, so that scores do not take more memory
+        than the inputs.
         """
         per_kv = query.shape[-2] // key.shape[-2]
-        pairs = per_kv * math.prod(self.query_sizes) * (math.prod(self.key_sizes) + extra)
+        pairs = per_kv * math.prod(self.query_sizes) * (math.prod(self.key_sizes) + num_additional)
         most = min(CHUNK, query.numel() + 2 * key.numel())
         return self.slices(query.shape[0], key.shape[-2], most // max(1, pairs))
 
     def slices(self, batch: int, kv_heads: int, most: int) -> Iterator[Chunk]:
-        """Slices of the lead dimensions that hold at most ``most`` tiles, or one, of a kv head."""
+        """Slices of the lead dimensions that hold at most ``most`` entries, but at least one."""
         lead = [run.repeats for run in self.runs] + [run.groups for run in self.runs]
         lead += [batch, kv_heads]
         room = max(1, most)
@@ -121,7 +122,7 @@ class Block:
         )
 
     def mask(self) -> Tensor | None:
-        """Added to scores, float32 ``[tile tokens, box tokens]``; None if the tile attends all."""
+        """The mask that is added to scores, float32 ``[queries, keys]``; None for full blocks."""
         if self.full:
             return None
         if math.prod(self.query_sizes) * math.prod(self.key_sizes) <= CACHED_MASK:
@@ -129,7 +130,7 @@ class Block:
         return self.make_mask()
 
     def make_mask(self) -> Tensor:
-        """The mask, made anew."""
+        """The mask of a tile, 0 where a query attends a key and -inf elsewhere."""
         mask = torch.zeros(1, 1, device="cpu")
         for run in self.runs:
             position = torch.arange(run.key_size, device="cpu")
@@ -139,26 +140,32 @@ class Block:
         return mask
 
     def offsets(self, axis: int) -> int:
-        """Key position minus query position of the box's and the tile's first positions."""
+        """The first key's position minus the first query's."""
         return self.runs[axis].key_start - self.runs[axis].query_start
 
 
 @kept(lambda mask: mask.nbytes)
-def _kept_mask(block: Block) -> Tensor:
-    return block.make_mask()
+def _kept_mask(grid: TileGrid) -> Tensor:
+    return grid.make_mask()
 
 
 def geometry(
-    block: Block, kv_heads: int | None, shape: Sequence[int], stride: Sequence[int]
+    grid: TileGrid, kv_heads: int | None, shape: Sequence[int], stride: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """Shape, stride and offset of a block's view of queries, or of keys if ``kv_heads`` is None."""
+    """Shape, stride and offset of a grid's view of queries, or of keys if ``kv_heads`` is None.
+
+    Args:
+        grid: the tiles.
+        kv_heads: heads of keys and values, which split the heads of queries.
+        shape, stride: of the tensor that is viewed.
+    """
     heads = [(shape[-2], stride[-2])]
     if kv_heads is not None:
         per_kv = shape[-2] // kv_heads
         heads = [(kv_heads, per_kv * stride[-2]), (per_kv, stride[-2])]
     offset = 0
     count, group, inner = [], [], []
-    for run, d, step in zip(block.runs, block.dilation, stride[1:]):
+    for run, d, step in zip(grid.runs, grid.dilation, stride[1:]):
         start = run.key_start if kv_heads is None else run.query_start
         size = run.key_size if kv_heads is None else run.query_size
         apart = run.key_step if kv_heads is None else run.step
@@ -172,22 +179,22 @@ def geometry(
 
 
 class Plan(NamedTuple):
-    """Blocks of tiles, and what they are estimated to take; see :mod:`natten.tiling`."""
+    """Grids of tiles and their estimated cost, by :mod:`natten.tiling`."""
 
     cost: float
-    blocks: list[Block]
+    grids: list[TileGrid]
 
     @classmethod
     def of(cls, cost: float, tiling: Tiling, rule: Rule) -> Plan:
-        """A plan of every block of a tiling."""
-        blocks = [Block(block, rule.dilation) for block in itertools.product(*tiling)]
-        return cls(cost, blocks)
+        """A plan of all grids of a tiling."""
+        grids = [TileGrid(runs, rule.dilation) for runs in itertools.product(*tiling)]
+        return cls(cost, grids)
 
     def bytes(self) -> int:
-        """About what it takes in memory."""
-        axes = {id(run): run for block in self.blocks for run in block.runs}
+        """About how many bytes the plan takes."""
+        axes = {id(run): run for grid in self.grids for run in grid.runs}
         tensors = sum(run.lower.nbytes + run.upper.nbytes for run in axes.values())
-        return tensors + 1024 * (len(axes) + (1 + GEOMETRIES) * len(self.blocks))
+        return tensors + 1024 * (len(axes) + (1 + GEOMETRIES) * len(self.grids))
 
 
 @kept(Plan.bytes)
@@ -200,33 +207,33 @@ def _plan(
 def estimate(
     rule: Rule, shape: Sequence[int], key_shape: Sequence[int], matrices: int, head_dim: int
 ) -> float:
-    """What attention is estimated to take; only ratios matter."""
+    """The estimated cost of attention; only ratios of costs mean anything."""
     found: Plan = _plan(rule, tuple(shape), tuple(key_shape), matrices, head_dim)
     return found.cost
 
 
-def blocks_for(rule: Rule, query: Tensor, key: Tensor, head_dim: int) -> list[Block]:
+def grids_for(rule: Rule, query: Tensor, key: Tensor, head_dim: int) -> list[TileGrid]:
+    """The grids of tiles that are estimated to be cheapest for these tensors."""
     matrices = query.shape[0] * query.shape[-2]
     plan: Plan = _plan(rule, tuple(query.shape[1:-2]), tuple(key.shape[1:-2]), matrices, head_dim)
-    return plan.blocks
+    return plan.grids
 
 
 def load(buffer: Tensor, view: Tensor) -> Tensor:
-    """Copy a chunk of tiles into ``buffer [matrices, rows, channels]``."""
-    # PyTorch copies float16 views that negate to float32 without the sign.
+    """Copy a chunk of a view into ``buffer [matrices, rows, channels]``."""
+    # PyTorch loses the sign where it copies lazily negated float16 views to float32.
     buffer.view(view.shape).copy_(view.resolve_neg())
     return buffer
 
 
-def add_boxes(block: Block, target: Tensor, chunk: Chunk, boxes: Tensor) -> None:
-    """Add a chunk of overlapping boxes to ``target``, one phase of disjoint boxes at a time."""
+def add_kv_blocks(grid: TileGrid, target: Tensor, chunk: Chunk, kv_blocks: Tensor) -> None:
+    """Add a chunk of overlapping blocks of keys to ``target``, in phases of disjoint blocks."""
     view = target[chunk]
-    boxes = boxes.view(view.shape) if boxes.is_contiguous() else boxes.reshape(view.shape)
+    contiguous = kv_blocks.is_contiguous()
+    kv_blocks = kv_blocks.view(view.shape) if contiguous else kv_blocks.reshape(view.shape)
     phases = [
         [slice(p, None, every) for p in range(min(every, count))]
-        for every, count in zip(
-            (-(-run.key_size // run.key_step) for run in block.runs), view.shape
-        )
+        for every, count in zip((-(-run.key_size // run.key_step) for run in grid.runs), view.shape)
     ]
     for phase in itertools.product(*phases):
-        view[phase].add_(boxes[phase])
+        view[phase].add_(kv_blocks[phase])
