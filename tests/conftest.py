@@ -1,4 +1,4 @@
-"""What all tests share: one thread per worker, a fixed seed, GPU tests only where a GPU is."""
+"""Settings of all tests: one thread per worker, a fixed seed, GPU tests only with a GPU."""
 
 import os
 import tempfile
@@ -6,10 +6,10 @@ import tempfile
 import pytest
 import torch
 
-# Tiles that were tuned on this machine must not change what tests see; nothing is written there.
+# Tiles that were tuned on this machine must not affect tests; nothing is written to this folder.
 os.environ["NATTEN_CACHE"] = os.path.join(tempfile.gettempdir(), "natten-untuned")
 torch.set_num_threads(1)
-collect_ignore = ["typing_uses.py"]  # has imports that must fail; test_types.py reads it
+collect_ignore = ["typing_uses.py"]  # it has imports that must fail; test_types.py reads it
 
 
 @pytest.fixture(autouse=True)

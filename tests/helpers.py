@@ -1,4 +1,4 @@
-"""Comparing tensors, making problems, and independent ways to compute them."""
+"""Functions that compare tensors, make problems, and compute them in independent ways."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from natten.neighborhood import Neighborhood, window_mask
 
 hopper, triton, sdpa, tiled, reference = backends.BACKENDS
 
-# RMS of the error over RMS of the value, of outputs; gradients may have twice as much.
+# RMS of the error over RMS of the value, for outputs; gradients may have twice as much.
 RATIO = {
     torch.float64: 1e-12,
     torch.float32: 1e-5,
@@ -25,7 +25,7 @@ RATIO = {
 
 
 def assert_close(name: str, expected: Tensor | None, actual: Tensor | None, ratio: float) -> None:
-    """Same shape, no NaN where none is expected, and a small RMS error."""
+    """Check for the same shape, no NaN where none is expected, and a small RMS error."""
     if expected is None or actual is None:
         assert expected is actual, f"{name}: {expected} and {actual}"
         return
@@ -35,12 +35,12 @@ def assert_close(name: str, expected: Tensor | None, actual: Tensor | None, rati
     error = (actual.double() - expected.double())[finite].square().mean().sqrt()
     size = expected.double()[finite].square().mean().sqrt()
     if finite.any():
-        # Inputs are of size 1: a sum that cancels to nothing keeps their rounding errors.
+        # Inputs are of size 1, so even a sum that cancels to 0 keeps their rounding errors.
         assert error <= ratio * max(size, 0.1), f"{name}: {error / size:.1e} exceeds {ratio:.1e}"
 
 
 class Case(NamedTuple):
-    """A fused problem; everything else is drawn from it."""
+    """A problem for fused attention; other problems are made from it."""
 
     space: tuple[int, ...]
     kernel_size: tuple[int, ...]
@@ -66,7 +66,7 @@ class Case(NamedTuple):
         return self._asdict() | {"rpb": None}
 
     def inputs(self, dtype: torch.dtype = torch.float64) -> Inputs:
-        """Random inputs."""
+        """Random inputs for the problem."""
 
         def make(*shape: int) -> Tensor:
             return torch.randn(shape, dtype=dtype)
@@ -84,7 +84,7 @@ class Case(NamedTuple):
 
 
 def name_of(case: Case) -> str:
-    """A readable test id: what differs from the defaults."""
+    """A readable test id, made of the fields that differ from the defaults."""
     space = "x".join(map(str, case.space)) + "-k" + "x".join(map(str, case.kernel_size))
     rest = [
         f"{field}{value}"
@@ -114,7 +114,7 @@ CASES = [
 
 
 def dense_mask(case: Case) -> Tensor:
-    """Who attends whom, ``[queries, keys]``."""
+    """Which query attends which key, bool ``[queries, keys]``."""
     return window_mask(case.rule, case.space, case.space)
 
 
@@ -144,7 +144,7 @@ def brute_force_axis(length: int, k: int, s: int, d: int, causal: bool) -> list[
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """PyTorch's attention with a mask; heads-last ``[batch, tokens, heads, dim]``."""
+    """PyTorch's attention with a mask, for heads-last ``[batch, tokens, heads, dim]``."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2)

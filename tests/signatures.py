@@ -2,11 +2,11 @@
 
     python tests/signatures.py path/to/NATTEN/.git
 
-Names, their order and defaults are read from the sources, nothing is run. What belongs to its
-kernels and its profiler is left out (``INTERNAL``), and of names that a module imports those that
-programs take from there are kept (``EXPORTING``).
+Names, their order and defaults are read from the sources; nothing is run. Names of its kernels and
+of its profiler are left out (``INTERNAL``). Names that a module imports are kept if programs take
+them from there (``EXPORTING``).
 
-The file holds, by name, releases and what the name was in them: parameters of a function, of a
+For each name the file holds releases and what the name was in them: parameters of a function, of a
 class or of the ``apply`` of an autograd Function; ``= name`` for an import; ``class`` or ``value``.
 """
 
@@ -39,7 +39,7 @@ DATA = Path(__file__).parent / "data" / "signatures.json"
 
 
 def parameters(function: ast.FunctionDef, skip: int = 0) -> str:
-    """Names and defaults, without the first ``skip``."""
+    """Names and defaults of parameters, without the first ``skip``."""
     function.args.args = function.args.args[skip:]
     for each in ast.walk(function.args):
         if isinstance(each, ast.arg):
@@ -48,7 +48,7 @@ def parameters(function: ast.FunctionDef, skip: int = 0) -> str:
 
 
 def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """All statements of a module, those under ``if`` and ``try`` too."""
+    """All statements of a module, also those under ``if`` and ``try``."""
     for each in body:
         yield each
         for part in ("body", "handlers", "orelse"):
@@ -71,7 +71,7 @@ def of_class(each: ast.ClassDef) -> Iterator[tuple[str, str]]:
 
 
 def names(module: str, is_package: bool, tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """What a module defines, and what it imports from NATTEN."""
+    """The names that a module defines or imports from NATTEN."""
     package = module if is_package else module.rpartition(".")[0]
     for each in statements(tree.body):
         if isinstance(each, ast.FunctionDef):

@@ -2,10 +2,10 @@
 
     python tests/sweep.py [--problems 1000] [--backend triton] [--processes 12] [--seed 0]
 
-Not a pytest file: it compiles kernels for a minute. Problems come in kinds, which share what
-kernels are compiled for (dtype, head dims, tiles, which axes are strided or causal), and differ in
-sizes and windows. Outputs are poisoned before every call. It prints what fails, the worst errors, a
-summary.
+This is not a test file of pytest, because it compiles kernels for a minute. Problems of one kind
+run the same compiled kernels (dtype, head dims, tiles, which axes are strided or causal) and differ
+in sizes and windows. Outputs are poisoned before every call. It prints failures, the worst errors,
+and a summary.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from natten.varlen import VarlenLayout
 
 # RMS of the error over RMS of the value; gradients may have twice as much.
 RATIO = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-TILES = {  # of as many tokens, which is what registers and shared memory allow
+TILES = {  # tokens: shapes by rank; registers and shared memory limit the tokens
     64: {1: (64,), 2: (8, 8), 3: (4, 4, 4)},
     32: {1: (32,), 2: (4, 8), 3: (2, 4, 4)},
     16: {1: (16,), 2: (4, 4), 3: (2, 2, 4)},
@@ -43,7 +43,7 @@ MOST = {1: 300, 2: 30, 3: 10}  # tokens of an axis
 
 
 class Kind(NamedTuple):
-    """What kernels are compiled for."""
+    """The properties of problems for which kernels are compiled."""
 
     operation: str  # "fused", "dense", "packed" or "unfused"
     rank: int
@@ -90,7 +90,7 @@ def kinds(backend: str) -> list[Kind]:
 
 
 def random_rule(kind: Kind, rng: random.Random) -> tuple[list[int], Neighborhood]:
-    """A token layout, odd sizes included, and a window that fits it."""
+    """A token layout, which may have odd sizes, and a window that fits it."""
     space, dilation, window, stride = [], [], [], []
     for axis in range(kind.rank):
         n = 1 if axis == kind.unit else rng.randint(2, MOST[kind.rank])
@@ -112,21 +112,21 @@ BACKEND = "triton"
 
 
 def ratio(expected: Tensor, actual: Tensor, value_dim: int = 1) -> float:
-    """RMS of the error over RMS of the value; infinite where one is finite and the other not."""
+    """RMS of the error over RMS of the value; infinite if only one of them is finite."""
     finite = expected.isfinite()
     if actual.shape != expected.shape or not torch.equal(actual.isfinite(), finite):
         return math.inf
     if not finite.any():
         return 0.0
     error = (expected.double() - actual.double())[finite].square().mean().sqrt()
-    # Inputs are of size 1: a sum that cancels to nothing keeps their rounding errors. Gradients
-    # keep delta's, a sum over value_dim products with the rounded output.
+    # Inputs are of size 1, so even a sum that cancels to 0 keeps their rounding errors. Gradients
+    # keep those of delta, a sum over value_dim products with the rounded output.
     least = 0.1 * max(1.0, value_dim / 16) ** 0.5
     return float(error / expected.double()[finite].square().mean().sqrt().clamp(min=least))
 
 
 def poison() -> None:
-    """Make memory that a call asks for hold NaN."""
+    """Let the memory that a call allocates hold NaN."""
     new_empty = Tensor.new_empty
 
     def poisoned(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -137,7 +137,7 @@ def poison() -> None:
 
 
 def tensor(rng: random.Random, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Random numbers, in a third of the cases with heads and batch swapped in memory."""
+    """A random tensor; in a third of the cases heads and batch are swapped in memory."""
     if rng.random() < 0.33:
         moved = (shape[-2], *shape[:-2], shape[-1])
         return torch.randn(moved, dtype=dtype, device=DEVICE).movedim(0, -2)
@@ -148,7 +148,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check(kind: Kind, rng: random.Random) -> dict[str, float]:
-    """Error ratios of everything that a problem of a kind returns."""
+    """The error ratios of all results of a random problem of a kind."""
     module = backends.named(BACKEND)
     space, rule = random_rule(kind, rng)
     if kind.operation == "unfused":
@@ -162,7 +162,7 @@ def check(kind: Kind, rng: random.Random) -> dict[str, float]:
         layout = VarlenLayout([random_rule(kind, rng)[0] for _ in range(rng.randint(1, 4))])
         batch, space, key_space = 1, [layout.total_tokens], [layout.total_tokens]
         options["documents"] = layout.documents(rule, torch.device(DEVICE))
-        module = importlib.import_module("natten.backends.triton.fused")  # which also takes tiles
+        module = importlib.import_module("natten.backends.triton.fused")  # it takes tiles
     extra = rng.randint(1, 20) if kind.extra else 0
     inputs = Inputs(
         tensor(rng, dtype, batch, *space, heads, kind.dim),
@@ -193,7 +193,7 @@ def check(kind: Kind, rng: random.Random) -> dict[str, float]:
     found, found_lse = module.forward(inputs, rule_, scale, **options)
     errors = {"out": ratio(out, found), "lse": ratio(lse, found_lse)}
     if BACKEND == "hopper" and (kind.dim > 128 or native(kind.dim) != native(kind.value_dim)):
-        return errors  # another backend's backward
+        return errors  # another backend runs the backward
     found_grads = module.backward(
         grad_out, grad_lse, inputs, found, found_lse, rule_, scale, **options
     )
@@ -207,7 +207,7 @@ def check(kind: Kind, rng: random.Random) -> dict[str, float]:
 def packed_oracle(
     leaves: list[Tensor], layout: VarlenLayout, rule: Neighborhood, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Document by document."""
+    """The oracle of packed attention, one document after another."""
     from natten.functional import fit_window, neighborhood_attention_generic
 
     results = []
@@ -224,7 +224,7 @@ def packed_oracle(
 def check_unfused(
     kind: Kind, module: Any, space: list[int], rule: Neighborhood, rng: random.Random
 ) -> dict[str, float]:
-    """The five unfused maps; slots that causality masks hold NaN and must not be read."""
+    """Check the five unfused maps; masked slots hold NaN and must not be read."""
     batch, heads = rng.choice([1, 2]), rng.choice([1, 3])
     x, y = (tensor(rng, kind.dtype, batch, *space, heads, kind.dim) for _ in range(2))
     attn = tensor(rng, kind.dtype, batch, *space, heads, rule.window_tokens)
@@ -252,7 +252,7 @@ def work(backend: str, jobs: list[tuple[Kind, int]], results: Any) -> None:
     BACKEND = backend
     torch.set_num_threads(1)
     poison()
-    if "TRITON_INSTRUMENTATION_MODE" in os.environ:  # Triton's sanitizer keeps notes in memory
+    if "TRITON_INSTRUMENTATION_MODE" in os.environ:  # Triton's sanitizer needs memory, too
         import triton
 
         triton.set_allocator(
@@ -280,7 +280,7 @@ def main() -> None:
     jobs = [(pool[i % len(pool)], args.seed + i) for i in range(args.problems)]
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    # A kind belongs to one process, which compiles it once.
+    # Each kind belongs to one process, so that its kernels compile once.
     shares: list[list[tuple[Kind, int]]] = [[] for _ in range(args.processes)]
     for kind, seed in jobs:
         shares[pool.index(kind) % args.processes].append((kind, seed))

@@ -1,4 +1,4 @@
-"""Derivatives of every order and mode, transforms, autocast, compilation and export."""
+"""Derivatives of every order and mode, with transforms, autocast, compilation and export."""
 
 import itertools
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from natten.neighborhood import Dense
 from natten.operators import schema
 from natten.operators.packed import packed_attention
 
-# Everything at once: even and strided windows, dilation, causality, GQA, bias, additional tokens.
+# All at once: even and strided windows, dilation, causality, GQA, bias, additional tokens.
 FULL = Case((4, 7), (2, 3), (2, 1), (1, 2), (True, False), 1, 4, 2, 2, 3, extra=2, rpb=True)
 PLAIN = Case((5, 4), (3, 2), batch=1, dim=2, value_dim=2)
 
@@ -40,7 +40,7 @@ def fused(case):
 
 
 def scalar(function):
-    """A nonlinear number that depends on every output."""
+    """A number that depends on every output, and not linearly."""
 
     def wrapped(*args):
         out, lse = function(*args)
@@ -50,7 +50,7 @@ def scalar(function):
 
 
 def unfused(q, k, v, rpb):
-    """Heads-first, bias and causality included."""
+    """Unfused attention, heads-first, with bias and causality."""
     options = {"is_causal": (True, False), "dilation": (1, 2)}
     attn = na2d_qk(q, k, (2, 3), rpb=rpb, **options).softmax(-1)
     return na2d_av(attn, v, (2, 3), **options)
@@ -66,7 +66,7 @@ def dense(q, k, v):
 
 
 def packed_by_a_table(q, k, v):
-    """One document, by a backend that reads tables, as on GPUs."""
+    """Attention of one document by a backend that reads tables of documents, as on GPUs."""
     backend = SimpleNamespace(
         packed_forward=lambda inputs, _, *rest: tiled.forward(inputs, *rest),
         packed_backward=lambda *args: tiled.backward(*args[:5], *args[6:]),
@@ -87,7 +87,7 @@ def test_fused_gradients(case):
     ("case", "fast"), [(FULL, True), (PLAIN, False)], ids=["full-projected", "plain"]
 )
 def test_fused_second_derivatives(case, fast):
-    """Entry by entry takes a minute for the full case; random projections see every entry too."""
+    """The full case entry by entry takes a minute; random projections test every entry, too."""
     assert gradgradcheck(fused(case), leaves(case), check_fwd_over_rev=True, fast_mode=fast)
 
 
@@ -157,7 +157,7 @@ def test_gradients_only_where_needed():
 @pytest.mark.parametrize("attend", [dense, packed_by_a_table], ids=lambda each: each.__name__)
 @pytest.mark.parametrize("made", [lambda x: (x, x, x), lambda x: (x, 2 * x, x.sin())])
 def test_gradients_with_a_graph_of_inputs_that_depend_on_each_other(made, attend):
-    """Each path counts once: a first gradient is the same whether a graph is made of it or not."""
+    """Each path counts once: a gradient is the same with and without a graph of it."""
     x = torch.randn(1, 6, 2, 3, dtype=torch.float64, requires_grad=True)
 
     def function(x):
@@ -179,7 +179,7 @@ def test_gradients_with_a_graph_of_an_output_that_does_not_depend_on_the_input(a
 
 
 def test_gradients_with_a_graph_beside_hooks_on_saved_tensors():
-    """As offloading to the CPU sets them, around the backward, too."""
+    """Offloading to the CPU sets such hooks, also around the backward."""
     q, k, v = leaves(PLAIN)
     plain = torch.autograd.grad(scalar(fused(PLAIN))(q, k, v), (q, k, v))
     with torch.autograd.graph.save_on_cpu():
@@ -302,7 +302,7 @@ def test_autocast_follows_scaled_dot_product_attention():
         assert na2d(x, x, x, 3).dtype == wanted == torch.bfloat16
         assert natten.attention(*(x[:, 0],) * 3).dtype == torch.bfloat16
         assert na2d_qk(heads_first, heads_first, 3).dtype == torch.bfloat16
-        assert na2d(x, x.bfloat16(), x, 3).dtype == torch.bfloat16  # what mixed inputs become
+        assert na2d(x, x.bfloat16(), x, 3).dtype == torch.bfloat16  # mixed inputs
         assert na2d(*(x.double(),) * 3, 3).dtype == torch.float64
         assert NeighborhoodAttention2D(8, 2, 3)(x[..., 0, :]).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16, enabled=False):
@@ -364,7 +364,7 @@ def test_compile_varlen():
 
 @pytest.mark.parametrize("attn_drop", [0.0, 1e-9])
 def test_compile_module(attn_drop):
-    """Dropout takes the unfused path; a probability of 1e-9 drops nothing."""
+    """Dropout takes the unfused path, and a probability of 1e-9 drops nothing."""
     module = NeighborhoodAttention2D(
         8, 2, 3, dilation=2, rel_pos_bias=True, is_causal=(True, False), attn_drop=attn_drop
     ).double()
@@ -421,13 +421,13 @@ RULE, DENSE = schema.pack(FULL.rule), schema.pack(Dense(causal=True))
 
 
 def reversed_in_memory(x):
-    """The same numbers, contiguous in no way."""
+    """The same numbers with reversed order of dimensions in memory."""
     order = tuple(reversed(range(x.ndim)))
     return x.permute(order).contiguous().permute(order)
 
 
 def op_calls():
-    """Fake operators have the strides of real ones, whatever those of the inputs."""
+    """Fake and real operators return the same strides, whatever the strides of the inputs."""
     tensors = FULL.inputs(torch.float32)
     tensors += *fused(FULL)(*tensors), torch.randn(2, 3, 4, 7, 5), torch.randn(2, 3, 4, 7, 6)
     tensors += torch.randn(1, 9, 2, 4), torch.randn(1, 7, 1, 4)

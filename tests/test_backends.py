@@ -1,4 +1,4 @@
-"""The oracle by independent means, then every backend against the oracle."""
+"""The oracle is tested by independent means, then every backend against the oracle."""
 
 import math
 import random
@@ -35,7 +35,7 @@ GRADS = ("query", "key", "value", "rpb", "extra_keys", "extra_values")
 
 
 def test_oracle_by_hand():
-    """Three tokens, window 2: query 0 attends keys 0 and 1."""
+    """With three tokens and window 2, query 0 attends keys 0 and 1."""
     q = torch.tensor([1.0, 2.0, 3.0]).double().view(1, 3, 1, 1)
     k = torch.tensor([0.0, 1.0, -1.0]).double().view(1, 3, 1, 1)
     v = torch.tensor([10.0, 20.0, 40.0]).double().view(1, 3, 1, 1)
@@ -66,7 +66,7 @@ def test_oracle_with_the_whole_axis_is_self_attention():
 
 
 def test_oracle_bias_by_hand():
-    """Query 1 of three tokens, window 3: offsets -1, 0, 1 are entries 1, 2, 3 of five."""
+    """For query 1 of three tokens, window 3, offsets -1, 0, 1 are entries 1, 2, 3 of five."""
     rpb = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]]).double()
     slots = reference.rpb_bias(rpb, (3,), Case((3,), (3,)).rule)
     assert slots[:, 0].tolist() == [[3.0, 4.0, 5.0], [2.0, 3.0, 4.0], [1.0, 2.0, 3.0]]
@@ -76,7 +76,7 @@ def test_oracle_bias_by_hand():
 
 
 def run(module, inputs, rule, scale, grads=None):
-    """Output, LSE and gradients."""
+    """Run a backend and return output, LSE and gradients."""
     out, lse = module.forward(Inputs(*inputs), rule, scale)
     if grads is None:
         return out, lse, ()
@@ -132,7 +132,7 @@ def test_tiled_without_kept_masks(case, monkeypatch):
 @both
 @pytest.mark.parametrize("case", CASES[5:8], ids=name_of)
 def test_on_views(case, module):
-    """Heads before space in memory, and every other channel."""
+    """Inputs are views with heads before space in memory, and of every other channel."""
 
     def strided(x):
         wide = torch.randn(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
@@ -201,7 +201,7 @@ def test_unfused_anywhere_in_the_parameter_space(case):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(5, 5), (7, 3), (3, 70), (1, 1), (4, 0)])
 def test_dense(causal, queries, keys, module):
-    """Of any two lengths; a query with nothing to attend gets 0, LSE -inf and gradients of 0."""
+    """Lengths may differ; a query with nothing to attend gets 0, LSE -inf and gradients of 0."""
     inputs = [torch.randn(2, n, 2, 3).double() for n in (queries, keys, keys)] + [None] * 3
     grads = torch.randn(2, queries, 2, 3).double(), torch.randn(2, queries, 2).double()
     expected, actual = (
@@ -228,7 +228,7 @@ def test_same_bits_on_every_run(case, module):
 
 
 def test_memory_does_not_grow_with_the_square_of_the_tokens():
-    """65536 tokens: a square would be 17 GB; no tensor is larger than the inputs or a chunk."""
+    """The square of 65536 tokens would be 17 GB; no tensor exceeds the inputs or a chunk."""
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -256,7 +256,7 @@ def problem(dtype=torch.float32, operation="attention"):
 def test_small_windows_run_on_tiled():
     assert backends.choose("", problem()).name == "tiled"
     assert backends.choose("reference", problem()).name == "reference"
-    assert backends.choose("triton", problem()).name == "tiled"  # falls back
+    assert backends.choose("triton", problem()).name == "tiled"  # it can not run here
     q = torch.zeros(1, 8, 1, 4)
     assert backends.choose_backend(q, q, q) == "tiled"
     assert backends.get_compatible_backends(q, q, q) == ["tiled", "sdpa", "reference"]
@@ -282,7 +282,7 @@ def test_falling_back_is_said_at_debug_level(caplog):
 
 
 def test_a_choice_is_made_once(caplog):
-    """Also for calls of which no plan is kept: unfused ones."""
+    """Choices are also kept for unfused calls, of which no plan is kept."""
     tuning._forget_choices()
     q = torch.randn(1, 2, 9, 4)
     natten.na1d_qk(q, q, 3)
@@ -311,7 +311,7 @@ def test_integers_have_no_backend():
 
 
 def test_hypothesis_draws_are_varied():
-    """The strategy reaches what it is for; a sweep that draws one problem proves nothing."""
+    """A strategy that always draws the same problem would prove nothing."""
     random.seed(0)
     drawn = []
     settings(max_examples=60, deadline=None, database=None)(

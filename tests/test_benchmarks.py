@@ -1,4 +1,4 @@
-"""Results have one schema; tables and charts are what they make; the runner runs."""
+"""Results have one schema, tables and charts are current, and the runner runs."""
 
 import csv
 import importlib
@@ -12,7 +12,7 @@ RESULTS = sorted((BENCHMARKS / "results").glob("*.csv"))
 
 @pytest.fixture
 def load(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))  # as `python benchmarks/run.py` has it
+    monkeypatch.syspath_prepend(str(BENCHMARKS))  # as in `python benchmarks/run.py`
     return importlib.import_module
 
 

@@ -1,4 +1,4 @@
-"""What is kept between calls stays within its bound in bytes."""
+"""Plans and masks that are kept between calls stay within their bound in bytes."""
 
 import gc
 import threading
@@ -18,7 +18,7 @@ def test_the_least_recently_used_leaves_first():
     store = Store(3 * (100 + caches._ENTRY))
     for key in "abc":
         store.find(key, str, lambda _: 100)
-    store.find("a", pytest.fail, lambda _: 100)  # used again
+    store.find("a", pytest.fail, lambda _: 100)  # so that it is the most recently used
     store.find("d", str, lambda _: 100)
     assert list(store._entries) == ["c", "a", "d"]
     assert store.bytes == store.most
@@ -40,7 +40,7 @@ def test_forgetting_counts():
 
 
 def test_threads():
-    """They find and evict at once; the count stays right."""
+    """Threads find and evict at the same time, and the count stays right."""
     store = Store(20 * (50 + caches._ENTRY))
 
     def work(first):
@@ -58,7 +58,7 @@ def test_threads():
 
 
 def tensor_bytes():
-    """Of all CPU tensors that are alive, each storage once."""
+    """Bytes of the storages of all CPU tensors that are alive."""
     gc.collect()
     storages = {}
     for x in gc.get_objects():
@@ -78,8 +78,8 @@ def masks_of_sdpa(rule, x):
 
 @pytest.mark.parametrize("masks", [masks_of_tiled, masks_of_sdpa])
 def test_two_hundred_layouts(masks, monkeypatch):
-    """Plans and masks of all of them would take more than four times what may be kept."""
-    monkeypatch.setattr(tiling, "_candidates", lambda *args: [4])  # a search takes its time
+    """All their plans and masks would take more than four times the bound."""
+    monkeypatch.setattr(tiling, "_candidates", lambda *args: [4])  # because a search takes long
     options = costs._options
     monkeypatch.setattr(costs, "_options", lambda *args: [[axis[-2]] for axis in options(*args)])
     caches.STORE.forget(lambda key: True)

@@ -1,4 +1,4 @@
-"""How public code calls the package, and the wrong numbers that users have met."""
+"""Calls as public programs make them, and cases of wrong numbers that users have met."""
 
 import math
 
@@ -26,7 +26,7 @@ def expected(q, k, v, rule, scale):
 
 
 def test_nat():
-    """Chooses the bias's name by the era, and passes dilation=None."""
+    """NAT chooses the name of the bias by the era, and passes dilation=None."""
     extra = {"rel_pos_bias": True} if hasattr(natten, "context") else {"bias": True}
     module = natten.NeighborhoodAttention2D(
         dim=16, kernel_size=3, dilation=None, num_heads=2, qkv_bias=True, qk_scale=None,
@@ -58,7 +58,7 @@ def test_hdit():
     ],
 )
 def test_cosmos(kernel_size, stride, dilation):
-    """-1 means the whole axis, resolved by the caller; backend and tiles are hints."""
+    """Its caller resolves -1 to the whole axis; backend and tiles are hints."""
     space = (3, 11, 20)
     kernel_size = tuple(n if k == -1 else k for n, k in zip(space, kernel_size))
     q, k, v = (torch.randn(1, *space, 2, 16).bfloat16() for _ in range(3))
@@ -82,7 +82,7 @@ def test_ltx_2():
 
 @pytest.mark.parametrize("ratio", [2, 4])
 def test_naf_anyup(ratio):
-    """Upsampling: queries of 32 channels gather values of 384, dilation is the ratio."""
+    """Upsampling with 32 channels for queries, 384 for values, and the ratio as dilation."""
     q, k = (torch.randn(1, 12, 16, 1, 32) for _ in range(2))
     v = torch.randn(1, 12, 16, 1, 384)
     out = natten.na2d(q, k, v, 3, dilation=(ratio, ratio))
@@ -91,7 +91,7 @@ def test_naf_anyup(ratio):
 
 
 def test_all_in_one():
-    """Music structure analysis on the CPU: head dim 12, windows of 5, growing dilation."""
+    """Music structure analysis on the CPU, with head dim 12, windows of 5 and growing dilation."""
     q, k, v = (torch.randn(1, 2, 50, 12).double() for _ in range(3))
     rpb = torch.randn(2, 9).double()
     for dilation in (1, 2, 8):
@@ -105,7 +105,7 @@ def test_all_in_one():
 
 
 def test_agileformer():
-    """The bias is the third argument, and learned tokens are attended beside the window."""
+    """The bias is the third argument, and learned tokens are additional keys and values."""
     q, k, v = (torch.randn(1, 2, 6, 7, 4).double() for _ in range(3))
     tokens, bias = torch.randn(1, 2, 3, 4).double(), torch.randn(2, 5, 5).double()
     attn = NF.na2d_qk_with_bias(q, k, bias, 3, 1, tokens).softmax(-1)
@@ -133,7 +133,7 @@ def test_stylenat():
 
 
 def test_cosmos3():
-    """Video tokens attend their window, and text tokens through a second, merged attention."""
+    """Video tokens attend their window, and text tokens by a second attention that is merged."""
     q, k, v = (torch.randn(1, 3, 4, 5, 2, 8).double() for _ in range(3))
     text_k, text_v = (torch.randn(1, 6, 2, 8).double() for _ in range(2))
     window = natten.na3d(q, k, v, (3, 3, 3), backend="blackwell-fna", return_lse=True)
@@ -151,7 +151,7 @@ def test_cosmos3():
 
 
 def dense_qkrpb(query, key, rpb, kernel_size, dilation):
-    """The dense scores, -inf outside the windows."""
+    """Dense scores with -inf outside the windows."""
     space = tuple(query.shape[2:-1])
     rule = natten.Neighborhood.create(2, kernel_size, 1, dilation)
     scores = query.flatten(2, 3) @ key.flatten(2, 3).mT
@@ -167,7 +167,7 @@ def dense_av(attn, value, kernel_size, dilation):
 @pytest.mark.parametrize("name", ["DinatModel", "DinatForImageClassification", "DinatBackbone"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_transformers(name, monkeypatch):
-    """Equal, forward and backward, to a model with dense masked attention."""
+    """Forward and backward equal those of a model with dense masked attention."""
     transformers = pytest.importorskip("transformers")
     modeling = pytest.importorskip("transformers.models.dinat.modeling_dinat")
     config = transformers.DinatConfig(
@@ -232,7 +232,7 @@ def test_wide_values_with_large_dilation():
 
 @pytest.mark.parametrize("length", [17, 63, 65, 129])
 def test_partial_tiles_hold_no_garbage(length, monkeypatch):
-    """Every buffer starts as NaN: what is not written shows."""
+    """Every buffer starts as NaN, so that an entry that is not written shows."""
     empty, new_empty = torch.empty, torch.Tensor.new_empty
 
     def poisoned(make):
@@ -260,7 +260,7 @@ def test_non_contiguous_inputs():
 
 
 def test_far_from_the_start():
-    """A long 1-D input: offsets and phases far from the start are right."""
+    """In a long 1-D input, offsets and phases far from the start are right."""
     q = torch.randn(1, 5000, 1, 2).double()
     out = natten.na1d(q, q, q, 5, dilation=3)
     end = natten.na1d(*(q[:, -600:],) * 3, 5, dilation=3)

@@ -1,4 +1,4 @@
-"""A call like one before is not checked again: only where it is like it in all that matters."""
+"""A call is not checked again if it is like an earlier one in all that matters."""
 
 import threading
 from unittest.mock import Mock
@@ -203,7 +203,7 @@ def test_traced_calls_are_not_kept(monkeypatch):
 
     expected = function(q, k, v)
     assert len(functional._calls) == 1
-    # What is kept is not used there either.
+    # Kept calls are not used there either.
     monkeypatch.setitem(functional._calls, *functional._calls.popitem()[:1], refuse)
     compiled = torch.compile(function, fullgraph=True, backend="eager")
     assert_close("compiled", expected, compiled(q, k, v), 1e-6)
@@ -220,7 +220,7 @@ def test_traced_calls_are_not_kept(monkeypatch):
 def test_scripts_of_calls():
     q, k, v = inputs()
     expected = na2d(q, k, v, 3)
-    traced = torch.jit.trace(lambda q, k, v: na2d(q, k, v, 3), (q, k, v))  # twice, and compares
+    traced = torch.jit.trace(lambda q, k, v: na2d(q, k, v, 3), (q, k, v))  # it runs twice
     assert_close("traced", expected, traced(q, k, v), 1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The command line: every command, on a CPU, with good and bad arguments."""
+"""Every command of the command line runs on a CPU, with good and bad arguments."""
 
 import argparse
 import csv
@@ -34,13 +34,13 @@ def _own_directory(tmp_path, monkeypatch):
 
 
 def called(capsys, *arguments, code=0):
-    """What a command prints, to stdout and to stderr."""
+    """Run a command and return what it prints to stdout and to stderr."""
     assert main([str(each) for each in arguments]) == code
     return capsys.readouterr()
 
 
 def table(text):
-    """The cells of the Markdown tables in a text, without headers and rules."""
+    """The cells of the Markdown tables in a text, without headers and separators."""
     rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     rules = [i for i, row in enumerate(rows) if set("".join(row)) <= set("-:")]
     skipped = {*rules, *(i - 1 for i in rules)}
@@ -57,7 +57,7 @@ def test_help_names_every_command_and_teaches_by_example(capsys):
 
 
 def parse(line):
-    """The arguments of a command line ``natten NAME ...``, checked and not run."""
+    """Parse the arguments of a command line ``natten NAME ...`` without running it."""
     _, name, *arguments = shlex.split(line)
     command = importlib.import_module(f"natten.cli.{name}")
     parser = argparse.ArgumentParser()
@@ -70,7 +70,7 @@ def parse(line):
 
 
 def examples():
-    """Command lines of the helps and of the documentation."""
+    """The command lines in the help texts and in the documentation."""
     for name in OURS:
         parser = argparse.ArgumentParser()
         importlib.import_module(f"natten.cli.{name}").add_arguments(parser)
@@ -84,7 +84,7 @@ def examples():
 
 @pytest.mark.parametrize("line", sorted(set(examples())))
 def test_examples_are_well_formed(line):
-    """Some need a GPU to run."""
+    """They are only parsed, because some need a GPU to run."""
     parse(line)
 
 
@@ -192,7 +192,7 @@ def test_a_dash_is_standard_output(capsys, tmp_path, monkeypatch):
     captured = called(capsys, *arguments, "--csv", "-")
     rows = list(csv.DictReader(io.StringIO(captured.out, newline="")))
     assert [row["pass"] for row in rows] == ["forward", "forward+backward"]
-    assert "hopper-fna is a hint here" in captured.err  # what tables would say
+    assert "hopper-fna is a hint here" in captured.err  # tables would say it, too
     captured = called(capsys, *arguments, "--csv", "-", "--json", "report.json")
     assert len(captured.out.splitlines()) == 3 and json.loads(Path("report.json").read_text())
     captured = called(capsys, *arguments, "--csv", "times.csv", "--json", "-")
@@ -201,7 +201,7 @@ def test_a_dash_is_standard_output(capsys, tmp_path, monkeypatch):
     assert "can not both be -" in captured.err and captured.out == ""
     assert json.loads(called(capsys, "simulate", "-i", 8, "-w", 3, "--json", "-").out)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["report.json", "times.csv"]
-    called(capsys, *arguments, "--csv", "./-")  # a file of that name
+    called(capsys, *arguments, "--csv", "./-")  # a file with that name
     assert Path("-").exists()
 
 
@@ -256,7 +256,7 @@ def test_dry_run_of_a_backend_whose_gradient_another_runs(capsys):
 
 
 def test_optimize(capsys, monkeypatch):
-    """With a made-up clock: the machinery needs no GPU."""
+    """The clock is made up, so that no GPU is needed."""
     tiles = pytest.importorskip("natten.backends.triton.tiles")
     from natten.profiler import measure
 
@@ -297,7 +297,7 @@ def test_simulate(capsys):
 
 
 def test_simulate_shows_the_finest_stride_without_masks(capsys):
-    """Also where it is no faster, because memory is the bound."""
+    """It is shown even where memory is the bound, so that it is not faster."""
     arguments = ["-i", 40, "-w", 10, "--q-tile", 2, "--kv-tile", 1, "--bandwidth", 1e-6]
     rows = table(called(capsys, "simulate", *arguments).out)
     assert [(row[1], row[6] == "all", row[10]) for row in rows] == [
@@ -414,7 +414,7 @@ def test_as_a_program(module, arguments):
 
 
 def test_a_reader_that_leaves_is_no_failure(tmp_path):
-    """As in ``natten env | head -1``."""
+    """``natten env | head -1`` does this."""
     code = "import os, sys; from natten.cli import main; sys.exit(main(['env']))"
     read, write = os.pipe()
     os.close(read)

@@ -1,4 +1,4 @@
-"""Compiled once for all sizes, exported for all sizes, and transforms inside compiled code."""
+"""Operators compile and export once for all sizes, and transforms work in compiled code."""
 
 import io
 
@@ -54,7 +54,7 @@ def merged(q, k):
     return natten.merge_attentions(*zip(*parts))[0]
 
 
-# No two sizes are equal and none is 1: the compiler would take equal ones for one.
+# No two sizes are equal and none is 1, because the compiler would specialize those.
 SIZES = ((8, 13), (6, 17), (9, 29))
 INPUTS = {
     strided: lambda b, n: [(b, n, 3, 4)],
@@ -66,7 +66,7 @@ INPUTS = {
 
 
 def check(function, compiled, inputs):
-    """Outputs and gradients."""
+    """Compare outputs and gradients of compiled and eager code."""
     results = []
     for each in (function, compiled):
         given = [x.detach().requires_grad_() for x in inputs]
@@ -108,7 +108,7 @@ def test_compiled_module_with_a_window_larger_than_the_input(oversize):
 
 
 def packed_by(names):
-    """Packed attention with lengths that were made outside, as arguments of the compiled code."""
+    """Packed attention whose lengths are arguments of the compiled code."""
 
     def function(q, k, v, given):
         out, lse = natten.attention(q, k, v, True, return_lse=True, **dict(zip(names, given)))
@@ -127,7 +127,7 @@ DOCUMENTS = [
 
 @pytest.mark.parametrize("names", [CUMULATIVE, CUMULATIVE[:2], ("seqlens_Q", "seqlens_KV")])
 def test_packed_attention_compiles_once_for_all_lengths(names):
-    """Lengths are data: nothing is compiled anew for others, of other documents."""
+    """Lengths are data, so other lengths and numbers of documents compile nothing again."""
     function, counter = packed_by(names), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
     for ours, theirs in DOCUMENTS:
@@ -157,7 +157,7 @@ def test_compiled_packed_attention_checks_lengths_when_it_runs():
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_packed_documents_compile(rank):
-    """Layouts are Python's numbers; gradients and a bias, too."""
+    """Layouts are numbers in Python; there are gradients and a bias."""
     shapes = [(6, 4, 5)[:rank], (3, 7, 4)[:rank]]
     layout = natten.VarlenLayout(shapes)
     function = (natten.na1d_varlen, natten.na2d_varlen, natten.na3d_varlen)[rank - 1]
@@ -174,7 +174,7 @@ def test_packed_documents_compile(rank):
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 def test_traces_of_packed_attention_hold_the_operator(mode):
-    """Not the lengths that it was traced with."""
+    """They do not hold the lengths that they were traced with."""
     q, starts = torch.randn(1, 6, 2, 4), torch.tensor([0, 2, 6])
     function = packed_by(CUMULATIVE[:2])
     trace = make_fx(lambda q, starts: function(q, q, q, (starts, starts)), tracing_mode=mode)
@@ -185,7 +185,7 @@ def test_traces_of_packed_attention_hold_the_operator(mode):
 
 
 def test_flops_of_packed_attention():
-    """As many through the operator as in eager code, forward and backward; at most, if fake."""
+    """The operator counts as eager code does; with fake tensors it counts an upper bound."""
     q, starts = torch.randn(1, 6, 2, 4, requires_grad=True), torch.tensor([0, 2, 6])
     lengths = None, None, starts, starts, 4, 4
     operator = torch.ops.natten.packed_attention
@@ -221,7 +221,7 @@ class Unfused(torch.nn.Module):
     ids=["module", "unfused"],
 )
 def test_export_for_all_sizes(module, shapes, space):
-    """Saved, loaded, and run on a size that the export never saw."""
+    """A program is saved, loaded, and run on a size that the export never saw."""
     dynamic = {0: Dim("batch"), space[0]: Dim("height", min=4), space[1]: Dim("width", min=6)}
     small, large = (torch.randn(shape) for shape in shapes)
     program = export(module, (small,), dynamic_shapes=(dynamic,))
@@ -234,7 +234,7 @@ def test_export_for_all_sizes(module, shapes, space):
 
 
 def test_transforms_inside_compiled_code():
-    """Without torch.func.grad, which PyTorch refuses for operators with a gradient formula."""
+    """torch.func.grad is left out: PyTorch refuses it for operators with a gradient formula."""
     q = torch.randn(3, 1, 9, 2, 4).double()
     functions = {
         "vmap": vmap(lambda x: natten.na1d(x, x, x, 3)),
@@ -257,7 +257,7 @@ def through_dual_numbers(function, q, tangent):
 @pytest.mark.parametrize("mode", [through_jvp, through_dual_numbers], ids=lambda m: m.__name__)
 @pytest.mark.parametrize("function", [strided, lambda q: natten.na2d_qk(q, q, 3)], ids=["f", "u"])
 def test_forward_mode_is_never_silently_zero(mode, function):
-    """PyTorch takes a torch.library operator's tangent for zero; ours refuse or run eagerly."""
+    """PyTorch takes tangents of torch.library operators for zero; ours refuse or run eagerly."""
     q, tangent = (torch.randn(1, 11, 5, 3, 4).double() for _ in range(2))
     q, tangent = (x[:, :, 0] if function is strided else x for x in (q, tangent))
     expected = mode(function, q, tangent)

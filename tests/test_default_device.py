@@ -56,7 +56,7 @@ def varlen(rank: int) -> Any:
     q, k, v = (x[0].flatten(0, rank - 1) for x in tensors(rank))
     layout = natten.VarlenLayout([SPACES[rank]], device="cpu")
     rule = natten.Neighborhood.create(rank, 3)
-    table = layout.documents(rule, torch.device("cpu")).table  # as GPUs read it
+    table = layout.documents(rule, torch.device("cpu")).table  # GPUs read this table
     return [getattr(natten, f"na{rank}d_varlen")(q, k, v, layout, 3), layout.offsets, table]
 
 
@@ -129,7 +129,7 @@ CASES: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_another_default_device(name: str, monkeypatch: Any, tmp_path: Any) -> None:
     monkeypatch.setenv("NATTEN_CACHE", str(tmp_path))
-    with tuning.trial("nothing", None), torch.device("meta"):  # plans are made anew
+    with tuning.trial("nothing", None), torch.device("meta"):  # drops all plans
         found = CASES[name]()
     for actual, expected in zip(found, CASES[name](), strict=True):
         if isinstance(actual, Tensor):
@@ -141,6 +141,6 @@ def test_another_default_device(name: str, monkeypatch: Any, tmp_path: Any) -> N
 def test_offsets_are_where_they_are_asked_for() -> None:
     with torch.device("meta"):
         assert natten.VarlenLayout([(2, 3)], device="cpu").offsets.tolist() == [0, 6]
-        assert natten.VarlenLayout([(2, 3)]).offsets.is_meta  # as what PyTorch makes
+        assert natten.VarlenLayout([(2, 3)]).offsets.is_meta  # like PyTorch's own tensors
         layout, _ = natten.VarlenLayout.from_tensor_list([torch.ones(3, 1, 1, device="cpu")])
         assert layout.offsets[1]

@@ -1,7 +1,7 @@
-"""Every block of code in the documentation runs; one file's blocks share their names.
+"""Every block of code in the documentation runs; blocks of one file share their names.
 
-What docstrings show runs too, by pytest's ``--doctest-modules``. Blocks marked ``text`` are output,
-or commands that install something.
+Examples in docstrings run, too, by pytest's ``--doctest-modules``. Blocks marked ``text`` are
+output, or commands that install something.
 """
 
 import re
@@ -33,7 +33,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_runs(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where examples write their files
+    monkeypatch.chdir(tmp_path)  # examples write their files here
     monkeypatch.setattr(backends, "BACKENDS", backends.BACKENDS)  # one page adds a backend
     torch.manual_seed(0)
     text = page.read_text(encoding="utf-8")
@@ -67,7 +67,7 @@ def test_links_between_files_exist(page):
     targets = LINK.findall(page.read_text(encoding="utf-8"))
     local = [target for target in targets if "://" not in target]
     assert [target for target in local if not (page.parent / target).exists()] == []
-    if page in SITE:  # the site has nothing but docs/
+    if page in SITE:  # the site holds only docs/
         assert [target for target in local if target.startswith("..")] == []
 
 

@@ -1,4 +1,4 @@
-"""Queries with nothing to attend: output 0, LSE -inf, derivatives 0 and never NaN."""
+"""Queries with nothing to attend have output 0, LSE -inf, and derivatives of 0, never NaN."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ GPU = torch.cuda.is_available()
 BACKENDS = {
     "tiled": torch.float64,
     "reference": torch.float64,
-    "triton": torch.float32,  # on a GPU, or interpreted: see test_triton.py
+    "triton": torch.float32,  # on a GPU, or interpreted in test_triton.py
     "default": torch.bfloat16,
 }
 RATIO = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -49,7 +49,7 @@ def problem(space, dtype, heads=(4, 2), channels=16, extra=0, batch=2):
 
 
 def causal(q, k, v, rpb, additional_keys=None, additional_values=None, backend="tiled"):
-    """Output and LSE; windows of two tokens an axis."""
+    """Output and LSE with windows of two tokens on each axis."""
     return neighborhood_attention_generic(
         q, k, v, 2, is_causal=True, rpb=rpb, return_lse=True,
         additional_keys=additional_keys, additional_values=additional_values,
@@ -76,7 +76,7 @@ def test_a_bias_hides_everything(space, backend):
     grads = torch.autograd.grad((out, lse), leaves, (grad_out, grad_lse))
     assert all(x.isfinite().all() for x in (out, *grads))
     assert not grads[0][empty].any()
-    # A bias that hides nothing quite gives the same numbers in all other rows.
+    # A bias that almost hides tokens gives the same numbers in all other rows.
     near = [x.detach() for x in leaves]
     near[3] = near[3].clamp(min=-300)
     near = [x.double().cpu().requires_grad_() for x in near]
@@ -117,7 +117,7 @@ def test_forward_mode_and_second_derivatives(space):
 
     def function(q, k, v, bias):
         out, lse = causal(q, k, v, bias.masked_fill(hidden, -math.inf))
-        return out, lse.exp()  # differences of -inf are no numbers
+        return out, lse.exp()  # because -inf minus -inf is NaN
 
     assert function(*leaves)[1].flatten()[0] == 0
     assert gradcheck(function, leaves, check_forward_ad=True)
@@ -127,7 +127,7 @@ def test_forward_mode_and_second_derivatives(space):
 @pytest.mark.parametrize("mark", [-math.inf, math.inf])
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_parts_that_are_all_empty(parts, mark):
-    """+inf is what flash attention writes for a query with nothing to attend."""
+    """For a query with nothing to attend, flash attention writes +inf."""
     outs = [torch.randn(1, 5, 2, 4).double() for _ in range(parts)]
     exponents = [torch.randn(1, 5, 2).double() for _ in range(parts)]
     for out, lse in zip(outs, exponents):
@@ -143,13 +143,13 @@ def test_parts_that_are_all_empty(parts, mark):
     assert all(g.isfinite().all() and (g[:, 1] == 0).all() for g in grads)
     again = torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
     assert all(g.isfinite().all() for g in again)
-    if parts > 1:  # what is left is merged as if the empty part were not there
+    if parts > 1:  # the empty part must not matter
         expected, _ = merge_attentions(outs[1:], exponents[1:])
         assert_close("the others", expected[:, 3].detach(), out[:, 3].detach(), 1e-12)
 
 
 def test_keys_of_no_length():
-    """Plain attention to no keys at all, in every derivative."""
+    """Plain attention to no keys at all, with every derivative."""
     for causal, backend in itertools.product((False, True), ("tiled", "reference")):
         q = torch.randn(1, 3, 2, 4).double().requires_grad_()
         k, v = (torch.randn(1, 0, 2, 4).double().requires_grad_() for _ in range(2))
@@ -169,7 +169,7 @@ def test_keys_of_no_length():
 
 
 def test_gradients_of_nothing_are_the_callers_own():
-    """Zeros that are handed out are made for the call, not kept with its inputs."""
+    """Zero gradients are new tensors, and do not keep the inputs of the call."""
     q = torch.randn(1, 0, 1, 8, requires_grad=True)
     k, v = (torch.randn(1, 4, 1, 8, requires_grad=True) for _ in range(2))
 

@@ -1,4 +1,4 @@
-"""Calls as programs of 0.14 to 0.21 make them: names, forms and meanings that eras had."""
+"""Calls as programs of 0.14 to 0.21 make them, with the names, forms and meanings of eras."""
 
 import importlib
 import inspect
@@ -71,7 +71,7 @@ from natten{era}.utils.log import get_logger
 
 
 def test_a_program_that_imports_modules_first():
-    """In a process where nothing of natten is imported yet."""
+    """It runs in a process where nothing of natten is imported yet."""
     program = PROGRAM.format(era=".compat.v017") + PROGRAM.format(era="")
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -234,7 +234,7 @@ FUNCTIONS = [
 
 @pytest.mark.parametrize(("rank", "qk_name", "av_name", "forms"), FUNCTIONS)
 def test_functions(rank, qk_name, av_name, forms):
-    """``apply`` in every form is differentiable, and equals today's operators."""
+    """Every form of ``apply`` is differentiable and equals today's operators."""
     inputs = [x.requires_grad_() for x in heads_first(rank)[:3]]
     qk, av = unfused(rank)
 
@@ -266,7 +266,7 @@ def test_functions_attend_additional_tokens():
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_fused_functions(rank):
-    """As WeatherMesh calls them, with tiles that the autotuner chose."""
+    """WeatherMesh calls them so, with tiles that the autotuner chose."""
     from natten.types import FnaBackwardConfigType, FnaForwardConfigType
 
     assert FnaForwardConfigType and FnaBackwardConfigType

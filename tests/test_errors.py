@@ -1,4 +1,4 @@
-"""Bad input: one exception class, and a message that names what is wrong."""
+"""Bad input raises one class of exception, with a message that names what is wrong."""
 
 import inspect
 import re
@@ -298,7 +298,7 @@ RANKS = {
     ],
 )
 def test_keywords_of_operators(rank, given, advice):
-    """The function that was called, and the nearest right one or what to use here."""
+    """Messages name the function called, and the nearest right keyword or what to use instead."""
     fused = torch.randn(1, *(6,) * rank, 2, 4)
     first = fused.movedim(-2, 1)
     packed = fused[0].flatten(0, -3)

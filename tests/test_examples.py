@@ -1,4 +1,4 @@
-"""The examples run; how well the full training does is what ``make demo`` shows."""
+"""The examples run; ``make demo`` shows how well the full training does."""
 
 import runpy
 import warnings
@@ -12,7 +12,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def test_digits(tmp_path, capsys):
     for needed in ("sklearn", "rich", "matplotlib"):
         pytest.importorskip(needed)
-    with warnings.catch_warnings():  # other libraries' deprecations are not our subject
+    with warnings.catch_warnings():  # other libraries may warn of deprecations
         warnings.simplefilter("ignore")
         example = runpy.run_path(str(EXAMPLES / "digits.py"))
     picture = tmp_path / "pictures" / "digits.png"

@@ -1,4 +1,4 @@
-"""What explain says is what a call does, whatever the call, and an error where the call has one."""
+"""explain says what a call does, for any call, and raises an error where the call does."""
 
 import warnings
 
@@ -18,7 +18,7 @@ NAMES = (None, None, *(each.name for each in backends.BACKENDS), "cutlass-fna", 
 
 @pytest.fixture
 def who_runs(monkeypatch):
-    """Names of the backends that ran, forward and backward."""
+    """The names of the backends that ran forward and backward."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     natten.functional._calls.clear()
     ran = []
@@ -31,7 +31,7 @@ def who_runs(monkeypatch):
         return noting
 
     for each in backends.BACKENDS:
-        if each.name not in ("hopper", "triton"):  # which do not run on a CPU
+        if each.name not in ("hopper", "triton"):  # they do not run on a CPU
             for what in ("forward", "backward"):
                 function = noted(each.name, what, getattr(each, what))
                 monkeypatch.setattr(each, what, function)
@@ -40,7 +40,7 @@ def who_runs(monkeypatch):
 
 
 def outcome(function, *args, **kwargs):
-    """What a call returns, or its error's type and text."""
+    """The result of a call, or the type and text of its error."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -50,7 +50,7 @@ def outcome(function, *args, **kwargs):
 
 
 def check(function, ran, *tensors, **options):
-    """The call and what explain says of it; whether it ran."""
+    """Compare a call with what explain says of it, and return whether the call ran."""
     ran.clear()
     out, error = outcome(function, *tensors, **options)
     if error is None:
@@ -83,7 +83,7 @@ def requiring(*tensors):
 
 @st.composite
 def fused_calls(draw):
-    """Tensors and keywords, most often all right."""
+    """Draw tensors and keywords of a call, most of which are allowed."""
     rank, pick = draw(st.integers(1, 3)), lambda *values: draw(st.sampled_from(values))
     space = tuple(draw(st.integers(2, 5)) for _ in range(rank))
     heads, dim, dtype = 2, 4, pick(torch.float32, torch.float64, torch.bfloat16)
@@ -149,7 +149,7 @@ def test_fused_calls(who_runs):
         ran.append(check(GENERIC, who_runs, *tensors, **options))
 
     run()
-    assert ran.count(True) > 50 and ran.count(False) > 50  # it draws both kinds
+    assert ran.count(True) > 50 and ran.count(False) > 50  # calls that run, and calls that do not
 
 
 LENGTHS = {
@@ -217,7 +217,7 @@ def test_nothing_is_computed_and_nobody_is_warned(who_runs):
 
 
 def test_documents_in_one_launch(monkeypatch):
-    """A backend that takes packed documents is the one that runs them, unless another is asked."""
+    """The backend that takes packed documents runs them, unless another one is asked for."""
 
     class Tables(backends.Backend):
         name, operations = "tables", ("packed",)

@@ -1,4 +1,4 @@
-"""Programs for other runtimes: decompositions, ONNX, AOTInductor packages."""
+"""Programs for other runtimes: decompositions, ONNX, and AOTInductor packages."""
 
 import math
 import shutil
@@ -18,7 +18,7 @@ from natten.operators import gathered_gradient
 
 
 def unfused_tensors(case):
-    """Weights and rows, heads-first."""
+    """Tensors for the unfused maps, heads-first."""
     shape = (case.batch, case.heads, *case.space)
     attn = torch.randn(*shape, case.rule.window_tokens).double()
     return attn, *(torch.randn(*shape, case.dim).double() for _ in range(2))
@@ -26,7 +26,7 @@ def unfused_tensors(case):
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_gathered_maps(case):
-    """Slots that causality masks hold NaN: nothing may read them."""
+    """Masked slots hold NaN, and nothing may read them."""
     (attn, x, y), rule = unfused_tensors(case), case.rule
     hidden = ~rule.attended_slots(case.space)
     attn = attn.masked_fill(hidden, math.nan)
@@ -66,7 +66,7 @@ def test_gathered_gradient(case):
 
 
 def calls(rank):
-    """Everything that operators can do, of tensors whose batch alone is unknown."""
+    """Calls of everything that operators can do, on tensors whose batch size is unknown."""
     space, kernel = (7, 6, 5)[:rank], (3, 2, 3)[:rank]
 
     def function(x, extra, rpb):
@@ -104,7 +104,7 @@ def of_ours(graph):
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_decomposed_training_step(rank):
-    """A graph with gradients, forward and backward operators decomposed."""
+    """In a graph with gradients, the forward and the backward operators are decomposed."""
     function, inputs = RANKS[rank]
 
     def step(*given):
@@ -140,7 +140,7 @@ def test_rows_with_nothing_to_attend():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_decomposed_packed_attention(causal):
-    """Lengths are data: other ones give other sequences, empty ones too."""
+    """Lengths are data, so other lengths give other sequences, also empty ones."""
 
     def step(q, kv, lengths, starts):
         q, kv = (x.detach().requires_grad_() for x in (q, kv))
@@ -168,7 +168,7 @@ def test_every_operator_is_decomposed():
 
 @pytest.fixture(scope="module")
 def decomposed():
-    """A layer, and its program for all sizes, captured by Dynamo."""
+    """A layer and its decomposed program for all sizes, captured by Dynamo."""
     layer = natten.NeighborhoodAttention2D(8, 2, 3, 2, (1, 2), (True, False), rel_pos_bias=True)
     dynamic = {0: Dim("batch"), 1: Dim("height", min=4), 2: Dim("width", min=7)}
     given = (torch.randn(2, 5, 8, 8),)
@@ -188,7 +188,7 @@ def test_decomposed_layer_for_all_sizes(decomposed):
 
 
 class Everything(torch.nn.Module):
-    """All ranks at once, because an export takes seconds."""
+    """A module with all ranks at once, because an export takes seconds."""
 
     def forward(self, *given):
         calls = [
@@ -198,12 +198,12 @@ class Everything(torch.nn.Module):
 
 
 def everything(batch):
-    """Symbolic sizes are slow: that of the first batch is one, the others are 2."""
+    """Only the first batch size is symbolic, because symbolic sizes are slow."""
     return tuple(x for rank in RANKS for x in RANKS[rank][1](batch if rank == 1 else 2))
 
 
 def check_onnx(program, module, *given):
-    """Run with onnxruntime, and with nothing but ONNX's own operators."""
+    """Check that onnxruntime runs a program, and that it holds only ONNX's own operators."""
     runtime = pytest.importorskip("onnxruntime")
     assert {node.domain for node in program.model_proto.graph.node} == {""}
     session = runtime.InferenceSession(program.model_proto.SerializeToString())
@@ -243,7 +243,7 @@ def test_onnx_of_decomposed_programs(decomposed):
 
 
 class Packaged(torch.nn.Module):
-    """A layer, plain attention and unfused operators, in two dtypes."""
+    """A module with a layer, plain attention and unfused operators, in two dtypes."""
 
     def __init__(self):
         super().__init__()
@@ -264,7 +264,7 @@ class Packaged(torch.nn.Module):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_packages(tmp_path):
-    """Compiled ahead of time, loaded, and run with other batches."""
+    """Packages are compiled ahead of time, loaded, and run with other batch sizes."""
     module, x = Packaged().eval(), torch.randn(2, 5, 7, 16)
     with torch.no_grad():
         program = export(module, (x,), dynamic_shapes=({0: Dim("batch", min=2, max=64)},))

@@ -1,4 +1,4 @@
-"""Public operators: fused, unfused, plain and packed attention, merging."""
+"""The public operators: fused, unfused, plain and packed attention, and merging."""
 
 import math
 
@@ -99,7 +99,7 @@ def test_unfused_is_fused(case):
 
 
 def test_slots_and_masked_weights():
-    """Masked slots hold -inf in qk, and are ignored, with gradient 0, in av."""
+    """Masked slots hold -inf in the result of qk; av ignores them and gives them gradient 0."""
     q = torch.randn(1, 1, 4, 2).double()
     attn = natten.na1d_qk(q, q, 3, is_causal=True)
     products = (q @ q.mT)[0, 0]
@@ -216,7 +216,7 @@ def test_nothing_to_attend_gives_zero_and_minus_infinity():
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_merging_is_attention_over_the_union(parts):
-    """Values and gradients; the gradient through LSE included."""
+    """Values and gradients agree, with the gradient through the LSE."""
     q, k, v = (torch.randn(1, 12, 2, 4).double().requires_grad_() for _ in range(3))
     grad, grad_lse = torch.randn(1, 12, 2, 4).double(), torch.randn(1, 12, 2).double()
     expected = attention(q, k, v, return_lse=True)
@@ -298,7 +298,7 @@ EMPTY = {1: (0,), 2: (0, 3), 3: (2, 0, 0)}
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("backend", ["tiled", "reference"])
 def test_empty_documents(backend, rank):
-    """As without them: results and gradients, forward mode and second derivatives."""
+    """Results, gradients, forward mode and second derivatives are the same without them."""
     shapes = [(4, 3, 5)[:rank], (5, 4, 2)[:rank]]
     full = VarlenLayout(shapes)
     layout = VarlenLayout([EMPTY[rank], shapes[0], EMPTY[rank], shapes[1], EMPTY[rank]])
@@ -319,7 +319,7 @@ def test_empty_documents(backend, rank):
     for expected, actual in zip(run(full), run(layout), strict=True):
         assert torch.equal(expected, actual)
     rule, cpu = natten.Neighborhood.create(rank, 3, 2), torch.device("cpu")
-    ours, theirs = (each.documents(rule, cpu) for each in (layout, full))  # as GPUs read them
+    ours, theirs = (each.documents(rule, cpu) for each in (layout, full))  # GPUs read these
     assert torch.equal(ours.table, theirs.table) and ours[1:] == theirs[1:]
     documents = [torch.randn(*shape, 1, 2) for shape in layout]
     assert VarlenLayout.from_tensor_list(documents)[0].shapes == layout.shapes

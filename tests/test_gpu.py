@@ -1,4 +1,4 @@
-"""The public operators on a GPU against the CPU; the kernels' own sweep is in sweep.py."""
+"""The public operators on a GPU compared with the CPU; sweep.py tests the kernels more widely."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +12,7 @@ from natten.neighborhood import Neighborhood
 
 pytestmark = pytest.mark.gpu
 FULL = ((3, 5), (2, 1), (1, 2), (True, False))
-large = pytest.mark.xdist_group("large")  # on a GPU: one at a time, with --dist loadgroup
+large = pytest.mark.xdist_group("large")  # with --dist loadgroup, one at a time
 
 
 def inputs():
@@ -20,7 +20,7 @@ def inputs():
 
 
 def on_both(function, *tensors):
-    """Results on the CPU and on the GPU."""
+    """The results on the CPU and on the GPU."""
     return function(*tensors), function(*(x.to("cuda") for x in tensors))
 
 
@@ -61,7 +61,7 @@ def test_unfused(name, dtype):
     seen = rule.attended_slots(space)
 
     def products(q, k, rpb, attn, v):
-        # Causality fills slots with -inf, on which no error can be measured.
+        # Causality fills slots with -inf, where no error can be measured.
         scores = na2d_qk(q, k, rpb=rpb, **options).masked_fill(~seen.to(q.device), 0)
         return scores, na2d_av(attn, v, **options)
 
@@ -83,7 +83,7 @@ def test_unfused(name, dtype):
 
 
 def test_unfused_runs_without_gathers():
-    """The default backend has the unfused operators, for any head dim; they need no workspace."""
+    """The default backend has unfused operators for any head dim, and they need no workspace."""
     problem = natten.backends.Problem("unfused", torch.device("cuda"), torch.bfloat16, 300)
     assert natten.backends.choose("", problem).name == "triton"
     q = torch.randn(2, 2, 128, 128, 64, device="cuda", dtype=torch.bfloat16)
@@ -159,7 +159,7 @@ def test_more_than_2_to_the_31_elements(backend):
     out = natten.na1d(q, k, v, window, backend=backend)
     grad = torch.randn_like(out)
     grads = torch.autograd.grad(out, (q, k, v), grad)
-    # The end by itself; where it was cut, queries and keys lack neighbors.
+    # The end is computed by itself; where it was cut, queries and keys lack neighbors.
     ends = [x.detach()[:, -tail:].cpu().double().requires_grad_() for x in (q, k, v)]
     expected = natten.na1d(*ends, window, backend="reference")
     expected_grads = torch.autograd.grad(expected, ends, grad[:, -tail:].cpu().double())
@@ -171,7 +171,7 @@ def test_more_than_2_to_the_31_elements(backend):
 
 @large
 def test_wide_values_dilated_over_a_large_picture():
-    """Groups of a dilation are problems of their own: one near the end is compared."""
+    """Dilation groups are independent problems, so one near the end is compared."""
     size, dilation, window = 1216, 16, 5
     q, k = leaves(1, size, size, 4, 32, count=2)
     (v,) = leaves(1, size, size, 4, 384, count=1)  # 2.27e9 elements
@@ -208,7 +208,7 @@ def test_exported():
 
 
 def test_packaged(tmp_path):
-    """By AOTInductor, in half precision: no list that an operator takes may be empty."""
+    """AOTInductor packages run in half precision; it does not allow empty lists as arguments."""
 
     class Model(torch.nn.Module):
         def __init__(self):
@@ -310,7 +310,7 @@ def test_autotuner_keeps_the_fastest(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("backend", [None, "triton"])
 def test_in_new_threads(backend):
-    """The first call of a thread: nothing of CUDA was used there yet."""
+    """A call may be the first use of CUDA in its thread."""
     q, k, v = (x.detach() for x in leaves(1, 20, 20, 2, 64))
     expected = na2d(q, k, v, 7, backend=backend)
     others = [[x.clone() for x in (q, k, v)] for _ in range(3)]  # at new addresses

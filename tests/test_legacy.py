@@ -1,4 +1,4 @@
-"""Names, switches and stand-ins of older eras, and the flop counters."""
+"""Names, switches and stand-ins of older eras, and the FLOP counters."""
 
 import importlib
 import inspect
@@ -49,7 +49,7 @@ def test_old_operators(rank):
 
 
 def test_old_import_paths():
-    """Where 0.14 to 0.21 had things."""
+    """The modules in which 0.14 to 0.21 had names can be imported."""
     names = {
         "natten": "NeighborhoodAttention HAS_LIBNATTEN use_fna is_fna_enabled has_fna "
         "get_configs_for_cutlass_fna get_bwd_configs_for_cutlass_hopper_fmha",
@@ -324,7 +324,7 @@ def test_v017_order():
 def test_v015_order():
     module = v015.NeighborhoodAttention2D(8, 2, 3, 2)
     assert module.rpb is not None and module.dilation == (2, 2)
-    assert module(torch.randn(1, 4, 5, 8)).shape == (1, 4, 5, 8)  # padded: 6 would be needed
+    assert module(torch.randn(1, 4, 5, 8)).shape == (1, 4, 5, 8)  # padded to 6 inside
     deep = v015.NeighborhoodAttention3D(8, 2, 5, 3, 1, 2, False)
     assert (deep.kernel_size, deep.dilation, deep.rpb) == ((3, 5, 5), (2, 1, 1), None)
     assert hasattr(v015, "has_half") and hasattr(v015.functional, "natten3dqkrpb")
@@ -395,7 +395,7 @@ def test_torch_flop_counter_of_dense_attention():
     ],
 )
 def test_fvcore(module, shape):
-    """0.17.1's probed counts of these modules, less the term that 0.17.4 dropped."""
+    """These are 0.17.1's counts of these modules, less the term that 0.17.4 dropped."""
     pytest.importorskip("fvcore")
     tokens, window = torch.Size(shape[1:-1]).numel(), torch.Size(module.kernel_size).numel()
     linear = tokens * 16 * 16 * 4
@@ -426,7 +426,7 @@ def test_0_17_4_counters():
 
 
 def test_unfused_equals_0_17_by_hand():
-    """0.17's qk: slots start at the window's start, no scale is applied."""
+    """In 0.17's qk, slots start at the window's start, and no scale is applied."""
     q = torch.arange(5.0).view(1, 1, 5, 1)
     attn = natten.functional.natten1dqk(q, q, 3, 1)
     assert_close(

@@ -1,4 +1,4 @@
-"""Nothing keeps a caller's tensors or graphs alive: reference counts alone free them."""
+"""Nothing keeps a caller's tensors or graphs alive; reference counts alone free them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def sequences(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Any:
 
 
 def table(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Any:
-    """Packed documents by a backend that reads tables, as on GPUs: one document here."""
+    """Attention of one document by a backend that reads tables of documents, as on GPUs."""
     rule, documents = Dense(), Documents(q, 1, (6,), (6,))
     backend = SimpleNamespace(
         packed_forward=lambda inputs, _, *rest: tiled.forward(inputs, *rest),
@@ -170,7 +170,7 @@ def test_after(step: Callable[..., list[Tensor]], name: str) -> None:
 def test_after_an_argument_that_is_refused(name: str) -> None:
     function, rank = OPERATORS[name]
     given = inputs(rank)
-    given[0] = given[0].to(torch.float64)  # not the dtype of the others
+    given[0] = given[0].to(torch.float64)  # another dtype than the others have
     alive = [weakref.ref(x) for x in given]
 
     def call(given: list[Tensor]) -> None:
@@ -205,7 +205,7 @@ def test_after_a_kernel_that_fails(part: str, name: str, monkeypatch: pytest.Mon
             gradients(outputs or forward(function, given), given, False)
 
     call(given)
-    # PyTorch's engine keeps what an exception left undone until the next backward.
+    # After an exception, PyTorch's engine keeps unfinished work until the next backward.
     leaf = torch.ones(1, requires_grad=True)
     torch.autograd.grad(leaf * 2, leaf)
     del given
@@ -213,7 +213,7 @@ def test_after_a_kernel_that_fails(part: str, name: str, monkeypatch: pytest.Mon
 
 
 def test_the_first_gradient_with_a_graph_imports_nothing() -> None:
-    """An import of PyTorch's compiler takes seconds and leaves all callers' frames in a cycle."""
+    """Importing PyTorch's compiler takes seconds and leaves all callers' frames in a cycle."""
     code = """
 import gc, sys, torch, weakref, natten
 gc.disable()

@@ -1,4 +1,4 @@
-"""Modules: both signatures, dropout, bias, checkpoints, windows larger than the input."""
+"""Layers: both signatures, dropout, bias, checkpoints, windows larger than the input."""
 
 import warnings
 
@@ -48,7 +48,7 @@ def test_signatures():
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"stride": 2, "dilation": 2}])
 def test_dropout_takes_the_unfused_path(options, monkeypatch):
-    """Without dropping anything it gives what the fused path gives; eval mode is fused."""
+    """If it drops nothing, it gives the fused path's result; evaluation takes the fused path."""
     module = NeighborhoodAttention2D(
         8, 2, 3, rel_pos_bias=True, attn_drop=1e-15, **options
     ).double()
@@ -149,7 +149,7 @@ def test_hints_are_checked_with_and_without_dropout(rank, wrong):
 
 @pytest.mark.parametrize("rank", MODULES)
 def test_additional_tokens_with_and_without_dropout(rank):
-    """They change the result, so dropout must not lose them; gradients, too."""
+    """They change the result and the gradients, so dropout must not lose them."""
     module = MODULES[rank](8, 2, 3, attn_drop=1e-15, rel_pos_bias=True, is_causal=True).double()
     x = torch.randn(2, *(5,) * rank, 8).double()
     extra = [torch.randn(2, 3, 2, 4).double().requires_grad_() for _ in range(2)]
@@ -172,7 +172,7 @@ def test_a_backend_is_not_heeded_where_weights_are_dropped_out(monkeypatch):
         module(x, backend="reference")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        module(x, backend="reference")  # said once
+        module(x, backend="reference")  # warns here, and not again
         module(x, backend="cutlass-fna")
         module.eval()(x, backend="reference")
 
@@ -216,7 +216,7 @@ def test_channels_first(rank, drop):
 
 
 class Adapted(torch.nn.Module):
-    """A frozen projection and a small one that is trained beside it, which comes first."""
+    """A frozen projection with a small trained one beside it, whose parameters come first."""
 
     def __init__(self, linear):
         super().__init__()
@@ -229,7 +229,7 @@ class Adapted(torch.nn.Module):
 
 
 class Coded(torch.nn.Module):
-    """Weights of eight bits, as a parameter that is no number to compute a bias with."""
+    """Eight-bit weights, whose dtype a bias can not have."""
 
     def __init__(self, linear, dtype):
         super().__init__()
@@ -246,7 +246,7 @@ def biased_state(rank, dtype):
 
 
 def load_bias(module, state):
-    """As loaders do that know the wrapped projections: everything else stays as it is."""
+    """Load only the bias, as loaders do that know the wrapped projections."""
     given = module.state_dict()
     given["rpb"] = state["rpb"]
     module.load_state_dict(given, strict=True)
@@ -257,7 +257,7 @@ def load_bias(module, state):
 @pytest.mark.parametrize("rank", MODULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_bias_of_a_checkpoint_into_wrapped_projections(rank, dtype):
-    """It follows the wrapped weight: its dtype, and frozen as it is."""
+    """It has the dtype of the wrapped weight, and is frozen if that is."""
     x, state = torch.randn(1, *(5,) * rank, 8).to(dtype), biased_state(rank, torch.float32)
     plain = MODULES[rank](8, 2, 3).to(dtype)
     assert load_bias(plain, state).requires_grad and plain.rpb.dtype == dtype

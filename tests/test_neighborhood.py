@@ -1,4 +1,4 @@
-"""The definition: by hand, by brute force over the parameter space, and what it refuses."""
+"""The definition is compared with hand-made cases and brute force; bad values are refused."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from natten.neighborhood import Dense, window_mask
 
 
 def attended(length, **options):
-    """The tokens that each token of one axis attends."""
+    """For each token of one axis, the tokens that it attends."""
     rule = Neighborhood.create(1, **options)
     mask = window_mask(rule, (length,), (length,))
     return [row.nonzero().flatten().tolist() for row in mask]
@@ -90,7 +90,7 @@ def test_against_brute_force(axis):
     rule = Neighborhood.create(1, **options)
     tokens, valid = rule.window_tokens_of((length,)), rule.attended_slots((length,))
     assert [t[v].tolist() for t, v in zip(tokens, valid)] == expected
-    # Windows come first in their slots, what is masked last.
+    # In the slots, attended tokens come first, and masked slots last.
     assert all(v.tolist() == sorted(v.tolist(), reverse=True) for v in valid)
 
 

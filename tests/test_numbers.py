@@ -1,4 +1,4 @@
-"""Arguments of other libraries' types: arrays, ranges, configurations' lists, small tensors."""
+"""Arguments may be of other libraries' types: arrays, ranges, configurations, small tensors."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -25,7 +25,7 @@ SPACE = (6, 7, 8)
 
 
 class Config(Sequence):
-    """As OmegaConf's ListConfig: a sequence that may change, and that has a hash all the same."""
+    """Like OmegaConf's ListConfig, a sequence that may change and has a hash all the same."""
 
     def __init__(self, *items):
         self.items = list(items)
@@ -61,7 +61,7 @@ SCALES = {
 
 
 def every_call(rank, kernel, stride, dilation, causal, scale):
-    """Results of every function that takes a window."""
+    """The results of every function that takes a window."""
     torch.manual_seed(0)
     space = SPACE[:rank]
     q = torch.randn(1, *space, 2, 4)
@@ -188,7 +188,7 @@ def test_what_is_no_number_is_still_refused(name):
 
 
 def test_elsewhere():
-    """The simulator, the pictures, documents and fit_window read them the same way."""
+    """Simulator, pictures, documents and fit_window read such arguments in the same way."""
     three, shape = np.int64(3), np.array([8, 8])
     expected = simulate((8, 8), 3, 1, 1, (True, False), batch=2, head_dim=64, q_tile=(2, 2))
     found = simulate(

@@ -1,4 +1,4 @@
-"""Gradients in half precision where values are alike, beside PyTorch's own attention."""
+"""Gradients in half precision where values are alike, compared with PyTorch's attention."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SPACE, WINDOW = {1: (256,), 2: (16, 16), 3: (8, 4, 8)}, {1: 63, 2: 9, 3: (5, 4, 
 
 
 def leaves(rank, dtype, mean, device):
-    """Query, key, values with a common mean, and the output's gradient."""
+    """Query, key, values with a common mean, and the gradient of the output."""
     shapes = [(2, *SPACE[rank], 2, 64)] * 4
     tensors = [torch.randn(shape, device=device) for shape in shapes]
     tensors[2] += mean
@@ -26,7 +26,7 @@ def grads_of(function, q, k, v, grad):
 
 
 def errors(rank, dtype, mean, window, backend, yardstick, device):
-    """Relative RMS errors of dQ, dK and dV, of ours and of PyTorch's ``yardstick``."""
+    """Relative RMS errors of dQ, dK and dV, for ours and for PyTorch's ``yardstick``."""
     q, k, v, grad = leaves(rank, dtype, mean, device)
     wide = [x.cpu().double() for x in (q, k, v, grad)]
     rule = natten.Neighborhood.create(rank, window)
@@ -68,7 +68,7 @@ def test_as_exact_as_pytorchs_math(backend, rank, dtype, mean):
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("backend", ["hopper", "triton"])
 def test_as_exact_as_cudnn(backend, rank, dtype, mean):
-    """cuDNN takes no windows: both attend the whole layout."""
+    """cuDNN has no windows, so both attend the whole layout."""
     ours, theirs = errors(
         rank, dtype, mean, SPACE[rank], backend, SDPBackend.CUDNN_ATTENTION, "cuda"
     )

@@ -1,4 +1,4 @@
-"""The profiler's arithmetic, its clocks, and tuning with a made-up clock."""
+"""The profiler: its arithmetic, its clocks, and tuning with a made-up clock."""
 
 import csv
 import dataclasses
@@ -40,7 +40,7 @@ def test_needed_pairs_are_those_of_the_mask():
 
 
 def test_flops_are_those_of_pytorch_for_dense_attention():
-    """Counted by PyTorch's own counter, forward and backward."""
+    """PyTorch's own counter counts forward and backward."""
     from torch.utils.flop_counter import FlopCounterMode
 
     problem = Problem((6, 4), Neighborhood.create(2, (6, 4)), batch=2, heads=3, dim=8, value_dim=8)
@@ -48,7 +48,7 @@ def test_flops_are_those_of_pytorch_for_dense_attention():
         call = profiler.natten_call(problem, "tiled", backward)
         with FlopCounterMode(display=False) as counter:
             call()
-        # The backward computes the scores anew, which Problem counts; the forward pass is apart.
+        # The backward computes the scores again, which Problem counts, beside the forward pass.
         assert counter.get_total_flops() == problem.flops(backward=backward)
 
 
@@ -206,7 +206,7 @@ def test_optimize_remembers_the_fastest():
     steps = []
 
     class OutOfSharedMemory(Exception):
-        """As compilers raise: not a RuntimeError."""
+        """Compilers raise such an error; it is not a RuntimeError."""
 
     def measured(kind):
         now = tiles.choose(kind, *arguments)

@@ -1,4 +1,4 @@
-"""The oracle against plain Python numbers, computed straight from the definition."""
+"""The oracle is compared with plain Python numbers, computed straight from the definition."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ CASES = [
 
 
 def attended(case):
-    """For every token the tokens it attends, and the bias's index for each."""
+    """For every token, the tokens that it attends, and the index of the bias for each."""
     rule, everyone = case.rule, []
     axes = [
         brute_force_axis(length, k, s, d, causal)
@@ -45,7 +45,7 @@ def attended(case):
 
 
 def by_hand(case, inputs, scale):
-    """Output and LSE, one number after another."""
+    """Output and LSE, computed one number after another."""
     q, k, v, rpb, ek, ev = inputs
     out = torch.zeros(*q.shape[:-1], case.value_dim, dtype=torch.float64)
     lse = torch.zeros(q.shape[:-1], dtype=torch.float64)
@@ -87,7 +87,7 @@ def test_output_and_lse(case):
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_unfused_slots(case):
-    """Products and bias in every slot, in the order of the definition; masked slots are last."""
+    """Products and bias are in the slots that the definition says; masked slots are last."""
     case = case._replace(kv_heads=case.heads, rpb=True)
     q, k, _, rpb, _, _ = case.inputs()
     products, bias = reference.qk(q, k, case.rule), reference.rpb_bias(rpb, case.space, case.rule)
@@ -126,7 +126,7 @@ def test_anywhere_in_the_parameter_space(case):
 
 @pytest.mark.parametrize("window", [2, 3, 4])
 def test_stride_of_the_window_is_blocked_attention(window):
-    """Each block of ``kernel_size`` tokens attends itself alone."""
+    """Each block of ``kernel_size`` tokens attends only itself."""
     case = Case((12,), (window,), stride=window)
     q, k, v, *_ = inputs = case.inputs()
     out, _ = reference.forward(Inputs(*inputs), case.rule, 0.5)
@@ -149,7 +149,7 @@ def test_dilation_is_attention_inside_every_group():
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_the_references_gradient_is_its_derivative(case):
-    """It is written out, because autograd is off inside of dispatch modes."""
+    """The gradient is written out, because autograd is off inside of dispatch modes."""
     inputs = [None if x is None else x.requires_grad_() for x in case.inputs()]
     outputs = reference.forward(Inputs(*inputs), case.rule, 0.7)
     grads = [torch.randn_like(x) for x in outputs]

@@ -1,4 +1,4 @@
-"""The sdpa backend beyond what every backend is tested for: ways to cut, choice, exactness."""
+"""The sdpa backend beyond the tests of every backend: ways to cut, choice, exactness."""
 
 import math
 import random
@@ -23,7 +23,7 @@ NEAR = [
     Case((12, 7), (11, 7), stride=(5, 1)),
     Case((12, 10), (6, 5), dilation=2, is_causal=(True, False), extra=1),
     Case((5, 6, 7), (5, 5, 6)),
-    # One head: its batch may be the kernel's heads.
+    # With one head, the batch may be the kernel's heads.
     Case((6,), (6,), batch=3, heads=1, kv_heads=1, value_dim=3),
     Case((4, 5), (3, 5), batch=3, heads=1, kv_heads=1),
     Case((40,), (37,), batch=2, heads=1, kv_heads=1, is_causal=True, dim=5),
@@ -32,7 +32,7 @@ NEAR = [
 
 @pytest.fixture
 def fresh():
-    """Plans are kept between calls; a test that changes how they are made starts and ends bare."""
+    """Drop all kept plans before and after a test that changes how plans are made."""
     caches.STORE.forget(lambda key: True)
     yield
     caches.STORE.forget(lambda key: True)
@@ -66,7 +66,7 @@ def test_windows_that_are_nearly_the_layout(case, dtype, grad_lse):
 
 @pytest.mark.parametrize("case", [*NEAR, *(c for c in CASES[:-1] if not c.rpb)], ids=name_of)
 def test_every_way_to_cut_is_right(case, monkeypatch, fresh):
-    """Which is cheapest is a guess about machines; no choice may change the result."""
+    """The choice of tiles is a guess about machines, and must not change the result."""
     options, rng = costs._options, random.Random(0)
     monkeypatch.setattr(
         costs, "_options", lambda *args: [[rng.choice(axis)] for axis in options(*args)]
@@ -90,7 +90,7 @@ def test_a_full_window_needs_no_mask():
 
 
 def test_the_ends_of_nearly_full_windows_need_no_mask():
-    """On each axis, the windows of 2 * 30 queries."""
+    """On each axis, 2 * 30 queries share the windows at the ends."""
     found = grids((64, 64), 60)
     queries = [math.prod(run.repeats * run.query_size for run in grid.runs) for grid in found]
     assert sum(queries) == 64 * 64
@@ -99,7 +99,7 @@ def test_the_ends_of_nearly_full_windows_need_no_mask():
 
 @pytest.mark.parametrize(("batch", "heads"), [(1, 3), (3, 1), (1, 1)])
 def test_the_ends_are_one_call_on_views(batch, heads, monkeypatch, fresh):
-    """Two tiles and the batch, or two tiles and the heads, are what the kernel takes a batch of."""
+    """The kernel's matrices are two tiles times the batch, or two tiles times the heads."""
     options = costs._options
     monkeypatch.setattr(costs, "_options", lambda *args: [[axis[-2]] for axis in options(*args)])
     query = torch.randn(batch, 400, heads, 16)
@@ -132,7 +132,7 @@ def problem(shape, rule, operation="attention", **others):
 
 @pytest.mark.parametrize("operation", ["attention", "gradient"])
 def test_choice(operation):
-    """Windows of many pairs and plain attention run here, small windows on tiled."""
+    """Plain attention and windows of many pairs run here, and small windows on tiled."""
     whole, small = (Neighborhood.create(2, k) for k in (32, 3))
     assert backends.choose("", problem((32, 32), whole, operation)).name == "sdpa"
     assert backends.choose("", problem((32, 32), small, operation)).name == "tiled"
@@ -142,7 +142,7 @@ def test_choice(operation):
 
 
 def test_a_backward_that_leaves_threads_idle(monkeypatch):
-    """PyTorch's backward shares matrices among threads, not the queries of one."""
+    """PyTorch's backward splits matrices among threads, but not the queries of one matrix."""
     one = problem((32, 32), Neighborhood.create(2, 32), "gradient")._replace(
         shape=(1, 32, 32, 1, 64)
     )
@@ -170,7 +170,7 @@ def test_what_it_can_not_run():
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
 @pytest.mark.parametrize("causal", [False, True])
 def test_scales_that_are_not_positive(scale, causal):
-    """PyTorch's causal kernel multiplies minus infinity by the scale."""
+    """They are refused, because PyTorch's causal kernel multiplies -inf by the scale."""
     q, k, v = (torch.randn(1, 12, 2, 8).double() for _ in range(3))
     out = natten.na1d(q, k, v, 12, is_causal=causal, scale=scale, backend="sdpa")
     expected = natten.na1d(q, k, v, 12, is_causal=causal, scale=scale, backend="reference")
@@ -185,14 +185,14 @@ def test_large_scores_do_not_overflow():
     out, lse = sdpa.forward(Inputs(*inputs), case.rule, 0.4)
     assert lse.abs().max() > 1e3
     assert_close("lse", expected[1], lse, 1e-5)
-    # float32 scores near 10^4 are exact to 10^-3, and so are the weights.
+    # float32 scores near 10^4 are exact to 10^-3, and weights inherit this error.
     assert_close("out", expected[0], out, 2e-3)
 
 
 @pytest.mark.parametrize("mean", [0, 1, 10, 100])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
 def test_gradients_where_values_have_a_common_mean(mean, dtype):
-    """The output is not read after it was rounded: at most twice the math path's error."""
+    """The rounded output is not read, so the error is at most twice the math path's."""
     q, k, v, grad = (torch.randn(1, 96, 2, 32) for _ in range(4))
     inputs = [x.to(dtype) for x in (q, k, v + mean)]
     grad = grad.to(dtype)
@@ -222,7 +222,7 @@ def test_gradients_where_values_have_a_common_mean(mean, dtype):
 
 @pytest.mark.parametrize("case", [Case((24,), (24,)), NEAR[0], NEAR[4]], ids=name_of)
 def test_outputs_are_no_views(case):
-    """Autograd's forward mode takes none from a Function."""
+    """A Function with forward mode must not return views."""
     rule, inputs = case.rule, case.inputs()
     assert not any(x._is_view() for x in sdpa.forward(Inputs(*inputs), rule, 0.4))
     q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
@@ -237,7 +237,7 @@ def rule_arguments(rule):
 
 
 def test_tokens_that_are_shown_many_times():
-    """Strides of zero, which a matrix product does not take."""
+    """Expanded tokens have strides of zero, which a matrix product does not take."""
     x = torch.randn(1, 1, 1, 8).expand(2, 30, 2, 8)
     rule = Neighborhood.create(1, 28)
     inputs = (x, x, x, None, None, None)

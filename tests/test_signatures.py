@@ -1,7 +1,7 @@
-"""Names, order and defaults of every NATTEN release, in ours: ``data/signatures.json`` has them.
+"""We have the names, order and defaults of every NATTEN release (``data/signatures.json``).
 
-The top level serves 0.20.0 and later, each stand-in its era, and the top level has the names of all
-eras in their newest form. A call that a release takes has to be taken, and to mean the same.
+The top level serves 0.20.0 and later, and has the names of all eras in their newest form. Each
+stand-in serves its era. A call that a release takes has to be taken here, and to mean the same.
 """
 
 import ast
@@ -24,7 +24,7 @@ SERVES = {
     "natten": ORDER[ORDER.index("0.20.0") :],
 }
 
-#: What differs on purpose, by pattern of our name, and why.
+#: What differs on purpose: patterns of our names, and the reason.
 DIFFERENT = {
     r".*\.v01[45]\.(functional|natten[12]d)\.natten[12]d(qkrpb|av)": (
         "to 0.14.4 there was no `kernel_size`; the number of arguments tells the forms apart"
@@ -69,7 +69,7 @@ def releases(span):
 
 
 def cases():
-    """Our name, a release, and what the name was in it; one case per form and package."""
+    """Our name, a release, and what the name was in it, once per form and package."""
     for name, spans in TABLE.items():
         for span, what in spans.items():
             for package, served in SERVES.items():
@@ -80,7 +80,7 @@ def cases():
 
 
 def find(path):
-    """What is at ``path``, as ``from module import name`` has it."""
+    """The object at ``path``, as ``from module import name`` finds it."""
     module, names = path, []
     while True:
         module, _, name = module.rpartition(".")
@@ -88,7 +88,7 @@ def find(path):
         try:
             found = importlib.import_module(module)
             break
-        except ModuleNotFoundError:  # a class
+        except ModuleNotFoundError:  # it is a class
             pass
     for name in names:
         found = getattr(found, name)
@@ -124,7 +124,7 @@ def ours(found):
 
 
 def difference(path, release, what):
-    """How our ``path`` differs from ``what`` in ``release``, None if it does not."""
+    """How our ``path`` differs from ``what`` in ``release``; None if it does not differ."""
     try:
         found = find(path)
     except AttributeError:

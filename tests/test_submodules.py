@@ -16,13 +16,13 @@ import natten
 MODULES = [
     each.name
     for each in pkgutil.walk_packages(natten.__path__, "natten.")
-    if not each.name.endswith(".__main__")  # a program
+    if not each.name.endswith(".__main__")  # these are programs
 ]
 GPU = ("natten.backends.hopper", "natten.backends.triton")
 
 
 def fresh(code: str) -> str:
-    """What a program prints."""
+    """The output of a program in a new process."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -38,7 +38,7 @@ def test_every_submodule_is_an_attribute() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 def test_one_alone_is_enough() -> None:
-    """Each by itself, so that none is there by the import of another one."""
+    """Each is tested in a new process, so that no other import has brought it."""
     code = """
 import natten, os, sys
 for name in ("draw", "simulator", "profiler", "token_permute", "utils.varlen", "cli.options"):

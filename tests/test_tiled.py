@@ -1,4 +1,4 @@
-"""The tiled backend beyond its default choices: every tile size, poison, views, memory, bits."""
+"""The tiled backend beyond its default choices: tile sizes, poison, views, memory, bits."""
 
 import math
 import random
@@ -22,14 +22,14 @@ LARGE = [
     Case((30, 31), (5, 8), (2, 3), (3, 2), (True, False), 1, 6, 3, 4, 5, extra=3, rpb=True),
     Case((9, 13, 14), (3, 5, 4), batch=1, dim=8, value_dim=16),
     Case((8, 12, 11), (4, 2, 3), (1, 2, 1), (2, 3, 1), True, 1, 2, 1, 4, 7, extra=1, rpb=True),
-    # Upstream's illegal memory access (issue 335): wide values with a large dilation.
+    # Wide values with a large dilation: upstream's illegal memory access (issue 335).
     Case((33, 37), (2, 2), dilation=16, batch=1, heads=1, kv_heads=1, dim=8, value_dim=384),
 ]
 
 
 @pytest.fixture
 def fresh_plans():
-    """Plans are kept between calls; a test that changes how they are made starts and ends bare."""
+    """Drop all kept plans before and after a test that changes how plans are made."""
     forget_plans()
     yield
     forget_plans()
@@ -62,13 +62,13 @@ def check(case, dtype=torch.float64, inputs=None):
 @pytest.mark.parametrize("dtype", RATIO, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", LARGE, ids=name_of)
 def test_many_tiles(case, dtype):
-    """Long enough that tiles repeat, boxes overlap, and borders are far apart."""
+    """Layouts are long enough that tiles repeat, their keys overlap, and borders are far apart."""
     check(case, dtype)
 
 
 @pytest.mark.parametrize("case", [*CASES[:-1], LARGE[2], LARGE[6]], ids=name_of)
 def test_every_tile_size_is_right(case, monkeypatch, fresh_plans):
-    """Which tiles are cheapest is a guess about machines; no choice may change the result."""
+    """The choice of tiles is a guess about machines, and must not change the result."""
     candidates, rng = tiling._candidates, random.Random(0)
     monkeypatch.setattr(tiling, "_candidates", lambda *args: [rng.choice(candidates(*args))])
     for _ in range(8):
@@ -85,7 +85,7 @@ def test_tile_sizes_that_nothing_divides(size, monkeypatch, fresh_plans):
 
 @pytest.fixture
 def poison():
-    """Every buffer starts as NaN; and PyTorch refuses what is not deterministic."""
+    """Let every buffer start as NaN, and let PyTorch refuse what is not deterministic."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()
@@ -102,7 +102,7 @@ def test_no_garbage_is_read(case, chunk, monkeypatch, poison):
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_unfused_reads_no_garbage(case, poison):
-    """Dirty masked slots included: they are ignored, as is what was in memory before."""
+    """Masked slots and the former contents of memory are ignored, even if they are NaN."""
     q = torch.randn(case.batch, *case.space, case.heads, case.dim).double()
     attn = torch.randn(*q.shape[:-1], case.rule.window_tokens).double()
     valid = case.rule.attended_slots(case.space)[..., None, :]
@@ -123,7 +123,7 @@ def test_unfused_reads_no_garbage(case, poison):
 @pytest.mark.parametrize("dtype", RATIO, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", LARGE[2:5], ids=name_of)
 def test_unfused_in_every_precision(case, dtype):
-    """Views as inputs: heads before space in memory, every other channel."""
+    """Inputs are views with heads before space in memory, and of every other channel."""
 
     def make(*shape):
         wide = torch.randn(shape[0], shape[-2], *shape[1:-2], 2 * shape[-1], dtype=dtype)
@@ -139,14 +139,14 @@ def test_unfused_in_every_precision(case, dtype):
 
 
 def test_expanded_everywhere():
-    """One token, one head, one batch item, shown many times; gradients have the full shape."""
+    """Tokens, heads and batch entries may be expanded; gradients have the full shape."""
     case = Case((9, 8), (3, 4), dilation=2, is_causal=(False, True), extra=2, rpb=True)
     shapes = [x.shape for x in case.inputs()]
     check(case, inputs=[torch.randn(s[-1:]).double().expand(s) for s in shapes])
 
 
 def test_large_scores_do_not_overflow():
-    """Scores of thousands: exponentials that are not shifted would be infinite."""
+    """With scores of thousands, exponentials that are not shifted would be infinite."""
     case = Case((40,), (7,), dim=4, extra=2, rpb=True)
     inputs = [100 * x for x in case.inputs(torch.float32)]
     oracle = [x.double() for x in inputs]
@@ -154,12 +154,12 @@ def test_large_scores_do_not_overflow():
     out, lse = tiled.forward(Inputs(*inputs), case.rule, 0.4)
     assert lse.abs().max() > 1e3
     assert_close("lse", expected[1], lse, 1e-5)
-    # float32 scores near 10^4 are exact to 10^-3, and so are the weights.
+    # float32 scores near 10^4 are exact to 10^-3, and weights inherit this error.
     assert_close("out", expected[0], out, 2e-3)
 
 
 class NoOverlap(TorchDispatchMode):
-    """Refuses in-place operations that write one element twice: their result is not determined."""
+    """A mode that refuses in-place operations which write an element twice, in no fixed order."""
 
     writes = 0
 
@@ -186,7 +186,7 @@ def test_no_operation_writes_an_element_twice(case, tile, monkeypatch, fresh_pla
 
 
 def test_zero_additional_tokens():
-    """An empty tensor is no token; its gradient is empty too."""
+    """An empty tensor adds no token, and its gradient is empty, too."""
     inputs = [x.requires_grad_() for x in Case((9,), (3,), extra=2).inputs() if x is not None]
     q, k, v, ek, ev = inputs
     none = natten.na1d(q, k, v, 3)
@@ -197,7 +197,7 @@ def test_zero_additional_tokens():
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that storages made under it held at one time."""
+    """A mode that records the peak of all bytes in storages that are made inside of it."""
 
     def __init__(self):
         super().__init__()
@@ -223,7 +223,7 @@ class Peak(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["fused", "unfused"])
 def test_peak_memory_of_forward_and_backward(kind):
-    """32768 tokens, window 9: the square would be 4 GB; six times q, k and v is allowed."""
+    """The square of 32768 tokens would be 4 GB; six times q, k and v is allowed."""
     tokens, window = 32768, 9
     q, k, v = (torch.randn(1, tokens, 2, 16) for _ in range(3))
     peak = Peak()

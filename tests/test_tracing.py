@@ -1,4 +1,4 @@
-"""What records calls without running them: a right graph, or an error that says what to do."""
+"""Tools that record calls get a right graph, or an error that says what to do."""
 
 import io
 
@@ -46,7 +46,7 @@ def inputs(height=5):
 
 
 def saved(traced):
-    """Saved and loaded."""
+    """A traced function after saving and loading."""
     file = io.BytesIO()
     torch.jit.save(traced, file)
     file.seek(0)
@@ -67,7 +67,7 @@ def nodes(traced):
     ids=lambda x: getattr(x, "__name__", ""),
 )
 def test_a_trace_holds_the_operators_and_can_be_saved(function, wanted):
-    """Other numbers than those it was traced with; gradients and second derivatives, too."""
+    """It takes new numbers, and gives first and second derivatives."""
     traced = torch.jit.trace(function, inputs())
     assert nodes(traced) == wanted
     given = inputs()
@@ -84,7 +84,7 @@ def test_a_trace_holds_the_operators_and_can_be_saved(function, wanted):
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_traced_layers(rank):
-    """Of other sizes, too; and an image that the window does not fit is refused."""
+    """They take other sizes, too, and refuse an image that the window does not fit."""
     layer = LAYERS[rank](8, 2, 3, rel_pos_bias=True, dilation=2).eval()
     traced = saved(torch.jit.trace(layer, torch.randn(2, *(7, 8, 6)[:rank], 8)))
     x = torch.randn(3, *(6, 7, 9)[:rank], 8)
@@ -105,7 +105,7 @@ def test_traced_packed_attention_reads_its_lengths():
 
 
 def test_gradients_inside_a_trace_are_refused():
-    """The tracer would keep what the forward pass saved as constants."""
+    """The tracer would record the tensors that the forward pass saved as constants."""
 
     def gradient(q):
         q = q.detach().requires_grad_()
@@ -128,7 +128,7 @@ def test_gradients_inside_a_trace_are_refused():
 
 @pytest.mark.parametrize("function", [fused, unfused, dense], ids=lambda f: f.__name__)
 def test_the_old_onnx_exporter_is_refused(function):
-    """It took attention for a constant."""
+    """It would record attention as a constant."""
 
     class Module(torch.nn.Module):
         def forward(self, *args):
@@ -194,12 +194,12 @@ def test_scripting_is_refused_and_scripts_call_traces():
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_fvcore_counts_by_the_names_of_old_functions(rank):
-    """As VMamba and others do: handlers are given for the names of NATTEN's autograd.Functions."""
+    """VMamba and others register handlers for the names of NATTEN's autograd.Functions."""
     fvcore = pytest.importorskip("fvcore.nn")
     layer = LAYERS[rank](16, 2, 3, rel_pos_bias=True, attn_drop=0.1)
     x = torch.randn(1, *(5, 4, 6)[:rank], 16)
     tokens = x[0, ..., 0].numel()
-    products = tokens * 16 * 3**rank  # multiply-adds of qk, and of av
+    products = tokens * 16 * 3**rank  # multiply-adds of qk; av has the same number
     qk, av = (
         f"prim::PythonOp.NeighborhoodAttention{rank}D{n}AutogradFunction" for n in ("QK", "AV")
     )

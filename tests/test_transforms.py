@@ -1,4 +1,4 @@
-"""Compositions of torch.func transforms and forward mode, against the same of the dense oracle."""
+"""Compositions of torch.func transforms and forward mode, compared with the dense oracle."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_composition(name, function):
 
 @pytest.mark.parametrize("function", [fused, unfused], ids=lambda f: f.__name__)
 def test_forward_over_forward_is_refused(function):
-    """PyTorch takes the second tangent of any autograd.Function for zero."""
+    """PyTorch would take the second tangent of any autograd.Function for zero."""
     assert directional(directional(oracle))(Q).abs().max() > 0.1
     with pytest.raises(NotImplementedError, match="twice in forward mode"):
         directional(directional(function))(Q)
@@ -89,7 +89,7 @@ def test_forward_over_forward_is_refused(function):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 def test_autocast_casts_every_input_and_returns_gradients_in_their_own_dtype(dtype):
-    """What a call in half precision gives, bit for bit."""
+    """The result is bit for bit that of a call in half precision."""
     case = Case((5, 6), (3, 3), extra=3, rpb=True)
     leaves = [x.requires_grad_() for x in case.inputs(torch.float32)]
 
@@ -134,7 +134,7 @@ def test_nested_with_bias(causal):
 
 
 class Subclass(torch.Tensor):
-    """A tensor that operators see as one of another class."""
+    """A tensor of another class."""
 
 
 @pytest.mark.parametrize("function", [fused, unfused], ids=lambda f: f.__name__)

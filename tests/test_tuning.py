@@ -1,4 +1,4 @@
-"""Tiles remembered on disk, and a choice that follows them."""
+"""Tiles are remembered on disk, and the choice of tiles follows them."""
 
 import gc
 import multiprocessing
@@ -84,7 +84,7 @@ def _write(number):
 
 
 def test_many_writers_leave_one_whole_file(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # can not be asked after a fork
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # a fork can not ask CUDA
     context = multiprocessing.get_context("fork")
     writers = [context.Process(target=_write, args=(n,)) for n in (1, 2)]
     writers.append(threading.Thread(target=_write, args=(3,)))
@@ -119,7 +119,7 @@ def test_triton_uses_what_was_measured():
     "known", [5, {}, [], [[1, 1, 4096], [1, 1, 4096], 4, 2], [[1, 8, 8]]], ids=str
 )
 def test_what_is_no_candidate_is_not_used(known, backend):
-    """Remembered by another version, or for more room than there is."""
+    """Another version may have remembered it, or a GPU with more shared memory."""
     tiles = pytest.importorskip(f"natten.backends.{backend}.tiles")
     problem = ("forward", Neighborhood.create(2, 5), (30, 20), (30, 20), 64, 64, 2)
     with tuning.trial(tiles.key(*problem), known):
@@ -153,18 +153,18 @@ def test_triton_counts_the_pairs_it_computes():
     # Groups of 11 and 10 positions: 3 tiles each, which reach 5 or 6 keys at most: one box.
     assert tiles.computed_pairs("forward", rule, (21,), (21,), shape) == 2 * 3 * 4 * 8
     transposed = tiles.Tiles((1, 1, 4), (1, 1, 2), 4, 2)
-    # Queries that reach keys 0-1, 2-3, ...: of 11 positions 3, 5, 4, 4, 4, 2; of 10: 3, 5, 4, 5, 3.
+    # Keys 0-1, 2-3, ... are reached by 3, 5, 4, 4, 4, 2 of 11 queries, and by 3, 5, 4, 5, 3 of 10.
     found = tiles.computed_pairs("key", rule, (21,), (21,), transposed)
     assert found == (7 + 7) * 2 * 4
 
 
 class OutOfResources(Exception):
-    """As compilers raise for what does not fit the GPU: not a RuntimeError."""
+    """Compilers raise such an error if tiles do not fit the GPU; it is not a RuntimeError."""
 
 
 @pytest.fixture
 def trials(monkeypatch):
-    """A function of milliseconds, None for tiles that do not fit: trials of such launches."""
+    """A function that times launches with made-up milliseconds; None stands for tiles too large."""
     plan = pytest.importorskip("natten.backends.triton.plan")
     now = [0.0]
 
@@ -202,13 +202,13 @@ def test_the_first_call_passes_over_what_does_not_fit(times, trials, caplog):
         found(torch.empty(1))
     assert tuning.lookup("a") == [8, 3] and found.launches == {}
     assert caplog.text.count("passed over: OutOfResources: shared memory") == times.count(None)
-    found(torch.empty(1))  # what was chosen runs
+    found(torch.empty(1))  # runs with the tiles that were chosen
 
 
 def test_where_no_tiles_fit_the_call_says_so_and_lets_go_of_its_tensors(trials):
     found, x = trials((None, None)), torch.empty(1)
     alive = weakref.ref(x)
-    gc.disable()  # reference counts alone have to do
+    gc.disable()  # reference counts alone must free everything
     try:
         for _ in range(2):
             with pytest.raises(RuntimeError, match=r"none of the tiles of a .*: shared memory"):

@@ -1,4 +1,4 @@
-"""Types that users' checkers see, and what ``help`` shows."""
+"""The types that users' checkers see, and the text that ``help`` shows."""
 
 import importlib.util
 import inspect
@@ -58,7 +58,7 @@ PUBLIC = [getattr(natten, name) for name in natten.__all__ if callable(getattr(n
 
 @pytest.mark.parametrize("function", PUBLIC, ids=lambda f: f.__name__)
 def test_results_have_types(function):
-    """Every parameter and every result of what users call; of a class, of its methods, too."""
+    """Every parameter and result of public functions has a type; so have methods of classes."""
     of_class = inspect.isclass(function)
     functions = (
         [f for n, f in vars(function).items() if inspect.isfunction(f) and not n.startswith("_")]

@@ -1,4 +1,4 @@
-"""What a person should know though the call runs: said once, in compiled code, too."""
+"""Warnings about calls that run all the same; each comes once, also from compiled code."""
 
 import warnings
 
@@ -25,7 +25,7 @@ def _nothing_said(monkeypatch):
 
 
 def said(function, *args, **kwargs):
-    """The warnings of a call."""
+    """The texts of the warnings that a call emits."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         function(*args, **kwargs)
@@ -40,7 +40,7 @@ def query(rank, size=6, heads=2):
 
 
 def calls(rank):
-    """Fused operators, packed documents and layers with a backend."""
+    """Calls of fused operators, packed documents and layers that ask for a backend."""
     q = query(rank)
     packed, layout = q[0].flatten(0, -3), natten.VarlenLayout([(6,) * rank])
     names = natten.NeighborhoodAttention1D, natten.NeighborhoodAttention2D
@@ -88,7 +88,7 @@ def test_a_compiled_call():
 
 
 def test_another_backend_for_the_backward(monkeypatch):
-    """The forward runs where it should, so the warning comes with the gradient."""
+    """The forward runs on the backend asked for, so the warning comes with the gradient."""
     monkeypatch.setattr(reference, "operations", ("attention",))
     tuning._forget_choices()
     q = query(2)
@@ -128,7 +128,7 @@ def test_heads_last(shape):
 
 
 def test_no_question_about_sizes_in_compiled_code():
-    """One would compile anew for other sizes."""
+    """A comparison of sizes would compile again for other sizes."""
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(
         lambda q: natten.na1d(q, q, q, 3), fullgraph=True, dynamic=True, backend=counter
@@ -142,7 +142,7 @@ def test_no_question_about_sizes_in_compiled_code():
 
 
 def test_merging_compiles_where_an_lse_needs_no_gradient():
-    """One graph, the same numbers and gradients; the warning comes with the compilation."""
+    """It is one graph with the same numbers and gradients, and compiling it warns."""
 
     def merged(out, lse, frozen):
         return natten.merge_attentions([out, out * 2], [lse, frozen])[0]
