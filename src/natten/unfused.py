@@ -1,4 +1,4 @@
-"""Unfused neighborhood attention, heads-first: scores, softmax by the caller, weighted sums."""
+"""Unfused neighborhood attention, heads-first: scores, and sums of values with given weights."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _rule(x: Tensor, kernel_size: Any, stride: Any, dilation: Any, is_causal: An
 def _space(x: Tensor, rule: Neighborhood, name: str) -> tuple[int, ...]:
     """The token layout of heads-first ``x``, which the windows fit."""
     space = tuple(x.shape[2:-1])
-    if torch.jit.is_tracing():  # where sizes are tensors, which an autograd.Function can not take
+    if torch.jit.is_tracing():  # sizes are tensors there, which an autograd.Function can not take
         space = tuple(int(n) for n in space)
     rule.check(space)
     if x.shape[-1] < 1:
@@ -140,30 +140,31 @@ def _space(x: Tensor, rule: Neighborhood, name: str) -> tuple[int, ...]:
     return space
 
 
-def _check_additional(name: str, extra: Tensor, like: Tensor) -> None:
-    check_tensors(**{name: extra})
-    check_same(name, extra, "query" if name == "additional_keys" else "value", like)
+def _check_additional(name: str, additional: Tensor, like: Tensor) -> None:
+    check_tensors(**{name: additional})
+    check_same(name, additional, "query" if name == "additional_keys" else "value", like)
     wanted = (like.shape[0], like.shape[1], like.shape[-1])
-    if extra.dim() != 4 or (*extra.shape[:2], extra.shape[-1]) != wanted:
+    if additional.dim() != 4 or (*additional.shape[:2], additional.shape[-1]) != wanted:
         raise ArgumentError(
             f"`{name}` must be [batch, heads, extra, head_dim] with batch, heads and head_dim "
-            f"{wanted}, got {tuple(extra.shape)}."
+            f"{wanted}, got {tuple(additional.shape)}."
         )
 
 
-_QK = """Scores of every query with the keys of its window, {rank}-D, unfused.
+_QK = """Scores of every query with the keys of its window, {rank}-D and unfused.
 
-    Heads-first; the caller scales the query. Differentiable to any order, forward mode included.
+    Tensors are heads-first, and the caller scales the query. Derivatives of every order exist, also
+    in forward mode.
 
     Args:
         query, key: ``[batch, heads, {space}, head_dim]``.
         kernel_size, dilation, is_causal, stride: one value for all axes or one per axis.
-        additional_keys: ``[batch, heads, extra, head_dim]``, attended by every query.
-        rpb: relative positional bias ``[heads, 2 * kernel_size - 1, ...]``, trainable.
+        additional_keys: ``[batch, heads, num_additional, head_dim]``; every query attends them.
+        rpb: trainable relative positional bias ``[heads, 2 * kernel_size - 1, ...]``.
 
     Returns:
-        ``[batch, heads, {space}, window tokens (+ extra, last)]``; slots that causality masks
-        hold -inf.
+        ``[batch, heads, {space}, window tokens + num_additional]``. Slots that causality masks hold
+        -inf, and slots of additional keys come last.
 
     Raises:
         ArgumentError: an argument has a type, shape, dtype, device or value that is not allowed.
@@ -173,18 +174,20 @@ _QK = """Scores of every query with the keys of its window, {rank}-D, unfused.
         >>> attn = {name}(16**-0.5 * q, k, kernel_size={kernel}).softmax(-1)
 """
 
-_AV = """Weighted sum of the values of every token's window, {rank}-D, unfused.
+_AV = """Weighted sum of the values of every token's window, {rank}-D and unfused.
 
-    Heads-first; the counterpart of ``na{rank}d_qk``. Differentiable to any order.
+    It is the counterpart of ``na{rank}d_qk``. Tensors are heads-first. Derivatives of every order
+    exist.
 
     Args:
-        attn: weights ``[batch, heads, {space}, window tokens (+ extra, last)]``.
+        attn: weights ``[batch, heads, {space}, window tokens + num_additional]``; those of
+            additional values come last, and slots that causality masks are ignored.
         value: ``[batch, heads, {space}, head_dim]``.
         kernel_size, dilation, is_causal, stride: as given to ``na{rank}d_qk``.
-        additional_values: ``[batch, heads, extra, head_dim]``.
+        additional_values: ``[batch, heads, num_additional, head_dim]``.
 
     Returns:
-        ``[batch, heads, {space}, head_dim]``; slots that causality masks are ignored.
+        ``[batch, heads, {space}, head_dim]``.
 
     Raises:
         ArgumentError: an argument has a type, shape, dtype, device or value that is not allowed.
@@ -198,10 +201,14 @@ _AV = """Weighted sum of the values of every token's window, {rank}-D, unfused.
 
 
 def _with_depth(function: Function, before: int) -> Function:
-    """``function``, which takes 0.15's arguments, too: a window and a dilation of the first axis.
+    """Let ``function`` take 0.15's arguments, too: a window and a dilation of the first axis.
 
-    Each came before that of the other axes. Today additional tokens follow window and dilation, so
-    an integer there tells the eras apart. ``before``: how many arguments precede the window.
+    Each of them came before that of the other axes. Today additional tokens follow window and
+    dilation, so an integer there tells the eras apart.
+
+    Args:
+        function: takes window and dilation of all axes.
+        before: the number of arguments before the window.
     """
     names = ("kernel_size_d", "kernel_size", "dilation_d", "dilation")
 
