@@ -52,7 +52,7 @@ class Case(NamedTuple):
     kv_heads: int = 2
     dim: int = 8
     value_dim: int = 8
-    extra: int = 0
+    num_additional: int = 0
     rpb: bool = False
 
     @property
@@ -72,14 +72,14 @@ class Case(NamedTuple):
             return torch.randn(shape, dtype=dtype)
 
         bias = make(self.heads, *(2 * k - 1 for k in self.kernel_size)) if self.rpb else None
-        extra = (self.batch, self.extra, self.kv_heads)
+        additional = (self.batch, self.num_additional, self.kv_heads)
         return Inputs(
             make(self.batch, *self.space, self.heads, self.dim),
             make(self.batch, *self.space, self.kv_heads, self.dim),
             make(self.batch, *self.space, self.kv_heads, self.value_dim),
             bias,
-            make(*extra, self.dim) if self.extra else None,
-            make(*extra, self.value_dim) if self.extra else None,
+            make(*additional, self.dim) if self.num_additional else None,
+            make(*additional, self.value_dim) if self.num_additional else None,
         )
 
 
@@ -102,12 +102,12 @@ CASES = [
     Case((33,), (8,), stride=8, batch=1, heads=1, kv_heads=1, dim=1, value_dim=3),
     Case((11,), (11,), is_causal=True, rpb=True),
     Case((9, 7), (3, 5), rpb=True),
-    Case((13, 11), (4, 3), stride=(2, 3), dilation=(2, 3), heads=6, extra=3),
-    Case((10, 6), (3, 3), dilation=(3, 2), is_causal=(True, False), rpb=True, extra=1),
+    Case((13, 11), (4, 3), stride=(2, 3), dilation=(2, 3), heads=6, num_additional=3),
+    Case((10, 6), (3, 3), dilation=(3, 2), is_causal=(True, False), rpb=True, num_additional=1),
     Case((1, 17), (1, 6), stride=(1, 4), kv_heads=1, dim=12, value_dim=5),
     Case((8, 8), (8, 8), heads=3, kv_heads=1, value_dim=17),
     Case((5, 6, 7), (3, 2, 5), rpb=True),
-    Case((7, 5, 9), (2, 2, 3), stride=(2, 1, 2), dilation=(3, 2, 2), heads=4, extra=2),
+    Case((7, 5, 9), (2, 2, 3), stride=(2, 1, 2), dilation=(3, 2, 2), heads=4, num_additional=2),
     Case((4, 6, 5), (4, 3, 2), is_causal=(True, True, False), stride=(1, 3, 1), dim=65),
     Case((3, 4), (2, 2), batch=0),
 ]

@@ -21,7 +21,9 @@ from natten.operators import schema
 from natten.operators.packed import packed_attention
 
 # All at once: even and strided windows, dilation, causality, GQA, bias, additional tokens.
-FULL = Case((4, 7), (2, 3), (2, 1), (1, 2), (True, False), 1, 4, 2, 2, 3, extra=2, rpb=True)
+FULL = Case(
+    (4, 7), (2, 3), (2, 1), (1, 2), (True, False), 1, 4, 2, 2, 3, num_additional=2, rpb=True
+)
 PLAIN = Case((5, 4), (3, 2), batch=1, dim=2, value_dim=2)
 
 
@@ -33,8 +35,8 @@ def fused(case):
     def function(q, k, v, *rest):
         given = iter(rest)
         rpb = next(given) if case.rpb else None
-        ek, ev = (next(given), next(given)) if case.extra else (None, None)
-        return operators.attention(Inputs(q, k, v, rpb, ek, ev), case.rule, 0.7)
+        ak, av = (next(given), next(given)) if case.num_additional else (None, None)
+        return operators.attention(Inputs(q, k, v, rpb, ak, av), case.rule, 0.7)
 
     return function
 
@@ -332,10 +334,10 @@ def check_compiled(function, args, **options):
 
 
 def test_compile_fused():
-    def function(q, k, v, rpb, ek, ev):
+    def function(q, k, v, rpb, ak, av):
         return na2d(
             q, k, v, (2, 3), (2, 1), (1, 2), (True, False), rpb=rpb,
-            additional_keys=ek, additional_values=ev, return_lse=True,
+            additional_keys=ak, additional_values=av, return_lse=True,
         )  # fmt: skip
 
     check_compiled(function, [x.detach() for x in leaves(FULL)])
@@ -431,8 +433,8 @@ def op_calls():
     tensors = FULL.inputs(torch.float32)
     tensors += *fused(FULL)(*tensors), torch.randn(2, 3, 4, 7, 5), torch.randn(2, 3, 4, 7, 6)
     tensors += torch.randn(1, 9, 2, 4), torch.randn(1, 7, 1, 4)
-    q, k, v, rpb, ek, ev, out, lse, x, attn, row, pair = map(reversed_in_memory, tensors)
-    inputs, dense = (q, k, v, rpb, ek, ev), (q[:, 0], k[:, 0], v[:, 0], None, None, None)
+    q, k, v, rpb, ak, av, out, lse, x, attn, row, pair = map(reversed_in_memory, tensors)
+    inputs, dense = (q, k, v, rpb, ak, av), (q[:, 0], k[:, 0], v[:, 0], None, None, None)
     saved = (out, lse, out, lse, *inputs)
     lengths = (torch.tensor([4, 5]), None, None, torch.tensor([0, 3, 7]), 5, -1, 1, 0.7, "", [0])
     rows = torch.ops.natten.packed_attention(row, pair, pair, *lengths)

@@ -28,7 +28,7 @@ from natten.backends.tiled import grids
 from natten.inputs import Inputs, compute_dtype
 from natten.neighborhood import Dense
 
-GRADS = ("query", "key", "value", "rpb", "extra_keys", "extra_values")
+GRADS = ("query", "key", "value", "rpb", "additional_keys", "additional_values")
 
 
 # --- the oracle ---
@@ -47,7 +47,9 @@ def test_oracle_by_hand():
     assert out[0, 2].item() == pytest.approx(20 + 20 * weight)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not c.rpb and not c.extra], ids=name_of)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if not c.rpb and not c.num_additional], ids=name_of
+)
 def test_oracle_is_masked_attention(case):
     q, k, v, *_ = case.inputs()
     out, _ = reference.forward(Inputs(q, k, v), case.rule, 0.3)
@@ -89,15 +91,15 @@ def check(case, dtype, grad_lse=True, transform=lambda x: x, module=tiled):
     oracle = [None if x is None else x.double() for x in inputs]
     shape = (*oracle[0].shape[:-1], case.value_dim)
     grad = torch.randn(shape, dtype=dtype)
-    extra = torch.randn(shape[:-1], dtype=compute_dtype(dtype)) if grad_lse else None
+    grad_of_lse = torch.randn(shape[:-1], dtype=compute_dtype(dtype)) if grad_lse else None
     expected = run(
         reference,
         oracle,
         case.rule,
         0.4,
-        (grad.double(), None if extra is None else extra.double()),
+        (grad.double(), None if grad_of_lse is None else grad_of_lse.double()),
     )
-    actual = run(module, inputs, case.rule, 0.4, (grad, extra))
+    actual = run(module, inputs, case.rule, 0.4, (grad, grad_of_lse))
     ratio = RATIO[dtype]
     assert_close("out", expected[0], actual[0], ratio)
     assert_close("lse", expected[1], actual[1], RATIO[compute_dtype(dtype)])
@@ -143,7 +145,7 @@ def test_on_views(case, module):
 
 @both
 def test_on_expanded_inputs(module):
-    case = Case((9, 8), (3, 4), extra=2)
+    case = Case((9, 8), (3, 4), num_additional=2)
     check(case, torch.float64, transform=lambda x: x[:, :1].expand(x.shape), module=module)
 
 
@@ -165,7 +167,7 @@ def problems(draw):
         kv_heads=kv_heads,
         dim=draw(st.integers(1, 9)),
         value_dim=draw(st.integers(1, 9)),
-        extra=draw(st.sampled_from([0, 0, 1, 4])),
+        num_additional=draw(st.sampled_from([0, 0, 1, 4])),
         rpb=draw(st.booleans()),
     )
 
@@ -318,7 +320,7 @@ def test_hypothesis_draws_are_varied():
         given(problems())(lambda case: drawn.append(case))
     )()
     assert {len(c.space) for c in drawn} == {1, 2, 3}
-    assert any(c.rpb and any(c.is_causal) for c in drawn) and any(c.extra for c in drawn)
+    assert any(c.rpb and any(c.is_causal) for c in drawn) and any(c.num_additional for c in drawn)
 
 
 def test_explain_names_the_backend_of_the_backward(monkeypatch):
@@ -348,7 +350,9 @@ def toy():
     return names["Toy"]()
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not c.rpb and not c.extra], ids=name_of)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if not c.rpb and not c.num_additional], ids=name_of
+)
 def test_the_documented_backend_is_right(case, toy):
     check(case, torch.float64, module=toy)
 

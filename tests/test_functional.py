@@ -42,9 +42,9 @@ def window(case):
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_fused(case):
-    q, k, v, rpb, ek, ev = inputs = case.inputs()
+    q, k, v, rpb, ak, av = inputs = case.inputs()
     expected = reference.forward(Inputs(*inputs), case.rule, case.dim**-0.5)
-    options = window(case) | {"additional_keys": ek, "additional_values": ev, "rpb": rpb}
+    options = window(case) | {"additional_keys": ak, "additional_values": av, "rpb": rpb}
     out, lse = FUSED[len(case.space)](q, k, v, **options, return_lse=True)
     assert_close("out", expected[0], out, 1e-12)
     assert_close("lse", expected[1], lse, 1e-12)
@@ -85,15 +85,15 @@ UNFUSED = [c._replace(kv_heads=c.heads, value_dim=c.dim) for c in CASES]
 
 @pytest.mark.parametrize("case", UNFUSED, ids=name_of)
 def test_unfused_is_fused(case):
-    q, k, v, rpb, ek, ev = case.inputs()
-    expected = reference.forward(Inputs(q, k, v, rpb, ek, ev), case.rule, case.dim**-0.5)[0]
+    q, k, v, rpb, ak, av = case.inputs()
+    expected = reference.forward(Inputs(q, k, v, rpb, ak, av), case.rule, case.dim**-0.5)[0]
     q, k, v = (x.movedim(-2, 1) for x in (q, k, v))
-    ek, ev = (None if x is None else x.transpose(1, 2) for x in (ek, ev))
+    ak, av = (None if x is None else x.transpose(1, 2) for x in (ak, av))
     rank, options = len(case.space), window(case)
-    attn = QK[rank](case.dim**-0.5 * q, k, **options, additional_keys=ek, rpb=rpb)
-    assert attn.shape == (*q.shape[:-1], math.prod(case.kernel_size) + case.extra)
+    attn = QK[rank](case.dim**-0.5 * q, k, **options, additional_keys=ak, rpb=rpb)
+    assert attn.shape == (*q.shape[:-1], math.prod(case.kernel_size) + case.num_additional)
     assert attn.is_contiguous()
-    out = AV[rank](attn.softmax(-1), v, **options, additional_values=ev)
+    out = AV[rank](attn.softmax(-1), v, **options, additional_values=av)
     assert out.is_contiguous()
     assert_close("out", expected, out.movedim(1, -2), 1e-12)
 

@@ -15,9 +15,17 @@ CASES = [
     Case((7,), (3,), batch=1, dim=2, value_dim=1),
     Case((9,), (4,), stride=4, batch=1, heads=1, kv_heads=1, dim=1, value_dim=2),
     Case((8,), (3,), stride=2, dilation=2, is_causal=True, rpb=True, dim=2, value_dim=2),
-    Case((4, 5), (2, 3), stride=(1, 2), heads=4, kv_heads=2, dim=2, value_dim=3, extra=2),
+    Case((4, 5), (2, 3), stride=(1, 2), heads=4, kv_heads=2, dim=2, value_dim=3, num_additional=2),
     Case((5, 4), (2, 2), dilation=(2, 1), is_causal=(True, False), dim=1, value_dim=1, rpb=True),
-    Case((3, 4, 2), (2, 3, 1), is_causal=(False, True, False), batch=1, dim=2, rpb=True, extra=1),
+    Case(
+        (3, 4, 2),
+        (2, 3, 1),
+        is_causal=(False, True, False),
+        batch=1,
+        dim=2,
+        rpb=True,
+        num_additional=1,
+    ),
     Case((4, 2, 5), (2, 1, 2), dilation=(2, 2, 1), heads=3, kv_heads=1, batch=1, dim=1, rpb=True),
 ]
 
@@ -46,7 +54,7 @@ def attended(case):
 
 def by_hand(case, inputs, scale):
     """Output and LSE, computed one number after another."""
-    q, k, v, rpb, ek, ev = inputs
+    q, k, v, rpb, ak, av = inputs
     out = torch.zeros(*q.shape[:-1], case.value_dim, dtype=torch.float64)
     lse = torch.zeros(q.shape[:-1], dtype=torch.float64)
     for b, head in itertools.product(range(case.batch), range(case.heads)):
@@ -55,8 +63,8 @@ def by_hand(case, inputs, scale):
             query = q[(b, *token, head)].tolist()
             rows = [(k[(b, *key, kv)].tolist(), v[(b, *key, kv)].tolist()) for key in keys]
             bias = [0.0 if rpb is None else rpb[(head, *o)].item() for o in offsets]
-            for e in range(case.extra):
-                rows.append((ek[b, e, kv].tolist(), ev[b, e, kv].tolist()))
+            for e in range(case.num_additional):
+                rows.append((ak[b, e, kv].tolist(), av[b, e, kv].tolist()))
                 bias.append(0.0)
             scores = [
                 scale * sum(x * y for x, y in zip(query, key)) + extra
@@ -113,7 +121,7 @@ def small_problems(draw):
     causal = tuple(draw(st.booleans()) for _ in space)
     return Case(
         space, kernel, stride, dilation, causal, batch=1, heads=1, kv_heads=1, dim=1, value_dim=1,
-        extra=draw(st.integers(0, 2)), rpb=draw(st.booleans()),
+        num_additional=draw(st.integers(0, 2)), rpb=draw(st.booleans()),
     )  # fmt: skip
 
 

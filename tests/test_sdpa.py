@@ -15,13 +15,13 @@ from natten.inputs import Inputs, compute_dtype
 from natten.neighborhood import Dense, Neighborhood
 
 NEAR = [
-    Case((40,), (37,), batch=1, heads=4, dim=12, value_dim=5, extra=3),
+    Case((40,), (37,), batch=1, heads=4, dim=12, value_dim=5, num_additional=3),
     Case((41,), (18,), dilation=2, heads=4, kv_heads=2),
     Case((33,), (33,), is_causal=True, dim=4),
-    Case((21,), (20,), is_causal=True, extra=2),
+    Case((21,), (20,), is_causal=True, num_additional=2),
     Case((9, 11), (8, 10), batch=1, value_dim=12),
     Case((12, 7), (11, 7), stride=(5, 1)),
-    Case((12, 10), (6, 5), dilation=2, is_causal=(True, False), extra=1),
+    Case((12, 10), (6, 5), dilation=2, is_causal=(True, False), num_additional=1),
     Case((5, 6, 7), (5, 5, 6)),
     # With one head, the batch may be the kernel's heads.
     Case((6,), (6,), batch=3, heads=1, kv_heads=1, value_dim=3),
@@ -41,7 +41,7 @@ def fresh():
 def run(module, inputs, rule, grads):
     out, lse = module.forward(Inputs(*inputs), rule, 0.4)
     found = module.backward(*grads, Inputs(*inputs), out, lse, rule, 0.4)
-    names = ("query", "key", "value", "rpb", "extra_keys", "extra_values")
+    names = ("query", "key", "value", "rpb", "additional_keys", "additional_values")
     return {"out": out, "lse": lse} | dict(zip(names, found))
 
 

@@ -15,13 +15,28 @@ from natten.backends.tiled import grids
 from natten.inputs import Inputs, compute_dtype
 
 LARGE = [
-    Case((700,), (31,), batch=1, heads=4, kv_heads=2, dim=32, value_dim=12, extra=5),
+    Case((700,), (31,), batch=1, heads=4, kv_heads=2, dim=32, value_dim=12, num_additional=5),
     Case((513,), (64,), stride=64, batch=1, dim=3, value_dim=65, is_causal=True, rpb=True),
     Case((400,), (13,), stride=4, dilation=7, batch=1, dim=12, value_dim=3, rpb=True),
     Case((33, 29), (7, 6), batch=1, dim=12, value_dim=12, rpb=True),
-    Case((30, 31), (5, 8), (2, 3), (3, 2), (True, False), 1, 6, 3, 4, 5, extra=3, rpb=True),
+    Case(
+        (30, 31), (5, 8), (2, 3), (3, 2), (True, False), 1, 6, 3, 4, 5, num_additional=3, rpb=True
+    ),
     Case((9, 13, 14), (3, 5, 4), batch=1, dim=8, value_dim=16),
-    Case((8, 12, 11), (4, 2, 3), (1, 2, 1), (2, 3, 1), True, 1, 2, 1, 4, 7, extra=1, rpb=True),
+    Case(
+        (8, 12, 11),
+        (4, 2, 3),
+        stride=(1, 2, 1),
+        dilation=(2, 3, 1),
+        is_causal=True,
+        batch=1,
+        heads=2,
+        kv_heads=1,
+        dim=4,
+        value_dim=7,
+        num_additional=1,
+        rpb=True,
+    ),
     # Wide values with a large dilation: upstream's illegal memory access (issue 335).
     Case((33, 37), (2, 2), dilation=16, batch=1, heads=1, kv_heads=1, dim=8, value_dim=384),
 ]
@@ -43,7 +58,7 @@ def run(module, inputs, rule, grad_out, grad_lse):
     """Output, LSE and all gradients, by name."""
     out, lse = module.forward(Inputs(*inputs), rule, 0.4)
     grads = module.backward(grad_out, grad_lse, Inputs(*inputs), out, lse, rule, 0.4)
-    names = ("query", "key", "value", "rpb", "extra_keys", "extra_values")
+    names = ("query", "key", "value", "rpb", "additional_keys", "additional_values")
     return {"out": out, "lse": lse} | dict(zip(names, grads))
 
 
@@ -140,14 +155,14 @@ def test_unfused_in_every_precision(case, dtype):
 
 def test_expanded_everywhere():
     """Tokens, heads and batch entries may be expanded; gradients have the full shape."""
-    case = Case((9, 8), (3, 4), dilation=2, is_causal=(False, True), extra=2, rpb=True)
+    case = Case((9, 8), (3, 4), dilation=2, is_causal=(False, True), num_additional=2, rpb=True)
     shapes = [x.shape for x in case.inputs()]
     check(case, inputs=[torch.randn(s[-1:]).double().expand(s) for s in shapes])
 
 
 def test_large_scores_do_not_overflow():
     """With scores of thousands, exponentials that are not shifted would be infinite."""
-    case = Case((40,), (7,), dim=4, extra=2, rpb=True)
+    case = Case((40,), (7,), dim=4, num_additional=2, rpb=True)
     inputs = [100 * x for x in case.inputs(torch.float32)]
     oracle = [x.double() for x in inputs]
     expected = reference.forward(Inputs(*oracle), case.rule, 0.4)
@@ -187,10 +202,12 @@ def test_no_operation_writes_an_element_twice(case, tile, monkeypatch, fresh_pla
 
 def test_zero_additional_tokens():
     """An empty tensor adds no token, and its gradient is empty, too."""
-    inputs = [x.requires_grad_() for x in Case((9,), (3,), extra=2).inputs() if x is not None]
-    q, k, v, ek, ev = inputs
+    inputs = [
+        x.requires_grad_() for x in Case((9,), (3,), num_additional=2).inputs() if x is not None
+    ]
+    q, k, v, ak, av = inputs
     none = natten.na1d(q, k, v, 3)
-    out = natten.na1d(q, k, v, 3, additional_keys=ek[:, :0], additional_values=ev[:, :0])
+    out = natten.na1d(q, k, v, 3, additional_keys=ak[:, :0], additional_values=av[:, :0])
     assert torch.equal(out, none)
     grads, expected = (torch.autograd.grad(x.sum(), (q, k, v)) for x in (out, none))
     assert all(torch.equal(a, b) for a, b in zip(grads, expected))

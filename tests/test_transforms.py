@@ -90,11 +90,11 @@ def test_forward_over_forward_is_refused(function):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 def test_autocast_casts_every_input_and_returns_gradients_in_their_own_dtype(dtype):
     """The result is bit for bit that of a call in half precision."""
-    case = Case((5, 6), (3, 3), extra=3, rpb=True)
+    case = Case((5, 6), (3, 3), num_additional=3, rpb=True)
     leaves = [x.requires_grad_() for x in case.inputs(torch.float32)]
 
-    def call(q, k, v, rpb, extra_keys, extra_values):
-        options = {"additional_keys": extra_keys, "additional_values": extra_values}
+    def call(q, k, v, rpb, keys, values):
+        options = {"additional_keys": keys, "additional_values": values}
         return natten.na2d(q, k, v, 3, rpb=rpb, **options)
 
     with torch.autocast("cpu", dtype):

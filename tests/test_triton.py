@@ -93,10 +93,10 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 CASES = [
     Case((13,), (4,), dilation=3, dim=3, value_dim=8),
-    Case((9,), (5,), stride=3, is_causal=True, heads=4, extra=3, dim=4, value_dim=4),
+    Case((9,), (5,), stride=3, is_causal=True, heads=4, num_additional=3, dim=4, value_dim=4),
     Case((43,), (6,), dilation=2, batch=1, dim=4, rpb=True),  # tiles of groups of two lengths
     Case((7, 5), (3, 2), stride=(2, 1), dilation=(2, 2), batch=1, rpb=True),
-    Case((4, 6), (3, 5), is_causal=(True, False), rpb=True, batch=1, kv_heads=1, extra=1),
+    Case((4, 6), (3, 5), is_causal=(True, False), rpb=True, batch=1, kv_heads=1, num_additional=1),
     Case((3, 4, 5), (2, 3, 3), stride=(1, 2, 3), batch=1, dim=5),
     Case((4, 3, 4), (2, 2, 2), dilation=(2, 1, 2), is_causal=(False, True, False), batch=1),
 ]
