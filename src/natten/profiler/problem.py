@@ -87,7 +87,7 @@ class Problem:
         return windows + self.tokens * self.extra
 
     def question(self, operation: str) -> backends.Problem:
-        """Which backend runs "attention", or its "gradient"? :mod:`natten.backends` answers."""
+        """The problem by which :mod:`natten.backends` chooses for "attention" or its "gradient"."""
         return backends.Problem(
             operation, self.device, self.dtype, self.dim, self.value_dim,
             (self.batch, *self.shape, self.heads, self.dim), self.rule, self.dim**-0.5,
