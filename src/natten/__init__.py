@@ -71,7 +71,7 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """Today's package; names of old eras are there when asked for."""
+    """The names of today's package; those of old eras are found when they are asked for."""
     return [*__all__, "backends", "compat", "errors", "flops", "functional", "modules", "utils"]
 
 
@@ -79,11 +79,11 @@ _old_name = _imports.lookup(__name__, ".legacy.switches", ".legacy.configs")
 _submodule = _submodules.getter(__name__)
 
 
-if not _typing.TYPE_CHECKING:  # for which every name would exist
+if not _typing.TYPE_CHECKING:  # otherwise every name would exist for type checkers
 
     def __getattr__(name: str) -> object:
-        """Names of old eras, and submodules, which are imported when they are asked for."""
-        if name == "HAS_LIBNATTEN":  # whether there is a GPU
+        """Find names of old eras, and import submodules when they are asked for."""
+        if name == "HAS_LIBNATTEN":  # it says here whether there is a GPU
             return legacy.switches.has_cuda()
         try:
             return _old_name(name)

@@ -1,4 +1,4 @@
-"""Keywords that a function does not have: which one was meant, or what to use instead."""
+"""Errors for unknown keywords, which say which one was meant or what to use instead."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import ArgumentError
 
-# Names of other libraries' attention, and what there is here.
+# Keywords of other libraries' attention, and what to use here.
 ELSEWHERE = {
     "attn_mask": "there are no free masks; who attends whom follows from `kernel_size`, `stride`, "
     "`dilation` and `is_causal`, or from the lengths of packed sequences, and `rpb` is a bias by "
@@ -31,7 +31,7 @@ ELSEWHERE = {
 
 
 def signature_of(function: Callable[..., Any]) -> inspect.Signature:
-    """The signature without ``**unknown``, which only collects keywords to be refused."""
+    """The signature without ``**unknown``, which only collects keywords that are refused."""
     signature = inspect.signature(function)
     known = [each for name, each in signature.parameters.items() if name != "unknown"]
     return signature.replace(parameters=known)
@@ -46,10 +46,10 @@ def unknown_keyword(
     """The error of a call with a keyword that ``function`` does not have.
 
     Args:
-        function: what was called, for people.
+        function: the name of the function, for the message.
         name: the keyword.
-        allowed: the keywords that it has.
-        elsewhere: what to say of keywords that are not misspelt.
+        allowed: the keywords that the function has.
+        elsewhere: keywords that are not misspelt, and what to say about them.
     """
     allowed = list(allowed)
     near = difflib.get_close_matches(name.lower(), [each.lower() for each in allowed], 1)
@@ -66,10 +66,10 @@ def unknown_keyword(
 def check_call(
     function: str, signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> inspect.BoundArguments:
-    """The arguments of a call by name.
+    """Bind the arguments of a call to the parameters of a signature.
 
     Raises:
-        ArgumentError: the signature does not take them.
+        ArgumentError: the signature does not take the arguments.
     """
     open_ended = any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values())
     for name in kwargs:

@@ -1,7 +1,7 @@
 """Numbers as people pass them: Python's, NumPy's, a configuration's, tensors of one element.
 
-Each function returns None for what is not such a number. Text and bytes are none, and a boolean is
-neither an integer nor a real number. ``torch.compile`` traces all of them.
+Each function returns None if its argument is not such a number. Text and bytes are not numbers, and
+a boolean is neither an integer nor a real number. ``torch.compile`` can trace all functions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def entries(value: Any) -> tuple[Any, ...] | None:
 
 
 def integer(value: Any) -> Any:
-    """An int; one of a size that is not known yet stays symbolic."""
+    """``value`` as an int; a symbolic size stays symbolic."""
     if isinstance(value, (int, torch.SymInt)):
         return None if isinstance(value, bool) else value
     if _is_truth(value):
@@ -38,14 +38,14 @@ def integer(value: Any) -> Any:
 
 
 def truth(value: Any) -> bool | None:
-    """A bool."""
+    """``value`` as a bool."""
     if isinstance(value, (int, torch.SymInt)):
         return value if isinstance(value, bool) else None
     return bool(value) if _is_truth(value) else None
 
 
 def real(value: Any) -> Any:
-    """An int or a float; arrays and tensors of one element may have axes."""
+    """``value`` as an int or a float; arrays and tensors of one element may have axes."""
     if isinstance(value, (int, float)):
         return None if isinstance(value, bool) else value
     try:
@@ -56,9 +56,9 @@ def real(value: Any) -> Any:
 
 
 def _is_truth(value: Any) -> bool:
-    """Whether it is a single boolean of NumPy or PyTorch."""
+    """Whether ``value`` is a single boolean of NumPy or PyTorch."""
     if torch.compiler.is_compiling() and type(value).__module__ == "numpy":
-        return False  # there NumPy's numbers have no dtype to ask
+        return False  # NumPy's numbers have no dtype there
     if str(getattr(value, "dtype", "")) not in ("bool", "torch.bool"):
         return False
     return getattr(value, "ndim", 0) == 0 and not getattr(value, "is_meta", False)

@@ -1,4 +1,4 @@
-"""The three functions, one per rank, that a function of any rank is to users."""
+"""Public functions of one rank, such as ``na2d``, made from a function of any rank."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def of_rank(rank: int, name: str, generic: Function, doc: str, nested: bool = Fa
 
     Args:
         rank: axes of tokens.
-        name: of the new function.
-        generic: takes its tensors first.
-        doc: docstring, in which SHAPES and ``{arguments}``, the sections of ``generic`` from
-            ``Args:`` to ``Raises:``, are filled in.
-        nested: whether it takes nested tensors, too.
+        name: the name of the new function.
+        generic: a function whose first arguments are tensors.
+        doc: the docstring, in which the entries of ``SHAPES`` are filled in, and for
+            ``{arguments}`` the sections of ``generic`` from ``Args:`` to ``Raises:``.
+        nested: whether the function takes nested tensors, too.
     """
     signature = signature_of(generic)
     first = next(iter(signature.parameters))
@@ -32,7 +32,7 @@ def of_rank(rank: int, name: str, generic: Function, doc: str, nested: bool = Fa
     def function(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs.get(first)
         if isinstance(x, Tensor) and (nested or not x.is_nested):
-            got = x.dim() - x.is_nested  # of each item
+            got = x.dim() - x.is_nested  # the rank of each item
             if got != rank + 3:
                 raise ArgumentError(
                     f"Expected {rank + 3}-D tensors: `{first}` of {name} has {rank} axes of "
@@ -55,7 +55,7 @@ def of_rank(rank: int, name: str, generic: Function, doc: str, nested: bool = Fa
 
 
 def _sections(function: Callable[..., Any]) -> str:
-    """A docstring's sections from ``Args:`` to the one before ``Example:``."""
+    """The sections of a docstring from ``Args:`` up to ``Example:``."""
     _, _, rest = (inspect.getdoc(function) or "").partition("Args:\n")
     return "Args:\n" + rest.partition("\n\nExample:")[0]
 

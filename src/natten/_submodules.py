@@ -1,6 +1,6 @@
 """Submodules as attributes of their package, imported when they are first asked for (PEP 562).
 
-``import natten; natten.draw`` works so, and ``import natten`` stays fast.
+So ``import natten; natten.draw`` works, and ``import natten`` stays fast.
 """
 
 from __future__ import annotations

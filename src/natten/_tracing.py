@@ -1,7 +1,7 @@
 """Tracers that know our operators under other names, or not at all.
 
 torch.compile, torch.export, make_fx and torch.jit.trace know the operators. The others get plain
-PyTorch operators, one node, or an error that says what to do; never a wrong graph.
+PyTorch operators, one node, or an error that says what to do. They never get a wrong graph.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from .errors import UnsupportedError
 
 
 def is_traced() -> bool:
-    """Whether ``torch.jit``'s tracer records calls; transforms of ``torch.func`` come before it."""
+    """Whether ``torch.jit``'s tracer records calls; transforms of ``torch.func`` act before it."""
     return torch.jit.is_tracing() and not is_transformed()
 
 
 def is_for_onnx() -> bool:
     """Whether ``torch.onnx.export`` records calls; it knows PyTorch's own operators only.
 
-    Where it captures by Dynamo nobody can know; ``natten.export.decompositions`` comes after that.
+    If the exporter captures by Dynamo, nothing tells it from others. Such a program needs
+    ``natten.export.decompositions`` afterwards.
 
     Raises:
-        UnsupportedError: it is the exporter that records by ``torch.jit.trace``.
+        UnsupportedError: the exporter records by ``torch.jit.trace``.
     """
     if torch.compiler.is_dynamo_compiling():
         return False
@@ -45,10 +46,10 @@ def is_for_onnx() -> bool:
 
 
 def call_as_node(layer: Any, x: torch.fx.Proxy, hints: dict[str, Any]) -> Any:
-    """A call of ``layer`` as one node of a symbolic trace, as the layers of ``torch.nn`` are.
+    """A call of ``layer`` as one node of a symbolic trace, like calls of layers of ``torch.nn``.
 
     Raises:
-        UnsupportedError: it is the layer itself that is traced.
+        UnsupportedError: the layer itself is traced.
     """
     tracer: Any = x.tracer
     path = tracer.path_of_module(layer)
@@ -65,13 +66,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def unscriptable(function: Function) -> Function:
-    """Make ``torch.jit.script`` say what to do, where it would find Python that it can not read."""
+    """Let ``torch.jit.script`` raise an error that says what to do, as it can not compile us."""
     function.__prepare_scriptable__ = refuse_script  # type: ignore[attr-defined]
     return function
 
 
 def refuse_script() -> NoReturn:
-    """Raise for ``torch.jit.script``."""
+    """Raise the error for ``torch.jit.script``."""
     raise UnsupportedError(
         "torch.jit.script can not compile natten's functions and layers. torch.jit.trace records "
         "them; what it returns can be saved, and called by scripted code."
@@ -79,7 +80,7 @@ def refuse_script() -> NoReturn:
 
 
 def refuse_gradients() -> None:
-    """Raise where ``torch.jit.trace`` would record what the forward pass kept as constants."""
+    """Raise if ``torch.jit.trace`` would record tensors of the forward pass as constants."""
     if torch.jit.is_tracing():
         raise UnsupportedError(
             "torch.jit.trace can not record gradients; record them with "
@@ -88,7 +89,7 @@ def refuse_gradients() -> None:
         )
 
 
-# What the autograd.Functions of NATTEN 0.15 to 0.17 were called, by our operators' names.
+# Our operators' names, and the names of the autograd.Functions of NATTEN 0.15 to 0.17.
 _FUNCTIONS = {
     "qk": "NeighborhoodAttention{rank}DQKAutogradFunction",
     "av": "NeighborhoodAttention{rank}DAVAutogradFunction",
@@ -97,10 +98,10 @@ _FUNCTIONS = {
 
 
 def record(operator: Any, rank: int, *args: Any) -> Any:
-    """Call ``operator``, or for fvcore a Function around it that has the name of old.
+    """Call ``operator``. For fvcore, call a Function around it that has the old name.
 
-    User code gives fvcore handlers for those names. Elsewhere a traced graph holds the operator,
-    because a graph that holds a Function can not be saved.
+    User code registers handlers for those names with fvcore. For all others a traced graph holds
+    the operator, because a graph that holds a Function can not be saved.
     """
     name = function_name(operator.__name__, rank)
     if name is None or not (torch.jit.is_tracing() and _fvcore_counts()):
@@ -109,7 +110,7 @@ def record(operator: Any, rank: int, *args: Any) -> Any:
 
 
 def function_name(operator: str, rank: int) -> str | None:
-    """What the Function of an operator was called; None if there was none, as for rank 0."""
+    """The old name of an operator's Function; None if there was none, as for rank 0."""
     name = _FUNCTIONS.get(operator)
     return None if name is None or rank == 0 else name.format(rank=rank)
 
@@ -120,7 +121,7 @@ def _function(operator: Callable[..., Any], name: str) -> Any:
 
 
 def _fvcore_counts() -> bool:
-    """Whether fvcore is among the callers; nothing else tells its tracing from another's."""
+    """Whether fvcore is among the callers, because its tracing looks like any other."""
     frame = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__", "").startswith("fvcore."):

@@ -1,4 +1,4 @@
-"""Warnings that point at the user's line, also where torch.compile traces the code that warns."""
+"""Warnings that point at the user's line, also if torch.compile traces the code that warns."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _SKIPPED = (f"{__package__}.", "torch.")
 
 @run_while_compiling
 def warn(message: str) -> None:
-    """Warn; compiled code does so when it is compiled."""
+    """Warn; compiled code warns when it is compiled."""
     warnings.warn(message, stacklevel=_level())
 
 
 @run_while_compiling
 def warn_once(message: str) -> None:
-    """Warn, but not in these words again."""
+    """Warn, but only once with the same message."""
     if message not in _given:
         warnings.warn(message, stacklevel=_level())
         _given.add(message)
 
 
 def _level() -> int:
-    """The caller's ``stacklevel`` of the first frame that is neither ours nor torch's."""
+    """The ``stacklevel``, as seen by the caller, of the first frame outside natten and torch."""
     level, frame = 1, sys._getframe(1)
     while f"{frame.f_globals.get('__name__')}.".startswith(_SKIPPED):
         if frame.f_back is None:

@@ -1,4 +1,4 @@
-"""The one exception class for bad arguments."""
+"""The exceptions that bad arguments raise."""
 
 
 class ArgumentError(ValueError, TypeError, RuntimeError):
@@ -10,4 +10,4 @@ class ArgumentError(ValueError, TypeError, RuntimeError):
 
 
 class UnsupportedError(ArgumentError, NotImplementedError):
-    """A combination that no backend can run; also a ``NotImplementedError``, as eras raised."""
+    """A combination that no backend can run; eras raised ``NotImplementedError`` for some."""

@@ -25,20 +25,20 @@ def explain(
 ) -> str:
     """Say which backend a call runs, and why the others do not.
 
-    Forward and backward are chosen separately; where they differ, each is named. A call that raises
-    an error raises it here.
+    The backends of forward and backward are chosen separately. If they differ, each is named. If
+    the call raises an error, this raises it, too.
 
     Args:
-        query, key, value, kernel_size, args, kwargs: as in the call of a fused operator; without a
-            ``kernel_size``, of :func:`natten.attention`, where what follows the tensors is given by
-            keyword. ``key`` and ``value`` may be left out if they are like ``query``. Of packed
-            sequences that run one after another, the answer is about the longest.
+        query, key, value, kernel_size, args, kwargs: the arguments of a fused operator. Without a
+            ``kernel_size`` they are those of :func:`natten.attention`, and all but the tensors are
+            given by keyword. ``key`` and ``value`` may be left out if they are like ``query``. If
+            packed sequences run one after another, the answer is about the longest.
 
     Returns:
         One line per backend.
 
     Raises:
-        ArgumentError: as the call.
+        ArgumentError: the call raises it.
 
     Example:
         >>> import torch

@@ -12,7 +12,7 @@ from .errors import ArgumentError
 
 
 def is_nested(*tensors: Any) -> bool:
-    """Whether any is a nested tensor."""
+    """Whether any of the arguments is a nested tensor."""
     return any(isinstance(x, Tensor) and x.is_nested for x in tensors)
 
 
@@ -20,8 +20,8 @@ def per_item(function: Callable[..., Tensor], **tensors: Tensor | None) -> Tenso
     """Apply ``function`` to every item of nested tensors; the result is nested.
 
     Args:
-        function: takes one dense tensor per name.
-        tensors: nested tensors of as many items each, or None.
+        function: a function that takes one dense tensor for each name.
+        tensors: nested tensors with the same number of items, or None.
 
     Raises:
         ArgumentError: some are nested and some are not, they have different numbers of items, or

@@ -1,8 +1,8 @@
 """Tiles that were measured to be fastest, remembered on disk.
 
-``natten profile --optimize`` and :func:`natten.use_autotuner` write them, the backends read them.
-There is one small file per device, version and problem, which is replaced in one step: processes
-that write at once do no harm.
+``natten profile --optimize`` and :func:`natten.use_autotuner` write them, and the backends read
+them. There is one small file for each device, version and problem. A file is replaced in one step,
+so that processes may write at the same time.
 
 The directory is ``$NATTEN_CACHE``, else ``$XDG_CACHE_HOME/natten``, else ``~/.cache/natten``.
 """
@@ -34,7 +34,7 @@ Tiles = TypeVar("Tiles")
 
 
 def directory() -> Path:
-    """Where tiles for this device and version are."""
+    """The directory of tiles for this device and version."""
     root = os.environ.get("NATTEN_CACHE")
     if not root:
         caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -44,13 +44,13 @@ def directory() -> Path:
 
 
 def lookup(key: str) -> Any | None:
-    """What was remembered of ``key``, or None.
+    """The tiles that are remembered for ``key``, or None.
 
     Args:
-        key: names a kernel and a problem; different ones have different keys.
+        key: the name of a kernel and a problem; different ones have different keys.
 
     Returns:
-        What :func:`remember` was given, after a round trip through JSON.
+        The tiles given to :func:`remember`, after a round trip through JSON.
     """
     if key in _trials:
         return _trials[key]
@@ -64,21 +64,21 @@ def lookup(key: str) -> Any | None:
 
 
 def choose(key: str, candidates: Sequence[Tiles]) -> Tiles:
-    """The candidate that was remembered of ``key``, else the first one.
+    """The candidate that is remembered for ``key``, else the first one.
 
-    What was remembered need not be among them: another version or GPU may have written it.
+    The remembered tiles need not be a candidate, because another version may have written them.
     """
     known = _tuples(lookup(key))
     return next((tiles for tiles in candidates if tiles == known), candidates[0])
 
 
 def remember(key: str, tiles: Any, forget: bool = True) -> Path:
-    """Write what :func:`lookup` shall return from now on, in every process.
+    """Write the tiles that :func:`lookup` returns from now on, in every process.
 
     Args:
         key: as in :func:`lookup`.
-        tiles: anything that JSON can hold.
-        forget: whether functions under :func:`cached` forget what they chose before.
+        tiles: any object that JSON can hold.
+        forget: whether to drop all results that were kept by :func:`cached` and :class:`Kept`.
 
     Returns:
         The file.
@@ -103,7 +103,7 @@ def remember(key: str, tiles: Any, forget: bool = True) -> Path:
 
 @contextlib.contextmanager
 def trial(key: str, tiles: Any) -> Iterator[None]:
-    """Inside, :func:`lookup` returns ``tiles`` for ``key``, in this process."""
+    """Let :func:`lookup` return ``tiles`` for ``key`` inside the context, in this process."""
     before = dict(_trials)
     _trials[key] = tiles
     _forget_choices()
@@ -116,39 +116,40 @@ def trial(key: str, tiles: Any) -> Iterator[None]:
 
 
 def autotune(forward: int, backward: int) -> None:
-    """How many tiles to time at the first call of a problem of which nothing is remembered.
+    """Set how many tiles to time at the first call of a problem without remembered tiles.
 
     Args:
-        forward, backward: for kernels of the forward and of the backward pass; 0 is off.
+        forward, backward: the numbers for kernels of the forward and of the backward pass; 0 turns
+            timing off.
     """
     _wanted.update(forward=forward, backward=backward)
     _forget_choices()
 
 
 def wanted(backward: bool) -> int:
-    """What :func:`autotune` was told."""
+    """The number that :func:`autotune` set."""
     return _wanted["backward" if backward else "forward"]
 
 
 def times(
     name: str, candidates: Iterable[Any], measure: Callable[[Any], float]
 ) -> dict[Any, float]:
-    """The time of each candidate; infinite where it can not run, as what does not fit the GPU.
+    """The time of each candidate; it is infinite if the candidate does not fit the GPU.
 
     Args:
-        name: of the kernel, for the message.
-        candidates: tiles, hashable.
-        measure: runs one and says how long that takes.
+        name: the name of the kernel, for messages.
+        candidates: hashable tiles.
+        measure: runs the kernel with a candidate and returns the time.
 
     Raises:
-        RuntimeError: none of them runs.
+        RuntimeError: no candidate runs.
     """
     found: dict[Any, float] = {}
-    reason = ""  # not the exception, whose traceback would keep the tensors of all callers
+    reason = ""  # the text only: an exception's traceback would keep the tensors of all callers
     for candidate in candidates:
         try:
             found[candidate] = measure(candidate)
-        # Compilers have their own classes: too much shared memory, too many registers.
+        # Compilers raise classes of their own for too much shared memory or too many registers.
         except Exception as error:
             found[candidate], reason = math.inf, f"{type(error).__name__}: {error}"
             _log.debug("%s: %s is passed over: %s", name, candidate, reason)
@@ -158,28 +159,28 @@ def times(
 
 
 def cached(function: Function) -> Function:
-    """``functools.lru_cache`` that is emptied when :func:`lookup` changes, as all choices are."""
+    """A ``functools.lru_cache`` that is emptied when the answers of :func:`lookup` change."""
     cache = functools.lru_cache(maxsize=1024)(function)
     _caches.append(cache)
     return cache  # type: ignore[return-value]
 
 
 class Bounded(dict[Any, Any]):
-    """A dictionary that stays small: emptied when full."""
+    """A dictionary that stays small, because it is emptied when it is full."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
         self.most = most
 
     def keep(self, key: Any, value: Any) -> None:
-        """Let ``value`` be found at ``key``."""
+        """Store ``value`` at ``key``."""
         if len(self) >= self.most:
             self.clear()
         self[key] = value
 
 
 class Kept(Bounded):
-    """As :func:`cached`, for what is worked out from more than its key."""
+    """Like :func:`cached`, for values that follow from more than their keys."""
 
     def __init__(self) -> None:
         super().__init__(1024)
@@ -194,7 +195,7 @@ def _forget_choices() -> None:
 
 
 def _tuples(x: Any) -> Any:
-    """Undo what JSON makes of tuples."""
+    """Turn the lists that JSON makes of tuples back into tuples."""
     return tuple(map(_tuples, x)) if isinstance(x, list) else x
 
 

@@ -1,7 +1,7 @@
-"""The package's logger, "natten", and what the environment says about it.
+"""The package's logger, "natten", and the variables that set it up.
 
 ``NATTEN_LOG_LEVEL`` (debug, info, warning, error, critical) sets its level. ``NATTEN_LOG_PIPE`` is
-where it writes: "stdout", "stderr" or a file; without it handlers are the program's affair.
+"stdout", "stderr" or a file to write to. Without it the program sets up handlers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LogLevel(enum.Enum):
 
 
 def get_logger(name: str = "natten") -> logging.Logger:
-    """A logger below "natten", which is set up as the environment says."""
+    """A logger below "natten", which the environment's variables set up."""
     package = logging.getLogger("natten")
     level = os.environ.get("NATTEN_LOG_LEVEL", "").upper()
     if level in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):

@@ -17,7 +17,7 @@ def generate_varlen_parameters(
     seqlens_Q: Tensor | None = None,
     seqlens_KV: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, int, int]:
-    """``attention``'s cumulative and longest lengths, to be computed once for many layers.
+    """``attention``'s cumulative and longest lengths, which many layers can share.
 
     Args:
         query, key, value: packed, ``[1, tokens, heads, head_dim]``.
