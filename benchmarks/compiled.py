@@ -25,9 +25,9 @@ from triton.runtime import driver
 
 from natten import tuning
 from natten.backends import Backend, Problem, named
-from natten.backends.hopper.plan import Launch as HopperLaunch
 from natten.backends.triton import tiles as tiling
-from natten.backends.triton.plan import Launch
+from natten.backends.triton.fast_launch import described
+from natten.backends.triton.launch import Launch
 from natten.inputs import Inputs
 from natten.neighborhood import Neighborhood
 
@@ -111,17 +111,14 @@ def _attention(variant: Variant, backend: Backend) -> None:
 
 def launches(
     call: Callable[[Variant], None], variant: Variant
-) -> list[tuple[Any, tuple[Any, ...]]]:
+) -> list[tuple[Launch, dict[str, Any]]]:
     """What a call would launch, each with its tensors."""
     found = []
 
-    def keep(launch: Any, *tensors: Any) -> None:
+    def keep(launch: Launch, **tensors: Any) -> None:
         found.append((launch, tensors))
 
-    with (
-        mock.patch.object(Launch, "__call__", keep),
-        mock.patch.object(HopperLaunch, "__call__", keep),
-    ):
+    with mock.patch.object(Launch, "run", keep):
         call(variant)
     return found
 
@@ -184,11 +181,11 @@ def compile_calls(
                 log = io.StringIO()
                 with contextlib.redirect_stdout(log):
                     compiled = launch.kernel.run(
-                        *launch.arguments(tensors),
-                        *launch.numbers,
+                        **described(launch.tensors, tensors),
+                        **launch.arguments,
+                        **launch.options,
                         grid=launch.grid,
                         warmup=True,
-                        **launch.constants,
                     )
                 if compiled.hash in seen:
                     continue
@@ -255,17 +252,17 @@ def _amd(code: str) -> tuple[int, int, int]:
     return found["vgpr_count"], 4 * found["vgpr_spill_count"], found["vgpr_spill_count"]
 
 
-def _name(launch: Any) -> str:
+def _name(launch: Launch) -> str:
     """A kernel's name; Hopper's passes are one kernel."""
     name = launch.kernel.__name__.removesuffix("_kernel")
-    if "OF_KEYS" in launch.constants:
-        name += " dK dV" if launch.constants["OF_KEYS"] else " dQ"
+    if "OF_KEYS" in launch.arguments:
+        name += " dK dV" if launch.arguments["OF_KEYS"] else " dQ"
     return name
 
 
-def _tiles(launch: Any) -> str:
+def _tiles(launch: Launch) -> str:
     """Shapes of queries and of keys, and what goes with them."""
-    constants = launch.constants
+    constants = launch.arguments | launch.options
     names = ("TQ", "TK") if "TQ" in constants else ("TILE", "BOX")
     shapes = [constants[name] for name in names if name in constants]
     if constants.get("OF_KEYS"):  # tiles are of keys, boxes of queries

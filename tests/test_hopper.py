@@ -30,7 +30,7 @@ import natten
 from natten.backends.hopper import descriptors
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
-from natten.backends.triton import plan as portable_plan
+from natten.backends.triton import launch
 
 # shape, window, stride, dilation, causal
 PROBLEMS: list[tuple[Any, ...]] = [
@@ -207,18 +207,18 @@ def test_the_autotuner_keeps_the_fastest(
 ) -> None:
     monkeypatch.setenv("NATTEN_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(planning.Launch, "__call__", lambda self, *tensors: None)
+    monkeypatch.setattr(launch.Launch, "run", lambda self, **tensors: None)
     rule, shape = rule_of((56, 56), 7, 1, 1, False), (56, 56)
     candidates = tiling.candidates("key", rule, shape, shape, 32, 32)
-    monkeypatch.setattr(portable_plan, "_time", lambda each, _: each.tiles != candidates[1])
+    monkeypatch.setattr(launch, "_time", lambda each, *_: each.tiles != candidates[1])
     q = torch.empty(1, *shape, 2, 32, dtype=torch.bfloat16)
     terms = torch.empty(1, *shape, 2, 4)
     natten.use_autotuner(False, True)
     try:
         found = planning.plan_for(q, q, q, (), rule, 1.0)
         assert isinstance(found.forward, planning.Forward)
-        assert isinstance(found.key, portable_plan.Trials)
-        found.key((q, q), (q, q), terms, (), (q, q))
+        assert isinstance(found.key, launch.Trials)
+        found.key.run((q, q), (q, q), terms, (), (q, q))
         assert found.key.chosen.tiles == candidates[1]
     finally:
         natten.disable_autotuner()
@@ -300,7 +300,7 @@ def test_programs_take_tiles_in_turn_unless_some_are_much_longer() -> None:
         rule = Neighborhood.create(len(shape), window, 1, 1, causal)
         x = torch.empty(1, *shape, 4, 128, dtype=torch.bfloat16, device="meta")
         found = getattr(planning.plan_for(x, x, x, (), rule, 1.0), kind)
-        return int(found.run.grid[0])
+        return int(found.kernel.grid[0])
 
     assert programs((32768,), 2048, "forward") == 132
     assert programs((30, 32, 32), (30, 16, 16), "forward", (True, False, False)) > 132

@@ -19,14 +19,16 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import triton
+import triton.language as tl
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
+from triton.experimental import gluon
 from triton.runtime import _allocation, driver
 
 from natten.backends import Backend
 from natten.backends.hopper import plan as hopper_plan
-from natten.backends.triton import plan as portable_plan
+from natten.backends.triton.launch import Launch, kernel, per_axis, strides_of
 from natten.inputs import Inputs
 from natten.neighborhood import Neighborhood
 
@@ -80,15 +82,72 @@ def plain(args: tuple[Any, ...]) -> list[Any]:
 
 def launch_often(monkeypatch: pytest.MonkeyPatch, *before: Callable[[], None]) -> None:
     """Let each launch be done once more after each of these."""
-    for kind in (portable_plan.Launch, hopper_plan.Launch):
+    once = Launch.run
 
-        def call(self: Any, *tensors: Any, once: Any = kind.__call__) -> None:
-            once(self, *tensors)
-            for each in before:
-                each()
-                once(self, *tensors)
+    def run(self: Launch, **tensors: Any) -> None:
+        once(self, **tensors)
+        for each in before:
+            each()
+            once(self, **tensors)
 
-        monkeypatch.setattr(kind, "__call__", call)
+    monkeypatch.setattr(Launch, "run", run)
+
+
+def _sums(a, b, out, n, scale, SIZE: tl.constexpr, HAS_B: tl.constexpr):
+    pass
+
+
+@pytest.mark.parametrize("jit", [triton.jit, gluon.jit], ids=["triton", "gluon"])
+def test_numbers_of_a_kernel_are_not_specialized(jit: Any) -> None:
+    made = kernel(jit, tensors="a b out")(_sums)
+    assert made.tensors == ("a", "b", "out")
+    assert [each.name for each in made.params if each.do_not_specialize] == ["n", "scale"]
+    assert [each.name for each in made.params if each.is_constexpr] == ["SIZE", "HAS_B"]
+
+
+@pytest.mark.parametrize("tensors", ["b a out", "a out", "a b out more"])
+def test_tensors_are_the_first_parameters(tensors: str) -> None:
+    with pytest.raises(TypeError, match="first parameters of _sums"):
+        kernel(triton.jit, tensors=tensors)(_sums)
+
+
+def test_arguments_are_named() -> None:
+    made = kernel(triton.jit, tensors="a b out")(_sums)
+    right = {"HAS_B": False, "SIZE": 4, "scale": 0.5, "n": 9}
+    launch = Launch(made, (3,), right, num_warps=2)
+    assert list(launch.arguments.items()) == [
+        ("n", 9),
+        ("scale", 0.5),
+        ("SIZE", 4),
+        ("HAS_B", False),
+    ]
+    assert launch.grid == (3, 1, 1) and launch.options["num_warps"] == 2
+    for wrong, message in (
+        ({"n": 9, "scale": 0.5}, r"_sums: missing \['SIZE', 'HAS_B'\], unknown \[\]"),
+        (right | {"m": 1, "out": None}, r"_sums: missing \[\], unknown \['m', 'out'\]"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            Launch(made, (3,), wrong)
+    with pytest.raises(TypeError, match=r"unknown \['n'\]"):
+        Launch(made, (3,), right, {"n": torch.Tensor.data_ptr})
+
+
+def test_tensors_are_named() -> None:
+    made = kernel(triton.jit, tensors="a b out")(_sums)
+    launch, x = (
+        Launch(made, (3,), {"n": 9, "scale": 0.5, "SIZE": 4, "HAS_B": False}),
+        torch.zeros(1),
+    )
+    with pytest.raises(KeyError, match="b"):
+        launch.run(a=x, out=x)
+    with pytest.raises(TypeError, match=r"takes \['a', 'b', 'out'\], not \['a', 'b', 'out', 'n'\]"):
+        launch.run(a=x, b=None, out=x, n=x)
+
+
+def test_arguments_per_axis() -> None:
+    assert per_axis("K", (3, 5)) == {"K0": 1, "K1": 3, "K2": 5}
+    found = strides_of("q", torch.empty(2, 7, 9, 3, 4).stride())
+    assert found == {"q_b": 756, "q_0": 0, "q_1": 108, "q_2": 12, "q_h": 4}
 
 
 @pytest.mark.parametrize("extra", [0, 3])
@@ -116,7 +175,7 @@ def test_a_map_is_encoded_once_per_address(
     monkeypatch.setattr(driver.active.utils, "fill_tma_descriptor", encode)
     q, out = (torch.empty(1, 12, 16, 2, 64, dtype=torch.bfloat16) for _ in range(2))
     lse = q.new_empty(1, 12, 16, 2, dtype=torch.float32)
-    run = hopper_plan.plan_for(q, q, q, (), RULE, 0.125).forward
+    run = hopper_plan.plan_for(q, q, q, (), RULE, 0.125).forward.run
     for x, encoded in ((q, 4), (q, 8), (q, 8), (q.clone(), 9), (q, 9)):
         run(x, q, q, (), out, lse)
         assert encode.call_count == encoded  # four by Triton's own first launch
@@ -128,7 +187,7 @@ def test_the_stream_is_asked_each_time(launched: Launches, monkeypatch: pytest.M
     monkeypatch.setattr(driver.active, "get_current_stream", lambda device: next(current))
     q, out = (torch.empty(1, 12, 16, 2, 64, dtype=torch.bfloat16) for _ in range(2))
     lse = q.new_empty(1, 12, 16, 2, dtype=torch.float32)
-    run = hopper_plan.plan_for(q, q, q, (), RULE, 0.125).forward
+    run = hopper_plan.plan_for(q, q, q, (), RULE, 0.125).forward.run
     for _ in streams:
         run(q, q, q, (), out, lse)
     assert [args[3] for args in launched] == streams
@@ -139,7 +198,7 @@ def test_the_stream_is_asked_each_time(launched: Launches, monkeypatch: pytest.M
 def test_descriptors_do_not_keep_memory(launched: Launches) -> None:
     q, k, out = (torch.empty(1, 12, 16, 2, 64, dtype=torch.bfloat16) for _ in range(3))
     lse, alive = q.new_empty(1, 12, 16, 2, dtype=torch.float32), weakref.ref(q)
-    run = hopper_plan.plan_for(q, q, q, (), RULE, 0.125).forward
+    run = hopper_plan.plan_for(q, q, q, (), RULE, 0.125).forward.run
     run(q, k, k, (), out, lse)
     run(q, k, k, (), out, lse)
     del q

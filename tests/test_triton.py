@@ -465,7 +465,7 @@ def test_tiles_asked_for_are_used(caplog):
 
     def used(*tiles):
         found = plan.plan_for(x, x, x, None, None, rule, 1.0, tiles=tiles)
-        return [(each.constants["TQ"], each.constants["TK"]) for each in (found.forward, found.key)]
+        return [(each.arguments["TQ"], each.arguments["TK"]) for each in (found.forward, found.key)]
 
     _, backward = used()
     assert used(2, 16, 8, 8, 0, 0, 0, 0) == [((1, 2, 16), (1, 8, 8)), backward]

@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,8 +135,8 @@ def test_kernels_follow_a_trial():
     problem = ("forward", rule, (300,), (300,), 64, 64, 2)
 
     def used():
-        constants = plan_for(Inputs(query, query, query), rule, 1.0).forward.constants
-        return constants["TQ"], constants["TK"]
+        arguments = plan_for(Inputs(query, query, query), rule, 1.0).forward.arguments
+        return arguments["TQ"], arguments["TK"]
 
     first, other = tiles.candidates(*problem)[:2]
     assert used() == first[:2]
@@ -165,7 +166,7 @@ class OutOfResources(Exception):
 @pytest.fixture
 def trials(monkeypatch):
     """A function that times launches with made-up milliseconds; None stands for tiles too large."""
-    plan = pytest.importorskip("natten.backends.triton.plan")
+    launching = pytest.importorskip("natten.backends.triton.launch")
     now = [0.0]
 
     class Event:
@@ -185,24 +186,24 @@ def trials(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
 
     def launch(milliseconds):
-        def run(*tensors):
+        def run(**tensors):
             if milliseconds is None:
                 raise OutOfResources("shared memory")
             now[0] += milliseconds
 
-        return run
+        return SimpleNamespace(run=run)
 
-    return lambda times: plan.Trials("a", {(8, n): launch(ms) for n, ms in enumerate(times)})
+    return lambda times: launching.Trials("a", {(8, n): launch(ms) for n, ms in enumerate(times)})
 
 
 @pytest.mark.parametrize("times", [(None, 3.0, None, 1.0, 2.0), (2.0, None, None, 1.0, None)])
 def test_the_first_call_passes_over_what_does_not_fit(times, trials, caplog):
     found = trials(times)
     with caplog.at_level("DEBUG", logger="natten"):
-        found(torch.empty(1))
+        found.run(x=torch.empty(1))
     assert tuning.lookup("a") == [8, 3] and found.launches == {}
     assert caplog.text.count("passed over: OutOfResources: shared memory") == times.count(None)
-    found(torch.empty(1))  # runs with the tiles that were chosen
+    found.run(x=torch.empty(1))  # runs with the tiles that were chosen
 
 
 def test_where_no_tiles_fit_the_call_says_so_and_lets_go_of_its_tensors(trials):
@@ -212,7 +213,7 @@ def test_where_no_tiles_fit_the_call_says_so_and_lets_go_of_its_tensors(trials):
     try:
         for _ in range(2):
             with pytest.raises(RuntimeError, match=r"none of the tiles of a .*: shared memory"):
-                found(x)
+                found.run(x=x)
         del x
         assert alive() is None
     finally:
@@ -222,26 +223,27 @@ def test_where_no_tiles_fit_the_call_says_so_and_lets_go_of_its_tensors(trials):
 
 def test_the_first_call_keeps_the_fastest_tiles(monkeypatch):
     plan = pytest.importorskip("natten.backends.triton.plan")
-    from natten.backends.triton import tiles
+    from natten.backends.triton import launch, tiles
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     launched, rule = [], Neighborhood.create(1, 9)
-    monkeypatch.setattr(plan.Launch, "__call__", lambda self, *_: launched.append(self.constants))
+    monkeypatch.setattr(launch.Launch, "run", lambda self, **_: launched.append(self.arguments))
     x = torch.empty(1, 310, 1, 64, dtype=torch.bfloat16)
     problem = ("forward", rule, (310,), (310,), 64, 64, 2)
     natten.use_autotuner(True, False)
     try:
         found = plan.plan_for(Inputs(x, x, x), rule, 1.0)
-        assert isinstance(found.forward, plan.Trials) and isinstance(found.key, plan.Launch)
+        assert isinstance(found.forward, launch.Trials)
+        assert isinstance(found.key, launch.Launch)
         ranked = tiles.candidates(*problem)[:6]
         times = dict(zip(found.forward.launches.values(), (6, 5, 1, 7, 8, 9)))
-        monkeypatch.setattr(plan, "_time", lambda launch, tensors: times[launch])
-        found.forward(x)
-        found.forward(x)
+        monkeypatch.setattr(launch, "_time", lambda each, *_: times[each])
+        found.forward.run(query=x)
+        found.forward.run(query=x)
         assert [(c["TQ"], c["TK"]) for c in launched] == [(ranked[2].query, ranked[2].key)] * 2
         assert tuning.lookup(tiles.key(*problem)) is not None
     finally:
         natten.disable_autotuner()
     again = plan.plan_for(Inputs(x, x, x), rule, 1.0)
-    assert isinstance(again.forward, plan.Launch)
+    assert isinstance(again.forward, launch.Launch)
     assert tiles.choose(*problem) == ranked[2]

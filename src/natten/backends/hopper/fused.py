@@ -10,7 +10,7 @@ from torch import Tensor
 from ...inputs import Gradients, Inputs
 from ...neighborhood import Neighborhood, Rule
 from ..triton.fused import extra_gradients
-from ..triton.plan import contiguous, on_device
+from ..triton.launch import contiguous, on_device
 from .descriptors import readable
 from .plan import plan_for
 
@@ -28,7 +28,7 @@ def forward(inputs: Inputs, rule: Rule, scale: float) -> tuple[Tensor, Tensor]:
     more = _additional(inputs)
     found = plan_for(query, key, value, more, rule, scale)
     with on_device(query):
-        found.forward(query, key, value, more, out, lse)
+        found.forward.run(query, key, value, more, out, lse)
     return out, lse
 
 
@@ -51,18 +51,19 @@ def backward(
     terms = lse.new_empty(*lse.shape, 4)
     query, key, value = [readable(x, rule.dilation) for x in inputs[:3]]
     grad_out = readable(grad_out.contiguous(), rule.dilation)
-    given = terms if grad_lse is None else contiguous(grad_lse)
+    grad_lse = None if grad_lse is None else contiguous(grad_lse)
     more = _additional(inputs)
     found = plan_for(query, key, value, more, rule, scale)
     with on_device(query):
-        found.terms[grad_lse is not None](
-            out.contiguous(), lse.contiguous(), grad_out, given, terms
-        )
-        found.query((query, grad_out), (key, value), terms, more, (grad_query,))
-        found.key((key, value), (query, grad_out), terms, (), (grad_key, grad_value))
+        found.terms[grad_lse is not None].run(
+            out=out.contiguous(), lse=lse.contiguous(), grad_out=grad_out, grad_lse=grad_lse,
+            terms=terms,
+        )  # fmt: skip
+        found.query.run((query, grad_out), (key, value), terms, more, (grad_query,))
+        found.key.run((key, value), (query, grad_out), terms, (), (grad_key, grad_value))
         additional: Sequence[Tensor | None] = Gradients.zeros(inputs)[4:]
         if more:
-            additional = extra_gradients(found.portable, query, *more, grad_out, terms)
+            additional = extra_gradients(found.portable, query, more[0], more[1], grad_out, terms)
     return Gradients(grad_query, grad_key, grad_value, None, *additional)
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ... import tuning
 from ...neighborhood import Neighborhood
+from ..triton import launch
 from ..triton import plan as portable
-from ..triton.plan import Trials, modes, padded
+from ..triton.launch import Trials
+from ..triton.plan import modes, padded
 from . import tiles as tiling
 from .backward import pass_kernel
 from .descriptors import Boxes, View, box_layout, contiguous, view
@@ -27,15 +29,23 @@ Shape = tuple[int, ...]
 _LOG2E = math.log2(math.e)
 
 
-class Launch(portable.Launch):
-    """A launch with descriptors; tensors that are missing are None."""
+class Launch(launch.Launch):
+    """A launch by position, until these kernels are launched by name."""
 
-    def __call__(self, *tensors: Any) -> None:
+    def __init__(
+        self, kernel: Any, grid: Sequence[int], numbers: Sequence[Any], constants: dict[str, Any],
+        descriptors: Sequence[Any],
+    ) -> None:  # fmt: skip
+        count = len(descriptors)
+        kernel.tensors = tuple(kernel.arg_names[:count])
+        arguments = dict(zip(kernel.arg_names[count:], numbers)) | constants
+        options = {name: arguments.pop(name) for name in ("num_warps", "maxnreg", "launch_pdl")}
+        described = {name: x for name, x in zip(kernel.tensors, descriptors) if x is not None}
+        super().__init__(kernel, grid, arguments, described, **options)
+
+    def run_in_order(self, *tensors: Any) -> None:
         """Tensors must be on the current device, where TMA can read them."""
-        if self.compiled is not None:
-            self.compiled(tensors)
-        else:
-            self.compile(tensors, True)
+        self.run(**dict(zip(self.tensors, tensors)))
 
 
 class Plan:
@@ -84,13 +94,13 @@ class Plan:
         return self._tiled("key", partial(Gradient, self, "key"))
 
     @cached_property
-    def terms(self) -> dict[bool, portable.Launch]:
+    def terms(self) -> dict[bool, launch.Launch]:
         """What the passes need per query; by whether the LSE has a gradient, too."""
         rows, dim = self.batch * math.prod(self.space) * self.heads, self.value_dim
-        constants = {"DV": dim, "BLOCK_DV": tiling.native(dim), "M": 16}
+        arguments = {"rows": rows, "DV": dim, "BLOCK_DV": tiling.native(dim), "M": 16}
         return {
-            given: portable.Launch(
-                terms_kernel, (-(-rows // 16),), (rows,), constants | {"HAS_GRAD_LSE": given}
+            given: launch.Launch(
+                terms_kernel, (-(-rows // 16),), arguments | {"HAS_GRAD_LSE": given}
             )
             for given in (False, True)
         }
@@ -197,13 +207,13 @@ class Forward(_Kernel):
             *(step for each in plan.views for step in each.steps),
             *plan.rows(plan.heads), plan.extra * plan.kv_heads,
         )  # fmt: skip
-        self.run = self.launch(forward_kernel, descriptors, numbers, plan.heads, plan.extra)
+        self.kernel = self.launch(forward_kernel, descriptors, numbers, plan.heads, plan.extra)
 
-    def __call__(
+    def run(
         self, query: Tensor, key: Tensor, value: Tensor, more: Sequence[Tensor], out: Tensor,
         lse: Tensor,
     ) -> None:  # fmt: skip
-        self.run(query, key, value, out, *(more or (None, None)), lse)
+        self.kernel.run_in_order(query, key, value, out, *(more or (None, None)), lse)
 
 
 class Gradient(_Kernel):
@@ -231,15 +241,15 @@ class Gradient(_Kernel):
             *(step for each in (*fixed, *walked, terms) for step in each.steps),
             *plan.rows(heads), plan.extra * plan.kv_heads,
         )  # fmt: skip
-        self.run = self.launch(pass_kernel, descriptors, numbers, heads, extra, OF_KEYS=of_keys)
+        self.kernel = self.launch(pass_kernel, descriptors, numbers, heads, extra, OF_KEYS=of_keys)
 
-    def __call__(
+    def run(
         self, outer: Sequence[Tensor], inner: Sequence[Tensor], terms: Tensor,
         more: Sequence[Tensor], grads: Sequence[Tensor],
     ) -> None:  # fmt: skip
         """Sum over ``inner`` for the tiles of ``outer``, into ``grads``."""
         # What is missing is never read.
-        self.run(*outer, *inner, terms, *(more or inner), grads[0], grads[-1])
+        self.kernel.run_in_order(*outer, *inner, terms, *(more or inner), grads[0], grads[-1])
 
 
 # A program that takes tiles in turn begins the next one while it ends the last, but may get long

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
 from ..triton.backward import make_terms
-from ..triton.primitives import kernel, load_rows
+from ..triton.launch import kernel
+from ..triton.primitives import load_rows
 
 
-@kernel
+@kernel(triton.jit, tensors="out lse grad_out grad_lse terms")
 def terms_kernel(
     out, lse, grad_out, grad_lse, terms, rows,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, M: tl.constexpr,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import kernel
 from .primitives import (
     LOG2E,
     before,
@@ -23,7 +24,6 @@ from .primitives import (
     document,
     group_lengths,
     hidden,
-    kernel,
     last_of_tile,
     load_rows,
     load_tile,
@@ -106,7 +106,11 @@ def _key_step(dk, dv, q, k, v, g, terms, s, PRECISION: tl.constexpr):
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
 
 
-@kernel
+@kernel(
+    triton.jit,
+    tensors="query key value rpb extra_key extra_value "
+    "documents out lse grad_out grad_lse terms grad_query",
+)
 def query_kernel(
     query, key, value, rpb, extra_key, extra_value, documents, out, lse, grad_out, grad_lse, terms,
     grad_query,
@@ -218,7 +222,7 @@ def query_kernel(
     store_rows(grad_query, rows * D, real, d, D, acc * scale)
 
 
-@kernel
+@kernel(triton.jit, tensors="query key value rpb documents grad_out terms grad_key grad_value")
 def key_kernel(
     query, key, value, rpb, documents, grad_out, terms, grad_key, grad_value,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
@@ -327,7 +331,7 @@ def key_kernel(
     store_rows(grad_value, cols * DV, present, dv, DV, dv_acc)
 
 
-@kernel
+@kernel(triton.jit, tensors="query extra_key extra_value grad_out terms grad_key grad_value")
 def extra_kernel(
     query, extra_key, extra_value, grad_out, terms, grad_key, grad_value,
     q_b, q_0, q_1, q_2, q_h, L0, L1, L2, kv_heads, per_kv, extra, per_split, scale,
@@ -369,7 +373,7 @@ def extra_kernel(
     store_rows(grad_value, row * DV, present, dv, DV, dv_acc)
 
 
-@kernel
+@kernel(triton.jit, tensors="query key value rpb grad_out terms partial")
 def bias_kernel(
     query, key, value, rpb, grad_out, terms, partial,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
@@ -436,7 +440,7 @@ def bias_kernel(
     tl.store(partial + place[:, None] * N + tl.arange(0, N)[None, :], acc)
 
 
-@kernel
+@kernel(triton.jit, tensors="partial grad_rpb")
 def bias_sum_kernel(
     partial, grad_rpb, K0, K1, K2, O0, O1, O2, B1, B2, first_head, boxes, parts, offsets,
     TQ: tl.constexpr, TK: tl.constexpr, BLOCK: tl.constexpr,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import kernel
 from .primitives import (
     LN2,
     LOG2E,
@@ -17,7 +18,6 @@ from .primitives import (
     document,
     group_lengths,
     hidden,
-    kernel,
     last_of_tile,
     load_rows,
     load_tile,
@@ -53,7 +53,7 @@ def _accumulate(acc, top, total, s, v, PRECISION: tl.constexpr):
     return acc, new_top, total
 
 
-@kernel
+@kernel(triton.jit, tensors="query key value rpb extra_key extra_value documents out lse")
 def forward_kernel(
     query, key, value, rpb, extra_key, extra_value, documents, out, lse,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,

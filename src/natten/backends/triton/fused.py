@@ -8,14 +8,15 @@ from torch import Tensor
 from ...documents import Documents
 from ...inputs import Gradients, Inputs
 from ...neighborhood import Rule
-from .plan import Plan, contiguous, on_device, plan_for, readable
+from .launch import contiguous, on_device, readable
+from .plan import Plan, plan_for
 
 
-def _others(inputs: Inputs, documents: Documents | None) -> list[Tensor]:
-    """Bias, additional tokens and table as kernels read them; what is missing is never read."""
+def _others(inputs: Inputs, documents: Documents | None) -> list[Tensor | None]:
+    """Bias, additional tokens and table as kernels read them."""
     table = None if documents is None else documents.table
     others = (inputs.rpb, inputs.additional_keys, inputs.additional_values, table)
-    return [inputs.query if x is None else contiguous(x) for x in others]
+    return [None if x is None else contiguous(x) for x in others]
 
 
 def _readable(inputs: Inputs) -> Inputs:
@@ -43,7 +44,11 @@ def forward(
     inputs = _readable(inputs)
     found = plan_for(inputs, rule, scale, documents, tiles)
     with on_device(query):
-        found.forward(*inputs[:3], *_others(inputs, documents), out, lse)
+        bias, ek, ev, table = _others(inputs, documents)
+        found.forward.run(
+            query=inputs.query, key=inputs.key, value=inputs.value, rpb=bias, extra_key=ek,
+            extra_value=ev, documents=table, out=out, lse=lse,
+        )  # fmt: skip
     return out, lse
 
 
@@ -72,23 +77,31 @@ def backward(
     found = plan_for(inputs, rule, scale, documents, tiles)
     with on_device(query):
         bias, ek, ev, table = _others(inputs, documents)
-        run, given = found.query, lse  # of which nothing is read
-        if grad_lse is not None:
-            run, given = found.query_of_both, contiguous(grad_lse)
-        run(query, key, value, bias, ek, ev, table, out, lse, grad_out, given, terms, grad_query)
-        found.key(query, key, value, bias, table, grad_out, terms, grad_key, grad_value)
-        if inputs.additional_keys is not None:
+        of_query = found.query if grad_lse is None else found.query_of_both
+        grad_lse = None if grad_lse is None else contiguous(grad_lse)
+        of_query.run(
+            query=query, key=key, value=value, rpb=bias, extra_key=ek, extra_value=ev,
+            documents=table, out=out, lse=lse, grad_out=grad_out, grad_lse=grad_lse, terms=terms,
+            grad_query=grad_query,
+        )  # fmt: skip
+        found.key.run(
+            query=query, key=key, value=value, rpb=bias, documents=table, grad_out=grad_out,
+            terms=terms, grad_key=grad_key, grad_value=grad_value,
+        )  # fmt: skip
+        if ek is not None and ev is not None:
             grad_additional_keys, grad_additional_values = extra_gradients(
                 found, query, ek, ev, grad_out, terms
             )
-        if inputs.rpb is not None:
+        if bias is not None:
             grad_rpb = _bias_gradient(found, query, key, value, bias, grad_out, terms)
     return Gradients(
         grad_query, grad_key, grad_value, grad_rpb, grad_additional_keys, grad_additional_values
     )
 
 
-def extra_gradients(found: Plan, query: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+def extra_gradients(
+    found: Plan, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, terms: Tensor
+) -> tuple[Tensor, Tensor]:
     """Every query reaches the additional tokens: sums over parts, then over the parts."""
     parts, launch = found.extra_tokens
     shape = (found.batch, found.kv_heads, parts, found.extra or 0)
@@ -97,17 +110,24 @@ def extra_gradients(found: Plan, query: Tensor, *others: Tensor) -> tuple[Tensor
         for channels in (found.dim, found.value_dim)
     ]
     if found.extra:
-        launch(query, *others, *grads)
+        launch.run(
+            query=query, extra_key=key, extra_value=value, grad_out=grad_out, terms=terms,
+            grad_key=grads[0], grad_value=grads[1],
+        )  # fmt: skip
     keys, values = (x.sum(2).transpose(1, 2).to(query.dtype).contiguous() for x in grads)
     return keys, values
 
 
 def _bias_gradient(
-    found: Plan, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor, *others: Tensor
-) -> Tensor:
+    found: Plan, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor, grad_out: Tensor,
+    terms: Tensor,
+) -> Tensor:  # fmt: skip
     shape, launches = found.rpb
     partial, grad = query.new_empty(shape, dtype=torch.float32), torch.empty_like(rpb)
     for launch, add_up in launches:
-        launch(query, key, value, rpb, *others, partial)
-        add_up(partial, grad)
+        launch.run(
+            query=query, key=key, value=value, rpb=rpb, grad_out=grad_out, terms=terms,
+            partial=partial,
+        )  # fmt: skip
+        add_up.run(partial=partial, grad_rpb=grad)
     return grad

@@ -7,16 +7,12 @@ through its compiled object.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property, reduce
-from operator import or_
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ... import tuning
 from ...documents import Documents
@@ -32,7 +28,7 @@ from .backward import (
     query_kernel,
 )
 from .forward import forward_kernel
-from .launching import Launcher, described, launcher
+from .launch import Launch, Trials, per_axis, strides_of
 from .primitives import (
     CAUSAL,
     CAUSAL_STRIDED,
@@ -43,113 +39,11 @@ from .primitives import (
     UNIT,
 )
 
-_log = logging.getLogger("natten")
-
 # Of the bias's gradient, between its two kernels: 256 MiB, or one head's.
 _MOST_SUMS = 2**26
 
 # Of packed documents: how many, and the longest of each axis, queries and keys.
 _Sizes = tuple[int, tuple[int, ...], tuple[int, ...]]
-
-
-class Launch:
-    """A kernel with its grid, numbers and constants; call it with the tensors.
-
-    ``descriptors``: for each tensor, what makes a descriptor of it, or None; empty if none has one.
-    """
-
-    def __init__(
-        self,
-        kernel: Any,
-        grid: Iterable[int],
-        numbers: Iterable[Any],
-        constants: dict[str, Any],
-        descriptors: Sequence[Any] = (),
-    ) -> None:
-        self.kernel, self.descriptors = kernel, descriptors
-        # Triton 3.10 fuses products and sums only where it is asked to.
-        self.constants = {"enable_fp_fusion": True, **constants}
-        self.grid = (*grid, 1, 1)[:3]
-        self.numbers = tuple(numbers)
-        self.compiled: Launcher | None = None
-
-    def __call__(self, *tensors: Tensor) -> None:
-        """Tensors must be on the current device."""
-        addresses = [x.data_ptr() for x in tensors]
-        # Triton compiles for addresses that 16 divides, which only views can lack.
-        aligned = reduce(or_, addresses) % 16 == 0
-        if aligned and self.compiled is not None:
-            self.compiled(addresses)
-        else:
-            self.compile(tensors, aligned)
-
-    def arguments(self, tensors: Sequence[Any]) -> Sequence[Any]:
-        """Tensors as Triton takes them."""
-        return described(self.descriptors, tensors)
-
-    def compile(self, tensors: Sequence[Any], keep: bool) -> None:
-        """Launch through Triton, which compiles at the first call; ``keep`` what it compiled."""
-        arguments = self.arguments(tensors)
-        compiled = self.kernel[self.grid](*arguments, *self.numbers, **self.constants)
-        if keep and compiled is not None:  # the interpreter compiles nothing
-            names = self.kernel.arg_names
-            constants = (self.constants[name] for name in names if name in self.constants)
-            last = (*self.numbers, *constants)
-            self.compiled = launcher(compiled, self.grid, last, self.descriptors)
-
-
-def contiguous(x: Tensor) -> Tensor:
-    """A tensor as it lies in memory: views can negate what they show."""
-    return x.resolve_neg().contiguous()
-
-
-def readable(x: Tensor) -> Tensor:
-    """Kernels read channels one after another, as they lie in memory."""
-    x = x.resolve_neg()
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def on_device(x: Tensor) -> Any:
-    """Kernels launch on the current device: make it the tensor's."""
-    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
-
-
-class Trials:
-    """Launches that do the same with different tiles; the first call keeps the fastest."""
-
-    def __init__(self, key: str, launches: Mapping[Any, Callable[..., None]]) -> None:
-        self.key, self.launches = key, launches
-        self.chosen, *_ = launches.values()
-
-    def __call__(self, *tensors: Any) -> None:
-        if self.launches and not torch.cuda.is_current_stream_capturing():
-            times = tuning.times(
-                self.key, self.launches, lambda each: _time(self.launches[each], tensors)
-            )
-            tiles = min(times, key=times.__getitem__)
-            self.chosen, self.launches = self.launches[tiles], {}
-            _log.debug("%s: %s", self.key, tiles)
-            try:
-                tuning.remember(self.key, list(tiles), forget=False)
-            except OSError as error:
-                _log.debug("%s is not remembered: %s", self.key, error)
-        self.chosen(*tensors)
-
-
-def _time(launch: Callable[..., None], tensors: Sequence[Any]) -> float:
-    """Milliseconds of a launch, the median of five."""
-    launch(*tensors)
-    times = []
-    for _ in range(5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        launch(*tensors)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[2]
 
 
 def modes(rule: Rule, shape: Sequence[int]) -> tuple[int, ...]:
@@ -168,10 +62,15 @@ def modes(rule: Rule, shape: Sequence[int]) -> tuple[int, ...]:
     return padded(found, UNIT.value)
 
 
-def _strides(strides: Sequence[int]) -> tuple[int, ...]:
-    """Batch, three axes, heads, of ``[batch, *space, heads, channels]``."""
-    batch, *space, heads, _ = strides
-    return (batch, *padded(space, 0), heads)
+def sizes(rule: Rule, space: Sequence[int]) -> dict[str, int]:
+    """Arguments for tokens, window, stride and dilation per axis."""
+    kernel_size, stride = ((), ()) if isinstance(rule, Dense) else (rule.kernel_size, rule.stride)
+    return (
+        per_axis("L", space)
+        | per_axis("K", kernel_size)
+        | per_axis("S", stride)
+        | per_axis("D", rule.dilation)
+    )
 
 
 def _parts(work: int, least: int, most: int) -> tuple[int, int]:
@@ -207,39 +106,35 @@ class Plan:
         self.per_kv = self.heads // self.kv_heads
         self.dim, self.value_dim = query[-1], value[-1]
         self.dilation = padded(rule.dilation, 1)
-        if isinstance(rule, Dense):
-            self.window = (1, 1, 1, 1, 1, 1, *self.dilation)
-        else:
-            self.window = (*padded(rule.kernel_size, 1), *padded(rule.stride, 1), *self.dilation)
         self.modes = modes(rule, self.space if packed is None else [2] * len(self.space))
-        self.strides = tuple(s for each in strides for s in _strides(each))
+        self.strides = [strides_of(name, each) for name, each in zip("qkv", strides)]
+        self.sizes = sizes(rule, self.space)
+        self.numbers = {"per_kv": self.per_kv, "scale": scale}
         # Tile shapes asked for, of queries and keys: of the forward pass, then of the backward.
         rank = len(self.space)
         asked = [tiles[i : i + rank] for i in range(0, 4 * rank, rank)]
         self.asked = {"forward": asked[:2], "query": asked[2:], "key": asked[2:]}
         self.bias, self.extra = bias_dtype is not None, extra
-        self.channels = {
-            "ALIGN": math.gcd(16, *self.strides),
+        self.constants = {
+            "ALIGN": math.gcd(16, *(s for each in self.strides for s in each.values())),
             "D": self.dim,
             "DV": self.value_dim,
             "BLOCK_D": tiling.block(self.dim),
             "BLOCK_DV": tiling.block(self.value_dim),
+            "PRECISION": "tf32" if tf32 else "ieee",
         }
-        self.precision = {"PRECISION": "tf32" if tf32 else "ieee"}
 
     def _problem(self, kind: str, bias: bool) -> tuple[Any, ...]:
         """What decides the tiles of a kind of kernel."""
         sizes = self.space, self.key_space, self.dim, self.value_dim, self.itemsize
         return (kind, self.rule, *sizes, bias)
 
-    def _tiled(
-        self, kernel: Any, kind: str, heads: int, tail: Sequence[Any], **constants: Any
-    ) -> Launch | Trials:
-        """A kernel with a program per tile; ``tail``: its numbers after the sizes."""
+    def _tiled(self, kernel: Any, kind: str, **arguments: Any) -> Launch | Trials:
+        """A kernel with a program per tile; ``arguments`` are those that not all such have."""
         problem = self._problem(kind, self.bias)
 
         def launch(tiles: tiling.Tiles) -> Launch:
-            return self._launch(kernel, kind, heads, tail, tiles, constants)
+            return self._launch(kernel, kind, tiles, arguments)
 
         name, count = tiling.key(*problem), tuning.wanted(backward=kind != "forward")
         if count > 1 and not any(map(any, self.asked[kind])) and tuning.lookup(name) is None:
@@ -249,27 +144,24 @@ class Plan:
         return launch(tiling.choose(*problem, *self.asked[kind]))
 
     def _launch(
-        self, kernel: Any, kind: str, heads: int, tail: Sequence[Any], tiles: tiling.Tiles,
-        constants: dict[str, Any],
-    ) -> Launch:  # fmt: skip
-        keys = kind == "key"
-        counts = self._counts(*((tiles.key, self.key_space) if keys else (tiles.query, self.space)))
+        self, kernel: Any, kind: str, tiles: tiling.Tiles, arguments: dict[str, Any]
+    ) -> Launch:
+        of_keys = kind == "key"
+        heads = self.kv_heads if of_keys else self.heads
+        counts = self._counts(
+            *((tiles.key, self.key_space) if of_keys else (tiles.query, self.space))
+        )
         programs = math.prod(counts) * math.prod(self.dilation) * self.batch * heads
-        constants = constants | {
-            "MODES": self.modes,
-            "TQ": tiles.query,
-            "TK": tiles.key,
-            "HAS_RPB": self.bias,
+        query, key, value = self.strides
+        arguments = {
+            **query, **key, **value, **self.sizes, "KEYS": self.key_space[-1],
+            **per_axis("T", counts), **self.numbers, **arguments, **self.constants,
+            "MODES": self.modes, "TQ": tiles.query, "TK": tiles.key, "HAS_RPB": self.bias,
             "PACKED": self.packed,
-            "num_warps": tiles.num_warps,
-            "num_stages": tiles.num_stages,
-            **self.channels,
-            **self.precision,
-        }
-        if not keys:
-            constants["HAS_EXTRA"] = bool(self.extra)
-        numbers = (*self.strides, *self.shape, self.key_space[-1], *self.window, *counts, *tail)
-        return Launch(kernel, (programs,), numbers, constants)
+        }  # fmt: skip
+        return Launch(
+            kernel, (programs,), arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages
+        )
 
     def _counts(self, tile: tiling.Shape, space: tuple[int, ...]) -> list[int]:
         """How many tiles the longest dilation group has, per axis."""
@@ -278,50 +170,49 @@ class Plan:
 
     @cached_property
     def forward(self) -> Launch | Trials:
-        tail = (self.heads, self.per_kv, self.extra or 0, self.scale)
-        return self._tiled(forward_kernel, "forward", self.heads, tail)
+        return self._of_queries(forward_kernel, "forward")
 
     @cached_property
     def query(self) -> Launch | Trials:
         """dQ, and terms."""
-        return self._query(False)
+        return self._of_queries(query_kernel, "query", HAS_GRAD_LSE=False)
 
     @cached_property
     def query_of_both(self) -> Launch | Trials:
         """As :attr:`query`, where the LSE has a gradient, too."""
-        return self._query(True)
+        return self._of_queries(query_kernel, "query", HAS_GRAD_LSE=True)
 
-    def _query(self, has_grad_lse: bool) -> Launch | Trials:
-        tail = (self.heads, self.per_kv, self.extra or 0, self.scale)
-        return self._tiled(query_kernel, "query", self.heads, tail, HAS_GRAD_LSE=has_grad_lse)
+    def _of_queries(self, kernel: Any, kind: str, **arguments: Any) -> Launch | Trials:
+        arguments |= {"heads": self.heads, "extra": self.extra or 0, "HAS_EXTRA": bool(self.extra)}
+        return self._tiled(kernel, kind, **arguments)
 
     @cached_property
     def key(self) -> Launch | Trials:
         """dK and dV."""
-        tail = (self.kv_heads, self.per_kv, self.scale)
         # Without the loop over heads, ptxas spills what it then keeps beside two sums of 128
         # channels; narrower ones are up to a quarter faster (benchmarks/results/h200.md).
         single = self.per_kv == 1 and max(self.dim, self.value_dim) <= 64
-        return self._tiled(key_kernel, "key", self.kv_heads, tail, SINGLE=single)
+        return self._tiled(key_kernel, "key", kv_heads=self.kv_heads, SINGLE=single)
 
     @cached_property
     def extra_tokens(self) -> tuple[int, Launch]:
         """The additional tokens' gradients in parts: how many, and the kernel."""
         assert self.extra is not None
         parts, per_part = _parts(math.prod(self.shape), 512, 64)
-        numbers = (
-            *self.strides[:5], *self.shape, self.kv_heads, self.per_kv, self.extra, per_part,
-            self.scale,
-        )  # fmt: skip
+        arguments = {
+            **self.strides[0], **per_axis("L", self.space), "kv_heads": self.kv_heads,
+            **self.numbers, "extra": self.extra, "per_split": per_part, **self.constants,
+            "M": 32, "N": 16,
+        }  # fmt: skip
         grid = (self.batch * self.kv_heads, -(-self.extra // 16), parts)
-        constants = {"M": 32, "N": 16, **self.channels, **self.precision}
-        return parts, Launch(extra_kernel, grid, numbers, constants)
+        return parts, Launch(extra_kernel, grid, arguments)
 
     @cached_property
     def rpb(self) -> tuple[tuple[int, ...], list[tuple[Launch, Launch]]]:
         """The bias's gradient: the shape of the sums between its two kernels, and these, for as
         many heads at once as their sums have room for."""
-        kernel_size = self.window[:3]
+        assert not isinstance(self.rule, Dense)
+        kernel_size = padded(self.rule.kernel_size, 1)
         # As of dQ without a bias, also where those were tuned: a program loads its biases once.
         tiles = tiling.choose(*self._problem("query", False), *self.asked["query"])
         counts = self._counts(tiles.query, self.space)
@@ -335,23 +226,27 @@ class Plan:
         heads = max(1, min(self.heads, _MOST_SUMS // (every * math.prod(pairs))))
         parts, _ = _parts(total, 4, 2048 // (every * heads))
         offsets = math.prod(2 * k - 1 for k in kernel_size)
-        shapes = {"TQ": tiles.query, "TK": tiles.key}
-        constants = {"MODES": self.modes, **shapes, **self.channels, **self.precision}
-        constants |= {
-            "num_warps": tiles.num_warps,
-            "num_stages": tiling.stages_of_both(tiles, self.dim, self.value_dim, self.itemsize),
-        }
+        of_boxes = {
+            **per_axis("O", apart), "B1": boxes[1], "B2": boxes[2],
+            "TQ": tiles.query, "TK": tiles.key,
+        }  # fmt: skip
+        query, key, value = self.strides
+        arguments = {
+            **query, **key, **value, **self.sizes, "heads": self.heads, **self.numbers,
+            "batches": self.batch, **of_boxes, **self.constants, "MODES": self.modes,
+        }  # fmt: skip
+        sums = {
+            **per_axis("K", kernel_size), **of_boxes, "boxes": every, "parts": parts,
+            "offsets": offsets, "BLOCK": 32,
+        }  # fmt: skip
+        stages = tiling.stages_of_both(tiles, self.dim, self.value_dim, self.itemsize)
+        options: dict[str, Any] = {"num_warps": tiles.num_warps, "num_stages": stages}
         launches = []
         for first in range(0, self.heads, heads):
-            count = min(heads, self.heads - first)
-            places = (*apart, *boxes[1:], first)
-            numbers = (
-                *self.strides, *self.shape, *self.window, self.heads, self.per_kv, self.batch,
-                *places, self.scale,
-            )  # fmt: skip
-            last = (*kernel_size, *places, every, parts, offsets)
-            sums = Launch(bias_sum_kernel, (-(-offsets // 32), count), last, shapes | {"BLOCK": 32})
-            launches.append((Launch(bias_kernel, (every, parts, count), numbers, constants), sums))
+            count, these = min(heads, self.heads - first), {"first_head": first}
+            each = Launch(bias_kernel, (every, parts, count), arguments | these, **options)
+            add_up = Launch(bias_sum_kernel, (-(-offsets // 32), count), sums | these)
+            launches.append((each, add_up))
         return (parts, heads, every, *pairs), launches
 
 

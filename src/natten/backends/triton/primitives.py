@@ -7,28 +7,8 @@ one token and mode ``UNIT``, and compiles away. The rule is
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any
-
 import triton
 import triton.language as tl
-
-POINTERS = {
-    "query", "key", "value", "attn", "rpb", "extra_key", "extra_value", "documents", "out", "lse",
-    "terms", "grad_out", "grad_lse", "grad_query", "grad_key", "grad_value", "grad_rpb", "partial",
-}  # fmt: skip
-
-
-def kernel(function: Callable[..., Any]) -> Any:
-    """A kernel that is compiled once for all sizes and strides, whatever divides them."""
-    numbers = [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if name not in POINTERS and "constexpr" not in str(parameter.annotation)
-    ]
-    return triton.jit(do_not_specialize=numbers)(function)
-
 
 # How an axis's windows go, a compile-time constant per axis.
 UNIT = tl.constexpr(0)  # one token

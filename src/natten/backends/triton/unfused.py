@@ -20,15 +20,8 @@ from torch import Tensor
 from ... import tuning
 from ...neighborhood import Neighborhood
 from . import tiles as tiling
-from .plan import (
-    Launch,
-    allows_tf32,
-    contiguous,
-    modes,
-    on_device,
-    padded,
-    readable,
-)
+from .launch import Launch, contiguous, kernel, on_device, per_axis, readable, strides_of
+from .plan import allows_tf32, modes, padded, sizes
 from .primitives import (
     UNIT,
     before,
@@ -36,7 +29,6 @@ from .primitives import (
     clipped,
     coordinates,
     group_lengths,
-    kernel,
     last_of_tile,
     load_rows,
     minus,
@@ -113,7 +105,7 @@ def _inside(p, starts, ends, MODES: tl.constexpr, allowed):
     return allowed
 
 
-@kernel
+@kernel(triton.jit, tensors="query key attn")
 def qk_kernel(
     query, key, attn,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, a_b, a_0, a_1, a_2, a_h,
@@ -157,7 +149,7 @@ def qk_kernel(
         tl.store(attn + at, s, mask=held & present[None, :])
 
 
-@kernel
+@kernel(triton.jit, tensors="attn value out")
 def av_kernel(
     attn, value, out,
     a_b, a_0, a_1, a_2, a_h, v_b, v_0, v_1, v_2, v_h, o_b, o_0, o_1, o_2, o_h,
@@ -196,7 +188,7 @@ def av_kernel(
     store_rows(out, rows, real, d, D, acc)
 
 
-@kernel
+@kernel(triton.jit, tensors="attn value out")
 def av_transposed_kernel(
     attn, value, out,
     a_b, a_0, a_1, a_2, a_h, v_b, v_0, v_1, v_2, v_h, o_b, o_0, o_1, o_2, o_h,
@@ -247,7 +239,7 @@ def _windows_of_tokens(x, shape, kernel_size, stride, dilation, MODES: tl.conste
     return i, starts, ends
 
 
-@kernel
+@kernel(triton.jit, tensors="rpb out")
 def slot_bias_kernel(
     rpb, out, L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2,
     MODES: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -269,7 +261,7 @@ def slot_bias_kernel(
     tl.store(out + rows[:, None] * slots + slot[None, :], bias, mask=held)
 
 
-@kernel
+@kernel(triton.jit, tensors="grad_out grad_rpb")
 def slot_bias_transposed_kernel(
     grad_out, grad_rpb, a_0, a_1, a_2, a_h, L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2,
     offsets, per_part, MODES: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -304,14 +296,6 @@ def slot_bias_transposed_kernel(
 KERNELS = {"qk": qk_kernel, "av": av_kernel, "av_transposed": av_transposed_kernel}
 
 
-def _sizes(rule: Neighborhood, space: Sequence[int]) -> tuple[int, ...]:
-    """Tokens, window, stride and dilation per axis, as kernels take them."""
-    return (
-        *padded(space, 1), *padded(rule.kernel_size, 1), *padded(rule.stride, 1),
-        *padded(rule.dilation, 1),
-    )  # fmt: skip
-
-
 def choose_tiles(
     name: str, rule: Neighborhood, space: tuple[int, ...], dim: int, itemsize: int
 ) -> tuple[tiling.Tiles, dict[str, Any]]:
@@ -327,8 +311,6 @@ def choose_tiles(
         "TK": tiles.key,
         "D": dim,
         "BLOCK_D": tiling.block(most),
-        "num_warps": 8 if most > 32 else 4,
-        "num_stages": 2,
     }
 
 
@@ -348,14 +330,19 @@ def _map_launch(
     outer = tiles.key if name == "av_transposed" else tiles.query
     lengths, dilation = padded(space, 1), padded(rule.dilation, 1)
     counts = [math.ceil(math.ceil(n / d) / size) for n, d, size in zip(lengths, dilation, outer)]
-    flat = [(each[0], *padded(each[1:-2], 0), each[-2]) for each in strides]
-    channels = flat[:2] if name == "qk" else flat[1:2]  # weights have rows of any length
-    constants["ALIGN"] = math.gcd(16, *(s for each in channels for s in each))
-    constants["PRECISION"] = "tf32" if tf32 else "ieee"
+    names = "qka" if name == "qk" else "avo"
+    flat = {each: strides_of(each, stride) for each, stride in zip(names, strides)}
+    aligned = "qk" if name == "qk" else "v"  # weights have rows of any length
+    align = math.gcd(16, *(s for each in aligned for s in flat[each].values()))
+    arguments = {
+        **flat[names[0]], **flat[names[1]], **flat[names[2]], **sizes(rule, space),
+        **per_axis("T", counts), "heads": heads, **constants, "ALIGN": align,
+        "PRECISION": "tf32" if tf32 else "ieee",
+    }  # fmt: skip
     blocks = 1 if name == "qk" else -(-dim // constants["BLOCK_D"])
-    numbers = (*(s for each in flat for s in each), *_sizes(rule, space), *counts, heads)
     programs = math.prod(counts) * math.prod(dilation) * batch * heads
-    return Launch(KERNELS[name], (programs, blocks), numbers, constants)
+    num_warps = 8 if constants["BLOCK_D"] > 32 else 4
+    return Launch(KERNELS[name], (programs, blocks), arguments, num_warps=num_warps, num_stages=2)
 
 
 def _run(name: str, a: Tensor, b: Tensor, channels: int, rule: Neighborhood) -> Tensor:
@@ -377,7 +364,7 @@ def _run(name: str, a: Tensor, b: Tensor, channels: int, rule: Neighborhood) -> 
             tuple(x.stride() for x in tensors),
             b.dtype == torch.float32 and allows_tf32(),
         )
-        launch(*tensors)
+        launch.run(**dict(zip(launch.tensors, tensors)))
     return out
 
 
@@ -402,9 +389,9 @@ def rpb_bias(rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
     out = rpb.new_empty(heads, *shape, slots)
     rpb = contiguous(rpb)
     grid = (-(-tokens // 16), -(-slots // 64), heads)
-    constants = {"MODES": modes(rule, shape), "M": 16, "N": 64}
+    arguments = {**sizes(rule, shape), "MODES": modes(rule, shape), "M": 16, "N": 64}
     with on_device(rpb):
-        Launch(slot_bias_kernel, grid, _sizes(rule, shape), constants).compile((rpb, out), False)
+        Launch(slot_bias_kernel, grid, arguments).run(rpb=rpb, out=out)
     return out.movedim(0, -2)
 
 
@@ -413,16 +400,19 @@ def rpb_bias_transposed(grad: Tensor, rule: Neighborhood) -> Tensor:
     *shape, heads, _ = grad.shape
     grad = readable(grad)
     *strides, head_stride, _ = grad.stride()
-    sizes = [2 * k - 1 for k in rule.kernel_size]
-    offsets, tokens = math.prod(sizes), math.prod(shape)
+    table = [2 * k - 1 for k in rule.kernel_size]
+    offsets, tokens = math.prod(table), math.prod(shape)
     blocks = -(-offsets // 32)
     # Enough parts to fill a GPU; more would only cost memory.
     parts = max(1, min(tokens // 64, 4096 // (blocks * heads)))
-    found = grad.new_empty(parts, heads, *sizes, dtype=torch.float32)
+    found = grad.new_empty(parts, heads, *table, dtype=torch.float32)
     per_part = -(-tokens // parts)
-    numbers = (*padded(strides, 0), head_stride, *_sizes(rule, shape), offsets, per_part)
-    constants = {"MODES": modes(rule, shape), "M": 32, "N": 32}
+    arguments = {
+        **{f"a_{axis}": stride for axis, stride in zip("012", padded(strides, 0))},
+        "a_h": head_stride, **sizes(rule, shape), "offsets": offsets, "per_part": per_part,
+        "MODES": modes(rule, shape), "M": 32, "N": 32,
+    }  # fmt: skip
     with on_device(grad):
-        launch = Launch(slot_bias_transposed_kernel, (parts, blocks, heads), numbers, constants)
-        launch.compile((grad, found), False)
+        launch = Launch(slot_bias_transposed_kernel, (parts, blocks, heads), arguments)
+        launch.run(grad_out=grad, grad_rpb=found)
     return found.sum(0).to(grad.dtype)

@@ -1,0 +1,181 @@
+"""Kernels and their launches, which name every argument.
+
+A kernel has three sorts of parameters: tensors, numbers, and compile-time constants. A
+:class:`Launch` is made once with all numbers and constants, and is run with the tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import tuning
+from ...tiling import padded
+from .fast_launch import Describe, Launcher, described, launcher
+
+_log = logging.getLogger("natten")
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+def kernel(jit: Callable[..., Any], tensors: str) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: a kernel that is compiled once for all sizes and strides, whatever divides them.
+
+    Args:
+        jit: ``triton.jit`` or ``gluon.jit``.
+        tensors: the names of the parameters that are tensors; they come first. Of the others, those
+            that are not annotated as ``constexpr`` are numbers.
+    """
+    names = tuple(tensors.split())
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        parameters = inspect.signature(function).parameters
+        if tuple(parameters)[: len(names)] != names:
+            raise TypeError(f"the first parameters of {function.__name__} are not {names}")
+        numbers = [
+            name
+            for name, parameter in parameters.items()
+            if name not in names and "constexpr" not in str(parameter.annotation)
+        ]
+        made = jit(do_not_specialize=numbers)(function)
+        made.tensors = names
+        return made
+
+    return decorate
+
+
+def per_axis(name: str, values: Sequence[Any], fill: Any = 1) -> dict[str, Any]:
+    """Arguments ``name0``, ``name1``, ``name2``; ``fill`` for axes that a problem lacks."""
+    return {f"{name}{axis}": value for axis, value in enumerate(padded(values, fill))}
+
+
+def strides_of(name: str, strides: Sequence[int]) -> dict[str, int]:
+    """Arguments ``name_b``, ``name_0`` to ``name_2`` and ``name_h``: strides of batch, three axes
+    and heads of a tensor ``[batch, *space, heads, channels]``."""
+    batch, *space, heads, _ = strides
+    return dict(zip((f"{name}_{axis}" for axis in "b012h"), (batch, *padded(space, 0), heads)))
+
+
+class Launch:
+    """A kernel with its grid, numbers and constants, to be run with tensors.
+
+    Args:
+        kernel: made by :func:`kernel`.
+        grid: how many programs there are, along up to three axes.
+        arguments: the numbers and constants, by the names of the kernel's parameters.
+        descriptors: what makes a descriptor of a tensor, by the names of the tensors that the
+            kernel reads through one.
+        options: of the compiler, such as ``num_warps``.
+
+    Raises:
+        TypeError: an argument is missing, or the kernel has none of that name.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: Iterable[int],
+        arguments: Mapping[str, Any],
+        descriptors: Mapping[str, Describe] = _NOTHING,
+        **options: Any,
+    ) -> None:
+        names = kernel.arg_names[len(kernel.tensors) :]
+        missing = [name for name in names if name not in arguments]
+        unknown = [name for name in arguments if name not in names]
+        unknown += [name for name in descriptors if name not in kernel.tensors]
+        if missing or unknown:
+            raise TypeError(f"{kernel.__name__}: missing {missing}, unknown {unknown}")
+        self.kernel = kernel
+        self.grid = (*grid, 1, 1)[:3]
+        self.arguments = {name: arguments[name] for name in names}
+        self.tensors = {name: descriptors.get(name) for name in kernel.tensors}
+        self._in_order = itemgetter(*kernel.tensors)
+        # Triton 3.10 fuses products and sums only where it is asked to.
+        self.options = {"enable_fp_fusion": True, **options}
+        self.compiled: Launcher | None = None
+
+    def run(self, **tensors: Tensor | None) -> None:
+        # A method, because calling an object by keywords copies them once more.
+        """Launch on the current device, where the tensors must be.
+
+        Every tensor of the kernel has to be named; None stands for those that it does not read.
+        """
+        addresses = [None if x is None else x.data_ptr() for x in self._in_order(tensors)]
+        # Triton compiles for addresses that 16 divides, which only views can lack.
+        aligned = math.gcd(16, *filter(None, addresses)) == 16
+        if aligned and self.compiled is not None:
+            self.compiled(addresses, tensors)
+        else:
+            self._compile(tensors, aligned)
+
+    def _compile(self, tensors: Mapping[str, Tensor | None], keep: bool) -> None:
+        """Launch through Triton, which compiles at the first call; ``keep`` what it compiled."""
+        if tensors.keys() != self.tensors.keys():
+            raise TypeError(f"{self.kernel.__name__} takes {[*self.tensors]}, not {[*tensors]}")
+        named = described(self.tensors, tensors)
+        compiled = self.kernel[self.grid](**named, **self.arguments, **self.options)
+        if keep and compiled is not None:  # the interpreter compiles nothing
+            last = tuple(self.arguments.values())
+            self.compiled = launcher(compiled, self.grid, self.tensors, last)
+
+
+class Trials:
+    """Launches that do the same with different tiles; the first call keeps the fastest."""
+
+    def __init__(self, key: str, launches: Mapping[Any, Any]) -> None:
+        self.key, self.launches = key, launches
+        self.chosen, *_ = launches.values()
+
+    def run(self, *args: Any, **tensors: Any) -> None:
+        if self.launches and not torch.cuda.is_current_stream_capturing():
+            times = tuning.times(
+                self.key, self.launches, lambda each: _time(self.launches[each], args, tensors)
+            )
+            tiles = min(times, key=times.__getitem__)
+            self.chosen, self.launches = self.launches[tiles], {}
+            _log.debug("%s: %s", self.key, tiles)
+            try:
+                tuning.remember(self.key, list(tiles), forget=False)
+            except OSError as error:
+                _log.debug("%s is not remembered: %s", self.key, error)
+        self.chosen.run(*args, **tensors)
+
+
+def _time(launch: Any, args: Sequence[Any], tensors: Mapping[str, Any]) -> float:
+    """Milliseconds of a launch, the median of five."""
+    launch.run(*args, **tensors)
+    times = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        launch.run(*args, **tensors)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[2]
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """A tensor as it lies in memory: views can negate what they show."""
+    return x.resolve_neg().contiguous()
+
+
+def readable(x: Tensor) -> Tensor:
+    """Kernels read channels one after another, as they lie in memory."""
+    x = x.resolve_neg()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def on_device(x: Tensor) -> Any:
+    """Kernels launch on the current device: make it the tensor's."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
