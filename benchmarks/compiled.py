@@ -263,7 +263,7 @@ def _name(launch: Launch) -> str:
 def _tiles(launch: Launch) -> str:
     """Shapes of queries and of keys, and what goes with them."""
     constants = launch.arguments | launch.options
-    names = ("TQ", "TK") if "TQ" in constants else ("TILE", "BOX")
+    names = ("Q_BLOCK", "KV_BLOCK") if "Q_BLOCK" in constants else ("TILE", "BOX")
     shapes = [constants[name] for name in names if name in constants]
     if constants.get("OF_KEYS"):  # tiles are of keys, boxes of queries
         shapes.reverse()

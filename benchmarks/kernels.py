@@ -27,6 +27,8 @@ import triton
 from compiled import Variant, call_hopper, call_portable, compile_calls
 from triton.backends.compiler import GPUTarget
 
+from natten.backends.triton.tiles import SHARED_MEMORY
+
 RESULT = Path(__file__).parent / "results/kernels.md"
 FP16 = torch.float16
 
@@ -66,29 +68,30 @@ HOPPER = [
     Variant("extra", (64, 64), 13, 64, extra=5),
 ]
 
-# Bytes of shared memory that a program may have.
-TARGETS = {"80": 166912, "86": 101376, "90": 232448, "100": 232448, "gfx942": 65536, "90a": 232448}
+# Targets, and bytes of shared memory that a program may have there.
+TARGETS = {str(each): SHARED_MEMORY[each] for each in (80, 86, 90, 100)}
+TARGETS |= {"gfx942": SHARED_MEMORY[0], "90a": SHARED_MEMORY[90]}
 
 # What is known to spill in a loop: how many instructions move it at most, until somebody mends it.
 KNOWN: dict[tuple[str, str], dict[str, int]] = {
     # No GPU of these generations was there. As sm_80 code on an H200 other tiles are slower, but
     # for HDiT (3 % faster): h200.md.
-    ("80", "key"): {"HDiT": 6, "FLUX": 2, "video": 15},
-    ("86", "key"): {"HDiT": 4, "FLUX": 3, "video": 9},
+    ("80", "dkdv"): {"HDiT": 6, "FLUX": 2, "video": 15},
+    ("86", "dkdv"): {"HDiT": 4, "FLUX": 3, "video": 9},
     # The portable kernels where the Hopper kernels do not run: a few of 500 to 700 instructions
     # that mask a box. dP before the weights takes more of them, and less time; products that start
     # from -LSE and -delta need none, and take 6 to 17 % longer (h200.md).
     ("90", "forward"): {"FLUX": 1, "FLUX bias": 1, "Hunyuan": 1},
-    ("90", "key"): {"FLUX": 11, "1-D causal": 2, "FLUX strided": 15, "FLUX bias": 20},
+    ("90", "dkdv"): {"FLUX": 11, "1-D causal": 2, "FLUX strided": 15, "FLUX bias": 20},
     # dK and dV have two sums.
-    ("gfx942", "key"): {"FLUX": 86},
+    ("gfx942", "dkdv"): {"FLUX": 86},
     # Triton 3.8.
     ("90a", "pass dK dV"): {"FLUX": 1},
 }
 # Kernels whose products are known to wait for one another: with three axes ptxas copies the sums
 # of dK and dV between the loops of straddling and of whole boxes. Faster all the same than what
 # came before, and than with the loops the other way round, where ptxas does not (h100.md).
-SERIALISED = {("90", "key"): ("Hunyuan",)}
+SERIALISED = {("90", "dkdv"): ("Hunyuan",)}
 
 
 class Job(NamedTuple):

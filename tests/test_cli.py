@@ -238,7 +238,7 @@ def test_dry_run_of_gpu_kernels_needs_no_gpu(capsys):
     tuned = tiles.candidates(*problem)[5]
     tuning.remember(tiles.key(*problem), tuned)
     rows = table(called(capsys, "profile", *arguments, "--max-configs", 3).out)
-    assert rows[0][0] == f"{options.by(tuned.query[1:])} *"
+    assert rows[0][0] == f"{options.by(tuned.q_block[1:])} *"
     every = table(called(capsys, "profile", *arguments, "--max-configs", 0).out)
     assert len(every) == sum(len(tiles.candidates(k, *problem[1:])) for k in tiles.KINDS)
 
@@ -247,10 +247,11 @@ def test_dry_run_of_a_backend_whose_gradient_another_runs(capsys):
     pytest.importorskip("triton")
     arguments = ["-i", 64, 64, "-w", 9, "--dtype", "bf16", "--device", "cpu"]
     arguments += ["--backend", "hopper", "--dry-run", "--backprop", "--max-configs", 2]
+    kinds = {"hopper": ("query", "key"), "triton": ("dq", "dkdv")}
     for dim, gradient in ((64, "hopper"), (256, "triton")):
         out = called(capsys, "profile", *arguments, "-d", dim).out
         assert re.search(r"hopper, kernel forward: 2 of \d+ tiles", out)
-        for kind in ("query", "key"):
+        for kind in kinds[gradient]:
             assert re.search(rf"{gradient}, kernel {kind}: 2 of \d+ tiles", out)
         assert len(table(out)) == 6
 

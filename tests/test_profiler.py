@@ -150,9 +150,9 @@ def test_computed_pairs_of_each_backend():
     assert found == {"forward": 1.0}
     pytest.importorskip("triton")
     found = tune.computed_over_needed(problem, "triton", "triton")
-    assert set(found) == {"forward", "query", "key"} and min(found.values()) >= 1
+    assert set(found) == {"forward", "dq", "dkdv"} and min(found.values()) >= 1
     mixed = tune.computed_over_needed(problem, "hopper", "triton")
-    assert set(mixed) == set(found) and mixed["query"] == found["query"]
+    assert set(mixed) == set(found) and mixed["dq"] == found["dq"]
 
 
 def test_choosing_a_backend():
@@ -239,7 +239,7 @@ def test_forced_tiles():
     arguments = tune.arguments(problem)
     before = tiles.choose("forward", *arguments)
     other = next(each for each in tiles.candidates("forward", *arguments) if each != before)
-    forward = tune.Forced(other.query[1:], other.key[1:])
+    forward = tune.Forced(other.q_block[1:], other.kv_block[1:])
     found = tune.kernels("triton", "triton")
     with tune.forced_tiles(problem, found, forward, tune.Forced(None, None)):
         assert tiles.choose("forward", *arguments)[:2] == other[:2]

@@ -276,8 +276,7 @@ def test_packed_documents_in_one_launch():
 
 WINDOWS = """
 import torch, triton, triton.language as tl
-from natten.backends.triton.plan import modes
-from natten.backends.triton.primitives import queries_of, tiles_that_attend, window
+from natten.backends.triton.windows import modes, queries_of, tiles_that_attend, window
 from natten.neighborhood import Neighborhood
 
 @triton.jit
@@ -287,7 +286,7 @@ def tiles(out, length, d, k, s, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MODE:
     tl.store(out + i, first), tl.store(out + 64 + i, count)
 
 def attending(rule, length, o, rows, columns, beyond):
-    # First rows of tiles that attend the box ``o`` from them on, or so many keys beside it.
+    # First rows of tiles that attend the block ``o`` from them on, or so many keys beside it.
     found, (d,) = set(), rule.dilation
     for n in {-(-length // d), length // d}:
         start, end = rule.windows(0, torch.arange(n), n, n)
@@ -351,7 +350,7 @@ def test_kernels_know_the_definition(tmp_path):
 
 ORDER = """
 import torch, triton, triton.language as tl
-from natten.backends.triton.primitives import CAUSAL, SLIDING, STRIDED, UNIT, longest_first
+from natten.backends.triton.windows import CAUSAL, SLIDING, STRIDED, UNIT, longest_first
 from natten.neighborhood import Neighborhood
 from natten.tiling import reach
 
@@ -395,7 +394,7 @@ def test_no_long_tile_of_keys_starts_last(tmp_path):
     assert "orders 14" in interpreted(f"import runpy; runpy.run_path({str(script)!r})")
 
 
-@pytest.mark.parametrize("kind", ["forward", "query", "key"])
+@pytest.mark.parametrize("kind", ["forward", "dq", "dkdv"])
 def test_tiles_are_valid(kind):
     tiles = pytest.importorskip("natten.backends.triton.tiles")
     for rank in (1, 2, 3):
@@ -403,14 +402,14 @@ def test_tiles_are_valid(kind):
             shape = (40, 9, 3)[:rank]
             rule = Neighborhood.create(rank, (7, 3, 2)[:rank], 1, (2, 1, 1)[:rank])
             found = tiles.choose(kind, rule, shape, shape, dim, value_dim, itemsize)
-            for tile in (found.query, found.key):
+            for tile in (found.q_block, found.kv_block):
                 assert len(tile) == 3 and all(n & (n - 1) == 0 for n in tile)
                 assert 16 <= torch.Size(tile).numel() <= 128
             assert found.num_warps in (4, 8)
 
 
 @pytest.mark.parametrize("gpu", [(0, 65536), (86, 101376)], ids=["AMD", "consumer"])
-@pytest.mark.parametrize("kind", ["forward", "query", "key"])
+@pytest.mark.parametrize("kind", ["forward", "dq", "dkdv"])
 def test_tiles_fit_the_gpu(kind, gpu, monkeypatch):
     tiles = pytest.importorskip("natten.backends.triton.tiles")
     rule, shape = Neighborhood.create(2, 13), (64, 64)
@@ -420,7 +419,7 @@ def test_tiles_fit_the_gpu(kind, gpu, monkeypatch):
     for dim, itemsize in ((64, 2), (128, 2), (256, 2), (64, 4), (128, 4)):
         for each in tiles.candidates(kind, rule, shape, shape, dim, dim, itemsize):
             rows, cols = (torch.Size(x).numel() for x in each[:2])
-            if kind == "key":
+            if kind == "dkdv":
                 rows, cols = cols, rows
             sizes = kind, rows, cols, dim, dim, itemsize, each.num_stages
             assert tiles._shared(*sizes, gpu) <= gpu.shared
@@ -454,7 +453,7 @@ def test_gpus_have_tiles_of_their_own(monkeypatch):
     rule, shape, found = Neighborhood.create(2, 80), (256, 256), []
     for gpu in (tiles.Gpu(90, 232448), tiles.Gpu(86, 101376)):
         monkeypatch.setattr(tiles, "gpu", lambda gpu=gpu: gpu)
-        found.append(tiles.choose("query", rule, shape, shape, 128, 128, 2))
+        found.append(tiles.choose("dq", rule, shape, shape, 128, 128, 2))
     large, small = found
     assert large != small
 
@@ -465,7 +464,10 @@ def test_tiles_asked_for_are_used(caplog):
 
     def used(*tiles):
         found = plan.plan_for(x, x, x, None, None, rule, 1.0, tiles=tiles)
-        return [(each.arguments["TQ"], each.arguments["TK"]) for each in (found.forward, found.key)]
+        return [
+            (each.arguments["Q_BLOCK"], each.arguments["KV_BLOCK"])
+            for each in (found.forward, found.dkdv)
+        ]
 
     _, backward = used()
     assert used(2, 16, 8, 8, 0, 0, 0, 0) == [((1, 2, 16), (1, 8, 8)), backward]

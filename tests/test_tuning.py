@@ -110,7 +110,7 @@ def test_triton_uses_what_was_measured():
         other = rest[7]
         tuning.remember(tiles.key(kind, *problem), other)
         assert tiles.choose(kind, *problem) == other
-        assert isinstance(tiles.choose(kind, *problem).query, tuple)
+        assert isinstance(tiles.choose(kind, *problem).q_block, tuple)
     longer = (Neighborhood.create(2, 5), (31, 20), (31, 20), 64, 64, 2)
     assert tiles.choose("forward", *longer) == tiles.candidates("forward", *longer)[0]
 
@@ -136,7 +136,7 @@ def test_kernels_follow_a_trial():
 
     def used():
         arguments = plan_for(Inputs(query, query, query), rule, 1.0).forward.arguments
-        return arguments["TQ"], arguments["TK"]
+        return arguments["Q_BLOCK"], arguments["KV_BLOCK"]
 
     first, other = tiles.candidates(*problem)[:2]
     assert used() == first[:2]
@@ -146,16 +146,16 @@ def test_kernels_follow_a_trial():
 
 
 def test_triton_counts_the_pairs_it_computes():
-    """Query tiles of 4 positions, boxes of 8 keys, in both dilation groups of an axis of 21."""
+    """Query tiles of 4 positions, blocks of 8 keys, in both dilation groups of an axis of 21."""
     tiles = pytest.importorskip("natten.backends.triton.tiles")
 
     rule = Neighborhood.create(1, 3, dilation=2)
     shape = tiles.Tiles((1, 1, 4), (1, 1, 8), 4, 2)
-    # Groups of 11 and 10 positions: 3 tiles each, which reach 5 or 6 keys at most: one box.
+    # Groups of 11 and 10 positions: 3 tiles each, which reach 5 or 6 keys at most: one block.
     assert tiles.computed_pairs("forward", rule, (21,), (21,), shape) == 2 * 3 * 4 * 8
     transposed = tiles.Tiles((1, 1, 4), (1, 1, 2), 4, 2)
     # Keys 0-1, 2-3, ... are reached by 3, 5, 4, 4, 4, 2 of 11 queries, and by 3, 5, 4, 5, 3 of 10.
-    found = tiles.computed_pairs("key", rule, (21,), (21,), transposed)
+    found = tiles.computed_pairs("dkdv", rule, (21,), (21,), transposed)
     assert found == (7 + 7) * 2 * 4
 
 
@@ -234,13 +234,15 @@ def test_the_first_call_keeps_the_fastest_tiles(monkeypatch):
     try:
         found = plan.plan_for(Inputs(x, x, x), rule, 1.0)
         assert isinstance(found.forward, launch.Trials)
-        assert isinstance(found.key, launch.Launch)
+        assert isinstance(found.dkdv, launch.Launch)
         ranked = tiles.candidates(*problem)[:6]
         times = dict(zip(found.forward.launches.values(), (6, 5, 1, 7, 8, 9)))
         monkeypatch.setattr(launch, "_time", lambda each, *_: times[each])
         found.forward.run(query=x)
         found.forward.run(query=x)
-        assert [(c["TQ"], c["TK"]) for c in launched] == [(ranked[2].query, ranked[2].key)] * 2
+        assert [(c["Q_BLOCK"], c["KV_BLOCK"]) for c in launched] == [
+            (ranked[2].q_block, ranked[2].kv_block)
+        ] * 2
         assert tuning.lookup(tiles.key(*problem)) is not None
     finally:
         natten.disable_autotuner()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...inputs import Gradients, Inputs
 from ...neighborhood import Neighborhood, Rule
-from ..triton.fused import extra_gradients
+from ..triton.fused import additional_gradients
 from ..triton.launch import contiguous, on_device
 from .descriptors import readable
 from .plan import plan_for
@@ -57,13 +57,15 @@ def backward(
     with on_device(query):
         found.terms[grad_lse is not None].run(
             out=out.contiguous(), lse=lse.contiguous(), grad_out=grad_out, grad_lse=grad_lse,
-            terms=terms,
+            lse_delta=terms,
         )  # fmt: skip
         found.query.run((query, grad_out), (key, value), terms, more, (grad_query,))
         found.key.run((key, value), (query, grad_out), terms, (), (grad_key, grad_value))
         additional: Sequence[Tensor | None] = Gradients.zeros(inputs)[4:]
         if more:
-            additional = extra_gradients(found.portable, query, more[0], more[1], grad_out, terms)
+            additional = additional_gradients(
+                found.portable, query, more[0], more[1], grad_out, terms
+            )
     return Gradients(grad_query, grad_key, grad_value, None, *additional)
 
 

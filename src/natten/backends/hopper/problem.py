@@ -9,12 +9,12 @@ attend it.
 
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
 
-from ..triton import primitives
+from ..triton import windows
 from .gluon_names import aggregate, from_triton, gl, gluon
 
-window = from_triton(primitives.window)
-queries_of = from_triton(primitives.queries_of)
-longest_first = from_triton(primitives.longest_first)
+window = from_triton(windows.window)
+queries_of = from_triton(windows.queries_of)
+longest_first = from_triton(windows.longest_first)
 
 
 @gluon.jit
@@ -84,7 +84,7 @@ class Problem:
     @gluon.jit
     def tile(self, number):
         """Batch, head, dilation group; per axis first token, first partner and boxes of a tile."""
-        UNIT: gl.constexpr = primitives.UNIT
+        UNIT: gl.constexpr = windows.UNIT
         t2, rest = _digit(number, self.tiles[2], self.MODES[2] == UNIT)
         t1, rest = _digit(rest, self.tiles[1], self.MODES[1] == UNIT)
         t0, rest = _digit(rest, self.tiles[0], self.MODES[0] == UNIT)

@@ -12,16 +12,11 @@ from .launch import contiguous, on_device, readable
 from .plan import Plan, plan_for
 
 
-def _others(inputs: Inputs, documents: Documents | None) -> list[Tensor | None]:
-    """Bias, additional tokens and table as kernels read them."""
-    table = None if documents is None else documents.table
-    others = (inputs.rpb, inputs.additional_keys, inputs.additional_values, table)
-    return [None if x is None else contiguous(x) for x in others]
-
-
-def _readable(inputs: Inputs) -> Inputs:
+def _as_read(inputs: Inputs) -> Inputs:
+    """The tensors as kernels read them."""
     query, key, value, *others = inputs
-    return Inputs(readable(query), readable(key), readable(value), *others)
+    found = [None if x is None else contiguous(x) for x in others]
+    return Inputs(readable(query), readable(key), readable(value), *found)
 
 
 def forward(
@@ -41,13 +36,13 @@ def forward(
     lse = query.new_empty(*rows, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    inputs = _readable(inputs)
+    query, key, value, rpb, additional_keys, additional_values = inputs = _as_read(inputs)
+    table = None if documents is None else documents.table
     found = plan_for(inputs, rule, scale, documents, tiles)
     with on_device(query):
-        bias, ek, ev, table = _others(inputs, documents)
         found.forward.run(
-            query=inputs.query, key=inputs.key, value=inputs.value, rpb=bias, extra_key=ek,
-            extra_value=ev, documents=table, out=out, lse=lse,
+            query=query, key=key, value=value, rpb=rpb, additional_keys=additional_keys,
+            additional_values=additional_values, documents=table, out=out, lse=lse,
         )  # fmt: skip
     return out, lse
 
@@ -69,65 +64,64 @@ def backward(
     grad_query, grad_key, grad_value = [
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:3]
     ]
-    terms = lse.new_empty(*lse.shape, 4)
-    grad_rpb = grad_additional_keys = grad_additional_values = None
-    inputs = _readable(inputs)
-    query, key, value = inputs[:3]
+    grad_rpb = None
+    grad_additional: tuple[Tensor | None, Tensor | None] = None, None
+    lse_delta = lse.new_empty(*lse.shape, 4)
+    query, key, value, rpb, additional_keys, additional_values = inputs = _as_read(inputs)
     grad_out, out, lse = contiguous(grad_out), out.contiguous(), lse.contiguous()
+    table = None if documents is None else documents.table
     found = plan_for(inputs, rule, scale, documents, tiles)
     with on_device(query):
-        bias, ek, ev, table = _others(inputs, documents)
-        of_query = found.query if grad_lse is None else found.query_of_both
-        grad_lse = None if grad_lse is None else contiguous(grad_lse)
-        of_query.run(
-            query=query, key=key, value=value, rpb=bias, extra_key=ek, extra_value=ev,
-            documents=table, out=out, lse=lse, grad_out=grad_out, grad_lse=grad_lse, terms=terms,
-            grad_query=grad_query,
+        dq = found.dq if grad_lse is None else found.dq_with_grad_lse
+        dq.run(
+            query=query, key=key, value=value, rpb=rpb, additional_keys=additional_keys,
+            additional_values=additional_values, documents=table, out=out, lse=lse,
+            grad_out=grad_out, grad_lse=None if grad_lse is None else contiguous(grad_lse),
+            lse_delta=lse_delta, grad_query=grad_query,
         )  # fmt: skip
-        found.key.run(
-            query=query, key=key, value=value, rpb=bias, documents=table, grad_out=grad_out,
-            terms=terms, grad_key=grad_key, grad_value=grad_value,
+        found.dkdv.run(
+            query=query, key=key, value=value, rpb=rpb, documents=table, grad_out=grad_out,
+            lse_delta=lse_delta, grad_key=grad_key, grad_value=grad_value,
         )  # fmt: skip
-        if ek is not None and ev is not None:
-            grad_additional_keys, grad_additional_values = extra_gradients(
-                found, query, ek, ev, grad_out, terms
+        if additional_keys is not None and additional_values is not None:
+            grad_additional = additional_gradients(
+                found, query, additional_keys, additional_values, grad_out, lse_delta
             )
-        if bias is not None:
-            grad_rpb = _bias_gradient(found, query, key, value, bias, grad_out, terms)
-    return Gradients(
-        grad_query, grad_key, grad_value, grad_rpb, grad_additional_keys, grad_additional_values
-    )
+        if rpb is not None:
+            grad_rpb = _rpb_gradient(found, query, key, value, rpb, grad_out, lse_delta)
+    return Gradients(grad_query, grad_key, grad_value, grad_rpb, *grad_additional)
 
 
-def extra_gradients(
-    found: Plan, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, terms: Tensor
+def additional_gradients(
+    found: Plan, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, lse_delta: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Every query reaches the additional tokens: sums over parts, then over the parts."""
-    parts, launch = found.extra_tokens
-    shape = (found.batch, found.kv_heads, parts, found.extra or 0)
+    """Gradients of additional keys and values, which every query attends: sums over each split of
+    the queries, then over the splits."""
+    splits, launch = found.additional
+    shape = (found.batch, found.kv_heads, splits, found.num_additional or 0)
     grads = [
         query.new_empty(*shape, channels, dtype=torch.float32)
         for channels in (found.dim, found.value_dim)
     ]
-    if found.extra:
+    if found.num_additional:
         launch.run(
-            query=query, extra_key=key, extra_value=value, grad_out=grad_out, terms=terms,
-            grad_key=grads[0], grad_value=grads[1],
+            query=query, additional_keys=key, additional_values=value, grad_out=grad_out,
+            lse_delta=lse_delta, grad_keys=grads[0], grad_values=grads[1],
         )  # fmt: skip
     keys, values = (x.sum(2).transpose(1, 2).to(query.dtype).contiguous() for x in grads)
     return keys, values
 
 
-def _bias_gradient(
+def _rpb_gradient(
     found: Plan, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor, grad_out: Tensor,
-    terms: Tensor,
+    lse_delta: Tensor,
 ) -> Tensor:  # fmt: skip
     shape, launches = found.rpb
-    partial, grad = query.new_empty(shape, dtype=torch.float32), torch.empty_like(rpb)
+    sums, grad = query.new_empty(shape, dtype=torch.float32), torch.empty_like(rpb)
     for launch, add_up in launches:
         launch.run(
-            query=query, key=key, value=value, rpb=rpb, grad_out=grad_out, terms=terms,
-            partial=partial,
+            query=query, key=key, value=value, rpb=rpb, grad_out=grad_out, lse_delta=lse_delta,
+            sums=sums,
         )  # fmt: skip
-        add_up.run(partial=partial, grad_rpb=grad)
+        add_up.run(sums=sums, grad_rpb=grad)
     return grad

@@ -21,45 +21,21 @@ from ...neighborhood import Dense, Rule
 from ...tiling import padded
 from . import tiles as tiling
 from .backward import (
-    bias_kernel,
-    bias_sum_kernel,
-    extra_kernel,
-    key_kernel,
-    query_kernel,
+    additional_kernel,
+    dkdv_kernel,
+    dq_kernel,
+    rpb_grad_kernel,
+    rpb_grad_sum_kernel,
 )
 from .forward import forward_kernel
 from .launch import Launch, Trials, per_axis, strides_of
-from .primitives import (
-    CAUSAL,
-    CAUSAL_STRIDED,
-    FULL,
-    FULL_CAUSAL,
-    SLIDING,
-    STRIDED,
-    UNIT,
-)
+from .windows import modes
 
 # Of the bias's gradient, between its two kernels: 256 MiB, or one head's.
 _MOST_SUMS = 2**26
 
 # Of packed documents: how many, and the longest of each axis, queries and keys.
 _Sizes = tuple[int, tuple[int, ...], tuple[int, ...]]
-
-
-def modes(rule: Rule, shape: Sequence[int]) -> tuple[int, ...]:
-    """How the windows of each of three axes go."""
-    if isinstance(rule, Dense):
-        return UNIT.value, UNIT.value, (FULL_CAUSAL if rule.causal else FULL).value
-    found = []
-    for length, stride, causal in zip(shape, rule.stride, rule.is_causal):
-        if length == 1:
-            mode = UNIT
-        elif causal:
-            mode = CAUSAL if stride == 1 else CAUSAL_STRIDED
-        else:
-            mode = SLIDING if stride == 1 else STRIDED
-        found.append(mode.value)
-    return padded(found, UNIT.value)
 
 
 def sizes(rule: Rule, space: Sequence[int]) -> dict[str, int]:
@@ -73,10 +49,10 @@ def sizes(rule: Rule, space: Sequence[int]) -> dict[str, int]:
     )
 
 
-def _parts(work: int, least: int, most: int) -> tuple[int, int]:
+def _splits(work: int, least: int, most: int) -> tuple[int, int]:
     """How many programs share ``work`` items, at least ``least`` each, and how many each takes."""
-    parts = max(1, min(most, work // least))
-    return parts, -(-work // parts)
+    splits = max(1, min(most, work // least))
+    return splits, -(-work // splits)
 
 
 class Plan:
@@ -91,7 +67,7 @@ class Plan:
         shapes: Sequence[tuple[int, ...]],
         strides: Sequence[Sequence[int]],
         bias_dtype: torch.dtype | None,
-        extra: int | None,
+        num_additional: int | None,
         packed: _Sizes | None,
         tiles: tuple[int, ...],
         tf32: bool,
@@ -113,8 +89,8 @@ class Plan:
         # Tile shapes asked for, of queries and keys: of the forward pass, then of the backward.
         rank = len(self.space)
         asked = [tiles[i : i + rank] for i in range(0, 4 * rank, rank)]
-        self.asked = {"forward": asked[:2], "query": asked[2:], "key": asked[2:]}
-        self.bias, self.extra = bias_dtype is not None, extra
+        self.asked = {"forward": asked[:2], "dq": asked[2:], "dkdv": asked[2:]}
+        self.bias, self.num_additional = bias_dtype is not None, num_additional
         self.constants = {
             "ALIGN": math.gcd(16, *(s for each in self.strides for s in each.values())),
             "D": self.dim,
@@ -146,18 +122,18 @@ class Plan:
     def _launch(
         self, kernel: Any, kind: str, tiles: tiling.Tiles, arguments: dict[str, Any]
     ) -> Launch:
-        of_keys = kind == "key"
+        of_keys = kind == "dkdv"
         heads = self.kv_heads if of_keys else self.heads
         counts = self._counts(
-            *((tiles.key, self.key_space) if of_keys else (tiles.query, self.space))
+            *((tiles.kv_block, self.key_space) if of_keys else (tiles.q_block, self.space))
         )
         programs = math.prod(counts) * math.prod(self.dilation) * self.batch * heads
         query, key, value = self.strides
         arguments = {
-            **query, **key, **value, **self.sizes, "KEYS": self.key_space[-1],
+            **query, **key, **value, **self.sizes, "KEY_L2": self.key_space[-1],
             **per_axis("T", counts), **self.numbers, **arguments, **self.constants,
-            "MODES": self.modes, "TQ": tiles.query, "TK": tiles.key, "HAS_RPB": self.bias,
-            "PACKED": self.packed,
+            "MODES": self.modes, "Q_BLOCK": tiles.q_block, "KV_BLOCK": tiles.kv_block,
+            "HAS_RPB": self.bias, "PACKED": self.packed,
         }  # fmt: skip
         return Launch(
             kernel, (programs,), arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages
@@ -173,39 +149,40 @@ class Plan:
         return self._of_queries(forward_kernel, "forward")
 
     @cached_property
-    def query(self) -> Launch | Trials:
-        """dQ, and terms."""
-        return self._of_queries(query_kernel, "query", HAS_GRAD_LSE=False)
+    def dq(self) -> Launch | Trials:
+        """dQ and ``lse_delta``."""
+        return self._of_queries(dq_kernel, "dq", HAS_GRAD_LSE=False)
 
     @cached_property
-    def query_of_both(self) -> Launch | Trials:
-        """As :attr:`query`, where the LSE has a gradient, too."""
-        return self._of_queries(query_kernel, "query", HAS_GRAD_LSE=True)
+    def dq_with_grad_lse(self) -> Launch | Trials:
+        """As :attr:`dq`, where the LSE has a gradient, too."""
+        return self._of_queries(dq_kernel, "dq", HAS_GRAD_LSE=True)
 
     def _of_queries(self, kernel: Any, kind: str, **arguments: Any) -> Launch | Trials:
-        arguments |= {"heads": self.heads, "extra": self.extra or 0, "HAS_EXTRA": bool(self.extra)}
-        return self._tiled(kernel, kind, **arguments)
+        return self._tiled(
+            kernel, kind, heads=self.heads, num_additional=self.num_additional or 0,
+            HAS_ADDITIONAL=bool(self.num_additional), **arguments,
+        )  # fmt: skip
 
     @cached_property
-    def key(self) -> Launch | Trials:
-        """dK and dV."""
+    def dkdv(self) -> Launch | Trials:
         # Without the loop over heads, ptxas spills what it then keeps beside two sums of 128
         # channels; narrower ones are up to a quarter faster (benchmarks/results/h200.md).
         single = self.per_kv == 1 and max(self.dim, self.value_dim) <= 64
-        return self._tiled(key_kernel, "key", kv_heads=self.kv_heads, SINGLE=single)
+        return self._tiled(dkdv_kernel, "dkdv", kv_heads=self.kv_heads, SINGLE=single)
 
     @cached_property
-    def extra_tokens(self) -> tuple[int, Launch]:
-        """The additional tokens' gradients in parts: how many, and the kernel."""
-        assert self.extra is not None
-        parts, per_part = _parts(math.prod(self.shape), 512, 64)
+    def additional(self) -> tuple[int, Launch]:
+        """The additional tokens' gradients in splits: how many, and the kernel."""
+        assert self.num_additional is not None
+        splits, per_split = _splits(math.prod(self.shape), 512, 64)
         arguments = {
             **self.strides[0], **per_axis("L", self.space), "kv_heads": self.kv_heads,
-            **self.numbers, "extra": self.extra, "per_split": per_part, **self.constants,
-            "M": 32, "N": 16,
+            **self.numbers, "num_additional": self.num_additional, "per_split": per_split,
+            **self.constants, "M": 32, "N": 16,
         }  # fmt: skip
-        grid = (self.batch * self.kv_heads, -(-self.extra // 16), parts)
-        return parts, Launch(extra_kernel, grid, arguments)
+        grid = (self.batch * self.kv_heads, -(-self.num_additional // 16), splits)
+        return splits, Launch(additional_kernel, grid, arguments)
 
     @cached_property
     def rpb(self) -> tuple[tuple[int, ...], list[tuple[Launch, Launch]]]:
@@ -214,29 +191,29 @@ class Plan:
         assert not isinstance(self.rule, Dense)
         kernel_size = padded(self.rule.kernel_size, 1)
         # As of dQ without a bias, also where those were tuned: a program loads its biases once.
-        tiles = tiling.choose(*self._problem("query", False), *self.asked["query"])
-        counts = self._counts(tiles.query, self.space)
+        tiles = tiling.choose(*self._problem("dq", False), *self.asked["dq"])
+        counts = self._counts(tiles.q_block, self.space)
         # A window begins half of it before its query, at the ends of an axis up to all of it.
-        apart, boxes = [], []
-        for k, rows, columns in zip(kernel_size, tiles.query, tiles.key):
+        apart, blocks = [], []
+        for k, rows, columns in zip(kernel_size, tiles.q_block, tiles.kv_block):
             apart.append(-(k // 2) - math.ceil((k - 1 - k // 2) / columns) * columns)
-            boxes.append(math.ceil((rows + k - 1 - apart[-1]) / columns))
-        every, total = math.prod(boxes), math.prod(counts) * math.prod(self.dilation) * self.batch
-        pairs = math.prod(tiles.query), math.prod(tiles.key)
+            blocks.append(math.ceil((rows + k - 1 - apart[-1]) / columns))
+        every, total = math.prod(blocks), math.prod(counts) * math.prod(self.dilation) * self.batch
+        pairs = math.prod(tiles.q_block), math.prod(tiles.kv_block)
         heads = max(1, min(self.heads, _MOST_SUMS // (every * math.prod(pairs))))
-        parts, _ = _parts(total, 4, 2048 // (every * heads))
+        splits, _ = _splits(total, 4, 2048 // (every * heads))
         offsets = math.prod(2 * k - 1 for k in kernel_size)
-        of_boxes = {
-            **per_axis("O", apart), "B1": boxes[1], "B2": boxes[2],
-            "TQ": tiles.query, "TK": tiles.key,
+        of_blocks = {
+            **per_axis("O", apart), "B1": blocks[1], "B2": blocks[2],
+            "Q_BLOCK": tiles.q_block, "KV_BLOCK": tiles.kv_block,
         }  # fmt: skip
         query, key, value = self.strides
         arguments = {
             **query, **key, **value, **self.sizes, "heads": self.heads, **self.numbers,
-            "batches": self.batch, **of_boxes, **self.constants, "MODES": self.modes,
+            "batches": self.batch, **of_blocks, **self.constants, "MODES": self.modes,
         }  # fmt: skip
         sums = {
-            **per_axis("K", kernel_size), **of_boxes, "boxes": every, "parts": parts,
+            **per_axis("K", kernel_size), **of_blocks, "blocks": every, "splits": splits,
             "offsets": offsets, "BLOCK": 32,
         }  # fmt: skip
         stages = tiling.stages_of_both(tiles, self.dim, self.value_dim, self.itemsize)
@@ -244,10 +221,10 @@ class Plan:
         launches = []
         for first in range(0, self.heads, heads):
             count, these = min(heads, self.heads - first), {"first_head": first}
-            each = Launch(bias_kernel, (every, parts, count), arguments | these, **options)
-            add_up = Launch(bias_sum_kernel, (-(-offsets // 32), count), sums | these)
+            each = Launch(rpb_grad_kernel, (every, splits, count), arguments | these, **options)
+            add_up = Launch(rpb_grad_sum_kernel, (-(-offsets // 32), count), sums | these)
             launches.append((each, add_up))
-        return (parts, heads, every, *pairs), launches
+        return (splits, heads, every, *pairs), launches
 
 
 # Calls of one shape come again: a model has few.

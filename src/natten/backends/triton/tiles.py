@@ -1,4 +1,4 @@
-"""Tile shapes of the kernels, by cost: boxes visited, rows wasted, registers, shared memory.
+"""Tile shapes of the kernels, by cost: blocks visited, rows wasted, registers, shared memory.
 
 The estimate ranks them; what :mod:`natten.tuning` remembers from measuring comes first.
 """
@@ -16,25 +16,19 @@ import torch
 from ... import tuning
 from ...neighborhood import Rule, group_length
 from ...tiling import group_kinds, reach
+from ..interface import Shape, Tiles
 
 _log = logging.getLogger("natten")
 
-Shape = tuple[int, ...]
-KINDS = ("forward", "query", "key")  # of kernels; the gradients are of the query, of key and value
+KINDS = ("forward", "dq", "dkdv")  # of kernels
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
-# Beside its products, what a visited box and a program cost, in products of 64 x 32 rows with 64
-# channels. A box of the forward costs more where two groups of warps wait for it.
-_BOX, _PROGRAM, _SECOND_GROUP = 1.0, 3.0, 0.6
+# Costs beside products, in products of 64 x 32 rows with 64 channels: of a visited block, of a
+# program, and of a block of the forward where two warpgroups wait for it.
+_BLOCK_COST, _PROGRAM_COST, _TWO_WARPGROUPS_COST = 1.0, 3.0, 0.6
 
-
-class Tiles(NamedTuple):
-    """A kernel's tiles of queries and of keys, three axes each, and how it runs."""
-
-    query: Shape
-    key: Shape
-    num_warps: int
-    num_stages: int
+# Bytes of shared memory that a program may have, by NVIDIA's compute capability; 0 is AMD's.
+SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 0: 65536}
 
 
 class Gpu(NamedTuple):
@@ -49,9 +43,14 @@ class Gpu(NamedTuple):
     shared: int
 
 
+def gpu_of(capability: int) -> Gpu:
+    """A GPU that need not be there."""
+    return Gpu(capability, SHARED_MEMORY[capability])
+
+
 def gpu() -> Gpu:
     """The current GPU; an H100 where there is none."""
-    return _gpu(torch.cuda.current_device()) if torch.cuda.is_available() else Gpu(90, 232448)
+    return _gpu(torch.cuda.current_device()) if torch.cuda.is_available() else gpu_of(90)
 
 
 @lru_cache(maxsize=64)
@@ -63,12 +62,12 @@ def _gpu(index: int) -> Gpu:
     return Gpu(10 * major + minor, shared)
 
 
-class _Axis(NamedTuple):
-    """An axis cut into tiles of ``size``: how many, and the boxes they visit per box size."""
+class _AxisTiles(NamedTuple):
+    """An axis cut into tiles of ``size``: how many, and the blocks they visit by block size."""
 
     size: int
     tiles: int
-    boxes: dict[int, int]
+    visited: dict[int, int]
 
 
 def block(channels: int) -> int:
@@ -79,7 +78,7 @@ def block(channels: int) -> int:
 def _limits(
     kind: str, dim: int, value_dim: int, itemsize: int, bias: bool, gpu: Gpu
 ) -> tuple[int, int]:
-    """Most rows of an outer tile and of a box, by registers.
+    """Most rows of a tile and of a block, by registers.
 
     Tiles of 64 rows, one group of warps, leave room for several programs per processor, which hide
     each other's waiting. Two sums of wide heads leave no registers for more than 32 columns. Exact
@@ -91,9 +90,9 @@ def _limits(
     rows, cols = max(16, min(64, 16384 // wide)), max(16, min(64, 8192 // wide))
     if itemsize > 2:
         return min(32, rows), min(32, cols)
-    if kind == "key" and wide == 128:
+    if kind == "dkdv" and wide == 128:
         return 64, 32
-    if bias and wide <= 32 and (kind != "key" or 0 < gpu.capability < 90):
+    if bias and wide <= 32 and (kind != "dkdv" or 0 < gpu.capability < 90):
         return rows, 32
     if wide == 128 and gpu.capability == 90:
         return 128, 64
@@ -101,20 +100,20 @@ def _limits(
 
 
 def _stages(kind: str, rows: int, cols: int, channels: int, itemsize: int) -> int:
-    """Boxes in flight; more than two pay where a tile's own operands leave room."""
+    """Blocks in flight; more than two pay where a tile's own operands leave room."""
     if cols * channels * itemsize > 40_000:
         return 1
-    if kind == "key":
+    if kind == "dkdv":
         return 3 if channels > 128 else 2
     return 3 if kind == "forward" or rows >= 128 or channels <= 128 else 2
 
 
 def stages_of_both(tiles: Tiles, dim: int, value_dim: int, itemsize: int) -> int:
-    """Steps in flight where each has a tile of queries and a box of keys of its own.
+    """Steps in flight where each has a tile of queries and a block of keys of its own.
 
     One where products are exact: both operands take registers, whole.
     """
-    rows = math.prod(tiles.query) + math.prod(tiles.key)
+    rows = math.prod(tiles.q_block) + math.prod(tiles.kv_block)
     step = rows * (block(dim) + block(value_dim)) * itemsize
     return 1 if itemsize > 2 else max(1, min(3, (gpu().shared - 2048) // step))
 
@@ -128,11 +127,11 @@ def _shared(
     units take 16-bit weights of dK and dV from registers.
     """
     scores = rows * cols * itemsize
-    boxes = cols * (dim + value_dim) * itemsize * max(1, stages - 1)
+    blocks = cols * (dim + value_dim) * itemsize * max(1, stages - 1)
     if gpu.capability == 0:
-        return boxes + scores  # the outer tile is in registers
-    outer = rows * (dim if kind == "forward" else dim + value_dim) * itemsize
-    return outer + boxes + (scores if kind != "key" or itemsize > 2 else 0) + 1024
+        return blocks + scores  # the tile is in registers
+    tile = rows * (dim if kind == "forward" else dim + value_dim) * itemsize
+    return tile + blocks + (scores if kind != "dkdv" or itemsize > 2 else 0) + 1024
 
 
 def _spans(start: torch.Tensor, end: torch.Tensor, size: int) -> torch.Tensor:
@@ -141,21 +140,22 @@ def _spans(start: torch.Tensor, end: torch.Tensor, size: int) -> torch.Tensor:
     return end[(first + size - 1).clamp(max=len(start) - 1)] - start[first]
 
 
-def _axis(rule: Rule, axis: int, length: int, key_length: int, transposed: bool) -> list[_Axis]:
-    """The ways to cut an axis; ``transposed``: tiles are of keys, boxes of queries."""
+def _axis(rule: Rule, axis: int, length: int, key_length: int, of_keys: bool) -> list[_AxisTiles]:
+    """The ways to cut an axis; ``of_keys``: tiles are of keys, blocks of queries."""
     d = rule.dilation[axis]
     n, n_keys = group_length(length, d, 0), group_length(key_length, d, 0)
-    start, end = reach(rule, axis, n, n_keys, transposed)
-    ways = []
+    start, end = reach(rule, axis, n, n_keys, of_keys)
+    found = []
     for size in _SIZES:
         if size > 16 and size >= 2 * len(start):
             break
         spans = _spans(start, end, size)
-        ways.append(_Axis(size, len(spans), {s: int((-(-spans // s)).sum()) for s in _SIZES}))
-    return ways
+        visited = {s: int((-(-spans // s)).sum()) for s in _SIZES}
+        found.append(_AxisTiles(size, len(spans), visited))
+    return found
 
 
-_ONE = [_Axis(1, 1, dict.fromkeys(_SIZES, 1))]
+_ONE = [_AxisTiles(1, 1, dict.fromkeys(_SIZES, 1))]
 
 
 def key(
@@ -169,26 +169,26 @@ def key(
 
 def choose(
     kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int,
-    bias: bool = False, asked_query: Shape = (), asked_key: Shape = (),
+    bias: bool = False, asked_q_block: Shape = (), asked_kv_block: Shape = (),
 ) -> Tiles:  # fmt: skip
     """The tiles asked for, else those measured to be fastest, else those estimated to be cheapest.
 
     Args:
         kind: of kernel, one of ``KINDS``.
         bias: whether there is one.
-        asked_query, asked_key: tile shapes, 0 or nothing where any will do.
+        asked_q_block, asked_kv_block: shapes, 0 or nothing where any will do.
     """
     problem = (kind, rule, shape, key_shape, dim, value_dim, itemsize, bias)
-    if any(asked_query) or any(asked_key):
+    if any(asked_q_block) or any(asked_kv_block):
         fitting = (
             tiles
             for tiles in candidates(*problem)
-            if _is_asked(tiles.query, asked_query) and _is_asked(tiles.key, asked_key)
+            if _is_asked(tiles.q_block, asked_q_block) and _is_asked(tiles.kv_block, asked_kv_block)
         )
         found = next(fitting, None)
         if found is not None:
             return found
-        _log.debug("the %s kernel has no tiles %s and %s", kind, asked_query, asked_key)
+        _log.debug("the %s kernel has no tiles %s and %s", kind, asked_q_block, asked_kv_block)
     return tuning.choose(key(*problem), candidates(*problem))
 
 
@@ -209,40 +209,40 @@ def _candidates(
     kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int,
     bias: bool, gpu: Gpu,
 ) -> list[Tiles]:  # fmt: skip
-    transposed = kind == "key"
+    of_keys = kind == "dkdv"
     most_rows, most_cols = _limits(kind, dim, value_dim, itemsize, bias, gpu)
     channels = block(dim) + block(value_dim)
     axes = [_ONE] * (3 - len(shape)) + [
-        _axis(rule, axis, length, key_length, transposed)
+        _axis(rule, axis, length, key_length, of_keys)
         for axis, (length, key_length) in enumerate(zip(shape, key_shape))
     ]
 
     def fits(rows: int, cols: int, stages: int) -> bool:
-        blocks = block(dim), block(value_dim)
-        return _shared(kind, rows, cols, *blocks, itemsize, stages, gpu) <= gpu.shared
+        dims = block(dim), block(value_dim)
+        return _shared(kind, rows, cols, *dims, itemsize, stages, gpu) <= gpu.shared
 
     costs: dict[Tiles, float] = {}
     fitting = []
-    for tile in itertools.product(*axes):
-        rows = math.prod(axis.size for axis in tile)
+    for cut in itertools.product(*axes):
+        tile = tuple(axis.size for axis in cut)
+        rows = math.prod(tile)
         if not 16 <= rows <= most_rows:
             continue
-        programs = math.prod(axis.tiles for axis in tile)
-        for box in _boxes(most_cols, len(shape)):
-            cols = math.prod(box)
-            visited = math.prod(axis.boxes[size] for axis, size in zip(tile, box))
-            work = max(rows, 32) * max(cols, 32) / (64 * 32) * channels / 128
-            outer = tuple(axis.size for axis in tile)
-            # Eight warps are two groups of matrix units, 64 rows each.
-            warps = 8 if rows >= 128 else 4
-            stages = _stages(kind, rows, cols, channels, itemsize)
-            while stages > 1 and not fits(rows, cols, stages):
-                stages -= 1
-            query, keys = (box, outer) if transposed else (outer, box)
-            tiles = Tiles(query, keys, warps, stages)
-            once = _BOX + _SECOND_GROUP * (kind == "forward" and warps == 8)
-            costs[tiles] = visited * (work + once) + programs * _PROGRAM
-            if fits(rows, cols, stages):
+        programs = math.prod(axis.tiles for axis in cut)
+        for other in _blocks(most_cols, len(shape)):
+            cols = math.prod(other)
+            visited = math.prod(axis.visited[size] for axis, size in zip(cut, other))
+            products = max(rows, 32) * max(cols, 32) / (64 * 32) * channels / 128
+            num_warps = 8 if rows >= 128 else 4  # eight are two warpgroups of 64 rows each
+            num_stages = _stages(kind, rows, cols, channels, itemsize)
+            while num_stages > 1 and not fits(rows, cols, num_stages):
+                num_stages -= 1
+            q_block, kv_block = (other, tile) if of_keys else (tile, other)
+            tiles = Tiles(q_block, kv_block, num_warps, num_stages)
+            two_warpgroups = kind == "forward" and num_warps == 8
+            per_block = products + _BLOCK_COST + _TWO_WARPGROUPS_COST * two_warpgroups
+            costs[tiles] = visited * per_block + programs * _PROGRAM_COST
+            if fits(rows, cols, num_stages):
                 fitting.append(tiles)
     # Where none fits, Triton says how much is missing.
     return sorted(fitting or costs, key=lambda tiles: costs[tiles])
@@ -250,23 +250,25 @@ def _candidates(
 
 def computed_pairs(kind: str, rule: Rule, shape: Shape, key_shape: Shape, tiles: Tiles) -> int:
     """Query-key pairs that a kernel computes per batch entry and head, wasted ones included."""
-    transposed = kind == "key"
-    outer, box = (tiles.key, tiles.query) if transposed else (tiles.query, tiles.key)
-    pairs = math.prod(outer) * math.prod(box)
+    of_keys = kind == "dkdv"
+    tile, other = tiles.q_block, tiles.kv_block
+    if of_keys:
+        tile, other = other, tile
+    pairs = math.prod(tile) * math.prod(other)
     for axis, (length, key_length, d) in enumerate(zip(shape, key_shape, rule.dilation)):
         i = axis + 3 - len(shape)
         visited = 0
         for group, groups in group_kinds(length, d):
             n, n_keys = group_length(length, d, group), group_length(key_length, d, group)
-            spans = _spans(*reach(rule, axis, n, n_keys, transposed), outer[i])
-            visited += groups * int((-(-spans // box[i])).sum())
+            spans = _spans(*reach(rule, axis, n, n_keys, of_keys), tile[i])
+            visited += groups * int((-(-spans // other[i])).sum())
         pairs *= visited
     return pairs
 
 
 @lru_cache(maxsize=64)
-def _boxes(most: int, rank: int) -> list[Shape]:
+def _blocks(most: int, rank: int) -> list[Shape]:
     """Three-axis shapes of powers of two with ``most`` rows, or half as many."""
-    ways = [_SIZES if axis >= 3 - rank else (1,) for axis in range(3)]
+    sizes = [_SIZES if axis >= 3 - rank else (1,) for axis in range(3)]
     counts = {most, max(16, most // 2)}
-    return [shape for shape in itertools.product(*ways) if math.prod(shape) in counts]
+    return [shape for shape in itertools.product(*sizes) if math.prod(shape) in counts]

@@ -1,7 +1,7 @@
 """Unfused attention: products with a window's keys, weighted sums of its values, and their bias.
 
 Weights are ``[batch, *space, heads, window tokens]``, a row of slots per query. A tile of queries
-meets boxes of keys in matrix products, as in the fused kernels; a pair inside the window has its
+meets blocks of keys in matrix products, as in the fused kernels; a pair inside the window has its
 weight at ``slot = position - window start``. Row-major slots make that a term of the query plus a
 term of the key, so that no index is stored or gathered. Every number has one writer.
 """
@@ -21,62 +21,34 @@ from ... import tuning
 from ...neighborhood import Neighborhood
 from . import tiles as tiling
 from .launch import Launch, contiguous, kernel, on_device, per_axis, readable, strides_of
-from .plan import allows_tf32, modes, padded, sizes
+from .plan import allows_tf32, padded, sizes
 from .primitives import (
-    UNIT,
     before,
     bias_offset,
-    clipped,
     coordinates,
-    group_lengths,
-    last_of_tile,
     load_rows,
     minus,
     outside,
     plus,
-    queries_of_keys,
-    split,
     store_rows,
     times,
     token_offset,
     tokens,
-    windows,
 )
+from .walk import rows_of_tile, tile_of_program
+from .windows import UNIT, group_lengths, modes, reach
 
 # Wider heads are worked on in blocks of channels of so many bytes a row.
 MOST_BYTES = 256
 
 
 @triton.jit
-def _tile(tile, n, k, s, MODES: tl.constexpr, T: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """A tile's rows: their positions, which are real, what each reaches, and what all reach.
-
-    Queries reach keys; ``TRANSPOSED``: keys reach queries.
-    """
-    begin = times(tile, T)
-    last = last_of_tile(begin, n, T)
-    r = plus(begin, coordinates(tl.arange(0, T[0] * T[1] * T[2]), T))
-    i = clipped(r, last)
-    if TRANSPOSED:
-        starts, ends = queries_of_keys(i, n, n, k, s, MODES)
-        low, _ = queries_of_keys(begin, n, n, k, s, MODES)
-        _, high = queries_of_keys(last, n, n, k, s, MODES)
-    else:
-        starts, ends = windows(i, n, n, k, s, MODES)
-        low, _ = windows(begin, n, n, k, s, MODES)
-        # All slots, also those that causality masks.
-        high, _ = windows(last, n, n, k, s, MODES)
-        high = plus(high, k)
-    return i, before(r, n), starts, ends, low, high
-
-
-@triton.jit
-def _boxes(low, high, T: tl.constexpr):
-    """Boxes of ``T`` along ``low .. high``; a key of a strided causal axis may have no query."""
+def _count(low, high, SHAPE: tl.constexpr):
+    """Blocks along ``low .. high``; a key of a strided causal axis may have no query."""
     return (
-        tl.maximum(tl.cdiv(high[0] - low[0], T[0]), 0),
-        tl.maximum(tl.cdiv(high[1] - low[1], T[1]), 0),
-        tl.maximum(tl.cdiv(high[2] - low[2], T[2]), 0),
+        tl.maximum(tl.cdiv(high[0] - low[0], SHAPE[0]), 0),
+        tl.maximum(tl.cdiv(high[1] - low[1], SHAPE[1]), 0),
+        tl.maximum(tl.cdiv(high[2] - low[2], SHAPE[2]), 0),
     )
 
 
@@ -87,12 +59,14 @@ def _slot(p, kernel_size):
 
 
 @triton.jit
-def _rows(x):
+def _down(x):
+    """``[R]`` per axis as a column."""
     return x[0][:, None], x[1][:, None], x[2][:, None]
 
 
 @triton.jit
-def _columns(x):
+def _across(x):
+    """``[C]`` per axis as a row."""
     return x[0][None, :], x[1][None, :], x[2][None, :]
 
 
@@ -110,42 +84,42 @@ def qk_kernel(
     query, key, attn,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, a_b, a_0, a_1, a_2, a_h,
     L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads,
-    MODES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, ALIGN: tl.constexpr,
+    MODES: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tokens ``L``, window ``K``, stride ``S``, dilation ``D``, tiles ``T``, per axis."""
-    pid, tile = split(tl.program_id(0), (T0, T1, T2))
-    pid, group = split(pid, (D0, D1, D2))
-    head, batch = (pid % heads).to(tl.int64), (pid // heads).to(tl.int64)
     kernel_size, stride, dilation = (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
-    n = group_lengths((L0, L1, L2), dilation, group)
-    if outside(times(tile, TQ), n):
+    tile, group, head, batch = tile_of_program((T0, T1, T2), dilation, heads)
+    begin, n = times(tile, Q_BLOCK), group_lengths((L0, L1, L2), dilation, group)
+    if outside(begin, n):
         return
-    i, real, starts, ends, low, high = _tile(tile, n, kernel_size, stride, MODES, TQ, False)
-    x = tokens(i, group, dilation, MODES)
+    rows = rows_of_tile(begin, n, n, kernel_size, stride, MODES, Q_BLOCK, False)
+    x = tokens(rows.position, group, dilation, MODES)  # [M] per axis
     d = tl.arange(0, BLOCK_D)
-    rows = token_offset(batch * q_b + head * q_h, x, (q_0, q_1, q_2), ALIGN)
-    q = load_rows(query, rows, real, d, D)
+    q_at = token_offset(batch * q_b + head * q_h, x, (q_0, q_1, q_2), ALIGN)
+    q = load_rows(query, q_at, rows.real, d, D)  # [M, BLOCK_D]
     slots = token_offset(batch * a_b + head * a_h, x, (a_0, a_1, a_2), 1)
-    slots -= _slot(starts, kernel_size)
-    c = coordinates(tl.arange(0, TK[0] * TK[1] * TK[2]), TK)
+    slots -= _slot(rows.starts, kernel_size)  # [M]
+    c = coordinates(tl.arange(0, KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]), KV_BLOCK)
 
-    boxes = _boxes(low, high, TK)
-    for box in range(0, boxes[0] * boxes[1] * boxes[2]):
-        p = plus(plus(low, times(coordinates(box, boxes), TK)), c)
+    # Every slot is written, also those that causality masks.
+    count = _count(rows.low, plus(rows.all_low, kernel_size), KV_BLOCK)
+    for block in range(0, count[0] * count[1] * count[2]):
+        p = plus(plus(rows.low, times(coordinates(block, count), KV_BLOCK)), c)  # [N] per axis
         present, y = before(p, n), tokens(p, group, dilation, MODES)
-        cols = token_offset(batch * k_b + head * k_h, y, (k_0, k_1, k_2), ALIGN)
-        k = load_rows(key, cols, present, d, D)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        k_at = token_offset(batch * k_b + head * k_h, y, (k_0, k_1, k_2), ALIGN)
+        k = load_rows(key, k_at, present, d, D)  # [N, BLOCK_D]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
         for first in tl.static_range(BLOCK_D, D, BLOCK_D):
-            more = load_rows(query, rows, real, first + d, D)
-            k = load_rows(key, cols, present, first + d, D)
-            s = tl.dot(more, tl.trans(k), s, input_precision=PRECISION)
-        allowed = _inside(_columns(p), _rows(starts), _rows(ends), MODES, present[None, :])
+            wide = load_rows(query, q_at, rows.real, first + d, D)  # [M, BLOCK_D]
+            k = load_rows(key, k_at, present, first + d, D)
+            s = tl.dot(wide, tl.trans(k), s, input_precision=PRECISION)
+        starts = _down(rows.starts)
+        allowed = _inside(_across(p), starts, _down(rows.ends), MODES, present[None, :])
         slots_end = plus(starts, kernel_size)
-        held = _inside(_columns(p), _rows(starts), _rows(slots_end), MODES, real[:, None])
+        held = _inside(_across(p), starts, slots_end, MODES, rows.real[:, None])
         s = tl.where(allowed, s, 0.0).to(attn.dtype.element_ty)
-        at = slots[:, None] + _slot(p, kernel_size)[None, :]
+        at = slots[:, None] + _slot(p, kernel_size)[None, :]  # [M, N]
         tl.store(attn + at, s, mask=held & present[None, :])
 
 
@@ -154,38 +128,36 @@ def av_kernel(
     attn, value, out,
     a_b, a_0, a_1, a_2, a_h, v_b, v_0, v_1, v_2, v_h, o_b, o_0, o_1, o_2, o_h,
     L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads,
-    MODES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, ALIGN: tl.constexpr,
+    MODES: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The arguments are ``qk_kernel``'s; a program has one block of channels."""
-    pid, tile = split(tl.program_id(0), (T0, T1, T2))
-    pid, group = split(pid, (D0, D1, D2))
-    head, batch = (pid % heads).to(tl.int64), (pid // heads).to(tl.int64)
     kernel_size, stride, dilation = (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
-    n = group_lengths((L0, L1, L2), dilation, group)
-    if outside(times(tile, TQ), n):
+    tile, group, head, batch = tile_of_program((T0, T1, T2), dilation, heads)
+    begin, n = times(tile, Q_BLOCK), group_lengths((L0, L1, L2), dilation, group)
+    if outside(begin, n):
         return
-    i, real, starts, ends, low, high = _tile(tile, n, kernel_size, stride, MODES, TQ, False)
-    x = tokens(i, group, dilation, MODES)
+    rows = rows_of_tile(begin, n, n, kernel_size, stride, MODES, Q_BLOCK, False)
+    x = tokens(rows.position, group, dilation, MODES)  # [M] per axis
     slots = token_offset(batch * a_b + head * a_h, x, (a_0, a_1, a_2), 1)
-    slots -= _slot(starts, kernel_size)
+    slots -= _slot(rows.starts, kernel_size)  # [M]
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    c = coordinates(tl.arange(0, TK[0] * TK[1] * TK[2]), TK)
+    c = coordinates(tl.arange(0, KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]), KV_BLOCK)
 
-    acc = tl.zeros([TQ[0] * TQ[1] * TQ[2], BLOCK_D], dtype=tl.float32)
-    boxes = _boxes(low, high, TK)
-    for box in range(0, boxes[0] * boxes[1] * boxes[2]):
-        p = plus(plus(low, times(coordinates(box, boxes), TK)), c)
+    acc = tl.zeros([Q_BLOCK[0] * Q_BLOCK[1] * Q_BLOCK[2], BLOCK_D], dtype=tl.float32)
+    count = _count(rows.low, plus(rows.all_low, kernel_size), KV_BLOCK)
+    for block in range(0, count[0] * count[1] * count[2]):
+        p = plus(plus(rows.low, times(coordinates(block, count), KV_BLOCK)), c)  # [N] per axis
         present, y = before(p, n), tokens(p, group, dilation, MODES)
-        cols = token_offset(batch * v_b + head * v_h, y, (v_0, v_1, v_2), ALIGN)
-        v = load_rows(value, cols, present, d, D)
-        allowed = real[:, None] & present[None, :]
-        allowed = _inside(_columns(p), _rows(starts), _rows(ends), MODES, allowed)
+        v_at = token_offset(batch * v_b + head * v_h, y, (v_0, v_1, v_2), ALIGN)
+        v = load_rows(value, v_at, present, d, D)  # [N, BLOCK_D]
+        allowed = rows.real[:, None] & present[None, :]
+        allowed = _inside(_across(p), _down(rows.starts), _down(rows.ends), MODES, allowed)
         at = slots[:, None] + _slot(p, kernel_size)[None, :]
-        w = tl.load(attn + at, mask=allowed, other=0.0).to(v.dtype)
+        w = tl.load(attn + at, mask=allowed, other=0.0).to(v.dtype)  # [M, N]
         acc = tl.dot(w, v, acc, input_precision=PRECISION)
-    rows = token_offset(batch * o_b + head * o_h, x, (o_0, o_1, o_2), 1)
-    store_rows(out, rows, real, d, D, acc)
+    at = token_offset(batch * o_b + head * o_h, x, (o_0, o_1, o_2), 1)
+    store_rows(out, at, rows.real, d, D, acc)
 
 
 @kernel(triton.jit, tensors="attn value out")
@@ -193,40 +165,39 @@ def av_transposed_kernel(
     attn, value, out,
     a_b, a_0, a_1, a_2, a_h, v_b, v_0, v_1, v_2, v_h, o_b, o_0, o_1, o_2, o_h,
     L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, heads,
-    MODES: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, ALIGN: tl.constexpr,
+    MODES: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The arguments are ``av_kernel``'s; tiles ``T`` are of keys, ``value`` belongs to queries."""
-    pid, tile = split(tl.program_id(0), (T0, T1, T2))
-    pid, group = split(pid, (D0, D1, D2))
-    head, batch = (pid % heads).to(tl.int64), (pid // heads).to(tl.int64)
     kernel_size, stride, dilation = (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
-    n = group_lengths((L0, L1, L2), dilation, group)
-    if outside(times(tile, TK), n):
+    tile, group, head, batch = tile_of_program((T0, T1, T2), dilation, heads)
+    begin, n = times(tile, KV_BLOCK), group_lengths((L0, L1, L2), dilation, group)
+    if outside(begin, n):
         return
-    p, present, starts, ends, low, high = _tile(tile, n, kernel_size, stride, MODES, TK, True)
-    keys = _slot(p, kernel_size)
+    rows = rows_of_tile(begin, n, n, kernel_size, stride, MODES, KV_BLOCK, True)
+    keys = _slot(rows.position, kernel_size)  # [N]
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    r = coordinates(tl.arange(0, TQ[0] * TQ[1] * TQ[2]), TQ)
+    r = coordinates(tl.arange(0, Q_BLOCK[0] * Q_BLOCK[1] * Q_BLOCK[2]), Q_BLOCK)
 
-    acc = tl.zeros([TK[0] * TK[1] * TK[2], BLOCK_D], dtype=tl.float32)
-    boxes = _boxes(low, high, TQ)
-    for box in range(0, boxes[0] * boxes[1] * boxes[2]):
-        i = plus(plus(low, times(coordinates(box, boxes), TQ)), r)
+    acc = tl.zeros([KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2], BLOCK_D], dtype=tl.float32)
+    count = _count(rows.low, rows.high, Q_BLOCK)
+    for block in range(0, count[0] * count[1] * count[2]):
+        i = plus(plus(rows.low, times(coordinates(block, count), Q_BLOCK)), r)  # [M] per axis
         real, x = before(i, n), tokens(i, group, dilation, MODES)
-        rows = token_offset(batch * v_b + head * v_h, x, (v_0, v_1, v_2), ALIGN)
-        v = load_rows(value, rows, real, d, D)
-        first, _ = windows(i, n, n, kernel_size, stride, MODES)
+        v_at = token_offset(batch * v_b + head * v_h, x, (v_0, v_1, v_2), ALIGN)
+        v = load_rows(value, v_at, real, d, D)  # [M, BLOCK_D]
+        first, _ = reach(i, n, n, kernel_size, stride, MODES, False)
         slots = token_offset(batch * a_b + head * a_h, x, (a_0, a_1, a_2), 1)
-        slots -= _slot(first, kernel_size)
-        allowed = real[:, None] & present[None, :]
-        allowed = _inside(_rows(i), _columns(starts), _columns(ends), MODES, allowed)
+        slots -= _slot(first, kernel_size)  # [M]
+        allowed = real[:, None] & rows.real[None, :]
+        allowed = _inside(_down(i), _across(rows.starts), _across(rows.ends), MODES, allowed)
         # Slots of a query lie side by side: read by query, then transpose.
-        w = tl.load(attn + slots[:, None] + keys[None, :], mask=allowed, other=0.0).to(v.dtype)
+        at = slots[:, None] + keys[None, :]
+        w = tl.load(attn + at, mask=allowed, other=0.0).to(v.dtype)  # [M, N]
         acc = tl.dot(tl.trans(w), v, acc, input_precision=PRECISION)
-    y = tokens(p, group, dilation, MODES)
-    cols = token_offset(batch * o_b + head * o_h, y, (o_0, o_1, o_2), 1)
-    store_rows(out, cols, present, d, D, acc)
+    y = tokens(rows.position, group, dilation, MODES)
+    at = token_offset(batch * o_b + head * o_h, y, (o_0, o_1, o_2), 1)
+    store_rows(out, at, rows.real, d, D, acc)
 
 
 @triton.jit
@@ -235,7 +206,7 @@ def _windows_of_tokens(x, shape, kernel_size, stride, dilation, MODES: tl.conste
     i = x[0] // dilation[0], x[1] // dilation[1], x[2] // dilation[2]
     group = x[0] % dilation[0], x[1] % dilation[1], x[2] % dilation[2]
     n = group_lengths(shape, dilation, group)
-    starts, ends = windows(i, n, n, kernel_size, stride, MODES)
+    starts, ends = reach(i, n, n, kernel_size, stride, MODES, False)
     return i, starts, ends
 
 
@@ -252,10 +223,10 @@ def slot_bias_kernel(
     i, starts, ends = _windows_of_tokens(
         coordinates(x, shape), shape, kernel_size, (S0, S1, S2), (D0, D1, D2), MODES
     )
-    p = plus(_rows(starts), _columns(coordinates(slot, kernel_size)))
+    p = plus(_down(starts), _across(coordinates(slot, kernel_size)))
     held = (x < L0 * L1 * L2)[:, None] & (slot < slots)[None, :]
-    allowed = held & before(p, _rows(ends))
-    at = bias_offset(minus(p, _rows(i)), kernel_size, head)
+    allowed = held & before(p, _down(ends))
+    at = bias_offset(minus(p, _down(i)), kernel_size, head)
     bias = tl.load(rpb + at, mask=allowed, other=0.0)
     rows = head * L0 * L1 * L2 + x
     tl.store(out + rows[:, None] * slots + slot[None, :], bias, mask=held)
@@ -264,32 +235,32 @@ def slot_bias_kernel(
 @kernel(triton.jit, tensors="grad_out grad_rpb")
 def slot_bias_transposed_kernel(
     grad_out, grad_rpb, a_0, a_1, a_2, a_h, L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2,
-    offsets, per_part, MODES: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    offsets, per_split, MODES: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Sums over one part of the queries, ``grad_rpb [parts, heads, offsets]``.
+    """Sums over one split of the queries, ``grad_rpb [splits, heads, offsets]``.
 
     Offsets fix the slot of each query, so that nothing is scattered.
     """
-    part, head = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    number, head = tl.program_id(0), tl.program_id(2).to(tl.int64)
     shape, kernel_size = (L0, L1, L2), (K0, K1, K2)
     at = tl.program_id(1) * N + tl.arange(0, N)
     o = coordinates(at, (1, 2 * K1 - 1, 2 * K2 - 1))
     o = minus(o, (K0 - 1, K1 - 1, K2 - 1))
     acc = tl.zeros([M, N], dtype=tl.float32)
-    for first in range(0, per_part, M):
+    for first in range(0, per_split, M):
         own = first + tl.arange(0, M)
-        rows = part * per_part + own
+        rows = number * per_split + own
         x = coordinates(rows, shape)
         i, starts, ends = _windows_of_tokens(
             x, shape, kernel_size, (S0, S1, S2), (D0, D1, D2), MODES
         )
-        p = plus(_rows(i), _columns(o))
-        allowed = ((own < per_part) & (rows < L0 * L1 * L2))[:, None] & (at < offsets)[None, :]
-        allowed = _inside(p, _rows(starts), _rows(ends), MODES, allowed)
+        p = plus(_down(i), _across(o))
+        allowed = ((own < per_split) & (rows < L0 * L1 * L2))[:, None] & (at < offsets)[None, :]
+        allowed = _inside(p, _down(starts), _down(ends), MODES, allowed)
         slots = token_offset(head * a_h, x, (a_0, a_1, a_2), 1)[:, None]
-        slots += _slot(minus(p, _rows(starts)), kernel_size)
+        slots += _slot(minus(p, _down(starts)), kernel_size)
         acc += tl.load(grad_out + slots, mask=allowed, other=0.0).to(tl.float32)
-    to = (part.to(tl.int64) * tl.num_programs(2) + head) * offsets + at
+    to = (number.to(tl.int64) * tl.num_programs(2) + head) * offsets + at
     tl.store(grad_rpb + to, tl.sum(acc, 0), mask=at < offsets)
 
 
@@ -300,15 +271,15 @@ def choose_tiles(
     name: str, rule: Neighborhood, space: tuple[int, ...], dim: int, itemsize: int
 ) -> tuple[tiling.Tiles, dict[str, Any]]:
     """Tiles of a map and the constants that follow from them; any head dim."""
-    kind = "key" if name == "av_transposed" else "forward"
+    kind = "dkdv" if name == "av_transposed" else "forward"
     most = min(dim, MOST_BYTES // itemsize)
     # As of narrow heads: addresses of single weights fill the registers beside large tiles.
     narrow = min(dim, 128 // itemsize)
     tiles = tiling.choose(kind, rule, space, space, narrow, narrow, itemsize)
     return tiles, {
         "MODES": modes(rule, space),
-        "TQ": tiles.query,
-        "TK": tiles.key,
+        "Q_BLOCK": tiles.q_block,
+        "KV_BLOCK": tiles.kv_block,
         "D": dim,
         "BLOCK_D": tiling.block(most),
     }
@@ -327,7 +298,7 @@ def _map_launch(
     """The kernel of a map; ``shape`` is of its second tensor, ``strides`` are of all three."""
     batch, *space, heads, dim = shape
     tiles, constants = choose_tiles(name, rule, tuple(space), dim, dtypes[1].itemsize)
-    outer = tiles.key if name == "av_transposed" else tiles.query
+    outer = tiles.kv_block if name == "av_transposed" else tiles.q_block
     lengths, dilation = padded(space, 1), padded(rule.dilation, 1)
     counts = [math.ceil(math.ceil(n / d) / size) for n, d, size in zip(lengths, dilation, outer)]
     names = "qka" if name == "qk" else "avo"
@@ -403,16 +374,16 @@ def rpb_bias_transposed(grad: Tensor, rule: Neighborhood) -> Tensor:
     table = [2 * k - 1 for k in rule.kernel_size]
     offsets, tokens = math.prod(table), math.prod(shape)
     blocks = -(-offsets // 32)
-    # Enough parts to fill a GPU; more would only cost memory.
-    parts = max(1, min(tokens // 64, 4096 // (blocks * heads)))
-    found = grad.new_empty(parts, heads, *table, dtype=torch.float32)
-    per_part = -(-tokens // parts)
+    # Enough splits to fill a GPU; more would only cost memory.
+    splits = max(1, min(tokens // 64, 4096 // (blocks * heads)))
+    found = grad.new_empty(splits, heads, *table, dtype=torch.float32)
+    per_split = -(-tokens // splits)
     arguments = {
         **{f"a_{axis}": stride for axis, stride in zip("012", padded(strides, 0))},
-        "a_h": head_stride, **sizes(rule, shape), "offsets": offsets, "per_part": per_part,
+        "a_h": head_stride, **sizes(rule, shape), "offsets": offsets, "per_split": per_split,
         "MODES": modes(rule, shape), "M": 32, "N": 32,
     }  # fmt: skip
     with on_device(grad):
-        launch = Launch(slot_bias_transposed_kernel, (parts, blocks, heads), arguments)
+        launch = Launch(slot_bias_transposed_kernel, (splits, blocks, heads), arguments)
         launch.run(grad_out=grad, grad_rpb=found)
     return found.sum(0).to(grad.dtype)

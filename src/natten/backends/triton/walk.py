@@ -1,0 +1,367 @@
+"""What a program works on: a tile, and the blocks of keys, or of queries, that its rows reach.
+
+Blocks start where the first row's reach starts, not on a fixed grid. A block that lies in what all
+rows of the tile reach is full and needs no mask; the others are partial.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    LOG2E,
+    before,
+    bias_index,
+    coordinates,
+    load_rows,
+    load_tile,
+    minimum,
+    minus,
+    outside,
+    plus,
+    scores,
+    split,
+    times,
+    token_offset,
+    token_strides,
+    tokens,
+)
+from .windows import UNIT, group_lengths, reach
+
+
+class View(NamedTuple):
+    """Where the tokens of a program's layout and head lie in a tensor."""
+
+    start: Any  # offset of the first
+    strides: Any  # per axis
+
+
+class Program(NamedTuple):
+    """What a program works on; what is said per axis has three."""
+
+    tile: Any  # index per axis
+    group: Any  # dilation group per axis
+    batch: Any
+    head: Any  # of the query; where tiles are of keys, the first of those that share a key head
+    kv_head: Any
+    shape: Any  # of the layout, per axis: queries
+    key_shape: Any
+    kernel_size: Any
+    stride: Any
+    dilation: Any
+    n: Any  # queries of the dilation group, per axis
+    n_keys: Any
+    first: Any  # number of the layout's first query in a contiguous tensor
+    key_first: Any
+    query: View  # where tiles are of keys, of the first head of all
+    key: View
+    value: View
+
+
+class Rows(NamedTuple):
+    """The rows of a tile, and what they reach; per axis."""
+
+    position: Any  # [R], in the dilation group; beyond its end, the last one
+    real: Any  # [R]: which are not beyond the end; not per axis
+    starts: Any  # [R]: the first that each row reaches
+    ends: Any  # [R]: the end of these
+    low: Any  # of what any row reaches
+    high: Any
+    all_low: Any  # of what all rows reach
+    all_high: Any
+
+
+class Blocks(NamedTuple):
+    """The blocks that a tile visits."""
+
+    counts: Any  # per axis
+    first_full: Any  # per axis
+    full: Any  # per axis, how many are
+    num_partial: Any
+    num_full: Any
+
+
+@triton.jit
+def tile_of_program(tiles, dilation, heads):
+    """Which tile, dilation group, head and batch entry a program has."""
+    rest, tile = split(tl.program_id(0), tiles)
+    rest, group = split(rest, dilation)
+    return tile, group, (rest % heads).to(tl.int64), (rest // heads).to(tl.int64)
+
+
+@triton.jit
+def _size(row, COLUMN: tl.constexpr):
+    return tl.load(row + COLUMN).to(tl.int32)
+
+
+@triton.jit
+def _document(documents, number):
+    """A row of the table of :class:`natten.varlen.Documents`: first query and key, the layouts of
+    both, window, stride, dilation."""
+    row = documents + number * 16
+    n0, n1 = _size(row, 2), _size(row, 3)
+    return (
+        tl.load(row), tl.load(row + 1), (n0, n1, _size(row, 4)), (n0, n1, _size(row, 5)),
+        (_size(row, 6), _size(row, 7), _size(row, 8)),
+        (_size(row, 9), _size(row, 10), _size(row, 11)),
+        (_size(row, 12), _size(row, 13), _size(row, 14)),
+    )  # fmt: skip
+
+
+@triton.jit
+def _view(strides, batch, first, shape, head, PACKED: tl.constexpr):
+    """``strides`` are of batch, three axes, heads; packed tokens follow one another."""
+    if PACKED:
+        start, per_axis = first * strides[3], token_strides(shape, strides[3])
+    else:
+        start, per_axis = batch * strides[0], (strides[1], strides[2], strides[3])
+    return View(start + head * strides[4], per_axis)
+
+
+@triton.jit
+def locate(
+    documents, tiles, heads, per_kv, shape, key_length, kernel_size, stride, dilation,
+    query_strides, key_strides, value_strides, PACKED: tl.constexpr, OF_KEYS: tl.constexpr,
+):  # fmt: skip
+    """The :class:`Program`. ``heads`` are of the query, or, where tiles are ``OF_KEYS``, of the
+    key; ``PACKED``: a batch entry is a document of its own sizes."""
+    tile, group, head, batch = tile_of_program(tiles, dilation, heads)
+    if OF_KEYS:
+        kv_head, head, q_head = head, head * per_kv, 0
+    else:
+        kv_head, q_head = head // per_kv, head
+    if PACKED:
+        first, key_first, shape, key_shape, kernel_size, stride, dilation = _document(
+            documents, batch
+        )
+    else:
+        key_shape = shape[0], shape[1], key_length
+        first = batch * shape[0] * shape[1] * shape[2]
+        key_first = batch * shape[0] * shape[1] * key_length
+    return Program(
+        tile, group, batch, head, kv_head, shape, key_shape, kernel_size, stride, dilation,
+        group_lengths(shape, dilation, group), group_lengths(key_shape, dilation, group),
+        first, key_first,
+        _view(query_strides, batch, first, shape, q_head, PACKED),
+        _view(key_strides, batch, key_first, key_shape, kv_head, PACKED),
+        _view(value_strides, batch, key_first, key_shape, kv_head, PACKED),
+    )  # fmt: skip
+
+
+@triton.jit
+def is_empty(p, begin, n, PACKED: tl.constexpr):
+    """Whether a program's tile has no row: it begins beyond an axis, or a document has fewer
+    dilation groups than others."""
+    empty = outside(begin, n)
+    if PACKED:
+        empty |= outside(p.group, p.dilation)
+    return empty
+
+
+@triton.jit
+def rows_of_tile(
+    begin, n, n_keys, kernel_size, stride, MODES: tl.constexpr, SHAPE: tl.constexpr,
+    OF_KEYS: tl.constexpr,
+):  # fmt: skip
+    """The :class:`Rows` of a tile that begins at position ``begin``; it may be cut short."""
+    length = n_keys if OF_KEYS else n
+    last = minus(minimum(plus(begin, SHAPE), length), (1, 1, 1))
+    i = plus(begin, coordinates(tl.arange(0, SHAPE[0] * SHAPE[1] * SHAPE[2]), SHAPE))
+    position = minimum(i, last)
+    starts, ends = reach(position, n, n_keys, kernel_size, stride, MODES, OF_KEYS)
+    low, all_high = reach(begin, n, n_keys, kernel_size, stride, MODES, OF_KEYS)
+    all_low, high = reach(last, n, n_keys, kernel_size, stride, MODES, OF_KEYS)
+    return Rows(position, before(i, length), starts, ends, low, high, all_low, all_high)
+
+
+@triton.jit
+def _count(low, high, all_low, all_high, T: tl.constexpr):
+    count = tl.maximum(tl.cdiv(high - low, T), 0)
+    first = tl.cdiv(all_low - low, T)
+    return count, first, tl.maximum((all_high - low) // T - first, 0)
+
+
+@triton.jit
+def count_blocks(rows, SHAPE: tl.constexpr):
+    """The :class:`Blocks` of a shape that the rows reach."""
+    low, high, all_low, all_high = rows.low, rows.high, rows.all_low, rows.all_high
+    count0, first0, full0 = _count(low[0], high[0], all_low[0], all_high[0], SHAPE[0])
+    count1, first1, full1 = _count(low[1], high[1], all_low[1], all_high[1], SHAPE[1])
+    count2, first2, full2 = _count(low[2], high[2], all_low[2], all_high[2], SHAPE[2])
+    every, num_full = count0 * count1 * count2, full0 * full1 * full2
+    return Blocks(
+        (count0, count1, count2), (first0, first1, first2), (full0, full1, full2),
+        every - num_full, num_full,
+    )  # fmt: skip
+
+
+@triton.jit
+def _beside(i, first, full):
+    """The ``i``-th block of an axis that is not full."""
+    return tl.where(i < first, i, i + full)
+
+
+@triton.jit
+def partial_block(i, blocks):
+    """Index per axis of the ``i``-th block that is not full on axis 0, or else on axis 1, or else
+    on axis 2."""
+    count, first, full = blocks.counts, blocks.first_full, blocks.full
+    on0 = (count[0] - full[0]) * count[1] * count[2]
+    on1 = full[0] * (count[1] - full[1]) * count[2]
+    is0, is2 = i < on0, i >= on0 + on1
+    i -= tl.where(is0, 0, tl.where(is2, on0 + on1, on0))
+    n1 = tl.where(is0, count[1], tl.where(is2, full[1], count[1] - full[1]))
+    n2 = tl.where(is2, count[2] - full[2], count[2])
+    j0, j1, j2 = i // (n1 * n2), i // n2 % n1, i % n2
+    j0 = tl.where(is0, _beside(j0, first[0], full[0]), j0 + first[0])
+    j1 = tl.where(is0, j1, tl.where(is2, j1 + first[1], _beside(j1, first[1], full[1])))
+    return j0, j1, tl.where(is2, _beside(j2, first[2], full[2]), j2)
+
+
+@triton.jit
+def next_full_block(j, full):
+    """The one after ``j`` of the blocks that are full on every axis, and whether axes 1 and 2
+    ended."""
+    end2 = j[2] + 1 == full[2]
+    j1 = tl.where(end2, j[1] + 1, j[1])
+    end1 = j1 == full[1]
+    j0 = tl.where(end1, j[0] + 1, j[0])
+    return (j0, tl.where(end1, 0, j1), tl.where(end2, 0, j[2] + 1)), (end1, end2)
+
+
+@triton.jit
+def full_block_steps(full, dilation, strides, SHAPE: tl.constexpr):
+    """What an offset grows by to :func:`next_full_block`: usually, and where axes 2 and 1 ended.
+
+    Adding one number to all addresses of a block takes fewer registers and instructions than
+    working them out, which counts where two sums fill them.
+    """
+    on0 = dilation[0].to(tl.int64) * SHAPE[0] * strides[0]
+    on1 = dilation[1].to(tl.int64) * SHAPE[1] * strides[1]
+    on2 = dilation[2].to(tl.int64) * SHAPE[2] * strides[2]
+    back2 = (full[2] - 1) * on2
+    return on2, on1 - back2, on0 - (full[1] - 1) * on1 - back2
+
+
+@triton.jit
+def full_block_step(steps, ends, ALIGN: tl.constexpr):
+    """The one of :func:`full_block_steps` to take, a multiple of ``ALIGN``."""
+    step = tl.where(ends[0], steps[2], tl.where(ends[1], steps[1], steps[0]))
+    return tl.multiple_of(step, ALIGN)
+
+
+@triton.jit
+def within_block(c, dilation, strides, ALIGN: tl.constexpr):
+    """Offset of a block's tokens, at positions ``c``, from its first.
+
+    It is the same in every block, so that in a loop only the first token's has to be worked out.
+    """
+    return token_offset(0, times(c, dilation), strides, ALIGN)
+
+
+@triton.jit
+def block_offset(p, view, a, MODES: tl.constexpr, ALIGN: tl.constexpr):
+    """Offset of a block's first token, at position ``a`` of the dilation group."""
+    return token_offset(view.start, tokens(a, p.group, p.dilation, MODES), view.strides, ALIGN)
+
+
+@triton.jit
+def _mask_bias(a, start, end, T: tl.constexpr, MODE: tl.constexpr):
+    """``[R, T]``: zero where position ``a + column`` lies in ``start .. end``, else -inf."""
+    p = a + tl.arange(0, T)[None, :]
+    if MODE == UNIT:
+        # Along an axis of one token a block may be longer than that.
+        within = (p == 0) & (start[:, None] == 0)
+    else:
+        within = (p >= start[:, None]) & (p < end[:, None])
+    return tl.where(within, 0.0, float("-inf"))
+
+
+@triton.jit
+def mask_bias(a, starts, ends, SHAPE: tl.constexpr, MODES: tl.constexpr):
+    """What to add to scores ``[R, C]`` of a block that begins at ``a``: -inf where a row does not
+    reach a column.
+
+    Each axis compares on its own, so that a score costs little.
+    """
+    x0 = _mask_bias(a[0], starts[0], ends[0], SHAPE[0], MODES[0])
+    x1 = _mask_bias(a[1], starts[1], ends[1], SHAPE[1], MODES[1])
+    x2 = _mask_bias(a[2], starts[2], ends[2], SHAPE[2], MODES[2])
+    x = x0[:, :, None, None] + x1[:, None, :, None] + x2[:, None, None, :]
+    return x.reshape(x0.shape[0], SHAPE[0] * SHAPE[1] * SHAPE[2])
+
+
+@triton.jit
+def walk_keys(
+    STEP: tl.constexpr, state, operands, q, key, value, rpb, p, rows, scale,
+    MODES: tl.constexpr, KV_BLOCK: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_RPB: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state after all blocks of keys that the queries ``q`` reach.
+
+    ``STEP(state, operands, q, k, v, s, PRECISION)`` is the state after one more of them, with keys
+    ``k [N, D]``, values ``v [N, DV]`` and scores ``s [M, N]``.
+    """
+    N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
+    c = coordinates(tl.arange(0, N), KV_BLOCK)  # [N] per axis
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    k_within = within_block(c, p.dilation, p.key.strides, ALIGN)  # [N]
+    v_within = within_block(c, p.dilation, p.value.strides, ALIGN)  # [N]
+    row_index = bias_index(rows.position, p.kernel_size)  # [M]; compiles away without a bias
+    blocks = count_blocks(rows, KV_BLOCK)
+
+    # Partial blocks come first, so that what masks need is not kept beside full ones.
+    for block in range(0, blocks.num_partial):
+        a = plus(rows.low, times(partial_block(block, blocks), KV_BLOCK))
+        present = before(plus(a, c), rows.high)  # [N]
+        k_at = block_offset(p, p.key, a, MODES, ALIGN)
+        v_at = block_offset(p, p.value, a, MODES, ALIGN)
+        k = load_rows(key + k_at, k_within, present, d, D)  # [N, D]
+        v = load_rows(value + v_at, v_within, present, dv, DV)  # [N, DV]
+        at = bias_index(plus(a, c), p.kernel_size)[None, :] - row_index[:, None]  # [M, N]
+        s = scores(q, k, scale, rpb, at, p.kernel_size, p.head, HAS_RPB, False, PRECISION)
+        s += mask_bias(a, rows.starts, rows.ends, KV_BLOCK, MODES)  # [M, N]
+        state = STEP(state, operands, q, k, v, s, PRECISION)
+
+    low, j = plus(rows.low, times(blocks.first_full, KV_BLOCK)), (0, 0, 0)
+    k_at = block_offset(p, p.key, low, MODES, ALIGN)
+    v_at = block_offset(p, p.value, low, MODES, ALIGN)
+    k_rows = key + (k_at + k_within)[:, None] + d[None, :]  # [N, D]
+    v_rows = value + (v_at + v_within)[:, None] + dv[None, :]  # [N, DV]
+    k_steps = full_block_steps(blocks.full, p.dilation, p.key.strides, KV_BLOCK)
+    v_steps = full_block_steps(blocks.full, p.dilation, p.value.strides, KV_BLOCK)
+    for _ in range(0, blocks.num_full):
+        a = plus(low, times(j, KV_BLOCK))
+        k, v = load_tile(k_rows, d, D), load_tile(v_rows, dv, DV)  # [N, D], [N, DV]
+        j, ended = next_full_block(j, blocks.full)
+        k_rows += full_block_step(k_steps, ended, ALIGN)
+        v_rows += full_block_step(v_steps, ended, ALIGN)
+        at = bias_index(plus(a, c), p.kernel_size)[None, :] - row_index[:, None]  # [M, N]
+        s = scores(q, k, scale, rpb, at, p.kernel_size, p.head, HAS_RPB, True, PRECISION)
+        state = STEP(state, operands, q, k, v, s, PRECISION)
+    return state
+
+
+@triton.jit
+def walk_additional(
+    STEP: tl.constexpr, state, operands, q, keys, values, p, kv_heads, num_additional, scale,
+    N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As :func:`walk_keys`, over the additional tokens, which every query attends: ``keys`` and
+    ``values [batch, tokens, heads, channels]``."""
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    for begin in range(0, num_additional, N):
+        c = begin + tl.arange(0, N)
+        present = c < num_additional  # [N]
+        at = (p.batch * num_additional + c) * kv_heads + p.kv_head
+        k = load_rows(keys, at * D, present, d, D)  # [N, D]
+        v = load_rows(values, at * DV, present, dv, DV)  # [N, DV]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # [M, N]
+        s = tl.where(present[None, :], s, float("-inf"))
+        state = STEP(state, operands, q, k, v, s, PRECISION)
+    return state
