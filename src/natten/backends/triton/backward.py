@@ -193,8 +193,8 @@ def dkdv_kernel(
 
     r = coordinates(tl.arange(0, M), Q_BLOCK)  # [M] per axis
     heads = kv_heads * per_kv
-    row_strides = token_strides(p.shape, heads)
     q_within = within_block(r, p.dilation, p.query.strides, ALIGN)  # [M]
+    row_strides = token_strides(p.shape, heads)
     row_within = within_block(r, p.dilation, row_strides, 1)  # [M]
     row_index = bias_index(rows.position, p.kernel_size)  # [N]; compiles away without a bias
     blocks = count_blocks(rows, Q_BLOCK)
@@ -204,7 +204,7 @@ def dkdv_kernel(
     dv_acc = tl.zeros([N, BLOCK_DV], dtype=tl.float32)
 
     for shared in range(0, 1 if SINGLE else per_kv):
-        head = p.head + shared
+        head = p.kv_head * per_kv + shared
         q_start = p.query.start + head * q_h
         for block in range(0, blocks.num_partial):
             a = plus(rows.low, times(partial_block(block, blocks), Q_BLOCK))
@@ -222,7 +222,7 @@ def dkdv_kernel(
 
     low = plus(rows.low, times(blocks.first_full, Q_BLOCK))
     for shared in range(0, 1 if SINGLE else per_kv):
-        head, j = p.head + shared, (0, 0, 0)
+        head, j = p.kv_head * per_kv + shared, (0, 0, 0)
         x = tokens(low, p.group, p.dilation, MODES)
         q_at = token_offset(p.query.start + head * q_h, x, p.query.strides, ALIGN)
         row = row_number(p.first, x, p.shape, heads, head)

@@ -102,8 +102,8 @@ class Launch:
         self.options = {"enable_fp_fusion": True, **options}
         self.compiled: Launcher | None = None
 
+    # Not __call__: calling an object by keywords copies them once more.
     def run(self, **tensors: Tensor | None) -> None:
-        # A method, because calling an object by keywords copies them once more.
         """Launch on the current device, where the tensors must be.
 
         Every tensor of the kernel has to be named; None stands for those that it does not read.

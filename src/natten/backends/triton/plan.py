@@ -49,6 +49,12 @@ def sizes(rule: Rule, space: Sequence[int]) -> dict[str, int]:
     )
 
 
+def tile_counts(rule: Rule, space: Sequence[int], tile: Sequence[int]) -> list[int]:
+    """How many tiles the longest dilation group has, per axis."""
+    lengths = zip(padded(space, 1), padded(rule.dilation, 1), tile)
+    return [math.ceil(math.ceil(length / d) / size) for length, d, size in lengths]
+
+
 def _splits(work: int, least: int, most: int) -> tuple[int, int]:
     """How many programs share ``work`` items, at least ``least`` each, and how many each takes."""
     splits = max(1, min(most, work // least))
@@ -77,13 +83,12 @@ class Plan:
         self.itemsize, self.packed = dtype.itemsize, packed is not None
         own = query[0], tuple(query[1:-2]), tuple(key[1:-2])
         self.batch, self.space, self.key_space = packed or own
-        self.shape = padded(self.space, 1)
         self.heads, self.kv_heads = query[-2], key[-2]
         self.per_kv = self.heads // self.kv_heads
         self.dim, self.value_dim = query[-1], value[-1]
-        self.dilation = padded(rule.dilation, 1)
         self.modes = modes(rule, self.space if packed is None else [2] * len(self.space))
-        self.strides = [strides_of(name, each) for name, each in zip("qkv", strides)]
+        self.query_strides, *others = map(strides_of, "qkv", strides)
+        self.strides = self.query_strides | others[0] | others[1]
         self.sizes = sizes(rule, self.space)
         self.numbers = {"per_kv": self.per_kv, "scale": scale}
         # Tile shapes asked for, of queries and keys: of the forward pass, then of the backward.
@@ -92,11 +97,11 @@ class Plan:
         self.asked = {"forward": asked[:2], "dq": asked[2:], "dkdv": asked[2:]}
         self.bias, self.num_additional = bias_dtype is not None, num_additional
         self.constants = {
-            "ALIGN": math.gcd(16, *(s for each in self.strides for s in each.values())),
+            "ALIGN": math.gcd(16, *self.strides.values()),
             "D": self.dim,
             "DV": self.value_dim,
-            "BLOCK_D": tiling.block(self.dim),
-            "BLOCK_DV": tiling.block(self.value_dim),
+            "BLOCK_D": tiling.padded_channels(self.dim),
+            "BLOCK_DV": tiling.padded_channels(self.value_dim),
             "PRECISION": "tf32" if tf32 else "ieee",
         }
 
@@ -124,13 +129,11 @@ class Plan:
     ) -> Launch:
         of_keys = kind == "dkdv"
         heads = self.kv_heads if of_keys else self.heads
-        counts = self._counts(
-            *((tiles.kv_block, self.key_space) if of_keys else (tiles.q_block, self.space))
-        )
-        programs = math.prod(counts) * math.prod(self.dilation) * self.batch * heads
-        query, key, value = self.strides
+        tile, space = (tiles.kv_block, self.key_space) if of_keys else (tiles.q_block, self.space)
+        counts = tile_counts(self.rule, space, tile)
+        programs = math.prod(counts) * math.prod(self.rule.dilation) * self.batch * heads
         arguments = {
-            **query, **key, **value, **self.sizes, "KEY_L2": self.key_space[-1],
+            **self.strides, **self.sizes, "KEY_L2": self.key_space[-1],
             **per_axis("T", counts), **self.numbers, **arguments, **self.constants,
             "MODES": self.modes, "Q_BLOCK": tiles.q_block, "KV_BLOCK": tiles.kv_block,
             "HAS_RPB": self.bias, "PACKED": self.packed,
@@ -138,11 +141,6 @@ class Plan:
         return Launch(
             kernel, (programs,), arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages
         )
-
-    def _counts(self, tile: tiling.Shape, space: tuple[int, ...]) -> list[int]:
-        """How many tiles the longest dilation group has, per axis."""
-        lengths = zip(padded(space, 1), self.dilation, tile)
-        return [math.ceil(math.ceil(length / d) / size) for length, d, size in lengths]
 
     @cached_property
     def forward(self) -> Launch | Trials:
@@ -175,9 +173,9 @@ class Plan:
     def additional(self) -> tuple[int, Launch]:
         """The additional tokens' gradients in splits: how many, and the kernel."""
         assert self.num_additional is not None
-        splits, per_split = _splits(math.prod(self.shape), 512, 64)
+        splits, per_split = _splits(math.prod(self.space), 512, 64)
         arguments = {
-            **self.strides[0], **per_axis("L", self.space), "kv_heads": self.kv_heads,
+            **self.query_strides, **per_axis("L", self.space), "kv_heads": self.kv_heads,
             **self.numbers, "num_additional": self.num_additional, "per_split": per_split,
             **self.constants, "M": 32, "N": 16,
         }  # fmt: skip
@@ -192,28 +190,28 @@ class Plan:
         kernel_size = padded(self.rule.kernel_size, 1)
         # As of dQ without a bias, also where those were tuned: a program loads its biases once.
         tiles = tiling.choose(*self._problem("dq", False), *self.asked["dq"])
-        counts = self._counts(tiles.q_block, self.space)
+        counts = tile_counts(self.rule, self.space, tiles.q_block)
         # A window begins half of it before its query, at the ends of an axis up to all of it.
         apart, blocks = [], []
         for k, rows, columns in zip(kernel_size, tiles.q_block, tiles.kv_block):
             apart.append(-(k // 2) - math.ceil((k - 1 - k // 2) / columns) * columns)
             blocks.append(math.ceil((rows + k - 1 - apart[-1]) / columns))
-        every, total = math.prod(blocks), math.prod(counts) * math.prod(self.dilation) * self.batch
+        num_blocks = math.prod(blocks)
+        num_tiles = math.prod(counts) * math.prod(self.rule.dilation) * self.batch
         pairs = math.prod(tiles.q_block), math.prod(tiles.kv_block)
-        heads = max(1, min(self.heads, _MOST_SUMS // (every * math.prod(pairs))))
-        splits, _ = _splits(total, 4, 2048 // (every * heads))
+        heads = max(1, min(self.heads, _MOST_SUMS // (num_blocks * math.prod(pairs))))
+        splits, _ = _splits(num_tiles, 4, 2048 // (num_blocks * heads))
         offsets = math.prod(2 * k - 1 for k in kernel_size)
         of_blocks = {
             **per_axis("O", apart), "B1": blocks[1], "B2": blocks[2],
             "Q_BLOCK": tiles.q_block, "KV_BLOCK": tiles.kv_block,
         }  # fmt: skip
-        query, key, value = self.strides
         arguments = {
-            **query, **key, **value, **self.sizes, "heads": self.heads, **self.numbers,
+            **self.strides, **self.sizes, "heads": self.heads, **self.numbers,
             "batches": self.batch, **of_blocks, **self.constants, "MODES": self.modes,
         }  # fmt: skip
         sums = {
-            **per_axis("K", kernel_size), **of_blocks, "blocks": every, "splits": splits,
+            **per_axis("K", kernel_size), **of_blocks, "blocks": num_blocks, "splits": splits,
             "offsets": offsets, "BLOCK": 32,
         }  # fmt: skip
         stages = tiling.stages_of_both(tiles, self.dim, self.value_dim, self.itemsize)
@@ -221,10 +219,11 @@ class Plan:
         launches = []
         for first in range(0, self.heads, heads):
             count, these = min(heads, self.heads - first), {"first_head": first}
-            each = Launch(rpb_grad_kernel, (every, splits, count), arguments | these, **options)
+            grid = num_blocks, splits, count
+            each = Launch(rpb_grad_kernel, grid, arguments | these, **options)
             add_up = Launch(rpb_grad_sum_kernel, (-(-offsets // 32), count), sums | these)
             launches.append((each, add_up))
-        return (splits, heads, every, *pairs), launches
+        return (splits, heads, num_blocks, *pairs), launches
 
 
 # Calls of one shape come again: a model has few.

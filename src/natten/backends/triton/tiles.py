@@ -70,23 +70,23 @@ class _AxisTiles(NamedTuple):
     visited: dict[int, int]
 
 
-def block(channels: int) -> int:
-    """Channels as a kernel sees them: a power of two that the matrix units take."""
+def padded_channels(channels: int) -> int:
+    """Channels that a kernel has for a head's: a power of two that the matrix units take."""
     return max(16, 1 << (channels - 1).bit_length())
 
 
 def _limits(
     kind: str, dim: int, value_dim: int, itemsize: int, bias: bool, gpu: Gpu
 ) -> tuple[int, int]:
-    """Most rows of a tile and of a block, by registers.
+    """The most rows of a tile, and of a block, that registers have room for.
 
-    Tiles of 64 rows, one group of warps, leave room for several programs per processor, which hide
-    each other's waiting. Two sums of wide heads leave no registers for more than 32 columns. Exact
-    products of 32 bits have both operands in registers, whole. Of narrow heads, addresses of biases
-    are most of what is in registers; beside the weights of dK and dV there is room for them only
-    where products read shared memory (NVIDIA's from 9.0 on) or there are 512 registers (AMD).
+    Tiles of 64 rows, one warpgroup, leave room for several programs per multiprocessor, which hide
+    each other's waiting. Beside two sums of wide heads there is room for 32 columns. Exact products
+    of 32 bits have both operands in registers, whole. With narrow heads, addresses of biases take
+    the most registers; beside the weights of dK and dV there is room for them only where products
+    read shared memory (NVIDIA's from 9.0 on) or where there are 512 registers (AMD).
     """
-    wide = max(block(dim), block(value_dim)) * itemsize // 2
+    wide = max(padded_channels(dim), padded_channels(value_dim)) * itemsize // 2
     rows, cols = max(16, min(64, 16384 // wide)), max(16, min(64, 8192 // wide))
     if itemsize > 2:
         return min(32, rows), min(32, cols)
@@ -114,7 +114,7 @@ def stages_of_both(tiles: Tiles, dim: int, value_dim: int, itemsize: int) -> int
     One where products are exact: both operands take registers, whole.
     """
     rows = math.prod(tiles.q_block) + math.prod(tiles.kv_block)
-    step = rows * (block(dim) + block(value_dim)) * itemsize
+    step = rows * (padded_channels(dim) + padded_channels(value_dim)) * itemsize
     return 1 if itemsize > 2 else max(1, min(3, (gpu().shared - 2048) // step))
 
 
@@ -135,7 +135,7 @@ def _shared(
 
 
 def _spans(start: torch.Tensor, end: torch.Tensor, size: int) -> torch.Tensor:
-    """How many positions each tile of ``size`` reaches."""
+    """How many positions each tile of ``size`` reaches, given what each position reaches."""
     first = torch.arange(0, len(start), size, device="cpu")
     return end[(first + size - 1).clamp(max=len(start) - 1)] - start[first]
 
@@ -155,7 +155,7 @@ def _axis(rule: Rule, axis: int, length: int, key_length: int, of_keys: bool) ->
     return found
 
 
-_ONE = [_AxisTiles(1, 1, dict.fromkeys(_SIZES, 1))]
+_NO_AXIS = [_AxisTiles(1, 1, dict.fromkeys(_SIZES, 1))]
 
 
 def key(
@@ -211,14 +211,14 @@ def _candidates(
 ) -> list[Tiles]:  # fmt: skip
     of_keys = kind == "dkdv"
     most_rows, most_cols = _limits(kind, dim, value_dim, itemsize, bias, gpu)
-    channels = block(dim) + block(value_dim)
-    axes = [_ONE] * (3 - len(shape)) + [
+    channels = padded_channels(dim) + padded_channels(value_dim)
+    axes = [_NO_AXIS] * (3 - len(shape)) + [
         _axis(rule, axis, length, key_length, of_keys)
         for axis, (length, key_length) in enumerate(zip(shape, key_shape))
     ]
 
     def fits(rows: int, cols: int, stages: int) -> bool:
-        dims = block(dim), block(value_dim)
+        dims = padded_channels(dim), padded_channels(value_dim)
         return _shared(kind, rows, cols, *dims, itemsize, stages, gpu) <= gpu.shared
 
     costs: dict[Tiles, float] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ... import tuning
 from ...neighborhood import Neighborhood
+from ...tiling import padded
 from . import tiles as tiling
 from .launch import Launch, contiguous, kernel, on_device, per_axis, readable, strides_of
-from .plan import allows_tf32, padded, sizes
+from .plan import allows_tf32, sizes, tile_counts
 from .primitives import (
     before,
     bias_offset,
@@ -264,25 +265,20 @@ def slot_bias_transposed_kernel(
     tl.store(grad_rpb + to, tl.sum(acc, 0), mask=at < offsets)
 
 
-KERNELS = {"qk": qk_kernel, "av": av_kernel, "av_transposed": av_transposed_kernel}
+class _Map(NamedTuple):
+    """A kernel of two tensors and a result."""
+
+    kernel: Any
+    kind: str  # of kernel that has tiles like these
+    strides: str  # what the kernel calls those of its tensors, in their order
+    aligned: str  # of these, those whose rows are heads; weights have rows of any length
 
 
-def choose_tiles(
-    name: str, rule: Neighborhood, space: tuple[int, ...], dim: int, itemsize: int
-) -> tuple[tiling.Tiles, dict[str, Any]]:
-    """Tiles of a map and the constants that follow from them; any head dim."""
-    kind = "dkdv" if name == "av_transposed" else "forward"
-    most = min(dim, MOST_BYTES // itemsize)
-    # As of narrow heads: addresses of single weights fill the registers beside large tiles.
-    narrow = min(dim, 128 // itemsize)
-    tiles = tiling.choose(kind, rule, space, space, narrow, narrow, itemsize)
-    return tiles, {
-        "MODES": modes(rule, space),
-        "Q_BLOCK": tiles.q_block,
-        "KV_BLOCK": tiles.kv_block,
-        "D": dim,
-        "BLOCK_D": tiling.block(most),
-    }
+_MAPS = {
+    "qk": _Map(qk_kernel, "forward", "qka", "qk"),
+    "av": _Map(av_kernel, "forward", "avo", "v"),
+    "av_transposed": _Map(av_transposed_kernel, "dkdv", "avo", "v"),
+}
 
 
 @tuning.cached
@@ -296,24 +292,25 @@ def _map_launch(
     tf32: bool,
 ) -> Launch:
     """The kernel of a map; ``shape`` is of its second tensor, ``strides`` are of all three."""
-    batch, *space, heads, dim = shape
-    tiles, constants = choose_tiles(name, rule, tuple(space), dim, dtypes[1].itemsize)
-    outer = tiles.kv_block if name == "av_transposed" else tiles.q_block
-    lengths, dilation = padded(space, 1), padded(rule.dilation, 1)
-    counts = [math.ceil(math.ceil(n / d) / size) for n, d, size in zip(lengths, dilation, outer)]
-    names = "qka" if name == "qk" else "avo"
-    flat = {each: strides_of(each, stride) for each, stride in zip(names, strides)}
-    aligned = "qk" if name == "qk" else "v"  # weights have rows of any length
-    align = math.gcd(16, *(s for each in aligned for s in flat[each].values()))
+    each, (batch, *space, heads, dim), itemsize = _MAPS[name], shape, dtypes[1].itemsize
+    # As of narrow heads: addresses of single weights fill the registers beside large tiles.
+    narrow = min(dim, 128 // itemsize)
+    tiles = tiling.choose(each.kind, rule, tuple(space), tuple(space), narrow, narrow, itemsize)
+    tile = tiles.kv_block if each.kind == "dkdv" else tiles.q_block
+    counts = tile_counts(rule, space, tile)
+    named = {letter: strides_of(letter, x) for letter, x in zip(each.strides, strides)}
+    block_d = tiling.padded_channels(min(dim, MOST_BYTES // itemsize))
     arguments = {
-        **flat[names[0]], **flat[names[1]], **flat[names[2]], **sizes(rule, space),
-        **per_axis("T", counts), "heads": heads, **constants, "ALIGN": align,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        **sizes(rule, space), **per_axis("T", counts), "heads": heads,
+        "MODES": modes(rule, space), "Q_BLOCK": tiles.q_block, "KV_BLOCK": tiles.kv_block,
+        "ALIGN": math.gcd(16, *(s for letter in each.aligned for s in named[letter].values())),
+        "D": dim, "BLOCK_D": block_d, "PRECISION": "tf32" if tf32 else "ieee",
     }  # fmt: skip
-    blocks = 1 if name == "qk" else -(-dim // constants["BLOCK_D"])
-    programs = math.prod(counts) * math.prod(dilation) * batch * heads
-    num_warps = 8 if constants["BLOCK_D"] > 32 else 4
-    return Launch(KERNELS[name], (programs, blocks), arguments, num_warps=num_warps, num_stages=2)
+    for letter in each.strides:
+        arguments |= named[letter]
+    programs = math.prod(counts) * math.prod(rule.dilation) * batch * heads
+    grid = programs, 1 if name == "qk" else -(-dim // block_d)
+    return Launch(each.kernel, grid, arguments, num_warps=8 if block_d > 32 else 4, num_stages=2)
 
 
 def _run(name: str, a: Tensor, b: Tensor, channels: int, rule: Neighborhood) -> Tensor:

@@ -45,7 +45,7 @@ class Program(NamedTuple):
     tile: Any  # index per axis
     group: Any  # dilation group per axis
     batch: Any
-    head: Any  # of the query; where tiles are of keys, the first of those that share a key head
+    head: Any  # of the tile's rows, queries or keys
     kv_head: Any
     shape: Any  # of the layout, per axis: queries
     key_shape: Any
@@ -130,7 +130,7 @@ def locate(
     key; ``PACKED``: a batch entry is a document of its own sizes."""
     tile, group, head, batch = tile_of_program(tiles, dilation, heads)
     if OF_KEYS:
-        kv_head, head, q_head = head, head * per_kv, 0
+        kv_head, q_head = head, 0
     else:
         kv_head, q_head = head // per_kv, head
     if PACKED:
@@ -141,13 +141,13 @@ def locate(
         key_shape = shape[0], shape[1], key_length
         first = batch * shape[0] * shape[1] * shape[2]
         key_first = batch * shape[0] * shape[1] * key_length
+    query = _view(query_strides, batch, first, shape, q_head, PACKED)
+    key = _view(key_strides, batch, key_first, key_shape, kv_head, PACKED)
+    value = _view(value_strides, batch, key_first, key_shape, kv_head, PACKED)
+    n, n_keys = group_lengths(shape, dilation, group), group_lengths(key_shape, dilation, group)
     return Program(
         tile, group, batch, head, kv_head, shape, key_shape, kernel_size, stride, dilation,
-        group_lengths(shape, dilation, group), group_lengths(key_shape, dilation, group),
-        first, key_first,
-        _view(query_strides, batch, first, shape, q_head, PACKED),
-        _view(key_strides, batch, key_first, key_shape, kv_head, PACKED),
-        _view(value_strides, batch, key_first, key_shape, kv_head, PACKED),
+        n, n_keys, first, key_first, query, key, value,
     )  # fmt: skip
 
 
@@ -169,12 +169,12 @@ def rows_of_tile(
     """The :class:`Rows` of a tile that begins at position ``begin``; it may be cut short."""
     length = n_keys if OF_KEYS else n
     last = minus(minimum(plus(begin, SHAPE), length), (1, 1, 1))
-    i = plus(begin, coordinates(tl.arange(0, SHAPE[0] * SHAPE[1] * SHAPE[2]), SHAPE))
-    position = minimum(i, last)
-    starts, ends = reach(position, n, n_keys, kernel_size, stride, MODES, OF_KEYS)
     low, all_high = reach(begin, n, n_keys, kernel_size, stride, MODES, OF_KEYS)
     all_low, high = reach(last, n, n_keys, kernel_size, stride, MODES, OF_KEYS)
-    return Rows(position, before(i, length), starts, ends, low, high, all_low, all_high)
+    i = plus(begin, coordinates(tl.arange(0, SHAPE[0] * SHAPE[1] * SHAPE[2]), SHAPE))
+    position, real = minimum(i, last), before(i, length)
+    starts, ends = reach(position, n, n_keys, kernel_size, stride, MODES, OF_KEYS)
+    return Rows(position, real, starts, ends, low, high, all_low, all_high)
 
 
 @triton.jit
@@ -226,10 +226,10 @@ def next_full_block(j, full):
     """The one after ``j`` of the blocks that are full on every axis, and whether axes 1 and 2
     ended."""
     end2 = j[2] + 1 == full[2]
+    j2 = tl.where(end2, 0, j[2] + 1)
     j1 = tl.where(end2, j[1] + 1, j[1])
     end1 = j1 == full[1]
-    j0 = tl.where(end1, j[0] + 1, j[0])
-    return (j0, tl.where(end1, 0, j1), tl.where(end2, 0, j[2] + 1)), (end1, end2)
+    return (tl.where(end1, j[0] + 1, j[0]), tl.where(end1, 0, j1), j2), (end1, end2)
 
 
 @triton.jit
