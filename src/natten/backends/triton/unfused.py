@@ -89,6 +89,7 @@ def qk_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tokens ``L``, window ``K``, stride ``S``, dilation ``D``, tiles ``T``, per axis."""
+    N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
     kernel_size, stride, dilation = (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
     tile, group, head, batch = tile_of_program((T0, T1, T2), dilation, heads)
     begin, n = times(tile, Q_BLOCK), group_lengths((L0, L1, L2), dilation, group)
@@ -101,7 +102,7 @@ def qk_kernel(
     q = load_rows(query, q_at, rows.real, d, D)  # [M, BLOCK_D]
     slots = token_offset(batch * a_b + head * a_h, x, (a_0, a_1, a_2), 1)
     slots -= _slot(rows.starts, kernel_size)  # [M]
-    c = coordinates(tl.arange(0, KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]), KV_BLOCK)
+    c = coordinates(tl.arange(0, N), KV_BLOCK)
 
     # Every slot is written, also those that causality masks.
     count = _count(rows.low, plus(rows.all_low, kernel_size), KV_BLOCK)
@@ -133,6 +134,8 @@ def av_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The arguments are ``qk_kernel``'s; a program has one block of channels."""
+    M: tl.constexpr = Q_BLOCK[0] * Q_BLOCK[1] * Q_BLOCK[2]
+    N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
     kernel_size, stride, dilation = (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
     tile, group, head, batch = tile_of_program((T0, T1, T2), dilation, heads)
     begin, n = times(tile, Q_BLOCK), group_lengths((L0, L1, L2), dilation, group)
@@ -143,9 +146,9 @@ def av_kernel(
     slots = token_offset(batch * a_b + head * a_h, x, (a_0, a_1, a_2), 1)
     slots -= _slot(rows.starts, kernel_size)  # [M]
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    c = coordinates(tl.arange(0, KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]), KV_BLOCK)
+    c = coordinates(tl.arange(0, N), KV_BLOCK)
 
-    acc = tl.zeros([Q_BLOCK[0] * Q_BLOCK[1] * Q_BLOCK[2], BLOCK_D], dtype=tl.float32)
+    acc = tl.zeros([M, BLOCK_D], dtype=tl.float32)
     count = _count(rows.low, plus(rows.all_low, kernel_size), KV_BLOCK)
     for block in range(0, count[0] * count[1] * count[2]):
         p = plus(plus(rows.low, times(coordinates(block, count), KV_BLOCK)), c)  # [N] per axis
@@ -170,6 +173,8 @@ def av_transposed_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The arguments are ``av_kernel``'s; tiles ``T`` are of keys, ``value`` belongs to queries."""
+    M: tl.constexpr = Q_BLOCK[0] * Q_BLOCK[1] * Q_BLOCK[2]
+    N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
     kernel_size, stride, dilation = (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
     tile, group, head, batch = tile_of_program((T0, T1, T2), dilation, heads)
     begin, n = times(tile, KV_BLOCK), group_lengths((L0, L1, L2), dilation, group)
@@ -178,9 +183,9 @@ def av_transposed_kernel(
     rows = rows_of_tile(begin, n, n, kernel_size, stride, MODES, KV_BLOCK, True)
     keys = _slot(rows.position, kernel_size)  # [N]
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    r = coordinates(tl.arange(0, Q_BLOCK[0] * Q_BLOCK[1] * Q_BLOCK[2]), Q_BLOCK)
+    r = coordinates(tl.arange(0, M), Q_BLOCK)
 
-    acc = tl.zeros([KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2], BLOCK_D], dtype=tl.float32)
+    acc = tl.zeros([N, BLOCK_D], dtype=tl.float32)
     count = _count(rows.low, rows.high, Q_BLOCK)
     for block in range(0, count[0] * count[1] * count[2]):
         i = plus(plus(rows.low, times(coordinates(block, count), Q_BLOCK)), r)  # [M] per axis

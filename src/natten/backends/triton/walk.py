@@ -167,11 +167,12 @@ def rows_of_tile(
     OF_KEYS: tl.constexpr,
 ):  # fmt: skip
     """The :class:`Rows` of a tile that begins at position ``begin``; it may be cut short."""
+    R: tl.constexpr = SHAPE[0] * SHAPE[1] * SHAPE[2]
     length = n_keys if OF_KEYS else n
     last = minus(minimum(plus(begin, SHAPE), length), (1, 1, 1))
     low, all_high = reach(begin, n, n_keys, kernel_size, stride, MODES, OF_KEYS)
     all_low, high = reach(last, n, n_keys, kernel_size, stride, MODES, OF_KEYS)
-    i = plus(begin, coordinates(tl.arange(0, SHAPE[0] * SHAPE[1] * SHAPE[2]), SHAPE))
+    i = plus(begin, coordinates(tl.arange(0, R), SHAPE))
     position, real = minimum(i, last), before(i, length)
     starts, ends = reach(position, n, n_keys, kernel_size, stride, MODES, OF_KEYS)
     return Rows(position, real, starts, ends, low, high, all_low, all_high)
