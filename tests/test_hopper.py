@@ -210,7 +210,7 @@ def test_the_autotuner_keeps_the_fastest(
     monkeypatch.setattr(launch.Launch, "run", lambda self, **tensors: None)
     rule, shape = rule_of((56, 56), 7, 1, 1, False), (56, 56)
     candidates = tiling.candidates("key", rule, shape, shape, 32, 32)
-    monkeypatch.setattr(launch, "_time", lambda each, *_: each.tiles != candidates[1])
+    monkeypatch.setattr(launch, "_time", lambda each, _: each.tiles != candidates[1])
     q = torch.empty(1, *shape, 2, 32, dtype=torch.bfloat16)
     terms = torch.empty(1, *shape, 2, 4)
     natten.use_autotuner(False, True)
@@ -218,7 +218,7 @@ def test_the_autotuner_keeps_the_fastest(
         found = planning.plan_for(q, q, q, (), rule, 1.0)
         assert isinstance(found.forward, planning.Forward)
         assert isinstance(found.key, launch.Trials)
-        found.key.run((q, q), (q, q), terms, (), (q, q))
+        found.key.run(outer=(q, q), inner=(q, q), terms=terms, more=(), grads=(q, q))
         assert found.key.chosen.tiles == candidates[1]
     finally:
         natten.disable_autotuner()

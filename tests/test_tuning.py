@@ -237,7 +237,7 @@ def test_the_first_call_keeps_the_fastest_tiles(monkeypatch):
         assert isinstance(found.dkdv, launch.Launch)
         ranked = tiles.candidates(*problem)[:6]
         times = dict(zip(found.forward.launches.values(), (6, 5, 1, 7, 8, 9)))
-        monkeypatch.setattr(launch, "_time", lambda each, *_: times[each])
+        monkeypatch.setattr(launch, "_time", lambda each, _: times[each])
         found.forward.run(query=x)
         found.forward.run(query=x)
         assert [(c["Q_BLOCK"], c["KV_BLOCK"]) for c in launched] == [

@@ -28,7 +28,7 @@ def forward(inputs: Inputs, rule: Rule, scale: float) -> tuple[Tensor, Tensor]:
     more = _additional(inputs)
     found = plan_for(query, key, value, more, rule, scale)
     with on_device(query):
-        found.forward.run(query, key, value, more, out, lse)
+        found.forward.run(query=query, key=key, value=value, more=more, out=out, lse=lse)
     return out, lse
 
 
@@ -59,8 +59,9 @@ def backward(
             out=out.contiguous(), lse=lse.contiguous(), grad_out=grad_out, grad_lse=grad_lse,
             lse_delta=terms,
         )  # fmt: skip
-        found.query.run((query, grad_out), (key, value), terms, more, (grad_query,))
-        found.key.run((key, value), (query, grad_out), terms, (), (grad_key, grad_value))
+        queries, keys = (query, grad_out), (key, value)
+        found.query.run(outer=queries, inner=keys, terms=terms, more=more, grads=(grad_query,))
+        found.key.run(outer=keys, inner=queries, terms=terms, more=(), grads=(grad_key, grad_value))
         additional: Sequence[Tensor | None] = Gradients.zeros(inputs)[4:]
         if more:
             additional = additional_gradients(

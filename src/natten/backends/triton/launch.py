@@ -134,10 +134,10 @@ class Trials:
         self.key, self.launches = key, launches
         self.chosen, *_ = launches.values()
 
-    def run(self, *args: Any, **tensors: Any) -> None:
+    def run(self, **tensors: Any) -> None:
         if self.launches and not torch.cuda.is_current_stream_capturing():
             times = tuning.times(
-                self.key, self.launches, lambda each: _time(self.launches[each], args, tensors)
+                self.key, self.launches, lambda each: _time(self.launches[each], tensors)
             )
             tiles = min(times, key=times.__getitem__)
             self.chosen, self.launches = self.launches[tiles], {}
@@ -146,17 +146,17 @@ class Trials:
                 tuning.remember(self.key, list(tiles), forget=False)
             except OSError as error:
                 _log.debug("%s is not remembered: %s", self.key, error)
-        self.chosen.run(*args, **tensors)
+        self.chosen.run(**tensors)
 
 
-def _time(launch: Any, args: Sequence[Any], tensors: Mapping[str, Any]) -> float:
+def _time(launch: Any, tensors: Mapping[str, Any]) -> float:
     """Milliseconds of a launch, the median of five."""
-    launch.run(*args, **tensors)
+    launch.run(**tensors)
     times = []
     for _ in range(5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        launch.run(*args, **tensors)
+        launch.run(**tensors)
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
