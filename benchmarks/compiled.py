@@ -44,7 +44,7 @@ class Variant(NamedTuple):
     causal: bool | tuple[bool, ...] = False
     dtype: torch.dtype = torch.bfloat16
     value_dim: int | None = None
-    extra: int = 0
+    num_additional: int = 0
     bias: bool = False
 
 
@@ -100,8 +100,8 @@ def _attention(variant: Variant, backend: Backend) -> None:
     inputs = Inputs(q, k, v)
     if variant.bias:
         inputs = inputs._replace(rpb=q.new_empty(4, *(2 * size - 1 for size in rule.kernel_size)))
-    if variant.extra:
-        tokens = [x.new_empty(2, variant.extra, 4, x.shape[-1]) for x in (k, v)]
+    if variant.num_additional:
+        tokens = [x.new_empty(2, variant.num_additional, 4, x.shape[-1]) for x in (k, v)]
         inputs = inputs._replace(additional_keys=tokens[0], additional_values=tokens[1])
     scale = variant.dim**-0.5
     out, lse = backend.forward(inputs, rule, scale)

@@ -39,7 +39,7 @@ PORTABLE = [
     Variant("HDiT", (64, 64), 13, 64),
     Variant("FLUX", (256, 256), 80, 128),
     Variant("video", (16, 32, 32), (7, 11, 11), 64),
-    Variant("extra", (64, 64), 13, 64, extra=5),
+    Variant("additional", (64, 64), 13, 64, num_additional=5),
 ]
 # More of the same kind, for one target: the others would say the same.
 MORE = [
@@ -65,7 +65,7 @@ HOPPER = [
     Variant("causal", (30, 32, 32), (30, 16, 16), 128, causal=(True, False, False)),
     Variant("wide", (64, 64), 13, 256),
     Variant("two widths", (64, 64), 13, 128, value_dim=64),
-    Variant("extra", (64, 64), 13, 64, extra=5),
+    Variant("additional", (64, 64), 13, 64, num_additional=5),
 ]
 
 # Targets, and bytes of shared memory that a program may have there.
@@ -79,7 +79,7 @@ KNOWN: dict[tuple[str, str], dict[str, int]] = {
     ("80", "dkdv"): {"HDiT": 6, "FLUX": 2, "video": 15},
     ("86", "dkdv"): {"HDiT": 4, "FLUX": 3, "video": 9},
     # The portable kernels where the Hopper kernels do not run: a few of 500 to 700 instructions
-    # that mask a box. dP before the weights takes more of them, and less time; products that start
+    # that mask a block. dP before the weights takes more of them, and less time; products that start
     # from -LSE and -delta need none, and take 6 to 17 % longer (h200.md).
     ("90", "forward"): {"FLUX": 1, "FLUX bias": 1, "Hunyuan": 1},
     ("90", "dkdv"): {"FLUX": 11, "1-D causal": 2, "FLUX strided": 15, "FLUX bias": 20},
@@ -89,7 +89,7 @@ KNOWN: dict[tuple[str, str], dict[str, int]] = {
     ("90a", "pass dK dV"): {"FLUX": 1},
 }
 # Kernels whose products are known to wait for one another: with three axes ptxas copies the sums
-# of dK and dV between the loops of straddling and of whole boxes. Faster all the same than what
+# of dK and dV between the loops of partial and of full blocks. Faster all the same than what
 # came before, and than with the loops the other way round, where ptxas does not (h100.md).
 SERIALISED = {("90", "dkdv"): ("Hunyuan",)}
 

@@ -1,12 +1,12 @@
 """Backward in two passes without atomics, so that every run gives the same bits.
 
 The first pass walks the keys of a tile of queries, as the forward does, and gives dQ. The second
-walks the queries that can see a tile of keys, and gives dK and dV; its scores are transposed, so
-that weights stay in registers as the left operand of both products. What every query reaches (the
-bias, additional tokens) is summed in splits by further kernels.
+walks the queries that attend a tile of keys, and gives dK and dV; its scores are transposed, so
+that weights stay in registers as the left operand of both products. Gradients to which every query
+adds (of the bias, of additional tokens) are summed in splits by further kernels.
 
-With weights ``P`` and ``dP = dO V^T``, ``dS = P * (dP - delta)``, ``dQ = dS K``, ``dK = dS^T Q``,
-``dV = P^T dO``, and of dQ and dK the scale is yet to come.
+With weights ``P``, ``dP = dO V^T`` and ``dS = P * (dP - delta)``, the gradients are
+``dQ = scale * dS K``, ``dK = scale * dS^T Q`` and ``dV = P^T dO``.
 """
 
 from __future__ import annotations
@@ -90,16 +90,17 @@ def split_lse_delta(lse_delta):
 
 @triton.jit
 def _dq_step(dq, operands, q, k, v, s, PRECISION: tl.constexpr):
-    """Add one block of keys, with scores ``s [M, N]``, to dQ."""
+    """Add one block of keys, with scores ``s [M, N]``, to dQ, which is not scaled yet."""
     g, lse, delta = operands  # [M, DV], [M], [M]
     p = tl.exp2(s - lse[:, None])  # [M, N]
-    ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)  # [M, N]
+    ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
 @triton.jit
 def _dkdv_step(dk, dv, q, k, v, g, lse_delta, s, PRECISION: tl.constexpr):
-    """Add one block of queries, with scores ``s [N, M]``, to dK and dV."""
+    """Add one block of queries, with scores ``s [N, M]``, to dK, not scaled yet, and dV."""
     lse, delta = split_lse_delta(lse_delta)  # [M], [M]
     dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)  # [N, M]; while exponentials are taken
     p = tl.exp2(s - lse[None, :])
@@ -352,7 +353,8 @@ def rpb_grad_kernel(
         s += mask_bias(a, rows.starts, rows.ends, KV_BLOCK, MODES)
         # Rows that are no query have weights of zero, whatever their bias.
         p = tl.exp2(s - tl.where(rows.real, lse, float("inf"))[:, None])  # [M, N]
-        acc += p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)  # [M, N]
+        acc += p * (dp - delta[:, None])
     at = number.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
     at = (at * tl.num_programs(0) + block) * M + tl.arange(0, M)
     tl.store(sums + at[:, None] * N + tl.arange(0, N)[None, :], acc)

@@ -40,47 +40,48 @@ class View(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What a program works on; what is said per axis has three."""
+    """What a program works on: a tile of one dilation group of one head. The layout is that of the
+    problem, or of a document."""
 
-    tile: Any  # index per axis
-    group: Any  # dilation group per axis
+    tile: Any  # its index, per axis
+    group: Any  # per axis
     batch: Any
-    head: Any  # of the tile's rows, queries or keys
-    kv_head: Any
-    shape: Any  # of the layout, per axis: queries
-    key_shape: Any
-    kernel_size: Any
-    stride: Any
-    dilation: Any
+    head: Any  # of the query, or of the key where tiles are of keys
+    kv_head: Any  # of the key
+    shape: Any  # queries of the layout, per axis
+    key_shape: Any  # keys of the layout, per axis
+    kernel_size: Any  # per axis
+    stride: Any  # per axis
+    dilation: Any  # per axis
     n: Any  # queries of the dilation group, per axis
-    n_keys: Any
-    first: Any  # number of the layout's first query in a contiguous tensor
-    key_first: Any
-    query: View  # where tiles are of keys, of the first head of all
+    n_keys: Any  # keys of the dilation group, per axis
+    first: Any  # the layout's first query, as a contiguous tensor counts tokens
+    key_first: Any  # its first key, likewise
+    query: View  # of the head; of head 0 where tiles are of keys
     key: View
     value: View
 
 
 class Rows(NamedTuple):
-    """The rows of a tile, and what they reach; per axis."""
+    """The rows of a tile, and what they reach: queries reach keys, and keys queries."""
 
-    position: Any  # [R], in the dilation group; beyond its end, the last one
-    real: Any  # [R]: which are not beyond the end; not per axis
-    starts: Any  # [R]: the first that each row reaches
-    ends: Any  # [R]: the end of these
-    low: Any  # of what any row reaches
-    high: Any
-    all_low: Any  # of what all rows reach
-    all_high: Any
+    position: Any  # [R] per axis, in the dilation group; the last one for rows beyond its end
+    real: Any  # [R], which rows are not beyond the end
+    starts: Any  # [R] per axis, what each row reaches
+    ends: Any  # [R] per axis
+    low: Any  # per axis, what any row reaches
+    high: Any  # per axis
+    all_low: Any  # per axis, what all rows reach
+    all_high: Any  # per axis
 
 
 class Blocks(NamedTuple):
     """The blocks that a tile visits."""
 
-    counts: Any  # per axis
-    first_full: Any  # per axis
-    full: Any  # per axis, how many are
-    num_partial: Any
+    counts: Any  # how many, per axis
+    first_full: Any  # index of the first full one, per axis
+    full: Any  # how many are full, per axis
+    num_partial: Any  # how many are not full on all axes
     num_full: Any
 
 
@@ -99,8 +100,8 @@ def _size(row, COLUMN: tl.constexpr):
 
 @triton.jit
 def _document(documents, number):
-    """A row of the table of :class:`natten.varlen.Documents`: first query and key, the layouts of
-    both, window, stride, dilation."""
+    """A row of the table of :class:`natten.documents.Documents`: first query and key, the layouts
+    of both, window, stride, dilation."""
     row = documents + number * 16
     n0, n1 = _size(row, 2), _size(row, 3)
     return (
@@ -126,8 +127,8 @@ def locate(
     documents, tiles, heads, per_kv, shape, key_length, kernel_size, stride, dilation,
     query_strides, key_strides, value_strides, PACKED: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The :class:`Program`. ``heads`` are of the query, or, where tiles are ``OF_KEYS``, of the
-    key; ``PACKED``: a batch entry is a document of its own sizes."""
+    """This :class:`Program`. ``heads`` are of the query, or of the key where tiles are ``OF_KEYS``.
+    ``PACKED``: a batch entry is a document of its own sizes."""
     tile, group, head, batch = tile_of_program(tiles, dilation, heads)
     if OF_KEYS:
         kv_head, q_head = head, 0
@@ -153,8 +154,8 @@ def locate(
 
 @triton.jit
 def is_empty(p, begin, n, PACKED: tl.constexpr):
-    """Whether a program's tile has no row: it begins beyond an axis, or a document has fewer
-    dilation groups than others."""
+    """Whether a program's tile has no rows: it begins beyond the end of an axis, or a document has
+    fewer dilation groups than others."""
     empty = outside(begin, n)
     if PACKED:
         empty |= outside(p.group, p.dilation)
@@ -201,14 +202,14 @@ def count_blocks(rows, SHAPE: tl.constexpr):
 
 @triton.jit
 def _beside(i, first, full):
-    """The ``i``-th block of an axis that is not full."""
+    """Index of an axis's ``i``-th block that is not full."""
     return tl.where(i < first, i, i + full)
 
 
 @triton.jit
 def partial_block(i, blocks):
-    """Index per axis of the ``i``-th block that is not full on axis 0, or else on axis 1, or else
-    on axis 2."""
+    """Index per axis of the ``i``-th partial block: first come those that are not full on axis 0,
+    then of the others those that are not on axis 1, then those that are not on axis 2."""
     count, first, full = blocks.counts, blocks.first_full, blocks.full
     on0 = (count[0] - full[0]) * count[1] * count[2]
     on1 = full[0] * (count[1] - full[1]) * count[2]
@@ -224,8 +225,7 @@ def partial_block(i, blocks):
 
 @triton.jit
 def next_full_block(j, full):
-    """The one after ``j`` of the blocks that are full on every axis, and whether axes 1 and 2
-    ended."""
+    """The block after ``j`` of those that are full on all axes, and whether axes 1 and 2 ended."""
     end2 = j[2] + 1 == full[2]
     j2 = tl.where(end2, 0, j[2] + 1)
     j1 = tl.where(end2, j[1] + 1, j[1])
@@ -235,7 +235,8 @@ def next_full_block(j, full):
 
 @triton.jit
 def full_block_steps(full, dilation, strides, SHAPE: tl.constexpr):
-    """What an offset grows by to :func:`next_full_block`: usually, and where axes 2 and 1 ended.
+    """By how much an offset grows from a full block to the next: usually, where axis 2 ended, and
+    where axis 1 ended, too.
 
     Adding one number to all addresses of a block takes fewer registers and instructions than
     working them out, which counts where two sums fill them.
@@ -249,16 +250,16 @@ def full_block_steps(full, dilation, strides, SHAPE: tl.constexpr):
 
 @triton.jit
 def full_block_step(steps, ends, ALIGN: tl.constexpr):
-    """The one of :func:`full_block_steps` to take, a multiple of ``ALIGN``."""
+    """Which of :func:`full_block_steps` comes where axes ended; a multiple of ``ALIGN``."""
     step = tl.where(ends[0], steps[2], tl.where(ends[1], steps[1], steps[0]))
     return tl.multiple_of(step, ALIGN)
 
 
 @triton.jit
 def within_block(c, dilation, strides, ALIGN: tl.constexpr):
-    """Offset of a block's tokens, at positions ``c``, from its first.
+    """Offsets from a block's first token of its tokens, at positions ``c`` inside.
 
-    It is the same in every block, so that in a loop only the first token's has to be worked out.
+    They are the same in every block, so that a loop works out that of the first token only.
     """
     return token_offset(0, times(c, dilation), strides, ALIGN)
 
@@ -283,10 +284,10 @@ def _mask_bias(a, start, end, T: tl.constexpr, MODE: tl.constexpr):
 
 @triton.jit
 def mask_bias(a, starts, ends, SHAPE: tl.constexpr, MODES: tl.constexpr):
-    """What to add to scores ``[R, C]`` of a block that begins at ``a``: -inf where a row does not
-    reach a column.
+    """``[R, C]``, to be added to the scores of a block that begins at ``a``: -inf where a row does
+    not reach a column.
 
-    Each axis compares on its own, so that a score costs little.
+    Each axis is compared by itself, so that a score costs little.
     """
     x0 = _mask_bias(a[0], starts[0], ends[0], SHAPE[0], MODES[0])
     x1 = _mask_bias(a[1], starts[1], ends[1], SHAPE[1], MODES[1])
@@ -302,10 +303,10 @@ def walk_keys(
     DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_RPB: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state after all blocks of keys that the queries ``q`` reach.
+    """The state after all blocks of keys that the queries ``q [M, D]`` reach.
 
-    ``STEP(state, operands, q, k, v, s, PRECISION)`` is the state after one more of them, with keys
-    ``k [N, D]``, values ``v [N, DV]`` and scores ``s [M, N]``.
+    ``STEP(state, operands, q, k, v, s, PRECISION)`` is the state after one more block, of keys
+    ``k [N, D]`` and values ``v [N, DV]``, with scores ``s [M, N]``.
     """
     N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
     c = coordinates(tl.arange(0, N), KV_BLOCK)  # [N] per axis
