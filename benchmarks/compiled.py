@@ -263,9 +263,9 @@ def _name(launch: Launch) -> str:
 def _tiles(launch: Launch) -> str:
     """Shapes of queries and of keys, and what goes with them."""
     constants = launch.arguments | launch.options
-    names = ("Q_BLOCK", "KV_BLOCK") if "Q_BLOCK" in constants else ("TILE", "BOX")
+    names = ("Q_BLOCK", "KV_BLOCK") if "Q_BLOCK" in constants else ("TILE", "BLOCK")
     shapes = [constants[name] for name in names if name in constants]
-    if constants.get("OF_KEYS"):  # tiles are of keys, boxes of queries
+    if constants.get("OF_KEYS"):  # tiles are of keys, blocks of queries
         shapes.reverse()
     text = " ".join("x".join(map(str, shape)) for shape in shapes) or "-"
     for name, what in (("num_warps", "warps"), ("num_stages", "stages"), ("STAGES", "stages")):

@@ -86,7 +86,7 @@ KNOWN: dict[tuple[str, str], dict[str, int]] = {
     # dK and dV have two sums.
     ("gfx942", "dkdv"): {"FLUX": 86},
     # Triton 3.8.
-    ("90a", "pass dK dV"): {"FLUX": 1},
+    ("90a", "backward dK dV"): {"FLUX": 1},
 }
 # Kernels whose products are known to wait for one another: with three axes ptxas copies the sums
 # of dK and dV between the loops of partial and of full blocks. Faster all the same than what

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -30,6 +30,7 @@ import natten
 from natten.backends.hopper import descriptors
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
+from natten.backends.interface import Tiles
 from natten.backends.triton import launch
 
 # shape, window, stride, dilation, causal
@@ -54,12 +55,12 @@ def rule_of(shape: Any, *parameters: Any) -> Neighborhood:
     return Neighborhood.create(len(shape), *parameters)
 
 
-def ways(kind: str, rule: Neighborhood, shape: Any, dim: int = 64) -> list[tiling.Tiles]:
+def each_way(kind: str, rule: Neighborhood, shape: Any, dim: int = 64) -> list[Tiles]:
     """The best tiles of each kind of program and mask."""
     found = {}
     for tiles in tiling.candidates(kind, rule, shape, shape, dim, dim):
         mask = tiling.mask(kind, rule, shape, tiles, tiling.work(kind, dim, dim))
-        found.setdefault((tiles.groups, mask.kind, mask.by_row, mask.steps), tiles)
+        found.setdefault((tiles.num_warps, mask.kind, mask.by_row, mask.steps), tiles)
     return list(found.values())
 
 
@@ -67,40 +68,80 @@ def partners(kind: str, rule: Neighborhood, axis: int, n: int) -> tuple[torch.Te
     """First and one-past-last key of each query, or query of each key."""
     tokens = torch.arange(n)
     start, stop = rule.windows(axis, tokens, n, n)
-    if kind != "key":
+    if kind != "dkdv":
         return start, stop
     attended = (start <= tokens[:, None]) & (tokens[:, None] < stop)  # [key, query]
     return attended.int().argmax(1), n - attended.flip(1).int().argmax(1)
 
 
-def hidden(
-    kind: str, rule: Neighborhood, shape: Any, tiles: tiling.Tiles, tile: Any, part: int, box: Any
-) -> torch.Tensor:
+class Cut(NamedTuple):
+    """Tiles of a problem, as the kernels see them."""
+
+    kind: str
+    rule: Neighborhood
+    shape: Any
+    tiles: Tiles
+
+    @property
+    def mask(self) -> tiling.Mask:
+        work = tiling.work(self.kind, 64, 64)
+        return tiling.mask(self.kind, self.rule, self.shape, self.tiles, work)
+
+    @property
+    def missing(self) -> int:
+        return 3 - len(self.shape)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Positions of a dilation group."""
+        return [1] * self.missing + [n // d for n, d in zip(self.shape, self.rule.dilation)]
+
+    @property
+    def tile(self) -> Any:
+        """Tokens of a warpgroup."""
+        return tiling.tile_and_block(self.tiles, self.kind == "dkdv")[0]
+
+    @property
+    def block(self) -> Any:
+        return tiling.tile_and_block(self.tiles, self.kind == "dkdv")[1]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of all warpgroups."""
+        groups = tiling.warpgroups(self.tiles)
+        return [
+            size * (groups if axis == self.tiles.split_axis else 1)
+            for axis, size in enumerate(self.tile)
+        ]
+
+    def first(self, axis: int, tile: Any, warpgroup: int) -> int:
+        """First token of a warpgroup."""
+        along = warpgroup * self.tile[axis] if axis == self.tiles.split_axis else 0
+        return int(tile[axis] * self.sizes[axis] + along)
+
+
+def masked(cut: Cut, tile: Any, warpgroup: int, block: Any) -> torch.Tensor:
     """The product of a mask's two factors, as the kernel builds them: ``[rows, columns]``."""
-    mask = tiling.mask(kind, rule, shape, tiles, tiling.work(kind, 64, 64))
-    missing = 3 - len(shape)
-    product = torch.zeros(tiling.ROWS, math.prod(tiles.box))
-    rows = torch.cartesian_prod(*(torch.arange(n) for n in tiles.tile)).reshape(-1, 3)
-    keys = torch.cartesian_prod(*(torch.arange(n) for n in tiles.box)).reshape(-1, 3)
+    mask, rule = cut.mask, cut.rule
+    product = torch.zeros(tiling.ROWS, math.prod(cut.block))
+    rows = torch.cartesian_prod(*(torch.arange(n) for n in cut.tile)).reshape(-1, 3)
+    keys = torch.cartesian_prod(*(torch.arange(n) for n in cut.block)).reshape(-1, 3)
     before = 0
-    for axis, end in enumerate(mask.code):
+    for axis, end in enumerate(mask.ends):
         width, before = end - before, end
         if width == 0:
             continue
-        n = shape[axis - missing] // rule.dilation[axis - missing]
-        start, stop = partners(kind, rule, axis - missing, n)
-        size = tiles.tile[axis] * (tiles.groups if axis == tiles.split else 1)
-        first = tile[axis] * size
-        low = start[first]
-        own = first + (part * tiles.tile[axis] if axis == tiles.split else 0)
-        i = (own + rows[:, axis]).clamp(max=n - 1)
+        n = cut.lengths[axis]
+        start, stop = partners(cut.kind, rule, axis - cut.missing, n)
+        low = start[tile[axis] * cut.sizes[axis]]
+        i = (cut.first(axis, tile, warpgroup) + rows[:, axis]).clamp(max=n - 1)
         c = torch.arange(width)
         if mask.by_row and axis == 2:
             left = (start[i] - low)[:, None] == c
-            at = (box[2] * tiles.box[2] + keys[:, 2])[:, None]
+            at = (block[2] * cut.block[2] + keys[:, 2])[:, None]
             right = (at < c) | (at >= c + rule.kernel_size[-1])
         else:
-            at = low + box[axis] * tiles.box[axis]
+            at = low + block[axis] * cut.block[axis]
             left = (at < start[i][:, None] - c) | (at >= stop[i][:, None] - c)
             right = keys[:, axis, None] == c
         product += left.float() @ right.float().T
@@ -112,60 +153,47 @@ def hidden(
 def test_mask_is_the_window(problem: Any, kind: str) -> None:
     shape, *parameters = problem
     rule = rule_of(shape, *parameters)
-    missing = 3 - len(shape)
-    lengths = [1] * missing + [n // d for n, d in zip(shape, rule.dilation)]
-    for tiles in ways(kind, rule, shape):
-        mask = tiling.mask(kind, rule, shape, tiles, tiling.work(kind, 64, 64))
-        if mask.kind == tiling.COMPARE:
+    for tiles in each_way(kind, rule, shape):
+        cut = Cut(kind, rule, shape, tiles)
+        if cut.mask.kind == tiling.COMPARE:
             continue
-        sizes = [
-            size * (tiles.groups if axis == tiles.split else 1)
-            for axis, size in enumerate(tiles.tile)
-        ]
         # The first, the last and one tile between of each axis.
-        counts = [-(-n // size) for n, size in zip(lengths, sizes)]
+        counts = [-(-n // size) for n, size in zip(cut.lengths, cut.sizes)]
         for tile in itertools.product(*({0, n // 2, n - 1} for n in counts)):
-            for part in range(tiles.groups):
-                check_tile(kind, rule, shape, lengths, tiles, sizes, tile, part)
+            for warpgroup in range(tiling.warpgroups(tiles)):
+                check_tile(cut, tile, warpgroup)
 
 
-def check_tile(
-    kind: str, rule: Any, shape: Any, lengths: Any, tiles: Any, sizes: Any, tile: Any, part: int
-) -> None:
-    """A warpgroup's boxes hold each partner of its tokens once, and no other token unmasked."""
-    missing, seen, expected, boxes = 3 - len(shape), [], [], []
-    for axis, n in enumerate(lengths):
-        if axis < missing:
-            seen.append(torch.zeros(tiles.tile[axis], 1, dtype=torch.long))
-            expected.append(torch.ones(tiles.tile[axis], 1, dtype=torch.bool))
-            boxes.append(range(1))
+def check_tile(cut: Cut, tile: Any, warpgroup: int) -> None:
+    """A warpgroup's blocks hold each partner of its tokens once, and no other token unmasked."""
+    expected, blocks = [], []
+    for axis, n in enumerate(cut.lengths):
+        size = cut.block[axis]
+        if axis < cut.missing:
+            expected.append(torch.ones(cut.tile[axis], 1, dtype=torch.bool))
+            blocks.append(range(1))
             continue
-        start, stop = partners(kind, rule, axis - missing, n)
-        first = tile[axis] * sizes[axis]
+        start, stop = partners(cut.kind, cut.rule, axis - cut.missing, n)
+        first = tile[axis] * cut.sizes[axis]
         low = int(start[first])
-        own = first + (part * tiles.tile[axis] if axis == tiles.split else 0)
-        i = torch.arange(own, own + tiles.tile[axis]).clamp(max=n - 1)
-        end = stop[min(first + sizes[axis] - 1, n - 1)]
-        count = -(-(int(end) - low) // tiles.box[axis])
-        if axis == tiles.split:
-            attended = range(
-                (int(start[i[0]]) - low) // tiles.box[axis],
-                -(-(int(stop[i[-1]]) - low) // tiles.box[axis]),
-            )
-        else:
-            attended = range(count)
-        at = low + torch.arange(count * tiles.box[axis])
+        own = cut.first(axis, tile, warpgroup)
+        i = torch.arange(own, own + cut.tile[axis]).clamp(max=n - 1)
+        end = stop[min(first + cut.sizes[axis] - 1, n - 1)]
+        count = -(-(int(end) - low) // size)
+        attended = range(count)
+        if axis == cut.tiles.split_axis:
+            before, after = int(start[i[0]]) - low, int(stop[i[-1]]) - low
+            attended = range(before // size, -(-after // size))
+        at = low + torch.arange(count * size)
         expected.append((at >= start[i][:, None]) & (at < stop[i][:, None]))
-        boxes.append(attended)
+        blocks.append(attended)
         outside = set(range(count)) - set(attended)
-        assert not any(
-            expected[-1][:, j * tiles.box[axis] : (j + 1) * tiles.box[axis]].any() for j in outside
-        )
-    for box in itertools.product(*boxes):
-        parts = [e[:, j * k : (j + 1) * k] for e, j, k in zip(expected, box, tiles.box)]
+        assert not any(expected[-1][:, j * size : (j + 1) * size].any() for j in outside)
+    for block in itertools.product(*blocks):
+        parts = [e[:, j * k : (j + 1) * k] for e, j, k in zip(expected, block, cut.block)]
         visible = torch.einsum("ax,by,cz->abcxyz", *(p.double() for p in parts)) > 0
         visible = visible.reshape(tiling.ROWS, -1)
-        assert torch.equal(hidden(kind, rule, shape, tiles, tile, part, box), ~visible)
+        assert torch.equal(masked(cut, tile, warpgroup, block), ~visible)
 
 
 @pytest.mark.parametrize("kind", tiling.KINDS)
@@ -179,16 +207,24 @@ def test_tiles_fit_and_cover(problem: Any, kind: str) -> None:
         needed *= int((stop - start).sum()) * d
     for dim in (32, 64, 128, 256)[: 4 if kind == "forward" else 3]:
         work = tiling.work(kind, dim, dim)
-        for tiles in ways(kind, rule, shape, dim):
+        for tiles in each_way(kind, rule, shape, dim):
             mask = tiling.mask(kind, rule, shape, tiles, work)
-            assert math.prod(tiles.tile) == tiling.ROWS
-            assert mask.code[-1] <= 16 * mask.steps or mask.kind != tiling.PRODUCT
+            tile, _ = tiling.tile_and_block(tiles, work.of_keys)
+            assert math.prod(tile) == tiling.ROWS
+            assert mask.ends[-1] <= 16 * mask.steps or mask.kind != tiling.PRODUCT
             own = tiling.own_out(tiles, mask, work)
-            assert tiling._shared(tiles, mask, work, own) <= 227 * 1024
+            assert tiling.shared_bytes(tiles, mask, work, own) <= 227 * 1024
             start_registers, registers, fetch = tiling.registers(tiles, work)
-            used = 128 * (tiles.groups * registers + fetch) * tiles.programs
-            assert max(used, start_registers * 128 * (tiles.groups + 1)) <= 65536
+            groups = tiling.warpgroups(tiles)
+            used = 128 * (groups * registers + fetch) * tiles.resident_programs
+            assert max(used, start_registers * 128 * (groups + 1)) <= 65536
             assert tiling.computed_pairs(kind, rule, shape, shape, tiles) >= needed
+
+
+def cut_of(launch: Any) -> tuple[Any, ...]:
+    """The constants of a launch that tiles decide."""
+    names = ("TILE", "BLOCK", "WARPGROUPS", "STAGES", "SPLIT_AXIS")
+    return tuple(launch.arguments[name] for name in names)
 
 
 def test_measured_tiles_are_taken() -> None:
@@ -198,8 +234,10 @@ def test_measured_tiles_are_taken() -> None:
     assert tiling.choose(*problem) == best
     with tuning.trial(tiling.key(*problem), list(others[3])):
         assert tiling.choose(*problem) == others[3]
+        q_block, kv_block, num_warps, num_stages, split_axis, _ = others[3]
         q = torch.empty(1, *shape, 2, 32, dtype=torch.bfloat16)
-        assert planning.plan_for(q, q, q, (), rule, 1.0).forward.tiles == others[3]
+        found = planning.plan_for(q, q, q, None, rule, 1.0).forward
+        assert cut_of(found) == (q_block, kv_block, num_warps // 4, num_stages, split_axis)
 
 
 def test_the_autotuner_keeps_the_fastest(
@@ -209,20 +247,20 @@ def test_the_autotuner_keeps_the_fastest(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(launch.Launch, "run", lambda self, **tensors: None)
     rule, shape = rule_of((56, 56), 7, 1, 1, False), (56, 56)
-    candidates = tiling.candidates("key", rule, shape, shape, 32, 32)
-    monkeypatch.setattr(launch, "_time", lambda each, _: each.tiles != candidates[1])
+    candidates = tiling.candidates("dkdv", rule, shape, shape, 32, 32)
     q = torch.empty(1, *shape, 2, 32, dtype=torch.bfloat16)
-    terms = torch.empty(1, *shape, 2, 4)
     natten.use_autotuner(False, True)
     try:
-        found = planning.plan_for(q, q, q, (), rule, 1.0)
-        assert isinstance(found.forward, planning.Forward)
-        assert isinstance(found.key, launch.Trials)
-        found.key.run(outer=(q, q), inner=(q, q), terms=terms, more=(), grads=(q, q))
-        assert found.key.chosen.tiles == candidates[1]
+        found = planning.plan_for(q, q, q, None, rule, 1.0)
+        assert isinstance(found.forward, launch.Launch)
+        assert isinstance(found.dkdv, launch.Trials)
+        best = found.dkdv.launches[candidates[1]]
+        monkeypatch.setattr(launch, "_time", lambda each, _: each is not best)
+        found.dkdv.run(query=q, key=q, value=q)
+        assert found.dkdv.chosen is best
     finally:
         natten.disable_autotuner()
-    assert planning.plan_for(q, q, q, (), rule, 1.0).key.tiles == candidates[1]
+    assert cut_of(planning.plan_for(q, q, q, None, rule, 1.0).dkdv) == cut_of(best)
 
 
 PLAIN = Problem(
@@ -262,7 +300,7 @@ def test_heads_of_all_widths_that_tma_reads() -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("order", ["as it is", "heads first", "apart"])
 def test_views_show_the_tensor(heads: int, batch: int, order: str) -> None:
-    """Places and positions lead to the tokens of every batch entry, head and dilation group."""
+    """Bases and positions lead to the tokens of every batch entry, head and dilation group."""
     shape, dilation = (batch, 6, 4, heads, 40), (3, 2)
     x = torch.arange(math.prod(shape)).view(shape)
     if order == "heads first":
@@ -273,21 +311,21 @@ def test_views_show_the_tensor(heads: int, batch: int, order: str) -> None:
     found = descriptors.view(shape, x.stride(), dilation)
     assert all(s % 8 == 0 for s in found.strides[:-1])
     shown = x.as_strided(found.shape, found.strides)
-    assert shown.shape == (1 + last_place(found, batch, dilation, heads), 1, 2, 2, 40)
+    assert shown.shape == (1 + last_base(found, batch, dilation, heads), 1, 2, 2, 40)
     for b, g1, g2, h in itertools.product(*map(range, (batch, *dilation, heads))):
         at = sum(n * s for n, s in zip((b, 0, g1, g2, h), found.steps))
         assert torch.equal(shown[at, 0], x[b, g1::3, g2::2, h])
-    if order == "as it is":  # places are rows
+    if order == "as it is":  # bases are rows
         assert found.steps == (24 * heads * (batch > 1), 0, 4 * heads, heads, 1)
 
 
-def last_place(view: descriptors.View, batch: int, dilation: Any, heads: int) -> int:
-    """The last place that a kernel asks for."""
+def last_base(view: descriptors.View, batch: int, dilation: Any, heads: int) -> int:
+    """The last base that a kernel asks for."""
     lasts = (batch - 1, 0, *(d - 1 for d in dilation), heads - 1)
     return sum(n * s for n, s in zip(lasts, view.steps))
 
 
-def test_places_beyond_32_bits_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bases_beyond_32_bits_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 7, 3, 48, dtype=torch.bfloat16)[:, :, 1:, 8:40]
     assert descriptors.readable(x, (1,)) is x
     monkeypatch.setattr(descriptors, "MOST", 20)
@@ -299,17 +337,17 @@ def test_programs_take_tiles_in_turn_unless_some_are_much_longer() -> None:
     def programs(shape: Any, window: Any, kind: str, causal: Any = False) -> int:
         rule = Neighborhood.create(len(shape), window, 1, 1, causal)
         x = torch.empty(1, *shape, 4, 128, dtype=torch.bfloat16, device="meta")
-        found = getattr(planning.plan_for(x, x, x, (), rule, 1.0), kind)
-        return int(found.kernel.grid[0])
+        found = getattr(planning.plan_for(x, x, x, None, rule, 1.0), kind)
+        return int(found.grid[0])
 
     assert programs((32768,), 2048, "forward") == 132
     assert programs((30, 32, 32), (30, 16, 16), "forward", (True, False, False)) > 132
     # A key beyond the first and last windows is attended by few, one at their edges by many.
-    assert programs((30, 48, 80), (18, 24, 24), "key") > 132
+    assert programs((30, 48, 80), (18, 24, 24), "dkdv") > 132
 
 
 def test_masked_scores_are_exact() -> None:
-    """A column hidden on three axes scores -3 * 2^100: its weight must be one, not infinite."""
+    """A column masked on three axes scores -3 * 2^100: its weight must be one, not infinite."""
     for scale in torch.rand(200).tolist():
         factor = planning._exact_thrice(scale + 0.01)
         assert torch.tensor(factor).item() == factor == pytest.approx(scale + 0.01, rel=1e-6)
@@ -330,7 +368,7 @@ def test_descriptors_are_made_in_a_context(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(descriptors, "TensorDescriptor", lambda *_: called.append("descriptor"))
     view = descriptors.view((1, 8, 1, 32), (256, 32, 32, 1), (1,))
     tensor = SimpleNamespace(is_cuda=True, device="cuda:1")
-    descriptors.Boxes(view, [1, 1, 1, 8, 32], None)(tensor)  # type: ignore[arg-type]
+    descriptors.Describe(view, [1, 1, 1, 8, 32], None)(tensor)  # type: ignore[arg-type]
     assert called == ["cuda:1", "descriptor"]
 
 
@@ -360,7 +398,7 @@ def test_compiles_without_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
     kernels = importlib.import_module("kernels")
     forward, *others = kernels.compile_target("90a", [name])
-    assert [each.kernel for each in others] == ["terms", "pass dQ", "pass dK dV"]
+    assert [each.kernel for each in others] == ["lse_delta", "backward dQ", "backward dK dV"]
     assert forward.spilled == 0
     assert not any(each.problem() for each in (forward, *others))
 
@@ -371,7 +409,7 @@ def test_products_and_copies_are_asynchronous(monkeypatch: pytest.MonkeyPatch) -
     target, shared = GPUTarget("cuda", 90, 32), kernels.TARGETS["90a"]
     variants = kernels.variants("90a", ["HDiT"])
     for each in compiled.compile_calls(target, shared, compiled.call_hopper, variants):
-        if each.name != "terms":
+        if each.name != "lse_delta":
             assert "wgmma.mma_async" in each.asm["ptx"] and not each.serialised
             code = each.asm["ptx"]
             assert code.count("cp.async.bulk.tensor") >= 4
@@ -419,7 +457,7 @@ def test_forward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) ->
     inputs = Inputs(q, k, v, None, ek, ev)
     double = [None if x is None else x.double() for x in inputs]
     expected, expected_lse = reference.forward(Inputs(*double), rule, scale)
-    for tiles in ways("forward", rule, shape, max(dim, value_dim)):
+    for tiles in each_way("forward", rule, shape, max(dim, value_dim)):
         key = tiling.key("forward", rule, shape, shape, dim, value_dim, 2)
         results = []
         for processors in (132, 1):  # with one, a program takes many tiles
@@ -468,13 +506,13 @@ def test_backward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -
     exact = reference.forward(exact_inputs, rule, scale)
     expected = reference.backward(*double[:2], exact_inputs, *exact, rule, scale)
     # Pairwise: the passes do not know of each other's tiles.
-    choices = itertools.zip_longest(*(ways(x, rule, shape, dim) for x in ("query", "key")))
+    choices = itertools.zip_longest(*(each_way(x, rule, shape, dim) for x in ("dq", "dkdv")))
     for choice in choices:
         results = []
         for processors in (132, 1):  # with one, a program takes many tiles
             monkeypatch.setattr(planning, "_processors", lambda _, n=processors: n)
             with contextlib.ExitStack() as stack:
-                for kind, tiles in zip(("query", "key"), choice):
+                for kind, tiles in zip(("dq", "dkdv"), choice):
                     key = tiling.key(kind, rule, shape, shape, dim, value_dim, 2)
                     if tiles is not None:
                         stack.enter_context(tuning.trial(key, list(tiles)))

@@ -159,13 +159,22 @@ def test_the_short_way_passes_what_triton_passes(
     chain = knobs.runtime.launch_enter_hook
     launch_often(monkeypatch, lambda: None, lambda: chain.add(hook), lambda: chain.remove(hook))
     attention(backend, extra)
-    kernels = 4 if backend is hopper else 3  # one of which makes terms
+    kernels = 4 if backend is hopper else 3  # one of which makes LSE and delta
     assert len(launched) == 4 * (kernels + (extra > 0))
     for first, short, hooked, again in zip(*(launched[i::4] for i in range(4))):
         assert plain(first) == plain(short) == plain(hooked) == plain(again)
         # Triton always passes its chains of hooks, the short way never: it tells them apart.
         assert first[11] is hooked[11] is chain
         assert short[10:13] == again[10:13] == (None, None, None)
+
+
+def run_forward(query: Tensor, key: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Launch the Hopper kernel, without additional tokens."""
+    plan = hopper_plan.plan_for(query, key, key, None, RULE, 0.125)
+    plan.forward.run(
+        query=query, key=key, value=key, out=out, additional_keys=None, additional_values=None,
+        lse=lse,
+    )  # fmt: skip
 
 
 def test_a_map_is_encoded_once_per_address(
@@ -175,9 +184,8 @@ def test_a_map_is_encoded_once_per_address(
     monkeypatch.setattr(driver.active.utils, "fill_tma_descriptor", encode)
     q, out = (torch.empty(1, 12, 16, 2, 64, dtype=torch.bfloat16) for _ in range(2))
     lse = q.new_empty(1, 12, 16, 2, dtype=torch.float32)
-    run = hopper_plan.plan_for(q, q, q, (), RULE, 0.125).forward.run
     for x, encoded in ((q, 4), (q, 8), (q, 8), (q.clone(), 9), (q, 9)):
-        run(x, q, q, (), out, lse)
+        run_forward(x, q, out, lse)
         assert encode.call_count == encoded  # four by Triton's own first launch
 
 
@@ -187,9 +195,8 @@ def test_the_stream_is_asked_each_time(launched: Launches, monkeypatch: pytest.M
     monkeypatch.setattr(driver.active, "get_current_stream", lambda device: next(current))
     q, out = (torch.empty(1, 12, 16, 2, 64, dtype=torch.bfloat16) for _ in range(2))
     lse = q.new_empty(1, 12, 16, 2, dtype=torch.float32)
-    run = hopper_plan.plan_for(q, q, q, (), RULE, 0.125).forward.run
     for _ in streams:
-        run(q, q, q, (), out, lse)
+        run_forward(q, q, out, lse)
     assert [args[3] for args in launched] == streams
     first, *others = [plain(args)[4:] for args in launched]
     assert all(other == first for other in others)
@@ -198,9 +205,8 @@ def test_the_stream_is_asked_each_time(launched: Launches, monkeypatch: pytest.M
 def test_descriptors_do_not_keep_memory(launched: Launches) -> None:
     q, k, out = (torch.empty(1, 12, 16, 2, 64, dtype=torch.bfloat16) for _ in range(3))
     lse, alive = q.new_empty(1, 12, 16, 2, dtype=torch.float32), weakref.ref(q)
-    run = hopper_plan.plan_for(q, q, q, (), RULE, 0.125).forward.run
-    run(q, k, k, (), out, lse)
-    run(q, k, k, (), out, lse)
+    run_forward(q, k, out, lse)
+    run_forward(q, k, out, lse)
     del q
     assert alive() is None
 

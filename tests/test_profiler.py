@@ -253,13 +253,13 @@ def test_forced_tiles():
 
 
 def test_forced_tiles_of_kernels_that_hold_keys():
-    """Of the keys' gradients: ``--backward-q-tile`` is its box of queries."""
+    """Of the keys' gradients: ``--backward-q-tile`` is its block of queries."""
     problem = dataclasses.replace(triton_problem()[0], shape=(32, 32))
     tiles, arguments = tune.tile_chooser("hopper"), tune.arguments(problem)
-    for kind in ("query", "key"):
+    for kind in ("dq", "dkdv"):
         other = tiles.candidates(kind, *arguments)[-1]
         queries, keys = tune.shapes(kind, other)
-        assert (queries, keys) == ((other.tile, other.box)[:: 1 if kind == "query" else -1])
+        assert (queries, keys) == (other.q_block, other.kv_block)
         wanted = tune.Forced(queries[1:], keys[1:])
         with tune.forced_tiles(problem, [("hopper", kind)], tune.Forced(None, None), wanted):
             assert tune.shapes(kind, tiles.choose(kind, *arguments)) == (queries, keys)

@@ -309,10 +309,11 @@ def test_the_tiles_are_those_that_the_hopper_backend_chooses(layer):
         mask = hopper.mask("forward", rule, shape, chosen, hopper.work("forward", dim, dim))
         found = every[stride]
         missing = 3 - len(shape)
-        split = [chosen.groups if axis == chosen.split else 1 for axis in range(3)]
-        tile = tuple(q * n for q, n in zip(chosen.tile, split))
+        groups = hopper.warpgroups(chosen)
+        split = [groups if axis == chosen.split_axis else 1 for axis in range(3)]
+        tile = tuple(q * n for q, n in zip(chosen.q_block, split))
         assert found.backend == "hopper"
-        assert (found.q_tile, found.kv_tile) == (tile[missing:], chosen.box[missing:]), stride
+        assert (found.q_tile, found.kv_tile) == (tile[missing:], chosen.kv_block[missing:]), stride
         assert found.tile_bound == pytest.approx(math.prod(shape) ** 2 / computed)
         assert found.is_full == (mask.kind == hopper.NONE)
 

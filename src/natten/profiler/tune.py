@@ -138,10 +138,7 @@ def forced_tiles(
 
 def shapes(kind: str, tiles: Any) -> tuple[Shape, Shape]:
     """Queries and keys that a kind of kernel takes at once, three axes each."""
-    if hasattr(tiles, "q_block"):
-        return tiles.q_block, tiles.kv_block
-    # The kernel of the keys' gradients holds a tile of keys and walks over boxes of queries.
-    return (tiles.box, tiles.tile) if kind == "key" else (tiles.tile, tiles.box)
+    return tiles.q_block, tiles.kv_block
 
 
 def _fits(found: tuple[Shape, Shape], wanted: Forced) -> bool:

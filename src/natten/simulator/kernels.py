@@ -146,10 +146,15 @@ class Hopper:
         self.found = hopper.cuttings(lengths, self.work)
         missing = 3 - len(lengths)
         self.tilings = [
-            Tiling(each.tile[missing:], each.box[missing:], each.split - missing, each.groups)
+            Tiling(
+                each.q_block[missing:],
+                each.kv_block[missing:],
+                each.split_axis - missing,
+                hopper.warpgroups(each),
+            )
             for each in self.found
         ]
-        self.bare = [hopper.prices(each, hopper.Mask(), self.work) for each in self.found]
+        self.bare = [hopper.cycles(each, hopper.Mask(), self.work) for each in self.found]
         self.kinds = cache(_kinds)
 
     def least(self, number: int, visited: float, q_blocks: float) -> float:
@@ -187,10 +192,10 @@ class Hopper:
         axes = [
             hopper.Axis(tile, box, 1, 1, 1, most, masked)
             for tile, box, (masked, _, most) in zip(
-                tiles.tile, tiles.box, (*[_Masked(False, False, 1)] * missing, *kinds)
+                tiles.q_block, tiles.kv_block, (*[_Masked(False, False, 1)] * missing, *kinds)
             )
         ]
-        mask = hopper.mask_of(kinds[-1].slides, axes, tiles.split, tiles.groups, self.work)
+        mask = hopper.mask_of(kinds[-1].slides, axes, tiles, self.work)
         return _priced(tiles, mask, self.work, self.fraction)
 
 
@@ -219,6 +224,6 @@ def _priced(
     fitted = hopper.fitted(tiles, mask, work)
     if fitted is None:
         return math.inf, 0.0
-    step = 16 * mask.steps / work.products
+    step = 16 * mask.steps / work.product_channels
     masks = {hopper.NONE: 0.0, hopper.COMPARE: masking, hopper.PRODUCT: step}
-    return hopper.prices(fitted, mask, work)[0], masks[mask.kind]
+    return hopper.cycles(fitted, mask, work)[0], masks[mask.kind]

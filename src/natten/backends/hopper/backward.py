@@ -1,13 +1,17 @@
 """Backward on Hopper in two passes without atomics, so that every run gives the same bits.
 
-Both passes are one kernel: dQ is summed for tiles of queries over boxes of keys, dK and dV for
-tiles of keys over boxes of queries. In both the tile is the left operand: S = Q K^T and dP = dO V^T
-in the first, their transposes in the second. So the weights and dS, made in registers, stay there
-as left operands of what is summed: dQ += dS K, or dK += dS^T Q and dV += P^T dO.
+Both passes are one kernel: dQ is summed for tiles of queries over blocks of keys, dK and dV for
+tiles of keys over blocks of queries. In both the tile is the left operand: S = Q K^T and
+dP = dO V^T in the first, their transposes in the second. So the weights P and
+dS = P * (dP - delta), made in registers, stay there as left operands of what is summed:
+dQ += dS K, or dK += dS^T Q and dV += P^T dO.
 """
 
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
 
+from ..triton.launch import kernel
+from ..triton.primitives import LN2
+from .geometry import Geometry, mma_layout, volume
 from .gluon_names import (
     aggregate,
     fence_async_shared,
@@ -16,439 +20,357 @@ from .gluon_names import (
     gl,
     gluon,
     reinterpret,
-    store_box,
     store_wait,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .masks import (
-    COMPARE,
-    HUGE,
-    NONE,
-    PRODUCT,
-    column_tables,
-    compared,
-    hidden_bounds,
-    is_whole,
-    scores,
-)
-from .problem import Problem, place
-from .ring import Ring, ring
+from .masks import COMPARE, MASKED, Mask, TileMask, column_tables, multiply
+from .pipeline import TmaPipeline, TmaTensor, allocate, rows_of, tma_bases, tma_pipeline
 
-LN2 = gl.constexpr(0.6931471805599453)
+# Tensors of a pipeline: query or key; the gradient of the output or value; and with queries four
+# numbers of each: LSE in exponents of two, delta, zeros.
+QK, GV, LSE_DELTA = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+LSE, DELTA = gl.constexpr(0), gl.constexpr(1)
 
 
 @aggregate
-class Inputs:
-    """A ring of query and dO, or of key and value, that come together.
+class Context:
+    """What the roles of a program share; ``masks``, ``tiles`` and ``buffers`` are per warpgroup."""
 
-    With queries come their ``terms``, four numbers each: LSE in exponents of two, delta, zeros.
-    """
+    geometry: Geometry
+    masks: gl.tuple
+    outer: gl.tuple  # tensors of tiles: of queries, or of keys
+    inner: gl.tuple  # tensors of blocks: of keys, or of queries
+    additional: gl.tuple  # keys and values, like those of blocks
+    grads: gl.tuple  # dQ, or dK and dV
+    num_additional: gl.tensor
+    heads_per_kv: gl.tensor
+    scale_log2: gl.tensor  # scores times it are exponents of two
+    tiles: gl.tuple  # pipelines
+    blocks: TmaPipeline
+    buffers: gl.tuple  # for each of the gradients, [1, *tile, D]
+    HAS_ADDITIONAL: gl.constexpr
+    OWN_OUT: gl.constexpr  # gradients do not take the place of their tiles
+    LATE: gl.constexpr  # dS of a block is added while the next one is made
+    SCORES: gl.constexpr  # layout of [M, N]
+    ACC: gl.constexpr  # layout of [M, D]
 
-    ring: Ring  # and its buffers: query or key
-    other: gl.shared_memory_descriptor
-    terms: gl.shared_memory_descriptor
-    OF_QUERIES: gl.constexpr
 
-    @gluon.constexpr_function
-    def __init__(self, ring, other, terms, OF_QUERIES):
-        self.ring, self.other, self.terms = ring, other, terms
-        self.OF_QUERIES = gl.constexpr(OF_QUERIES)
+@aggregate
+class Operands:
+    """What a warpgroup keeps of its tile while it walks over the blocks."""
 
-    @gluon.jit
-    def fill(self, i, a, b, terms, x, places):
-        """Fetch the box from ``x`` on; ``places``: where it starts along the first axis."""
-        TERMS: gl.constexpr = terms.block_type.nbytes if self.OF_QUERIES else 0
-        self.ring.expect(i, a.block_type.nbytes + b.block_type.nbytes + TERMS)
-        self.ring.load(i, a, [places[0], x[0], x[1], x[2], 0], self.ring.buffers)
-        if self.OF_QUERIES:
-            self.ring.load(i, terms, [places[2], x[0], x[1], x[2], 0], self.terms)
-        self.ring.load(i, b, [places[1], x[0], x[1], x[2], 0], self.other)
-
-    @gluon.jit
-    def row_terms(self, i, LAYOUT: gl.constexpr):
-        """LSE and delta of queries that are rows, ``[rows, 1]``."""
-        ROWS: gl.constexpr = LAYOUT.warps_per_cta[0] * 16
-        flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        four = reinterpret(self.terms.index(i % self.ring.STAGES), gl.float32, [ROWS, 4], flat)
-        return four.slice(0, 1, 1).load(LAYOUT), four.slice(1, 1, 1).load(LAYOUT)
-
-    @gluon.jit
-    def column_term(self, i, WHICH: gl.constexpr, LAYOUT: gl.constexpr):
-        """LSE (0) or delta (1) of queries that are columns, ``[1, columns]``."""
-        COLUMNS: gl.constexpr = LAYOUT.instr_shape[1]
-        flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0, 1])
-        four = reinterpret(self.terms.index(i % self.ring.STAGES), gl.float32, [4, COLUMNS], flat)
-        return four.slice(WHICH, 1, 0).load(LAYOUT)
+    mask: TileMask
+    qk: gl.shared_memory_descriptor  # query or key, [M, D]
+    gv: gl.shared_memory_descriptor  # gradient of the output or value, [M, D]
+    lse_delta: gl.tuple  # of queries: both [M, 1]
 
 
 @gluon.jit
-def _inputs(
-    a, b, terms, STAGES: gl.constexpr, READERS: gl.constexpr, OF_QUERIES: gl.constexpr
-):  # fmt: skip
-    """Inputs as the descriptors have them, that many warpgroups read."""
-    first = ring(a, STAGES, READERS)
-    other = gl.allocate_shared_memory(b.dtype, [STAGES] + b.block_type.shape, b.layout)
-    fours = other
-    if OF_QUERIES:
-        fours = gl.allocate_shared_memory(
-            gl.float32, [STAGES] + terms.block_type.shape, terms.layout
-        )
-    return Inputs(first, other, fours, OF_QUERIES)
+def _row_lse_delta(tiles, tile_iteration, SCORES: gl.constexpr):
+    """LSE and delta of queries that are rows, ``[M, 1]`` each."""
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    buffer = tiles.buffers[LSE_DELTA].index(tile_iteration % tiles.STAGES)  # [1, *tile, 4]
+    four = reinterpret(buffer, gl.float32, [rows_of(buffer), 4], FLAT)
+    return four.slice(LSE, 1, 1).load(SCORES), four.slice(DELTA, 1, 1).load(SCORES)
 
 
 @gluon.jit
-def _places(a_steps, b_steps, t_steps, batch, group, head):
-    """Where a batch entry's head and dilation group begin in each tensor."""
-    return (
-        place(a_steps, batch, group, head),
-        place(b_steps, batch, group, head),
-        place(t_steps, batch, group, head),
-    )
+def _column_lse_delta(blocks, stage, WHICH: gl.constexpr, SCORES: gl.constexpr):
+    """``LSE`` or ``DELTA`` of queries that are columns, ``[1, N]``."""
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0, 1])
+    buffer = blocks.buffers[LSE_DELTA].index(stage % blocks.STAGES)  # [1, *block, 4]
+    four = reinterpret(buffer, gl.float32, [4, rows_of(buffer)], FLAT)
+    return four.slice(WHICH, 1, 0).load(SCORES)
 
 
 @gluon.jit
-def _fetch_tiles(p, a, b, terms, a_steps, b_steps, t_steps, first, second):
+def _fetch_tiles(ctx):
     """Warp that fetches each warpgroup's tiles."""
-    turn = 0
-    for number in range(gl.program_id(0), p.total, gl.num_programs(0)):
-        batch, head, group, f, _low, _boxes = p.tile(number)
-        places = _places(a_steps, b_steps, t_steps, batch, group, head)
+    g = ctx.geometry
+    tile_iteration = 0
+    for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
+        tile = g.tile(tile_id)
+        bases = tma_bases(ctx.outer, tile.batch, tile.group, tile.head)
         gdc_wait()  # until the kernel before has ended; what comes first need not
-        first.fill(turn, a, b, terms, p.part(f, 0), places)
-        if p.GROUPS == 2:
-            second.fill(turn, a, b, terms, p.part(f, 1), places)
-        turn += 1  # noqa: SIM113
+        ctx.tiles[0].produce(tile_iteration, ctx.outer, bases, g.first_of(tile, 0))
+        if g.WARPGROUPS == 2:
+            ctx.tiles[1].produce(tile_iteration, ctx.outer, bases, g.first_of(tile, 1))
+        tile_iteration += 1  # noqa: SIM113
 
 
 @gluon.jit
-def _fetch_boxes(
-    p, a, b, terms, more_a, more_b, a_steps, b_steps, t_steps, extra_b, boxes, per_kv, extra,
-    HAS_EXTRA: gl.constexpr,
-):  # fmt: skip
-    """Warp that fetches the additional tokens, then boxes of each head that shares the tile's."""
-    N: gl.constexpr = p.BOX[0] * p.BOX[1] * p.BOX[2]
-    n = 0
-    for number in range(gl.program_id(0), p.total, gl.num_programs(0)):
-        batch, head, group, _f, low, counts = p.tile(number)
-        if p.OF_KEYS:
-            first_head, rounds = head * per_kv, per_kv
+def _fetch_blocks(ctx):
+    """Warp that fetches the additional tokens, then blocks of each head that shares the tile's."""
+    g = ctx.geometry
+    stage = 0
+    for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
+        tile = g.tile(tile_id)
+        if g.OF_KEYS:
+            first_head, heads = tile.head * ctx.heads_per_kv, ctx.heads_per_kv
         else:
-            first_head, rounds = head // per_kv, 1
+            first_head, heads = tile.head // ctx.heads_per_kv, 1
         gdc_wait()
-        if HAS_EXTRA:
-            at = batch * extra_b + first_head
-            for e in range(0, extra, N):
-                boxes.fill(n, more_a, more_b, terms, (0, 0, e), (at, at, at))
-                n += 1
-        for h in range(first_head, first_head + rounds):
-            places = _places(a_steps, b_steps, t_steps, batch, group, h)
-            j = (n * 0, n * 0, n * 0)
-            for _ in range(counts[0] * counts[1] * counts[2]):
-                a0, a1, a2, _ = p.box(j, low)
-                boxes.fill(n, a, b, terms, (a0, a1, a2), places)
-                j = p.next(j, counts)
-                n += 1
+        if ctx.HAS_ADDITIONAL:
+            bases = tma_bases(ctx.additional, tile.batch, tile.group, first_head)
+            for position in range(0, ctx.num_additional, volume(g.BLOCK)):
+                ctx.blocks.produce(stage, ctx.additional, bases, (0, 0, position))
+                stage += 1
+        for head in range(first_head, first_head + heads):
+            bases = tma_bases(ctx.inner, tile.batch, tile.group, head)
+            block = (stage * 0, stage * 0, stage * 0)
+            for _ in range(tile.blocks[0] * tile.blocks[1] * tile.blocks[2]):
+                start, _ = g.block_start(block, tile.origin)
+                ctx.blocks.produce(stage, ctx.inner, bases, start)
+                block = g.next_block(block, tile.blocks)
+                stage += 1
     gdc_launch_dependents()  # the next kernel can be set up, and waits for this one's end
 
 
 @gluon.jit
-def _step(
-    p, j, n, f, low, a, b, acc_a, acc_b, ds, lse, delta, boxes, hidden_from, hidden_to, tables,
-    bounds, factor,
-    LATE: gl.constexpr, MASK: gl.constexpr, CODE: gl.constexpr, SCORES: gl.constexpr,
-    GRADS: gl.constexpr,
-):  # fmt: skip
-    """Make dS of box ``n``; if ``LATE``, add that of the box before, ``ds``, in the meantime."""
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, GRADS, 2)
-    M: gl.constexpr = p.TILE[0] * p.TILE[1] * p.TILE[2]
-    N: gl.constexpr = p.BOX[0] * p.BOX[1] * p.BOX[2]
-    DTYPE: gl.constexpr = boxes.other.dtype
-    zeros = gl.zeros([M, N], gl.float32, SCORES)
-    s = scores(p, j, n, a, boxes.ring, low, hidden_from, hidden_to, tables, MASK, CODE, SCORES)
-    other = boxes.ring.matrix(n, N, boxes.other)
+def _step(ctx, tile, block, stage, acc, acc_v, ds, LATE: gl.constexpr):
+    """Make dS of the block in a stage; if ``LATE``, add ``ds`` of the block before meanwhile.
+
+    ``acc`` is dQ or dK, ``acc_v`` dV, ``[M, D]``.
+    """
+    OF_KEYS: gl.constexpr = ctx.geometry.OF_KEYS
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ctx.ACC, 2)
+    blocks = ctx.blocks
+    DTYPE: gl.constexpr = tile.gv.dtype
+    s = tile.mask.scores(tile.qk, blocks, stage, block, ctx.SCORES)  # S = Q K^T, [M, N]
+    gv = blocks.matrix(stage, GV)  # [N, D]
     if LATE:
-        before = boxes.ring.matrix(n - 1, N, boxes.ring.buffers)
-        acc_a = warpgroup_mma(ds, before, acc_a, is_async=True)
-    if p.OF_KEYS:
+        qk = blocks.matrix(stage - 1, QK)  # [N, D]
+        acc = warpgroup_mma(ds, qk, acc, is_async=True)  # dQ += dS K, or dK += dS^T Q
+    if OF_KEYS:
         # dP comes later: registers do not suffice for all sums at once.
         s = warpgroup_mma_wait(1 if LATE else 0, deps=[s])
-        lse = boxes.column_term(n, 0, SCORES)
+        lse = _column_lse_delta(blocks, stage, LSE, ctx.SCORES)  # [1, N]
     else:
-        dp = warpgroup_mma(b, other.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        lse, delta = tile.lse_delta  # [M, 1]
+        dp = multiply(tile.gv, gv, ctx.SCORES)  # dP = dO V^T, [M, N]
         s = warpgroup_mma_wait(2 if LATE else 1, deps=[s])
-    if MASK == COMPARE:  # noqa: SIM102 (decided when compiling)
-        if not is_whole(p, j, f, low):
-            ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
-            b0, b1, b2 = bounds.index(0), bounds.index(1), bounds.index(2)
-            starts = (b0.load(ROWS), b1.load(ROWS), b2.load(ROWS))
-            b3, b4, b5 = bounds.index(3), bounds.index(4), bounds.index(5)
-            ends = (b3.load(ROWS), b4.load(ROWS), b5.load(ROWS))
-            s = compared(p, s, j, low, starts, ends)
-    w = gl.exp2(s * factor - lse)
-    if p.OF_KEYS:
-        dp = warpgroup_mma(b, other.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        weights = gl.convert_layout(w.to(DTYPE), WEIGHTS)
-        acc_b = warpgroup_mma(weights, other, acc_b, is_async=True)
+    s = tile.mask.compare(s, block)
+    p = gl.exp2(s * ctx.scale_log2 - lse)  # [M, N]
+    if OF_KEYS:
+        dp = multiply(tile.gv, gv, ctx.SCORES)
+        weights = gl.convert_layout(p.to(DTYPE), OPERAND)
+        acc_v = warpgroup_mma(weights, gv, acc_v, is_async=True)  # dV += P^T dO
         if LATE:
-            acc_a, dp = warpgroup_mma_wait(1, deps=[acc_a, dp])
+            acc, dp = warpgroup_mma_wait(1, deps=[acc, dp])
         else:
             dp = warpgroup_mma_wait(1, deps=[dp])
-        delta = boxes.column_term(n, 1, SCORES)
+        delta = _column_lse_delta(blocks, stage, DELTA, ctx.SCORES)  # [1, N]
     elif LATE:
-        acc_a, dp = warpgroup_mma_wait(0, deps=[acc_a, dp])
+        acc, dp = warpgroup_mma_wait(0, deps=[acc, dp])
     else:
         dp = warpgroup_mma_wait(0, deps=[dp])
     if LATE:
-        boxes.ring.release(n - 1)
-    return acc_a, acc_b, gl.convert_layout((w * (dp - delta)).to(DTYPE), WEIGHTS)
+        blocks.consumer_release(stage - 1)
+    ds = p * (dp - delta)  # dS = P * (dP - delta), [M, N]
+    return acc, acc_v, gl.convert_layout(ds.to(DTYPE), OPERAND)
 
 
 @gluon.jit
-def _add(acc_a, acc_b, ds, n, boxes, N: gl.constexpr, OF_KEYS: gl.constexpr):
-    """Add dS of box ``n``, and hand the box back."""
-    box = boxes.ring.matrix(n, N, boxes.ring.buffers)
-    acc_a = warpgroup_mma(ds, box, acc_a, is_async=True)
-    if OF_KEYS:
-        acc_a, acc_b = warpgroup_mma_wait(0, deps=[acc_a, acc_b])
+def _add(ctx, acc, acc_v, ds, stage):
+    """Add dS of the block in a stage, and hand the block back."""
+    acc = warpgroup_mma(ds, ctx.blocks.matrix(stage, QK), acc, is_async=True)
+    if ctx.geometry.OF_KEYS:
+        acc, acc_v = warpgroup_mma_wait(0, deps=[acc, acc_v])
     else:
-        acc_a = warpgroup_mma_wait(0, deps=[acc_a])
-    boxes.ring.release(n)
-    return acc_a, acc_b
+        acc = warpgroup_mma_wait(0, deps=[acc])
+    ctx.blocks.consumer_release(stage)
+    return acc, acc_v
 
 
 @gluon.jit
-def _walk(
-    p, n, f, low, counts, a, b, acc_a, acc_b, lse, delta, boxes, hidden_from, hidden_to, tables,
-    bounds, factor,
-    LATE: gl.constexpr, MASK: gl.constexpr, CODE: gl.constexpr, SCORES: gl.constexpr,
-    GRADS: gl.constexpr,
-):  # fmt: skip
-    """Sum over a warpgroup's boxes, of which the ring's ``n``-th is the tile's first."""
-    N: gl.constexpr = p.BOX[0] * p.BOX[1] * p.BOX[2]
-    first, last, count, before = p.own(f, low, counts)
-    for i in range(first):
-        boxes.ring.skip(n + i)
-    j = (before * 0, before * 0, before)
-    if LATE:
-        acc_a, acc_b, ds = _step(
-            p, j, n + first, f, low, a, b, acc_a, acc_b, 0, lse, delta, boxes, hidden_from,
-            hidden_to, tables, bounds, factor, False, MASK, CODE, SCORES, GRADS,
-        )  # fmt: skip
-        for i in range(first + 1, last):
-            if p.OF_KEYS:
-                acc_b = warpgroup_mma_wait(0, deps=[acc_b])
-            j = p.next(j, counts)
-            acc_a, acc_b, ds = _step(
-                p, j, n + i, f, low, a, b, acc_a, acc_b, ds, lse, delta, boxes, hidden_from,
-                hidden_to, tables, bounds, factor, True, MASK, CODE, SCORES, GRADS,
-            )  # fmt: skip
-        acc_a, acc_b = _add(acc_a, acc_b, ds, n + last - 1, boxes, N, p.OF_KEYS)
+def _add_additional(ctx, tile, acc, stage):
+    """Add the additional tokens' part of dQ; they come from a stage on."""
+    N: gl.constexpr = volume(ctx.geometry.BLOCK)
+    DTYPE: gl.constexpr = tile.gv.dtype
+    blocks = ctx.blocks
+    lse, delta = tile.lse_delta  # [M, 1]
+    for position in range(0, ctx.num_additional, N):
+        blocks.consumer_wait(stage)
+        s = multiply(tile.qk, blocks.matrix(stage, QK), ctx.SCORES)  # S = Q K^T, [M, N]
+        dp = multiply(tile.gv, blocks.matrix(stage, GV), ctx.SCORES)  # dP = dO V^T, [M, N]
+        s, dp = warpgroup_mma_wait(0, deps=[s, dp])
+        c = gl.arange(0, N, gl.SliceLayout(0, ctx.SCORES))  # [N]
+        s = gl.where((position + c < ctx.num_additional)[None, :], s, MASKED)
+        p = gl.exp2(s * ctx.scale_log2 - lse)  # [M, N]
+        ds = (p * (dp - delta)).to(DTYPE)  # dS = P * (dP - delta), [M, N]
+        ds = gl.convert_layout(ds, gl.DotOperandLayout(0, ctx.ACC, 2))
+        acc = warpgroup_mma(ds, blocks.matrix(stage, QK), acc)  # dQ += dS K, [M, D]
+        blocks.consumer_release(stage)
+        stage += 1
+    return acc, stage
+
+
+@gluon.jit
+def _walk(ctx, tile, first, operands, stage, acc, acc_v):
+    """Sum over a warpgroup's blocks; the tile's first one is in that stage."""
+    g, blocks = ctx.geometry, ctx.blocks
+    before, end, count, block = g.own_blocks(first, tile)
+    for i in range(before):
+        blocks.consumer_skip(stage + i)
+    if ctx.LATE:
+        acc, acc_v, ds = _step(ctx, operands, block, stage + before, acc, acc_v, 0, False)
+        for i in range(before + 1, end):
+            if g.OF_KEYS:
+                acc_v = warpgroup_mma_wait(0, deps=[acc_v])
+            block = g.next_block(block, tile.blocks)
+            acc, acc_v, ds = _step(ctx, operands, block, stage + i, acc, acc_v, ds, True)
+        acc, acc_v = _add(ctx, acc, acc_v, ds, stage + end - 1)
     else:
-        for i in range(first, last):
-            acc_a, acc_b, ds = _step(
-                p, j, n + i, f, low, a, b, acc_a, acc_b, 0, lse, delta, boxes, hidden_from,
-                hidden_to, tables, bounds, factor, False, MASK, CODE, SCORES, GRADS,
-            )  # fmt: skip
-            acc_a, acc_b = _add(acc_a, acc_b, ds, n + i, boxes, N, p.OF_KEYS)
-            j = p.next(j, counts)
-    for i in range(last, count):
-        boxes.ring.skip(n + i)
-    return acc_a, acc_b
+        for i in range(before, end):
+            acc, acc_v, ds = _step(ctx, operands, block, stage + i, acc, acc_v, 0, False)
+            acc, acc_v = _add(ctx, acc, acc_v, ds, stage + i)
+            block = g.next_block(block, tile.blocks)
+    for i in range(end, count):
+        blocks.consumer_skip(stage + i)
+    return acc, acc_v
 
 
 @gluon.jit
-def _sum(
-    p, grad_a, grad_b, g_steps, out_a, out_b, tile, boxes, tables, bounds, per_kv, extra, factor,
-    HALF: gl.constexpr, MASK: gl.constexpr, CODE: gl.constexpr, BY_ROW: gl.constexpr,
-    STEPS: gl.constexpr, HAS_EXTRA: gl.constexpr, OWN_OUT: gl.constexpr,
-):  # fmt: skip
-    """Warpgroup that makes the gradients of 64 tokens of each tile, the ``HALF``-th ones."""
-    M: gl.constexpr = p.TILE[0] * p.TILE[1] * p.TILE[2]
-    N: gl.constexpr = p.BOX[0] * p.BOX[1] * p.BOX[2]
-    D: gl.constexpr = grad_a.block_type.shape[4]
-    DTYPE: gl.constexpr = grad_a.dtype
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    GRADS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    # Adding late takes registers, which two sums of 128 channels leave none of.
-    LATE: gl.constexpr = not p.OF_KEYS or D < 128
-    turn = 0
-    n = 0  # boxes that went through the ring
-    for number in range(gl.program_id(0), p.total, gl.num_programs(0)):
-        batch, head, group, f, low, counts = p.tile(number)
-        f = p.part(f, HALF)
-        hidden_from, hidden_to = 0, 0
-        if MASK == PRODUCT:
-            left: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
-            hidden_from, hidden_to = hidden_bounds(p, f, low, CODE, BY_ROW, STEPS, left)
-        if MASK == COMPARE:
-            # In shared memory, for want of registers.
-            i0, i1, i2 = p.tokens(f, SCORES)
-            s0, e0 = p.partners(i0, 0)
-            s1, e1 = p.partners(i1, 1)
-            s2, e2 = p.partners(i2, 2)
-            bounds.index(0).store(s0)
-            bounds.index(1).store(s1)
-            bounds.index(2).store(s2)
-            bounds.index(3).store(e0)
-            bounds.index(4).store(e1)
-            bounds.index(5).store(e2)
+def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
+    """Warpgroup that makes the gradients of its tokens of each tile."""
+    g, tiles = ctx.geometry, ctx.tiles[WARPGROUP]
+    M: gl.constexpr = volume(g.TILE)
+    D: gl.constexpr = ctx.grads[0].descriptor.block_type.shape[4]
+    DTYPE: gl.constexpr = ctx.grads[0].descriptor.dtype
+    tile_iteration = 0
+    stage = 0  # of the tile's first block
+    for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
+        tile = g.tile(tile_id)
+        first = g.first_of(tile, WARPGROUP)
+        mask = ctx.masks[WARPGROUP].of_tile(tile, first, ctx.SCORES)
 
-        acc_a = gl.zeros([M, D], gl.float32, GRADS)
-        acc_b = gl.zeros([M, D], gl.float32, GRADS) if p.OF_KEYS else acc_a
-        a = tile.ring.wait(turn, M)
-        b = tile.ring.matrix(turn, M, tile.other)
-        lse, delta = 0.0, 0.0
-        if not p.OF_KEYS:
+        acc = gl.zeros([M, D], gl.float32, ctx.ACC)  # dQ or dK, [M, D]
+        acc_v = gl.zeros([M, D], gl.float32, ctx.ACC) if g.OF_KEYS else acc  # dV, [M, D]
+        tiles.consumer_wait(tile_iteration)
+        qk, gv = tiles.matrix(tile_iteration, QK), tiles.matrix(tile_iteration, GV)  # [M, D]
+        lse_delta = ()
+        if not g.OF_KEYS:
             # Rows that are no query have zeros, and gradients that nobody reads.
-            lse, delta = tile.row_terms(turn, SCORES)
-        if HAS_EXTRA:
-            for at in range(0, extra, N):
-                zeros = gl.zeros([M, N], gl.float32, SCORES)
-                s = scores(p, 0, n, a, boxes.ring, low, 0, 0, tables, NONE, CODE, SCORES)
-                other = boxes.ring.matrix(n, N, boxes.other)
-                dp = warpgroup_mma(b, other.permute((1, 0)), zeros, use_acc=False, is_async=True)
-                s, dp = warpgroup_mma_wait(0, deps=[s, dp])
-                c = gl.arange(0, N, gl.SliceLayout(0, SCORES))
-                w = gl.exp2(gl.where((at + c < extra)[None, :], s, HUGE) * factor - lse)
-                ds = gl.convert_layout(
-                    (w * (dp - delta)).to(DTYPE), gl.DotOperandLayout(0, GRADS, 2)
-                )
-                acc_a = warpgroup_mma(ds, boxes.ring.matrix(n, N, boxes.ring.buffers), acc_a)
-                boxes.ring.release(n)
-                n += 1
-        count = counts[0] * counts[1] * counts[2]
+            lse_delta = _row_lse_delta(tiles, tile_iteration, ctx.SCORES)
+        operands = Operands(mask, qk, gv, lse_delta)
+        if ctx.HAS_ADDITIONAL:
+            acc, stage = _add_additional(ctx, operands, acc, stage)
+        count = tile.blocks[0] * tile.blocks[1] * tile.blocks[2]
         # Of keys: the query heads that share a key head follow one another.
-        for _ in range(per_kv if p.OF_KEYS else 1):
-            acc_a, acc_b = _walk(
-                p, n, f, low, counts, a, b, acc_a, acc_b, lse, delta, boxes, hidden_from,
-                hidden_to, tables, bounds, factor, LATE, MASK, CODE, SCORES, GRADS,
-            )  # fmt: skip
-            n += count
-        if OWN_OUT:
-            tile.ring.release(turn)
+        for _ in range(ctx.heads_per_kv if g.OF_KEYS else 1):
+            acc, acc_v = _walk(ctx, tile, first, operands, stage, acc, acc_v)
+            stage += count
+        if ctx.OWN_OUT:
+            tiles.consumer_release(tile_iteration)
 
-        store_wait(0)  # the tile before has left
-        out_a.reshape([M, D]).store((acc_a * (factor * LN2)).to(DTYPE))
-        if p.OF_KEYS:
-            out_b.reshape([M, D]).store(acc_b.to(DTYPE))
+        store_wait(0)  # the tile before has left the buffers
+        buffers = ctx.buffers[WARPGROUP]
+        buffers[0].reshape([M, D]).store((acc * (ctx.scale_log2 * LN2)).to(DTYPE))
+        if g.OF_KEYS:
+            buffers[1].reshape([M, D]).store(acc_v.to(DTYPE))
         fence_async_shared()
-        at = place(g_steps, batch, group, head)
-        store_box(grad_a, [at, f[0], f[1], f[2], 0], out_a)
-        if p.OF_KEYS:
-            store_box(grad_b, [at, f[0], f[1], f[2], 0], out_b)
-        if not OWN_OUT:
+        base = ctx.grads[0].tma_base(tile.batch, tile.group, tile.head)
+        ctx.grads[0].store(base, first, buffers[0])
+        if g.OF_KEYS:
+            ctx.grads[1].store(base, first, buffers[1])
+        if not ctx.OWN_OUT:
             store_wait(0)
-            tile.ring.release(turn)
-        turn += 1  # noqa: SIM113
+            tiles.consumer_release(tile_iteration)
+        tile_iteration += 1  # noqa: SIM113
     store_wait(0)
 
 
 @gluon.jit
-def _out(tile, descriptor, OWN_OUT: gl.constexpr):
-    """Where a warpgroup's gradients wait to be stored: for want of room in the tile's place."""
-    a, b = tile.ring.buffers.index(0), tile.other.index(0)
+def _buffers(tiles, grads, OWN_OUT: gl.constexpr):
+    """Where a warpgroup's gradients wait to be stored: if need be, in the place of its tile."""
     if OWN_OUT:
-        shape: gl.constexpr = descriptor.block_type.shape
-        a = gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
-        if not tile.OF_QUERIES:
-            b = gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
-    return a, b
-
-
-# Compiled once for all of them, whatever divides them.
-_NUMBERS = """
-oa_b oa_0 oa_1 oa_2 oa_h ob_b ob_0 ob_1 ob_2 ob_h ia_b ia_0 ia_1 ia_2 ia_h ib_b ib_0 ib_1 ib_2
-ib_h t_b t_0 t_1 t_2 t_h g_b g_0 g_1 extra_b N0 N1 N2 K0 K1 K2 S0 S1 S2 D0 D1 D2 T0 T1 T2
-total heads per_kv extra factor
-""".split()  # noqa: SIM905
-
-
-@gluon.jit(do_not_specialize=_NUMBERS)
-def pass_kernel(
-    outer_a, outer_b, inner_a, inner_b, terms, more_a, more_b, grad_a, grad_b,
-    oa_b, oa_0, oa_1, oa_2, oa_h, ob_b, ob_0, ob_1, ob_2, ob_h,
-    ia_b, ia_0, ia_1, ia_2, ia_h, ib_b, ib_0, ib_1, ib_2, ib_h,
-    t_b, t_0, t_1, t_2, t_h, g_b, g_0, g_1, extra_b,
-    N0, N1, N2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, total, heads, per_kv, extra, factor,
-    MODES: gl.constexpr, TILE: gl.constexpr, BOX: gl.constexpr, SPLIT: gl.constexpr,
-    STAGES: gl.constexpr, MASK: gl.constexpr, CODE: gl.constexpr, BY_ROW: gl.constexpr,
-    STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_EXTRA: gl.constexpr, OWN_OUT: gl.constexpr,
-    REGISTERS: gl.constexpr, FETCH: gl.constexpr, GROUPS: gl.constexpr, DILATED: gl.constexpr,
-    OF_KEYS: gl.constexpr,
-):  # fmt: skip
-    """One pass: dQ, or with ``OF_KEYS`` dK and dV.
-
-    Tiles come from ``outer_a`` and ``outer_b`` (query and dO; key and value), boxes from
-    ``inner_a`` and ``inner_b`` (key and value; query and dO); ``grad_a`` and ``grad_b`` take the
-    gradients. Numbers are as in the forward kernel: steps of :func:`place` (``oa`` .. ``g``),
-    positions ``N`` of a dilation group, window ``K``, stride ``S``, dilation ``D``, tiles ``T``,
-    per axis; ``total`` tiles of all batches, ``heads`` of the tiles, and groups.
-    """
-    p = Problem(
-        (N0, N1, N2), (K0, K1, K2), (S0, S1, S2), (D0, D1, D2), (T0, T1, T2), total, heads,
-        MODES, TILE, BOX, SPLIT, GROUPS, DILATED, OF_KEYS,
-    )  # fmt: skip
-    oa_steps, ob_steps, g_steps = (
-        (oa_b, oa_0, oa_1, oa_2, oa_h),
-        (ob_b, ob_0, ob_1, ob_2, ob_h),
-        (g_b, g_0, g_1, heads, 1),
-    )
-    ia_steps, ib_steps, t_steps = (
-        (ia_b, ia_0, ia_1, ia_2, ia_h),
-        (ib_b, ib_0, ib_1, ib_2, ib_h),
-        (t_b, t_0, t_1, t_2, t_h),
-    )
-    boxes = _inputs(inner_a, inner_b, terms, STAGES, GROUPS, OF_KEYS)
-    first = _inputs(outer_a, outer_b, terms, 1, 1, not OF_KEYS)
-    out_a, out_b = _out(first, grad_a, OWN_OUT)
-    tables = column_tables(p, out_a, MASK, CODE, BY_ROW, STEPS, TABLES)
-    bounds = tables
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    if MASK == COMPARE:
-        bounds = gl.allocate_shared_memory(gl.int32, [6, 64], FLAT)
-    if GROUPS == 2:
-        second = _inputs(outer_a, outer_b, terms, 1, 1, not OF_KEYS)
-        out2_a, out2_b = _out(second, grad_a, OWN_OUT)
-        bounds2 = bounds
-        if MASK == COMPARE:
-            bounds2 = gl.allocate_shared_memory(gl.int32, [6, 64], FLAT)
-        gl.warp_specialize(
-            [
-                (_sum, (
-                    p, grad_a, grad_b, g_steps, out_a, out_b, first, boxes, tables, bounds,
-                    per_kv, extra, factor, 0, MASK, CODE, BY_ROW, STEPS, HAS_EXTRA, OWN_OUT,
-                )),
-                (_sum, (
-                    p, grad_a, grad_b, g_steps, out2_a, out2_b, second, boxes, tables, bounds2,
-                    per_kv, extra, factor, 1, MASK, CODE, BY_ROW, STEPS, HAS_EXTRA, OWN_OUT,
-                )),
-                (_fetch_tiles, (
-                    p, outer_a, outer_b, terms, oa_steps, ob_steps, t_steps, first, second,
-                )),
-                (_fetch_boxes, (
-                    p, inner_a, inner_b, terms, more_a, more_b, ia_steps, ib_steps, t_steps,
-                    extra_b, boxes, per_kv, extra, HAS_EXTRA,
-                )),
-            ],
-            [4, 1, 1],
-            [REGISTERS, FETCH, FETCH],
-        )  # fmt: skip
+        return [allocate(grad, 1).index(0) for grad in grads]
     else:
-        gl.warp_specialize(
-            [
-                (_sum, (
-                    p, grad_a, grad_b, g_steps, out_a, out_b, first, boxes, tables, bounds,
-                    per_kv, extra, factor, 0, MASK, CODE, BY_ROW, STEPS, HAS_EXTRA, OWN_OUT,
-                )),
-                (_fetch_tiles, (
-                    p, outer_a, outer_b, terms, oa_steps, ob_steps, t_steps, first, first,
-                )),
-                (_fetch_boxes, (
-                    p, inner_a, inner_b, terms, more_a, more_b, ia_steps, ib_steps, t_steps,
-                    extra_b, boxes, per_kv, extra, HAS_EXTRA,
-                )),
-            ],
-            [1, 1],
-            [FETCH, FETCH],
-        )  # fmt: skip
+        return [buffer.index(0) for buffer in tiles.buffers[: len(grads)]]
+
+
+@gluon.jit
+def _mask(
+    g, tables, KIND: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr, STEPS: gl.constexpr
+):
+    """A warpgroup's mask; its bounds are in shared memory, for want of registers."""
+    bounds = ()
+    if KIND == COMPARE:
+        FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        bounds = (gl.allocate_shared_memory(gl.int32, [6, volume(g.TILE)], FLAT),)
+    return Mask(g, tables, bounds, KIND, ENDS, BY_ROW, STEPS)
+
+
+@kernel(
+    gluon.jit,
+    tensors="query key value grad_out lse_delta additional_keys additional_values "
+    "grad_query grad_key grad_value",
+)
+def backward_kernel(
+    query, key, value, grad_out, lse_delta, additional_keys, additional_values,
+    grad_query, grad_key, grad_value,
+    q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
+    g_b, g_0, g_1, g_2, g_h, l_b, l_0, l_1, l_2, l_h, d_b, d_0, d_1, additional_b,
+    N0, N1, N2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2,
+    num_tiles, heads, heads_per_kv, num_additional, scale_log2,
+    MODES: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, SPLIT_AXIS: gl.constexpr,
+    STAGES: gl.constexpr, MASK: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
+    STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
+    REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, WARPGROUPS: gl.constexpr,
+    DILATED: gl.constexpr, OF_KEYS: gl.constexpr,
+):  # fmt: skip
+    """One pass: dQ from tiles of queries, or with ``OF_KEYS`` dK and dV from tiles of keys.
+
+    All tensors are descriptors. Numbers are as in the forward kernel; the gradients that a pass
+    stores have the steps ``d``.
+    """
+    g = Geometry(
+        length=(N0, N1, N2), window=(K0, K1, K2), stride=(S0, S1, S2), dilation=(D0, D1, D2),
+        tiles=(T0, T1, T2), num_tiles=num_tiles, heads=heads, MODES=MODES, TILE=TILE, BLOCK=BLOCK,
+        SPLIT_AXIS=SPLIT_AXIS, WARPGROUPS=WARPGROUPS, DILATED=DILATED, OF_KEYS=OF_KEYS,
+    )  # fmt: skip
+    of_queries = (
+        TmaTensor(query, (q_b, q_0, q_1, q_2, q_h)),
+        TmaTensor(grad_out, (g_b, g_0, g_1, g_2, g_h)),
+        TmaTensor(lse_delta, (l_b, l_0, l_1, l_2, l_h)),
+    )
+    of_keys = (
+        TmaTensor(key, (k_b, k_0, k_1, k_2, k_h)),
+        TmaTensor(value, (v_b, v_0, v_1, v_2, v_h)),
+    )
+    grad_steps = (d_b, d_0, d_1, heads, 1)
+    if OF_KEYS:
+        outer, inner = of_keys, of_queries
+        grads = (TmaTensor(grad_key, grad_steps), TmaTensor(grad_value, grad_steps))
+    else:
+        outer, inner = of_queries, of_keys
+        grads = (TmaTensor(grad_query, grad_steps),)
+    additional = ()
+    if HAS_ADDITIONAL:
+        steps = (additional_b, 0, 0, 0, 1)
+        additional = (TmaTensor(additional_keys, steps), TmaTensor(additional_values, steps))
+    blocks = tma_pipeline(inner, STAGES, WARPGROUPS)
+    tables = column_tables(g, MASK, ENDS, BY_ROW, STEPS, TABLES)
+    tiles = (tma_pipeline(outer, 1, 1),)
+    masks = (_mask(g, tables, MASK, ENDS, BY_ROW, STEPS),)
+    if WARPGROUPS == 2:
+        tiles += (tma_pipeline(outer, 1, 1),)
+        masks += (_mask(g, tables, MASK, ENDS, BY_ROW, STEPS),)
+    D: gl.constexpr = grads[0].descriptor.block_type.shape[4]
+    ctx = Context(
+        geometry=g, masks=masks, outer=outer, inner=inner, additional=additional, grads=grads,
+        num_additional=num_additional, heads_per_kv=heads_per_kv, scale_log2=scale_log2,
+        tiles=tiles, blocks=blocks, buffers=[_buffers(each, grads, OWN_OUT) for each in tiles],
+        HAS_ADDITIONAL=HAS_ADDITIONAL, OWN_OUT=OWN_OUT,
+        # Adding late takes registers, which two sums of 128 channels leave none of.
+        LATE=not OF_KEYS or D < 128,
+        SCORES=mma_layout(volume(BLOCK)), ACC=mma_layout(D),
+    )  # fmt: skip
+    # Triton has no variable for a list of functions, so the roles are put together in place.
+    gl.warp_specialize(
+        [(_sum_gradients, (ctx, 0)), (_sum_gradients, (ctx, 1))][:WARPGROUPS]
+        + [(_fetch_tiles, (ctx,)), (_fetch_blocks, (ctx,))],
+        [4, 1, 1][2 - WARPGROUPS :],
+        [REGISTERS, FETCH_REGISTERS, FETCH_REGISTERS][2 - WARPGROUPS :],
+    )

@@ -1,9 +1,10 @@
 """How a tensor looks to TMA, and what TMA can not read.
 
-A tensor ``[batch, *space, heads, channels]`` becomes ``[places, n0, n1, n2, channels]``: a first
-axis of all places where a batch entry's head and dilation group may begin, and positions inside a
-group per axis. So every layout with contiguous channels is read in place, whatever its strides.
-Boxes may have more channels than a head: TMA fills them with zeros, and does not store them.
+A tensor ``[batch, *space, heads, channels]`` becomes ``[bases, n0, n1, n2, channels]``: a first
+axis of everywhere that the rows of a batch entry's head and dilation group may begin, and positions
+inside a group per axis. So every layout with contiguous channels is read in place, whatever its
+strides. Blocks may have more channels than a head: TMA fills them with zeros, and does not store
+them.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ from .tiles import MOST
 
 
 class View(NamedTuple):
-    """Shape and strides for TMA, and how many places a batch entry is from the next, a token along
-    three axes, a head."""
+    """Shape and strides for TMA, and how far apart along the first axis are batch entries, tokens
+    along three axes, and heads."""
 
     shape: list[int]
     strides: list[int]
     steps: tuple[int, ...]
 
 
-class Boxes:
-    """Descriptors of boxes of shape ``block`` of tensors that have a view."""
+class Describe:
+    """A function of a tensor that has a view: its descriptor, for blocks of one shape."""
 
     def __init__(self, view: View, block: Sequence[int], layout: Any) -> None:
         self.view, self.block, self.layout = view, list(block), layout
 
     def __call__(self, tensor: Tensor) -> TensorDescriptor:
-        """The descriptor of one, which is on the current device."""
+        """The descriptor; the tensor is on the current device."""
         if tensor.is_cuda:
             # Encoding it needs a context, which a new thread has after a call of CUDA's runtime.
             torch.cuda.set_device(tensor.device)
@@ -48,7 +49,7 @@ def view(shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -
     missing = 3 - len(space)
     lengths = [n // d for n, d in zip(space, dilation)]
     tokens = stride[1:-2]
-    # A valid stride where there is one position; of one head, so that places of a contiguous tensor
+    # A valid stride where there is one position; of one head, so that bases of a contiguous tensor
     # are its rows.
     width = -(-channels // 8) * 8
     counts = (batch, *[1] * missing, *dilation, heads)
@@ -97,6 +98,6 @@ def readable(x: Tensor, dilation: Sequence[int]) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def box_layout(channels: int, dtype: torch.dtype) -> Any:
-    """Shared memory layout of five-axis boxes with that many channels."""
+def block_layout(channels: int, dtype: torch.dtype) -> Any:
+    """Shared memory layout of blocks of five axes with that many channels."""
     return gl.NVMMASharedLayout(min(128, channels * dtype.itemsize), 16, 5)

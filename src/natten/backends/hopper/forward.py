@@ -1,287 +1,280 @@
-"""Forward on Hopper: boxes by TMA, products by wgmma, two warps that fetch, one or two warpgroups.
+"""Forward on Hopper: blocks by TMA, products by wgmma; two warps fetch, one or two warpgroups
+compute.
 
 A program takes tiles of queries in turn, so that the next tile is fetched while this one ends. Keys
-and values come box by box; a warpgroup hands back unread what its queries do not attend.
+and values come block by block; a warpgroup hands back unread what its queries do not attend.
 """
 
+# Triton reads the annotations of an aggregate as objects: no ``from __future__``.
+
+from ..triton.launch import kernel
+from ..triton.primitives import LN2
+from .geometry import Geometry, mma_layout, volume
 from .gluon_names import (
+    aggregate,
     fence_async_shared,
     gdc_launch_dependents,
     gdc_wait,
     gl,
     gluon,
-    store_box,
     store_wait,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .masks import (
-    COMPARE,
-    HUGE,
-    NONE,
-    PRODUCT,
-    column_tables,
-    compared,
-    hidden_bounds,
-    is_whole,
-    scores,
-)
-from .problem import Problem, place
-from .ring import ring
+from .masks import MASKED, Mask, column_tables, multiply
+from .pipeline import TmaPipeline, TmaTensor, allocate, tma_bases, tma_pipeline
 
-LN2 = gl.constexpr(0.6931471805599453)
+
+@aggregate
+class Context:
+    """What the roles of a program share; tuples of pipelines and buffers are per warpgroup."""
+
+    geometry: Geometry
+    mask: Mask
+    query: TmaTensor
+    key: TmaTensor
+    value: TmaTensor
+    out: TmaTensor
+    lse: gl.tensor
+    additional_keys: TmaTensor
+    additional_values: TmaTensor
+    num_additional: gl.tensor
+    heads_per_kv: gl.tensor
+    scale_log2: gl.tensor  # scores times it are exponents of two
+    queries: gl.tuple  # pipelines of tiles
+    keys: TmaPipeline
+    values: TmaPipeline
+    outs: gl.tuple  # buffers of outputs, [1, 1, *tile, DV]
+    HAS_ADDITIONAL: gl.constexpr
+    OWN_OUT: gl.constexpr  # outputs do not take the place of their queries
+    SCORES: gl.constexpr  # layout of [M, N]
+    ACC: gl.constexpr  # layout of [M, DV]
 
 
 @gluon.jit
-def _fetch_queries(p, descriptor, steps, first, second):
+def _fetch_queries(ctx):
     """Warp that fetches each warpgroup's queries."""
-    turn = 0
-    for number in range(gl.program_id(0), p.total, gl.num_programs(0)):
-        batch, head, group, f, _low, _boxes = p.tile(number)
-        at = place(steps, batch, group, head)
-        f0, f1, f2 = p.part(f, 0)
+    g = ctx.geometry
+    tile_iteration = 0
+    for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
+        tile = g.tile(tile_id)
+        tensors = (ctx.query,)
+        bases = tma_bases(tensors, tile.batch, tile.group, tile.head)
+        first = g.first_of(tile, 0)
         gdc_wait()  # until the kernel before has ended; what comes first need not
-        first.fill(turn, descriptor, [at, f0, f1, f2, 0])
-        if p.GROUPS == 2:
-            f0, f1, f2 = p.part(f, 1)
-            second.fill(turn, descriptor, [at, f0, f1, f2, 0])
-        turn += 1  # noqa: SIM113
+        ctx.queries[0].produce(tile_iteration, tensors, bases, first)
+        if g.WARPGROUPS == 2:
+            ctx.queries[1].produce(tile_iteration, tensors, bases, g.first_of(tile, 1))
+        tile_iteration += 1  # noqa: SIM113
 
 
 @gluon.jit
-def _fetch_boxes(
-    p, k_desc, v_desc, ek_desc, ev_desc, k_steps, v_steps, extra_b, keys, values, per_kv, extra,
-    HAS_EXTRA: gl.constexpr,
-):  # fmt: skip
-    """Warp that fetches the additional tokens, then boxes of keys and values."""
-    N: gl.constexpr = p.BOX[0] * p.BOX[1] * p.BOX[2]
-    n = 0
-    for number in range(gl.program_id(0), p.total, gl.num_programs(0)):
-        batch, head, group, _f, low, boxes = p.tile(number)
-        kv = head // per_kv
-        k_at, v_at = place(k_steps, batch, group, kv), place(v_steps, batch, group, kv)
+def _fetch_blocks(ctx):
+    """Warp that fetches the additional tokens, then blocks of keys and values."""
+    g = ctx.geometry
+    stage = 0
+    for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
+        tile = g.tile(tile_id)
+        head = tile.head // ctx.heads_per_kv
+        k_base = ctx.key.tma_base(tile.batch, tile.group, head)
+        v_base = ctx.value.tma_base(tile.batch, tile.group, head)
         gdc_wait()
-        if HAS_EXTRA:
-            for e in range(0, extra, N):
-                keys.fill(n, ek_desc, [batch * extra_b + kv, 0, 0, e, 0])
-                values.fill(n, ev_desc, [batch * extra_b + kv, 0, 0, e, 0])
-                n += 1
-        j = (n * 0, n * 0, n * 0)
-        for _ in range(boxes[0] * boxes[1] * boxes[2]):
-            a0, a1, a2, _ = p.box(j, low)
-            keys.fill(n, k_desc, [k_at, a0, a1, a2, 0])
-            values.fill(n, v_desc, [v_at, a0, a1, a2, 0])
-            j = p.next(j, boxes)
-            n += 1
+        if ctx.HAS_ADDITIONAL:
+            base = ctx.additional_keys.tma_base(tile.batch, tile.group, head)
+            for position in range(0, ctx.num_additional, volume(g.BLOCK)):
+                at = (0, 0, position)
+                ctx.keys.produce(stage, (ctx.additional_keys,), (base,), at)
+                ctx.values.produce(stage, (ctx.additional_values,), (base,), at)
+                stage += 1
+        block = (stage * 0, stage * 0, stage * 0)
+        for _ in range(tile.blocks[0] * tile.blocks[1] * tile.blocks[2]):
+            start, _ = g.block_start(block, tile.origin)
+            ctx.keys.produce(stage, (ctx.key,), (k_base,), start)
+            ctx.values.produce(stage, (ctx.value,), (v_base,), start)
+            block = g.next_block(block, tile.blocks)
+            stage += 1
     gdc_launch_dependents()  # the next kernel can be set up, and waits for this one's end
 
 
 @gluon.jit
-def _compare(p, s, j, f, low, starts, ends):
-    if not is_whole(p, j, f, low):
-        s = compared(p, s, j, low, starts, ends)
-    return s
+def _softmax(ctx, s, row_max, row_sum):
+    """Weights of scores ``[M, N]`` as a left operand, new maximum and sum, and what earlier sums
+    are rescaled by, all ``[M]``."""
+    new_max = gl.maximum(row_max, gl.max(s, 1) * ctx.scale_log2)  # [M]
+    p = gl.exp2(s * ctx.scale_log2 - new_max[:, None])  # [M, N]
+    rescale = gl.exp2(row_max - new_max)  # [M]
+    row_sum = row_sum * rescale + gl.sum(p, 1)  # [M]
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ctx.ACC, 2)
+    return gl.convert_layout(p.to(ctx.out.descriptor.dtype), OPERAND), new_max, row_sum, rescale
 
 
 @gluon.jit
-def _softmax(s, top, total, factor, ACC: gl.constexpr, DTYPE: gl.constexpr):
-    """Weights as a left operand, new maximum and sum, and what earlier sums shrink by."""
-    new = gl.maximum(top, gl.max(s, 1) * factor)
-    weights = gl.exp2(s * factor - new[:, None])
-    shrink = gl.exp2(top - new)
-    total = total * shrink + gl.sum(weights, 1)
-    operand: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    return gl.convert_layout(weights.to(DTYPE), operand), new, total, shrink
-
-
-@gluon.jit
-def _add(acc, weights, n, values):
-    """Start ``acc += weights V`` of the ``n``-th box of the ring."""
-    return warpgroup_mma(weights, values.wait(n, weights.shape[1]), acc, is_async=True)
+def _add(ctx, acc, p, stage):
+    """Start ``acc += P V`` of the block in a stage, once its values are there."""
+    ctx.values.consumer_wait(stage)
+    return warpgroup_mma(p, ctx.values.matrix(stage), acc, is_async=True)  # [M, DV]
 
 
 @gluon.jit
 def _scaled(acc, by):
-    """``acc`` with its rows scaled."""
+    """``acc [M, DV]`` with its rows scaled by ``[M]``."""
     return acc * gl.convert_layout(by, gl.SliceLayout(1, acc.type.layout))[:, None]
 
 
 @gluon.jit
-def _attend(
-    p, o_desc, o_steps, out, lse, queries, keys, values, tables, extra, factor,
-    HALF: gl.constexpr, MASK: gl.constexpr, CODE: gl.constexpr, BY_ROW: gl.constexpr,
-    STEPS: gl.constexpr, HAS_EXTRA: gl.constexpr, OWN_OUT: gl.constexpr,
-):  # fmt: skip
-    """Warpgroup that computes the attention of 64 queries of each tile, the ``HALF``-th ones."""
-    M: gl.constexpr = p.TILE[0] * p.TILE[1] * p.TILE[2]
-    N: gl.constexpr = p.BOX[0] * p.BOX[1] * p.BOX[2]
-    DV: gl.constexpr = o_desc.block_type.shape[4]
-    DTYPE: gl.constexpr = o_desc.dtype
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
-    turn = 0
-    n = 0  # boxes that went through the rings
-    for number in range(gl.program_id(0), p.total, gl.num_programs(0)):
-        batch, head, group, f, low, boxes = p.tile(number)
-        f = p.part(f, HALF)
-        first, last, count, before = p.own(f, low, boxes)
+def _skip(ctx, stage, first, end):
+    """Hand blocks back unread, of those that begin with a stage."""
+    for block in range(first, end):
+        ctx.keys.consumer_skip(stage + block)
+        ctx.values.consumer_skip(stage + block)
 
-        i0, i1, i2 = p.tokens(f, SCORES)
-        s0, e0 = p.partners(i0, 0)
-        s1, e1 = p.partners(i1, 1)
-        s2, e2 = p.partners(i2, 2)
-        starts, ends = (s0, s1, s2), (e0, e1, e2)
-        hidden_from, hidden_to = 0, 0
-        if MASK == PRODUCT:
-            left: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
-            hidden_from, hidden_to = hidden_bounds(p, f, low, CODE, BY_ROW, STEPS, left)
 
-        acc = gl.zeros([M, DV], gl.float32, ACC)
-        top = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-        total = gl.zeros([M], gl.float32, gl.SliceLayout(1, SCORES))
-        q = queries.wait(turn, M)
-        if HAS_EXTRA:
-            for at in range(0, extra, N):
-                s = scores(p, 0, n, q, keys, low, 0, 0, tables, NONE, CODE, SCORES)
+@gluon.jit
+def _attend(ctx, WARPGROUP: gl.constexpr):
+    """Warpgroup that computes the attention of its queries of each tile."""
+    g, keys, values = ctx.geometry, ctx.keys, ctx.values
+    queries, out_buffer = ctx.queries[WARPGROUP], ctx.outs[WARPGROUP]
+    M: gl.constexpr = volume(g.TILE)
+    N: gl.constexpr = volume(g.BLOCK)
+    DV: gl.constexpr = ctx.out.descriptor.block_type.shape[4]
+    ROWS: gl.constexpr = gl.SliceLayout(1, ctx.SCORES)
+    tile_iteration = 0
+    stage = 0  # of the tile's first block
+    for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
+        tile = g.tile(tile_id)
+        first = g.first_of(tile, WARPGROUP)
+        before, end, count, block = g.own_blocks(first, tile)
+        i0, i1, i2 = g.tokens(first, ctx.SCORES)  # [M]
+        mask = ctx.mask.of_tile(tile, first, ctx.SCORES)
+
+        acc = gl.zeros([M, DV], gl.float32, ctx.ACC)  # [M, DV]
+        row_max = gl.full([M], float("-inf"), gl.float32, ROWS)  # [M]
+        row_sum = gl.zeros([M], gl.float32, ROWS)  # [M]
+        queries.consumer_wait(tile_iteration)
+        q = queries.matrix(tile_iteration)  # [M, D]
+        if ctx.HAS_ADDITIONAL:
+            for position in range(0, ctx.num_additional, N):
+                keys.consumer_wait(stage)
+                s = multiply(q, keys.matrix(stage), ctx.SCORES)  # [M, N]
                 s = warpgroup_mma_wait(0, deps=[s])
-                keys.release(n)
-                c = gl.arange(0, N, gl.SliceLayout(0, SCORES))
-                s = gl.where((at + c < extra)[None, :], s, HUGE)
-                weights, top, total, by = _softmax(s, top, total, factor, ACC, DTYPE)
-                acc = _add(_scaled(acc, by), weights, n, values)
+                keys.consumer_release(stage)
+                c = gl.arange(0, N, gl.SliceLayout(0, ctx.SCORES))  # [N]
+                s = gl.where((position + c < ctx.num_additional)[None, :], s, MASKED)
+                p, row_max, row_sum, rescale = _softmax(ctx, s, row_max, row_sum)
+                acc = _add(ctx, _scaled(acc, rescale), p, stage)
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                values.release(n)
-                n += 1
+                values.consumer_release(stage)
+                stage += 1
 
-        for i in range(first):
-            keys.skip(n + i)
-            values.skip(n + i)
-        j = (before * 0, before * 0, before)
-        s = scores(
-            p, j, n + first, q, keys, low, hidden_from, hidden_to, tables, MASK, CODE, SCORES
-        )
+        _skip(ctx, stage, 0, before)
+        s = mask.scores(q, keys, stage + before, block, ctx.SCORES)  # [M, N]
         s = warpgroup_mma_wait(0, deps=[s])
-        keys.release(n + first)
-        if OWN_OUT:  # after the last scores the next tile's queries can come
-            queries.release(turn, first + 1 == last)
-        if MASK == COMPARE:
-            s = _compare(p, s, j, f, low, starts, ends)
-        weights, top, total, by = _softmax(s, top, total, factor, ACC, DTYPE)
-        if HAS_EXTRA:
-            acc = _scaled(acc, by)
-        # While the softmax of a box is computed, the values of the box before it are added.
-        for i in range(first + 1, last):
-            j = p.next(j, boxes)
-            s = scores(
-                p, j, n + i, q, keys, low, hidden_from, hidden_to, tables, MASK, CODE, SCORES
-            )
-            acc = _add(acc, weights, n + i - 1, values)
+        keys.consumer_release(stage + before)
+        if ctx.OWN_OUT:  # after the last scores the next tile's queries can come
+            queries.consumer_release(tile_iteration, before + 1 == end)
+        s = mask.compare(s, block)
+        p, row_max, row_sum, rescale = _softmax(ctx, s, row_max, row_sum)
+        if ctx.HAS_ADDITIONAL:
+            acc = _scaled(acc, rescale)
+        # While the softmax of a block is computed, the values of the block before it are added.
+        for i in range(before + 1, end):
+            block = g.next_block(block, tile.blocks)
+            s = mask.scores(q, keys, stage + i, block, ctx.SCORES)
+            acc = _add(ctx, acc, p, stage + i - 1)
             s = warpgroup_mma_wait(1, deps=[s])
-            keys.release(n + i)
-            if OWN_OUT:
-                queries.release(turn, i + 1 == last)
-            if MASK == COMPARE:
-                s = _compare(p, s, j, f, low, starts, ends)
-            weights, top, total, by = _softmax(s, top, total, factor, ACC, DTYPE)
+            keys.consumer_release(stage + i)
+            if ctx.OWN_OUT:
+                queries.consumer_release(tile_iteration, i + 1 == end)
+            s = mask.compare(s, block)
+            p, row_max, row_sum, rescale = _softmax(ctx, s, row_max, row_sum)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            values.release(n + i - 1)
-            acc = _scaled(acc, by)
-        acc = _add(acc, weights, n + last - 1, values)
+            values.consumer_release(stage + i - 1)
+            acc = _scaled(acc, rescale)
+        acc = _add(ctx, acc, p, stage + end - 1)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        values.release(n + last - 1)
-        for i in range(last, count):
-            keys.skip(n + i)
-            values.skip(n + i)
+        values.consumer_release(stage + end - 1)
+        _skip(ctx, stage, end, count)
 
-        store_wait(0)  # the tile before has left ``out``
-        out.reshape([M, DV]).store(_scaled(acc, 1.0 / total).to(DTYPE))
+        store_wait(0)  # the tile before has left the buffer
+        out = _scaled(acc, 1.0 / row_sum)  # O = acc / row_sum, [M, DV]
+        out_buffer.reshape([M, DV]).store(out.to(ctx.out.descriptor.dtype))
         fence_async_shared()
-        at = place(o_steps, batch, group, head)
-        store_box(o_desc, [at, f[0], f[1], f[2], 0], out)
-        if not OWN_OUT:
+        base = ctx.out.tma_base(tile.batch, tile.group, tile.head)
+        ctx.out.store(base, first, out_buffer)
+        if not ctx.OWN_OUT:
             store_wait(0)
-            queries.release(turn)
-        # Places in a contiguous tensor are its rows.
-        row = at + i0 * (p.dilation[0] * o_steps[1]) + i1 * (p.dilation[1] * o_steps[2])
-        row += i2 * (p.dilation[2] * o_steps[3])
-        real = (i0 < p.length[0]) & (i1 < p.length[1]) & (i2 < p.length[2])
-        gl.store(lse + row, (top + gl.log2(total)) * LN2, mask=real)
-        n += count
-        turn += 1  # noqa: SIM113
+            queries.consumer_release(tile_iteration)
+        # A contiguous tensor's bases are its rows.
+        steps = ctx.out.steps
+        row = base + i0 * (g.dilation[0] * steps[1]) + i1 * (g.dilation[1] * steps[2])
+        row += i2 * (g.dilation[2] * steps[3])
+        real = (i0 < g.length[0]) & (i1 < g.length[1]) & (i2 < g.length[2])
+        gl.store(ctx.lse + row, (row_max + gl.log2(row_sum)) * LN2, mask=real)
+        stage += count
+        tile_iteration += 1  # noqa: SIM113
     store_wait(0)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "N0", "N1", "N2", "K0", "K1", "K2", "S0", "S1", "S2", "D0", "D1", "D2", "T0", "T1", "T2",
-        "total", "heads", "per_kv", "extra", "factor",
-        "q_b", "q_0", "q_1", "q_2", "q_h", "k_b", "k_0", "k_1", "k_2", "k_h",
-        "v_b", "v_0", "v_1", "v_2", "v_h", "o_b", "o_0", "o_1", "extra_b",
-    ]
-)  # fmt: skip
-def forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, ek_desc, ev_desc, lse,
-    q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    o_b, o_0, o_1, extra_b, N0, N1, N2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2,
-    total, heads, per_kv, extra, factor,
-    MODES: gl.constexpr, TILE: gl.constexpr, BOX: gl.constexpr, SPLIT: gl.constexpr,
-    STAGES: gl.constexpr, MASK: gl.constexpr, CODE: gl.constexpr, BY_ROW: gl.constexpr,
-    STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_EXTRA: gl.constexpr, OWN_OUT: gl.constexpr,
-    REGISTERS: gl.constexpr, FETCH: gl.constexpr, GROUPS: gl.constexpr, DILATED: gl.constexpr,
-):  # fmt: skip
-    """Steps ``x_a`` of :func:`place`, positions ``N`` of a dilation group, window ``K``, stride
-    ``S``, dilation ``D``, tiles ``T``, per axis; ``total`` tiles of all batches, heads and groups.
-    """
-    p = Problem(
-        (N0, N1, N2), (K0, K1, K2), (S0, S1, S2), (D0, D1, D2), (T0, T1, T2), total, heads,
-        MODES, TILE, BOX, SPLIT, GROUPS, DILATED, False,
-    )  # fmt: skip
-    o_steps = (o_b, o_0, o_1, heads, 1)
-    k_steps, v_steps = (k_b, k_0, k_1, k_2, k_h), (v_b, v_0, v_1, v_2, v_h)
-    keys = ring(k_desc, STAGES, GROUPS)
-    values = ring(v_desc, STAGES, GROUPS)
-    first = ring(q_desc, 1, 1)
-    out = first.buffers.index(0)
+@gluon.jit
+def _out_buffer(queries, out, OWN_OUT: gl.constexpr):
+    """Where a warpgroup's outputs wait to be stored: if need be, in the place of its queries."""
+    buffer = queries.buffers[0].index(0)
     if OWN_OUT:
-        out = gl.allocate_shared_memory(o_desc.dtype, o_desc.block_type.shape, o_desc.layout)
-    tables = column_tables(p, out, MASK, CODE, BY_ROW, STEPS, TABLES)
-    if GROUPS == 2:
-        second = ring(q_desc, 1, 1)
-        out2 = second.buffers.index(0)
-        if OWN_OUT:
-            out2 = gl.allocate_shared_memory(o_desc.dtype, o_desc.block_type.shape, o_desc.layout)
-        gl.warp_specialize(
-            [
-                (_attend, (
-                    p, o_desc, o_steps, out, lse, first, keys, values, tables, extra,
-                    factor, 0, MASK, CODE, BY_ROW, STEPS, HAS_EXTRA, OWN_OUT,
-                )),
-                (_attend, (
-                    p, o_desc, o_steps, out2, lse, second, keys, values, tables, extra,
-                    factor, 1, MASK, CODE, BY_ROW, STEPS, HAS_EXTRA, OWN_OUT,
-                )),
-                (_fetch_queries, (p, q_desc, (q_b, q_0, q_1, q_2, q_h), first, second)),
-                (_fetch_boxes, (
-                    p, k_desc, v_desc, ek_desc, ev_desc, k_steps, v_steps, extra_b, keys, values,
-                    per_kv, extra, HAS_EXTRA,
-                )),
-            ],
-            [4, 1, 1],
-            [REGISTERS, FETCH, FETCH],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_attend, (
-                    p, o_desc, o_steps, out, lse, first, keys, values, tables, extra,
-                    factor, 0, MASK, CODE, BY_ROW, STEPS, HAS_EXTRA, OWN_OUT,
-                )),
-                (_fetch_queries, (p, q_desc, (q_b, q_0, q_1, q_2, q_h), first, first)),
-                (_fetch_boxes, (
-                    p, k_desc, v_desc, ek_desc, ev_desc, k_steps, v_steps, extra_b, keys, values,
-                    per_kv, extra, HAS_EXTRA,
-                )),
-            ],
-            [1, 1],
-            [FETCH, FETCH],
-        )  # fmt: skip
+        buffer = allocate(out, 1).index(0)
+    return buffer
+
+
+@kernel(gluon.jit, tensors="query key value out additional_keys additional_values lse")
+def forward_kernel(
+    query, key, value, out, additional_keys, additional_values, lse,
+    q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
+    o_b, o_0, o_1, additional_b,
+    N0, N1, N2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2,
+    num_tiles, heads, heads_per_kv, num_additional, scale_log2,
+    MODES: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, SPLIT_AXIS: gl.constexpr,
+    STAGES: gl.constexpr, MASK: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
+    STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
+    REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, WARPGROUPS: gl.constexpr,
+    DILATED: gl.constexpr,
+):  # fmt: skip
+    """All tensors but ``lse`` are descriptors. Their steps are :class:`TmaTensor`'s: ``q_b`` from a
+    batch entry to the next, ``q_0`` .. ``q_2`` from a token to the next, ``q_h`` from a head.
+
+    The other numbers are :class:`Geometry`'s, per axis: positions ``N`` of a dilation group, window
+    ``K``, stride ``S``, dilation ``D``, tiles ``T``.
+    """
+    g = Geometry(
+        length=(N0, N1, N2), window=(K0, K1, K2), stride=(S0, S1, S2), dilation=(D0, D1, D2),
+        tiles=(T0, T1, T2), num_tiles=num_tiles, heads=heads, MODES=MODES, TILE=TILE, BLOCK=BLOCK,
+        SPLIT_AXIS=SPLIT_AXIS, WARPGROUPS=WARPGROUPS, DILATED=DILATED, OF_KEYS=False,
+    )  # fmt: skip
+    q = TmaTensor(query, (q_b, q_0, q_1, q_2, q_h))
+    k = TmaTensor(key, (k_b, k_0, k_1, k_2, k_h))
+    v = TmaTensor(value, (v_b, v_0, v_1, v_2, v_h))
+    o = TmaTensor(out, (o_b, o_0, o_1, heads, 1))
+    more_k, more_v = k, v  # not read
+    if HAS_ADDITIONAL:
+        more_k = TmaTensor(additional_keys, (additional_b, 0, 0, 0, 1))
+        more_v = TmaTensor(additional_values, (additional_b, 0, 0, 0, 1))
+    keys = tma_pipeline((k,), STAGES, WARPGROUPS)
+    values = tma_pipeline((v,), STAGES, WARPGROUPS)
+    queries = (tma_pipeline((q,), 1, 1),)
+    if WARPGROUPS == 2:
+        queries += (tma_pipeline((q,), 1, 1),)
+    outs = [_out_buffer(each, o, OWN_OUT) for each in queries]
+    tables = column_tables(g, MASK, ENDS, BY_ROW, STEPS, TABLES)
+    ctx = Context(
+        geometry=g, mask=Mask(g, tables, (), MASK, ENDS, BY_ROW, STEPS),
+        query=q, key=k, value=v, out=o, lse=lse, additional_keys=more_k, additional_values=more_v,
+        num_additional=num_additional, heads_per_kv=heads_per_kv, scale_log2=scale_log2,
+        queries=queries, keys=keys, values=values, outs=outs,
+        HAS_ADDITIONAL=HAS_ADDITIONAL, OWN_OUT=OWN_OUT,
+        SCORES=mma_layout(volume(BLOCK)), ACC=mma_layout(out.block_type.shape[4]),
+    )  # fmt: skip
+    # Triton has no variable for a list of functions, so the roles are put together in place.
+    gl.warp_specialize(
+        [(_attend, (ctx, 0)), (_attend, (ctx, 1))][:WARPGROUPS]
+        + [(_fetch_queries, (ctx,)), (_fetch_blocks, (ctx,))],
+        [4, 1, 1][2 - WARPGROUPS :],
+        [REGISTERS, FETCH_REGISTERS, FETCH_REGISTERS][2 - WARPGROUPS :],
+    )

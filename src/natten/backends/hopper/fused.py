@@ -25,10 +25,13 @@ def forward(inputs: Inputs, rule: Rule, scale: float) -> tuple[Tensor, Tensor]:
     if out.numel() == 0:
         return out, lse
     query, key, value = [readable(x, rule.dilation) for x in inputs[:3]]
-    more = _additional(inputs)
-    found = plan_for(query, key, value, more, rule, scale)
+    additional_keys, additional_values = _additional(inputs)
+    found = plan_for(query, key, value, additional_keys, rule, scale)
     with on_device(query):
-        found.forward.run(query=query, key=key, value=value, more=more, out=out, lse=lse)
+        found.forward.run(
+            query=query, key=key, value=value, out=out, additional_keys=additional_keys,
+            additional_values=additional_values, lse=lse,
+        )  # fmt: skip
     return out, lse
 
 
@@ -48,31 +51,38 @@ def backward(
     grad_query, grad_key, grad_value = [
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:3]
     ]
-    terms = lse.new_empty(*lse.shape, 4)
+    lse_delta = lse.new_empty(*lse.shape, 4)
     query, key, value = [readable(x, rule.dilation) for x in inputs[:3]]
     grad_out = readable(grad_out.contiguous(), rule.dilation)
     grad_lse = None if grad_lse is None else contiguous(grad_lse)
-    more = _additional(inputs)
-    found = plan_for(query, key, value, more, rule, scale)
+    additional_keys, additional_values = _additional(inputs)
+    found = plan_for(query, key, value, additional_keys, rule, scale)
     with on_device(query):
-        found.terms[grad_lse is not None].run(
+        found.lse_delta[grad_lse is not None].run(
             out=out.contiguous(), lse=lse.contiguous(), grad_out=grad_out, grad_lse=grad_lse,
-            lse_delta=terms,
+            lse_delta=lse_delta,
         )  # fmt: skip
-        queries, keys = (query, grad_out), (key, value)
-        found.query.run(outer=queries, inner=keys, terms=terms, more=more, grads=(grad_query,))
-        found.key.run(outer=keys, inner=queries, terms=terms, more=(), grads=(grad_key, grad_value))
+        found.dq.run(
+            query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,
+            additional_keys=additional_keys, additional_values=additional_values,
+            grad_query=grad_query, grad_key=None, grad_value=None,
+        )  # fmt: skip
+        found.dkdv.run(
+            query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,
+            additional_keys=None, additional_values=None,
+            grad_query=None, grad_key=grad_key, grad_value=grad_value,
+        )  # fmt: skip
         additional: Sequence[Tensor | None] = Gradients.zeros(inputs)[4:]
-        if more:
+        if additional_keys is not None and additional_values is not None:
             additional = additional_gradients(
-                found.portable, query, more[0], more[1], grad_out, terms
+                found.portable, query, additional_keys, additional_values, grad_out, lse_delta
             )
     return Gradients(grad_query, grad_key, grad_value, None, *additional)
 
 
-def _additional(inputs: Inputs) -> tuple[Tensor, ...]:
+def _additional(inputs: Inputs) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Additional keys and values, if there are any."""
     keys, values = inputs.additional_keys, inputs.additional_values
     if keys is None or values is None or keys.shape[1] == 0:
-        return ()
+        return None, None
     return readable(keys.contiguous(), (1,)), readable(values.contiguous(), (1,))

@@ -1,143 +1,221 @@
-"""Masks of scores: what lies in a box but is no partner of a row.
+"""Masks of scores: what lies in a block but is no partner of a row.
 
 With ``PRODUCT``, a mask is one more step of the product that gives the scores: per axis, one factor
-says which positions of the box a row must not see, the other which position a column has, and their
-product is 0 or about -2^100. Where that takes too many columns, ``COMPARE`` looks at every score of
-a box that is not whole.
+says which positions of the block a row must not see, the other which position a column has, and
+their product is 0 or about -2^100. Where that takes too many columns, ``COMPARE`` looks at every
+score of a partial block.
 """
 
-from ..triton import primitives
-from .gluon_names import fence_async_shared, gl, gluon, warpgroup_mma
+# Triton reads the annotations of an aggregate as objects: no ``from __future__``.
 
-NONE = gl.constexpr(0)
-COMPARE = gl.constexpr(1)
-PRODUCT = gl.constexpr(2)
+from ..triton.windows import UNIT
+from .geometry import Geometry, volume
+from .gluon_names import aggregate, fence_async_shared, gl, gluon, warpgroup_mma
+from .tiles import MASK_KINDS
+
+NONE, COMPARE, PRODUCT = map(gl.constexpr, MASK_KINDS)
 
 # What a masked score is lowered to or by, up to three times. Finite, and its multiples by the scale
 # are exact (the host sees to it), so that a row that has seen only masked columns has weights of
 # one; what it summed is erased by the first real score.
-HUGE = gl.constexpr(-(2.0**100))
+MASKED = gl.constexpr(-(2.0**100))
 ROOT = gl.constexpr(2.0**50)
 FAR = gl.constexpr(1 << 30)
 
 
 @gluon.jit
-def hidden_bounds(
-    p, f, low, CODE: gl.constexpr, BY_ROW: gl.constexpr, STEPS: gl.constexpr, LEFT: gl.constexpr
-):
-    """The rows' factor of a ``PRODUCT`` mask: hidden unless a box starts in ``from .. to``.
+def multiply(a, b, LAYOUT: gl.constexpr):
+    """Start ``A B^T`` of matrices ``[M, D]`` and ``[N, D]``."""
+    M: gl.constexpr = a.shape[0]
+    N: gl.constexpr = b.shape[0]
+    zeros = gl.zeros([M, N], gl.float32, LAYOUT)
+    return warpgroup_mma(a, b.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
-    Column ``c`` of an axis stands for position ``c`` of a box along it. With ``BY_ROW``, the last
-    axis's columns stand for where a row's window starts, and each row is hidden at its own.
+
+@aggregate
+class Mask:
+    """How a warpgroup masks scores, the same for all tiles.
+
+    The two factors of a ``PRODUCT`` have ``C = 16 STEPS`` columns: those of axis 0, of axis 1, and
+    of axis 2, which end at ``ENDS``. Column ``c`` of an axis stands for position ``c`` of a block
+    along it. With ``BY_ROW``, those of the last axis stand for where a row's window starts, and
+    each row is masked at its own.
     """
-    i0, i1, i2 = p.tokens(f, LEFT)
-    c = gl.arange(0, STEPS * 16, gl.SliceLayout(0, LEFT))[None, :]
-    s0, e0 = p.partners(i0, 0)
-    s1, e1 = p.partners(i1, 1)
-    s2, e2 = p.partners(i2, 2)
-    if BY_ROW:
-        from2 = gl.where((s2 - low[2])[:, None] == c - CODE[1], FAR, -FAR)
-        to2 = gl.full(from2.shape, FAR, gl.int32, LEFT)
-    else:
-        from2, to2 = s2[:, None] - (c - CODE[1]), e2[:, None] - (c - CODE[1])
-    from1, to1 = s1[:, None] - (c - CODE[0]), e1[:, None] - (c - CODE[0])
-    from0, to0 = s0[:, None] - c, e0[:, None] - c
-    first = gl.where(c < CODE[1], from1, gl.where(c < CODE[2], from2, -FAR))
-    last = gl.where(c < CODE[1], to1, gl.where(c < CODE[2], to2, FAR))
-    return gl.where(c < CODE[0], from0, first), gl.where(c < CODE[0], to0, last)
+
+    geometry: Geometry
+    tables: gl.tuple  # of PRODUCT: the columns' factor, [tables, N, C] in shared memory
+    bounds: gl.tuple  # of COMPARE: [6, M] in shared memory, where registers do not suffice
+    KIND: gl.constexpr
+    ENDS: gl.constexpr
+    BY_ROW: gl.constexpr
+    STEPS: gl.constexpr
+
+    @gluon.jit
+    def of_tile(self, tile, first, SCORES: gl.constexpr):
+        """The mask of a tile's scores, for the warpgroup's tokens from ``first`` on."""
+        g = self.geometry
+        factor, windows = (), ()
+        if self.KIND == PRODUCT:
+            factor = self._masked_bounds(first, tile.origin, gl.DotOperandLayout(0, SCORES, 2))
+        if self.KIND == COMPARE:
+            starts, ends = g.windows(g.tokens(first, SCORES))  # [M] each
+            windows = starts + ends
+            if len(self.bounds) > 0:
+                for i in gl.static_range(6):
+                    self.bounds[0].index(i).store(windows[i])
+                windows = ()
+        return TileMask(self, first, tile.origin, factor, windows)
+
+    @gluon.jit
+    def _masked_bounds(self, first, origin, LEFT: gl.constexpr):
+        """The rows' factor of a ``PRODUCT``, ``[M, C]``: masked unless a block starts in
+        ``from .. to``."""
+        g = self.geometry
+        ENDS: gl.constexpr = self.ENDS
+        starts, ends = g.windows(g.tokens(first, LEFT))  # [M] each
+        c = gl.arange(0, self.STEPS * 16, gl.SliceLayout(0, LEFT))[None, :]  # [1, C]
+        if self.BY_ROW:
+            from2 = gl.where((starts[2] - origin[2])[:, None] == c - ENDS[1], FAR, -FAR)
+            to2 = gl.full(from2.shape, FAR, gl.int32, LEFT)
+        else:
+            from2, to2 = starts[2][:, None] - (c - ENDS[1]), ends[2][:, None] - (c - ENDS[1])
+        from1, to1 = starts[1][:, None] - (c - ENDS[0]), ends[1][:, None] - (c - ENDS[0])
+        from0, to0 = starts[0][:, None] - c, ends[0][:, None] - c
+        low = gl.where(c < ENDS[1], from1, gl.where(c < ENDS[2], from2, -FAR))
+        high = gl.where(c < ENDS[1], to1, gl.where(c < ENDS[2], to2, FAR))
+        return gl.where(c < ENDS[0], from0, low), gl.where(c < ENDS[0], to0, high)
+
+
+@aggregate
+class TileMask:
+    """The mask of one tile's scores, for a warpgroup."""
+
+    mask: Mask
+    first: gl.tuple  # the warpgroup's first token
+    origin: gl.tuple  # where the tile's blocks begin
+    factor: gl.tuple  # of PRODUCT: the rows' factor is 0 for a block from .. to, [M, C] each
+    windows: gl.tuple  # of COMPARE: starts of the rows' windows per axis, then ends, [M] each
+
+    @gluon.jit
+    def scores(self, q, keys, stage, block, SCORES: gl.constexpr):
+        """Start ``S = Q K^T`` of a block, once it is there, masked by a ``PRODUCT``."""
+        if self.mask.KIND == PRODUCT:
+            rows, columns = self._factors(block)  # [M, C], [N, C]
+            keys.consumer_wait(stage)
+            k = keys.matrix(stage)  # [N, D]
+            s = multiply(rows, columns, SCORES)
+            s = warpgroup_mma(q, k.permute((1, 0)), s, is_async=True)
+        else:
+            keys.consumer_wait(stage)
+            s = multiply(q, keys.matrix(stage), SCORES)
+        return s
+
+    @gluon.jit
+    def _factors(self, block):
+        """Rows' and columns' factors of the mask of a block."""
+        ENDS: gl.constexpr = self.mask.ENDS
+        low, high = self.factor
+        start, along_last = self.mask.geometry.block_start(block, self.origin)
+        c = gl.arange(0, low.shape[1], gl.SliceLayout(0, low.type.layout))  # [C]
+        at = gl.where(c < ENDS[0], start[0], gl.where(c < ENDS[1], start[1], start[2]))[None, :]
+        rows = gl.where((at < low) | (at >= high), ROOT, 0.0).to(gl.bfloat16)
+        tables = self.mask.tables[0]
+        return rows, tables.index(along_last if tables.shape[0] > 1 else 0)
+
+    @gluon.jit
+    def compare(self, s, block):
+        """Scores ``[M, N]`` of a block, masked by ``COMPARE`` if it is partial."""
+        if self.mask.KIND == COMPARE:  # noqa: SIM102 (decided when compiling)
+            if not self._is_full(block):
+                s = self._compared(s, block)
+        return s
+
+    @gluon.jit
+    def _is_full(self, block):
+        """Whether all of a block are partners of all of the warpgroup's tokens."""
+        g = self.mask.geometry
+        start, _ = g.block_start(block, self.origin)
+        _, _, from0, to0 = g.reach(self.first, 0)
+        _, _, from1, to1 = g.reach(self.first, 1)
+        _, _, from2, to2 = g.reach(self.first, 2)
+        full = (start[0] >= from0) & (start[0] + g.BLOCK[0] <= to0)
+        full = full & (start[1] >= from1) & (start[1] + g.BLOCK[1] <= to1)
+        return full & (start[2] >= from2) & (start[2] + g.BLOCK[2] <= to2)
+
+    @gluon.jit
+    def _compared(self, s, block):
+        g = self.mask.geometry
+        BLOCK: gl.constexpr = g.BLOCK
+        windows = self.windows
+        if len(self.mask.bounds) > 0:
+            windows = _loaded(self.mask.bounds[0], gl.SliceLayout(1, s.type.layout))
+        start, _ = g.block_start(block, self.origin)
+        c = gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))  # [N]
+        if g.MODES[0] != UNIT or BLOCK[0] > 1:
+            s = _within(s, start[0] + c // (BLOCK[1] * BLOCK[2]), windows[0], windows[3])
+        if g.MODES[1] != UNIT or BLOCK[1] > 1:
+            s = _within(s, start[1] + c // BLOCK[2] % BLOCK[1], windows[1], windows[4])
+        if g.MODES[2] != UNIT or BLOCK[2] > 1:
+            s = _within(s, start[2] + c % BLOCK[2], windows[2], windows[5])
+        return s
+
+
+@gluon.jit
+def _loaded(bounds, ROWS: gl.constexpr):
+    """Starts and ends of windows that are kept in shared memory ``[6, M]``."""
+    b0, b1, b2 = bounds.index(0), bounds.index(1), bounds.index(2)
+    starts = b0.load(ROWS), b1.load(ROWS), b2.load(ROWS)
+    b3, b4, b5 = bounds.index(3), bounds.index(4), bounds.index(5)
+    ends = b3.load(ROWS), b4.load(ROWS), b5.load(ROWS)
+    return starts + ends
+
+
+@gluon.jit
+def _within(s, at, start, end):
+    """Scores ``[M, N]`` whose column's position, ``at [N]``, is in the row's window ``[M]``."""
+    at = at[None, :]
+    return gl.where((at >= start[:, None]) & (at < end[:, None]), s, MASKED)
 
 
 @gluon.jit
 def _column_factor(
-    p, j2, CODE: gl.constexpr, BY_ROW: gl.constexpr, STEPS: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """The keys' factor: -2^50 at each key's own position of every axis.
+    g, along_last, ENDS: gl.constexpr, BY_ROW: gl.constexpr, STEPS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """The columns' factor ``[N, C]``: -2^50 at each key's own position of every axis.
 
-    With ``BY_ROW``, of box ``j2`` of the last axis: where the windows that start at a column's
-    place do not have the key.
+    With ``BY_ROW``, of the block of that number along the last axis: where windows that start at a
+    column's position do not have the key.
     """
-    BOX: gl.constexpr = p.BOX
-    k = gl.arange(0, BOX[0] * BOX[1] * BOX[2], gl.SliceLayout(1, LAYOUT))[:, None]
-    c = gl.arange(0, STEPS * 16, gl.SliceLayout(0, LAYOUT))[None, :]
-    start = c - CODE[1]
+    BLOCK: gl.constexpr = g.BLOCK
+    k = gl.arange(0, volume(BLOCK), gl.SliceLayout(1, LAYOUT))[:, None]  # [N, 1]
+    c = gl.arange(0, STEPS * 16, gl.SliceLayout(0, LAYOUT))[None, :]  # [1, C]
+    start = c - ENDS[1]
     if BY_ROW:
-        at = j2 * BOX[2] + k % BOX[2]
-        own2 = (at < start) | (at >= start + p.window[2])
+        at = along_last * BLOCK[2] + k % BLOCK[2]
+        own2 = (at < start) | (at >= start + g.window[2])
     else:
-        own2 = k % BOX[2] == start
-    own1 = k // BOX[2] % BOX[1] == c - CODE[0]
-    own0 = k // (BOX[1] * BOX[2]) == c
-    own = gl.where(c < CODE[0], own0, gl.where(c < CODE[1], own1, own2 & (c < CODE[2])))
+        own2 = k % BLOCK[2] == start
+    own1 = k // BLOCK[2] % BLOCK[1] == c - ENDS[0]
+    own0 = k // (BLOCK[1] * BLOCK[2]) == c
+    own = gl.where(c < ENDS[0], own0, gl.where(c < ENDS[1], own1, own2 & (c < ENDS[2])))
     return gl.where(own, -ROOT, 0.0).to(gl.bfloat16)
 
 
 @gluon.jit
 def column_tables(
-    p, other, MASK: gl.constexpr, CODE: gl.constexpr, BY_ROW: gl.constexpr, STEPS: gl.constexpr,
+    g, KIND: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr, STEPS: gl.constexpr,
     TABLES: gl.constexpr,
 ):  # fmt: skip
-    """The columns' factors in shared memory; ``other`` if the mask is no ``PRODUCT``."""
-    tables = other
-    if MASK == PRODUCT:
-        N: gl.constexpr = p.BOX[0] * p.BOX[1] * p.BOX[2]
-        TABLE: gl.constexpr = gl.NVMMASharedLayout(32 * STEPS, 16, 2)
+    """The columns' factors of a ``PRODUCT`` in shared memory, :class:`Mask`'s ``tables``."""
+    found = ()
+    if KIND == PRODUCT:
+        SHARED: gl.constexpr = gl.NVMMASharedLayout(32 * STEPS, 16, 2)
         ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [16 // STEPS, 2 * STEPS], [4, 1], [1, 0])
-        tables = gl.allocate_shared_memory(gl.bfloat16, [TABLES, N, 16 * STEPS], TABLE)
+        shape: gl.constexpr = [TABLES, volume(g.BLOCK), 16 * STEPS]
+        tables = gl.allocate_shared_memory(gl.bfloat16, shape, SHARED)
         for j in gl.static_range(TABLES):
-            tables.index(j).store(_column_factor(p, j, CODE, BY_ROW, STEPS, ROWS))
+            tables.index(j).store(_column_factor(g, j, ENDS, BY_ROW, STEPS, ROWS))
         fence_async_shared()
-    return tables
-
-
-@gluon.jit
-def scores(
-    p, j, n, q, keys, low, hidden_from, hidden_to, tables,
-    MASK: gl.constexpr, CODE: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Start Q K^T of box ``j``, the ``n``-th of the ring, masked if ``MASK`` is ``PRODUCT``."""
-    N: gl.constexpr = p.BOX[0] * p.BOX[1] * p.BOX[2]
-    M: gl.constexpr = q.shape[0]
-    s = gl.zeros([M, N], gl.float32, LAYOUT)
-    if MASK == PRODUCT:
-        a0, a1, a2, j2 = p.box(j, low)
-        left: gl.constexpr = hidden_from.type.layout
-        c = gl.arange(0, hidden_from.shape[1], gl.SliceLayout(0, left))
-        at = gl.where(c < CODE[0], a0, gl.where(c < CODE[1], a1, a2))[None, :]
-        factor = gl.where((at < hidden_from) | (at >= hidden_to), ROOT, 0.0).to(gl.bfloat16)
-        table = tables.index(j2 if tables.shape[0] > 1 else 0)
-        k = keys.wait(n, N)
-        s = warpgroup_mma(factor, table.permute((1, 0)), s, use_acc=False, is_async=True)
-        s = warpgroup_mma(q, k.permute((1, 0)), s, is_async=True)
-    else:
-        k = keys.wait(n, N)
-        s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=False, is_async=True)
-    return s
-
-
-@gluon.jit
-def is_whole(p, j, f, low):
-    """Whether box ``j`` has partners of all of a warpgroup's tokens only."""
-    a0, a1, a2, _ = p.box(j, low)
-    _, _, from0, to0 = p.reach(f, 0)
-    _, _, from1, to1 = p.reach(f, 1)
-    _, _, from2, to2 = p.reach(f, 2)
-    whole = (a0 >= from0) & (a0 + p.BOX[0] <= to0) & (a1 >= from1) & (a1 + p.BOX[1] <= to1)
-    return whole & (a2 >= from2) & (a2 + p.BOX[2] <= to2)
-
-
-@gluon.jit
-def compared(p, s, j, low, starts, ends):
-    """Scores of box ``j``, lowered to almost nothing outside of ``starts .. ends`` of their row."""
-    BOX: gl.constexpr = p.BOX
-    a0, a1, a2, _ = p.box(j, low)
-    c = gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
-    if p.MODES[0] != primitives.UNIT or BOX[0] > 1:
-        at = (a0 + c // (BOX[1] * BOX[2]))[None, :]
-        s = gl.where((at >= starts[0][:, None]) & (at < ends[0][:, None]), s, HUGE)
-    if p.MODES[1] != primitives.UNIT or BOX[1] > 1:
-        at = (a1 + c // BOX[2] % BOX[1])[None, :]
-        s = gl.where((at >= starts[1][:, None]) & (at < ends[1][:, None]), s, HUGE)
-    if p.MODES[2] != primitives.UNIT or BOX[2] > 1:
-        at = (a2 + c % BOX[2])[None, :]
-        s = gl.where((at >= starts[2][:, None]) & (at < ends[2][:, None]), s, HUGE)
-    return s
+        found = (tables,)
+    return found

@@ -5,47 +5,25 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import tuning
 from ...neighborhood import Neighborhood
-from ..triton import launch
+from ..interface import Shape, Tiles
 from ..triton import plan as portable
-from ..triton.launch import Trials
+from ..triton.launch import Launch, Trials, per_axis
 from ..triton.plan import modes, padded
+from ..triton.primitives import LOG2E
 from . import tiles as tiling
-from .backward import pass_kernel
-from .descriptors import Boxes, View, box_layout, contiguous, view
+from .backward import backward_kernel
+from .descriptors import Describe, View, block_layout, contiguous, view
 from .forward import forward_kernel
 from .gluon_names import gl
-from .terms import terms_kernel
-
-Shape = tuple[int, ...]
-_LOG2E = math.log2(math.e)
-
-
-class Launch(launch.Launch):
-    """A launch by position, until these kernels are launched by name."""
-
-    def __init__(
-        self, kernel: Any, grid: Sequence[int], numbers: Sequence[Any], constants: dict[str, Any],
-        descriptors: Sequence[Any],
-    ) -> None:  # fmt: skip
-        count = len(descriptors)
-        kernel.tensors = tuple(kernel.arg_names[:count])
-        arguments = dict(zip(kernel.arg_names[count:], numbers)) | constants
-        options = {name: arguments.pop(name) for name in ("num_warps", "maxnreg", "launch_pdl")}
-        described = {name: x for name, x in zip(kernel.tensors, descriptors) if x is not None}
-        super().__init__(kernel, grid, arguments, described, **options)
-
-    def run_in_order(self, *tensors: Any) -> None:
-        """Tensors must be on the current device, where TMA can read them."""
-        self.run(**dict(zip(self.tensors, tensors)))
+from .lse_delta import lse_delta_kernel
 
 
 class Plan:
@@ -59,127 +37,175 @@ class Plan:
         dtype: torch.dtype,
         shapes: Sequence[Shape],
         strides: Sequence[Shape],
-        extra: int,
+        num_additional: int,
     ) -> None:
-        self.rule, self.scale, self.device, self.extra = rule, scale, device, extra
-        self.shapes, self.strides = shapes, strides
+        self.rule, self.scale, self.device, self.dtype = rule, scale, device, dtype
+        self.shapes, self.strides, self.num_additional = shapes, strides, num_additional
         self.batch, *space, self.heads, self.dim = shapes[0]
         self.kv_heads, self.value_dim = shapes[2][-2:]
-        self.dtype, self.space, self.modes = dtype, tuple(space), modes(rule, space)
-        self.groups = padded([n // d for n, d in zip(space, rule.dilation)], 1)
-        self.views = [view(*x, rule.dilation) for x in zip(shapes, strides)]
+        self.space, self.modes = tuple(space), modes(rule, space)
+        self.lengths = padded([n // d for n, d in zip(space, rule.dilation)], 1)
+        self.query, self.key, self.value = [view(*x, rule.dilation) for x in zip(shapes, strides)]
 
-    def contiguous(self, heads: int, channels: int) -> View:
+    def _contiguous(self, heads: int, channels: int) -> View:
         """Of a tensor with the tokens of all."""
         shape = (self.batch, *self.space, heads, channels)
         return view(shape, contiguous(shape), self.rule.dilation)
 
-    def rows(self, heads: int) -> Shape:
-        """Rows of a contiguous tensor, which are its places, from a batch entry to the next, and
-        from a token to the next along the first two axes."""
-        return contiguous((self.batch, *padded(self.space, 1), heads))[:3]
+    @cached_property
+    def forward(self) -> Launch | Trials:
+        return self._tiled("forward")
 
     @cached_property
-    def forward(self) -> Forward | Trials:
-        return self._tiled("forward", partial(Forward, self))
+    def dq(self) -> Launch | Trials:
+        return self._tiled("dq")
 
     @cached_property
-    def query(self) -> Gradient | Trials:
-        """dQ."""
-        return self._tiled("query", partial(Gradient, self, "query"))
+    def dkdv(self) -> Launch | Trials:
+        return self._tiled("dkdv")
 
     @cached_property
-    def key(self) -> Gradient | Trials:
-        """dK and dV."""
-        return self._tiled("key", partial(Gradient, self, "key"))
-
-    @cached_property
-    def terms(self) -> dict[bool, launch.Launch]:
+    def lse_delta(self) -> dict[bool, Launch]:
         """What the passes need per query; by whether the LSE has a gradient, too."""
         rows, dim = self.batch * math.prod(self.space) * self.heads, self.value_dim
         arguments = {"rows": rows, "DV": dim, "BLOCK_DV": tiling.native(dim), "M": 16}
-        return {
-            given: launch.Launch(
-                terms_kernel, (-(-rows // 16),), arguments | {"HAS_GRAD_LSE": given}
-            )
-            for given in (False, True)
-        }
+        make = partial(Launch, lse_delta_kernel, (-(-rows // 16),))
+        return {given: make(arguments | {"HAS_GRAD_LSE": given}) for given in (False, True)}
 
     @cached_property
     def portable(self) -> portable.Plan:
         """The portable backend's: what every query reaches is as there."""
         return portable.Plan(
             self.rule, self.scale, self.device, self.dtype, self.shapes, self.strides,
-            None, self.extra or None, None, (), False,
+            None, self.num_additional or None, None, (), False,
         )  # fmt: skip
 
-    def _tiled(self, kind: str, make: Callable[[tiling.Tiles], Any]) -> Any:
+    def _tiled(self, kind: str) -> Launch | Trials:
         """A kernel with its tiles, or those among which the first call chooses."""
         problem = (
             kind, self.rule, self.space, self.space, self.dim, self.value_dim, self.dtype.itemsize,
         )  # fmt: skip
         name, count = tiling.key(*problem), tuning.wanted(backward=kind != "forward")
         if count > 1 and tuning.lookup(name) is None:
-            return Trials(name, {each: make(each) for each in tiling.candidates(*problem)[:count]})
-        return make(tiling.choose(*problem))
+            candidates = tiling.candidates(*problem)[:count]
+            return Trials(name, {tiles: self._launch(kind, tiles) for tiles in candidates})
+        return self._launch(kind, tiling.choose(*problem))
 
-
-class _Kernel:
-    """Tiles of one kernel of a plan, and what its launch is made of."""
-
-    def __init__(self, plan: Plan, kind: str, tiles: tiling.Tiles) -> None:
-        self.plan, self.kind, self.tiles = plan, kind, tiles
-        self.work = tiling.work(kind, plan.dim, plan.value_dim)
-        self.mask = tiling.mask(kind, plan.rule, plan.space, tiles, self.work)
-        self.own_out = tiling.own_out(tiles, self.mask, self.work)
-
-    def boxes(self, view: View, shape: Shape) -> Boxes:
-        """Descriptors of tiles or boxes of that shape, with the channels that kernels have."""
-        channels = tiling.native(view.shape[-1])
-        return Boxes(view, [1, *shape, channels], box_layout(channels, self.plan.dtype))
-
-    def extra(self, channels: int) -> Boxes:
-        """Descriptors of boxes of additional tokens."""
-        shape = (self.plan.batch, self.plan.extra, self.plan.kv_heads, channels)
-        box = (1, 1, math.prod(self.tiles.box))
-        return self.boxes(view(shape, contiguous(shape), (1,)), box)
-
-    def launch(
-        self, kernel: Any, descriptors: Sequence[Boxes | None], numbers: Sequence[Any],
-        heads: int, extra: int, **constants: Any,
-    ) -> Launch:  # fmt: skip
-        """``numbers`` and ``constants``, and what all kernels have; a program per place on the GPU
-        takes tiles in turn, or each tile has one of its own."""
-        plan, tiles, mask, rule = self.plan, self.tiles, self.mask, self.plan.rule
+    def _launch(self, kind: str, tiles: Tiles) -> Launch:
+        rule, of_keys = self.rule, kind == "dkdv"
+        work = tiling.work(kind, self.dim, self.value_dim)
+        mask = tiling.mask(kind, rule, self.space, tiles, work)
+        tile, block = tiling.tile_and_block(tiles, of_keys)
+        warpgroups = tiling.warpgroups(tiles)
+        registers, compute_registers, fetch_registers = tiling.registers(tiles, work)
         counts = [
-            -(-n // (size * (tiles.groups if axis == tiles.split else 1)))
-            for axis, (n, size) in enumerate(zip(plan.groups, tiles.tile))
+            -(-n // (size * (warpgroups if axis == tiles.split_axis else 1)))
+            for axis, (n, size) in enumerate(zip(self.lengths, tile))
         ]
-        every = plan.batch * heads
-        total = math.prod(counts) * math.prod(rule.dilation) * every
-        start, registers, fetch = tiling.registers(tiles, self.work)
-        constants |= {
-            "MODES": plan.modes, "TILE": tiles.tile, "BOX": tiles.box, "SPLIT": tiles.split,
-            "STAGES": tiles.stages, "MASK": mask.kind, "CODE": mask.code, "BY_ROW": mask.by_row,
-            "STEPS": mask.steps, "TABLES": mask.tables, "HAS_EXTRA": extra > 0,
-            "OWN_OUT": self.own_out, "REGISTERS": registers, "FETCH": fetch, "GROUPS": tiles.groups,
-            "DILATED": max(rule.dilation) > 1, "num_warps": 4, "maxnreg": start,
-            "launch_pdl": _can_overlap(),
-        }  # fmt: skip
-        numbers = (
-            *numbers, *plan.groups, *padded(rule.kernel_size, 1), *padded(rule.stride, 1),
-            *padded(rule.dilation, 1), *counts, total, heads, plan.heads // plan.kv_heads, extra,
-            _exact_thrice(plan.scale * _LOG2E),
+        heads = self.kv_heads if of_keys else self.heads
+        num_tiles = math.prod(counts) * math.prod(rule.dilation) * self.batch * heads
+        num_additional = 0 if of_keys else self.num_additional
+        arguments = {
+            **_steps("q", self.query.steps),
+            **_steps("k", self.key.steps),
+            **_steps("v", self.value.steps),
+            "additional_b": self.num_additional * self.kv_heads,
+            **per_axis("N", self.lengths),
+            **per_axis("K", rule.kernel_size),
+            **per_axis("S", rule.stride),
+            **per_axis("D", rule.dilation),
+            **per_axis("T", counts),
+            "num_tiles": num_tiles,
+            "heads": heads,
+            "heads_per_kv": self.heads // self.kv_heads,
+            "num_additional": num_additional,
+            "scale_log2": _exact_thrice(self.scale * LOG2E.value),
+            "MODES": self.modes,
+            "TILE": tile,
+            "BLOCK": block,
+            "SPLIT_AXIS": tiles.split_axis,
+            "WARPGROUPS": warpgroups,
+            "STAGES": tiles.num_stages,
+            "MASK": mask.kind,
+            "ENDS": mask.ends,
+            "BY_ROW": mask.by_row,
+            "STEPS": mask.steps,
+            "TABLES": mask.tables,
+            "HAS_ADDITIONAL": num_additional > 0,
+            "OWN_OUT": tiling.own_out(tiles, mask, work),
+            "REGISTERS": compute_registers,
+            "FETCH_REGISTERS": fetch_registers,
+            "DILATED": max(rule.dilation) > 1,
+        }
+        # What a kernel stores is contiguous, so its bases are rows.
+        rows = contiguous((self.batch, *padded(self.space, 1), heads))[:3]
+        kernel = forward_kernel if kind == "forward" else backward_kernel
+        if kind == "forward":
+            arguments |= _steps("o", rows)
+        else:
+            arguments |= _steps("g", self._contiguous(self.heads, self.value_dim).steps)
+            arguments |= _steps("l", self._contiguous(self.heads, 4).steps)
+            arguments |= _steps("d", rows) | {"OF_KEYS": of_keys}
+        return Launch(
+            kernel, (self._programs(kind, tiles, heads, num_tiles),), arguments,
+            self._descriptors(kind, tiles), num_warps=tiling.WARPS, maxnreg=registers,
+            launch_pdl=_can_overlap(),
         )  # fmt: skip
-        pairs = tiling.computed_pairs(self.kind, rule, plan.space, plan.space, tiles) * every
-        usual = pairs / total / (tiles.groups * math.prod(tiles.tile) * math.prod(tiles.box))
-        # A key head's tile walks the boxes of all heads that share it.
-        uneven = (tiling.longest(self.kind, rule, plan.space, tiles) - usual) * (
-            plan.heads // heads
-        )
-        places = _processors(plan.device) * tiles.programs
-        programs = total if uneven >= _UNEVEN else min(total, places)
-        return Launch(kernel, (programs,), numbers, constants, descriptors)
+
+    def _descriptors(self, kind: str, tiles: Tiles) -> dict[str, Describe]:
+        """Of the tensors of a kernel: of queries and of keys, in blocks of these."""
+
+        def of_queries(view: View) -> Describe:
+            return self._describe(view, tiles.q_block)
+
+        def of_keys(view: View) -> Describe:
+            return self._describe(view, tiles.kv_block)
+
+        own = self._contiguous
+        found = {
+            "query": of_queries(self.query), "key": of_keys(self.key), "value": of_keys(self.value),
+        }  # fmt: skip
+        if kind == "forward":
+            found["out"] = of_queries(own(self.heads, self.value_dim))
+        else:
+            found["grad_out"] = of_queries(own(self.heads, self.value_dim))
+            layout = gl.NVMMASharedLayout(0, 32, rank=5)
+            found["lse_delta"] = Describe(own(self.heads, 4), [1, *tiles.q_block, 4], layout)
+        if kind == "dkdv":
+            found["grad_key"] = of_keys(own(self.kv_heads, self.dim))
+            found["grad_value"] = of_keys(own(self.kv_heads, self.value_dim))
+        elif kind == "dq":
+            found["grad_query"] = of_queries(own(self.heads, self.dim))
+        if self.num_additional and kind != "dkdv":
+            for name, dim in (("keys", self.dim), ("values", self.value_dim)):
+                shape = (self.batch, self.num_additional, self.kv_heads, dim)
+                tokens = view(shape, contiguous(shape), (1,))
+                block = (1, 1, math.prod(tiles.kv_block))
+                found[f"additional_{name}"] = self._describe(tokens, block)
+        return found
+
+    def _describe(self, view: View, block: Shape) -> Describe:
+        """Descriptors of blocks with the channels that kernels have."""
+        channels = tiling.native(view.shape[-1])
+        return Describe(view, [1, *block, channels], block_layout(channels, self.dtype))
+
+    def _programs(self, kind: str, tiles: Tiles, heads: int, num_tiles: int) -> int:
+        """How many programs there are: as many as run at once, which take tiles in turn, or each
+        tile has one of its own."""
+        pairs = tiling.computed_pairs(kind, self.rule, self.space, self.space, tiles)
+        per_block = tiling.warpgroups(tiles) * math.prod(tiles.q_block + tiles.kv_block)
+        usual = pairs * self.batch * heads / num_tiles / per_block
+        longest = tiling.longest(kind, self.rule, self.space, tiles)
+        # A key head's tile walks the blocks of all heads that share it.
+        uneven = (longest - usual) * (self.heads // heads)
+        if uneven >= _UNEVEN:
+            return num_tiles
+        return min(num_tiles, _processors(self.device) * tiles.resident_programs)
+
+
+def _steps(name: str, steps: Sequence[int]) -> dict[str, int]:
+    """Arguments ``name_b``, ``name_0`` to ``name_2`` and ``name_h``, or the first of them."""
+    return {f"{name}_{axis}": step for axis, step in zip("b012h", steps)}
 
 
 def _exact_thrice(x: float) -> float:
@@ -188,72 +214,8 @@ def _exact_thrice(x: float) -> float:
     return float(struct.unpack("<f", struct.pack("<I", bits & ~3))[0])
 
 
-class Forward(_Kernel):
-    """Output and LSE."""
-
-    def __init__(self, plan: Plan, tiles: tiling.Tiles) -> None:
-        super().__init__(plan, "forward", tiles)
-        dim, value_dim = plan.dim, plan.value_dim
-        out = plan.contiguous(plan.heads, value_dim)
-        descriptors = [
-            self.boxes(plan.views[0], tiles.tile),
-            self.boxes(plan.views[1], tiles.box),
-            self.boxes(plan.views[2], tiles.box),
-            self.boxes(out, tiles.tile),
-            *((self.extra(dim), self.extra(value_dim)) if plan.extra else (None, None)),
-            None,
-        ]
-        numbers = (
-            *(step for each in plan.views for step in each.steps),
-            *plan.rows(plan.heads), plan.extra * plan.kv_heads,
-        )  # fmt: skip
-        self.kernel = self.launch(forward_kernel, descriptors, numbers, plan.heads, plan.extra)
-
-    def run(
-        self, query: Tensor, key: Tensor, value: Tensor, more: Sequence[Tensor], out: Tensor,
-        lse: Tensor,
-    ) -> None:  # fmt: skip
-        self.kernel.run_in_order(query, key, value, out, *(more or (None, None)), lse)
-
-
-class Gradient(_Kernel):
-    """dQ, from tiles of queries and boxes of keys, or dK and dV, from the reverse."""
-
-    def __init__(self, plan: Plan, kind: str, tiles: tiling.Tiles) -> None:
-        super().__init__(plan, kind, tiles)
-        of_keys, dim, value_dim = kind == "key", plan.dim, plan.value_dim
-        heads = plan.kv_heads if of_keys else plan.heads
-        query, key, value = plan.views
-        queries = query, plan.contiguous(plan.heads, value_dim)
-        fixed, walked = ((key, value), queries) if of_keys else (queries, (key, value))
-        grads = [plan.contiguous(heads, n) for n in (dim, value_dim if of_keys else dim)]
-        terms = plan.contiguous(plan.heads, 4)
-        outer = [self.boxes(each, tiles.tile) for each in fixed]
-        inner = [self.boxes(each, tiles.box) for each in walked]
-        rows = self.tiles.box if of_keys else self.tiles.tile
-        extra = 0 if of_keys else plan.extra
-        descriptors = [
-            *outer, *inner, Boxes(terms, [1, *rows, 4], gl.NVMMASharedLayout(0, 32, rank=5)),
-            *([self.extra(dim), self.extra(value_dim)] if extra else inner),
-            *(self.boxes(each, tiles.tile) for each in grads),
-        ]  # fmt: skip
-        numbers = (
-            *(step for each in (*fixed, *walked, terms) for step in each.steps),
-            *plan.rows(heads), plan.extra * plan.kv_heads,
-        )  # fmt: skip
-        self.kernel = self.launch(pass_kernel, descriptors, numbers, heads, extra, OF_KEYS=of_keys)
-
-    def run(
-        self, outer: Sequence[Tensor], inner: Sequence[Tensor], terms: Tensor,
-        more: Sequence[Tensor], grads: Sequence[Tensor],
-    ) -> None:  # fmt: skip
-        """Sum over ``inner`` for the tiles of ``outer``, into ``grads``."""
-        # What is missing is never read.
-        self.kernel.run_in_order(*outer, *inner, terms, *(more or inner), grads[0], grads[-1])
-
-
 # A program that takes tiles in turn begins the next one while it ends the last, but may get long
-# ones only. So where the longest has that many boxes more than usual, programs take one tile each
+# ones only. So where the longest has that many blocks more than usual, programs take one tile each
 # (measured: hopper-log.md).
 _UNEVEN = 12
 
@@ -284,11 +246,11 @@ def plan_for(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    more: Sequence[Tensor],
+    additional_keys: Tensor | None,
     rule: Neighborhood,
     scale: float,
 ) -> Plan:
-    """The plan of a call; tensors are readable by TMA. ``more``: additional keys and values."""
+    """The plan of a call; tensors are readable by TMA."""
     return _cached_plan(
         rule,
         scale,
@@ -296,5 +258,5 @@ def plan_for(
         query.dtype,
         (query.shape, key.shape, value.shape),
         (query.stride(), key.stride(), value.stride()),
-        more[0].shape[1] if more else 0,
+        0 if additional_keys is None else additional_keys.shape[1],
     )

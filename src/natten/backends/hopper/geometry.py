@@ -1,0 +1,190 @@
+"""Where a program's tiles and blocks are: the geometry that forward and backward walk.
+
+A tile is 64 tokens of each warpgroup, queries or keys; a block is tokens of the other kind. Tiles
+of two warpgroups are neighbors along ``SPLIT_AXIS``. Blocks begin at the first partner of the
+tile's first token and are walked with ``SPLIT_AXIS`` outermost, so that those with partners of one
+warpgroup's tokens follow one another. Partners of a query are the keys of its window, those of a
+key the queries that attend it.
+"""
+
+# Triton reads the annotations of an aggregate as objects: no ``from __future__``.
+
+from ..triton import windows
+from .gluon_names import aggregate, from_triton, gl, gluon
+
+window = from_triton(windows.window)
+queries_of = from_triton(windows.queries_of)
+longest_first = from_triton(windows.longest_first)
+
+
+@gluon.constexpr_function
+def volume(shape):
+    """Tokens of a shape of three axes."""
+    return shape[0] * shape[1] * shape[2]
+
+
+@gluon.constexpr_function
+def mma_layout(columns):
+    """Layout of what a warpgroup's products give, ``[64, columns]``."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.jit
+def _digit(number, base, ONE: gl.constexpr):
+    """Last digit of a number, and the others; ``ONE``: the base is 1."""
+    if ONE:
+        return number * 0, number
+    else:
+        return number % base, number // base
+
+
+@aggregate
+class Tile:
+    """Where a tile is, and which blocks it has; tuples have an entry per axis."""
+
+    batch: gl.tensor
+    head: gl.tensor
+    group: gl.tuple  # of the dilation
+    first: gl.tuple  # its first token, of all warpgroups
+    origin: gl.tuple  # the first partner of that token, where blocks begin
+    blocks: gl.tuple  # how many there are
+
+
+@aggregate
+class Geometry:
+    """Sizes of a call per axis, tuples of three: positions of a dilation group, window, stride,
+    dilation, tiles; and what the kernel is compiled for."""
+
+    length: gl.tuple
+    window: gl.tuple
+    stride: gl.tuple
+    dilation: gl.tuple
+    tiles: gl.tuple
+    num_tiles: gl.tensor  # of all batch entries, heads and dilation groups
+    heads: gl.tensor  # that have tiles
+    MODES: gl.constexpr
+    TILE: gl.constexpr  # of one warpgroup
+    BLOCK: gl.constexpr
+    SPLIT_AXIS: gl.constexpr
+    WARPGROUPS: gl.constexpr
+    DILATED: gl.constexpr
+    OF_KEYS: gl.constexpr  # tiles are of keys, blocks of queries
+
+    @gluon.jit
+    def partners(self, i, AXIS: gl.constexpr):
+        """First and one-past-last partner of tokens ``i`` of an axis; past the end, of the last."""
+        n = self.length[AXIS]
+        MODE: gl.constexpr = self.MODES[AXIS]
+        i = gl.minimum(i, n - 1)
+        if self.OF_KEYS:
+            first, end = queries_of(i, n, n, self.window[AXIS], self.stride[AXIS], MODE)
+        else:
+            first, end = window(i, n, n, self.window[AXIS], self.stride[AXIS], MODE)
+        return first, end
+
+    @gluon.jit
+    def windows(self, tokens):
+        """Partners of tokens along each axis: the first ones, and those one past the last."""
+        start0, end0 = self.partners(tokens[0], 0)
+        start1, end1 = self.partners(tokens[1], 1)
+        start2, end2 = self.partners(tokens[2], 2)
+        return (start0, start1, start2), (end0, end1, end2)
+
+    @gluon.jit
+    def _along(self, t, AXIS: gl.constexpr):
+        """First token, first partner and blocks of an axis's tile, the ``t``-th in turn."""
+        SIZE: gl.constexpr = self.TILE[AXIS] * (self.WARPGROUPS if self.SPLIT_AXIS == AXIS else 1)
+        if self.OF_KEYS and AXIS == 2:
+            t = longest_first(t, self.tiles[2], self.window[2], SIZE, self.MODES)
+        first = t * SIZE
+        origin, _ = self.partners(first, AXIS)
+        _, end = self.partners(first + SIZE - 1, AXIS)
+        return first, origin, (end - origin + self.BLOCK[AXIS] - 1) // self.BLOCK[AXIS]
+
+    @gluon.jit
+    def tile(self, tile_id):
+        """The tile of that number."""
+        UNIT: gl.constexpr = windows.UNIT
+        t2, rest = _digit(tile_id, self.tiles[2], self.MODES[2] == UNIT)
+        t1, rest = _digit(rest, self.tiles[1], self.MODES[1] == UNIT)
+        t0, rest = _digit(rest, self.tiles[0], self.MODES[0] == UNIT)
+        g2, rest = _digit(rest, self.dilation[2], not self.DILATED)
+        g1, rest = _digit(rest, self.dilation[1], not self.DILATED)
+        g0, rest = _digit(rest, self.dilation[0], not self.DILATED)
+        first0, origin0, blocks0 = self._along(t0, 0)
+        first1, origin1, blocks1 = self._along(t1, 1)
+        first2, origin2, blocks2 = self._along(t2, 2)
+        return Tile(
+            batch=rest // self.heads,
+            head=rest % self.heads,
+            group=(g0, g1, g2),
+            first=(first0, first1, first2),
+            origin=(origin0, origin1, origin2),
+            blocks=(blocks0, blocks1, blocks2),
+        )
+
+    @gluon.jit
+    def first_of(self, tile, WARPGROUP: gl.constexpr):
+        """First token of a warpgroup, per axis."""
+        AXIS: gl.constexpr = self.SPLIT_AXIS
+        first0 = tile.first[0] + (WARPGROUP * self.TILE[0] if AXIS == 0 else 0)
+        first1 = tile.first[1] + (WARPGROUP * self.TILE[1] if AXIS == 1 else 0)
+        first2 = tile.first[2] + (WARPGROUP * self.TILE[2] if AXIS == 2 else 0)
+        return first0, first1, first2
+
+    @gluon.jit
+    def tokens(self, first, LAYOUT: gl.constexpr):
+        """Tokens of a warpgroup's rows, per axis ``[M]``; they may be past the end."""
+        TILE: gl.constexpr = self.TILE
+        row = gl.arange(0, volume(TILE), gl.SliceLayout(1, LAYOUT))  # [M]
+        i0 = first[0] + row // (TILE[1] * TILE[2])
+        i1 = first[1] + row // TILE[2] % TILE[1]
+        return i0, i1, first[2] + row % TILE[2]
+
+    @gluon.jit
+    def block_start(self, block, origin):
+        """First position of a tile's block, per axis, and its number along the last axis.
+
+        ``block`` counts along three axes, the fastest first; ``SPLIT_AXIS`` is the slowest.
+        """
+        if self.SPLIT_AXIS == 0:
+            j0, j1, j2 = block[2], block[1], block[0]
+        elif self.SPLIT_AXIS == 1:
+            j0, j1, j2 = block[1], block[2], block[0]
+        else:
+            j0, j1, j2 = block[1], block[0], block[2]
+        BLOCK: gl.constexpr = self.BLOCK
+        start = origin[0] + j0 * BLOCK[0], origin[1] + j1 * BLOCK[1], origin[2] + j2 * BLOCK[2]
+        return start, j2
+
+    @gluon.jit
+    def next_block(self, block, blocks):
+        """The one after ``block``: divisions would cost as much as a softmax."""
+        fast = blocks[1 if self.SPLIT_AXIS == 2 else 2]
+        middle = blocks[1 if self.SPLIT_AXIS == 0 else 0]
+        j0 = block[0] + 1
+        j1 = gl.where(j0 == fast, block[1] + 1, block[1])
+        j2 = gl.where(j1 == middle, block[2] + 1, block[2])
+        return gl.where(j0 == fast, 0, j0), gl.where(j1 == middle, 0, j1), j2
+
+    @gluon.jit
+    def reach(self, first, AXIS: gl.constexpr):
+        """Of a warpgroup's tokens from ``first`` on: partners of any, and partners of all.
+
+        Partners move monotonically, so those of the first and the last token bound both.
+        """
+        start, inner_end = self.partners(first[AXIS], AXIS)
+        inner_start, end = self.partners(first[AXIS] + self.TILE[AXIS] - 1, AXIS)
+        return start, end, inner_start, inner_end
+
+    @gluon.jit
+    def own_blocks(self, first, tile):
+        """A warpgroup's blocks among the tile's: the number of the first, of one past the last, and
+        of all; and the first, as :meth:`block_start` counts."""
+        SIZE: gl.constexpr = self.BLOCK[self.SPLIT_AXIS]
+        count = tile.blocks[0] * tile.blocks[1] * tile.blocks[2]
+        layer = count // tile.blocks[self.SPLIT_AXIS]
+        start, end, _, _ = self.reach(first, self.SPLIT_AXIS)
+        before = (start - tile.origin[self.SPLIT_AXIS]) // SIZE
+        after = (end - tile.origin[self.SPLIT_AXIS] + SIZE - 1) // SIZE
+        return before * layer, after * layer, count, (before * 0, before * 0, before)

@@ -1,0 +1,132 @@
+"""Tensors as TMA sees them, and shared memory that one warp fills by TMA and warpgroups empty."""
+
+# Triton reads the annotations of an aggregate as objects: no ``from __future__``.
+
+from .gluon_names import (
+    aggregate,
+    gl,
+    gluon,
+    load_block,
+    mbarrier,
+    store_block,
+    tensor_descriptor,
+)
+
+
+@aggregate
+class TmaTensor:
+    """A tensor's descriptor, and how far apart its batch entries, tokens along three axes and
+    heads are along the descriptor's first axis (``descriptors.py``)."""
+
+    descriptor: tensor_descriptor
+    steps: gl.tuple
+
+    @gluon.jit
+    def tma_base(self, batch, group, head):
+        """Where the rows of a batch entry's head and dilation group begin along the first axis."""
+        base = batch * self.steps[0] + head * self.steps[4]
+        return base + group[0] * self.steps[1] + group[1] * self.steps[2] + group[2] * self.steps[3]
+
+    @gluon.jit
+    def store(self, base, first, buffer):
+        """Start to write a tile ``[1, *tile, channels]`` whose first token is ``first``."""
+        store_block(self.descriptor, [base, first[0], first[1], first[2], 0], buffer)
+
+
+@gluon.jit
+def tma_bases(tensors, batch, group, head):
+    """:meth:`TmaTensor.tma_base` of each tensor."""
+    return [tensor.tma_base(batch, group, head) for tensor in tensors]
+
+
+@gluon.jit
+def allocate(tensor, STAGES: gl.constexpr):
+    """Shared memory for that many blocks of a tensor, ``[STAGES, 1, *block, channels]``."""
+    descriptor = tensor.descriptor
+    shape: gl.constexpr = [STAGES] + descriptor.block_type.shape
+    return gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
+
+
+@gluon.constexpr_function
+def rows_of(buffer):
+    """Tokens of a block ``[1, *block, channels]``."""
+    return buffer.shape[1] * buffer.shape[2] * buffer.shape[3]
+
+
+@gluon.constexpr_function
+def _bytes(tensors):
+    """Bytes of a block of each of the tensors."""
+    return sum(tensor.descriptor.block_type.nbytes for tensor in tensors)
+
+
+@aggregate
+class TmaPipeline:
+    """Stages that are filled and emptied in turn; ``stage`` counts on and on.
+
+    A stage has a buffer for a block of each of some tensors, which are fetched together.
+    """
+
+    buffers: gl.tuple  # per tensor, [STAGES, 1, *block, channels]
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    STAGES: gl.constexpr
+
+    @gluon.jit
+    def producer_acquire(self, stage, BYTES: gl.constexpr):
+        """Once the stage is empty, announce how much will fill it."""
+        index = stage % self.STAGES
+        mbarrier.wait(self.empty.index(index), (stage // self.STAGES & 1) ^ 1)
+        mbarrier.expect(self.full.index(index), BYTES)
+
+    @gluon.jit
+    def producer_commit(self, stage, tensors, bases, start):
+        """Start to fetch each tensor's block whose first position is ``start``.
+
+        The stage is full when all has arrived.
+        """
+        index = stage % self.STAGES
+        for WHICH in gl.static_range(len(tensors)):
+            descriptor = tensors[WHICH].descriptor
+            buffer = self.buffers[WHICH].index(index).reshape(descriptor.block_type.shape)
+            at = [bases[WHICH], start[0], start[1], start[2], 0]
+            load_block(descriptor, at, self.full.index(index), buffer)
+
+    @gluon.jit
+    def produce(self, stage, tensors, bases, start):
+        """Acquire and commit."""
+        self.producer_acquire(stage, _bytes(tensors))
+        self.producer_commit(stage, tensors, bases, start)
+
+    @gluon.jit
+    def consumer_wait(self, stage):
+        """Until the stage is full."""
+        mbarrier.wait(self.full.index(stage % self.STAGES), stage // self.STAGES & 1)
+
+    @gluon.jit
+    def consumer_release(self, stage, pred=True):
+        """This warpgroup has no more need of the stage, if ``pred``."""
+        mbarrier.arrive(self.empty.index(stage % self.STAGES), count=1, pred=pred)
+
+    @gluon.jit
+    def consumer_skip(self, stage):
+        """Hand the stage back unread."""
+        self.consumer_wait(stage)
+        self.consumer_release(stage)
+
+    @gluon.jit
+    def matrix(self, stage, WHICH: gl.constexpr = 0):
+        """A tensor's block as a matrix ``[tokens, channels]``."""
+        buffer = self.buffers[WHICH].index(stage % self.STAGES)  # [1, *block, channels]
+        return buffer.reshape([rows_of(buffer), buffer.shape[4]])
+
+
+@gluon.jit
+def tma_pipeline(tensors, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """A pipeline of blocks of the tensors, which that many warpgroups consume."""
+    buffers = [allocate(tensor, STAGES) for tensor in tensors]
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for index in gl.static_range(STAGES):
+        mbarrier.init(full.index(index), count=1)
+        mbarrier.init(empty.index(index), count=CONSUMERS)
+    return TmaPipeline(buffers, full, empty, STAGES)
