@@ -36,8 +36,7 @@ class Context:
     value: TmaTensor
     out: TmaTensor
     lse: gl.tensor
-    additional_keys: TmaTensor
-    additional_values: TmaTensor
+    additional: gl.tuple  # keys and values
     num_additional: gl.tensor
     heads_per_kv: gl.tensor
     scale_log2: gl.tensor  # scores times it are exponents of two
@@ -80,11 +79,11 @@ def _fetch_blocks(ctx):
         v_base = ctx.value.tma_base(tile.batch, tile.group, head)
         gdc_wait()
         if ctx.HAS_ADDITIONAL:
-            base = ctx.additional_keys.tma_base(tile.batch, tile.group, head)
+            base = ctx.additional[0].tma_base(tile.batch, tile.group, head)
             for position in range(0, ctx.num_additional, volume(g.BLOCK)):
-                at = (0, 0, position)
-                ctx.keys.produce(stage, (ctx.additional_keys,), (base,), at)
-                ctx.values.produce(stage, (ctx.additional_values,), (base,), at)
+                start = (0, 0, position)
+                ctx.keys.produce(stage, ctx.additional[:1], (base,), start)
+                ctx.values.produce(stage, ctx.additional[1:], (base,), start)
                 stage += 1
         block = (stage * 0, stage * 0, stage * 0)
         for _ in range(tile.blocks[0] * tile.blocks[1] * tile.blocks[2]):
@@ -252,10 +251,10 @@ def forward_kernel(
     k = TmaTensor(key, (k_b, k_0, k_1, k_2, k_h))
     v = TmaTensor(value, (v_b, v_0, v_1, v_2, v_h))
     o = TmaTensor(out, (o_b, o_0, o_1, heads, 1))
-    more_k, more_v = k, v  # not read
+    additional = ()
     if HAS_ADDITIONAL:
-        more_k = TmaTensor(additional_keys, (additional_b, 0, 0, 0, 1))
-        more_v = TmaTensor(additional_values, (additional_b, 0, 0, 0, 1))
+        steps = (additional_b, 0, 0, 0, 1)
+        additional = (TmaTensor(additional_keys, steps), TmaTensor(additional_values, steps))
     keys = tma_pipeline((k,), STAGES, WARPGROUPS)
     values = tma_pipeline((v,), STAGES, WARPGROUPS)
     queries = (tma_pipeline((q,), 1, 1),)
@@ -265,7 +264,7 @@ def forward_kernel(
     tables = column_tables(g, MASK, ENDS, BY_ROW, STEPS, TABLES)
     ctx = Context(
         geometry=g, mask=Mask(g, tables, (), MASK, ENDS, BY_ROW, STEPS),
-        query=q, key=k, value=v, out=o, lse=lse, additional_keys=more_k, additional_values=more_v,
+        query=q, key=k, value=v, out=o, lse=lse, additional=additional,
         num_additional=num_additional, heads_per_kv=heads_per_kv, scale_log2=scale_log2,
         queries=queries, keys=keys, values=values, outs=outs,
         HAS_ADDITIONAL=HAS_ADDITIONAL, OWN_OUT=OWN_OUT,

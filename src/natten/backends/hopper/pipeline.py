@@ -61,7 +61,7 @@ def _bytes(tensors):
 
 @aggregate
 class TmaPipeline:
-    """Stages that are filled and emptied in turn; ``stage`` counts on and on.
+    """Stages that are filled and emptied in turn; ``stage`` counts all that went through.
 
     A stage has a buffer for a block of each of some tensors, which are fetched together.
     """
