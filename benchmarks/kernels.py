@@ -79,8 +79,8 @@ KNOWN: dict[tuple[str, str], dict[str, int]] = {
     ("80", "dkdv"): {"HDiT": 6, "FLUX": 2, "video": 15},
     ("86", "dkdv"): {"HDiT": 4, "FLUX": 3, "video": 9},
     # The portable kernels where the Hopper kernels do not run: a few of 500 to 700 instructions
-    # that mask a block. dP before the weights takes more of them, and less time; products that start
-    # from -LSE and -delta need none, and take 6 to 17 % longer (h200.md).
+    # that mask a block. dP before the weights takes more of them, and less time; products that
+    # start from -LSE and -delta need none, and take 6 to 17 % longer (h200.md).
     ("90", "forward"): {"FLUX": 1, "FLUX bias": 1, "Hunyuan": 1},
     ("90", "dkdv"): {"FLUX": 11, "1-D causal": 2, "FLUX strided": 15, "FLUX bias": 20},
     # dK and dV have two sums.
