@@ -1,4 +1,4 @@
-"""Hopper kernels (sm_90) in Gluon: TMA boxes, wgmma, warp specialisation.
+"""Hopper kernels (sm_90) in Gluon: TMA blocks, wgmma, warp specialisation.
 
 The fastest way for fp16 and bf16 without relative positional bias; what it can not run,
 :meth:`Hopper.limits` says. Compile-time constants: dtype, head dims, which axes are causal or
