@@ -29,6 +29,7 @@ NAMES = (
     "_functorch.eager_transforms.JVP_NESTING",
     "_functorch.eager_transforms",
     "_C._functorch.is_legacy_batchedtensor",
+    "_C._functorch.unwrap_if_dead",
     "_assert_async",
     "ops.aten._scaled_dot_product_flash_attention_for_cpu",
     "ops.aten._scaled_dot_product_flash_attention_for_cpu_backward",

@@ -144,3 +144,15 @@ def test_forward_mode_of_a_subclass(function):
         with forward_ad.dual_level():
             found.append(forward_ad.unpack_dual(function(forward_ad.make_dual(q, T))).tangent)
     assert_close("tangent", *found, 1e-12)
+
+
+def test_tensors_kept_from_a_transform():
+    """They are wrapped by a transform that is over; a plain call takes them as they are."""
+    kept = []
+    torch.func.grad(lambda q: kept.append(q) or q.sum())(Q)
+    leaf = Q.clone().requires_grad_()
+    out = natten.na2d(leaf, kept[0], kept[0], (2, 3))
+    wanted = natten.na2d(leaf, Q, Q, (2, 3))
+    assert torch.equal(out, wanted)
+    grads = (torch.autograd.grad(x.square().sum(), leaf)[0] for x in (out, wanted))
+    assert torch.equal(*grads)

@@ -11,7 +11,6 @@ import torch
 
 import natten
 from natten import tuning
-from natten.inputs import Inputs
 from natten.neighborhood import Neighborhood
 
 
@@ -135,7 +134,7 @@ def test_kernels_follow_a_trial():
     problem = ("forward", rule, (300,), (300,), 64, 64, 2)
 
     def used():
-        arguments = plan_for(Inputs(query, query, query), rule, 1.0).forward.arguments
+        arguments = plan_for(query, query, query, None, None, rule, 1.0).forward.arguments
         return arguments["Q_BLOCK"], arguments["KV_BLOCK"]
 
     first, other = tiles.candidates(*problem)[:2]
@@ -232,7 +231,7 @@ def test_the_first_call_keeps_the_fastest_tiles(monkeypatch):
     problem = ("forward", rule, (310,), (310,), 64, 64, 2)
     natten.use_autotuner(True, False)
     try:
-        found = plan.plan_for(Inputs(x, x, x), rule, 1.0)
+        found = plan.plan_for(x, x, x, None, None, rule, 1.0)
         assert isinstance(found.forward, launch.Trials)
         assert isinstance(found.dkdv, launch.Launch)
         ranked = tiles.candidates(*problem)[:6]
@@ -246,6 +245,6 @@ def test_the_first_call_keeps_the_fastest_tiles(monkeypatch):
         assert tuning.lookup(tiles.key(*problem)) is not None
     finally:
         natten.disable_autotuner()
-    again = plan.plan_for(Inputs(x, x, x), rule, 1.0)
+    again = plan.plan_for(x, x, x, None, None, rule, 1.0)
     assert isinstance(again.forward, launch.Launch)
     assert tiles.choose(*problem) == ranked[2]

@@ -117,6 +117,26 @@ is_legacy_batch: Callable[[Tensor], bool] = _private(
 )
 
 
+_unwrap_if_dead = _private("_C._functorch.unwrap_if_dead", None)
+
+
+def plain_apply(function: Any) -> Callable[..., Any]:
+    """``function.apply`` of an ``autograd.Function`` for calls that no transform watches.
+
+    ``Function.apply`` asks for transforms, though who calls knows the answer, which takes as long
+    as the rest of it. What is left to do here is to unwrap tensors that were kept from a transform
+    that is over.
+    """
+    if _unwrap_if_dead is None:
+        return function.apply
+    apply = super(torch.autograd.Function, function).apply
+
+    def applied(*args: Any) -> Any:
+        return apply(*[_unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in args])
+
+    return applied
+
+
 # --- checks, compilation, operators -------------------------------------------------------------
 
 

@@ -224,12 +224,10 @@ def _kind(inputs: Inputs, window: Any, options: tuple[Any, ...]) -> Any | None:
     try:
         # The arguments become bytes, because 1, 1.0 and True are equal and lists have no hash.
         # Objects of other than builtin types may have the same bytes and different types.
-        known = window if isinstance(window, Neighborhood) else marshal.dumps(window, 2)
-        return (
-            known,
-            marshal.dumps(options, 2),
-            *[None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in inputs],
-        )
+        kinds = [None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in inputs]
+        if isinstance(window, Neighborhood):
+            return window, marshal.dumps(options, 2), *kinds
+        return marshal.dumps((window, options), 2), *kinds
     except (RuntimeError, ValueError):  # nested tensors have no shape, some objects have no bytes
         return None
 

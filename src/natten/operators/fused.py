@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .. import _tracing, backends
 from .._library import differentiate, implement, ops
-from .._torch import in_forward_mode
+from .._torch import in_forward_mode, plain_apply
 from ..inputs import Gradients, Inputs, compute_dtype
 from ..neighborhood import Neighborhood, Rule
 from .composed import composed_attention, composed_tangent, differentiable_gradients
@@ -38,9 +39,7 @@ class Call:
     rule: Rule
     scale: float
     choice: Choice = ANY
-    _chosen: dict[str, tuple[backends.Backend, dict[str, Any]]] = field(
-        default_factory=dict, repr=False
-    )
+    _chosen: dict[str, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     def __call__(self, inputs: Inputs, plain: bool) -> tuple[Tensor, Tensor]:
         """Output ``[batch, *space, heads, value_dim]`` and LSE ``[batch, *space, heads]``.
@@ -50,7 +49,7 @@ class Call:
         if plain:
             watched = [x for x in inputs if x is not None and x.requires_grad]
             if (watched and torch.is_grad_enabled()) or in_forward_mode():
-                return _PlainAttention.apply(*inputs, self)
+                return _apply(*inputs, self)
             return self.forward(inputs)
         if torch.compiler.is_compiling() or _tracing.is_traced():
             refuse_forward_mode()
@@ -62,33 +61,31 @@ class Call:
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Output and LSE."""
-        backend, options = self._backend("attention", inputs)
-        return backend.forward(inputs, self.rule, self.scale, **options)
+        run = self._chosen.get("attention") or self._choose("attention", inputs)
+        return run(inputs, self.rule, self.scale)
 
     def backward(
         self, grad_out: Tensor, grad_lse: Tensor | None, inputs: Inputs, out: Tensor, lse: Tensor
     ) -> Gradients:
         """Gradients of the inputs."""
-        backend, options = self._backend("gradient", inputs)
-        return backend.backward(
-            grad_out, grad_lse, inputs, out, lse, self.rule, self.scale, **options
-        )
+        run = self._chosen.get("gradient") or self._choose("gradient", inputs)
+        return run(grad_out, grad_lse, inputs, out, lse, self.rule, self.scale)
 
     def arguments(self) -> tuple[Any, ...]:
         """What the operators take after the tensors."""
         return (*pack(self.rule), self.scale, *pack_choice(self.choice))
 
-    def _backend(self, operation: str, inputs: Inputs) -> tuple[backends.Backend, dict[str, Any]]:
-        """The backend that runs "attention" or its "gradient", and its options."""
-        if operation not in self._chosen:
-            problem = backends.Problem.of(operation, inputs, self.rule, self.scale)
-            chosen = backends.choose(self.choice.backend, problem)
-            if self.choice.backend not in ("", chosen.name):
-                backends.warn_of_another(self.choice.backend, chosen, problem)
-            tiles = self.choice.tiles
-            options = {"tiles": tiles} if tiles and chosen.takes_tiles else {}
-            self._chosen[operation] = chosen, options
-        return self._chosen[operation]
+    def _choose(self, operation: str, inputs: Inputs) -> Callable[..., Any]:
+        """The function of the backend that runs "attention" or its "gradient"."""
+        problem = backends.Problem.of(operation, inputs, self.rule, self.scale)
+        chosen = backends.choose(self.choice.backend, problem)
+        if self.choice.backend not in ("", chosen.name):
+            backends.warn_of_another(self.choice.backend, chosen, problem)
+        run: Callable[..., Any] = chosen.forward if operation == "attention" else chosen.backward
+        if self.choice.tiles and chosen.takes_tiles:
+            run = partial(run, tiles=self.choice.tiles)
+        self._chosen[operation] = run
+        return run
 
 
 # --- the operator ---
@@ -158,7 +155,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         *tensors, out, lse = ctx.saved_tensors
         inputs = Inputs(*tensors)
-        if is_composed((grad_out, grad_lse)):
+        if is_composed(grad_out, grad_lse):
             _tracing.refuse_gradients()
             *needed, _ = ctx.needs_input_grad
             grads = _differentiable_gradient(inputs, needed, grad_out, grad_lse, ctx.call)
@@ -199,6 +196,9 @@ class _PlainAttention(torch.autograd.Function):
         *changes, _ = tangents
         primals = Inputs(*ctx.saved_tensors)
         return composed_tangent(primals, Gradients(*changes), ctx.call.rule, ctx.call.scale)
+
+
+_apply = plain_apply(_PlainAttention)
 
 
 def _gradient(

@@ -111,7 +111,7 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         *inputs, out, lse = ctx.saved_tensors
         backend, documents, rule, scale, one_by_one = ctx.others
-        if is_composed(grads):
+        if is_composed(*grads):
             found = differentiable_gradients(one_by_one, inputs, ctx.needs_input_grad[:3], grads)
         else:
             grad_out = torch.zeros_like(out) if grads[0] is None else grads[0]

@@ -39,7 +39,7 @@ def is_plain_call(tensors: Sequence[Any]) -> bool:
     return not torch.compiler.is_compiling() and is_plain(tensors)
 
 
-def is_composed(grads: Sequence[Tensor | None]) -> bool:
+def is_composed(grad_out: Tensor | None, grad_lse: Tensor | None) -> bool:
     """Whether a backward pass must be made of differentiable maps, not by a kernel.
 
     It is differentiated itself, carries tangents, or its gradients are a batch of which no kernel
@@ -48,7 +48,8 @@ def is_composed(grads: Sequence[Tensor | None]) -> bool:
     return (
         torch.is_grad_enabled()
         or in_forward_mode()
-        or any(x is not None and is_legacy_batch(x) for x in grads)
+        or (grad_out is not None and is_legacy_batch(grad_out))
+        or (grad_lse is not None and is_legacy_batch(grad_lse))
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,11 +14,11 @@ from .launch import contiguous, on_device, readable
 from .plan import Plan, plan_for
 
 
-def _as_read(inputs: Inputs) -> Inputs:
-    """The tensors as kernels read them."""
+def _as_read(inputs: Inputs) -> list[Any]:
+    """The tensors of :class:`Inputs` as kernels read them."""
     query, key, value, *others = inputs
     found = [None if x is None else contiguous(x) for x in others]
-    return Inputs(readable(query), readable(key), readable(value), *found)
+    return [readable(query), readable(key), readable(value), *found]
 
 
 def forward(
@@ -36,9 +38,9 @@ def forward(
     lse = query.new_empty(*rows, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    query, key, value, rpb, additional_keys, additional_values = inputs = _as_read(inputs)
+    query, key, value, rpb, additional_keys, additional_values = _as_read(inputs)
     table = None if documents is None else documents.table
-    found = plan_for(inputs, rule, scale, documents, tiles)
+    found = plan_for(query, key, value, rpb, additional_keys, rule, scale, documents, tiles)
     with on_device(query):
         found.forward.run(
             query=query, key=key, value=value, rpb=rpb, additional_keys=additional_keys,
@@ -67,10 +69,10 @@ def backward(
     grad_rpb = None
     grad_additional: tuple[Tensor | None, Tensor | None] = None, None
     lse_delta = lse.new_empty(*lse.shape, 4)
-    query, key, value, rpb, additional_keys, additional_values = inputs = _as_read(inputs)
+    query, key, value, rpb, additional_keys, additional_values = _as_read(inputs)
     grad_out, out, lse = contiguous(grad_out), out.contiguous(), lse.contiguous()
     table = None if documents is None else documents.table
-    found = plan_for(inputs, rule, scale, documents, tiles)
+    found = plan_for(query, key, value, rpb, additional_keys, rule, scale, documents, tiles)
     with on_device(query):
         dq = found.dq if grad_lse is None else found.dq_with_grad_lse
         dq.run(

@@ -98,6 +98,8 @@ class Launch:
         self.arguments = {name: arguments[name] for name in names}
         self.tensors = {name: descriptors.get(name) for name in kernel.tensors}
         self._in_order = itemgetter(*kernel.tensors)
+        # Descriptors are made of tensors that 16 bytes divide.
+        self._may_be_unaligned = not descriptors
         # Triton 3.10 fuses products and sums only where it is asked to.
         self.options = {"enable_fp_fusion": True, **options}
         self.compiled: Launcher | None = None
@@ -110,11 +112,11 @@ class Launch:
         """
         addresses = [None if x is None else x.data_ptr() for x in self._in_order(tensors)]
         # Triton compiles for addresses that 16 divides, which only views can lack.
-        aligned = math.gcd(16, *filter(None, addresses)) == 16
-        if aligned and self.compiled is not None:
-            self.compiled(addresses, tensors)
+        unaligned = self._may_be_unaligned and math.gcd(16, *filter(None, addresses)) < 16
+        if unaligned or self.compiled is None:
+            self._compile(tensors, not unaligned)
         else:
-            self._compile(tensors, aligned)
+            self.compiled(addresses, tensors)
 
     def _compile(self, tensors: Mapping[str, Tensor | None], keep: bool) -> None:
         """Launch through Triton, which compiles at the first call; ``keep`` what it compiled."""
@@ -177,5 +179,8 @@ def readable(x: Tensor) -> Tensor:
 def on_device(x: Tensor) -> Any:
     """Kernels launch on the current device: make it the tensor's."""
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
-        return contextlib.nullcontext()
+        return _HERE
     return torch.cuda.device(x.device)
+
+
+_HERE = contextlib.nullcontext()

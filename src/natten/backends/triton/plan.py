@@ -13,10 +13,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ... import tuning
 from ...documents import Documents
-from ...inputs import Inputs
 from ...neighborhood import Dense, Rule
 from ...tiling import padded
 from . import tiles as tiling
@@ -231,14 +231,17 @@ _cached_plan = tuning.cached(Plan)
 
 
 def plan_for(
-    inputs: Inputs,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
     rule: Rule,
     scale: float,
     documents: Documents | None = None,
     tiles: tuple[int, ...] = (),
 ) -> Plan:
     """The plan of a call; tensors have channels one after another."""
-    query, key, value, rpb, additional_keys, _ = inputs
     return _cached_plan(
         rule,
         scale,
