@@ -271,7 +271,7 @@ print("packed", len(launches))
 
 
 def test_packed_documents_in_one_launch():
-    assert "packed 6" in interpreted(PACKED)
+    assert "packed 7" in interpreted(PACKED)
 
 
 WINDOWS = """

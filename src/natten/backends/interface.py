@@ -95,28 +95,30 @@ class TileChooser(Protocol):
     keys, the channels of a head and of its values, and the bytes of a number.
     """
 
-    KINDS: tuple[str, ...]  # of kernels; the first is the forward's, the others are the backward's
+    @property
+    def KINDS(self) -> tuple[str, ...]:
+        """Kinds of kernels; the first is the forward's, the others are the backward's."""
 
     def key(
-        self, kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int,
-        itemsize: int,
+        self, kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape, dim: int,
+        value_dim: int, itemsize: int,
     ) -> str:  # fmt: skip
         """The name of a problem in :mod:`natten.tuning`."""
 
     def candidates(
-        self, kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int,
-        itemsize: int,
+        self, kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape, dim: int,
+        value_dim: int, itemsize: int,
     ) -> Sequence[Tiles]:  # fmt: skip
         """Tiles that the kernel can run, cheapest first by estimate."""
 
     def choose(
-        self, kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int,
-        itemsize: int,
+        self, kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape, dim: int,
+        value_dim: int, itemsize: int,
     ) -> Tiles:  # fmt: skip
         """The tiles that were measured to be fastest, else the first candidate."""
 
     def computed_pairs(
-        self, kind: str, rule: Rule, shape: Shape, key_shape: Shape, tiles: Tiles
+        self, kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape, tiles: Tiles
     ) -> int:
         """Query-key pairs that the kernel computes per batch entry and head."""
 

@@ -327,7 +327,7 @@ def _dry_run(args: argparse.Namespace, problem: Problem) -> int:
 
 def _print_tiles(problem: Problem, backend: str, kind: str, most: int) -> None:
     """Print the tiles that a kernel can use; the columns are the fields of the tiles."""
-    from ..profiler.tune import arguments, shapes, tile_chooser
+    from ..profiler.tune import arguments, tile_chooser
 
     tiles: Any = tile_chooser(backend)
     found = tiles.candidates(kind, *arguments(problem))
@@ -336,11 +336,16 @@ def _print_tiles(problem: Problem, backend: str, kind: str, most: int) -> None:
     shown = found[: most or None]
     if chosen not in shown:  # tuned
         shown = [chosen, *shown]
-    others = chosen._fields[2:]
+    # What only another backend's kernels have is the same in all tiles.
+    others = [
+        name
+        for name in chosen._fields[2:]
+        if name.startswith("num_") or len({getattr(each, name) for each in found}) > 1
+    ]
     rows = [
         (
-            f"{by(queries[-rank:])}{' *' if each == chosen else ''}",
-            by(keys[-rank:]),
+            f"{by(each.q_block[-rank:])}{' *' if each == chosen else ''}",
+            by(each.kv_block[-rank:]),
             *(_cell(name, getattr(each, name), rank) for name in others),
             "{:.2f}".format(
                 tiles.computed_pairs(kind, problem.rule, problem.shape, problem.shape, each)
@@ -348,18 +353,20 @@ def _print_tiles(problem: Problem, backend: str, kind: str, most: int) -> None:
             ),
         )
         for each in shown
-        for queries, keys in [shapes(kind, each)]
     ]
-    header = ("queries", "keys", *(n.removeprefix("num_") for n in others), "computed/needed")
+    header = (
+        "queries",
+        "keys",
+        *(name.removeprefix("num_").replace("_", " ") for name in others),
+        "computed/needed",
+    )
     title = f"Backend {backend}, kernel {kind}: {len(shown)} of {len(found)} tiles, "
     print_table(title + "best estimate first, * is used:", header, rows)
 
 
-def _cell(field: str, value: int | None, rank: int) -> str:
+def _cell(field: str, value: int, rank: int) -> str:
     """A field of tiles as text; tiles have three axes, and the last ones are the problem's."""
-    if value is None:
-        return ""
-    return str(value - (3 - rank) if field == "split" else value)
+    return str(value - (3 - rank) if field == "split_axis" else value)
 
 
 def _optimize(
@@ -367,7 +374,7 @@ def _optimize(
 ) -> None:
     from ..profiler import natten_call
     from ..profiler.measure import graph_time
-    from ..profiler.tune import FORWARD_KIND, arguments, optimize, shapes, tile_chooser
+    from ..profiler.tune import FORWARD_KIND, arguments, optimize, tile_chooser
 
     if not found:
         raise ArgumentError(
@@ -393,11 +400,10 @@ def _optimize(
         of_kind = [trial for trial in trials if trial.kind == kind]
         best = min(of_kind, key=lambda trial: trial.time_us)
         pass_name = "forward" if kind == FORWARD_KIND else "forward+backward"
-        queries, keys = shapes(kind, best.tiles)
         print(
             f"{kind}: {len(of_kind)} tiles tried; {duration(of_kind[0].time_us)} {pass_name} with "
             f"the first by estimate, {duration(best.time_us)} with the fastest, queries "
-            f"{queries}, keys {keys}",
+            f"{best.tiles.q_block}, keys {best.tiles.kv_block}",
             file=out,
         )
     for path in paths:

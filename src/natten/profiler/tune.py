@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import backends, tiling, tuning
-from ..backends.interface import TileChooser
+from ..backends.interface import TileChooser, Tiles
 from ..errors import ArgumentError
 from .problem import Problem
 
 FORWARD_KIND = "forward"
-Shape = tuple[int, ...]
 
 
 def tile_chooser(backend: str) -> TileChooser | None:
@@ -121,7 +120,7 @@ def forced_tiles(
             tiles = tile_chooser(backend)
             assert tiles is not None
             candidates = tiles.candidates(kind, *arguments(problem))
-            fitting = next((x for x in candidates if _fits(shapes(kind, x), wanted)), None)
+            fitting = next((x for x in candidates if _fits(x, wanted)), None)
             if fitting is None:
                 prefix = "" if kind == FORWARD_KIND else "backward-"
                 pairs = zip((f"--{prefix}q-tile", f"--{prefix}kv-tile"), wanted)
@@ -136,14 +135,10 @@ def forced_tiles(
         yield
 
 
-def shapes(kind: str, tiles: Any) -> tuple[Shape, Shape]:
-    """Queries and keys that a kind of kernel takes at once, three axes each."""
-    return tiles.q_block, tiles.kv_block
-
-
-def _fits(found: tuple[Shape, Shape], wanted: Forced) -> bool:
+def _fits(tiles: Tiles, wanted: Forced) -> bool:
     return all(
-        sizes is None or shape[-len(sizes) :] == tuple(sizes) for shape, sizes in zip(found, wanted)
+        sizes is None or shape[-len(sizes) :] == tuple(sizes)
+        for shape, sizes in zip((tiles.q_block, tiles.kv_block), wanted)
     )
 
 
@@ -185,9 +180,8 @@ def optimize(
         assert tiles is not None
         key = tiles.key(kind, *arguments(problem))
 
-        def timed(candidate: Any, kind: str = kind, key: str = key) -> float:
-            queries, keys = shapes(kind, candidate)
-            step(f"{kind}: queries {queries}, keys {keys}")
+        def timed(candidate: Tiles, kind: str = kind, key: str = key) -> float:
+            step(f"{kind}: queries {candidate.q_block}, keys {candidate.kv_block}")
             with tuning.trial(key, candidate):
                 return measure(kind)
 

@@ -89,7 +89,7 @@ class Hopper(Backend):
     def tile_chooser(self) -> TileChooser:
         from . import tiles
 
-        return tiles  # type: ignore[return-value]
+        return tiles
 
 
 __getattr__ = _submodules.getter(__name__)

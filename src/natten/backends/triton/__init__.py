@@ -110,7 +110,7 @@ class Triton(Backend):
     def tile_chooser(self) -> TileChooser:
         from . import tiles
 
-        return tiles  # type: ignore[return-value]
+        return tiles
 
 
 __getattr__ = _submodules.getter(__name__)
