@@ -22,7 +22,7 @@ from natten.backends import Problem
 from natten.inputs import Inputs
 from natten.neighborhood import Neighborhood
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", "3.6")  # the first with Gluon for Hopper
 
 from triton.backends.compiler import GPUTarget
 
@@ -382,14 +382,14 @@ def test_an_older_triton_is_declined_before_gluon_is_imported() -> None:
         "print(backends.named('hopper').unsupported(problem))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "3, 2" in done.stdout, done.stderr
+    assert "not with 3.2.0" in done.stdout, done.stderr
 
 
 def test_unknown_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("natten.backends.hopper.release", lambda: (9, 9))
+    monkeypatch.setattr("triton.__version__", "9.9.1")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     said = hopper.unsupported(PLAIN._replace(device=torch.device("cuda")))
-    assert said is not None and "(9, 9)" in said
+    assert said is not None and said.endswith("3.9, not with 9.9.1")
 
 
 @pytest.mark.parametrize("name", ["FLUX", "NAT"])
@@ -415,7 +415,8 @@ def test_products_and_copies_are_asynchronous(monkeypatch: pytest.MonkeyPatch) -
             assert code.count("cp.async.bulk.tensor") >= 4
             # Both warps that fetch wait for the kernel before, and first of all.
             fetches = [
-                m.start() for m in re.finditer("cp.async.bulk.tensor.*shared::cluster.glo", code)
+                m.start()
+                for m in re.finditer(r"cp.async.bulk.tensor.*shared::(cluster|cta)\.glo", code)
             ]
             waits = [m.start() for m in re.finditer("griddepcontrol.wait", code)]
             assert len(waits) == 2 and code.count("griddepcontrol.launch_dependents") == 1

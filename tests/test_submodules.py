@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pkgutil
 import subprocess
@@ -12,13 +11,14 @@ from typing import Any
 import pytest
 
 import natten
+from natten.backends.triton import releases
 
 MODULES = [
     each.name
     for each in pkgutil.walk_packages(natten.__path__, "natten.")
     if not each.name.endswith(".__main__")  # these are programs
 ]
-GPU = ("natten.backends.hopper", "natten.backends.triton")
+GPU = {"natten.backends.hopper": releases.CHECKED[0], "natten.backends.triton": releases.OLDEST}
 
 
 def fresh(code: str) -> str:
@@ -29,8 +29,9 @@ def fresh(code: str) -> str:
 
 
 def test_every_submodule_is_an_attribute() -> None:
-    has_triton = importlib.util.find_spec("triton") is not None
-    names = [name for name in MODULES if has_triton or not name.startswith(GPU)]
+    found = releases.release(releases.version() or "")
+    absent = tuple(name for name, oldest in GPU.items() if found < oldest)
+    names = [name for name in MODULES if not name.startswith(absent)]
     assert "natten.simulator.kernels" in names and "natten.cli.tables" in names
     code = f"import natten\nfor name in {names}: eval(name)\nprint(natten.draw.draw_mask.__name__)"
     assert fresh(code) == "draw_mask\n"

@@ -8,7 +8,6 @@ whether there is dilation.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from functools import cached_property
@@ -22,7 +21,7 @@ from ...inputs import Gradients, Inputs
 from ...neighborhood import Rule
 from .. import triton
 from ..interface import Backend, Problem, Shape, TileChooser
-from .releases import KNOWN, release
+from ..triton import releases
 from .tiles import MOST, native
 
 
@@ -41,14 +40,16 @@ class Hopper(Backend):
     def missing(self, problem: Problem) -> str | None:
         if os.environ.get("TRITON_INTERPRET") == "1":
             return "has no kernels that Triton can interpret"
-        if problem.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        version = releases.version() if problem.device.type == "cuda" else None
+        if version is None:
             return triton.missing(problem)
         if torch.version.hip is not None:
             return "needs an NVIDIA GPU"
         if torch.cuda.get_device_capability(problem.device) != (9, 0):
             return "needs a GPU of compute capability 9.0"
-        if release() not in KNOWN:
-            return f"is checked with Triton {KNOWN}, not with {release()}"
+        if releases.release(version) not in releases.CHECKED:
+            known = ", ".join(".".join(map(str, each)) for each in releases.CHECKED)
+            return f"is checked with Triton {known}, not with {version}"
         return None
 
     def limits(self, problem: Problem) -> str | None:

@@ -9,7 +9,6 @@ strides.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -23,6 +22,7 @@ from ...documents import Documents
 from ...inputs import Gradients, Inputs
 from ...neighborhood import Neighborhood, Rule
 from ..interface import Backend, Problem, Shape, TileChooser
+from . import releases
 
 
 def missing(problem: Problem) -> str | None:
@@ -30,8 +30,11 @@ def missing(problem: Problem) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if problem.device.type != "cuda" and not interpreted:
         return f"runs on GPUs, not on {problem.device.type}"
-    if importlib.util.find_spec("triton") is None:
+    version = releases.version()
+    if version is None:
         return "needs the package triton"
+    if releases.release(version) < releases.OLDEST:
+        return f"needs Triton {'.'.join(map(str, releases.OLDEST))} or newer, not {version}"
     if interpreted or torch.version.hip is not None:
         return None
     if torch.cuda.get_device_capability(problem.device) < (8, 0):
