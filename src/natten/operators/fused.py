@@ -157,7 +157,7 @@ class _Attention(torch.autograd.Function):
         inputs = Inputs(*tensors)
         if is_composed(grad_out, grad_lse):
             _tracing.refuse_gradients()
-            *needed, _ = ctx.needs_input_grad
+            needed = ctx.needs_input_grad[: len(inputs)]  # the operator has several more arguments
             grads = _differentiable_gradient(inputs, needed, grad_out, grad_lse, ctx.call)
         else:
             grads = _gradient(grad_out, grad_lse, inputs, out, lse, ctx.call)
