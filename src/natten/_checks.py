@@ -159,6 +159,10 @@ def check_rpb(rpb: Tensor | None, query: Tensor, rule: Neighborhood, heads: int)
         )
 
 
+# torch.compile of PyTorch 2.7 can not read it inside of a function.
+_LARGEST = sys.float_info.max
+
+
 def check_scale(scale: Any, head_dim: int, name: str = "scale") -> float:
     """The factor on the scores as a float; None means ``head_dim ** -0.5``."""
     if scale is None:
@@ -171,7 +175,7 @@ def check_scale(scale: Any, head_dim: int, name: str = "scale") -> float:
     number = real(scale)
     if number is None:
         raise ArgumentError(f"`{name}` must be None or a number, got {type(scale)}: {scale!r}.")
-    if not -sys.float_info.max <= number <= sys.float_info.max:  # NaN fails this, too
+    if not -_LARGEST <= number <= _LARGEST:  # NaN fails this, too
         raise ArgumentError(f"`{name}` must be None or a finite number, got {scale!r}.")
     return float(number)
 

@@ -169,10 +169,12 @@ class Neighborhood:
             d, k = self.dilation[axis], self.kernel_size[axis]
             x = torch.arange(length, device=device)
             n = group_length(length, d, x % d)
-            start, end = self.windows(axis, x // d, n, n)
-            position = start[:, None] + torch.arange(k, device=device)
-            own_valid = position < end[:, None]
-            own = position.minimum(n[:, None] - 1) * d + (x % d)[:, None]
+            bounds = self.windows(axis, x // d, n, n)
+            # A colon in brackets would bound the length in exports of PyTorch 2.6.
+            start, end, n, group = (each.unsqueeze(1) for each in (*bounds, n, x % d))
+            position = start + torch.arange(k, device=device)
+            own_valid = position < end
+            own = position.minimum(n - 1) * d + group
             spread = [1] * (2 * self.rank)  # every axis of tokens, then every axis of the window
             spread[axis], spread[self.rank + axis] = length, k
             token = token * length + own.view(spread)

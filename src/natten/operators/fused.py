@@ -38,7 +38,7 @@ class Call:
 
     rule: Rule
     scale: float
-    choice: Choice = ANY
+    choice: Choice
     _chosen: dict[str, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     def __call__(self, inputs: Inputs, plain: bool) -> tuple[Tensor, Tensor]:
