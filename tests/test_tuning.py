@@ -2,6 +2,7 @@
 
 import gc
 import multiprocessing
+import sys
 import threading
 import weakref
 from types import SimpleNamespace
@@ -36,8 +37,18 @@ def test_where(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert tuning.directory().is_relative_to(tmp_path / "xdg" / "natten")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert tuning.directory().is_relative_to(tmp_path / "home" / ".cache" / "natten")
+    monkeypatch.delenv("LOCALAPPDATA", raising=False)
+    for home in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(home, str(tmp_path / "home"))
+    for system, caches in (
+        ("linux", ".cache"),
+        ("darwin", "Library/Caches"),
+        ("win32", "AppData/Local"),
+    ):
+        monkeypatch.setattr(sys, "platform", system)
+        assert tuning.directory().is_relative_to(tmp_path / "home" / caches / "natten")
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
+    assert tuning.directory().is_relative_to(tmp_path / "local" / "natten")
     version = tuning.directory().name
     monkeypatch.setattr(tuning, "__version__", "9.9")
     assert tuning.directory().name != version

@@ -4,7 +4,8 @@
 them. There is one small file for each device, version and problem. A file is replaced in one step,
 so that processes may write at the same time.
 
-The directory is ``$NATTEN_CACHE``, else ``$XDG_CACHE_HOME/natten``, else ``~/.cache/natten``.
+The directory is ``$NATTEN_CACHE``, else ``$XDG_CACHE_HOME/natten``, else ``natten`` where the
+system keeps caches: ``~/.cache``, on macOS ``~/Library/Caches``, on Windows ``%LOCALAPPDATA%``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import logging
 import math
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -35,12 +37,19 @@ Tiles = TypeVar("Tiles")
 
 def directory() -> Path:
     """The directory of tiles for this device and version."""
-    root = os.environ.get("NATTEN_CACHE")
-    if not root:
-        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        root = os.path.join(caches, "natten")
+    root = os.environ.get("NATTEN_CACHE") or os.path.join(_home(), "natten")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return Path(root, "tiles", f"{_plain(device)}-{__version__}")
+
+
+def _home() -> str:
+    """Where programs keep what they can make again."""
+    wanted = os.environ.get("XDG_CACHE_HOME")
+    if wanted:
+        return wanted
+    if sys.platform == "win32":
+        return os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/AppData/Local")
+    return os.path.expanduser("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
 
 
 def lookup(key: str) -> Any | None:

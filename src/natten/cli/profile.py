@@ -47,7 +47,8 @@ EPILOG = """examples:
   dense attention alone, by cuDNN, on a GPU:
     natten profile -i 4096 -d 128 --dtype bf16 --backend cudnn
 
-Tuned tiles are kept in $NATTEN_CACHE, else $XDG_CACHE_HOME/natten, else ~/.cache/natten.
+Tuned tiles are kept in $NATTEN_CACHE, else $XDG_CACHE_HOME/natten, else where the system keeps
+caches; natten env says where that is.
 """
 DTYPES = {
     "fp64": torch.float64,
