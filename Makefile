@@ -6,6 +6,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
 TRITONS := 3.7 3.8 newest
+# What goes with this PyTorch and no other.
+PINNED := $(if $(filter torch==2.13.0%,$(TORCH)),-r tests/pinned.txt)
 
 .PHONY: demo test lint wheel kernels bench tables site
 
@@ -21,11 +23,20 @@ lint: $(VENV)/.dev
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
+# The wheel is built from the sdist, whose tests find all that they need: some of them run.
 wheel: $(VENV)/.dev
-	rm -rf dist
-	$(PY) -m build --wheel
-	$(PY) -c "import os; w, = os.listdir('dist'); size = os.path.getsize('dist/' + w); \
+	rm -rf dist build
+	$(PY) -m build
+	$(PY) -m twine check --strict dist/*
+	$(PY) -m pip check
+	$(PY) -c "import glob, os; w, = glob.glob('dist/*.whl'); size = os.path.getsize(w); \
 		print(w, size, 'bytes'); assert w.endswith('-py3-none-any.whl') and size < 1_000_000"
+	mkdir build && tar -xzf dist/*.tar.gz -C build --strip-components=1
+	if git rev-parse -q --verify HEAD >/dev/null 2>&1; then \
+		git ls-files | while read -r file; do test -e "build/$$file" || echo "$$file"; done \
+		| (! grep .); fi
+	cd build && PYTHONPATH=src $(abspath $(PY)) -m pytest -q -p no:cacheprovider \
+		tests/test_signatures.py tests/test_benchmarks.py tests/test_imports.py
 
 kernels: $(VENV)/.dev $(TRITONS:%=$(VENV)/triton-%/.installed)
 	$(PY) benchmarks/kernels.py
@@ -45,8 +56,8 @@ $(VENV)/bin/python:
 	$(PY) -m pip install -q --upgrade pip
 	$(PY) -m pip install -q "$(TORCH)"
 
-$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(VENV)/bin/python pyproject.toml
-	$(PY) -m pip install -q "$(TORCH)" -e ".[$*]"
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(VENV)/bin/python pyproject.toml tests/pinned.txt
+	$(PY) -m pip install -q "$(TORCH)" -e ".[$*]" $(if $(filter dev,$*),$(PINNED))
 	touch $@
 
 # Releases of Triton beside the environment's, for benchmarks/kernels.py.
