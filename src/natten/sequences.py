@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._checks import check_same_shape
 from ._numbers import integer
-from ._torch import assert_later
+from ._torch import assert_later, is_transformed
 from .documents import Documents
 from .errors import ArgumentError
 
@@ -131,7 +131,7 @@ def sequence_lengths(
         return None
     name = f"cumulative_seqlen_{side}" if cumulative is not None else f"seqlens_{side}"
     check_integers(name, given)
-    numbers = given.tolist()
+    numbers = _integers_of(given)
     if cumulative is not None:
         lengths = [b - a for a, b in itertools.pairwise(numbers)]
         complete = bool(numbers) and numbers[0] == 0 and numbers[-1] == tokens
@@ -143,10 +143,10 @@ def sequence_lengths(
         )
     if cumulative is not None and seqlens is not None:
         check_integers(f"seqlens_{side}", seqlens)
-        if seqlens.tolist() != lengths:
+        numbers = _integers_of(seqlens)
+        if numbers != lengths:
             raise ArgumentError(
-                f"`seqlens_{side}` must be the lengths that `{name}` has, {lengths}, "
-                f"got {seqlens.tolist()}."
+                f"`seqlens_{side}` must be the lengths that `{name}` has, {lengths}, got {numbers}."
             )
     if longest is not None and longest < max(lengths, default=0):
         raise ArgumentError(
@@ -154,6 +154,12 @@ def sequence_lengths(
             f"got {longest}."
         )
     return lengths
+
+
+def _integers_of(x: Tensor) -> list[int]:
+    """The numbers of a 1-D tensor."""
+    # Up to PyTorch 2.8, tolist looks for memory that a tensor inside of torch.func has not.
+    return [int(n) for n in x] if is_transformed() else x.tolist()
 
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
