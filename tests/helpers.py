@@ -14,6 +14,7 @@ from natten.inputs import Inputs
 from natten.neighborhood import Neighborhood, window_mask
 
 hopper, triton, sdpa, tiled, reference = backends.BACKENDS
+RELEASE = tuple(int(n) for n in torch.__version__.split(".")[:2])  # of PyTorch
 
 # RMS of the error over RMS of the value, for outputs; gradients may have twice as much.
 RATIO = {

@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import RELEASE, assert_close
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.export import Dim, export
@@ -265,7 +265,11 @@ def test_forward_mode_is_never_silently_zero(mode, function):
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(mode, fullgraph=True, backend="aot_eager")(function, q, tangent)
     eager_inside = torch.compile(mode, backend="aot_eager")
-    assert_close("tangent", expected, eager_inside(function, q, tangent), 1e-12)
+    if RELEASE < (2, 7) and mode is through_dual_numbers:  # it runs nothing eagerly there
+        with pytest.raises(natten.errors.UnsupportedError, match="forward mode"):
+            eager_inside(function, q, tangent)
+    else:
+        assert_close("tangent", expected, eager_inside(function, q, tangent), 1e-12)
 
 
 def test_activation_checkpointing():

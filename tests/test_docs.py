@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import RELEASE
 
 from natten import backends
 from natten.cli import main
@@ -33,6 +34,8 @@ COMMANDS = [
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_runs(page, tmp_path, monkeypatch):
+    if page.name == "export.md" and RELEASE < (2, 8):
+        pytest.skip("its exporter to ONNX does not say that it is one")
     monkeypatch.chdir(tmp_path)  # examples write their files here
     monkeypatch.setattr(backends, "BACKENDS", backends.BACKENDS)  # one page adds a backend
     torch.manual_seed(0)
