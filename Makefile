@@ -40,6 +40,8 @@ wheel: $(VENV)/.dev
 
 kernels: $(VENV)/.dev $(TRITONS:%=$(VENV)/triton-%/.installed)
 	$(PY) benchmarks/kernels.py
+	for triton in $(TRITONS); do \
+		PYTHONPATH=$(VENV)/triton-$$triton $(PY) -m pytest -q tests/test_launching.py || exit; done
 
 bench: $(VENV)/.dev
 	$(PY) benchmarks/run.py --device cpu --out .bench.csv

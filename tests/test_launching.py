@@ -29,13 +29,15 @@ from triton.runtime import _allocation, driver
 from natten.backends import Backend
 from natten.backends.hopper import plan as hopper_plan
 from natten.backends.triton.launch import Launch, kernel, per_axis, strides_of
+from natten.backends.triton.releases import release
 from natten.inputs import Inputs
 from natten.neighborhood import Neighborhood
 
-pytestmark = pytest.mark.skipif(
-    not triton.__version__.startswith("3.6."), reason="no short way with this Triton"
-)
+NEW = release(triton.__version__) > (3, 6)  # one function in C for all kernels
+# Where the function in C takes metadata of the launch and two hooks.
+HOOKS = slice(8, 11) if NEW else slice(10, 13)
 RULE = Neighborhood.create(2, (7, 5), 1, (1, 2), (False, True))
+ENCODE = "fill_tma_descriptor_tiled" if NEW else "fill_tma_descriptor"
 Launches = list[tuple[Any, ...]]
 
 
@@ -50,13 +52,20 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
         found.append(args)
 
     built = SimpleNamespace(launch=launch)
-    monkeypatch.setattr(nvidia, "compile_module_from_src", lambda **_: built)
-    monkeypatch.setattr(nvidia, "library_dirs", lambda: [])
+    for name, fake in {
+        "compile_module_from_src": lambda **_: built,  # 3.6 builds a function for each kernel
+        "library_dirs": lambda: [],
+        "PyKernelArg": lambda nested_tuple, type: (nested_tuple, type),
+        **{f"ARG_{kind}": kind for kind in ("CONSTEXPR", "KERNEL", "TUPLE")},
+    }.items():
+        monkeypatch.setattr(nvidia, name, fake, raising=False)
     with compiled._compiler(GPUTarget("cuda", 90, 32), 227 * 1024):
         active: Any = driver.active
         active.launcher_cls = nvidia.CudaLauncher
         active.utils = SimpleNamespace(
-            fill_tma_descriptor=lambda *args: ("map", *args),
+            launch=launch,
+            build_signature_metadata=lambda types: " ".join(types).encode(),
+            **{ENCODE: lambda *args: ("map", *args)},
             get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
             load_binary=lambda *_: (object(), 4321, 32, 0, 1024),
         )
@@ -76,7 +85,8 @@ def attention(backend: Backend, extra: int = 0) -> None:
 
 def plain(args: tuple[Any, ...]) -> list[Any]:
     """All but hooks and what is for them; tensors by their addresses."""
-    parts = (*args[:10], *args[13:])
+    *parts, last = (*args[: HOOKS.start], *args[HOOKS.stop :])
+    parts += last if NEW else [last]  # all arguments of the kernel are one
     return [x.data_ptr() if isinstance(x, Tensor) else x for x in parts]
 
 
@@ -164,8 +174,9 @@ def test_the_short_way_passes_what_triton_passes(
     for first, short, hooked, again in zip(*(launched[i::4] for i in range(4))):
         assert plain(first) == plain(short) == plain(hooked) == plain(again)
         # Triton always passes its chains of hooks, the short way never: it tells them apart.
-        assert first[11] is hooked[11] is chain
-        assert short[10:13] == again[10:13] == (None, None, None)
+        assert first[HOOKS][1] is hooked[HOOKS][1] is chain
+        assert short[HOOKS] == again[HOOKS] == (None, None, None)
+        assert len(first) == len(short) and (not NEW or len(short) == 16)
 
 
 def run_forward(query: Tensor, key: Tensor, out: Tensor, lse: Tensor) -> None:
@@ -181,7 +192,7 @@ def test_a_map_is_encoded_once_per_address(
     launched: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode = Mock(return_value="map")
-    monkeypatch.setattr(driver.active.utils, "fill_tma_descriptor", encode)
+    monkeypatch.setattr(driver.active.utils, ENCODE, encode)
     q, out = (torch.empty(1, 12, 16, 2, 64, dtype=torch.bfloat16) for _ in range(2))
     lse = q.new_empty(1, 12, 16, 2, dtype=torch.float32)
     for x, encoded in ((q, 4), (q, 8), (q, 8), (q.clone(), 9), (q, 9)):
@@ -211,25 +222,71 @@ def test_descriptors_do_not_keep_memory(launched: Launches) -> None:
     assert alive() is None
 
 
-@pytest.mark.parametrize("change", ["release", "driver", "scratch"])
+def use_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let kernels need memory that a profiler gives them."""
+    allocator = SimpleNamespace(get=lambda: lambda *_: None)
+    monkeypatch.setattr(_allocation, "_profile_allocator", allocator)
+    monkeypatch.setattr(_allocation, "has_profile_allocator", lambda: True, raising=False)
+    before = nvidia.CudaLauncher.__init__
+
+    def init(self: Any, *args: Any) -> None:
+        before(self, *args)
+        self.profile_scratch_size = 16
+
+    monkeypatch.setattr(nvidia.CudaLauncher, "__init__", init)
+
+
+def pass_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a release that nobody looked at pass one more argument to the function in C."""
+    monkeypatch.setattr(triton, "__version__", "3.99.0")
+    before = nvidia.CudaLauncher.__call__
+
+    def call(self: Any, *args: Any) -> None:
+        launch = self.launch
+        self.launch = lambda *args: launch(*args, "more")
+        before(self, *args)
+        self.launch = launch
+
+    monkeypatch.setattr(nvidia.CudaLauncher, "__call__", call)
+
+
+def pass_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let such a release give another one of them."""
+    monkeypatch.setattr(triton, "__version__", "3.99.0")
+    before = nvidia.CudaLauncher.__call__
+
+    def call(self: Any, *args: Any) -> None:
+        before(self, *args[:5], (*args[5], 1), *args[6:])
+
+    monkeypatch.setattr(nvidia.CudaLauncher, "__call__", call)
+
+
+def be_of_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvidia.CudaLauncher, "__module__", "triton.backends.amd.driver")
+
+
+@pytest.mark.parametrize(
+    "change", [use_scratch, be_of_amd, pass_more, pass_another], ids=lambda f: f.__name__
+)
 def test_triton_launches_where_its_internals_are_not_known(
-    change: str, launched: Launches, monkeypatch: pytest.MonkeyPatch
+    change: Callable[..., None], launched: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if change == "release":
-        monkeypatch.setattr(triton, "__version__", "3.99.0")
-    elif change == "driver":
-        monkeypatch.setattr(nvidia.CudaLauncher, "__module__", "triton.backends.amd.driver")
-    else:
-        allocator = SimpleNamespace(get=lambda: lambda *_: None)
-        monkeypatch.setattr(_allocation, "_profile_allocator", allocator)
-        before = nvidia.CudaLauncher.__init__
-
-        def init(self: Any, *args: Any) -> None:
-            before(self, *args)
-            self.profile_scratch_size = 16
-
-        monkeypatch.setattr(nvidia.CudaLauncher, "__init__", init)
-    launch_often(monkeypatch, lambda: None)
+    change(monkeypatch)
+    launch_often(monkeypatch, lambda: None, lambda: None)
     attention(portable)
-    assert len(launched) == 2 * 3
-    assert all(args[11] is knobs.runtime.launch_enter_hook for args in launched)
+    assert len(launched) == 3 * 3
+    assert all(args[HOOKS][1] is knobs.runtime.launch_enter_hook for args in launched)
+
+
+@pytest.mark.parametrize("backend", [portable, hopper], ids=["triton", "hopper"])
+def test_an_unknown_release_is_compared_first(
+    backend: Backend, launched: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton launches twice; then what it passed is known."""
+    monkeypatch.setattr(triton, "__version__", "3.99.0")
+    launch_often(monkeypatch, lambda: None, lambda: None)
+    attention(backend)
+    for first, second, third in zip(*(launched[i::3] for i in range(3))):
+        assert plain(first) == plain(second) == plain(third)
+        hook = knobs.runtime.launch_enter_hook
+        assert [args[HOOKS][1] is hook for args in (first, second, third)] == [True, True, not NEW]

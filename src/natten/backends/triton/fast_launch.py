@@ -2,8 +2,9 @@
 
 At each launch Triton describes it for profilers and encodes its tensor maps; on the host that takes
 longer than a small kernel on the GPU. Here Triton's function in C below that is called. What leans
-on the internals of Triton is in this file; launches go Triton's own way in releases whose internals
-are not known, and while a profiler hooks into launches.
+on the internals of Triton is in this file. In a release that is newer than those that were looked
+at, that is done only after comparing with what Triton itself passes. Launches go Triton's own way
+where they differ, and while a profiler hooks into launches.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from ...tuning import Bounded
+from .releases import CHECKED, release
 
 Tensors = Mapping[str, Tensor | None]
 Addresses = Sequence[int | None]
@@ -46,36 +48,23 @@ def launcher(
     Returns:
         A function of the tensors: of their addresses, in order, and of themselves, by name.
     """
-    runner, own = compiled[grid], compiled.run
-    count = sum(make is not None for make in describe.values())
+    runner = compiled[grid]
 
     def slow(addresses: Addresses, tensors: Tensors) -> None:
         runner(*described(describe, tensors).values(), *last)
 
-    if (
-        not triton.__version__.startswith("3.6.")
-        or type(own).__module__ != "triton.backends.nvidia.driver"
-        or own.global_scratch_size
-        or own.profile_scratch_size
-        or len(compiled.metadata.tensordesc_meta) != count
-    ):
+    is_checked = release(triton.__version__) in CHECKED
+    try:
+        short = _short_way(compiled, grid, describe, last)
+    except Exception:
+        if is_checked:
+            raise
+        return slow  # a later Triton has other internals
+    if short is None:
         return slow
-    launch = own.launch
+    launch, arguments = short
     hooks, device = knobs.runtime, driver.active.get_current_device()
     stream = driver.active.get_current_stream
-    between = (
-        compiled.function, own.launch_cooperative_grid, own.launch_pdl, None, None,
-        compiled.packed_metadata, None, None, None,
-    )  # fmt: skip
-
-    def complete(addresses: Sequence[Any], tensors: Tensors, stream: int) -> tuple[Any, ...]:
-        return (*grid, stream, *between, *addresses, *last)
-
-    arguments: Arguments = complete
-    if count:
-        launch = inspect.getclosurevars(launch).nonlocals["launcher"]
-        encode = sys.modules[type(own).__module__].make_tensordesc_arg
-        arguments = _kept(complete, _flattener(compiled, describe, encode))
 
     def fast(addresses: Addresses, tensors: Tensors) -> None:
         try:
@@ -87,7 +76,123 @@ def launcher(
         else:
             launch(*arguments(addresses, tensors, stream(device)))
 
-    return fast
+    if is_checked:
+        return fast
+
+    def agrees(addresses: Addresses, tensors: Tensors) -> bool:
+        passed = _passed(compiled.run, lambda: slow(addresses, tensors))
+        try:
+            return _agree(passed, arguments(addresses, tensors, stream(device)))
+        except Exception:
+            return False
+
+    return _once_compared(agrees, fast, slow)
+
+
+def _short_way(
+    compiled: Any,
+    grid: Sequence[int],
+    describe: Mapping[str, Describe | None],
+    last: Sequence[Any],
+) -> tuple[Callable[..., None], Arguments] | None:
+    """Triton's function in C and its arguments; None where Triton itself has to launch."""
+    own = compiled.run
+    metas = getattr(compiled.metadata, "tensordesc_meta", None) or ()
+    count = sum(make is not None for make in describe.values())
+    if (
+        type(own).__module__ != "triton.backends.nvidia.driver"
+        or own.global_scratch_size
+        or own.profile_scratch_size
+        or getattr(own, "gsan_enabled", False)  # a sanitizer, from Triton 3.8 on
+        or len(metas) != count
+    ):
+        return None
+    arguments = _complete(compiled, grid, last)
+    if count:
+        arguments = _kept(arguments, _flattener(own, metas, describe))
+    return getattr(*_place(own)), arguments
+
+
+def _complete(compiled: Any, grid: Sequence[int], last: Sequence[Any]) -> Arguments:
+    """All arguments of the function in C, made of those that differ from launch to launch."""
+    own = compiled.run
+    between: tuple[Any, ...]
+    start = compiled.function, own.launch_cooperative_grid, own.launch_pdl
+    # What is None: memory for scratch, twice, and metadata of the launch for two hooks.
+    if release(triton.__version__) <= (3, 6):
+        between = (*start, None, None, compiled.packed_metadata, None, None, None)
+        return lambda flat, tensors, stream: (*grid, stream, *between, *flat, *last)
+    between = (
+        *start, compiled.packed_metadata, None, None, None, None, None,
+        own.arg_annotations, own.kernel_signature,
+    )  # fmt: skip
+    return lambda flat, tensors, stream: (*grid, stream, *between, (*flat, *last))
+
+
+def _place(own: Any) -> tuple[Any, str]:
+    """An object and the name of its attribute that is the function in C, which Triton calls."""
+    names = getattr(getattr(own.launch, "__code__", None), "co_freevars", ())
+    if "launcher" in names:  # a function that encodes descriptors
+        return own.launch.__closure__[names.index("launcher")], "cell_contents"
+    return own, "launch"
+
+
+# --- a release that nobody looked at ------------------------------------------------------------
+
+
+def _passed(own: Any, run: Callable[[], None]) -> tuple[Any, ...]:
+    """What the function in C is given while ``run`` launches a kernel Triton's way."""
+    found: tuple[Any, ...] = ()
+    holder, name = _place(own)
+    launch = getattr(holder, name)
+
+    def keep(*args: Any) -> None:
+        nonlocal found
+        found = args
+        launch(*args)
+
+    setattr(holder, name, keep)
+    try:
+        run()
+    finally:
+        setattr(holder, name, launch)
+    return found
+
+
+def _agree(theirs: Sequence[Any], ours: Sequence[Any]) -> bool:
+    """Whether arguments of the function in C are the same, but those that are for hooks."""
+    if len(theirs) != len(ours):
+        return False
+    hooks = range(8, 11)
+    return all(_same(a, b) for i, (a, b) in enumerate(zip(theirs, ours)) if i not in hooks)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return type(b) is int and a.data_ptr() == b
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    # Tensor maps have no equality.
+    return a is b or (type(a) is type(b) and (a == b or type(a).__eq__ is object.__eq__))
+
+
+def _once_compared(
+    agrees: Callable[[Addresses, Tensors], bool], fast: Launcher, slow: Launcher
+) -> Launcher:
+    """A launcher that is ``fast`` from the second launch on, if the first one ``agrees``."""
+    chosen: Launcher | None = None
+
+    def run(addresses: Addresses, tensors: Tensors) -> None:
+        nonlocal chosen
+        if chosen is None:
+            chosen = fast if agrees(addresses, tensors) else slow
+        else:
+            chosen(addresses, tensors)
+
+    return run
+
+
+# --- arguments ----------------------------------------------------------------------------------
 
 
 def described(describe: Mapping[str, Describe | None], tensors: Tensors) -> dict[str, Any]:
@@ -118,16 +223,17 @@ def _kept(complete: Arguments, flat: Callable[[Addresses, Tensors], Sequence[Any
 
 
 def _flattener(
-    compiled: Any, describe: Mapping[str, Describe | None], encode: Callable[..., list[Any]]
+    own: Any, metas: Sequence[Any], describe: Mapping[str, Describe | None]
 ) -> Callable[[Addresses, Tensors], list[Any]]:
     """A function of a kernel's tensors: those arguments that the function in C takes.
 
     What a descriptor becomes there, a tensor map with shape and strides, depends on the address
     alone. It is kept, too, for when only some tensors are where others were.
     """
-    metas = iter(compiled.metadata.tensordesc_meta)
+    encode, following = sys.modules[type(own).__module__].make_tensordesc_arg, iter(metas)
+    unused = (None,) * (len(inspect.signature(encode).parameters) - 2)  # from Triton 3.8 on
     encoders: list[Any] = [
-        make and (name, make, next(metas), Bounded(_KEPT)) for name, make in describe.items()
+        make and (name, make, next(following), Bounded(_KEPT)) for name, make in describe.items()
     ]
 
     def flat(addresses: Addresses, tensors: Tensors) -> list[Any]:
@@ -139,7 +245,7 @@ def _flattener(
             name, make, meta, kept = encoder
             known = kept.get(address)
             if known is None:
-                known = encode(make(tensors[name]), meta)
+                known = encode(make(tensors[name]), meta, *unused)
                 kept.keep(address, known)
             found += known
         return found
