@@ -382,14 +382,7 @@ def test_an_older_triton_is_declined_before_gluon_is_imported() -> None:
         "print(backends.named('hopper').unsupported(problem))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "not with 3.2.0" in done.stdout, done.stderr
-
-
-def test_unknown_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("triton.__version__", "9.9.1")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    said = hopper.unsupported(PLAIN._replace(device=torch.device("cuda")))
-    assert said is not None and said.endswith("3.9, not with 9.9.1")
+    assert "not 3.2.0" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("name", ["FLUX", "NAT"])

@@ -48,9 +48,17 @@ class Hopper(Backend):
         if torch.cuda.get_device_capability(problem.device) != (9, 0):
             return "needs a GPU of compute capability 9.0"
         if releases.release(version) not in releases.CHECKED:
-            known = ", ".join(".".join(map(str, each)) for each in releases.CHECKED)
-            return f"is checked with Triton {known}, not with {version}"
+            return self._without_check(version, problem.device)
         return None
+
+    def _without_check(self, version: str, device: torch.device) -> str | None:
+        """What is known of a release of Triton that nobody checked."""
+        oldest = releases.CHECKED[0]
+        if releases.release(version) < oldest:
+            return f"needs Triton {'.'.join(map(str, oldest))} or newer, not {version}"
+        from . import probe
+
+        return probe.verdict(version, device)
 
     def limits(self, problem: Problem) -> str | None:
         wide = native(problem.head_dim), native(problem.value_dim)
