@@ -208,7 +208,8 @@ def packed_oracle(
     leaves: list[Tensor], layout: VarlenLayout, rule: Neighborhood, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The oracle of packed attention, one document after another."""
-    from natten.functional import fit_window, neighborhood_attention_generic
+    from natten.functional import neighborhood_attention_generic
+    from natten.neighborhood import fit_window
 
     results = []
     for shape, *qkv in zip(layout, *(layout.unpack(x[0]) for x in leaves)):
