@@ -99,23 +99,27 @@ def packed_attention(
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        query, key, value, backend, documents, rule, scale, _ = args
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, *others: Any
+    ) -> tuple[Tensor, Tensor]:
+        backend, documents, rule, scale, _ = ctx.others = others
         out, lse = backend.packed_forward(Inputs(query, key, value), documents, rule, scale)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.others = args[3:]
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        *inputs, out, lse = ctx.saved_tensors
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        *tensors, out, lse = ctx.saved_tensors
         backend, documents, rule, scale, one_by_one = ctx.others
-        if is_composed(*grads):
-            found = differentiable_gradients(one_by_one, inputs, ctx.needs_input_grad[:3], grads)
+        grads: Sequence[Tensor | None]
+        if is_composed(grad_out, grad_lse):
+            needed = ctx.needs_input_grad[: len(tensors)]
+            grads = differentiable_gradients(one_by_one, tensors, needed, (grad_out, grad_lse))
         else:
-            grad_out = torch.zeros_like(out) if grads[0] is None else grads[0]
+            grad_out = torch.zeros_like(out) if grad_out is None else grad_out
             found = backend.packed_backward(
-                grad_out, grads[1], Inputs(*inputs), out, lse, documents, rule, scale
+                grad_out, grad_lse, Inputs(*tensors), out, lse, documents, rule, scale
             )
-        return (*found[:3], *(None for _ in ctx.others))
+            grads = found.query, found.key, found.value
+        return (*grads, *(None for _ in ctx.others))
