@@ -1,7 +1,7 @@
 """Measure by Nsight Compute how busy each kernel keeps the resources that may limit it.
 
     ncu --csv --page raw --section SpeedOfLight --section ComputeWorkloadAnalysis \\
-        --section MemoryWorkloadAnalysis -k regex:"(forward|pass|query|key)_kernel" \\
+        --section MemoryWorkloadAnalysis -k regex:"(forward|backward|dq|dkdv)_kernel" \\
         python benchmarks/limits.py > ncu.csv              # runs every case once
     python benchmarks/limits.py --from ncu.csv --about "NVIDIA H100, ..." \\
         --out benchmarks/results/limits/h100.csv
