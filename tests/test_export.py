@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import natten
 from natten import gather
 from natten.inputs import Inputs
-from natten.operators import gathered_gradient
+from natten.operators import composed_attention, gathered_gradient
 
 # --- gathered maps ---
 
@@ -119,6 +119,16 @@ def test_decomposed_training_step(rank):
     assert not of_ours(trace.graph)
     for expected, found in zip(step(*given), trace(*given), strict=True):
         assert_close("step", expected, found, 1e-5)
+
+
+def test_gathered_attention_under_autocast():
+    """Products are rounded there, the LSE is not; the bias has its part in that."""
+    q, rpb = torch.randn(1, 9, 2, 8), torch.randn(2, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = composed_attention(
+            Inputs(q, q, q, rpb), natten.Neighborhood.create(1, 3), 0.3, gathered=True
+        )
+    assert out.dtype == lse.dtype == torch.float32
 
 
 def test_rows_with_nothing_to_attend():

@@ -95,7 +95,7 @@ class _Products:
         """Scores of scaled queries in the window's slots, then those of additional keys."""
         slots = self.qk(inputs.query, inputs.key)
         if inputs.rpb is not None:
-            slots = slots + self.bias(inputs.rpb.to(slots.dtype))
+            slots = slots + self.bias(inputs.rpb.to(inputs.query.dtype))
         slots = self.masked(slots, -math.inf)
         if inputs.additional_keys is None:
             return slots
