@@ -177,7 +177,7 @@ def test_profile_as_json(capsys, tmp_path):
     arguments += ["--dilation", 2, "-c", "true", "0", "--dtype", "fp64"]
     found = json.loads(called(capsys, "profile", *arguments, "--json").out)
     problem = found["problem"]
-    assert problem["extra"] == 2 and (problem["dim"], problem["value_dim"]) == (8, 4)
+    assert problem["num_additional"] == 2 and (problem["dim"], problem["value_dim"]) == (8, 4)
     assert (problem["heads"], problem["kv_heads"]) == (2, 1)
     assert problem["is_causal"] == [True, False] and problem["dtype"] == "float64"
     assert [each["attention"] for each in found["times"]] == ["natten tiled"]

@@ -68,7 +68,7 @@ CASES = {
     "extra alone": (fused(additional_keys=EXTRA), "given together, but `additional_values`"),
     "extra shape": (
         fused(additional_keys=EXTRA[..., :3], additional_values=EXTRA),
-        r"`additional_keys` must be \[batch, extra, heads_kv, head_dim\]",
+        r"`additional_keys` must be \[batch, num_additional, heads_kv, head_dim\]",
     ),
     "extra count": (
         fused(additional_keys=EXTRA, additional_values=EXTRA[:, :2]),

@@ -26,7 +26,7 @@ def _own_directory(tmp_path, monkeypatch):
 
 def small(**changes):
     rule = Neighborhood.create(2, (3, 5), (1, 2), (2, 1), (False, True))
-    sizes = {"batch": 2, "heads": 4, "kv_heads": 2, "dim": 8, "value_dim": 4, "extra": 3}
+    sizes = {"batch": 2, "heads": 4, "kv_heads": 2, "dim": 8, "value_dim": 4, "num_additional": 3}
     return Problem((7, 9), rule, **(sizes | changes))
 
 
@@ -170,7 +170,7 @@ def test_problem_checks_itself():
         small().__class__((7, 4), small().rule)
     with pytest.raises(ArgumentError, match="`heads`"):
         small(kv_heads=3)
-    for name, size in (("batch", 0), ("kv_heads", 0), ("dim", 8.0), ("extra", -1)):
+    for name, size in (("batch", 0), ("kv_heads", 0), ("dim", 8.0), ("num_additional", -1)):
         with pytest.raises(ArgumentError, match=f"`{name}`.*{size}"):
             small(**{name: size})
 

@@ -133,8 +133,8 @@ def check_additional(
         wanted = (query.shape[0], like.shape[-2], like.shape[-1])
         if x.dim() != 4 or (x.shape[0], x.shape[2], x.shape[3]) != wanted:
             raise ArgumentError(
-                f"`{name}` must be [batch, extra, heads_kv, head_dim] with batch, heads_kv and "
-                f"head_dim {wanted}, got {tuple(x.shape)}."
+                f"`{name}` must be [batch, num_additional, heads_kv, head_dim] with batch, "
+                f"heads_kv and head_dim {wanted}, got {tuple(x.shape)}."
             )
     if keys.shape[1] != values.shape[1]:
         raise ArgumentError(

@@ -146,8 +146,8 @@ def _check_additional(name: str, additional: Tensor, like: Tensor) -> None:
     wanted = (like.shape[0], like.shape[1], like.shape[-1])
     if additional.dim() != 4 or (*additional.shape[:2], additional.shape[-1]) != wanted:
         raise ArgumentError(
-            f"`{name}` must be [batch, heads, extra, head_dim] with batch, heads and head_dim "
-            f"{wanted}, got {tuple(additional.shape)}."
+            f"`{name}` must be [batch, heads, num_additional, head_dim] with batch, heads and "
+            f"head_dim {wanted}, got {tuple(additional.shape)}."
         )
 
 

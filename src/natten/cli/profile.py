@@ -223,7 +223,7 @@ def problem_of(args: argparse.Namespace) -> Problem:
         kv_heads=heads_kv,
         dim=args.dim,
         value_dim=args.dim_value or args.dim,
-        extra=args.add_kv,
+        num_additional=args.add_kv,
         dtype=DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")],
         device=device,
     )
@@ -350,7 +350,7 @@ def _print_tiles(problem: Problem, backend: str, kind: str, most: int) -> None:
             *(_cell(name, getattr(each, name), rank) for name in others),
             "{:.2f}".format(
                 tiles.computed_pairs(kind, problem.rule, problem.shape, problem.shape, each)
-                / (problem.needed_pairs - problem.tokens * problem.extra)
+                / (problem.needed_pairs - problem.tokens * problem.num_additional)
             ),
         )
         for each in shown

@@ -27,7 +27,7 @@ class Problem:
         rule: window, stride, dilation and causality.
         batch, heads, kv_heads, dim, value_dim: sizes of ``[batch, *shape, heads, dim]``; ``heads``
             is a multiple of ``kv_heads``.
-        extra: additional keys and values.
+        num_additional: how many additional keys and values there are.
         dtype, device: those of all tensors.
 
     Example:
@@ -44,14 +44,15 @@ class Problem:
     kv_heads: int = 1
     dim: int = 64
     value_dim: int = 64
-    extra: int = 0
+    num_additional: int = 0
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
 
     def __post_init__(self) -> None:
         self.rule.check(self.shape)
         for name, least in (
-            ("batch", 1), ("heads", 1), ("kv_heads", 1), ("dim", 1), ("value_dim", 1), ("extra", 0)
+            ("batch", 1), ("heads", 1), ("kv_heads", 1), ("dim", 1), ("value_dim", 1),
+            ("num_additional", 0),
         ):  # fmt: skip
             size = getattr(self, name)
             if type(size) is not int or size < least:
@@ -71,7 +72,7 @@ class Problem:
     @property
     def all_pairs(self) -> int:
         """Query-key pairs of dense attention, per batch entry and head."""
-        return self.tokens * (self.tokens + self.extra)
+        return self.tokens * (self.tokens + self.num_additional)
 
     @cached_property
     def needed_pairs(self) -> int:
@@ -84,14 +85,14 @@ class Problem:
                 start, end = self.rule.windows(axis, torch.arange(n, device="cpu"), n, n)
                 pairs += groups * int((end - start).sum())
             windows *= pairs
-        return windows + self.tokens * self.extra
+        return windows + self.tokens * self.num_additional
 
     def question(self, operation: str) -> backends.Problem:
         """The problem by which :mod:`natten.backends` chooses for "attention" or its "gradient"."""
         return backends.Problem(
             operation, self.device, self.dtype, self.dim, self.value_dim,
             (self.batch, *self.shape, self.heads, self.dim), self.rule, self.dim**-0.5,
-            key_shape=self.shape, additional=self.extra > 0,
+            key_shape=self.shape, additional=self.num_additional > 0,
         )  # fmt: skip
 
     @property
@@ -114,10 +115,11 @@ class Problem:
 
     def bytes(self, backward: bool = False) -> int:
         """Bytes of inputs and output, each moved once; with ``backward`` also of the gradients."""
-        query = self.tokens * self.heads * (self.dim + self.value_dim)  # query and output
-        key = (self.tokens + self.extra) * self.kv_heads * (self.dim + self.value_dim)  # and value
+        channels = self.dim + self.value_dim
+        queries = self.tokens * self.heads * channels  # and outputs
+        keys = (self.tokens + self.num_additional) * self.kv_heads * channels  # and values
         passes = 3 if backward else 1  # the backward reads everything again and writes gradients
-        return passes * self.batch * (query + key) * self.dtype.itemsize
+        return passes * self.batch * (queries + keys) * self.dtype.itemsize
 
     def inputs(self, requires_grad: bool = False) -> dict[str, Tensor]:
         """Random arguments of ``neighborhood_attention_generic``, heads-last."""
@@ -126,9 +128,9 @@ class Problem:
             "key": (*self.shape, self.kv_heads, self.dim),
             "value": (*self.shape, self.kv_heads, self.value_dim),
         }
-        if self.extra:
-            sizes["additional_keys"] = (self.extra, self.kv_heads, self.dim)
-            sizes["additional_values"] = (self.extra, self.kv_heads, self.value_dim)
+        if self.num_additional:
+            sizes["additional_keys"] = (self.num_additional, self.kv_heads, self.dim)
+            sizes["additional_values"] = (self.num_additional, self.kv_heads, self.value_dim)
         return {
             name: torch.randn(
                 self.batch, *size, device=self.device, dtype=self.dtype, requires_grad=requires_grad
@@ -138,7 +140,7 @@ class Problem:
 
     def dense_inputs(self, requires_grad: bool = False) -> dict[str, Tensor]:
         """Random arguments of ``scaled_dot_product_attention`` over all tokens, heads-first."""
-        keys = self.tokens + self.extra
+        keys = self.tokens + self.num_additional
         sizes = {
             "query": (self.heads, self.tokens, self.dim),
             "key": (self.kv_heads, keys, self.dim),
@@ -162,7 +164,7 @@ class Problem:
             f"batch {self.batch}",
             f"heads {self.heads}" + (f"/{self.kv_heads}" if self.kv_heads != self.heads else ""),
             f"dim {self.dim}" + (f"/{self.value_dim}" if self.value_dim != self.dim else ""),
-            f"{self.extra} additional tokens" if self.extra else "",
+            f"{self.num_additional} additional tokens" if self.num_additional else "",
             str(self.dtype).removeprefix("torch."),
         ]
         return ", ".join(part for part in parts if part)

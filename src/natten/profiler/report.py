@@ -85,7 +85,7 @@ class Report:
                 "kv_heads": problem.kv_heads,
                 "dim": problem.dim,
                 "value_dim": problem.value_dim,
-                "extra": problem.extra,
+                "num_additional": problem.num_additional,
                 "dtype": str(problem.dtype).removeprefix("torch."),
             },
             "device": device_name(problem.device),

@@ -74,8 +74,8 @@ def computed_over_needed(problem: Problem, forward: str, gradient: str | None) -
     pairs = None if plain is None else plain.computed_pairs(*_tiling_arguments(problem))
     if pairs is not None:
         computed[FORWARD_KIND] = pairs
-    extra = problem.tokens * problem.extra
-    return {kind: (pairs + extra) / problem.needed_pairs for kind, pairs in computed.items()}
+    additional = problem.tokens * problem.num_additional
+    return {kind: (pairs + additional) / problem.needed_pairs for kind, pairs in computed.items()}
 
 
 def tiled_axes(problem: Problem) -> list[tiling.TileCost]:
