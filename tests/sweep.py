@@ -28,7 +28,7 @@ from torch import Tensor
 
 from natten import backends
 from natten.backends.hopper.tiles import native
-from natten.inputs import Inputs
+from natten.inputs import Gradients, Inputs
 from natten.neighborhood import Dense, Neighborhood
 from natten.varlen import VarlenLayout
 
@@ -54,7 +54,7 @@ class Kind(NamedTuple):
     causal: tuple[bool, ...]
     unit: int | None  # the axis that has one token
     rpb: bool
-    extra: bool
+    additional: bool
     tile: tuple[int, ...]
 
 
@@ -163,14 +163,16 @@ def check(kind: Kind, rng: random.Random) -> dict[str, float]:
         batch, space, key_space = 1, [layout.total_tokens], [layout.total_tokens]
         options["documents"] = layout.documents(rule, torch.device(DEVICE))
         module = importlib.import_module("natten.backends.triton.fused")  # it takes tiles
-    extra = rng.randint(1, 20) if kind.extra else 0
+    num_additional = rng.randint(1, 20) if kind.additional else 0
     inputs = Inputs(
         tensor(rng, dtype, batch, *space, heads, kind.dim),
         tensor(rng, dtype, batch, *key_space, kv_heads, kind.dim),
         tensor(rng, dtype, batch, *key_space, kv_heads, kind.value_dim),
         tensor(rng, dtype, heads, *(2 * k - 1 for k in rule.kernel_size)) if kind.rpb else None,
-        tensor(rng, dtype, batch, extra, kv_heads, kind.dim) if extra else None,
-        tensor(rng, dtype, batch, extra, kv_heads, kind.value_dim) if extra else None,
+        tensor(rng, dtype, batch, num_additional, kv_heads, kind.dim) if num_additional else None,
+        tensor(rng, dtype, batch, num_additional, kv_heads, kind.value_dim)
+        if num_additional
+        else None,
     )
     scale = rng.choice([kind.dim**-0.5, 0.3, rng.uniform(0.01, 1)])
     exact = Inputs(*(None if x is None else x.double() for x in inputs))
@@ -197,8 +199,7 @@ def check(kind: Kind, rng: random.Random) -> dict[str, float]:
     found_grads = module.backward(
         grad_out, grad_lse, inputs, found, found_lse, rule_, scale, **options
     )
-    names = ("dq", "dk", "dv", "drpb", "dek", "dev")
-    for name, expected, actual in zip(names, grads, found_grads):
+    for name, expected, actual in zip(Gradients._fields, grads, found_grads):
         if expected is not None:
             errors[name] = ratio(expected, actual, value_dim=kind.value_dim) / 2
     return errors
@@ -229,8 +230,8 @@ def check_unfused(
     batch, heads = rng.choice([1, 2]), rng.choice([1, 3])
     x, y = (tensor(rng, kind.dtype, batch, *space, heads, kind.dim) for _ in range(2))
     attn = tensor(rng, kind.dtype, batch, *space, heads, rule.window_tokens)
-    hidden = ~rule.attended_slots(space, DEVICE)[..., None, :]
-    attn = attn.masked_fill(hidden, math.nan)
+    masked = ~rule.attended_slots(space, DEVICE)[..., None, :]
+    attn = attn.masked_fill(masked, math.nan)
     rpb = tensor(rng, kind.dtype, heads, *(2 * k - 1 for k in rule.kernel_size))
     calls = {
         "qk": (x, y),

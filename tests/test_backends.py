@@ -362,8 +362,10 @@ def test_the_documented_backend_is_chosen(toy, monkeypatch):
     tuning._forget_choices()
     q = torch.randn(1, 9, 2, 8)
     assert backends.explain(q, kernel_size=3).startswith("toy: runs\n")
-    extra = torch.randn(1, 2, 2, 8)
-    said = backends.explain(q, kernel_size=3, additional_keys=extra, additional_values=extra)
+    additional = torch.randn(1, 2, 2, 8)
+    said = backends.explain(
+        q, kernel_size=3, additional_keys=additional, additional_values=additional
+    )
     assert said.startswith("toy: has no additional tokens\n")
     rpb = torch.randn(2, 5)
     assert "toy: has no relative" in backends.explain(q, kernel_size=3, rpb=rpb)

@@ -111,9 +111,9 @@ def test_agileformer():
     attn = NF.na2d_qk_with_bias(q, k, bias, 3, 1, tokens).softmax(-1)
     out = NF.na2d_av(attn, v, 3, 1, tokens)
     inputs = [x.movedim(1, -2) for x in (q, k, v)]
-    extra = tokens.transpose(1, 2)
+    additional = tokens.transpose(1, 2)
     wanted, _ = reference.forward(
-        Inputs(*inputs, bias, extra, extra), natten.Neighborhood.create(2, 3), 1.0
+        Inputs(*inputs, bias, additional, additional), natten.Neighborhood.create(2, 3), 1.0
     )
     assert_close("agileformer", wanted, out.movedim(1, -2), 1e-12)
 

@@ -32,18 +32,25 @@ def causal(q):
     return natten.na3d(q, q, q, (2, 3, 3), (1, 2, 1), (1, 1, 2), (True, False, False))
 
 
-def everything(q, rpb, extra):
+def everything(q, rpb, additional):
     out, lse = natten.na2d(
-        q, q, q, 3, rpb=rpb, additional_keys=extra, additional_values=extra, return_lse=True
+        q,
+        q,
+        q,
+        3,
+        rpb=rpb,
+        additional_keys=additional,
+        additional_values=additional,
+        return_lse=True,
     )
     return out * lse[..., None]
 
 
-def unfused(q, rpb, extra):
-    q, extra = q.movedim(-2, 1), extra.movedim(-2, 1)
+def unfused(q, rpb, additional):
+    q, additional = q.movedim(-2, 1), additional.movedim(-2, 1)
     options = {"is_causal": (True, False)}
-    attn = natten.na2d_qk(q, q, 3, additional_keys=extra, rpb=rpb, **options).softmax(-1)
-    return natten.na2d_av(attn, q, 3, additional_values=extra, **options)
+    attn = natten.na2d_qk(q, q, 3, additional_keys=additional, rpb=rpb, **options).softmax(-1)
+    return natten.na2d_av(attn, q, 3, additional_values=additional, **options)
 
 
 def merged(q, k):

@@ -35,7 +35,7 @@ on_backends = pytest.mark.parametrize(
 )
 
 
-def problem(space, dtype, heads=(4, 2), channels=16, extra=0, batch=2):
+def problem(space, dtype, heads=(4, 2), channels=16, num_additional=0, batch=2):
     """Query, key, value, a bias that hides each token from itself, and additional tokens.
 
     Where every axis is causal, the first token has nothing to attend.
@@ -43,9 +43,10 @@ def problem(space, dtype, heads=(4, 2), channels=16, extra=0, batch=2):
     q, k, v = (torch.randn(batch, *space, n, channels) for n in (heads[0], heads[1], heads[1]))
     bias = torch.randn(heads[0], *(3 for _ in space))
     bias[(slice(None), *(1 for _ in space))] = -math.inf
-    more = (torch.randn(batch, extra, heads[1], channels) for _ in range(2 if extra else 0))
+    sizes = batch, num_additional, heads[1], channels
+    additional = (torch.randn(sizes) for _ in range(2 if num_additional else 0))
     device = "cuda" if GPU and dtype != torch.float64 else "cpu"
-    return [x.to(device, dtype) for x in (q, k, v, bias, *more)]
+    return [x.to(device, dtype) for x in (q, k, v, bias, *additional)]
 
 
 def causal(q, k, v, rpb, additional_keys=None, additional_values=None, backend="tiled"):
@@ -98,7 +99,7 @@ def test_a_bias_hides_everything(space, backend):
 
 @on_backends
 def test_additional_tokens_are_left(backend):
-    tensors = problem((5, 4), BACKENDS[backend], extra=3)
+    tensors = problem((5, 4), BACKENDS[backend], num_additional=3)
     out, lse = causal(*tensors, backend=backend)
     q, k, v = (x.double().cpu() for x in (tensors[0][:, 0, 0], *tensors[4:]))
     k, v = (x.repeat_interleave(2, dim=2) for x in (k, v))
@@ -112,11 +113,11 @@ def test_additional_tokens_are_left(backend):
 @pytest.mark.parametrize("space", [(3,), (2, 3), (2, 2, 2)], ids=len)
 def test_forward_mode_and_second_derivatives(space):
     *qkv, rpb = problem(space, torch.float64, heads=(1, 1), channels=2, batch=1)
-    hidden = rpb == -math.inf
-    leaves = [x.requires_grad_() for x in (*qkv, rpb.masked_fill(hidden, 0.0))]
+    masked = rpb == -math.inf
+    leaves = [x.requires_grad_() for x in (*qkv, rpb.masked_fill(masked, 0.0))]
 
     def function(q, k, v, bias):
-        out, lse = causal(q, k, v, bias.masked_fill(hidden, -math.inf))
+        out, lse = causal(q, k, v, bias.masked_fill(masked, -math.inf))
         return out, lse.exp()  # because -inf minus -inf is NaN
 
     assert function(*leaves)[1].flatten()[0] == 0

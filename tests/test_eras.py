@@ -156,33 +156,33 @@ def test_forms_of_the_oldest_operators(functional, rank):
 
 @pytest.mark.parametrize("functional", [NF, v015.functional])
 def test_windows_of_0_15_in_3d(functional):
-    q, k, _, extra = heads_first(3)
+    q, k, _, additional = heads_first(3)
     bias = torch.randn(2, 3, 5, 5).double()
     window = {"kernel_size_d": 2, "kernel_size": 3, "dilation_d": 3, "dilation": 2}
     today = (2, 3, 3), (3, 2, 2)
     qk, biased, av = functional.na3d_qk, functional.na3d_qk_with_bias, functional.na3d_av
     scores = natten.na3d_qk(q, k, *today)
-    attn = natten.na3d_qk(q, k, *today, extra, False, bias)
+    attn = natten.na3d_qk(q, k, *today, additional, False, bias)
     numbers = tuple(window.values())
     assert torch.equal(qk(q, k, *numbers), scores)
     assert torch.equal(qk(q, k, **window), scores) and torch.equal(
         qk(query=q, key=k, **window), scores
     )
     assert torch.equal(qk(q, k, 2, 3, dilation_d=3, dilation=2), scores)
-    assert torch.equal(biased(q, k, bias, *numbers, extra), attn)
-    assert torch.equal(biased(q, k, bias, **window, additional_keys=extra), attn)
-    wanted = natten.na3d_av(attn, k, *today, extra)
-    assert torch.equal(av(attn, k, *numbers, extra), wanted)
-    assert torch.equal(av(attn, k, *numbers, additional_values=extra), wanted)
-    assert torch.equal(av(attn, value=k, additional_values=extra, **window), wanted)
+    assert torch.equal(biased(q, k, bias, *numbers, additional), attn)
+    assert torch.equal(biased(q, k, bias, **window, additional_keys=additional), attn)
+    wanted = natten.na3d_av(attn, k, *today, additional)
+    assert torch.equal(av(attn, k, *numbers, additional), wanted)
+    assert torch.equal(av(attn, k, *numbers, additional_values=additional), wanted)
+    assert torch.equal(av(attn, value=k, additional_values=additional, **window), wanted)
     with pytest.raises(TypeError):
         qk(q, k, 3, kernel_size_d=2)
 
 
 def test_todays_windows_in_3d_are_not_0_15s():
-    q, k, rpb, extra = heads_first(3)
-    attn = natten.na3d_qk(q, k, 3, 2, extra, False, rpb)
-    assert torch.equal(attn, NF.na3d_qk_with_bias(q, k, rpb, 3, 2, extra))
+    q, k, rpb, additional = heads_first(3)
+    attn = natten.na3d_qk(q, k, 3, 2, additional, False, rpb)
+    assert torch.equal(attn, NF.na3d_qk_with_bias(q, k, rpb, 3, 2, additional))
     assert torch.equal(natten.na3d_qk(q, k, 3, 2, None), natten.na3d_qk(q, k, (3,) * 3, (2,) * 3))
     with pytest.raises(ValueError, match="must be given once each"):
         natten.na3d_qk(q, k, 3, kernel_size_d=2)
@@ -254,14 +254,14 @@ def test_functions(rank, qk_name, av_name, forms):
 
 
 def test_functions_attend_additional_tokens():
-    q, k, rpb, extra = heads_first(2)
+    q, k, rpb, additional = heads_first(2)
     causal = (True, False)
-    attn = NF.NeighborhoodAttention2DQKAutogradFunction.apply(q, k, None, extra, 3, 2, causal)
-    assert torch.equal(attn, natten.na2d_qk(q, k, 3, 2, extra, causal))
-    out = NF.NeighborhoodAttention2DAVAutogradFunction.apply(attn, k, extra, 3, 2, causal)
-    assert torch.equal(out, natten.na2d_av(attn, k, 3, 2, extra, causal))
-    attn = NF.NeighborhoodAttention2DQKAutogradFunction.apply(q, k, rpb, extra, 3, 2)
-    assert torch.equal(attn, natten.na2d_qk(q, k, 3, 2, extra, rpb=rpb))
+    attn = NF.NeighborhoodAttention2DQKAutogradFunction.apply(q, k, None, additional, 3, 2, causal)
+    assert torch.equal(attn, natten.na2d_qk(q, k, 3, 2, additional, causal))
+    out = NF.NeighborhoodAttention2DAVAutogradFunction.apply(attn, k, additional, 3, 2, causal)
+    assert torch.equal(out, natten.na2d_av(attn, k, 3, 2, additional, causal))
+    attn = NF.NeighborhoodAttention2DQKAutogradFunction.apply(q, k, rpb, additional, 3, 2)
+    assert torch.equal(attn, natten.na2d_qk(q, k, 3, 2, additional, rpb=rpb))
 
 
 @pytest.mark.parametrize("rank", RANKS)

@@ -65,12 +65,12 @@ CASES = {
     "backend type": (fused(backend=["tiled"]), r"`backend` must be None.*\['tiled'\]"),
     "array as window": (fused(kernel_size=X.numpy()), "`kernel_size`.*ndarray"),
     "attention_kwargs": (fused(attention_kwargs=3), "`attention_kwargs` must be None or a dict"),
-    "extra alone": (fused(additional_keys=EXTRA), "given together, but `additional_values`"),
-    "extra shape": (
+    "additional alone": (fused(additional_keys=EXTRA), "given together, but `additional_values`"),
+    "additional shape": (
         fused(additional_keys=EXTRA[..., :3], additional_values=EXTRA),
         r"`additional_keys` must be \[batch, num_additional, heads_kv, head_dim\]",
     ),
-    "extra count": (
+    "additional count": (
         fused(additional_keys=EXTRA, additional_values=EXTRA[:, :2]),
         "as many tokens, got 3 and 2",
     ),
@@ -83,21 +83,24 @@ CASES = {
     "unfused dtype": (qk(key=Q.double()), "`key` must have the dtype of `query`"),
     "unfused zero dilation": (qk(dilation=0), "`dilation`"),
     "unfused window of zero": (qk(kernel_size=0), "`kernel_size` must be at least 1"),
-    "unfused extra": (qk(additional_keys=EXTRA[0]), "`additional_keys` must be"),
-    "unfused extra dtype": (
+    "unfused additional": (qk(additional_keys=EXTRA[0]), "`additional_keys` must be"),
+    "unfused additional dtype": (
         qk(additional_keys=torch.zeros(1, 2, 1, 4).double()),
         "`additional_keys` must have the dtype",
     ),
     "unfused rpb": (qk(rpb=torch.zeros(2, 3, 3)), "`rpb` must be"),
     "unfused integer dtype": (qk(Q.long(), Q.long()), "`query`.*floating-point.*int64"),
     "unfused device": (qk(key=Q.to("meta")), "`key` must be on the device of `query`.*meta.*cpu"),
-    "unfused extra device": (
+    "unfused additional device": (
         qk(additional_keys=torch.zeros(1, 2, 1, 4, device="meta")),
         "`additional_keys` must be on the device",
     ),
-    "extra values type": (av(additional_values=[1]), "`additional_values` must be a torch.Tensor"),
-    "extra values rank": (av(additional_values=Q[0, 0, 0, 0]), "`additional_values` must be"),
-    "extra values shape": (
+    "additional values type": (
+        av(additional_values=[1]),
+        "`additional_values` must be a torch.Tensor",
+    ),
+    "additional values rank": (av(additional_values=Q[0, 0, 0, 0]), "`additional_values` must be"),
+    "additional values shape": (
         av(attn=torch.zeros(1, 2, 8, 8, 10), additional_values=torch.zeros(1, 1, 1, 4)),
         r"`additional_values` must be.*\(1, 2, 4\), got \(1, 1, 1, 4\)",
     ),
@@ -151,7 +154,10 @@ CASES = {
         r"`query` must be packed, \[5 tokens",
     ),
     "varlen bias": (varlen(rpb=torch.zeros(2, 3)), r"`rpb` must be.*\(2, 5\), got \(2, 3\)"),
-    "varlen extra": (varlen(additional_keys=EXTRA), "`additional_keys` is no argument of na1d_var"),
+    "varlen additional": (
+        varlen(additional_keys=EXTRA),
+        "`additional_keys` is no argument of na1d_var",
+    ),
     "varlen typo": (varlen(is_casual=True), "`is_casual` is no argument of na1d_varlen"),
     "varlen hint": (varlen(attention_kwargs=[1]), "`attention_kwargs` must be None or a dict"),
     "varlen tile": (varlen(q_tile_shape=(0,)), "`q_tile_shape` must be None or 1 positive"),

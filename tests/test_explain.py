@@ -99,8 +99,8 @@ def fused_calls(draw):
         rpb = torch.zeros(heads, *(3,) * rank)
         options |= {"kernel_size": 2, "rpb": rpb}
     if draw(st.booleans()):
-        extra = torch.zeros(1, 3, heads, dim, dtype=dtype)
-        options |= {"additional_keys": extra, "additional_values": extra}
+        additional = torch.zeros(1, 3, heads, dim, dtype=dtype)
+        options |= {"additional_keys": additional, "additional_values": additional}
     wrong = {
         "window": {"kernel_size": 30},
         "type": {"kernel_size": pick("3", 3.0, True)},
@@ -111,7 +111,10 @@ def fused_calls(draw):
         "backend": {"backend": "cuda"},
         "tiles": {"q_tile_shape": (0,) * rank},
         "rpb": {"rpb": torch.zeros(1, *(3,) * rank)},
-        "extra": {"additional_keys": torch.zeros(1, 3, heads, dim + 1), "additional_values": None},
+        "additional": {
+            "additional_keys": torch.zeros(1, 3, heads, dim + 1),
+            "additional_values": None,
+        },
         "kwargs": {"attention_kwargs": 3},
         "keyword": {pick("kernel_sise", "attn_mask", "dropout_p"): 1},
     }

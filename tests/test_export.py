@@ -28,8 +28,8 @@ def unfused_tensors(case):
 def test_gathered_maps(case):
     """Masked slots hold NaN, and nothing may read them."""
     (attn, x, y), rule = unfused_tensors(case), case.rule
-    hidden = ~rule.attended_slots(case.space)
-    attn = attn.masked_fill(hidden, math.nan)
+    masked = ~rule.attended_slots(case.space)
+    attn = attn.masked_fill(masked, math.nan)
     last = [t.movedim(1, -2) for t in (attn.nan_to_num(), x, y)]
     wanted = {
         "qk": reference.qk(*last[1:], rule),
@@ -69,12 +69,12 @@ def calls(rank):
     """Calls of everything that operators can do, on tensors whose batch size is unknown."""
     space, kernel = (7, 6, 5)[:rank], (3, 2, 3)[:rank]
 
-    def function(x, extra, rpb):
+    def function(x, additional, rpb):
         q = x.unflatten(-1, (4, 6))
         k, v = q[..., :2, :], q[..., 2:, :4]  # two key heads for four query heads
         causal = (True, False, False)[:rank]
         options = {"dilation": (2, 1, 1)[:rank], "is_causal": causal, "rpb": rpb}
-        tokens = extra.unflatten(-1, (2, 6))
+        tokens = additional.unflatten(-1, (2, 6))
         options |= {"additional_keys": tokens, "additional_values": tokens[..., :4]}
         out, lse = natten.neighborhood_attention_generic(
             q, k, v, kernel, (1, 2, 2)[:rank], return_lse=True, **options

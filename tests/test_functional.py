@@ -118,9 +118,9 @@ def test_slots_and_masked_weights():
 
 
 def test_additional_weights_come_last():
-    q, extra = torch.randn(1, 2, 5, 3).double(), torch.randn(1, 2, 4, 3).double()
-    attn = natten.na1d_qk(q, q, 3, additional_keys=extra)
-    assert_close("extra", q @ extra.mT, attn[..., 3:], 1e-12)
+    q, additional = torch.randn(1, 2, 5, 3).double(), torch.randn(1, 2, 4, 3).double()
+    attn = natten.na1d_qk(q, q, 3, additional_keys=additional)
+    assert_close("additional", q @ additional.mT, attn[..., 3:], 1e-12)
     assert_close("window", natten.na1d_qk(q, q, 3), attn[..., :3], 1e-12)
 
 
@@ -148,9 +148,9 @@ def test_nested(rank):
     """0.17 returned an empty result for nested qk without additional keys."""
     shapes = [(7, 6, 5)[:rank], (9, 5, 6)[:rank]]
     items = [torch.randn(2, 2, *shape, 4) for shape in shapes]
-    extra = [torch.randn(2, 2, n, 4) for n in (1, 3)]
+    additional = [torch.randn(2, 2, n, 4) for n in (1, 3)]
     nest = torch.nested.nested_tensor
-    for keys in (None, extra):
+    for keys in (None, additional):
         attn = QK[rank](nest(items), nest(items), 3, additional_keys=keys and nest(keys))
         out = AV[rank](attn, nest(items), 3, additional_values=keys and nest(keys))
         assert attn.is_nested and attn.size(0) == 2

@@ -434,21 +434,21 @@ TENSORS = [
 @pytest.mark.parametrize("tensors", TENSORS)
 def test_forward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shape, *parameters = problem
-    heads, kv_heads, dim, value_dim, extra, dtype = tensors
+    heads, kv_heads, dim, value_dim, num_additional, dtype = tensors
     rule, scale = rule_of(shape, *parameters), dim**-0.5
     torch.manual_seed(0)
     packed = torch.randn(2, *shape, heads * dim + kv_heads * (dim + value_dim), device="cuda")
     q, k, v = packed.to(dtype).split([heads * dim, kv_heads * dim, kv_heads * value_dim], -1)
     q, k, v = (x.unflatten(-1, (-1, d)) for x, d in ((q, dim), (k, dim), (v, value_dim)))
-    more = [
-        torch.randn(2, extra, kv_heads, d, device="cuda", dtype=dtype) for d in (dim, value_dim)
+    additional = [
+        torch.randn(2, num_additional, kv_heads, d, device="cuda", dtype=dtype)
+        for d in (dim, value_dim)
     ]
-    ek, ev = more if extra else (None, None)
     problem = Problem("attention", q.device, dtype, dim, value_dim, tuple(q.shape), rule, scale)
     reason = hopper.unsupported(problem)
     if reason is not None:
         pytest.skip(reason)
-    inputs = Inputs(q, k, v, None, ek, ev)
+    inputs = Inputs(q, k, v, None, *(additional if num_additional else ()))
     double = [None if x is None else x.double() for x in inputs]
     expected, expected_lse = reference.forward(Inputs(*double), rule, scale)
     for tiles in each_way("forward", rule, shape, max(dim, value_dim)):
@@ -482,7 +482,7 @@ GRADIENTS = [
 @pytest.mark.parametrize("tensors", GRADIENTS)
 def test_backward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shape, *parameters = problem
-    heads, kv_heads, dim, value_dim, extra, has_grad_lse, dtype = tensors
+    heads, kv_heads, dim, value_dim, num_additional, has_grad_lse, dtype = tensors
     rule, scale = rule_of(shape, *parameters), dim**-0.5
     torch.manual_seed(0)
 
@@ -491,8 +491,8 @@ def test_backward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -
 
     q, k = (random(2, *shape, n, dim) for n in (heads, kv_heads))
     v = random(2, *shape, kv_heads, value_dim)
-    ek, ev = (random(2, extra, kv_heads, n) if extra else None for n in (dim, value_dim))
-    inputs = Inputs(q, k, v, None, ek, ev)
+    additional = [random(2, num_additional, kv_heads, n) for n in (dim, value_dim)]
+    inputs = Inputs(q, k, v, None, *(additional if num_additional else ()))
     out, lse = hopper.forward(inputs, rule, scale)
     grad_out, grad_lse = random(*out.shape), torch.randn_like(lse) if has_grad_lse else None
     double = [None if x is None else x.double() for x in (grad_out, grad_lse, *inputs)]

@@ -72,12 +72,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
         yield found
 
 
-def attention(backend: Backend, extra: int = 0) -> None:
+def attention(backend: Backend, num_additional: int = 0) -> None:
     """A forward and a backward on tensors of which nothing is read."""
     q, k, v = (torch.empty(1, 12, 16, 2, 64, dtype=torch.bfloat16) for _ in range(3))
     inputs = Inputs(q, k, v)
-    if extra:
-        tokens = q.new_empty(1, extra, 2, 64)
+    if num_additional:
+        tokens = q.new_empty(1, num_additional, 2, 64)
         inputs = inputs._replace(additional_keys=tokens, additional_values=tokens.clone())
     outputs = backend.forward(inputs, RULE, 0.125)
     backend.backward(q.new_empty(q.shape), None, inputs, *outputs, RULE, 0.125)
@@ -160,17 +160,17 @@ def test_arguments_per_axis() -> None:
     assert found == {"q_b": 756, "q_0": 0, "q_1": 108, "q_2": 12, "q_h": 4}
 
 
-@pytest.mark.parametrize("extra", [0, 3])
+@pytest.mark.parametrize("num_additional", [0, 3])
 @pytest.mark.parametrize("backend", [portable, hopper], ids=["triton", "hopper"])
 def test_the_short_way_passes_what_triton_passes(
-    backend: Backend, extra: int, launched: Launches, monkeypatch: pytest.MonkeyPatch
+    backend: Backend, num_additional: int, launched: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hook = Mock()
     chain = knobs.runtime.launch_enter_hook
     launch_often(monkeypatch, lambda: None, lambda: chain.add(hook), lambda: chain.remove(hook))
-    attention(backend, extra)
+    attention(backend, num_additional)
     kernels = 4 if backend is hopper else 3  # one of which makes LSE and delta
-    assert len(launched) == 4 * (kernels + (extra > 0))
+    assert len(launched) == 4 * (kernels + (num_additional > 0))
     for first, short, hooked, again in zip(*(launched[i::4] for i in range(4))):
         assert plain(first) == plain(short) == plain(hooked) == plain(again)
         # Triton always passes its chains of hooks, the short way never: it tells them apart.

@@ -361,11 +361,13 @@ def test_torch_flop_counter(rank):
     space, kernel = (8, 7, 6)[:rank], (3, 5, 2)[:rank]
     tokens, window = torch.Size(space).numel(), torch.Size(kernel).numel()
     q, k = torch.randn(2, *space, 4, 8), torch.randn(2, *space, 2, 8)
-    v, extra = torch.randn(2, *space, 2, 5), torch.randn(2, 3, 2, 8)
+    v, additional = torch.randn(2, *space, 2, 5), torch.randn(2, 3, 2, 8)
     q.requires_grad_()
     fused = getattr(natten, f"na{rank}d")
     with FlopCounterMode(display=False) as counter:
-        out = fused(q, k, v, kernel, additional_keys=extra, additional_values=extra[..., :5])
+        out = fused(
+            q, k, v, kernel, additional_keys=additional, additional_values=additional[..., :5]
+        )
     pairs = products(2, 4, tokens, 1, window + 3)
     assert counter.get_total_flops() == pairs * (8 + 5)
     with FlopCounterMode(display=False) as counter:

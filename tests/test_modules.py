@@ -152,17 +152,17 @@ def test_additional_tokens_with_and_without_dropout(rank):
     """They change the result and the gradients, so dropout must not lose them."""
     module = MODULES[rank](8, 2, 3, attn_drop=1e-15, rel_pos_bias=True, is_causal=True).double()
     x = torch.randn(2, *(5,) * rank, 8).double()
-    extra = [torch.randn(2, 3, 2, 4).double().requires_grad_() for _ in range(2)]
-    hints = dict(zip(("additional_keys", "additional_values"), extra))
+    additional = [torch.randn(2, 3, 2, 4).double().requires_grad_() for _ in range(2)]
+    hints = dict(zip(("additional_keys", "additional_values"), additional))
     results = []
     for mode in (False, True):
         out = module.train(mode)(x, **hints)
-        results.append((out, *torch.autograd.grad(out.square().sum(), extra)))
+        results.append((out, *torch.autograd.grad(out.square().sum(), additional)))
     for name, a, b in zip(("out", *hints), *results):
         assert_close(name, a, b, 1e-12)
     assert (results[0][0] - module.eval()(x)).abs().max() > 0.01
     with pytest.raises(natten.ArgumentError, match="given together"):
-        module.train()(x, additional_keys=extra[0])
+        module.train()(x, additional_keys=additional[0])
 
 
 def test_a_backend_is_not_heeded_where_weights_are_dropped_out(monkeypatch):

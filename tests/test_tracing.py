@@ -224,9 +224,9 @@ def test_fvcore_counts_plain_attention_and_additional_tokens():
     pytest.importorskip("fvcore")
 
     class Model(torch.nn.Module):
-        def forward(self, q, k, extra):
+        def forward(self, q, k, tokens):
             dense = natten.attention(q, k, k)
-            window = natten.na1d(q, q, q, 3, additional_keys=extra, additional_values=extra)
+            window = natten.na1d(q, q, q, 3, additional_keys=tokens, additional_values=tokens)
             return dense + window
 
     given = torch.randn(2, 5, 4, 8), torch.randn(2, 7, 4, 8), torch.randn(2, 6, 4, 8)

@@ -61,7 +61,7 @@ for before in (True, False):
 @pytest.mark.skipif(sys.platform != "linux", reason="protects memory as Linux does")
 @pytest.mark.parametrize("scores", ["nan", "infinite"])
 def test_bias_is_not_read_outside_of_itself(scores):
-    """A hidden score that is not finite is not -inf: the bias lies between unreadable pages."""
+    """A masked score that is not finite is not -inf: the bias lies between unreadable pages."""
     interpreted(f"import sys; sys.argv[1:] = [{scores!r}]\n{GUARDED}")
 
 

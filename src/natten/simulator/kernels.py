@@ -190,8 +190,8 @@ class Hopper:
         tiles = self.found[number]
         missing = 3 - len(kinds)
         axes = [
-            hopper.Axis(tile, box, 1, 1, 1, most, masked)
-            for tile, box, (masked, _, most) in zip(
+            hopper.Axis(tile, block, 1, 1, 1, most, masked)
+            for tile, block, (masked, _, most) in zip(
                 tiles.q_block, tiles.kv_block, (*[_Masked(False, False, 1)] * missing, *kinds)
             )
         ]

@@ -1,6 +1,6 @@
 """Portable GPU kernels in Triton: one source for every rank, deterministic forward and backward.
 
-Keys are read in boxes that start where a tile's first window starts; no token is permuted, padded
+Keys are read in blocks that start where a tile's first window starts; no token is permuted, padded
 or copied, except a tensor whose last stride is not 1. What is a compile-time constant: dtype, head
 dims, tile shapes, which axes are causal or strided or have one token, whether there is a bias or
 additional tokens or packed documents, and the largest power of two (up to 16) that divides all
