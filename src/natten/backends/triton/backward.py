@@ -93,8 +93,8 @@ def _dq_step(dq, operands, q, k, v, s, PRECISION: tl.constexpr):
     """Add one block of keys, with scores ``s [M, N]``, to dQ, which is not scaled yet."""
     g, lse, delta = operands  # [M, DV], [M], [M]
     p = tl.exp2(s - lse[:, None])  # [M, N]
-    dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)  # [M, N]
-    ds = p * (dp - delta[:, None])
+    dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)  # dP = dO V^T, [M, N]
+    ds = p * (dp - delta[:, None])  # dS = P * (dP - delta), [M, N]
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
@@ -103,9 +103,9 @@ def _dkdv_step(dk, dv, q, k, v, g, lse_delta, s, PRECISION: tl.constexpr):
     """Add one block of queries, with scores ``s [N, M]``, to dK, not scaled yet, and dV."""
     lse, delta = split_lse_delta(lse_delta)  # [M], [M]
     dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)  # [N, M]; while exponentials are taken
-    p = tl.exp2(s - lse[None, :])
-    dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
-    ds = p * (dp - delta[None, :])
+    p = tl.exp2(s - lse[None, :])  # P^T, [N, M]
+    dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)  # dV += P^T dO, [N, DV]
+    ds = p * (dp - delta[None, :])  # dS^T, [N, M]
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
 
 
@@ -141,9 +141,9 @@ def dq_kernel(
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     q_at = token_offset(p.query.start, x, p.query.strides, ALIGN)
     q = load_rows(query, q_at, rows.real, d, D)  # [M, D]
-    at = row_number(p.first, x, p.shape, heads, p.head)
+    at = row_number(p.first, x, p.shape, heads, p.head)  # [M]
     g = load_rows(grad_out, at * DV, rows.real, dv, DV)  # [M, DV]
-    row_lse, delta = make_lse_delta(
+    row_lse, delta = make_lse_delta(  # [M], [M]
         out, lse, grad_lse, lse_delta, at, rows.real, g, dv, DV, HAS_GRAD_LSE
     )
 
@@ -201,8 +201,8 @@ def dkdv_kernel(
     blocks = count_blocks(rows, Q_BLOCK)
     q_steps = full_block_steps(blocks.full, p.dilation, p.query.strides, Q_BLOCK)
     row_steps = full_block_steps(blocks.full, p.dilation, row_strides, Q_BLOCK)
-    dk_acc = tl.zeros([N, BLOCK_D], dtype=tl.float32)
-    dv_acc = tl.zeros([N, BLOCK_DV], dtype=tl.float32)
+    dk_acc = tl.zeros([N, BLOCK_D], dtype=tl.float32)  # [N, D]
+    dv_acc = tl.zeros([N, BLOCK_DV], dtype=tl.float32)  # [N, DV]
 
     for shared in range(0, 1 if SINGLE else per_kv):
         head = p.kv_head * per_kv + shared
@@ -223,7 +223,7 @@ def dkdv_kernel(
 
     low = plus(rows.low, times(blocks.first_full, Q_BLOCK))
     for shared in range(0, 1 if SINGLE else per_kv):
-        head, j = p.kv_head * per_kv + shared, (0, 0, 0)
+        head, full_block = p.kv_head * per_kv + shared, (0, 0, 0)
         x = tokens(low, p.group, p.dilation, MODES)
         q_at = token_offset(p.query.start + head * q_h, x, p.query.strides, ALIGN)
         row = row_number(p.first, x, p.shape, heads, head)
@@ -231,10 +231,10 @@ def dkdv_kernel(
         g_rows = grad_out + (row + row_within)[:, None] * DV + dv[None, :]  # [M, DV]
         lse_delta_rows = lse_delta + (row + row_within)[:, None] * 4 + tl.arange(0, 4)[None, :]
         for _ in range(0, blocks.num_full):
-            a = plus(low, times(j, Q_BLOCK))
+            a = plus(low, times(full_block, Q_BLOCK))
             q, g = load_tile(q_rows, d, D), load_tile(g_rows, dv, DV)  # [M, D], [M, DV]
             row_lse_delta = tl.load(lse_delta_rows)  # [M, 4]
-            j, ended = next_full_block(j, blocks.full)
+            full_block, ended = next_full_block(full_block, blocks.full)
             q_rows += full_block_step(q_steps, ended, ALIGN)
             step = full_block_step(row_steps, ended, 1)
             g_rows += step * DV
@@ -263,7 +263,7 @@ def additional_kernel(
 
     ``grad_keys`` and ``grad_values`` are ``[batch, kv heads, splits, num_additional, channels]``.
     """
-    number, splits, shape = tl.program_id(2), tl.num_programs(2), (L0, L1, L2)
+    split_id, splits, shape = tl.program_id(2), tl.num_programs(2), (L0, L1, L2)
     kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
     batch = (tl.program_id(0) // kv_heads).to(tl.int64)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -272,13 +272,13 @@ def additional_kernel(
     col = (batch * num_additional + c) * kv_heads + kv_head
     k = load_rows(additional_keys, col * D, present, d, D)  # [N, D]
     v = load_rows(additional_values, col * DV, present, dv, DV)  # [N, DV]
-    dk_acc = tl.zeros([N, BLOCK_D], dtype=tl.float32)
-    dv_acc = tl.zeros([N, BLOCK_DV], dtype=tl.float32)
+    dk_acc = tl.zeros([N, BLOCK_D], dtype=tl.float32)  # [N, D]
+    dv_acc = tl.zeros([N, BLOCK_DV], dtype=tl.float32)  # [N, DV]
     steps = tl.cdiv(per_split, M)
     for step in range(0, steps * per_kv):
         head = kv_head * per_kv + step // steps
-        x = number * per_split + step % steps * M + tl.arange(0, M)
-        real = (x < L0 * L1 * L2) & (x < (number + 1) * per_split)  # [M]
+        x = split_id * per_split + step % steps * M + tl.arange(0, M)
+        real = (x < L0 * L1 * L2) & (x < (split_id + 1) * per_split)  # [M]
         x = coordinates(x, shape)
         q_at = token_offset(batch * q_b + head * q_h, x, (q_0, q_1, q_2), ALIGN)
         q = load_rows(query, q_at, real, d, D)  # [M, D]
@@ -288,7 +288,7 @@ def additional_kernel(
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)  # [N, M]
         s = tl.where(real[None, :], s, float("-inf"))
         dk_acc, dv_acc = _dkdv_step(dk_acc, dv_acc, q, k, v, g, row_lse_delta, s, PRECISION)
-    col = ((batch * kv_heads + kv_head) * splits + number) * num_additional + c
+    col = ((batch * kv_heads + kv_head) * splits + split_id) * num_additional + c
     store_rows(grad_keys, col * D, present, d, D, dk_acc * scale)
     store_rows(grad_values, col * DV, present, dv, DV, dv_acc)
 
@@ -312,7 +312,7 @@ def rpb_grad_kernel(
     """
     M: tl.constexpr = Q_BLOCK[0] * Q_BLOCK[1] * Q_BLOCK[2]
     N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
-    block, number = tl.program_id(0), tl.program_id(1)
+    block, split_id = tl.program_id(0), tl.program_id(1)
     head = (first_head + tl.program_id(2)).to(tl.int64)
     kv_head = head // per_kv
     shape, kernel_size, stride, dilation = (L0, L1, L2), (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
@@ -328,7 +328,7 @@ def rpb_grad_kernel(
     acc = tl.zeros([M, N], dtype=tl.float32)
     tiles = w0 * w1 * w2 * D0 * D1 * D2 * batches
     per_split = tl.cdiv(tiles, tl.num_programs(1))
-    for tile_id in range(number * per_split, tl.minimum((number + 1) * per_split, tiles)):
+    for tile_id in range(split_id * per_split, tl.minimum((split_id + 1) * per_split, tiles)):
         rest, tile = split(tile_id, (w0, w1, w2))
         batch, group = split(rest, dilation)
         batch = batch.to(tl.int64)
@@ -355,7 +355,7 @@ def rpb_grad_kernel(
         p = tl.exp2(s - tl.where(rows.real, lse, float("inf"))[:, None])  # [M, N]
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)  # [M, N]
         acc += p * (dp - delta[:, None])
-    at = number.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
+    at = split_id.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
     at = (at * tl.num_programs(0) + block) * M + tl.arange(0, M)
     tl.store(sums + at[:, None] * N + tl.arange(0, N)[None, :], acc)
 
@@ -381,7 +381,7 @@ def rpb_grad_sum_kernel(
     column = (p0 % KV_BLOCK[0] * KV_BLOCK[1] + p1 % KV_BLOCK[1]) * KV_BLOCK[2] + p2 % KV_BLOCK[2]
     pair = (block * M + r[:, None]) * N + column
     acc = tl.zeros([BLOCK], dtype=tl.float32)
-    for number in range(0, splits):
-        start = (number * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * blocks * M * N
+    for split_id in range(0, splits):
+        start = (split_id * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * blocks * M * N
         acc += tl.sum(tl.load(sums + start + pair, mask=at[None, :] < offsets, other=0.0), 0)
     tl.store(grad_rpb + head * offsets + at, acc, mask=at < offsets)

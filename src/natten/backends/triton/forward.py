@@ -20,7 +20,7 @@ def _softmax_step(state, operands, q, k, v, s, PRECISION: tl.constexpr):
     p = tl.exp2(s - reference[:, None])  # [M, N]
     rescale = tl.exp2(row_max - reference)  # [M]
     row_sum = row_sum * rescale + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)  # [M, DV]
     return acc, new_max, row_sum
 
 
@@ -57,9 +57,9 @@ def forward_kernel(
     q = load_rows(query, at, rows.real, d, D)  # [M, D]
 
     state = (
-        tl.zeros([M, BLOCK_DV], dtype=tl.float32),
-        tl.full([M], float("-inf"), dtype=tl.float32),
-        tl.zeros([M], dtype=tl.float32),
+        tl.zeros([M, BLOCK_DV], dtype=tl.float32),  # acc
+        tl.full([M], float("-inf"), dtype=tl.float32),  # row_max
+        tl.zeros([M], dtype=tl.float32),  # row_sum
     )
     state = walk_keys(
         _softmax_step, state, (), q, key, value, rpb, p, rows, scale,

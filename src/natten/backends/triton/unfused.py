@@ -2,8 +2,9 @@
 
 Weights are ``[batch, *space, heads, window tokens]``, a row of slots per query. A tile of queries
 meets blocks of keys in matrix products, as in the fused kernels; a pair inside the window has its
-weight at ``slot = position - window start``. Row-major slots make that a term of the query plus a
-term of the key, so that no index is stored or gathered. Every number has one writer.
+weight at ``slot = position - window start``. Row-major slots make that the sum of a number
+that the query has and one that the key has, so that no index is stored or gathered. Every weight
+has one writer.
 """
 
 from __future__ import annotations
@@ -247,7 +248,7 @@ def slot_bias_transposed_kernel(
 
     Offsets fix the slot of each query, so that nothing is scattered.
     """
-    number, head = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    split_id, head = tl.program_id(0), tl.program_id(2).to(tl.int64)
     shape, kernel_size = (L0, L1, L2), (K0, K1, K2)
     at = tl.program_id(1) * N + tl.arange(0, N)
     o = coordinates(at, (1, 2 * K1 - 1, 2 * K2 - 1))
@@ -255,7 +256,7 @@ def slot_bias_transposed_kernel(
     acc = tl.zeros([M, N], dtype=tl.float32)
     for first in range(0, per_split, M):
         own = first + tl.arange(0, M)
-        rows = number * per_split + own
+        rows = split_id * per_split + own
         x = coordinates(rows, shape)
         i, starts, ends = _windows_of_tokens(
             x, shape, kernel_size, (S0, S1, S2), (D0, D1, D2), MODES
@@ -266,7 +267,7 @@ def slot_bias_transposed_kernel(
         slots = token_offset(head * a_h, x, (a_0, a_1, a_2), 1)[:, None]
         slots += _slot(minus(p, _down(starts)), kernel_size)
         acc += tl.load(grad_out + slots, mask=allowed, other=0.0).to(tl.float32)
-    to = (number.to(tl.int64) * tl.num_programs(2) + head) * offsets + at
+    to = (split_id.to(tl.int64) * tl.num_programs(2) + head) * offsets + at
     tl.store(grad_rpb + to, tl.sum(acc, 0), mask=at < offsets)
 
 

@@ -99,10 +99,10 @@ def _size(row, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def _document(documents, number):
+def _document(documents, document):
     """A row of the table of :class:`natten.documents.Documents`: first query and key, the layouts
     of both, window, stride, dilation."""
-    row = documents + number * 16
+    row = documents + document * 16
     n0, n1 = _size(row, 2), _size(row, 3)
     return (
         tl.load(row), tl.load(row + 1), (n0, n1, _size(row, 4)), (n0, n1, _size(row, 5)),
@@ -329,7 +329,7 @@ def walk_keys(
         s += mask_bias(a, rows.starts, rows.ends, KV_BLOCK, MODES)  # [M, N]
         state = STEP(state, operands, q, k, v, s, PRECISION)
 
-    low, j = plus(rows.low, times(blocks.first_full, KV_BLOCK)), (0, 0, 0)
+    low, full_block = plus(rows.low, times(blocks.first_full, KV_BLOCK)), (0, 0, 0)
     k_at = block_offset(p, p.key, low, MODES, ALIGN)
     v_at = block_offset(p, p.value, low, MODES, ALIGN)
     k_rows = key + (k_at + k_within)[:, None] + d[None, :]  # [N, D]
@@ -337,9 +337,9 @@ def walk_keys(
     k_steps = full_block_steps(blocks.full, p.dilation, p.key.strides, KV_BLOCK)
     v_steps = full_block_steps(blocks.full, p.dilation, p.value.strides, KV_BLOCK)
     for _ in range(0, blocks.num_full):
-        a = plus(low, times(j, KV_BLOCK))
+        a = plus(low, times(full_block, KV_BLOCK))
         k, v = load_tile(k_rows, d, D), load_tile(v_rows, dv, DV)  # [N, D], [N, DV]
-        j, ended = next_full_block(j, blocks.full)
+        full_block, ended = next_full_block(full_block, blocks.full)
         k_rows += full_block_step(k_steps, ended, ALIGN)
         v_rows += full_block_step(v_steps, ended, ALIGN)
         at = bias_index(plus(a, c), p.kernel_size)[None, :] - row_index[:, None]  # [M, N]
@@ -360,7 +360,7 @@ def walk_additional(
     for begin in range(0, num_additional, N):
         c = begin + tl.arange(0, N)
         present = c < num_additional  # [N]
-        at = (p.batch * num_additional + c) * kv_heads + p.kv_head
+        at = (p.batch * num_additional + c) * kv_heads + p.kv_head  # [N]
         k = load_rows(keys, at * D, present, d, D)  # [N, D]
         v = load_rows(values, at * DV, present, dv, DV)  # [N, DV]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # [M, N]
