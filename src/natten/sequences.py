@@ -66,7 +66,7 @@ class Lengths(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors among the fields."""
-        return self[:4]
+        return self.seqlens_q, self.seqlens_kv, self.starts_q, self.starts_kv
 
     def read(self, query: Tensor, key: Tensor) -> tuple[list[int], list[int]]:
         """Read the lengths, which waits for the device.
@@ -86,7 +86,8 @@ class Lengths(NamedTuple):
 
     def documents(self, query: Tensor, key: Tensor) -> Documents:
         """The table for kernels; cumulative sums with longest lengths never leave the GPU."""
-        starts_q, starts_kv, most = self.starts_q, self.starts_kv, self[4:]
+        starts_q, starts_kv = self.starts_q, self.starts_kv
+        most = self.longest_q, self.longest_kv
         if query.is_cuda and starts_q is not None and starts_kv is not None and min(most) >= 0:
             check_same_shape(
                 "cumulative_seqlen_KV", starts_kv.shape, "cumulative_seqlen_Q", starts_q.shape

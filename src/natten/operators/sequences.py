@@ -91,8 +91,8 @@ def _same_sequence(query: Tensor, key: Tensor, lengths: Lengths, rule: Dense) ->
         return seqlens.cumsum(0)
 
     q, k = (torch.arange(x.shape[1], device=x.device)[:, None] for x in (query, key))
-    q_ends, k_ends = ends(lengths.seqlens_q, lengths.starts_q), ends(*lengths[1:4:2])
-    q_ends, k_ends = q_ends.to(query.device), k_ends.to(key.device)
+    q_ends = ends(lengths.seqlens_q, lengths.starts_q).to(query.device)
+    k_ends = ends(lengths.seqlens_kv, lengths.starts_kv).to(key.device)
     q_sequence, k_sequence = (q >= q_ends).sum(-1), (k >= k_ends).sum(-1)
     mask = q_sequence[:, None] == k_sequence
     if rule.causal:

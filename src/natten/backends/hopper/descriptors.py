@@ -73,7 +73,7 @@ def view(shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -
     )
 
 
-def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of a contiguous tensor."""
     strides, n = [], 1
     for length in reversed(shape):

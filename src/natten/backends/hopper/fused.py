@@ -72,14 +72,15 @@ def backward(
             additional_keys=None, additional_values=None,
             grad_query=None, grad_key=grad_key, grad_value=grad_value,
         )  # fmt: skip
-        additional: Sequence[Tensor | None]
+        grad_additional: Sequence[Tensor | None]
         if additional_keys is not None and additional_values is not None:
-            additional = additional_gradients(
+            grad_additional = additional_gradients(
                 found.portable, query, additional_keys, additional_values, grad_out, lse_delta
             )
         else:  # not there, or empty
-            additional = [None if x is None else x.new_zeros(x.shape) for x in inputs[4:]]
-    return Gradients(grad_query, grad_key, grad_value, None, *additional)
+            given = inputs.additional_keys, inputs.additional_values
+            grad_additional = [None if x is None else x.new_zeros(x.shape) for x in given]
+    return Gradients(grad_query, grad_key, grad_value, None, *grad_additional)
 
 
 def _additional(inputs: Inputs) -> tuple[Tensor, Tensor] | tuple[None, None]:

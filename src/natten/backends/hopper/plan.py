@@ -13,14 +13,15 @@ from torch import Tensor
 
 from ... import tuning
 from ...neighborhood import Neighborhood
+from ...tiling import padded
 from ..interface import Shape, Tiles
 from ..triton import plan as portable
 from ..triton.launch import Launch, Trials, per_axis
-from ..triton.plan import modes, padded
 from ..triton.primitives import LOG2E
+from ..triton.windows import modes
 from . import tiles as tiling
 from .backward import backward_kernel
-from .descriptors import Describe, View, block_layout, contiguous, view
+from .descriptors import Describe, View, block_layout, contiguous_strides, view
 from .forward import forward_kernel
 from .gluon_names import gl
 from .lse_delta import lse_delta_kernel
@@ -50,7 +51,7 @@ class Plan:
     def _contiguous(self, heads: int, channels: int) -> View:
         """Of a tensor with the tokens of all."""
         shape = (self.batch, *self.space, heads, channels)
-        return view(shape, contiguous(shape), self.rule.dilation)
+        return view(shape, contiguous_strides(shape), self.rule.dilation)
 
     @cached_property
     def forward(self) -> Launch | Trials:
@@ -138,7 +139,7 @@ class Plan:
             "DILATED": max(rule.dilation) > 1,
         }
         # What a kernel stores is contiguous, so its bases are rows.
-        rows = contiguous((self.batch, *padded(self.space, 1), heads))[:3]
+        rows = contiguous_strides((self.batch, *padded(self.space, 1), heads))[:3]
         kernel = forward_kernel if kind == "forward" else backward_kernel
         if kind == "forward":
             arguments |= _steps("o", rows)
@@ -179,7 +180,7 @@ class Plan:
         if self.num_additional and kind != "dkdv":
             for name, dim in (("keys", self.dim), ("values", self.value_dim)):
                 shape = (self.batch, self.num_additional, self.kv_heads, dim)
-                tokens = view(shape, contiguous(shape), (1,))
+                tokens = view(shape, contiguous_strides(shape), (1,))
                 block = (1, 1, math.prod(tiles.kv_block))
                 found[f"additional_{name}"] = self._describe(tokens, block)
         return found

@@ -251,7 +251,7 @@ def plan_for(
         (query.stride(), key.stride(), value.stride()),
         None if rpb is None else rpb.dtype,
         None if additional_keys is None else additional_keys.shape[1],
-        None if documents is None else documents[1:],
+        None if documents is None else (documents.number, documents.space, documents.key_space),
         tiles,
         query.dtype == torch.float32 and allows_tf32(),
     )
