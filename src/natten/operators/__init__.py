@@ -3,7 +3,8 @@
 Every operator has two faces. Compiled, exported and traced code sees the torch.library operator,
 with a fake implementation and a gradient formula. Eager code goes through a
 ``torch.autograd.Function`` around the same operator, because only a Function supports forward mode,
-double backward and ``torch.func`` transforms. ONNX, which knows neither, gets plain PyTorch.
+double backward and ``torch.func`` transforms; where nothing watches a call of fused attention, the
+operator is left out. ONNX, which knows neither, gets plain PyTorch.
 
 What users call checks its arguments, and comes in here: by a :class:`Call` of fused attention, by
 ``document_attention`` or ``sequence_attention`` of packed tensors, or by a linear map.
