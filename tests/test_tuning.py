@@ -138,6 +138,7 @@ def test_what_is_no_candidate_is_not_used(known, backend):
 
 
 def test_kernels_follow_a_trial():
+    pytest.importorskip("triton", "3.4")
     tiles = pytest.importorskip("natten.backends.triton.tiles")
     from natten.backends.triton.plan import plan_for
 
@@ -176,6 +177,7 @@ class OutOfResources(Exception):
 @pytest.fixture
 def trials(monkeypatch):
     """A function that times launches with made-up milliseconds; None stands for tiles too large."""
+    pytest.importorskip("triton", "3.4")
     launching = pytest.importorskip("natten.backends.triton.launch")
     now = [0.0]
 
@@ -232,6 +234,7 @@ def test_where_no_tiles_fit_the_call_says_so_and_lets_go_of_its_tensors(trials):
 
 
 def test_the_first_call_keeps_the_fastest_tiles(monkeypatch):
+    pytest.importorskip("triton", "3.4")
     plan = pytest.importorskip("natten.backends.triton.plan")
     from natten.backends.triton import launch, tiles
 

@@ -15,7 +15,7 @@ import torch
 
 def entries(value: Any) -> tuple[Any, ...] | None:
     """The entries of a sequence of any kind: lists, ranges, 1-D arrays, a configuration's lists."""
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, (tuple, list, range)):
         return tuple(value)
     if value is None or isinstance(value, (int, float, torch.SymInt, str, bytes, Mapping)):
         return None
