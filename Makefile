@@ -37,6 +37,7 @@ wheel: $(VENV)/.dev
 		| (! grep .); fi
 	cd build && PYTHONPATH=src $(abspath $(PY)) -m pytest -q -p no:cacheprovider \
 		tests/test_signatures.py tests/test_benchmarks.py tests/test_imports.py
+	rm -rf build
 
 kernels: $(VENV)/.dev $(TRITONS:%=$(VENV)/triton-%/.installed)
 	$(PY) benchmarks/kernels.py
