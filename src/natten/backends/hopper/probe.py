@@ -8,6 +8,7 @@ tiles; as long as nothing is known, the backend does not run.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -69,8 +70,9 @@ def keep(version: str, index: int) -> None:
     except subprocess.TimeoutExpired:
         found = f"nothing after {_SECONDS} seconds"
     else:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        found = lines[-1] if done.returncode else _RIGHT
+        errors = re.findall(r"^\w[\w.]*: .*", done.stderr, re.MULTILINE)
+        failed = [f"exit code {done.returncode}", *errors][-1]
+        found = failed if done.returncode else _RIGHT
     tuning.remember(_key(version), found)
 
 
