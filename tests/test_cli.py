@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from natten import __version__, tuning
+from natten.backends.interface import KINDS
 from natten.cli import COMMANDS, main, options, tables
 from natten.cli import profile as profile_command
 from natten.neighborhood import Neighborhood
@@ -240,7 +241,7 @@ def test_dry_run_of_gpu_kernels_needs_no_gpu(capsys):
     rows = table(called(capsys, "profile", *arguments, "--max-configs", 3).out)
     assert rows[0][0] == f"{options.by(tuned.q_block[1:])} *"
     every = table(called(capsys, "profile", *arguments, "--max-configs", 0).out)
-    assert len(every) == sum(len(tiles.candidates(k, *problem[1:])) for k in tiles.KINDS)
+    assert len(every) == sum(len(tiles.candidates(k, *problem[1:])) for k in KINDS)
 
 
 def test_dry_run_of_a_backend_whose_gradient_another_runs(capsys):

@@ -19,6 +19,7 @@ from helpers import hopper, reference
 
 from natten import tuning
 from natten.backends import Problem
+from natten.backends.interface import KINDS
 from natten.inputs import Inputs
 from natten.neighborhood import Neighborhood
 
@@ -148,7 +149,7 @@ def masked(cut: Cut, tile: Any, warpgroup: int, block: Any) -> torch.Tensor:
     return product > 0
 
 
-@pytest.mark.parametrize("kind", tiling.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
 def test_mask_is_the_window(problem: Any, kind: str) -> None:
     shape, *parameters = problem
@@ -196,7 +197,7 @@ def check_tile(cut: Cut, tile: Any, warpgroup: int) -> None:
         assert torch.equal(masked(cut, tile, warpgroup, block), ~visible)
 
 
-@pytest.mark.parametrize("kind", tiling.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
 def test_tiles_fit_and_cover(problem: Any, kind: str) -> None:
     shape, *parameters = problem

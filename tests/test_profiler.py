@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from natten import profiler, tuning
+from natten.backends.interface import KINDS
 from natten.backends.tiled import grids
 from natten.errors import ArgumentError
 from natten.neighborhood import Neighborhood, window_mask
@@ -194,14 +195,15 @@ def triton_problem():
 
 def test_only_backends_with_tiles_can_be_tuned():
     assert tune.tile_chooser("tiled") is None and tune.tile_chooser("reference") is None
-    triton_problem()
-    assert tune.tile_chooser("triton").KINDS[0] == tune.FORWARD_KIND
+    _, chooser = triton_problem()
+    kernels = tune.kernels("triton", "triton")
+    assert chooser is not None and kernels == [("triton", kind) for kind in KINDS]
 
 
 def test_optimize_remembers_the_fastest():
     problem, tiles = triton_problem()
     arguments = tune.arguments(problem)
-    wanted = {kind: tiles.candidates(kind, *arguments)[i] for i, kind in enumerate(tiles.KINDS, 2)}
+    wanted = {kind: tiles.candidates(kind, *arguments)[i] for i, kind in enumerate(KINDS, 2)}
     broken = tiles.candidates("forward", *arguments)[0]
     steps = []
 
@@ -219,7 +221,7 @@ def test_optimize_remembers_the_fastest():
     )
     assert len(trials) == len(steps) == 18 and len(paths) == 3
     assert trials[0].time_us == math.inf
-    for kind in tiles.KINDS:
+    for kind in KINDS:
         assert tiles.choose(kind, *arguments) == wanted[kind]
 
 

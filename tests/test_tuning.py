@@ -12,6 +12,7 @@ import torch
 
 import natten
 from natten import tuning
+from natten.backends.interface import KINDS
 from natten.neighborhood import Neighborhood
 
 
@@ -114,7 +115,7 @@ def test_triton_uses_what_was_measured():
     tiles = pytest.importorskip("natten.backends.triton.tiles")
 
     problem = (Neighborhood.create(2, 5), (30, 20), (30, 20), 64, 64, 2)
-    for kind in tiles.KINDS:
+    for kind in KINDS:
         first, *rest = tiles.candidates(kind, *problem)
         assert tiles.choose(kind, *problem) == first
         other = rest[7]

@@ -88,16 +88,16 @@ class Tiles(NamedTuple):
     resident_programs: int = 1
 
 
+# Kinds of kernels, by what they give: output and LSE, dQ, dK and dV.
+KINDS = ("forward", "dq", "dkdv")
+
+
 class TileChooser(Protocol):
     """How a backend with tiles chooses them; a module may be one.
 
     The arguments of a problem are the kind of kernel, the rule, the token layouts of queries and of
     keys, the channels of a head and of its values, and the bytes of a number.
     """
-
-    @property
-    def KINDS(self) -> tuple[str, ...]:
-        """Kinds of kernels; the first is the forward's, the others are the backward's."""
 
     def key(
         self, kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape, dim: int,

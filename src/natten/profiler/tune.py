@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import backends, tiling, tuning
-from ..backends.interface import TileChooser, Tiles
+from ..backends.interface import KINDS, TileChooser, Tiles
 from ..errors import ArgumentError
 from .problem import Problem
 
-FORWARD_KIND = "forward"
+FORWARD_KIND = KINDS[0]
 
 
 def tile_chooser(backend: str) -> TileChooser | None:
@@ -51,7 +51,7 @@ def kernels(forward: str, gradient: str | None) -> list[tuple[str, str]]:
     found = [(forward, FORWARD_KIND)] if tile_chooser(forward) is not None else []
     chooser = None if gradient is None else tile_chooser(gradient)
     if gradient is not None and chooser is not None:
-        found += [(gradient, kind) for kind in chooser.KINDS if kind != FORWARD_KIND]
+        found += [(gradient, kind) for kind in KINDS if kind != FORWARD_KIND]
     return found
 
 

@@ -11,7 +11,7 @@ dQ += dS K, or dK += dS^T Q and dV += P^T dO.
 
 from ..triton.launch import kernel
 from ..triton.primitives import LN2
-from .geometry import Geometry, mma_layout, volume
+from .geometry import WARPS, Geometry, mma_layout, volume
 from .gluon_names import (
     aggregate,
     fence_async_shared,
@@ -371,6 +371,6 @@ def backward_kernel(
     gl.warp_specialize(
         [(_sum_gradients, (ctx, 0)), (_sum_gradients, (ctx, 1))][:WARPGROUPS]
         + [(_fetch_tiles, (ctx,)), (_fetch_blocks, (ctx,))],
-        [4, 1, 1][2 - WARPGROUPS :],
+        [WARPS, 1, 1][2 - WARPGROUPS :],
         [REGISTERS, FETCH_REGISTERS, FETCH_REGISTERS][2 - WARPGROUPS :],
     )

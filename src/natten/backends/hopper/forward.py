@@ -9,7 +9,7 @@ and values come block by block; a warpgroup hands back unread what its queries d
 
 from ..triton.launch import kernel
 from ..triton.primitives import LN2
-from .geometry import Geometry, mma_layout, volume
+from .geometry import WARPS, Geometry, mma_layout, volume
 from .gluon_names import (
     aggregate,
     fence_async_shared,
@@ -274,6 +274,6 @@ def forward_kernel(
     gl.warp_specialize(
         [(_attend, (ctx, 0)), (_attend, (ctx, 1))][:WARPGROUPS]
         + [(_fetch_queries, (ctx,)), (_fetch_blocks, (ctx,))],
-        [4, 1, 1][2 - WARPGROUPS :],
+        [WARPS, 1, 1][2 - WARPGROUPS :],
         [REGISTERS, FETCH_REGISTERS, FETCH_REGISTERS][2 - WARPGROUPS :],
     )

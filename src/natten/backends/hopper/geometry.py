@@ -10,11 +10,14 @@ key the queries that attend it.
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
 
 from ..triton import windows
+from . import tiles
 from .gluon_names import aggregate, from_triton, gl, gluon
 
 window = from_triton(windows.window)
 queries_of = from_triton(windows.queries_of)
 longest_first = from_triton(windows.longest_first)
+
+WARPS = gl.constexpr(tiles.WARPS)  # of a warpgroup
 
 
 @gluon.constexpr_function
@@ -25,8 +28,8 @@ def volume(shape):
 
 @gluon.constexpr_function
 def mma_layout(columns):
-    """Layout of what a warpgroup's products give, ``[64, columns]``."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+    """Layout of what a warpgroup's products give, ``[ROWS, columns]``, 16 rows a warp."""
+    return gl.NVMMADistributedLayout([3, 0], [tiles.WARPS, 1], [16, columns, 16])
 
 
 @gluon.jit

@@ -9,7 +9,7 @@ score of a partial block.
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
 
 from ..triton.windows import UNIT
-from .geometry import Geometry, volume
+from .geometry import WARPS, Geometry, volume
 from .gluon_names import aggregate, fence_async_shared, gl, gluon, warpgroup_mma
 from .tiles import MASK_KINDS
 
@@ -211,7 +211,7 @@ def column_tables(
     found = ()
     if KIND == PRODUCT:
         SHARED: gl.constexpr = gl.NVMMASharedLayout(32 * STEPS, 16, 2)
-        ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [16 // STEPS, 2 * STEPS], [4, 1], [1, 0])
+        ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [16 // STEPS, 2 * STEPS], [WARPS, 1], [1, 0])
         shape: gl.constexpr = [TABLES, volume(g.BLOCK), 16 * STEPS]
         tables = gl.allocate_shared_memory(gl.bfloat16, shape, SHARED)
         for j in gl.static_range(TABLES):

@@ -19,7 +19,6 @@ from ...tiling import padded, reach
 from ..interface import Shape, Tiles
 from ..triton.tiles import SHARED_MEMORY
 
-KINDS = ("forward", "dq", "dkdv")
 ROWS = 64  # tokens of a warpgroup
 WARPS = 4  # of a warpgroup
 HEAD_DIMS = (32, 64, 128, 256)  # channels that there are kernels for
@@ -282,7 +281,7 @@ def choose(
     """The tiles that were measured to be fastest, else those estimated to be cheapest.
 
     Args:
-        kind: of kernel, one of ``KINDS``.
+        kind: of kernel, one of ``interface.KINDS``.
     """
     problem = (kind, rule, shape, key_shape, dim, value_dim, itemsize)
     return tuning.choose(key(*problem), candidates(*problem))

@@ -20,7 +20,6 @@ from ..interface import Shape, Tiles
 
 _log = logging.getLogger("natten")
 
-KINDS = ("forward", "dq", "dkdv")  # of kernels
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 # Costs beside products, in products of 64 x 32 rows with 64 channels: of a visited block, of a
@@ -174,7 +173,7 @@ def choose(
     """The tiles asked for, else those measured to be fastest, else those estimated to be cheapest.
 
     Args:
-        kind: of kernel, one of ``KINDS``.
+        kind: of kernel, one of ``interface.KINDS``.
         bias: whether there is one.
         asked_q_block, asked_kv_block: shapes, 0 or nothing where any will do.
     """
