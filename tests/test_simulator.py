@@ -228,7 +228,6 @@ def test_tiles_are_no_larger_than_the_device_says():
 
 def test_for_machines():
     found = simulate((8,), 3)
-    assert (found.whole_boxes, found.is_whole) == (found.full_blocks, found.is_full)  # older names
     record = found.as_dict()
     assert record["speedup"] == found.speedup and record["is_full"] == found.is_full
     assert record["kernel_size"] == (3,)

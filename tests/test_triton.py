@@ -352,14 +352,14 @@ def test_kernels_know_the_definition(tmp_path):
 
 ORDER = """
 import torch, triton, triton.language as tl
-from natten.backends.triton.windows import CAUSAL, SLIDING, STRIDED, UNIT, longest_first
+from natten.backends.triton.windows import CAUSAL, SLIDING, STRIDED, UNIT, lpt_order
 from natten.neighborhood import Neighborhood
 from natten.tiling import reach
 
 @triton.jit
 def order(out, tiles, k, SIZE: tl.constexpr, MODES: tl.constexpr, N: tl.constexpr):
     t = tl.arange(0, N)
-    tl.store(out + t, longest_first(t, tiles, k, SIZE, MODES))
+    tl.store(out + t, lpt_order(t, tiles, k, SIZE, MODES))
 
 def tiles_of(n, k, size, *modes):
     out = torch.full((128,), -1, dtype=torch.int32)

@@ -149,16 +149,6 @@ class Prediction:
         return self.full_blocks == 1
 
     @property
-    def whole_boxes(self) -> float:
-        """The older name of ``full_blocks``."""
-        return self.full_blocks
-
-    @property
-    def is_whole(self) -> bool:
-        """The older name of ``is_full``."""
-        return self.is_full
-
-    @property
     def speedup(self) -> float:
         """Predicted speed-up over dense attention."""
         return self.dense_us / self.time_us

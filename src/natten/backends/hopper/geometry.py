@@ -15,7 +15,7 @@ from .gluon_names import aggregate, from_triton, gl, gluon
 
 window = from_triton(windows.window)
 queries_of = from_triton(windows.queries_of)
-longest_first = from_triton(windows.longest_first)
+lpt_order = from_triton(windows.lpt_order)
 
 WARPS = gl.constexpr(tiles.WARPS)  # of a warpgroup
 
@@ -98,7 +98,7 @@ class Geometry:
         """First token, first partner and blocks of an axis's tile, the ``t``-th in turn."""
         SIZE: gl.constexpr = self.TILE[AXIS] * (self.WARPGROUPS if self.SPLIT_AXIS == AXIS else 1)
         if self.OF_KEYS and AXIS == 2:
-            t = longest_first(t, self.tiles[2], self.window[2], SIZE, self.MODES)
+            t = lpt_order(t, self.tiles[2], self.window[2], SIZE, self.MODES)
         first = t * SIZE
         origin, _ = self.partners(first, AXIS)
         _, end = self.partners(first + SIZE - 1, AXIS)

@@ -47,7 +47,7 @@ from .walk import (
     walk_keys,
     within_block,
 )
-from .windows import group_lengths, longest_first, tiles_that_attend
+from .windows import group_lengths, lpt_order, tiles_that_attend
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def dkdv_kernel(
         (S0, S1, S2), (D0, D1, D2), (q_b, q_0, q_1, q_2, q_h), (k_b, k_0, k_1, k_2, k_h),
         (v_b, v_0, v_1, v_2, v_h), PACKED, True,
     )  # fmt: skip
-    t2 = longest_first(p.tile[2], T2, p.kernel_size[2], KV_BLOCK[2], MODES)
+    t2 = lpt_order(p.tile[2], T2, p.kernel_size[2], KV_BLOCK[2], MODES)
     begin = times((p.tile[0], p.tile[1], t2), KV_BLOCK)
     if is_empty(p, begin, p.n_keys, PACKED):
         return

@@ -151,8 +151,9 @@ def tiles_that_attend(
 
 
 @triton.jit
-def longest_first(t, tiles, k, SIZE: tl.constexpr, MODES: tl.constexpr):
-    """Which tile of keys comes ``t``-th along the last axis, so that no long one starts last.
+def lpt_order(t, tiles, k, SIZE: tl.constexpr, MODES: tl.constexpr):
+    """Which tile of keys comes ``t``-th along the last axis: those that take long come first (LPT,
+    longest processing time first), so that none of them ends after all others.
 
     In a row of tokens, the keys of half a window at each end are attended by fewer queries than
     usual, those of the next half by more. So tiles come from both ends inward, and the short ones
