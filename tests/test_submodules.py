@@ -37,7 +37,7 @@ def test_every_submodule_is_an_attribute() -> None:
     found = releases.release(releases.version() or "")
     absent = tuple(name for name, oldest in GPU.items() if found < oldest)
     names = [name for name in MODULES if not name.startswith(absent)]
-    assert "natten.simulator.kernels" in names and "natten.cli.tables" in names
+    assert "natten.tools.simulator.kernels" in names and "natten.tools.cli.tables" in names
     code = f"import natten\nfor name in {names}: eval(name)\nprint(natten.draw.draw_mask.__name__)"
     assert fresh(code) == "draw_mask\n"
 
@@ -46,11 +46,11 @@ def test_every_submodule_is_an_attribute() -> None:
 def test_one_alone_is_enough() -> None:
     """Each is tested in a new process, so that no other import has brought it."""
     code = """
-import natten, os, sys
+import importlib, natten, os, sys
 for name in ("draw", "simulator", "profiler", "token_permute", "utils.varlen", "cli.options"):
     assert f"natten.{name}" not in sys.modules
     if os.fork() == 0:
-        os._exit(eval(f"natten.{name}").__name__ != f"natten.{name}")
+        os._exit(eval(f"natten.{name}") is not importlib.import_module(f"natten.{name}"))
     print(name, os.wait()[1])
 """
     assert [line.split()[1] for line in fresh(code).splitlines()] == ["0"] * 6
@@ -67,6 +67,7 @@ print(*sorted(name for name in sys.modules if name.startswith("natten")))
     foreign, ours = (line.split() for line in fresh(code).splitlines())
     assert foreign == []
     lazy = {f"natten.{x}" for x in ("draw", "simulator", "profiler", "cli", "backends.triton.plan")}
+    lazy |= {f"natten.{x}" for x in ("tools", "tools.draw", "tools.simulator", "tools.profiler")}
     assert not lazy & set(ours)
 
 
@@ -86,7 +87,32 @@ natten.cli.main(["env"])
     assert fresh(code).startswith("True run\n")
 
 
-@pytest.mark.parametrize("package", ["", ".utils", ".backends", ".compat", ".legacy", ".cli"])
+@pytest.mark.parametrize("first", ["natten.profiler.measure", "natten.tools.profiler.measure"])
+def test_tools_are_the_same_modules_without_their_folders_name(first: str) -> None:
+    code = f"""
+import {first}, importlib, sys, natten
+from natten.profiler import measure, profile
+from natten.tools import profiler
+assert natten.profiler is sys.modules["natten.profiler"] is profiler and profiler.profile is profile
+assert natten.profiler.measure is measure is sys.modules["natten.tools.profiler.measure"]
+assert importlib.import_module("natten.profiler.measure") is measure
+assert profiler.__spec__.name == "natten.tools.profiler"
+for wrong in ("natten.profiler.clocks", "natten.profiler.measure.clocks", "natten.profilers"):
+    try:
+        __import__(wrong)
+    except ModuleNotFoundError as error:
+        print(error.name)
+"""
+    assert fresh(code).split() == [
+        "natten.profiler.clocks",
+        "natten.profiler.measure.clocks",
+        "natten.profilers",
+    ]
+
+
+@pytest.mark.parametrize(
+    "package", ["", ".utils", ".backends", ".compat", ".legacy", ".tools", ".tools.cli"]
+)
 def test_what_is_no_submodule_is_an_attribute_error(package: str) -> None:
     module: Any = sys.modules["natten"]
     for part in package.split(".")[1:]:

@@ -21,6 +21,9 @@ from natten import (
     neighborhood_attention_generic,
 )
 from natten import na2dx  # wrong
+from natten.draw import draw_mask
+from natten.profiler import Problem, profile
+from natten.simulator import simulate
 
 q = torch.randn(1, 8, 8, 2, 4)
 bias = nn.Parameter(torch.zeros(2, 5, 5))
@@ -89,3 +92,13 @@ def windows() -> tuple[int, ...]:
     kernel_size, stride, dilation = fit_window((8, 8), 7)
     fit_window(8, 7)  # wrong
     return kernel_size + stride + dilation
+
+
+def tools() -> None:
+    picture: str = draw_mask((4, 4), kernel_size=3)
+    gain: float = simulate((16, 16), (4, 4)).flop_bound
+    report = profile(Problem((16,), natten.Neighborhood.create(1, 3)), dense=False)
+    natten.simulator.simulate((16, 16), "4")  # wrong
+    natten.profiler.profile(problem=3)  # wrong
+    natten.draw.draw_mask(path=3)  # wrong
+    print(picture, gain, report.rows)

@@ -1,5 +1,6 @@
 """Neighborhood attention: sliding-window self attention over 1-D, 2-D and 3-D token layouts."""
 
+import sys as _sys
 import typing as _typing
 
 from . import _submodules, compat, context, flops, functional, legacy, types, utils
@@ -34,6 +35,8 @@ from .version import __version__
 
 _log.get_logger()
 _imports.install(__name__)
+_shortcut = _submodules.Shortcut(__name__, "tools", ("cli", "draw", "profiler", "simulator"))
+_sys.meta_path.insert(0, _shortcut)  # ahead of the finder that would import files once more
 if _typing.TYPE_CHECKING:  # what comes from `__getattr__`
     from . import backends, draw, export, profiler, simulator, tuning
     from .legacy.configs import *  # noqa: F403

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._numbers import entries, integer
-from ..errors import ArgumentError
-from ..neighborhood import Neighborhood, window_mask
+from ..._numbers import entries, integer
+from ...errors import ArgumentError
+from ...neighborhood import Neighborhood, window_mask
 from .canvas import (
     ATTENDED,
     INK,

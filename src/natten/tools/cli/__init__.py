@@ -13,9 +13,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .._submodules import getter
-from ..errors import ArgumentError
-from ..version import __version__
+from ..._submodules import getter
+from ...errors import ArgumentError
+from ...version import __version__
 
 __getattr__ = getter(__name__)
 COMMANDS = {

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
-from ..errors import ArgumentError
+from ...errors import ArgumentError
 from .canvas import ATTENDED, CARD, INK, QUERY, QUIET_INK, TOKEN, check_suffix, compose
 from .window import LEGEND, Sizes, axis_masks, layout, position, window_panel
 

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import ArgumentError
+from ...errors import ArgumentError
 
 PAD = 20  # around the picture and between its panels
 LINE = 17  # height of a line of text

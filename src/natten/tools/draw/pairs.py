@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
-from ..neighborhood import Neighborhood
+from ...errors import ArgumentError
+from ...neighborhood import Neighborhood
 from ..simulator import simulate
 from .canvas import (
     ATTENDED,

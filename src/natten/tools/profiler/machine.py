@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..version import __version__
+from ...version import __version__
 
 
 def version_of(package: str) -> str:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..errors import ArgumentError
+from ...errors import ArgumentError
 from ..simulator import (
     DEVICES,
     Device,

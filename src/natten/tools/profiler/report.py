@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..errors import ArgumentError
+from ...errors import ArgumentError
 from .machine import device_name, versions
 from .measure import Kernel, Timing
 from .problem import Problem

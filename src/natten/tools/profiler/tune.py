@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import backends, tiling, tuning
-from ..backends.interface import KINDS, TileChooser, Tiles
-from ..errors import ArgumentError
+from ... import backends, tiling, tuning
+from ...backends.interface import KINDS, TileChooser, Tiles
+from ...errors import ArgumentError
 from .problem import Problem
 
 FORWARD_KIND = KINDS[0]

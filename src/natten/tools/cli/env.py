@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .. import backends, tuning
+from ... import backends, tuning
 from ..profiler.machine import cpu_name, version_of, versions
 
 EPILOG = """examples:

@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import tiling
-from .._numbers import entries, integer, real
-from ..backends import BACKENDS
-from ..errors import ArgumentError
-from ..neighborhood import Neighborhood, group_length, window_bounds
+from ... import tiling
+from ..._numbers import entries, integer, real
+from ...backends import BACKENDS
+from ...errors import ArgumentError
+from ...neighborhood import Neighborhood, group_length, window_bounds
 from .kernels import Axis, Hopper, Kernel, Sized, Tiling, outer, tile_shapes
 
 Shape = tuple[int, ...]

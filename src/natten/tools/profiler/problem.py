@@ -10,10 +10,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..errors import ArgumentError
-from ..neighborhood import Neighborhood, group_length
-from ..tiling import group_kinds
+from ... import backends
+from ...errors import ArgumentError
+from ...neighborhood import Neighborhood, group_length
+from ...tiling import group_kinds
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..backends.hopper import tiles as hopper
+from ...backends.hopper import tiles as hopper
 
 Shape = tuple[int, ...]
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import backends
-from ..errors import ArgumentError
+from ... import backends
+from ...errors import ArgumentError
 from .options import (
     add_layer_arguments,
     by,

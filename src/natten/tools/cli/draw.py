@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...errors import ArgumentError
+from ...neighborhood import Neighborhood
 from .. import draw
-from ..errors import ArgumentError
-from ..neighborhood import Neighborhood
 from .options import add_window_arguments, by, not_negative, positive, window_of
 
 EPILOG = """examples:

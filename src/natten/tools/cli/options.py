@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArgumentError
-from ..neighborhood import Neighborhood
+from ...errors import ArgumentError
+from ...neighborhood import Neighborhood
 
 
 def boolean(text: str) -> bool:

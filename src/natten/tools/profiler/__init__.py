@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .. import backends
-from ..errors import ArgumentError
-from ..functional import neighborhood_attention_generic
+from ... import backends
+from ...errors import ArgumentError
+from ...functional import neighborhood_attention_generic
 from . import measure
 from .problem import Problem
 from .report import BOTH, FORWARD, Report, Row
