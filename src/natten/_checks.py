@@ -197,7 +197,7 @@ def check_tiles(rank: int, **shapes: Any) -> tuple[int, ...]:
 
 
 def check_hints(attention_kwargs: Any) -> None:
-    """Raise ArgumentError for hints of a wrong type, although hints have no effect."""
+    """Raise ArgumentError for what has a wrong type, although it has no effect."""
     if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
         raise ArgumentError(
             f"`attention_kwargs` must be None or a dict, got {type(attention_kwargs)}."

@@ -1,4 +1,4 @@
-"""Keyword arguments that functions accept without an effect on the result."""
+"""Keyword arguments for kernels, which never change the result; only tile shapes change kernels."""
 
 from __future__ import annotations
 

@@ -154,13 +154,13 @@ def neighborhood_attention_generic(
             softmax, ``[batch, num_additional, heads_kv, head_dim or value_dim]``.
         rpb: trainable relative positional bias ``[heads, 2 * kernel_size - 1, ...]``.
         return_lse: also return the LSE, the logarithm of the sum of the scores' exponentials.
-        backend: None, or the name of a backend; upstream's names are hints.
+        backend: None, or the name of a backend; upstream's names are accepted, without effect.
         q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape: tiles of queries
             and of keys of the forward and of the backward pass, one size per axis. They replace the
             tiles that a cost model chooses; a backend that has no such tiles ignores them.
         attention_kwargs, backward_kv_splits, backward_use_pt_reduction, run_persistent_kernel,
         kernel_schedule, torch_compile, xformers_kwargs (0.17.5), try_fuse_additional_kv (0.20):
-            accepted as hints, without effect.
+            accepted, without effect.
 
     Returns:
         ``[batch, *space, heads, value_dim]``; with ``return_lse`` also the LSE (natural logarithm)
@@ -373,8 +373,10 @@ def attention(
         cumulative_seqlen_Q, cumulative_seqlen_KV, max_seqlen_Q, max_seqlen_KV: the same lengths as
             cumulative sums ``[sequences + 1]``, and the longest length of each.
         return_lse: also return the LSE, the logarithm of the sum of the scores' exponentials.
-        backend and what follows it: accepted as hints, as in
-            :func:`neighborhood_attention_generic`.
+        backend, q_tile_size, kv_tile_size, backward_q_tile_size, backward_kv_tile_size: as backend
+            and tile shapes of :func:`neighborhood_attention_generic`.
+        backward_kv_splits, backward_use_pt_reduction, run_persistent_kernel, kernel_schedule,
+        torch_compile: accepted, without effect.
 
     Returns:
         ``[batch, length, heads, value_dim]``; with ``return_lse`` also the LSE

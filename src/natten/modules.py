@@ -169,15 +169,15 @@ class NeighborhoodAttentionGeneric(nn.Module):
 
         Args:
             x: ``[batch, *space, embed_dim]``, channels last.
-            hints: ``backend``, tile shapes, ``additional_keys`` and ``additional_values``, as in
-                the fused operator. Where weights are dropped out, ``backend`` and tile shapes are
-                checked but have no effect.
+            hints: ``additional_keys`` and ``additional_values``, ``backend``, tile shapes and what
+                else the fused operator takes for kernels. Where weights are dropped out,
+                ``backend`` and tile shapes are checked but have no effect.
 
         Returns:
             ``[batch, *space, embed_dim]``.
 
         Raises:
-            ArgumentError: ``x`` has another layout, or a hint is unknown or not allowed.
+            ArgumentError: ``x`` has another layout, or a keyword is unknown or not allowed.
         """
         if isinstance(x, Proxy):
             return call_as_node(self, x, hints)

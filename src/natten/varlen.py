@@ -266,7 +266,8 @@ _VARLEN = """{rank}-D neighborhood attention inside each document of a packed te
         layout: the documents' token layouts, :class:`natten.VarlenLayout` of rank {rank}.
         kernel_size, stride, dilation, is_causal, scale, rpb: as in ``na{rank}d``. A window that
             exceeds a document is clamped to it by :func:`natten.fit_window`.
-        backend, tile shapes and the other hints of ``na{rank}d``: accepted.
+        backend: None, or the name of a backend, as in ``na{rank}d``.
+        tile shapes and what else ``na{rank}d`` takes for kernels: accepted, without effect.
         return_lse: also return the LSE.
 
     Returns:

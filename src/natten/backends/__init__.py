@@ -26,7 +26,7 @@ _log = logging.getLogger("natten")
 # In order of preference.
 BACKENDS: tuple[Backend, ...] = (Hopper(), Triton(), Sdpa(), Tiled(), Reference())
 
-# Upstream's names: hints, because our own choice serves the same problems.
+# Upstream's names have no effect, because our own choice serves the same problems.
 HINTS = frozenset(
     f"{family}-{kind}"
     for family in ("cutlass", "hopper", "blackwell", "flex")
@@ -46,7 +46,8 @@ def check_name(name: str | None) -> str:
     allowed = [backend.name for backend in BACKENDS]
     if not known or name not in allowed:
         raise ArgumentError(
-            f"`backend` must be None or one of {allowed} (hints: {sorted(HINTS)}), got {name!r}."
+            f"`backend` must be None or one of {allowed}, or one of {sorted(HINTS)}, which have no "
+            f"effect, got {name!r}."
         )
     return name
 

@@ -100,12 +100,12 @@ def get_num_na_weights(kernel_size: Sequence[int]) -> int:
 
 
 def check_tiling_config(na_dim: int, tiling_config: Any) -> Any:
-    """The tile shapes as they came, because they are only hints here."""
+    """The tile shapes as they came, because none is refused here."""
     return tiling_config
 
 
 def check_backward_tiling_config(na_dim: int, tiling_config: Any) -> Any:
-    """The tile shapes as they came, because they are only hints here."""
+    """The tile shapes as they came, because none is refused here."""
     return tiling_config
 
 

@@ -1,6 +1,7 @@
 """``get_configs_for_*`` of 0.20 and 0.21, which return tile shapes in upstream's structure.
 
-Tile shapes are hints here, so every entry is accepted. The lists are short and never empty.
+No tile shape is refused here, and those without a kernel have no effect. The lists are short and
+never empty.
 """
 
 from __future__ import annotations

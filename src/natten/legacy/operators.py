@@ -205,7 +205,7 @@ def autotune_fna(
 ) -> tuple[Any, Any]:
     """0.17's tiles of the forward and of the backward pass.
 
-    0.17's Functions take them as hints. Here nothing is timed, and calls choose tiles themselves.
+    The Functions accept them without effect. Nothing is timed here; calls choose tiles themselves.
     """
     check_all_args(na_dim, kernel_size, dilation, is_causal)
     tiles = SHAPES[na_dim][0]
