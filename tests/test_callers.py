@@ -198,7 +198,7 @@ def test_transformers(name, monkeypatch):
         assert_close(n, a, grads[n], 1e-8)
 
 
-# --- wrong numbers that users met (field.md, section 2.3) ---
+# --- wrong numbers that users of NATTEN met ---
 
 
 def test_backward_heeds_the_gradient_of_lse():
