@@ -79,6 +79,16 @@ def test_every_page_is_in_the_navigation():
     assert sorted(listed) == [page.name for page in SITE]
 
 
+def test_every_module_is_in_the_table_of_the_design():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[\w/]+(?:\.py|/)`.*?) \|", text, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    package = ROOT / "src" / "natten"
+    files = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert named == files | folders
+
+
 def test_the_table_of_backends_is_what_they_say():
     """``python docs/backends.py`` writes it."""
     names = runpy.run_path(str(ROOT / "docs" / "backends.py"))
