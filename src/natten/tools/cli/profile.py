@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how it is computed")
     how.add_argument(
         "--backend",
-        help="hopper, triton, tiled, reference; one of NATTEN's (cutlass-fna, hopper-fna, "
+        help="hopper, triton, sdpa, tiled, reference; one of NATTEN's (cutlass-fna, hopper-fna, "
         "blackwell-fna, flex-fna), with which natten chooses; or dense attention alone on a GPU: "
         "cudnn, fav2, xformers",
     )
