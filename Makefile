@@ -9,7 +9,7 @@ TRITONS := 3.7 3.8 newest
 # What goes with this PyTorch and no other.
 PINNED := $(if $(filter torch==2.13.0%,$(TORCH)),-r tests/pinned.txt)
 
-.PHONY: demo test lint wheel kernels bench tables site
+.PHONY: demo test lint wheel release-check kernels bench tables site
 
 demo: $(VENV)/.demo
 	$(PY) examples/digits.py
@@ -38,6 +38,10 @@ wheel: $(VENV)/.dev
 	cd build && PYTHONPATH=src $(abspath $(PY)) -m pytest -q -p no:cacheprovider \
 		tests/test_signatures.py tests/test_benchmarks.py tests/test_imports.py
 	rm -rf build
+
+# What is released, installed and tried as a user has it.
+release-check: wheel
+	$(PY) .ci/release_check.py
 
 kernels: $(VENV)/.dev $(TRITONS:%=$(VENV)/triton-%/.installed)
 	$(PY) benchmarks/kernels.py
