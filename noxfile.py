@@ -26,7 +26,7 @@ RELEASES = {
 }
 NEEDED = (
     *("pytest", "pytest-xdist", "hypothesis", "expecttest", "fvcore", "rich", "matplotlib"),
-    *("scikit-learn", "onnx", "onnxscript", "onnxruntime", "setuptools"),
+    *("scikit-learn", "onnx", "onnxscript", "onnxruntime", "setuptools", "pyyaml"),
     "numpy<2.5; python_version >= '3.14'",
     "numpy<2.3; python_version < '3.14'",  # the interpreters up to Triton 3.6
 )
