@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import RELEASE
 
+import natten
 from natten import backends
 from natten.cli import main
 
@@ -94,3 +95,15 @@ def test_the_table_of_backends_is_what_they_say():
     names = runpy.run_path(str(ROOT / "docs" / "backends.py"))
     text = names["PAGE"].read_text(encoding="utf-8")
     assert names["page"](text) == text and names["table"]() in text
+
+
+def test_what_the_promise_of_stability_names_is_there():
+    text = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`natten\.([a-z_.]+)`", text)
+    assert len(named) > 9
+    for path in named:
+        found = natten
+        for name in path.split("."):
+            found = getattr(found, name)
+    parameters = natten.NeighborhoodAttention1D(8, 2, 3, rel_pos_bias=True).state_dict()
+    assert all(f"`{name}`" in text for name in parameters)
