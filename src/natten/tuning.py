@@ -1,8 +1,8 @@
 """Tiles that were measured to be fastest, remembered on disk.
 
-``natten profile --optimize`` and :func:`natten.use_autotuner` write them, and the backends read
-them. There is one small file for each device, version and problem. A file is replaced in one step,
-so that processes may write at the same time.
+``natten profile --optimize`` and :func:`use_autotuner` write them, and the backends read them.
+There is one small file for each device, version and problem. A file is replaced in one step, so
+that processes may write at the same time.
 
 The directory is ``$NATTEN_CACHE``, else ``$XDG_CACHE_HOME/natten``, else ``natten`` where the
 system keeps caches: ``~/.cache``, on macOS ``~/Library/Caches``, on Windows ``%LOCALAPPDATA%``.
@@ -25,11 +25,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from ._warnings import warn
+from .errors import ArgumentError
 from .version import __version__
 
 _log = logging.getLogger("natten")
 _trials: dict[str, Any] = {}
-_wanted = {"forward": 0, "backward": 0}
 _caches: list[Any] = []
 Function = TypeVar("Function", bound=Callable[..., Any])
 Tiles = TypeVar("Tiles")
@@ -124,20 +125,69 @@ def trial(key: str, tiles: Any) -> Iterator[None]:
         _forget_choices()
 
 
-def autotune(forward: int, backward: int) -> None:
-    """Set how many tiles to time at the first call of a problem without remembered tiles.
+class Autotuner:
+    """The settings of :func:`use_autotuner`."""
+
+    enabled_for_forward: bool = False
+    enabled_for_backward: bool = False
+    thorough_mode_forward: bool = False
+    thorough_mode_backward: bool = False
+
+
+def use_autotuner(
+    forward_pass: bool | None = None,
+    backward_pass: bool | None = None,
+    thorough_mode_forward: bool | None = None,
+    thorough_mode_backward: bool | None = None,
+) -> None:
+    """Time a few tiles at the first GPU call of each problem, and remember the fastest on disk.
+
+    A setting of None stays as it is. PyTorch's deterministic mode warns and leaves all as it is,
+    because the tiles, and so the rounding, depend on the clock.
 
     Args:
-        forward, backward: the numbers for kernels of the forward and of the backward pass; 0 turns
-            timing off.
+        forward_pass, backward_pass: whether to time tiles of this pass.
+        thorough_mode_forward, thorough_mode_backward: whether to time 24 tiles instead of 6.
+
+    Raises:
+        ArgumentError: a setting is no bool.
+
+    Example:
+        >>> use_autotuner(backward_pass=True)
+        >>> wanted(backward=True), wanted(backward=False)
+        (6, 0)
+        >>> disable_autotuner()
     """
-    _wanted.update(forward=forward, backward=backward)
+    settings = (
+        ("forward_pass", "enabled_for_forward", forward_pass),
+        ("backward_pass", "enabled_for_backward", backward_pass),
+        ("thorough_mode_forward", "thorough_mode_forward", thorough_mode_forward),
+        ("thorough_mode_backward", "thorough_mode_backward", thorough_mode_backward),
+    )
+    for name, _, flag in settings:
+        if flag is not None and not isinstance(flag, bool):
+            raise ArgumentError(f"`{name}` must be None or a bool, got {type(flag)}: {flag!r}.")
+    if (forward_pass or backward_pass) and torch.are_deterministic_algorithms_enabled():
+        warn("natten's autotuner is left off, because PyTorch's deterministic mode is on")
+        return
+    for _, setting, flag in settings:
+        if flag is not None:
+            setattr(Autotuner, setting, flag)
     _forget_choices()
 
 
+def disable_autotuner() -> None:
+    """Turn both passes and the thorough modes off."""
+    use_autotuner(False, False, False, False)
+
+
 def wanted(backward: bool) -> int:
-    """The number that :func:`autotune` set."""
-    return _wanted["backward" if backward else "forward"]
+    """How many tiles to time at the first call of a problem without remembered tiles."""
+    if backward:
+        enabled, thorough = Autotuner.enabled_for_backward, Autotuner.thorough_mode_backward
+    else:
+        enabled, thorough = Autotuner.enabled_for_forward, Autotuner.thorough_mode_forward
+    return enabled * (24 if thorough else 6)
 
 
 def times(

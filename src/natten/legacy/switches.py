@@ -1,8 +1,8 @@
 """The switches and feature queries of 0.14 to 0.21.
 
-Except for the autotuner's, the switches steered kernels that this package does not have. They
-remember their settings, so that their getters stay consistent, and refuse what upstream's refused.
-Feature queries say whether there is a GPU.
+The autotuner's set what :mod:`natten.tuning` has. The others steered kernels that this package does
+not have. They remember their settings, so that their getters stay consistent, and refuse what
+upstream's refused. Feature queries say whether there is a GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from .. import tuning
 from ..errors import ArgumentError
+from ..tuning import disable_autotuner
 
 __all__ = [
     "AutotunerContext",
@@ -104,13 +105,9 @@ class NattenContext:
         _restore(NattenContext, _NATTEN_DEFAULTS)
 
 
-class AutotunerContext:
-    """The setting of :func:`use_autotuner`."""
+class AutotunerContext(tuning.Autotuner):
+    """The settings of :func:`use_autotuner`."""
 
-    enabled_for_forward: bool = False
-    enabled_for_backward: bool = False
-    thorough_mode_forward: bool = False
-    thorough_mode_backward: bool = False
     warmup_steps_forward: int = 5
     warmup_steps_backward: int = 5
     steps_forward: int = 5
@@ -119,8 +116,8 @@ class AutotunerContext:
     @staticmethod
     def reset() -> None:
         """Set everything back to the defaults."""
+        tuning.disable_autotuner()
         _restore(AutotunerContext, _AUTOTUNER_DEFAULTS)
-        _autotune()
 
 
 def _values(context: type) -> dict[str, Any]:
@@ -178,8 +175,7 @@ def use_deterministic_algorithms(mode: bool = True) -> None:
     NattenContext.is_deterministic_mode_enabled = mode
     if mode:
         NattenContext.is_kv_parallelism_enabled = False
-        AutotunerContext.enabled_for_forward = AutotunerContext.enabled_for_backward = False
-        _autotune()
+        tuning.use_autotuner(False, False)
 
 
 def are_deterministic_algorithms_enabled() -> bool:
@@ -187,12 +183,17 @@ def are_deterministic_algorithms_enabled() -> bool:
     return NattenContext.is_deterministic_mode_enabled
 
 
-def _forbidden(what: str) -> bool:
-    """Whether determinism forbids ``what``: natten's raises an error, torch's only warns."""
+def _forbid(what: str) -> None:
+    """Raise an error in natten's deterministic mode."""
     if NattenContext.is_deterministic_mode_enabled:
         raise ArgumentError(
             f"{what} is not deterministic, and natten.use_deterministic_algorithms is on."
         )
+
+
+def _forbidden(what: str) -> bool:
+    """Whether determinism forbids ``what``: natten's raises an error, torch's only warns."""
+    _forbid(what)
     if torch.are_deterministic_algorithms_enabled():
         warnings.warn(
             f"{what} is not deterministic: left off, because PyTorch's deterministic mode is on",
@@ -308,72 +309,38 @@ def use_autotuner(
     steps_forward: int | None = None,
     steps_backward: int | None = None,
 ) -> None:
-    """Time a few tiles at the first GPU call of each problem, and remember the fastest on disk.
-
-    A setting of None stays as it is.
-
-    Args:
-        forward_pass, backward_pass: whether to time tiles of this pass.
-        thorough_mode_forward, thorough_mode_backward: whether to time 24 tiles instead of 6.
-        warmup_steps_forward, warmup_steps_backward, steps_forward, steps_backward: remembered, but
-            without effect.
+    """:func:`natten.tuning.use_autotuner`; numbers of steps are remembered, without effect.
 
     Raises:
-        ArgumentError: a setting has the wrong type, or determinism forbids the autotuner.
+        ArgumentError: a setting has the wrong type, or natten's deterministic mode is on.
     """
-    flags = {"enabled_for_forward": forward_pass, "enabled_for_backward": backward_pass}
-    modes = {
-        "thorough_mode_forward": thorough_mode_forward,
-        "thorough_mode_backward": thorough_mode_backward,
-    }
     steps = {
         "warmup_steps_forward": warmup_steps_forward,
         "warmup_steps_backward": warmup_steps_backward,
         "steps_forward": steps_forward,
         "steps_backward": steps_backward,
     }
-    for name, flag in {**flags, **modes}.items():
-        if flag is not None and not isinstance(flag, bool):
-            raise ArgumentError(f"`{name}` must be None or a bool, got {type(flag)}: {flag!r}.")
     for name, count in steps.items():
         fits = isinstance(count, int) and not isinstance(count, bool) and count > 0
         if count is not None and not fits:
             raise ArgumentError(f"`{name}` must be None or a positive integer, got {count!r}.")
     if forward_pass is False and backward_pass is False:
-        _restore(AutotunerContext, {name: False for name in flags})
-        _autotune()
+        tuning.use_autotuner(False, False)
         return
-    if (forward_pass or backward_pass) and _forbidden("the autotuner"):
-        return
-    given = {**flags, **modes, **steps}
-    _restore(AutotunerContext, {name: x for name, x in given.items() if x is not None})
-    _autotune()
-
-
-def _autotune() -> None:
-    context = AutotunerContext
-    tuning.autotune(
-        forward=context.enabled_for_forward * (24 if context.thorough_mode_forward else 6),
-        backward=context.enabled_for_backward * (24 if context.thorough_mode_backward else 6),
-    )
-
-
-def disable_autotuner() -> None:
-    """Clear both passes and the thorough modes."""
-    for each in ("forward", "backward"):
-        off = {f"enabled_for_{each}": False, f"thorough_mode_{each}": False}
-        _restore(AutotunerContext, off)
-    _autotune()
+    if forward_pass or backward_pass:
+        _forbid("the autotuner")
+    tuning.use_autotuner(forward_pass, backward_pass, thorough_mode_forward, thorough_mode_backward)
+    _restore(AutotunerContext, {name: x for name, x in steps.items() if x is not None})
 
 
 def is_autotuner_enabled_for_forward() -> bool:
     """The setting of :func:`use_autotuner`."""
-    return AutotunerContext.enabled_for_forward
+    return tuning.Autotuner.enabled_for_forward
 
 
 def is_autotuner_enabled_for_backward() -> bool:
     """The setting of :func:`use_autotuner`."""
-    return AutotunerContext.enabled_for_backward
+    return tuning.Autotuner.enabled_for_backward
 
 
 def is_autotuner_enabled() -> bool:
@@ -383,12 +350,12 @@ def is_autotuner_enabled() -> bool:
 
 def is_autotuner_thorough_for_forward() -> bool:
     """Whether the forward pass is on, and thorough."""
-    return is_autotuner_enabled_for_forward() and AutotunerContext.thorough_mode_forward
+    return is_autotuner_enabled_for_forward() and tuning.Autotuner.thorough_mode_forward
 
 
 def is_autotuner_thorough_for_backward() -> bool:
     """Whether the backward pass is on, and thorough."""
-    return is_autotuner_enabled_for_backward() and AutotunerContext.thorough_mode_backward
+    return is_autotuner_enabled_for_backward() and tuning.Autotuner.thorough_mode_backward
 
 
 # --- features and the unfused kernels of 0.14 to 0.17 ---
