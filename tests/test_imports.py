@@ -7,6 +7,7 @@ count, as nobody runs them.
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -15,21 +16,22 @@ from pathlib import Path
 import pytest
 
 import natten
+from natten.legacy import imports as imports_of_old
 
 ROOT = Path(natten.__file__).parent
 
 # Modules, or folders of them, from bottom to top. A module imports from its own layer and below.
 LAYERS = (
     "errors version softmax inputs caches tuning"
-    " _hints _library _keywords _numbers _ranks _submodules _torch _tracing _warnings",
+    " _hints _library _keywords _logging _numbers _ranks _submodules _torch _tracing _warnings",
     "neighborhood tiling documents sequences nested _checks",
     "backends",
     "gather operators",
     "unfused varlen functional modules",
     "explaining export flops tools",
     "tools.cli tools.profiler.__main__",
-    # The names of old eras, and the files that stand where old code imports them from.
-    "legacy context types token_permute utils compat",
+    # The names of old eras.
+    "legacy compat",
     # `natten` itself.
     "",
 )
@@ -146,7 +148,7 @@ def test_imports_are_found(name, text, found):
 def backend(name: str) -> str:
     """The backend that a module is of, or ""."""
     path = name.split(".")
-    own = path[:1] == ["backends"] and len(path) > 1 and path[1] not in ("interface", "selection")
+    own = path[:1] == ["backends"] and len(path) > 1 and path[1] != "interface"
     return path[1] if own else ""
 
 
@@ -155,6 +157,65 @@ def test_backends_do_not_know_each_other(name):
     allowed = {"", backend(name)} | BACKENDS.get(backend(name), set())
     for other in GRAPH[name]:
         assert other != "backends" and backend(other) in allowed, f"{name} imports {other}"
+
+
+# --- names of old eras ---
+
+OLD = (".legacy", ".compat")
+TODAYS = {name for name in MODULES if name and not f".{name}".startswith(OLD)}
+
+# Old names that our modules mention, each with its reason.
+MENTIONED = {
+    (
+        "_tracing",
+        "NeighborhoodAttention",
+    ): "the names for which programs register fvcore's handlers",
+    ("functional", "natten.compat"): "the error of a call in an old order says where that works",
+}
+
+
+def bound(text: str) -> set[str]:
+    """The names that a module binds anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.alias):
+            found.add(node.asname or node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
+def old_names() -> set[str]:
+    """What old code imports and no module of today has, and the folders where it is."""
+    tables = (*imports_of_old.MODULES.values(), imports_of_old.NAMES)
+    sources = {each for table in tables for row in table.values() for each in row.split()}
+    homes = [importlib.import_module(each, "natten") for each in sources if each.startswith(OLD)]
+    names = {name for home in homes for name in imports_of_old.names_of(home)}
+    todays = set().union(*(bound(MODULES[name].read_text()) for name in TODAYS))
+    return names - todays | {"natten.legacy", "natten.compat"}
+
+
+def mentioned(text: str, names: set[str]) -> set[str]:
+    """Those of the names that stand in a text as words; PyTorch's own names do not count."""
+    return {name for name in names if re.search(rf"(?<!torch\.)\b{re.escape(name)}\b", text)}
+
+
+def test_nothing_depends_on_names_of_old_eras():
+    names = old_names()
+    assert {"use_fused_na", "natten2dqkrpb", "KernelSchedule", "qk_2d_rpb_flop"} < names
+    for name in TODAYS:
+        assert not [each for each in GRAPH[name] if f".{each}".startswith(OLD)], name
+    found = {(name, old) for name in TODAYS for old in mentioned(MODULES[name].read_text(), names)}
+    assert found == MENTIONED.keys()
+
+
+def test_mentions_are_found():
+    names = {"use_fna", "NattenContext", "natten.compat"}
+    text = "import natten.compat.v017\nuse_fna()  # torch.NattenContext, NattenContexts"
+    assert mentioned(text, names) == {"use_fna", "natten.compat"}
+    assert bound("from .types import x as y\nclass z: ...\ndef f(): w = 1") == {*"yzfw"}
 
 
 # --- PyTorch's private names ---

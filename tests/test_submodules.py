@@ -47,7 +47,7 @@ def test_one_alone_is_enough() -> None:
     """Each is tested in a new process, so that no other import has brought it."""
     code = """
 import importlib, natten, os, sys
-for name in ("draw", "simulator", "profiler", "token_permute", "utils.varlen", "cli.options"):
+for name in ("draw", "simulator", "profiler", "legacy.configs", "legacy.varlen", "cli.options"):
     assert f"natten.{name}" not in sys.modules
     if os.fork() == 0:
         os._exit(eval(f"natten.{name}") is not importlib.import_module(f"natten.{name}"))

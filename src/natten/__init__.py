@@ -3,7 +3,7 @@
 import sys as _sys
 import typing as _typing
 
-from . import _submodules, compat, context, flops, functional, legacy, types, utils
+from . import _logging, _submodules, compat, flops, functional, legacy
 from .errors import ArgumentError
 from .functional import (
     attention,
@@ -29,12 +29,10 @@ from .modules import (
     NeighborhoodAttention3D,
 )
 from .neighborhood import Neighborhood, fit_window
-from .utils import log as _log
 from .varlen import VarlenLayout
 from .version import __version__
 
-_log.get_logger()
-_imports.install(__name__)
+_logging.get_logger()
 _shortcut = _submodules.Shortcut(__name__, "tools", ("cli", "draw", "profiler", "simulator"))
 _sys.meta_path.insert(0, _shortcut)  # ahead of the finder that would import files once more
 if _typing.TYPE_CHECKING:  # what comes from `__getattr__`
@@ -78,17 +76,16 @@ def __dir__() -> list[str]:
     return [*__all__, "backends", "compat", "errors", "flops", "functional", "modules", "utils"]
 
 
-_old_name = _imports.lookup(__name__, ".legacy.switches", ".legacy.configs")
 _submodule = _submodules.getter(__name__)
 
 
 if not _typing.TYPE_CHECKING:  # otherwise every name would exist for type checkers
 
     def __getattr__(name: str) -> object:
-        """Find names of old eras, and import submodules when they are asked for."""
+        """Import submodules when they are asked for."""
         if name == "HAS_LIBNATTEN":  # it says here whether there is a GPU
             return legacy.switches.has_cuda()
-        try:
-            return _old_name(name)
-        except AttributeError:
-            return _submodule(name)
+        return _submodule(name)
+
+
+_imports.install(__name__)  # which lets this module, too, find names of old eras

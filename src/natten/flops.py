@@ -1,9 +1,9 @@
 """FLOP counters for neighborhood attention.
 
 ``torch.utils.flop_counter.FlopCounterMode`` counts 2 per multiply-add, as it does for PyTorch's own
-operators. The fvcore handlers of 0.14 to 0.17 count multiply-adds, as those of 0.17.4 did. Only
-products count, not the softmax and the bias. Windows are counted exactly, but causal masking is not
-subtracted, as PyTorch does for ``scaled_dot_product_attention``.
+operators. The handlers for fvcore count multiply-adds, as fvcore does. Only products count, not the
+softmax and the bias. Windows are counted exactly, but causal masking is not subtracted, as PyTorch
+does for ``scaled_dot_product_attention``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from . import operators  # defines the operators
 from ._library import NAMESPACE, ops
 from ._torch import has_fake
 from ._tracing import function_name
-from .errors import ArgumentError
-from .neighborhood import Neighborhood
 from .sequences import Lengths
 
 
@@ -96,64 +94,6 @@ def _av_flops(attn: Any, value: Any, kernel_size: Any, *args: Any, **kwargs: Any
     return 2 * math.prod(value) * math.prod(kernel_size)
 
 
-# --- 0.17.4's counters ---
-
-
-def _window_macs(
-    shape: Sequence[int], kernel_size: Any, dilation: Any, is_causal: Any, is_heads_last: bool
-) -> int:
-    rank = len(shape) - 3
-    if rank not in (1, 2, 3):
-        raise ArgumentError(f"shapes must have 4 to 6 dimensions, got {tuple(shape)}.")
-    rule = Neighborhood.create(rank, kernel_size, 1, dilation, is_causal)
-    return math.prod(shape) * rule.window_tokens
-
-
-def na_qk_flop_count(
-    q_shape: Sequence[int],
-    k_shape: Sequence[int],
-    kernel_size: Any,
-    dilation: Any,
-    is_causal: Any,
-    is_heads_last: bool,
-    return_macs: bool = False,
-) -> int:
-    """Floating-point operations (or multiply-adds) of ``na*d_qk``."""
-    if tuple(q_shape) != tuple(k_shape):
-        raise ArgumentError(f"`k_shape` must be `q_shape`, got {k_shape} and {q_shape}.")
-    macs = _window_macs(q_shape, kernel_size, dilation, is_causal, is_heads_last)
-    return macs if return_macs else 2 * macs
-
-
-def na_av_flop_count(
-    a_shape: Sequence[int],
-    v_shape: Sequence[int],
-    kernel_size: Any,
-    dilation: Any,
-    is_causal: Any,
-    is_heads_last: bool,
-    return_macs: bool = False,
-) -> int:
-    """Floating-point operations (or multiply-adds) of ``na*d_av``."""
-    macs = _window_macs(v_shape, kernel_size, dilation, is_causal, is_heads_last)
-    return macs if return_macs else 2 * macs
-
-
-def fna_flop_count(
-    q_shape: Sequence[int],
-    k_shape: Sequence[int],
-    v_shape: Sequence[int],
-    kernel_size: Any,
-    dilation: Any,
-    is_causal: Any,
-    is_heads_last: bool,
-    return_macs: bool = False,
-) -> int:
-    """Floating-point operations (or multiply-adds) of ``na*d``."""
-    rest = (kernel_size, dilation, is_causal, is_heads_last, return_macs)
-    return na_qk_flop_count(q_shape, k_shape, *rest) + na_av_flop_count(q_shape, v_shape, *rest)
-
-
 # --- fvcore ---
 
 
@@ -190,10 +130,6 @@ def _kernel_size(node: Any) -> Sequence[int]:
     lists = (x.node() for x in node.inputs() if x.type().kind() == "ListType")
     return [x.toIValue() for x in next(lists).inputs()]
 
-
-qk_1d_rpb_flop = qk_2d_rpb_flop = qk_3d_rpb_flop = qk_flops
-av_1d_flop = av_2d_flop = av_3d_flop = av_flops
-qk_rpb_flop, av_flop = qk_flops, av_flops  # 0.14's names
 
 _HANDLERS = {"qk": qk_flops, "av": av_flops, "attention": fna_generic_flops}
 

@@ -529,4 +529,4 @@ merge_attentions.__signature__ = _MERGE  # type: ignore[attr-defined]
 if TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        """Names that older eras had here, which :mod:`natten.legacy.imports` adds."""
+        """Names that other programs import from here, which the package adds."""

@@ -16,7 +16,6 @@ __all__ = [
     "check_additional_keys",
     "check_additional_values",
     "check_all_args",
-    "check_all_args_with_stride",
     "check_args_against_input",
     "check_backward_tiling_config",
     "check_causal_arg",
@@ -56,21 +55,6 @@ def check_all_args(
     """Kernel size, dilation and causality in 0.17's order, each with one entry per axis."""
     rule = Neighborhood.create(na_dim, kernel_size, 1, dilation, is_causal)
     return rule.kernel_size, rule.dilation, rule.is_causal
-
-
-def check_all_args_with_stride(
-    na_dim: int, kernel_size: Any, stride: Any = ..., dilation: Any = ..., is_causal: Any = ...
-) -> tuple[tuple[Any, ...], ...]:
-    """Kernel size, stride, dilation and causality in 0.20's order, each with one entry per axis.
-
-    A call with four arguments is 0.17's, as :func:`check_all_args` takes them.
-    """
-    if is_causal is ...:
-        stride, dilation, is_causal = ..., stride, dilation
-    if stride is ...:
-        return check_all_args(na_dim, kernel_size, dilation, is_causal)
-    rule = Neighborhood.create(na_dim, kernel_size, stride, dilation, is_causal)
-    return rule.kernel_size, rule.stride, rule.dilation, rule.is_causal
 
 
 def check_args_against_input(

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from ..backends.selection import choose_backend, choose_fmha_backend
 from . import checks, operators, switches, types
 from .checks import *  # noqa: F403
 from .operators import *  # noqa: F403
+from .selection import choose_backend, choose_fmha_backend
+from .strided_checks import check_all_args  # type: ignore[assignment]
 from .switches import *  # noqa: F403
 from .types import *  # noqa: F403
 
@@ -34,10 +35,9 @@ def _renamed(rank: int, old: str) -> Callable[..., Any]:
     return renamed
 
 
-check_all_args = checks.check_all_args_with_stride  # type: ignore[assignment]  # 0.20's
 natten1dqk, natten2dqk, natten3dqk = (_renamed(rank, "qk") for rank in (1, 2, 3))
 natten1dqkrpb, natten2dqkrpb, natten3dqkrpb = (_renamed(rank, "qkrpb") for rank in (1, 2, 3))
 natten1dav, natten2dav, natten3dav = (_renamed(rank, "av") for rank in (1, 2, 3))
 
-__all__ = ["choose_backend", "choose_fmha_backend"]
+__all__ = ["check_all_args", "choose_backend", "choose_fmha_backend"]
 __all__ += [*checks.__all__, *operators.__all__, *switches.__all__, *types.__all__]

@@ -1,6 +1,7 @@
 """Two tables of what old code imports from elsewhere: modules, and names in modules.
 
 A name is looked up in our modules when it is asked for, so that these need not know the old names.
+A module of old code has no file here, unless that has something of its own.
 ``natten`` and the stand-ins in ``natten.compat`` install their part of the tables when they are
 imported. The names of our modules begin with a dot here, because a copy of this package has another
 name.
@@ -20,9 +21,9 @@ _PACKAGE = __package__.rpartition(".")[0]
 _TYPES = ".legacy.types"
 _CHECKS = f".legacy.checks {_TYPES}"
 _UTILS = {
-    "utils": f".utils {_CHECKS}",
+    "utils": f"{_CHECKS} .legacy.switches",
     "utils.checks": _CHECKS,
-    "utils.log": ".utils.log",
+    "utils.log": ".legacy.log",
     "utils.testing": ".legacy.testing",
     "utils.tensor": ".legacy.checks",
     "utils.misc utils.device": ".legacy.switches",
@@ -43,20 +44,23 @@ MODULES: dict[str, dict[str, str]] = {
         "ops": ".legacy.operators",
         "autotuner": ".legacy.operators",
         "attn_merge": ".functional",
-        "utils.tensor": _UTILS["utils.tensor"],
-        "utils.misc utils.device": _UTILS["utils.misc utils.device"],
-        "utils.typing": _UTILS["utils.typing"],
+        "context": ".legacy.switches",
+        "token_permute": ".legacy.token_permute",
+        "types": _TYPES,
+        **_UTILS,
+        "utils.checks": f".legacy.strided_checks {_CHECKS}",
         "utils.tuples": _TYPES,
+        "utils.varlen": ".legacy.varlen",
     },
     f"{_PACKAGE}.compat.v014": {
         "natten1d natten2d nattencuda nattencuda1d nattencuda2d": (
             ".compat.v014 .compat.v014.functional"
         ),
-        "flops": ".flops",
+        "flops": ".flops .legacy.flops",
     },
     f"{_PACKAGE}.compat.v015": {
         "natten1d natten2d natten3d": ".compat.v015 .compat.v015.functional",
-        "flops": ".flops",
+        "flops": ".flops .legacy.flops",
         "nested ops": ".compat.v015.functional",
         **_UTILS,
     },
@@ -66,15 +70,18 @@ MODULES: dict[str, dict[str, str]] = {
         "flex nested ops": ".legacy.operators",
         "autotuner": ".legacy.operators",
         "context": ".legacy.switches",
-        "flops": ".flops",
+        "flops": ".flops .legacy.flops",
         "types": _TYPES,
         **_UTILS,
     },
 }
 
-#: Our modules that once had additional names, and the modules where these are looked up.
+#: Our modules that once had additional names, and the modules where these are looked up. The
+#: package itself is "".
 NAMES = {
-    "backends": ".backends.selection .legacy.configs",
+    "": ".legacy.switches .legacy.configs",
+    "backends": ".legacy.selection .legacy.configs",
+    "flops": ".legacy.flops",
     "functional": ".legacy.functional",
     "nested": ".legacy.operators",
 }
@@ -90,7 +97,7 @@ def lookup(module: str, *sources: str) -> Callable[[str], Any]:
     def __getattr__(name: str) -> Any:
         if not name.startswith("__"):
             for source in _imported(sources):
-                if name in _names(source):
+                if name in names_of(source):
                     return vars(sys.modules[module]).setdefault(name, getattr(source, name))
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
@@ -101,7 +108,8 @@ def _imported(sources: Iterable[str]) -> Iterator[ModuleType]:
     return (importlib.import_module(source, _PACKAGE) for source in sources)
 
 
-def _names(source: ModuleType) -> Sequence[str]:
+def names_of(source: ModuleType) -> Sequence[str]:
+    """The public names of a module."""
     return getattr(source, "__all__", None) or [n for n in vars(source) if not n.startswith("_")]
 
 
@@ -115,7 +123,8 @@ def install(package: str) -> None:
             _stand_in(f"{package}.{name}", sources.split(), has_children)
     if package == _PACKAGE:
         for name, sources in NAMES.items():
-            _extend(sys.modules[f"{package}.{name}"], sources.split())
+            module = sys.modules[f"{package}.{name}" if name else package]
+            _extend(module, sources.split())
 
 
 def _stand_in(path: str, sources: Sequence[str], has_children: bool) -> None:
@@ -131,10 +140,11 @@ def _stand_in(path: str, sources: Sequence[str], has_children: bool) -> None:
 
     def __getattr__(name: str) -> Any:
         if name == "__all__":
-            return sorted({each for source in _imported(sources) for each in _names(source)})
+            return sorted({each for source in _imported(sources) for each in names_of(source)})
         return find(name)
 
     module.__getattr__ = __getattr__  # type: ignore[method-assign]
+    module.__dir__ = lambda: module.__all__  # type: ignore[method-assign]
     sys.modules[path] = module
     parent, _, child = path.rpartition(".")
     attributes = vars(sys.modules[parent])

@@ -93,3 +93,7 @@ def supports_float16(device: torch.device) -> bool:
 def supports_bfloat16(device: torch.device) -> bool:
     """Whether operators run bfloat16 on ``device``."""
     return device.type != "cuda" or switches.has_bfloat(device)
+
+
+__all__ = [name for name in globals() if name.startswith(("skip_if_", "supports_"))]
+__all__ += ["fna_supports_additional_kv"]

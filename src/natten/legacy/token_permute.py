@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 
+__all__ = ["token_permute_operation", "token_unpermute_operation"]
+
 
 def _padded(layout: Sequence[int], tile: Sequence[int], dilation: Sequence[int]) -> list[int]:
     """The layout inside one dilation group, padded to whole tiles."""

@@ -1,4 +1,4 @@
-"""Where 0.21 had the parameters of packed sequences."""
+"""0.21's parameters of packed sequences, ``natten.utils.varlen``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..sequences import sequence_lengths
+
+__all__ = ["generate_varlen_parameters"]
 
 
 def generate_varlen_parameters(
