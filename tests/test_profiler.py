@@ -1,10 +1,12 @@
 """The profiler: its arithmetic, its clocks, and tuning with a made-up clock."""
 
+import contextlib
 import csv
 import dataclasses
 import itertools
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -178,13 +180,36 @@ def test_problem_checks_itself():
 
 def test_clocks():
     calls = []
-    timing = measure.eager_time(lambda: calls.append(1), CPU, warmup=3, calls=7)
-    assert len(calls) == 10 and timing.median_us >= 0
-    assert measure._summary([5.0]) == Timing(5.0, 0.0)
-    assert measure._summary([1.0, 2.0, 3.0, 4.0, 9.0]) == Timing(3.0, 2.0)
+    threads = torch.get_num_threads()
+    timing = measure.eager_time(
+        lambda: calls.append(torch.get_num_threads()) or time.sleep(2e-3), CPU, 3, seconds=0.02
+    )
+    assert 2e3 <= timing.median_us < 2e4 and timing.spread_us >= 0
+    assert len(calls) > 3 and set(calls) == {threads}
     kernels = measure.kernel_times(lambda: torch.ones(64, 64) @ torch.ones(64, 64), CPU)
     assert "aten::mm" in {kernel.name for kernel in kernels}
     assert all(a.time_us >= b.time_us for a, b in itertools.pairwise(kernels))
+
+
+def test_clocks_of_gpus_are_tritons(monkeypatch):
+    testing = pytest.importorskip("triton.testing")
+    asked, calls, gpu = [], [], torch.device("cuda", 1)
+
+    def clock(name):
+        def bench(function, quantiles, **options):
+            asked.append((name, quantiles, options))
+            return [0.004, 0.005, 0.007]
+
+        monkeypatch.setattr(testing, name, bench)
+
+    clock("do_bench")
+    clock("do_bench_cudagraph")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for timed in (measure.eager_time, measure.graph_time):
+        assert timed(lambda: calls.append(1), gpu, 2) == pytest.approx(Timing(5.0, 3.0))
+    assert len(calls) == 4 and [name for name, *_ in asked] == ["do_bench", "do_bench_cudagraph"]
+    assert {quantiles for _, quantiles, _ in asked} == {(0.25, 0.5, 0.75)}
+    assert asked[0][2] == {"rep": 200}
 
 
 def triton_problem():

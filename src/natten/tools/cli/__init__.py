@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (OSError, RuntimeError) as error:  # such as an unwritable file, or too little memory
+    except (OSError, RuntimeError, ImportError) as error:  # an unwritable file, a missing package
         if logging.getLogger("natten").isEnabledFor(logging.DEBUG):
             raise
         print(

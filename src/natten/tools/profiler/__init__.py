@@ -1,7 +1,7 @@
 """Time neighborhood attention beside dense attention; ``natten profile --help`` has examples.
 
 problem.py   what is computed, and the least work that it needs
-measure.py   clocks
+measure.py   PyTorch's and Triton's clocks
 tune.py      tiles: list, force, try and remember them
 report.py    the results
 machine.py   the machine and the versions they were measured with

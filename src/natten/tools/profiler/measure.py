@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.profiler import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Timer
 
 Function = Callable[[], Any]
+QUARTILES = (0.25, 0.5, 0.75)
 
 
 class Timing(NamedTuple):
-    """The median of several calls in microseconds, and the range of their middle half."""
+    """The median time of a call in microseconds, and the range of the middle half of times.
+
+    What is timed are single calls, or blocks of calls where one is short.
+    """
 
     median_us: float
     spread_us: float
@@ -31,75 +34,52 @@ class Kernel(NamedTuple):
     time_us: float
 
 
-def _summary(times: list[float]) -> Timing:
-    if len(times) == 1:
-        return Timing(times[0], 0.0)
-    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-    return Timing(median, high - low)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def eager_time(
-    function: Function, device: torch.device, warmup: int, seconds: float = 1.0, calls: int = 50
+    function: Function, device: torch.device, warmup: int, seconds: float = 0.2
 ) -> Timing:
-    """Time of a call, from Python to the end of its kernels.
+    """Time of a call from Python: by PyTorch's timer on CPUs, by Triton's on GPUs.
+
+    Triton's is the time on the GPU. Before each call it overwrites the L2 cache, and meanwhile
+    Python prepares the call. So Python's time counts only where it is longer than that.
 
     Args:
         function: what to call.
         device: where its kernels run.
         warmup: calls before the first that counts.
-        seconds, calls: measure at least once, until either is reached.
+        seconds: about how long to measure.
     """
     for _ in range(warmup):
         function()
-    times: list[float] = []
-    while len(times) < calls and (not times or sum(times) < seconds * 1e6):
-        _synchronize(device)
-        begin = time.perf_counter()
-        function()
-        _synchronize(device)
-        times.append(1e6 * (time.perf_counter() - begin))
-    return _summary(times)
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        with torch.cuda.device(device):
+            return _quartiles(do_bench(function, rep=1e3 * seconds, quantiles=QUARTILES))
+    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    found = timer.blocked_autorange(min_run_time=seconds)
+    return Timing(1e6 * found.median, 1e6 * found.iqr)
 
 
-def graph_time(
-    function: Function,
-    device: torch.device,
-    warmup: int,
-    seconds: float = 0.3,
-    replays: int = 50,
-) -> Timing:
+def graph_time(function: Function, device: torch.device, warmup: int) -> Timing:
     """Time of a call's kernels inside a CUDA graph, without the time of the host.
 
-    Short calls are captured several times, so that the start of the graph hardly counts. The
-    arguments are those of :func:`eager_time`, and ``replays`` limits how often the graph runs.
+    The graph has as many calls, one after another, as take 20 ms. The arguments are those of
+    :func:`eager_time`.
 
     Raises:
         RuntimeError: the call can not be captured.
     """
-    side = torch.cuda.Stream(device)
-    with torch.cuda.stream(side):  # warm up on a side stream, as capturing requires
+    from triton.testing import do_bench_cudagraph
+
+    for _ in range(warmup):
         function()
-    once = eager_time(function, device, warmup, calls=1).median_us
-    calls = max(1, min(20, int(2e3 / once)))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            function()
-    graph.replay()
-    times: list[float] = []
-    while len(times) < replays and (len(times) < 3 or sum(times) * calls < seconds * 1e6):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * begin.elapsed_time(end) / calls)
-    return _summary(times)
+    with torch.cuda.device(device):
+        return _quartiles(do_bench_cudagraph(function, quantiles=QUARTILES))
+
+
+def _quartiles(milliseconds: Sequence[float]) -> Timing:
+    low, median, high = milliseconds
+    return Timing(1e3 * median, 1e3 * (high - low))
 
 
 @contextlib.contextmanager
@@ -127,7 +107,8 @@ def kernel_times(function: Function, device: torch.device) -> list[Kernel]:
     with _silent_stderr():
         profiler.start()
     function()
-    _synchronize(device)
+    if gpu:
+        torch.cuda.synchronize(device)
     with _silent_stderr():
         profiler.stop()
     wanted = DeviceType.CUDA if gpu else DeviceType.CPU

@@ -24,8 +24,7 @@ class Row:
     Attributes:
         attention: "natten" and the backend, or "dense" and its implementation.
         pass_name: "forward" or "forward+backward".
-        kind: "eager" for the time from the call in Python to the end of the last kernel, or "graph"
-            for the time of the kernels alone.
+        kind: "eager" for a call from Python, or "graph" for its kernels alone, in a CUDA graph.
         timing: microseconds of a call.
         tflops: 10^12 operations of the needed matrix products per second.
         gbytes: 10^9 bytes per second, if inputs and outputs move once.
