@@ -25,6 +25,7 @@ from torch.utils.benchmark import Timer
 
 from natten import na2d
 from natten.backends import explain
+from natten.cli.tables import markdown
 
 SHAPE, WINDOW = (1, 16, 16, 2, 32), 7
 WARMUP, ROUNDS, CALLS = 2, 25, 60  # each round has CALLS calls; the first WARMUP do not count
@@ -89,11 +90,10 @@ def main() -> int:
             time_us = host_us(call)
             if number >= WARMUP:
                 times[cell].append(time_us)
-    print("| | no gradients | forward | forward+backward, one thread | usual two threads |")
-    print("|---|---:|---:|---:|---:|")
-    for name, calls in rows.items():
-        medians = [f"{statistics.median(times[name, i]):.0f}" for i in range(len(calls))]
-        print(f"| {' | '.join([name, *medians])} |{' |' * (4 - len(calls))}")
+    header = "", "no gradients", "forward", "forward+backward, one thread", "usual two threads"
+    medians = {cell: f"{statistics.median(each):.0f}" for cell, each in times.items()}
+    cells = [(name, *(medians.get((name, i), "") for i in range(4))) for name in rows]
+    print("\n".join(markdown(header, cells)))
     print(", ".join(filter(None, about(torch.device("cuda")).values())))
     return 0
 

@@ -28,6 +28,7 @@ from compiled import Variant, call_hopper, call_portable, compile_calls
 from triton.backends.compiler import GPUTarget
 
 from natten.backends.triton.tiles import SHARED_MEMORY
+from natten.cli.tables import markdown
 
 RESULT = Path(__file__).parent / "results/kernels.md"
 FP16 = torch.float16
@@ -171,6 +172,9 @@ def run(job: Job) -> list[Row]:
     return rows
 
 
+HEADER = "kernel", "variant", "queries, keys", "registers", "spilled", "in loops", "shared"
+
+
 def table(rows: Sequence[Row]) -> str:
     """A table per target and Triton, in Markdown."""
     lines: list[str] = []
@@ -180,13 +184,8 @@ def table(rows: Sequence[Row]) -> str:
             if target == "90a"
             else f"Portable kernels, {'' if target.startswith('gfx') else 'sm_'}{target}"
         )
-        lines += [
-            f"## {kernels}, Triton {release}\n",
-            "| kernel | variant | queries, keys | registers | spilled | in loops | shared |",
-            "|---|---|---|---:|---:|---:|---:|",
-        ]
-        lines += ["| " + " | ".join(map(str, row[2:-1])) + " |" for row in part]
-        lines.append("")
+        cells = [[str(each) for each in row[2:-1]] for row in part]
+        lines += [f"## {kernels}, Triton {release}\n", *markdown(HEADER, cells, left=3), ""]
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ import limits
 from cases import BF16, CASES, FP32, Case, by
 from records import RESULTS, read
 
+from natten.cli.tables import markdown
 from natten.draw.canvas import ATTENDED, INK, QUIET_INK, Key, Panel, Rect, Text, compose
 from natten.profiler.report import BOTH, FORWARD
 from natten.simulator import DEVICES, simulate
@@ -394,8 +395,7 @@ def _us(us: float | None) -> str:
 
 
 def _table(rows: list[list[str]]) -> list[str]:
-    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
-    return ["| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])]
+    return markdown(rows[0], rows[1:])
 
 
 def generate() -> dict[str, str]:

@@ -9,6 +9,7 @@ import pathlib
 import re
 
 from natten.backends import BACKENDS, OPERATIONS, Backend, describe
+from natten.cli.tables import markdown
 
 PAGE = pathlib.Path(__file__).with_name("backends.md")
 _TABLE = re.compile(r"(?<=<!-- table -->\n).*(?=<!-- end of table -->)", re.DOTALL)
@@ -38,9 +39,8 @@ def table() -> str:
         ("plain attention", [said(each.plain) for each in BACKENDS]),
         ("tile shapes as arguments", [said(each.takes_tiles) for each in BACKENDS]),
     ]
-    lines = [f"| | {' | '.join(f'`{each.name}`' for each in BACKENDS)} |"]
-    lines.append("|---" * (len(BACKENDS) + 1) + "|")
-    lines += [f"| {title} | {' | '.join(cells)} |" for title, cells in rows]
+    header = ["", *(f"`{each.name}`" for each in BACKENDS)]
+    lines = markdown(header, [(title, *cells) for title, cells in rows], left=len(header))
     return "\n".join(lines) + "\n"
 
 

@@ -18,27 +18,47 @@ def has_rich() -> bool:
     return importlib.util.find_spec("rich") is not None
 
 
-def print_table(
-    title: str, header: Row, rows: Sequence[Row], emphasized: int | None = None
-) -> None:
-    """Print a table; the first column is left-aligned, the others are right-aligned.
+def markdown(header: Row, rows: Sequence[Row], left: int = 1, padded: bool = False) -> list[str]:
+    """The lines of a Markdown table.
 
     Args:
-        title: a line above the table.
         header, rows: the texts of the cells.
-        emphasized: index of a row to print in bold where there is rich and a terminal.
+        left: how many columns are left-aligned; the others are right-aligned.
+        padded: whether columns are aligned in the text, too.
+
+    Example:
+        >>> rows = [("ours", "1"), ("dense", "10")]
+        >>> print("\\n".join(markdown(("name", "us"), rows, padded=True)))
+        | name  | us |
+        |-------|---:|
+        | ours  |  1 |
+        | dense | 10 |
     """
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    widths = [max(map(len, column)) if padded else 0 for column in zip(header, *rows)]
 
     def line(row: Row) -> str:
         cells = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            cell.ljust(width) if i < left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths))
         )
-        return "| " + " | ".join(cells) + " |"
+        return f"| {' | '.join(cells)} |"
 
-    rule = "|" + "|".join("-" * (w + 2 - (i > 0)) + ":" * (i > 0) for i, w in enumerate(widths))
-    lines = [line(header), rule + "|", *map(line, rows)]
+    dashes = ("-" * max(width + 2, 3) for width in widths)
+    rule = (each if i < left else f"{each[1:]}:" for i, each in enumerate(dashes))
+    return [line(header), f"|{'|'.join(rule)}|", *map(line, rows)]
+
+
+def print_table(
+    title: str, header: Row, rows: Sequence[Row], emphasized: int | None = None
+) -> None:
+    """Print a table.
+
+    Args:
+        title: a line above the table.
+        header, rows: as in :func:`markdown`.
+        emphasized: index of a row to print in bold where there is rich and a terminal.
+    """
+    lines = markdown(header, rows, padded=True)
     print(f"\n{title}\n" if title else "")
     if not (has_rich() and sys.stdout.isatty()):
         print("\n".join(lines))
