@@ -27,7 +27,7 @@ from helpers import reference
 from torch import Tensor
 
 from natten import backends
-from natten.backends.hopper.tiles import native
+from natten.backends import Problem
 from natten.inputs import Gradients, Inputs
 from natten.neighborhood import Dense, Neighborhood
 from natten.varlen import VarlenLayout
@@ -65,8 +65,8 @@ def kinds(backend: str) -> list[Kind]:
     dims = [(32, 32), (64, 64), (128, 128), (24, 24), (96, 96), (7, 40), (256, 64), (1, 512)]
     operations = ["fused"] * 5 + ["dense", "packed", "unfused"]
     if backend == "hopper":
-        dims = [(32, 32), (64, 64), (128, 128), (48, 48), (96, 72), (256, 256), (32, 128)]
-        dims.append((160, 136))
+        dims = [(32, 32), (64, 64), (128, 128), (48, 48), (96, 72)]
+        dims += [(256, 256), (32, 128), (160, 136), (136, 200), (248, 64)]  # portable backward
         dtypes, operations = dtypes[:2], ["fused"]
     found = []
     for i, (dim, value_dim) in zip(range(64), itertools.cycle(dims)):
@@ -194,8 +194,8 @@ def check(kind: Kind, rng: random.Random) -> dict[str, float]:
         )  # fmt: skip
     found, found_lse = module.forward(inputs, rule_, scale, **options)
     errors = {"out": ratio(out, found), "lse": ratio(lse, found_lse)}
-    if BACKEND == "hopper" and (kind.dim > 128 or native(kind.dim) != native(kind.value_dim)):
-        return errors  # another backend runs the backward
+    if BACKEND == "hopper":  # another backend runs the backward of wide heads, as in a call
+        module = backends.choose(BACKEND, Problem.of("gradient", inputs, rule_, scale))
     found_grads = module.backward(
         grad_out, grad_lse, inputs, found, found_lse, rule_, scale, **options
     )
