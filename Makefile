@@ -1,6 +1,6 @@
 # make demo: train a small classifier and draw what it attends.  make test: everything CI checks of
-# the code.  make kernels: compile the GPU kernels, without a GPU.  All make the environment first;
-# TORCH= picks another build of PyTorch.
+# the code.  make programs: whole programs that use it.  make kernels: compile the GPU kernels,
+# without a GPU.  All make the environment first; TORCH= picks another build of PyTorch.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -9,14 +9,17 @@ TRITONS := 3.7 3.8 newest
 # What goes with this PyTorch and no other.
 PINNED := $(if $(filter torch==2.13.0%,$(TORCH)),-r tests/pinned.txt)
 
-.PHONY: demo test lint wheel release-check kernels bench tables site
+.PHONY: demo test programs lint wheel release-check kernels bench tables site
 
 demo: $(VENV)/.demo
 	$(PY) examples/digits.py
 
 test: $(VENV)/.dev
 	$(PY) -m pytest -n 2 --dist loadgroup --doctest-modules src/natten tests \
-		--cov --cov-report=term --cov-fail-under=90
+		--ignore tests/programs --cov --cov-report=term --cov-fail-under=90
+
+programs: $(VENV)/.dev
+	$(PY) -m pytest tests/programs
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff format --check .
