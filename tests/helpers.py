@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
 from typing import NamedTuple
 
 import torch
@@ -14,6 +19,7 @@ from natten.inputs import Inputs
 from natten.neighborhood import Neighborhood, window_mask
 
 hopper, triton, sdpa, tiled, reference = backends.BACKENDS
+ROOT = pathlib.Path(__file__).parents[1]
 RELEASE = tuple(int(n) for n in torch.__version__.split(".")[:2])  # of PyTorch
 
 # RMS of the error over RMS of the value, for outputs; gradients may have twice as much.
@@ -149,3 +155,33 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2)
+
+
+def run_interpreted(*arguments: str) -> None:
+    """Let pytest run tests in a process of its own where Triton interprets the kernels.
+
+    The interpreter must be chosen before Triton is imported. It is an error if one of the tests
+    fails, if none runs, or if the process dies; the message is what pytest said there.
+    """
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-W",
+            "ignore",
+            *arguments,
+        ],
+        cwd=ROOT,
+        env=environment | {"TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    passed = re.search(r"^[1-9]\d* passed", done.stdout, re.MULTILINE)
+    assert done.returncode == 0 and passed, f"exit code {done.returncode}\n{done.stdout[-20000:]}"

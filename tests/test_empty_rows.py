@@ -16,7 +16,7 @@ GPU = torch.cuda.is_available()
 BACKENDS = {
     "tiled": torch.float64,
     "reference": torch.float64,
-    "triton": torch.float32,  # on a GPU, or interpreted in test_triton.py
+    "triton": torch.float32,  # on a GPU, or interpreted in test_interpreter.py
     "default": torch.bfloat16,
 }
 RATIO = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
