@@ -1,4 +1,7 @@
-"""The Hopper backend: tiles and masks on the CPU, compiled without a GPU, results with one."""
+"""The Hopper backend: tiles on the CPU, kernels compiled without a GPU, results with one.
+
+Masks and geometry are in interpreter/test_hopper_masks.py.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import re
 import subprocess
 import sys
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -25,180 +28,18 @@ from natten.neighborhood import Neighborhood
 
 pytest.importorskip("triton", "3.6")  # the first with Gluon for Hopper
 
+from hopper_problems import PROBLEMS, each_way, name_of, partners, rule_of
 from triton.backends.compiler import GPUTarget
 
 import natten
 from natten.backends.hopper import descriptors
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
-from natten.backends.interface import Tiles
 from natten.backends.triton import launch
 
-# shape, window, stride, dilation, causal
-PROBLEMS: list[tuple[Any, ...]] = [
-    ((19,), 7, 1, 1, False),
-    ((17, 19), (7, 7), 1, 1, False),
-    ((40, 24), (16, 12), (4, 8), 1, False),
-    ((24, 36), (5, 7), (2, 1), (2, 3), (True, False)),
-    ((3, 100), (2, 50), 1, 1, False),
-    ((20, 33), (9, 11), (3, 2), 1, (False, True)),
-    ((9, 13, 17), (5, 7, 9), 1, 1, False),
-    ((8, 16, 32), (8, 8, 16), 1, 1, (True, False, False)),
-    ((10, 24, 30), (6, 12, 16), (2, 4, 4), 1, False),
-    ((1,), 1, 1, 1, False),
-    ((20, 1), (7, 1), 1, 1, False),
-    ((4, 4, 1), (3, 2, 1), 1, 1, False),
-]
-IDS = ["x".join(map(str, p[0])) + f"-{p[2]}-{p[4]}" for p in PROBLEMS]
-
-
-def rule_of(shape: Any, *parameters: Any) -> Neighborhood:
-    return Neighborhood.create(len(shape), *parameters)
-
-
-def each_way(kind: str, rule: Neighborhood, shape: Any, dim: int = 64) -> list[Tiles]:
-    """The best tiles of each kind of program and mask."""
-    found = {}
-    for tiles in tiling.candidates(kind, rule, shape, shape, dim, dim):
-        mask = tiling.mask(kind, rule, shape, tiles, tiling.work(kind, dim, dim))
-        found.setdefault((tiles.num_warps, mask.kind, mask.by_row, mask.steps), tiles)
-    return list(found.values())
-
-
-def partners(kind: str, rule: Neighborhood, axis: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and one-past-last key of each query, or query of each key."""
-    tokens = torch.arange(n)
-    start, stop = rule.windows(axis, tokens, n, n)
-    if kind != "dkdv":
-        return start, stop
-    attended = (start <= tokens[:, None]) & (tokens[:, None] < stop)  # [key, query]
-    return attended.int().argmax(1), n - attended.flip(1).int().argmax(1)
-
-
-class Cut(NamedTuple):
-    """Tiles of a problem, as the kernels see them."""
-
-    kind: str
-    rule: Neighborhood
-    shape: Any
-    tiles: Tiles
-
-    @property
-    def mask(self) -> tiling.Mask:
-        work = tiling.work(self.kind, 64, 64)
-        return tiling.mask(self.kind, self.rule, self.shape, self.tiles, work)
-
-    @property
-    def missing(self) -> int:
-        return 3 - len(self.shape)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Positions of a dilation group."""
-        return [1] * self.missing + [n // d for n, d in zip(self.shape, self.rule.dilation)]
-
-    @property
-    def tile(self) -> Any:
-        """Tokens of a warpgroup."""
-        return tiling.tile_and_block(self.tiles, self.kind == "dkdv")[0]
-
-    @property
-    def block(self) -> Any:
-        return tiling.tile_and_block(self.tiles, self.kind == "dkdv")[1]
-
-    @property
-    def sizes(self) -> list[int]:
-        """Tokens of all warpgroups."""
-        groups = tiling.warpgroups(self.tiles)
-        return [
-            size * (groups if axis == self.tiles.split_axis else 1)
-            for axis, size in enumerate(self.tile)
-        ]
-
-    def first(self, axis: int, tile: Any, warpgroup: int) -> int:
-        """First token of a warpgroup."""
-        along = warpgroup * self.tile[axis] if axis == self.tiles.split_axis else 0
-        return int(tile[axis] * self.sizes[axis] + along)
-
-
-def masked(cut: Cut, tile: Any, warpgroup: int, block: Any) -> torch.Tensor:
-    """The product of a mask's two factors, as the kernel builds them: ``[rows, columns]``."""
-    mask, rule = cut.mask, cut.rule
-    product = torch.zeros(tiling.ROWS, math.prod(cut.block))
-    rows = torch.cartesian_prod(*(torch.arange(n) for n in cut.tile)).reshape(-1, 3)
-    keys = torch.cartesian_prod(*(torch.arange(n) for n in cut.block)).reshape(-1, 3)
-    before = 0
-    for axis, end in enumerate(mask.ends):
-        width, before = end - before, end
-        if width == 0:
-            continue
-        n = cut.lengths[axis]
-        start, stop = partners(cut.kind, rule, axis - cut.missing, n)
-        low = start[tile[axis] * cut.sizes[axis]]
-        i = (cut.first(axis, tile, warpgroup) + rows[:, axis]).clamp(max=n - 1)
-        c = torch.arange(width)
-        if mask.by_row and axis == 2:
-            left = (start[i] - low)[:, None] == c
-            at = (block[2] * cut.block[2] + keys[:, 2])[:, None]
-            right = (at < c) | (at >= c + rule.kernel_size[-1])
-        else:
-            at = low + block[axis] * cut.block[axis]
-            left = (at < start[i][:, None] - c) | (at >= stop[i][:, None] - c)
-            right = keys[:, axis, None] == c
-        product += left.float() @ right.float().T
-    return product > 0
-
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
-def test_mask_is_the_window(problem: Any, kind: str) -> None:
-    shape, *parameters = problem
-    rule = rule_of(shape, *parameters)
-    for tiles in each_way(kind, rule, shape):
-        cut = Cut(kind, rule, shape, tiles)
-        if cut.mask.kind == tiling.COMPARE:
-            continue
-        # The first, the last and one tile between of each axis.
-        counts = [-(-n // size) for n, size in zip(cut.lengths, cut.sizes)]
-        for tile in itertools.product(*({0, n // 2, n - 1} for n in counts)):
-            for warpgroup in range(tiling.warpgroups(tiles)):
-                check_tile(cut, tile, warpgroup)
-
-
-def check_tile(cut: Cut, tile: Any, warpgroup: int) -> None:
-    """A warpgroup's blocks hold each partner of its tokens once, and no other token unmasked."""
-    expected, blocks = [], []
-    for axis, n in enumerate(cut.lengths):
-        size = cut.block[axis]
-        if axis < cut.missing:
-            expected.append(torch.ones(cut.tile[axis], 1, dtype=torch.bool))
-            blocks.append(range(1))
-            continue
-        start, stop = partners(cut.kind, cut.rule, axis - cut.missing, n)
-        first = tile[axis] * cut.sizes[axis]
-        low = int(start[first])
-        own = cut.first(axis, tile, warpgroup)
-        i = torch.arange(own, own + cut.tile[axis]).clamp(max=n - 1)
-        end = stop[min(first + cut.sizes[axis] - 1, n - 1)]
-        count = -(-(int(end) - low) // size)
-        attended = range(count)
-        if axis == cut.tiles.split_axis:
-            before, after = int(start[i[0]]) - low, int(stop[i[-1]]) - low
-            attended = range(before // size, -(-after // size))
-        at = low + torch.arange(count * size)
-        expected.append((at >= start[i][:, None]) & (at < stop[i][:, None]))
-        blocks.append(attended)
-        outside = set(range(count)) - set(attended)
-        assert not any(expected[-1][:, j * size : (j + 1) * size].any() for j in outside)
-    for block in itertools.product(*blocks):
-        parts = [e[:, j * k : (j + 1) * k] for e, j, k in zip(expected, block, cut.block)]
-        visible = torch.einsum("ax,by,cz->abcxyz", *(p.double() for p in parts)) > 0
-        visible = visible.reshape(tiling.ROWS, -1)
-        assert torch.equal(masked(cut, tile, warpgroup, block), ~visible)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
 def test_tiles_fit_and_cover(problem: Any, kind: str) -> None:
     shape, *parameters = problem
     rule = rule_of(shape, *parameters)
@@ -432,7 +273,7 @@ TENSORS = [
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
 @pytest.mark.parametrize("tensors", TENSORS)
 def test_forward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shape, *parameters = problem
@@ -480,7 +321,7 @@ GRADIENTS = [
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
 @pytest.mark.parametrize("tensors", GRADIENTS)
 def test_backward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shape, *parameters = problem

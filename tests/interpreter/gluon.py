@@ -1,0 +1,81 @@
+"""Gluon without layouts, so that Triton's interpreter runs what the Hopper kernels share.
+
+Importing this module puts other things in the place of Gluon's names in ``gluon_names``. It must be
+imported before the modules of the Hopper kernels, in a process that does nothing else. Functions
+and methods are Python's own, aggregates are data classes, and what Gluon's language says is said in
+Triton's.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from natten.backends.hopper import gluon_names
+
+
+class Memory:
+    """Shared memory: an array of parts, or what was stored."""
+
+    def __init__(self, shape):
+        self.shape, self._parts = shape, {}
+
+    def index(self, i):
+        return self._parts.setdefault(int(i), Memory(self.shape[1:]))
+
+    def store(self, value):
+        assert list(map(int, value.shape)) == list(self.shape)
+        self._value = value
+
+    def load(self, layout=None):
+        return self._value
+
+    def permute(self, order):
+        return tl.permute(self._value, order)
+
+
+class Language:
+    """``gl``: layouts are None, and functions ignore them."""
+
+    static_range = range
+    shared_memory_descriptor = Memory
+
+    def __getattr__(self, name):
+        return (lambda *_, **__: None) if name.endswith("Layout") else getattr(tl, name)
+
+    def arange(self, start, end, layout=None):
+        return tl.arange(start, end)
+
+    def full(self, shape, value, dtype, layout=None):
+        return tl.full(shape, value, dtype)
+
+    def zeros(self, shape, dtype, layout=None):
+        return tl.full(shape, 0, dtype)
+
+    def allocate_shared_memory(self, dtype, shape, layout=None):
+        return Memory(shape)
+
+
+class Gluon:
+    """``gluon``: kernels are Triton's, with options; other functions are plain ones."""
+
+    @staticmethod
+    def jit(function=None, **options):
+        return triton.jit(**options) if function is None else function
+
+    @staticmethod
+    def constexpr_function(function):
+        return function
+
+
+def _product(a, b, acc, use_acc=True, is_async=False):
+    """``acc + A B``, exact for the numbers that masks are made of."""
+    a = a.load() if isinstance(a, Memory) else a
+    return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+
+
+gluon_names.gl, gluon_names.gluon = Language(), Gluon()
+gluon_names.aggregate = dataclass
+gluon_names.warpgroup_mma = _product
+gluon_names.fence_async_shared = lambda: None
+tl.block_type.layout = None

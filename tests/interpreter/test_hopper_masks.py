@@ -1,0 +1,195 @@
+"""The Hopper kernels' geometry and masks against the definition.
+
+They are the kernels' own code, run on scores of zero.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+pytest.importorskip("triton", "3.6")  # the first with Gluon for Hopper
+
+import gluon  # noqa: F401  (before the kernels)
+import torch
+import triton
+import triton.language as tl
+from hopper_problems import PROBLEMS, each_way, name_of, partners, rule_of
+
+from natten import tuning
+from natten.backends.hopper import backward, masks
+from natten.backends.hopper import plan as planning
+from natten.backends.hopper import tiles as tiling
+from natten.backends.hopper.geometry import Geometry
+from natten.backends.interface import KINDS
+from natten.tiling import padded
+
+DIM = 64  # of heads
+
+# With three axes, small ones: masks of each kind, and more than one block along each axis. Where
+# windows slide along two axes, they are narrow or along three.
+SMALL = [each for each in PROBLEMS if math.prod(each[0]) < 1000 and each[0] != (17, 19)] + [
+    ((5, 9, 12), (3, 5, 7), 1, 1, False),
+    ((4, 8, 16), (4, 4, 8), 1, 1, (True, False, False)),
+    ((6, 10, 12), (4, 5, 6), (2, 3, 4), (1, 2, 1), False),
+]
+
+
+class Keys:
+    """A pipeline whose blocks are zeros."""
+
+    def __init__(self, block):
+        self.rows = math.prod(block)
+
+    def consumer_wait(self, stage):
+        pass
+
+    def matrix(self, stage):
+        return tl.full([self.rows, 16], 0, tl.bfloat16)
+
+
+def walk(g, mask, tile, warpgroup, scores, starts, first_tokens):
+    """Store the scores of a warpgroup's blocks, and where its tokens and its blocks begin."""
+    first = g.first_of(tile, warpgroup)
+    for axis in range(3):
+        tl.store(first_tokens + axis, first[axis])
+    of_tile = mask.of_tile(tile, first, None)
+    rows, columns = tl.arange(0, tiling.ROWS), tl.arange(0, math.prod(g.BLOCK))
+    before, end, count, block = g.own_blocks(first, tile)
+    assert 0 <= before < end <= count
+    q = tl.full([tiling.ROWS, 16], 0, tl.bfloat16)
+    for i in range(int(end) - int(before)):
+        s = of_tile.compare(of_tile.scores(q, Keys(g.BLOCK), i, block, None), block)
+        at = (i * tiling.ROWS + rows[:, None]) * math.prod(g.BLOCK) + columns[None, :]
+        tl.store(scores + at, s)
+        start, _ = g.block_start(block, tile.origin)
+        for axis in range(3):
+            tl.store(starts + 3 * i + axis, start[axis])
+        block = g.next_block(block, tile.blocks)
+
+
+def geometry_of(arguments):
+    """The geometry of a launch, as its kernel makes it."""
+    fields = {"length": "N", "window": "K", "stride": "S", "dilation": "D", "tiles": "T"}
+    per_axis = {
+        field: tuple(tl.full([], arguments[f"{letter}{axis}"], tl.int32) for axis in range(3))
+        for field, letter in fields.items()
+    }
+    names = ("MODES", "TILE", "BLOCK", "SPLIT_AXIS", "WARPGROUPS", "DILATED", "OF_KEYS")
+    constants = {name: arguments[name] for name in names}
+    numbers = {name: tl.full([], arguments[name], tl.int32) for name in ("num_tiles", "heads")}
+    return Geometry(**per_axis, **numbers, **constants)
+
+
+@triton.jit
+def masks_kernel(tile_ids, scores, starts, first_tokens, count, most, ARGUMENTS: tl.constexpr):
+    """Walk the blocks of some tiles, as one program of the kernels does."""
+    g = geometry_of(ARGUMENTS)
+    kind = [ARGUMENTS[name] for name in ("MASK", "ENDS", "BY_ROW", "STEPS")]
+    tables = masks.column_tables(g, *kind, ARGUMENTS["TABLES"])
+    size = math.prod(g.BLOCK) * tiling.ROWS
+    own_masks = [ARGUMENTS["make_mask"](g, tables, *kind) for _ in range(g.WARPGROUPS)]
+    for i in range(count):
+        tile = g.tile(tl.load(tile_ids + i))
+        for warpgroup in range(g.WARPGROUPS):
+            at = i * g.WARPGROUPS + warpgroup
+            walk(
+                g, own_masks[warpgroup], tile, warpgroup,
+                scores + at * most * size, starts + at * most * 3, first_tokens + at * 3,
+            )  # fmt: skip
+
+
+@triton.jit
+def tiles_kernel(found, SIZE: tl.constexpr, WARPGROUP: tl.constexpr, ARGUMENTS: tl.constexpr):
+    """Where all tiles are: batch entry, head, dilation group, first token of a warpgroup."""
+    g = geometry_of(ARGUMENTS)
+    ids = tl.arange(0, SIZE)
+    tile = g.tile(ids)
+    numbers = (tile.batch, tile.head, *tile.group, *g.first_of(tile, WARPGROUP))
+    for i in range(8):
+        tl.store(found + 8 * ids + i, numbers[i])
+
+
+def grid(*sizes):
+    """Coordinates of a block's tokens, ``[tokens, 3]``."""
+    return torch.cartesian_prod(*(torch.arange(n) for n in sizes)).reshape(-1, 3)
+
+
+def some_tiles(counts):
+    """Numbers of tiles: one in the middle, and some at the ends of all axes, so that along any two
+    axes each end meets each."""
+    ends = (0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)
+    tiles = {tuple((n - 1) * last for n, last in zip(counts, each)) for each in ends}
+    tiles.add(tuple(n // 2 for n in counts))
+    return torch.tensor([(a * counts[1] + b) * counts[2] + c for a, b, c in sorted(tiles)])
+
+
+def launch_of(kind, rule, shape, tiles, batch=1, heads=1):
+    """The arguments of a kernel, and how it makes its masks."""
+    q = torch.empty(batch, *shape, heads, DIM, dtype=torch.bfloat16)
+    with tuning.trial(tiling.key(kind, rule, shape, shape, DIM, DIM, 2), list(tiles)):
+        launch = getattr(planning.plan_for(q, q, q, None, rule, 1.0), kind)
+    if kind != "forward":
+        return launch.arguments | {"make_mask": backward._mask}
+    more = {"OF_KEYS": False, "make_mask": lambda g, tables, *x: masks.Mask(g, tables, (), *x)}
+    return launch.arguments | more
+
+
+def check(kind, rule, shape, tiles):
+    """Every partner of a token is visible in one block, and nothing else is."""
+    arguments = launch_of(kind, rule, shape, tiles)
+    ids = some_tiles([arguments[f"T{axis}"] for axis in range(3)])
+    most = math.prod(axis.most for axis in tiling._cuts(kind, rule, shape)(tiles))
+    sizes = arguments["WARPGROUPS"] * len(ids), most
+    scores = torch.full((*sizes, tiling.ROWS, math.prod(arguments["BLOCK"])), -math.inf)
+    starts = torch.full((*sizes, 3), 1 << 20, dtype=torch.int32)  # where there is no block
+    first = torch.zeros(sizes[0], 3, dtype=torch.int32)
+    masks_kernel[(1,)](ids, scores, starts, first, len(ids), most, ARGUMENTS=arguments)
+    tokens = first[:, None] + grid(*arguments["TILE"])  # [tiles, rows, 3]
+    at = starts[:, :, None] + grid(*arguments["BLOCK"])  # [tiles, blocks, columns, 3]
+    expected, needed = torch.tensor(True), torch.tensor(1)
+    for axis in range(3):
+        missing, n = 3 - len(shape), arguments[f"N{axis}"]
+        start, stop = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+        if axis >= missing:
+            start, stop = partners(kind, rule, axis - missing, n)
+        i = tokens[..., axis].clamp(max=n - 1)  # past the end, those of the last are seen
+        low, high = (x[i][:, None, :, None] for x in (start, stop))
+        position = at[..., axis][:, :, None]
+        expected = expected & (low <= position) & (position < high)
+        needed = needed * (stop - start)[i]
+    assert torch.equal(scores > -(2.0**99), expected)
+    assert torch.equal(expected.sum((1, 3)), needed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("problem", SMALL, ids=name_of)
+def test_masks_are_the_windows(problem, kind):
+    shape, *parameters = problem
+    rule = rule_of(shape, *parameters)
+    for tiles in each_way(kind, rule, shape, DIM):
+        check(kind, rule, shape, tiles)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
+def test_tiles_cover_every_token_once(problem, kind):
+    shape, *parameters = problem
+    rule = rule_of(shape, *parameters)
+    ways = {(x.num_warps, x.split_axis): x for x in each_way(kind, rule, shape, DIM)}
+    for tiles in ways.values():
+        arguments = launch_of(kind, rule, shape, tiles, batch=2, heads=3)
+        lengths = [arguments[f"N{axis}"] for axis in range(3)]
+        covered = torch.zeros(2, 3, *padded(rule.dilation, 1), *lengths, dtype=torch.int32)
+        count = arguments["num_tiles"]
+        for warpgroup in range(arguments["WARPGROUPS"]):
+            size = 1 << (count - 1).bit_length()
+            found = torch.zeros(size, 8, dtype=torch.int32)
+            tiles_kernel[(1,)](found, SIZE=size, WARPGROUP=warpgroup, ARGUMENTS=arguments)
+            place, first = found[:count].long().split([5, 3], 1)
+            tokens = first[:, None] + grid(*arguments["TILE"])
+            real = (tokens < torch.tensor(lengths)).all(-1)
+            at = torch.cat([place[:, None].expand(-1, tokens.shape[1], -1), tokens], -1)[real]
+            covered.index_put_(at.unbind(-1), torch.tensor(1, dtype=torch.int32), accumulate=True)
+        assert (covered == 1).all()
