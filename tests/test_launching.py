@@ -41,8 +41,14 @@ ENCODE = "fill_tma_descriptor_tiled" if NEW else "fill_tma_descriptor"
 Launches = list[tuple[Any, ...]]
 
 
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Where compiled kernels are kept between tests."""
+    return tmp_path_factory.mktemp("kernels")
+
+
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
+def launched(monkeypatch: pytest.MonkeyPatch, kernels: pathlib.Path) -> Iterator[Launches]:
     """What reaches the function in C, on a machine that believes to have an H100."""
     monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
     compiled = importlib.import_module("compiled")
@@ -60,6 +66,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     }.items():
         monkeypatch.setattr(nvidia, name, fake, raising=False)
     with compiled._compiler(GPUTarget("cuda", 90, 32), 227 * 1024):
+        knobs.cache.dir = str(kernels)
         active: Any = driver.active
         active.launcher_cls = nvidia.CudaLauncher
         active.utils = SimpleNamespace(

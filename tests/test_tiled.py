@@ -86,12 +86,12 @@ def test_every_tile_size_is_right(case, monkeypatch, fresh_plans):
     """The choice of tiles is a guess about machines, and must not change the result."""
     candidates, rng = tiling._candidates, random.Random(0)
     monkeypatch.setattr(tiling, "_candidates", lambda *args: [rng.choice(candidates(*args))])
-    for _ in range(8):
+    for _ in range(4):
         forget_plans()
         check(case)
 
 
-@pytest.mark.parametrize("size", [2, 3, 5, 7, 11])
+@pytest.mark.parametrize("size", [3, 5, 11])
 def test_tile_sizes_that_nothing_divides(size, monkeypatch, fresh_plans):
     monkeypatch.setattr(tiling, "_candidates", lambda *args: [size])
     for case in (*CASES[:-1], LARGE[4]):
