@@ -1,4 +1,4 @@
-"""Derivatives of every order and mode, with transforms, autocast, compilation and export."""
+"""Derivatives of every order and mode, with transforms, and what PyTorch checks of operators."""
 
 import itertools
 from types import SimpleNamespace
@@ -6,13 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import Case, assert_close, tiled
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.library import opcheck
 
 import natten
-from natten import merge_attentions, na1d, na2d, na2d_av, na2d_qk, operators
+from natten import merge_attentions, na1d, na2d_av, na2d_qk, operators
 from natten.documents import Documents
 from natten.inputs import Inputs
 from natten.modules import NeighborhoodAttention2D
@@ -194,18 +193,6 @@ def test_gradients_with_a_graph_beside_hooks_on_saved_tensors():
         assert_close("gradient", expected, actual, 1e-12)
 
 
-def test_forward_ad_level():
-    q, k, v, *rest = FULL.inputs()
-    tangent = torch.randn_like(q)
-    with forward_ad.dual_level():
-        out, lse = fused(FULL)(forward_ad.make_dual(q, tangent), k, v, *rest)
-        found = [forward_ad.unpack_dual(x).tangent for x in (out, lse)]
-    step = 1e-6
-    ends = [fused(FULL)(q + sign * step * tangent, k, v, *rest) for sign in (1, -1)]
-    for after, before, tangent in zip(*ends, found):
-        assert_close("tangent", (after - before) / (2 * step), tangent, 1e-7)
-
-
 # --- torch.func ---
 
 
@@ -224,17 +211,6 @@ def test_functional_transforms():
     tangents = [torch.randn_like(x) for x in args]
     _, tangent = jvp(loss, tuple(args), tuple(tangents))
     assert_close("jvp", sum((a * t).sum() for a, t in zip(expected, tangents)), tangent, 1e-12)
-
-
-@pytest.mark.parametrize("argument", [0, 3])
-def test_hessian(argument):
-    args = [x.detach() for x in leaves(FULL)]
-
-    def loss(x):
-        return scalar(fused(FULL))(*args[:argument], x, *args[argument + 1 :])
-
-    expected = torch.autograd.functional.hessian(loss, args[argument])
-    assert_close("hessian", expected, hessian(loss)(args[argument]), 1e-10)
 
 
 DIMS = [d for d in itertools.product([None, 0, 1], repeat=6) if any(x is not None for x in d)]
@@ -296,124 +272,7 @@ def test_module_through_functional_call():
         assert_close(name, parameter.grad, found[name], 1e-12)
 
 
-# --- autocast ---
-
-
-def test_autocast_follows_scaled_dot_product_attention():
-    x = torch.randn(1, 6, 6, 2, 8)
-    heads_first = x.movedim(-2, 1)
-    with torch.autocast("cpu", torch.bfloat16):
-        wanted = torch.nn.functional.scaled_dot_product_attention(x, x, x).dtype
-        assert na2d(x, x, x, 3).dtype == wanted == torch.bfloat16
-        assert natten.attention(*(x[:, 0],) * 3).dtype == torch.bfloat16
-        assert na2d_qk(heads_first, heads_first, 3).dtype == torch.bfloat16
-        assert na2d(x, x.bfloat16(), x, 3).dtype == torch.bfloat16  # mixed inputs
-        assert na2d(*(x.double(),) * 3, 3).dtype == torch.float64
-        assert NeighborhoodAttention2D(8, 2, 3)(x[..., 0, :]).dtype == torch.bfloat16
-    with torch.autocast("cpu", torch.bfloat16, enabled=False):
-        assert na2d(x, x, x, 3).dtype == torch.float32
-
-
-# --- compile, export, operator checks ---
-
-
-def compiled(function, backend="aot_eager", **options):
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, backend=backend, **options)
-
-
-def check_compiled(function, args, **options):
-    """Outputs and gradients of the compiled function equal eager's."""
-    results = []
-    for each in (function, compiled(function, **options)):
-        given = [x.detach().clone().requires_grad_() for x in args]
-        out = each(*given)
-        total = sum(x.square().sum() for x in (out if isinstance(out, tuple) else (out,)))
-        results.append((out, torch.autograd.grad(total, given)))
-    (out, grads), (out_compiled, grads_compiled) = results
-    for a, b in zip((*torch.utils._pytree.tree_leaves(out), *grads),
-                    (*torch.utils._pytree.tree_leaves(out_compiled), *grads_compiled)):  # fmt: skip
-        assert_close("compiled", a, b, 1e-6)
-
-
-def test_compile_fused():
-    def function(q, k, v, rpb, ak, av):
-        return na2d(
-            q, k, v, (2, 3), (2, 1), (1, 2), (True, False), rpb=rpb,
-            additional_keys=ak, additional_values=av, return_lse=True,
-        )  # fmt: skip
-
-    check_compiled(function, [x.detach() for x in leaves(FULL)])
-
-
-def test_compile_unfused():
-    check_compiled(unfused, unfused_leaves())
-
-
-def test_compile_attention_and_merge():
-    def function(q, k, v):
-        parts = [natten.attention(q, k, v, return_lse=True), na1d(q, k, v, 3, return_lse=True)]
-        return merge_attentions(*zip(*parts))
-
-    check_compiled(function, [torch.randn(1, 6, 2, 4).double() for _ in range(3)])
-
-
-def test_compile_varlen():
-    layout = natten.VarlenLayout([(3, 4), (2, 6)])
-
-    def function(q, k, v):
-        return natten.na2d_varlen(q, k, v, layout, 3)
-
-    check_compiled(function, [torch.randn(24, 2, 4).double() for _ in range(3)])
-
-
-@pytest.mark.parametrize("attn_drop", [0.0, 1e-9])
-def test_compile_module(attn_drop):
-    """Dropout takes the unfused path, and a probability of 1e-9 drops nothing."""
-    module = NeighborhoodAttention2D(
-        8, 2, 3, dilation=2, rel_pos_bias=True, is_causal=(True, False), attn_drop=attn_drop
-    ).double()
-    x = torch.randn(1, 7, 6, 8).double()
-    expected = module.eval()(x)
-    assert_close("module", expected, compiled(module.train())(x), 1e-6)
-
-
-def test_compile_under_autocast():
-    q = torch.randn(1, 6, 6, 2, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = compiled(lambda q: na2d(q, q, q, 3))(q)
-    assert out.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("kind", ["fused", "unfused"])
-def test_one_compilation_serves_all_sizes(kind):
-    counter = CompileCounterWithBackend("aot_eager")
-    if kind == "fused":
-        function = compiled(
-            lambda q: na2d(q, q, q, 3, 1, (1, 2), (True, False)), counter, dynamic=True
-        )
-        make = lambda size: torch.randn(2, *size, 3, 8, requires_grad=True)  # noqa: E731
-    else:
-        options = {"dilation": (1, 2), "is_causal": (True, False)}
-        function = compiled(
-            lambda q: na2d_qk(q, q, 3, **options).softmax(-1), counter, dynamic=True
-        )
-        make = lambda size: torch.randn(2, 3, *size, 8, requires_grad=True)  # noqa: E731
-    for size in ((9, 11), (12, 13), (15, 20), (7, 10)):
-        q = make(size)
-        out = function(q)
-        out.square().sum().backward()
-        assert out.shape[1:3] == size or out.shape[2:4] == size
-    assert counter.frame_count == 1
-
-
-def test_export():
-    module = NeighborhoodAttention2D(8, 2, 3, dilation=(1, 2), rel_pos_bias=True)
-    x = torch.randn(2, 5, 7, 8)
-    program = torch.export.export(module, (x,))
-    assert_close("exported", module(x), program.module()(x), 1e-6)
-    names = {str(node.target) for node in program.graph.nodes}
-    assert "natten.attention.default" in names
+# --- operators ---
 
 
 RULE, DENSE = schema.pack(FULL.rule), schema.pack(Dense(causal=True))

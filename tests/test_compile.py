@@ -32,23 +32,16 @@ def causal(q):
     return natten.na3d(q, q, q, (2, 3, 3), (1, 2, 1), (1, 1, 2), (True, False, False))
 
 
-def everything(q, rpb, additional):
-    out, lse = natten.na2d(
-        q,
-        q,
-        q,
-        3,
-        rpb=rpb,
-        additional_keys=additional,
-        additional_values=additional,
-        return_lse=True,
-    )
+def everything(q, k, rpb, additional):
+    more = {"additional_keys": additional, "additional_values": additional.sin()}
+    window = (2, 3), (2, 1), (1, 2), (True, False)
+    out, lse = natten.na2d(q, k, k.sin(), *window, rpb=rpb, return_lse=True, **more)
     return out * lse[..., None]
 
 
 def unfused(q, rpb, additional):
     q, additional = q.movedim(-2, 1), additional.movedim(-2, 1)
-    options = {"is_causal": (True, False)}
+    options = {"is_causal": (True, False), "dilation": (1, 2)}
     attn = natten.na2d_qk(q, q, 3, additional_keys=additional, rpb=rpb, **options).softmax(-1)
     return natten.na2d_av(attn, q, 3, additional_values=additional, **options)
 
@@ -58,7 +51,8 @@ def merged(q, k):
         natten.attention(q, k, k, is_causal=True, return_lse=True),
         natten.na1d(q, q, q, 3, return_lse=True),
     )
-    return natten.merge_attentions(*zip(*parts))[0]
+    out, lse = natten.merge_attentions(*zip(*parts))
+    return out * lse[..., None]
 
 
 # No two sizes are equal and none is 1, because the compiler would specialize those.
@@ -66,7 +60,12 @@ SIZES = ((8, 13), (6, 17), (9, 29))
 INPUTS = {
     strided: lambda b, n: [(b, n, 3, 4)],
     causal: lambda b, n: [(b, n - 6, n, n + 2, 3, 4)],
-    everything: lambda b, n: [(b, n, n + 1, 3, 4), (3, 5, 5), (b, n + 4, 3, 4)],
+    everything: lambda b, n: [
+        (b, n, n + 1, 6, 4),
+        (b, n, n + 1, 3, 4),
+        (6, 3, 5),
+        (b, n + 4, 3, 4),
+    ],
     unfused: lambda b, n: [(b, n, n + 1, 3, 4), (3, 5, 5), (b, n + 4, 3, 4)],
     merged: lambda b, n: [(b, n, 3, 4), (b, n + 4, 3, 4)],
 }
@@ -90,6 +89,25 @@ def test_one_compilation_serves_all_sizes(function):
     for b, n in SIZES:
         check(function, compiled, [torch.randn(shape).double() for shape in INPUTS[function](b, n)])
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("attn_drop", [0.0, 1e-9])
+def test_compiled_modules(attn_drop):
+    """Dropout takes the unfused path, and a probability of 1e-9 drops nothing."""
+    module = NeighborhoodAttention2D(
+        8, 2, 3, dilation=2, rel_pos_bias=True, is_causal=(True, False), attn_drop=attn_drop
+    ).double()
+    x = torch.randn(1, 7, 6, 8).double()
+    expected = module.eval()(x)
+    compiled = torch.compile(module.train(), fullgraph=True, backend="aot_eager")
+    assert_close("module", expected, compiled(x), 1e-6)
+
+
+def test_compiled_code_under_autocast():
+    q = torch.randn(1, 6, 6, 2, 8)
+    compiled = torch.compile(lambda q: natten.na2d(q, q, q, 3), fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compiled(q).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("oversize", ["error", "clamp", "pad"])
@@ -173,7 +191,7 @@ def test_packed_documents_compile(rank):
     results = []
     for each in (function, compiled):
         q, rpb = (x.clone().requires_grad_() for x in inputs)
-        out = each(q, q, q, layout, 3, rpb=rpb)
+        out = each(q, q.sin(), q.cos(), layout, 3, rpb=rpb)
         results.append((out, *torch.autograd.grad(out.square().sum(), (q, rpb))))
     for expected, actual in zip(*results):
         assert_close("varlen", expected, actual, 1e-5)
@@ -216,22 +234,25 @@ class Unfused(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("module", "shapes", "space"),
+    ("module", "shapes", "space", "operators"),
     [
         (
             NeighborhoodAttention2D(8, 2, 3, 2, (1, 2), (True, False), rel_pos_bias=True),
             ((2, 5, 7, 8), (3, 9, 12, 8)),
             (1, 2),
+            {"attention"},
         ),
-        (Unfused(), ((2, 2, 5, 7, 8), (3, 2, 9, 12, 8)), (2, 3)),
+        (Unfused(), ((2, 2, 5, 7, 8), (3, 2, 9, 12, 8)), (2, 3), {"qk", "av"}),
     ],
     ids=["module", "unfused"],
 )
-def test_export_for_all_sizes(module, shapes, space):
+def test_export_for_all_sizes(module, shapes, space, operators):
     """A program is saved, loaded, and run on a size that the export never saw."""
     dynamic = {0: Dim("batch"), space[0]: Dim("height", min=4), space[1]: Dim("width", min=6)}
     small, large = (torch.randn(shape) for shape in shapes)
     program = export(module, (small,), dynamic_shapes=(dynamic,))
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert {f"natten.{name}.default" for name in operators} <= targets
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)

@@ -110,9 +110,16 @@ def test_autocast_casts_every_input_and_returns_gradients_in_their_own_dtype(dty
 
 
 def test_autocast_of_everything_else():
-    x = torch.randn(1, 9, 2, 4)
+    """As PyTorch's own attention does it."""
+    x, image = torch.randn(1, 9, 2, 4), torch.randn(1, 6, 6, 2, 4)
     heads_first = x.movedim(-2, 1)
     with torch.autocast("cpu", torch.bfloat16):
+        assert torch.nn.functional.scaled_dot_product_attention(x, x, x).dtype == torch.bfloat16
+        assert natten.na1d(x, x.bfloat16(), x, 3).dtype == torch.bfloat16  # mixed inputs
+        assert natten.na1d(*(x.double(),) * 3, 3).dtype == torch.float64
+        assert natten.na1d_qk(heads_first, heads_first, 3).dtype == torch.bfloat16
+        layer = natten.NeighborhoodAttention2D(4, 2, 3)
+        assert layer(image[..., 0, :]).dtype == torch.bfloat16
         assert natten.na1d_av(torch.randn(1, 2, 9, 3), heads_first, 3).dtype == torch.bfloat16
         assert natten.na1d_varlen(*(x[0],) * 3, natten.VarlenLayout([4, 5]), 3).dtype == (
             torch.bfloat16
@@ -121,6 +128,8 @@ def test_autocast_of_everything_else():
         out, lse = natten.merge_attentions(*zip(*parts))
         assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
         assert vmap(lambda y: natten.na1d(y, y, y, 3))(x[None]).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        assert natten.na2d(image, image, image, 3).dtype == torch.float32
 
 
 @pytest.mark.parametrize("causal", [False, True])
