@@ -70,7 +70,7 @@ def call_portable(variant: Variant) -> None:
         rule, q, k, v = _inputs(variant)
         attn = portable.qk(q, k, rule)
         portable.av(attn, v, rule)
-        portable.av_transposed(attn, q, rule)
+        portable.av_transposed(attn, q, q.shape[1:-2], rule)
 
 
 def call_hopper(variant: Variant) -> None:

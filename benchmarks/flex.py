@@ -62,7 +62,7 @@ def window_mask(case: Case) -> Callable[..., Tensor]:
         allowed = query >= 0
         axes = zip(coordinates(query), coordinates(key), case.shape)
         for axis, (x, y, length) in enumerate(axes):
-            start, end = rule.windows(axis, x, length, length)
+            start, end = rule.windows(axis, x, length)
             allowed = allowed & (y >= start) & (y < end)
         return allowed
 

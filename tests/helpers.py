@@ -47,7 +47,10 @@ def assert_close(name: str, expected: Tensor | None, actual: Tensor | None, rati
 
 
 class Case(NamedTuple):
-    """A problem for fused attention; other problems are made from it."""
+    """A problem for fused attention; other problems are made from it.
+
+    ``space`` is the layout of the keys; ``query_space`` that of the queries, if they are a part.
+    """
 
     space: tuple[int, ...]
     kernel_size: tuple[int, ...]
@@ -61,12 +64,23 @@ class Case(NamedTuple):
     value_dim: int = 8
     num_additional: int = 0
     rpb: bool = False
+    boundary: tuple[str, ...] | str = "shift"
+    queries_per_key: tuple[int, ...] | int = 1
+    query_offset: tuple[int, ...] | None = None
+    query_space: tuple[int, ...] | None = None
 
     @property
     def rule(self) -> Neighborhood:
         return Neighborhood.create(
-            len(self.space), self.kernel_size, self.stride, self.dilation, self.is_causal
-        )
+            len(self.space), self.kernel_size, self.stride, self.dilation, self.is_causal,
+            self.boundary, self.queries_per_key, self.query_offset,
+        )  # fmt: skip
+
+    @property
+    def queries(self) -> tuple[int, ...]:
+        """The layout of the queries."""
+        whole = tuple(n * r for n, r in zip(self.space, self.rule.queries_per_key))
+        return whole if self.query_space is None else self.query_space
 
     @property
     def options(self) -> dict:
@@ -81,7 +95,7 @@ class Case(NamedTuple):
         bias = make(self.heads, *(2 * k - 1 for k in self.kernel_size)) if self.rpb else None
         additional = (self.batch, self.num_additional, self.kv_heads)
         return Inputs(
-            make(self.batch, *self.space, self.heads, self.dim),
+            make(self.batch, *self.queries, self.heads, self.dim),
             make(self.batch, *self.space, self.kv_heads, self.dim),
             make(self.batch, *self.space, self.kv_heads, self.value_dim),
             bias,
@@ -122,7 +136,7 @@ CASES = [
 
 def dense_mask(case: Case) -> Tensor:
     """Which query attends which key, bool ``[queries, keys]``."""
-    return window_mask(case.rule, case.space, case.space)
+    return window_mask(case.rule, case.queries, case.space)
 
 
 def brute_force_windows(n: int, k: int, s: int, causal: bool) -> list[list[int]]:

@@ -48,7 +48,7 @@ def each_way(kind: str, rule: Neighborhood, shape: Any, dim: int = 64) -> list[T
 def partners(kind: str, rule: Neighborhood, axis: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """First and one-past-last key of each query, or query of each key."""
     tokens = torch.arange(n)
-    start, stop = rule.windows(axis, tokens, n, n)
+    start, stop = rule.windows(axis, tokens, n)
     if kind != "dkdv":
         return start, stop
     attended = (start <= tokens[:, None]) & (tokens[:, None] < stop)  # [key, query]

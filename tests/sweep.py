@@ -230,15 +230,15 @@ def check_unfused(
     batch, heads = rng.choice([1, 2]), rng.choice([1, 3])
     x, y = (tensor(rng, kind.dtype, batch, *space, heads, kind.dim) for _ in range(2))
     attn = tensor(rng, kind.dtype, batch, *space, heads, rule.window_tokens)
-    masked = ~rule.attended_slots(space, DEVICE)[..., None, :]
+    masked = ~rule.attended_slots(space, space, DEVICE)[..., None, :]
     attn = attn.masked_fill(masked, math.nan)
     rpb = tensor(rng, kind.dtype, heads, *(2 * k - 1 for k in rule.kernel_size))
     calls = {
         "qk": (x, y),
         "av": (attn, y),
-        "av_transposed": (attn, x),
-        "rpb_bias": (rpb, space),
-        "rpb_bias_transposed": (attn[0],),
+        "av_transposed": (attn, x, space),
+        "rpb_bias": (rpb, space, space),
+        "rpb_bias_transposed": (attn[0], space),
     }
     errors = {}
     for name, args in calls.items():

@@ -126,7 +126,7 @@ def test_gradient_of_lse_alone():
     _, lse = na1d(q, k, v, 3, return_lse=True)
     found = torch.autograd.grad(lse.sum(), (q, k, v), retain_graph=True)
     rule = natten.Neighborhood.create(1, 3)
-    tokens = rule.window_tokens_of((9,))
+    tokens = rule.window_tokens_of((9,), (9,))
     scores = torch.einsum("bqhd,bqkhd->bqhk", q, k[:, tokens]) * 3**-0.5
     expected = torch.autograd.grad(scores.logsumexp(-1).sum(), (q, k))
     for a, b in zip(expected, found):
@@ -306,9 +306,9 @@ def op_calls():
         "attention_backward-reference": (*saved, *RULE, 0.7, "reference", [0]),
         "qk": (x, x, *RULE),
         "av": (attn, x, *RULE),
-        "av_transposed": (attn, x, *RULE),
-        "rpb_bias": (rpb, [4, 7], *RULE),
-        "rpb_bias_transposed": (attn[0], *RULE),
+        "av_transposed": (attn, x, [4, 7], *RULE),
+        "rpb_bias": (rpb, [4, 7], [4, 7], *RULE),
+        "rpb_bias_transposed": (attn[0], [4, 7], *RULE),
     }
 
 

@@ -70,7 +70,7 @@ def test_oracle_with_the_whole_axis_is_self_attention():
 def test_oracle_bias_by_hand():
     """For query 1 of three tokens, window 3, offsets -1, 0, 1 are entries 1, 2, 3 of five."""
     rpb = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]]).double()
-    slots = reference.rpb_bias(rpb, (3,), Case((3,), (3,)).rule)
+    slots = reference.rpb_bias(rpb, (3,), (3,), Case((3,), (3,)).rule)
     assert slots[:, 0].tolist() == [[3.0, 4.0, 5.0], [2.0, 3.0, 4.0], [1.0, 2.0, 3.0]]
 
 
@@ -190,9 +190,9 @@ def test_unfused_anywhere_in_the_parameter_space(case):
     calls = {
         "qk": (q, k, case.rule),
         "av": (attn, k, case.rule),
-        "av_transposed": (attn, q, case.rule),
-        "rpb_bias": (bias, case.space, case.rule),
-        "rpb_bias_transposed": (torch.randn(*attn.shape[1:]).double(), case.rule),
+        "av_transposed": (attn, q, case.space, case.rule),
+        "rpb_bias": (bias, case.space, case.space, case.rule),
+        "rpb_bias_transposed": (torch.randn(*attn.shape[1:]).double(), case.space, case.rule),
     }
     for name, args in calls.items():
         expected, actual = (getattr(module, name)(*args) for module in (reference, tiled))

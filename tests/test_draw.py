@@ -74,7 +74,7 @@ def test_weights_become_shades():
     rule = Neighborhood.create(2, 3, is_causal=True)
     attended = window_mask(rule, (6, 6), (6, 6))[2 * 6 + 3].tolist()
     assert [fill != TOKEN for fill in fills] == attended
-    slots = rule.window_tokens_of((6, 6))[2, 3]
+    slots = rule.window_tokens_of((6, 6), (6, 6))[2, 3]
     red = [int(fills[token][1:3], 16) for token in slots]
     assert min(red) == red[int(weights.argmax())] == 22
     assert max(red) == red[int(weights.argmin())]

@@ -79,7 +79,7 @@ CASES = {
     "rpb device": (fused(rpb=torch.zeros(2, 5, 5, device="meta")), "`rpb` must be on the device"),
     "unfused even-sized oversize": (qk(kernel_size=4, dilation=3), "must not exceed"),
     "unfused rank": (qk(Q[0], Q[0]), "5-D tensors.*na2d_qk"),
-    "unfused shape": (qk(key=Q[:, :, :7]), "`key` must match `query`.*dimension 2"),
+    "unfused shape": (qk(key=Q[:, :, :7]), "`key` must have the token layout of `query`"),
     "unfused dtype": (qk(key=Q.double()), "`key` must have the dtype of `query`"),
     "unfused zero dilation": (qk(dilation=0), "`dilation`"),
     "unfused window of zero": (qk(kernel_size=0), "`kernel_size` must be at least 1"),

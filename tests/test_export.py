@@ -27,27 +27,27 @@ def unfused_tensors(case):
 def test_gathered_maps(case):
     """Masked slots hold NaN, and nothing may read them."""
     (attn, x, y), rule = unfused_tensors(case), case.rule
-    masked = ~rule.attended_slots(case.space)
+    masked = ~rule.attended_slots(case.space, case.space)
     attn = attn.masked_fill(masked, math.nan)
     last = [t.movedim(1, -2) for t in (attn.nan_to_num(), x, y)]
     wanted = {
         "qk": reference.qk(*last[1:], rule),
         "av": reference.av(last[0], last[1], rule),
-        "av_transposed": reference.av_transposed(last[0], last[1], rule),
+        "av_transposed": reference.av_transposed(last[0], last[1], case.space, rule),
     }
     found = {
         "qk": gather.qk(x, y, rule),
         "av": gather.av(attn, x, rule),
-        "av_transposed": gather.av_transposed(attn, x, rule),
+        "av_transposed": gather.av_transposed(attn, x, case.space, rule),
     }
     for name, expected in wanted.items():
         assert_close(name, expected.movedim(-2, 1), found[name], 1e-12)
     rpb = torch.randn(case.heads, *(2 * k - 1 for k in case.kernel_size)).double()
-    bias = reference.rpb_bias(rpb, case.space, rule).movedim(-2, 0)
-    assert_close("bias", bias, gather.rpb_bias(rpb, case.space, rule), 1e-12)
+    bias = reference.rpb_bias(rpb, case.space, case.space, rule).movedim(-2, 0)
+    assert_close("bias", bias, gather.rpb_bias(rpb, case.space, case.space, rule), 1e-12)
     if case.batch:
-        grad = reference.rpb_bias_transposed(last[0][0], rule)
-        assert_close("rpb", grad, gather.rpb_bias_transposed(attn[0], rule), 1e-12)
+        grad = reference.rpb_bias_transposed(last[0][0], case.space, rule)
+        assert_close("rpb", grad, gather.rpb_bias_transposed(attn[0], case.space, rule), 1e-12)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)

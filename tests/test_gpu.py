@@ -58,7 +58,7 @@ def test_unfused(name, dtype):
     """Values, tangents and gradients of the unfused operators against float64."""
     options, space = UNFUSED[name], (9, 11)
     rule = Neighborhood.create(2, **options)
-    seen = rule.attended_slots(space)
+    seen = rule.attended_slots(space, space)
 
     def products(q, k, rpb, attn, v):
         # Causality fills slots with -inf, where no error can be measured.

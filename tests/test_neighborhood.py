@@ -88,7 +88,10 @@ def test_against_brute_force(axis):
     options = {"kernel_size": k, "stride": s, "dilation": d, "is_causal": causal}
     assert attended(length, **options) == expected
     rule = Neighborhood.create(1, **options)
-    tokens, valid = rule.window_tokens_of((length,)), rule.attended_slots((length,))
+    tokens, valid = (
+        rule.window_tokens_of((length,), (length,)),
+        rule.attended_slots((length,), (length,)),
+    )
     assert [t[v].tolist() for t, v in zip(tokens, valid)] == expected
     # In the slots, attended tokens come first, and masked slots last.
     assert all(v.tolist() == sorted(v.tolist(), reverse=True) for v in valid)
@@ -96,7 +99,7 @@ def test_against_brute_force(axis):
 
 def test_slots_are_row_major():
     rule = Neighborhood.create(2, (2, 3))
-    assert rule.window_tokens_of((4, 5))[2, 2].tolist() == [6, 7, 8, 11, 12, 13]
+    assert rule.window_tokens_of((4, 5), (4, 5))[2, 2].tolist() == [6, 7, 8, 11, 12, 13]
 
 
 def test_hashable_and_frozen():
@@ -120,7 +123,7 @@ def test_fit_window(axes):
         assert d2 == min(d, length)
         assert k2 == min(k, length // d2)
         assert s2 == min(s, k2)
-    Neighborhood.create(len(shape), *found).check(shape)
+    Neighborhood.create(len(shape), *found).check(shape, shape)
 
 
 @pytest.mark.parametrize(
@@ -144,10 +147,10 @@ def test_refuses(options, message):
 def test_refuses_windows_that_do_not_fit():
     rule = Neighborhood.create(2, 5, dilation=4)
     with pytest.raises(ArgumentError, match=r"must not exceed.*\(19, 20\)"):
-        rule.check((19, 20))
-    rule.check((20, 20))
+        rule.check((19, 20), (19, 20))
+    rule.check((20, 20), (20, 20))
     with pytest.raises(ArgumentError, match="has 2 axes"):
-        rule.check((20,))
+        rule.check((20,), (20,))
 
 
 def test_numpy_integers_are_integers():

@@ -98,8 +98,9 @@ def test_unfused_slots(case):
     """Products and bias are in the slots that the definition says; masked slots are last."""
     case = case._replace(kv_heads=case.heads, rpb=True)
     q, k, _, rpb, _, _ = case.inputs()
-    products, bias = reference.qk(q, k, case.rule), reference.rpb_bias(rpb, case.space, case.rule)
-    valid = case.rule.attended_slots(case.space)
+    products = reference.qk(q, k, case.rule)
+    bias = reference.rpb_bias(rpb, case.space, case.space, case.rule)
+    valid = case.rule.attended_slots(case.space, case.space)
     for token, keys, offsets in attended(case):
         assert valid[token].sum() == len(keys)
         for head in range(case.heads):

@@ -120,15 +120,16 @@ def test_unfused_reads_no_garbage(case, poison):
     """Masked slots and the former contents of memory are ignored, even if they are NaN."""
     q = torch.randn(case.batch, *case.space, case.heads, case.dim).double()
     attn = torch.randn(*q.shape[:-1], case.rule.window_tokens).double()
-    valid = case.rule.attended_slots(case.space)[..., None, :]
+    valid = case.rule.attended_slots(case.space, case.space)[..., None, :]
     dirty = attn.masked_fill(~valid, math.nan)
     rpb = torch.randn(case.heads, *(2 * k - 1 for k in case.kernel_size)).double()
+    layout = case.space, case.rule
     calls = {
         "qk": ((q, q, case.rule),) * 2,
         "av": ((attn, q, case.rule), (dirty, q, case.rule)),
-        "av_transposed": ((attn, q, case.rule), (dirty, q, case.rule)),
-        "rpb_bias": ((rpb, case.space, case.rule),) * 2,
-        "rpb_bias_transposed": ((attn.sum(0), case.rule), (dirty.sum(0), case.rule)),
+        "av_transposed": ((attn, q, *layout), (dirty, q, *layout)),
+        "rpb_bias": ((rpb, case.space, *layout),) * 2,
+        "rpb_bias_transposed": ((attn.sum(0), *layout), (dirty.sum(0), *layout)),
     }
     for name, (clean, given) in calls.items():
         expected = getattr(reference, name)(*clean)
@@ -146,8 +147,10 @@ def test_unfused_in_every_precision(case, dtype):
 
     q, k = (make(case.batch, *case.space, case.heads, case.dim) for _ in range(2))
     attn = make(*q.shape[:-1], case.rule.window_tokens)
-    for name, args in {"qk": (q, k), "av": (attn, q), "av_transposed": (attn, q)}.items():
-        expected = getattr(reference, name)(*(x.double() for x in args), case.rule)
+    calls = {"qk": (q, k), "av": (attn, q), "av_transposed": (attn, q, case.space)}
+    for name, args in calls.items():
+        exact = (x.double() if isinstance(x, torch.Tensor) else x for x in args)
+        expected = getattr(reference, name)(*exact, case.rule)
         actual = getattr(tiled, name)(*args, case.rule)
         assert actual.dtype == dtype
         assert_close(name, expected, actual, RATIO[dtype])
@@ -196,7 +199,7 @@ def test_no_operation_writes_an_element_twice(case, tile, monkeypatch, fresh_pla
     attn = torch.randn(*inputs[0].shape[:-1], case.rule.window_tokens).double()
     with NoOverlap() as watch:
         tiled.backward(out, lse, inputs, out, lse, case.rule, 0.4)
-        tiled.av_transposed(attn, out, case.rule)
+        tiled.av_transposed(attn, out, case.space, case.rule)
     assert watch.writes > 10
 
 

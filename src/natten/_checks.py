@@ -53,8 +53,11 @@ def check_same(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         )
 
 
-def check_qkv(query: Tensor, key: Tensor, value: Tensor, same_space: bool = True) -> None:
-    """Raise ArgumentError unless heads-last query, key and value fit each other."""
+def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise ArgumentError unless heads-last query, key and value fit each other.
+
+    Whether the layouts of query and key fit is the rule's to say.
+    """
     for name, x in (("key", key), ("value", value)):
         check_same(name, x, "query", query)
         if x.dim() != query.dim() or x.shape[0] != query.shape[0]:
@@ -62,11 +65,6 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, same_space: bool = True
                 f"`{name}` must have the rank and batch size of `query`, got {tuple(x.shape)} "
                 f"and {tuple(query.shape)}."
             )
-    if same_space and key.shape[1:-2] != query.shape[1:-2]:
-        raise ArgumentError(
-            "`key` must have the token layout of `query`, got "
-            f"{tuple(key.shape[1:-2])} and {tuple(query.shape[1:-2])}."
-        )
     if value.shape[1:-1] != key.shape[1:-1]:
         raise ArgumentError(
             "`value` must have the token layout and heads of `key`, got "

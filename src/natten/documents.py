@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .neighborhood import Neighborhood, fit_window
+from .neighborhood import Neighborhood
 
 
 class Documents(NamedTuple):
@@ -41,8 +41,10 @@ class Documents(NamedTuple):
         rows, first = [], 0
         shapes = [shape for shape in shapes if 0 not in shape]
         for shape in shapes:
-            fitted = fit_window(shape, rule.kernel_size, rule.stride, rule.dilation)
-            window = [n for each in fitted for n in (*missing, *each)]
+            own = rule.fitted(shape)
+            window = [
+                n for each in (own.kernel_size, own.stride, own.dilation) for n in (*missing, *each)
+            ]
             rows.append([first, first, *missing, *shape, shape[-1], *window, 0])
             first += math.prod(shape)
         longest = tuple(_roomy(max(lengths)) for lengths in zip(*shapes))

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import backends, operators
 from ._checks import autocast_tensors
 from ._keywords import check_call
-from .functional import ATTENTION, GENERIC, check_attention, check_call_of
+from .functional import ATTENTION, GENERIC, WINDOW, check_attention, check_call_of
 from .inputs import Inputs
 from .neighborhood import Dimension
 from .operators import Call
@@ -58,8 +58,7 @@ def explain(
     names = "query", "key", "value", "additional_keys", "additional_values"
     q, k, v, *additional = autocast_tensors(*(options.pop(name, None) for name in names))
     inputs = Inputs(q, k, v, options.pop("rpb", None), *additional)
-    defaults = {"kernel_size": None, "stride": 1, "dilation": 1, "is_causal": False}
-    window = tuple(options.pop(name, default) for name, default in defaults.items())
+    window = tuple(options.pop(name, GENERIC.parameters[name].default) for name in WINDOW)
     return _lines_of(check_call_of(inputs, window, **options), inputs)
 
 
@@ -68,8 +67,8 @@ def _explain_attention(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[s
     inputs, lengths, call = check_attention(**options)
     if lengths is not None:
         ours, _ = lengths.read(inputs.query, inputs.key)
-        if operators.backend_for(*inputs[:3], call.choice.backend) is not None:
-            problem = operators.problem_of(inputs.query, inputs.value)
+        if operators.backend_for(*inputs[:3], call.rule, call.choice.backend) is not None:
+            problem = operators.problem_of(inputs.query, inputs.value, call.rule)
             return _lines(call.choice.backend, problem, problem)
         inputs = inputs._replace(query=inputs.query[:, : max(ours, default=0)])
     return _lines_of(call, inputs)

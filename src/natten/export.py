@@ -14,7 +14,7 @@ from torch import Tensor
 from . import gather, operators
 from ._library import ops
 from ._torch import OpOverload
-from .operators import unpack
+from .operators import RULE_ARGUMENTS, unpack
 
 __all__ = ["decompositions"]
 
@@ -54,8 +54,8 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
 
 
 def _of_rule(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Let ``function`` take an operator's arguments, of which the last four are the rule."""
-    return lambda *args: function(*args[:-4], unpack(*args[-4:]))
+    """Let ``function`` take an operator's arguments, of which the last are the rule."""
+    return lambda *args: function(*args[:-RULE_ARGUMENTS], unpack(*args[-RULE_ARGUMENTS:]))
 
 
 def _attention(*args: Any) -> tuple[Tensor, Tensor]:

@@ -89,9 +89,16 @@ def _qk_flops(query: Any, key: Any, kernel_size: Any, *args: Any, **kwargs: Any)
     return 2 * math.prod(query) * math.prod(kernel_size)
 
 
-@register_flop_formula([ops.av, ops.av_transposed])
+@register_flop_formula(ops.av)
 def _av_flops(attn: Any, value: Any, kernel_size: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * math.prod(value) * math.prod(kernel_size)
+    return 2 * _rows(attn) * value[-1] * math.prod(kernel_size)
+
+
+@register_flop_formula(ops.av_transposed)
+def _av_transposed_flops(
+    attn: Any, x: Any, key_shape: Any, kernel_size: Any, *args: Any, **kwargs: Any
+) -> int:
+    return 2 * math.prod(x) * math.prod(kernel_size)
 
 
 # --- fvcore ---

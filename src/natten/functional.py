@@ -43,7 +43,7 @@ from ._warnings import warn
 from .backends import check_name
 from .errors import ArgumentError
 from .inputs import Inputs
-from .neighborhood import Causal, Dense, Dimension, Neighborhood
+from .neighborhood import Boundary, Causal, Dense, Dimension, Neighborhood
 from .sequences import Lengths
 from .softmax import softmax_with_lse
 from .unfused import (
@@ -89,24 +89,27 @@ def neighborhood_attention_generic(
     query: Tensor, key: Tensor, value: Tensor, kernel_size: Dimension, stride: Dimension = ...,
     dilation: Dimension = ..., is_causal: Causal | None = ..., scale: float | None = ...,
     additional_keys: Tensor | None = ..., additional_values: Tensor | None = ...,
-    *, backend: str | None = ..., rpb: Tensor | None = ..., return_lse: Literal[False] = ...,
-    **hints: Unpack[Hints],
+    *, backend: str | None = ..., rpb: Tensor | None = ...,
+    query_offset: Dimension | None = ..., queries_per_key: Dimension = ...,
+    boundary: Boundary = ..., return_lse: Literal[False] = ..., **hints: Unpack[Hints],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def neighborhood_attention_generic(
     query: Tensor, key: Tensor, value: Tensor, kernel_size: Dimension, stride: Dimension = ...,
     dilation: Dimension = ..., is_causal: Causal | None = ..., scale: float | None = ...,
     additional_keys: Tensor | None = ..., additional_values: Tensor | None = ...,
-    *, backend: str | None = ..., rpb: Tensor | None = ..., return_lse: Literal[True],
-    **hints: Unpack[Hints],
+    *, backend: str | None = ..., rpb: Tensor | None = ...,
+    query_offset: Dimension | None = ..., queries_per_key: Dimension = ...,
+    boundary: Boundary = ..., return_lse: Literal[True], **hints: Unpack[Hints],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def neighborhood_attention_generic(
     query: Tensor, key: Tensor, value: Tensor, kernel_size: Dimension, stride: Dimension = ...,
     dilation: Dimension = ..., is_causal: Causal | None = ..., scale: float | None = ...,
     additional_keys: Tensor | None = ..., additional_values: Tensor | None = ...,
-    *, backend: str | None = ..., rpb: Tensor | None = ..., return_lse: bool,
-    **hints: Unpack[Hints],
+    *, backend: str | None = ..., rpb: Tensor | None = ...,
+    query_offset: Dimension | None = ..., queries_per_key: Dimension = ...,
+    boundary: Boundary = ..., return_lse: bool, **hints: Unpack[Hints],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 @unscriptable
 def neighborhood_attention_generic(
@@ -134,6 +137,9 @@ def neighborhood_attention_generic(
     return_lse: bool = False,
     *,
     rpb: Tensor | None = None,
+    query_offset: Dimension | None = None,
+    queries_per_key: Dimension = 1,
+    boundary: Boundary = "shift",
     xformers_kwargs: dict[str, Any] | None = None,
     try_fuse_additional_kv: bool = False,
     **unknown: NoReturn,
@@ -142,8 +148,9 @@ def neighborhood_attention_generic(
 
     Args:
         query: ``[batch, *space, heads, head_dim]``, floating point, with any strides.
-        key: ``[batch, *space, heads_kv, head_dim]``; ``heads`` is a multiple of ``heads_kv``.
-        value: ``[batch, *space, heads_kv, value_dim]``.
+        key: ``[batch, *space, heads_kv, head_dim]``; ``heads`` is a multiple of ``heads_kv``. With
+            ``query_offset`` or ``queries_per_key`` it has a token layout of its own.
+        value: ``[batch, *space, heads_kv, value_dim]``, the token layout of ``key``.
         kernel_size: tokens in the window, one number for all axes or one per axis.
         stride: how many queries share a window. 1 gives sliding windows, and ``kernel_size`` gives
             blocks that attend themselves.
@@ -153,6 +160,13 @@ def neighborhood_attention_generic(
         additional_keys, additional_values: keys and values that every query attends in the same
             softmax, ``[batch, num_additional, heads_kv, head_dim or value_dim]``.
         rpb: trainable relative positional bias ``[heads, 2 * kernel_size - 1, ...]``.
+        query_offset: for queries that are a part of the layout, the number of queries before them,
+            one number for all axes or one per axis, 0 too. None: the queries are the whole layout.
+        queries_per_key: how many times as fine as keys queries are. Query ``x`` of an axis has the
+            window of the key at ``(query_offset + x) // queries_per_key``.
+        boundary: what windows do at the ends of an axis: ``"shift"`` inwards and keep their size,
+            ``"truncate"``, or go on at the other end (``"circular"``). A truncated window may
+            exceed the axis; a circular axis is a multiple of ``stride * dilation`` and not causal.
         return_lse: also return the LSE, the logarithm of the sum of the scores' exponentials.
         backend: None, or the name of a backend; upstream's names are accepted, without effect.
         q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape: tiles of queries
@@ -182,7 +196,7 @@ def neighborhood_attention_generic(
     )
     out, lse = attend(
         Inputs(query, key, value, rpb, additional_keys, additional_values),
-        (kernel_size, stride, dilation, is_causal),
+        (kernel_size, stride, dilation, is_causal, boundary, queries_per_key, query_offset),
         scale, attention_kwargs, backend, q_tile_shape, kv_tile_shape, backward_q_tile_shape,
         backward_kv_tile_shape,
     )  # fmt: skip
@@ -191,6 +205,12 @@ def neighborhood_attention_generic(
 
 GENERIC = signature_of(neighborhood_attention_generic)
 neighborhood_attention_generic.__signature__ = GENERIC  # type: ignore[attr-defined]
+
+# The arguments that make the rule, in the order of :meth:`Neighborhood.create`.
+WINDOW = (
+    "kernel_size", "stride", "dilation", "is_causal", "boundary", "queries_per_key", "query_offset",
+)  # fmt: skip
+_OFFSET = WINDOW.index("query_offset")
 
 # Calls repeat, and checking each of them again would take longer than a small kernel runs.
 _calls = tuning.Kept()
@@ -203,15 +223,21 @@ def attend(
 
     Args:
         inputs: the tensors, in autocast's dtype.
-        window: a rule, or kernel size, stride, dilation and causality, which are checked.
+        window: a rule, or the arguments of :meth:`Neighborhood.create`, which are checked.
         options: the arguments of :func:`check_call_of` after the window.
     """
     plain = operators.is_plain_call(inputs)
-    kind = _kind(inputs, window, options) if plain else None
+    # Calls that differ in the offset are one kind: a cache or a part moves from call to call.
+    offset, windows = None, window
+    if not isinstance(window, Neighborhood) and window[_OFFSET] is not None:
+        offset, windows = window[_OFFSET], (*window[:_OFFSET], ())
+    kind = _kind(inputs, windows, options) if plain else None
     call = None if kind is None else _calls.get(kind)
+    if call is not None and offset is not None:
+        call = call.moved(offset, inputs)
     if call is None:
         call = check_call_of(inputs, window, *options)
-        if kind is not None and _is_builtin(options) and _is_known(window):
+        if kind is not None and _is_builtin(options) and _is_known(windows):
             _calls.keep(kind, call)
     return call(inputs, plain)
 
@@ -259,7 +285,7 @@ def check_call_of(
         )
     rule = window if isinstance(window, Neighborhood) else _rule_of(rank, *window)
     check_qkv(query, key, value)
-    rule.check(query.shape[1:-2])
+    rule.check(query.shape[1:-2], key.shape[1:-2])
     warn_of_heads_first(query)
     check_additional(query, key, value, additional_keys, additional_values)
     check_rpb(rpb, query, rule, heads=query.shape[-2])
@@ -272,18 +298,19 @@ def check_call_of(
         backward_q_tile_shape=backward_q_tile_shape,
         backward_kv_tile_shape=backward_kv_tile_shape,
     )
+    if torch.compiler.is_compiling():  # the operator does it, which knows the sizes
+        return operators.Call(rule, factor, operators.Choice(name, tiles))
+    rule = operators.simplified(rule, inputs)
     return operators.Call(rule, factor, operators.Choice(name, tiles))
 
 
-def _rule_of(
-    rank: int, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any
-) -> Neighborhood:
+def _rule_of(rank: int, kernel_size: Any, stride: Any, dilation: Any, *others: Any) -> Neighborhood:
     if _is_bool(dilation):
         raise ArgumentError(
             f"`dilation`, the sixth argument, must be integers, got {dilation!r}. Code written for "
             "NATTEN 0.17 passes `is_causal` there; natten.compat.v017 has that order."
         )
-    return Neighborhood.create(rank, kernel_size, stride, dilation, is_causal)
+    return Neighborhood.create(rank, kernel_size, stride, dilation, *others)
 
 
 def _is_bool(value: Any) -> bool:
@@ -422,7 +449,7 @@ def check_attention(
     causal = truth(is_causal)
     if causal is None:
         raise ArgumentError(f"`is_causal` must be a bool, got {type(is_causal)}.")
-    check_qkv(query, key, value, same_space=False)
+    check_qkv(query, key, value)
     factor, name = check_scale(scale, query.shape[-1]), check_name(backend)
     tiles = check_tiles(
         1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Concatenate, NoReturn, ParamSpec
+from typing import Any, Concatenate, Literal, NoReturn, ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from ._warnings import warn_once
 from .errors import ArgumentError
 from .functional import attend, check_call_of
 from .inputs import Inputs
-from .neighborhood import Causal, Dimension, Neighborhood, crop_rpb
+from .neighborhood import Boundary, Causal, Dimension, Neighborhood, crop_rpb
 from .unfused import scores, weighted_sum
 
 _BIAS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -51,9 +51,13 @@ class NeighborhoodAttentionGeneric(nn.Module):
             is its older name.
         attn_drop: dropout probability of the attention weights. If it is above 0, training takes
             the unfused operators, which store the weights.
+        boundary: what windows do at the ends of an axis, ``"shift"``, ``"truncate"`` or
+            ``"circular"``, as in the fused operator.
         oversize: what to do when ``kernel_size * dilation`` exceeds the input: raise an
             ``"error"``, ``"clamp"`` the window by :func:`natten.fit_window`, or ``"pad"`` the input
-            with zeros and crop the output, as NATTEN 0.14 and 0.15 did.
+            with zeros and crop the output, as NATTEN 0.14 and 0.15 did. Truncated axes take any
+            size as they are.
+        keep: what ``"clamp"`` keeps where not both fit, the ``"dilation"`` or the ``"window"``.
         kernel_size_d, dilation_d: window and dilation of the first of three axes, as in 0.15.
         use_experimental_ops: accepted, without effect.
 
@@ -81,7 +85,9 @@ class NeighborhoodAttentionGeneric(nn.Module):
         rel_pos_bias: bool | None = None,
         bias: bool | None = None,
         attn_drop: float = 0.0,
+        boundary: Boundary = "shift",
         oversize: str = "error",
+        keep: Literal["dilation", "window"] = "dilation",
         kernel_size_d: int | None = None,
         dilation_d: int | None = None,
         use_experimental_ops: bool | None = None,
@@ -113,15 +119,19 @@ class NeighborhoodAttentionGeneric(nn.Module):
             )
         if oversize not in _OVERSIZE:
             raise ArgumentError(f"`oversize` must be one of {_OVERSIZE}, got {oversize!r}.")
+        if keep not in ("dilation", "window"):
+            raise ArgumentError(f'`keep` must be "dilation" or "window", got {keep!r}.')
         kernel_size = _with_depth("kernel_size_d", na_dim, kernel_size_d, kernel_size)
         dilation = _with_depth(
             "dilation_d", na_dim, dilation_d, 1 if dilation is None else dilation
         )
-        self.neighborhood = Neighborhood.create(na_dim, kernel_size, stride, dilation, is_causal)
+        self.neighborhood = Neighborhood.create(
+            na_dim, kernel_size, stride, dilation, is_causal, boundary
+        )
         self.num_heads = num_heads
         self.head_dim = channels // num_heads
         self.scale = check_scale(qk_scale, self.head_dim, "qk_scale")
-        self.oversize = oversize
+        self.oversize, self.keep = oversize, keep
 
         self.rpb: nn.Parameter | None
         self.register_parameter("rpb", None)
@@ -164,6 +174,11 @@ class NeighborhoodAttentionGeneric(nn.Module):
         """Causality, per axis."""
         return self.neighborhood.is_causal
 
+    @property
+    def boundary(self) -> tuple[str, ...]:
+        """What windows do at the ends, per axis."""
+        return self.neighborhood.boundary
+
     def forward(self, x: Tensor, **hints: Any) -> Tensor:
         """Project, attend and project.
 
@@ -197,12 +212,15 @@ class NeighborhoodAttentionGeneric(nn.Module):
         rule = self.neighborhood
         rpb: Tensor | None = self.rpb
         if self.oversize == "pad":
-            wanted = (k * d for k, d in zip(rule.kernel_size, rule.dilation))
+            wanted = (
+                0 if border == "truncate" else k * d
+                for k, d, border in zip(rule.kernel_size, rule.dilation, rule.boundary)
+            )
             missing = [max(0, size - length) for size, length in zip(wanted, shape)]
             if any(missing):
                 x = F.pad(x, (0, 0, *(n for each in reversed(missing) for n in (0, each))))
         elif self.oversize == "clamp":
-            rule = rule.fitted(shape)
+            rule = rule.fitted(shape, self.keep)
             rpb = None if rpb is None else crop_rpb(rpb, self.kernel_size, rule.kernel_size)
         out = self._attend(x, rule, rpb, hints)
         for axis, length in enumerate(shape):
@@ -268,10 +286,11 @@ class NeighborhoodAttentionGeneric(nn.Module):
 
     def extra_repr(self) -> str:
         """The line that ``print(module)`` shows."""
+        boundary = set(self.boundary) - {"shift"} and f", boundary={self.boundary}"
         return (
             f"head_dim={self.head_dim}, num_heads={self.num_heads}, "
             f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}, "
-            f"is_causal={self.is_causal}, has_bias={self.rpb is not None}"
+            f"is_causal={self.is_causal}{boundary or ''}, has_bias={self.rpb is not None}"
         )
 
 

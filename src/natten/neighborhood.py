@@ -1,16 +1,22 @@
 """The definition of a neighborhood; no other module knows which keys a query attends.
 
-Per axis of length ``L``, with window ``K``, stride ``S``, dilation ``d``:
+Per axis, keys have length ``L``; the window is ``K``, the stride ``S``, the dilation ``d``.
 
-* Dilation splits the axis into ``d`` independent groups. Token ``x`` is at position ``i = x // d``
-  of group ``g = x % d``, which has ``n = ceil((L - g) / d)`` positions.
-* Not causal: the leader of query ``i`` is ``c = min((i // S) * S + S // 2, n - 1)``; its window
-  starts at ``s = min(max(c - K // 2, 0), n - K)`` and has ``K`` positions. At a border the window
-  shifts; it never shrinks.
+* Query ``x`` stands at key token ``p = (o + x) // r``: queries are ``r`` times as fine as keys, and
+  ``o`` of them come before the first. By default they are the keys' own tokens, ``r = 1, o = 0``.
+* Dilation splits the axis into ``d`` independent groups. Token ``p`` is at position ``i = p // d``
+  of group ``g = p % d``, which has ``n = ceil((L - g) / d)`` positions.
+* Not causal: the leader of position ``i`` is ``c = min((i // S) * S + S // 2, n - 1)``, and its
+  window starts at ``s = c - K // 2`` and has ``K`` positions. What happens where it exceeds the
+  group is the axis's boundary:
+
+  * ``"shift"``: it starts at ``min(max(s, 0), n - K)``. It shifts and never shrinks.
+  * ``"truncate"``: positions before 0 and from ``n`` on are left out.
+  * ``"circular"``: positions are modulo ``n``.
 * Causal: the leader is ``c = min((i // S) * S + S - 1, n - 1)``, the window starts at
-  ``s = max(c - K + 1, 0)`` and ends at the query itself.
+  ``max(c - K + 1, 0)`` and ends at the position itself.
 
-A token attends another when it does so along every axis.
+A query attends a key when it does so along every axis.
 
 Source: Hassani et al., "Neighborhood Attention Transformer" (2023); "Dilated Neighborhood
 Attention Transformer" (2022); stride: "Generalized Neighborhood Attention" (2025).
@@ -19,9 +25,9 @@ Attention Transformer" (2022); stride: "Generalized Neighborhood Attention" (202
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +38,11 @@ from .errors import ArgumentError
 # Arguments with one value for all axes, or one per axis.
 Dimension = int | Sequence[int]
 Causal = bool | Sequence[bool]
+BoundaryName = Literal["shift", "truncate", "circular"]
+Boundary = BoundaryName | Sequence[BoundaryName] | Sequence[str]
+
+# What a window does at the ends of an axis. Operators take these by number.
+BOUNDARIES = ("shift", "truncate", "circular")
 
 
 def _per_axis(
@@ -47,7 +58,7 @@ def _per_axis(
             f"Invalid value for `{name}`; expected {what} or {rank} of them (one per axis), "
             f"got {len(given)}: {value!r}."
         )
-    converted = tuple([truth(e) if kind is bool else integer(e) for e in given])
+    converted = tuple([_entry(e, kind) for e in given])
     for entry, known in zip(given, converted):
         if known is None:
             raise ArgumentError(
@@ -57,11 +68,24 @@ def _per_axis(
     return converted
 
 
+def _entry(value: Any, kind: type) -> Any:
+    """``value`` as ``kind``, None if it is something else."""
+    if kind is str:
+        return value if isinstance(value, str) else None
+    return truth(value) if kind is bool else integer(value)
+
+
 @dataclass(frozen=True)
 class Neighborhood:
-    """Window, stride, dilation and causality of every axis; hashable.
+    """Which keys a query attends, for every axis; hashable.
 
     Build it with :meth:`create`, which accepts one value for all axes and checks what it gets.
+
+    Attributes:
+        kernel_size, stride, dilation, is_causal: window, stride, dilation and causality.
+        boundary: what windows do at the ends, one of ``BOUNDARIES``.
+        queries_per_key: how many queries stand at one key.
+        query_offset: queries before the first one; None if the queries are the whole layout.
 
     Example:
         >>> Neighborhood.create(2, 3, dilation=(1, 2)).dilation
@@ -72,6 +96,9 @@ class Neighborhood:
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     is_causal: tuple[bool, ...]
+    boundary: tuple[str, ...]
+    queries_per_key: tuple[int, ...]
+    query_offset: tuple[int, ...] | None
 
     @classmethod
     def create(
@@ -81,13 +108,18 @@ class Neighborhood:
         stride: int | Sequence[int] | None = 1,
         dilation: int | Sequence[int] | None = 1,
         is_causal: bool | Sequence[bool] | None = False,
+        boundary: Boundary | None = "shift",
+        queries_per_key: int | Sequence[int] | None = 1,
+        query_offset: int | Sequence[int] | None = None,
     ) -> Neighborhood:
         """Spread the arguments over ``rank`` axes and check them.
 
         Raises:
             ArgumentError: an argument has the wrong type, length or value.
         """
-        given: tuple[Any, ...] = (kernel_size, stride, dilation, is_causal)
+        given: tuple[Any, ...] = (
+            kernel_size, stride, dilation, is_causal, boundary, queries_per_key, query_offset,
+        )  # fmt: skip
         if torch.compiler.is_compiling():
             return _created.__wrapped__(rank, *given)
         kinds = tuple(map(_kinds, given))
@@ -95,10 +127,15 @@ class Neighborhood:
             return _created(rank, *given, *kinds)
         return _created.__wrapped__(rank, *given)
 
-    def fitted(self, shape: Sequence[int]) -> Neighborhood:
+    def fitted(
+        self, shape: Sequence[int], keep: Literal["dilation", "window"] = "dilation"
+    ) -> Neighborhood:
         """The largest windows up to these that fit the token layout ``shape``."""
-        fitted = fit_window(shape, self.kernel_size, self.stride, self.dilation)
-        return Neighborhood.create(self.rank, *fitted, self.is_causal)
+        fitted = fit_window(
+            shape, self.kernel_size, self.stride, self.dilation, keep=keep, boundary=self.boundary
+        )
+        kernel_size, stride, dilation = fitted
+        return replace(self, kernel_size=kernel_size, stride=stride, dilation=dilation)
 
     @property
     def rank(self) -> int:
@@ -113,71 +150,181 @@ class Neighborhood:
             product = product * k
         return product
 
-    def check(self, shape: Sequence[int]) -> None:
-        """Raise ArgumentError unless every window fits the token layout ``shape``."""
-        if len(shape) != self.rank:
-            raise ArgumentError(
-                f"`kernel_size` has {self.rank} axes, but the token layout is {tuple(shape)}."
-            )
-        for axis, (length, k, d) in enumerate(zip(shape, self.kernel_size, self.dilation)):
+    @property
+    def offset(self) -> tuple[int, ...]:
+        """Queries before the first one, also where they are the whole layout."""
+        return (0,) * self.rank if self.query_offset is None else self.query_offset
+
+    @property
+    def is_self_attention(self) -> bool:
+        """Whether queries and keys are the same tokens."""
+        return self.query_offset is None and all(r == 1 for r in self.queries_per_key)
+
+    @property
+    def has_empty_slots(self) -> bool:
+        """Whether some windows may have fewer tokens than ``window_tokens``."""
+        return any(self.is_causal) or "truncate" in self.boundary
+
+    def check(self, shape: Sequence[int], key_shape: Sequence[int]) -> None:
+        """Raise ArgumentError unless windows and queries of layout ``shape`` fit the keys'."""
+        for layout in (shape, key_shape):
+            if len(layout) != self.rank:
+                raise ArgumentError(
+                    f"`kernel_size` has {self.rank} axes, but the token layout is {tuple(layout)}."
+                )
+        for axis, length in enumerate(key_shape):
+            k, s, d = self.kernel_size[axis], self.stride[axis], self.dilation[axis]
+            if self.boundary[axis] == "truncate":
+                continue
             if k * d > length:
                 raise ArgumentError(
                     "`kernel_size` times `dilation` must not exceed the input on any axis, got "
                     f"kernel_size {self.kernel_size}, dilation {self.dilation} for the token "
-                    f"layout {tuple(shape)}: on axis {axis}, {k} * {d} > {length}; "
-                    "natten.fit_window makes a window fit."
+                    f"layout {tuple(key_shape)}: on axis {axis}, {k} * {d} > {length}; "
+                    'natten.fit_window makes a window fit, `boundary="truncate"` cuts it.'
+                )
+            if self.boundary[axis] == "circular" and length % (s * d) != 0:
+                raise ArgumentError(
+                    "`stride` times `dilation` must divide the input on a circular axis, got "
+                    f"stride {self.stride}, dilation {self.dilation} for the token layout "
+                    f"{tuple(key_shape)}: on axis {axis}, {s} * {d} does not divide {length}."
+                )
+        self._check_queries(shape, key_shape)
+
+    def _check_queries(self, shape: Sequence[int], key_shape: Sequence[int]) -> None:
+        offset, fine = self.query_offset, self.queries_per_key
+        for axis, (length, key_length, r) in enumerate(zip(shape, key_shape, fine)):
+            if offset is None and length != r * key_length and self.is_self_attention:
+                raise ArgumentError(
+                    "`key` must have the token layout of `query`, got "
+                    f"{tuple(key_shape)} and {tuple(shape)}. `query_offset` is for queries that "
+                    "are a part of the layout, `queries_per_key` for queries that are finer than "
+                    "keys."
+                )
+            if offset is None and length != r * key_length:
+                raise ArgumentError(
+                    "`query` must have `queries_per_key` times the token layout of `key`, got "
+                    f"{tuple(shape)} for {fine} times {tuple(key_shape)}: on axis {axis}, "
+                    f"{length} is not {r} * {key_length}. `query_offset` is for queries that are a "
+                    "part of the layout."
+                )
+            if offset is not None and offset[axis] + length > r * key_length:
+                raise ArgumentError(
+                    "`query_offset` plus the token layout of `query` must not exceed "
+                    "`queries_per_key` times that of `key`, got "
+                    f"{offset} + {tuple(shape)} for {fine} times {tuple(key_shape)}: on axis "
+                    f"{axis}, {offset[axis]} + {length} > {r} * {key_length}."
                 )
 
-    def windows(
-        self, axis: int, position: Tensor, n: int | Tensor, n_keys: int | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """First and one-past-last key position of the queries at ``position``.
+    def without_full_rings(self, key_shape: Sequence[int]) -> Neighborhood:
+        """The same windows, on circular axes that a window fills without the circle.
+
+        Only the order of a window's tokens differs, which matters to a bias and to slots.
+        """
+        rings = zip(self.boundary, self.kernel_size, self.dilation, key_shape)
+        boundary = ["shift" if b == "circular" and k * d == n else b for b, k, d, n in rings]
+        return replace(self, boundary=tuple(boundary))
+
+    def unrolled(self) -> tuple[Neighborhood, tuple[tuple[int, int], ...]]:
+        """The same windows without circular axes, on keys that are padded around.
+
+        Padding is by whole strides before the first key, so that queries keep their leaders.
+
+        Returns:
+            The rule, whose queries are the middle of the padded layout, and the tokens to add
+            before and after each axis: the axis's last, and its first.
+        """
+        margins = []
+        for k, s, d, border in zip(self.kernel_size, self.stride, self.dilation, self.boundary):
+            before, after = -(-(k // 2) // s) * s * d, (k - 1 - k // 2) * d
+            margins.append((before, after) if border == "circular" else (0, 0))
+        offset = tuple(
+            o + r * before for o, r, (before, _) in zip(self.offset, self.queries_per_key, margins)
+        )
+        boundary = tuple("shift" if b == "circular" else b for b in self.boundary)
+        return replace(self, boundary=boundary, query_offset=offset), tuple(margins)
+
+    def moved(
+        self, offset: int | Sequence[int], shape: Sequence[int], key_shape: Sequence[int]
+    ) -> Neighborhood:
+        """The same windows for other queries of layout ``shape``, those from ``offset`` on.
+
+        Raises:
+            ArgumentError: there are no such queries.
+        """
+        rule = Neighborhood(  # written out, because dataclasses.replace takes several times longer
+            self.kernel_size, self.stride, self.dilation, self.is_causal, self.boundary,
+            self.queries_per_key, _offset_of(offset, self.rank),
+        )  # fmt: skip
+        rule._check_queries(shape, key_shape)
+        return rule
+
+    def key_tokens(self, axis: int, query: Tensor) -> Tensor:
+        """The key tokens at which queries of an axis stand."""
+        offset, r = self.offset[axis], self.queries_per_key[axis]
+        # What changes nothing is left out, which makes exported graphs smaller.
+        query = query if self.query_offset is None else query + offset
+        return query if r == 1 else query // r
+
+    def windows(self, axis: int, position: Tensor, n: int | Tensor) -> tuple[Tensor, Tensor]:
+        """First and one-past-last key position of queries.
+
+        On a circular axis they are those before the modulo: from ``-kernel_size`` on and below
+        ``n + kernel_size``.
 
         Args:
             axis: the axis.
-            position: int64, the queries' positions inside their dilation groups.
+            position: int64, positions of the queries' key tokens inside their dilation groups.
             n: the number of positions in their groups; one number, or one per query.
-            n_keys: the same number for keys; it equals ``n``, as queries and keys are the same
-                tokens.
 
         Returns:
             Two int64 tensors shaped like ``position``.
         """
         return window_bounds(
-            position, n, self.kernel_size[axis], self.stride[axis], self.is_causal[axis]
-        )
+            position, n, self.kernel_size[axis], self.stride[axis], self.is_causal[axis],
+            self.boundary[axis],
+        )  # fmt: skip
 
-    def attended_slots(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-        """Whether each token attends each slot of its window; causality empties the last slots.
+    def attended_slots(
+        self, shape: Sequence[int], key_shape: Sequence[int], device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Whether each query attends each slot of its window; slots that are cut off come last.
 
         Returns:
-            bool ``[*shape, window tokens]``; slots are in row-major order, window start first.
+            bool ``[*shape, window tokens]``; slots are in row-major order, the first attended token
+            first.
         """
-        return self._slots(shape, device)[1]
+        return self._slots(shape, key_shape, device)[1]
 
-    def window_tokens_of(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-        """The token in each slot of each token's window, int64 ``[*shape, window tokens]``.
+    def window_tokens_of(
+        self, shape: Sequence[int], key_shape: Sequence[int], device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """The key in each slot of each query's window, int64 ``[*shape, window tokens]``.
 
-        Tokens are counted in row-major order; a slot that is not attended holds some token.
+        Keys are counted in row-major order; a slot that is not attended holds some key.
         """
-        return self._slots(shape, device)[0]
+        return self._slots(shape, key_shape, device)[0]
 
-    def _slots(self, shape: Sequence[int], device: torch.device | str) -> tuple[Tensor, Tensor]:
+    def _slots(
+        self, shape: Sequence[int], key_shape: Sequence[int], device: torch.device | str
+    ) -> tuple[Tensor, Tensor]:
         token = torch.zeros((), dtype=torch.int64, device=device)
         valid = torch.ones((), dtype=torch.bool, device=device)
-        for axis, length in enumerate(shape):
+        for axis, (length, key_length) in enumerate(zip(shape, key_shape)):
             d, k = self.dilation[axis], self.kernel_size[axis]
-            x = torch.arange(length, device=device)
-            n = group_length(length, d, x % d)
-            bounds = self.windows(axis, x // d, n, n)
+            at = self.key_tokens(axis, torch.arange(length, device=device))
+            n = group_length(key_length, d, at % d)
+            bounds = self.windows(axis, at // d, n)
             # A colon in brackets would bound the length in exports of PyTorch 2.6.
-            start, end, n, group = (each.unsqueeze(1) for each in (*bounds, n, x % d))
+            start, end, n, group = (each.unsqueeze(1) for each in (*bounds, n, at % d))
             position = start + torch.arange(k, device=device)
             own_valid = position < end
-            own = position.minimum(n - 1) * d + group
+            circular = self.boundary[axis] == "circular"
+            position = position % n if circular else position.minimum(n - 1)
+            own = position * d + group
             spread = [1] * (2 * self.rank)  # every axis of tokens, then every axis of the window
             spread[axis], spread[self.rank + axis] = length, k
-            token = token * length + own.view(spread)
+            token = token * key_length + own.view(spread)
             valid = valid & own_valid.view(spread)
         slots = (*shape, self.window_tokens)
         return token.reshape(slots), valid.reshape(slots)
@@ -189,6 +336,7 @@ def window_bounds(
     kernel_size: int | Tensor,
     stride: int | Tensor,
     is_causal: bool,
+    boundary: str = "shift",
 ) -> tuple[Tensor, Tensor]:
     """First and one-past-last key position of queries of one axis; arguments are broadcast."""
     k, s = kernel_size, stride
@@ -196,11 +344,16 @@ def window_bounds(
         leader = (position // s * s + s - 1).clamp(max=n - 1)
         return (leader - k + 1).clamp(min=0), position + 1
     leader = (position // s * s + s // 2).clamp(max=n - 1)
-    start = (leader - k // 2).clamp(min=0).clamp(max=n - k)
+    start = leader - k // 2
+    if boundary == "circular":
+        return start, start + k
+    if boundary == "truncate":
+        return start.clamp(min=0), (start + k).clamp(max=n)
+    start = start.clamp(min=0).clamp(max=n - k)
     return start, start + k
 
 
-_UNCHANGING = frozenset((int, bool, type(None)))
+_UNCHANGING = frozenset((int, bool, str, type(None)))
 
 
 def _kinds(value: Any) -> Any:
@@ -216,6 +369,14 @@ def _kinds(value: Any) -> Any:
     return kinds if kinds and _UNCHANGING.issuperset(kinds) else None
 
 
+def _offset_of(query_offset: Any, rank: int) -> tuple[int, ...]:
+    """An offset per axis, checked."""
+    offset = _per_axis("query_offset", query_offset, rank, int, "an integer")
+    if any(o < 0 for o in offset):
+        raise ArgumentError(f"`query_offset` must be at least 0 on every axis, got {offset}.")
+    return offset
+
+
 @lru_cache(maxsize=1024)
 def _created(
     rank: int,
@@ -223,6 +384,9 @@ def _created(
     stride: Any,
     dilation: Any,
     is_causal: Any,
+    boundary: Any,
+    queries_per_key: Any,
+    query_offset: Any,
     *kinds: Any,
 ) -> Neighborhood:
     """:meth:`Neighborhood.create`, cached because models call with the same few windows."""
@@ -232,6 +396,9 @@ def _created(
     strides = _per_axis("stride", stride, rank, int, "an integer", 1)
     dilations = _per_axis("dilation", dilation, rank, int, "an integer", 1)
     causal = _per_axis("is_causal", is_causal, rank, bool, "a boolean", False)
+    borders = _per_axis("boundary", boundary, rank, str, "a string", "shift")
+    fine = _per_axis("queries_per_key", queries_per_key, rank, int, "an integer", 1)
+    offset = None if query_offset is None else _offset_of(query_offset, rank)
     for k, s, d in zip(kernel, strides, dilations):
         if k < 1:
             raise ArgumentError(f"`kernel_size` must be at least 1 on every axis, got {kernel}.")
@@ -242,7 +409,20 @@ def _created(
                 "`stride` must be at least 1 and at most `kernel_size` on every axis, "
                 f"got stride {strides} with kernel_size {kernel}."
             )
-    return Neighborhood(kernel, strides, dilations, causal)
+    for border, is_axis_causal, r in zip(borders, causal, fine):
+        if border not in BOUNDARIES:
+            raise ArgumentError(
+                f"`boundary` must be one of {BOUNDARIES}, or one of them per axis, "
+                f"got {boundary!r}."
+            )
+        if border == "circular" and is_axis_causal:
+            raise ArgumentError(
+                "`boundary` must not be circular on an axis that `is_causal`, because a ring has "
+                f"no earlier and later tokens, got boundary {borders} with is_causal {causal}."
+            )
+        if r < 1:
+            raise ArgumentError(f"`queries_per_key` must be at least 1 on every axis, got {fine}.")
+    return Neighborhood(kernel, strides, dilations, causal, borders, fine, offset)
 
 
 @dataclass(frozen=True)
@@ -254,14 +434,17 @@ class Dense:
 
     causal: bool = False
     dilation: tuple[int, ...] = (1,)
+    queries_per_key: tuple[int, ...] = (1,)
+    offset: tuple[int, ...] = (0,)
+    boundary: tuple[str, ...] = ("truncate",)
 
-    def windows(
-        self, axis: int, position: Tensor, n: int | Tensor, n_keys: int | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The same as :meth:`Neighborhood.windows`, for ``n`` queries and ``n_keys`` keys."""
-        end = (
-            (position + 1).clamp(max=n_keys) if self.causal else torch.zeros_like(position) + n_keys
-        )
+    def key_tokens(self, axis: int, query: Tensor) -> Tensor:
+        """The same as :meth:`Neighborhood.key_tokens`, perhaps beyond the last key."""
+        return query
+
+    def windows(self, axis: int, position: Tensor, n: int | Tensor) -> tuple[Tensor, Tensor]:
+        """The same as :meth:`Neighborhood.windows`, for ``n`` keys."""
+        end = (position + 1).clamp(max=n) if self.causal else torch.zeros_like(position) + n
         return torch.zeros_like(position), end
 
 
@@ -278,11 +461,17 @@ def window_mask(
     mask = torch.ones(1, 1, dtype=torch.bool, device=device)
     for axis, (length, key_length) in enumerate(zip(shape, key_shape)):
         d = rule.dilation[axis]
-        x, key = torch.arange(length, device=device), torch.arange(key_length, device=device)
-        n, n_keys = group_length(length, d, x % d), group_length(key_length, d, x % d)
-        start, end = (bound[:, None] for bound in rule.windows(axis, x // d, n, n_keys))
-        same_group = (x % d)[:, None] == key % d
-        mask = outer(mask, same_group & (key // d >= start) & (key // d < end), torch.logical_and)
+        at = rule.key_tokens(axis, torch.arange(length, device=device))
+        key = torch.arange(key_length, device=device)
+        n = group_length(key_length, d, at % d)
+        start, end, n, group = (
+            each[:, None] for each in (*rule.windows(axis, at // d, n), n, at % d)
+        )
+        after = key // d - start  # positions of each key after the start of each window
+        if rule.boundary[axis] == "circular":
+            after = after % n
+        own = (group == key % d) & (after >= 0) & (after < end - start)
+        mask = outer(mask, own, torch.logical_and)
     return mask
 
 
@@ -296,19 +485,45 @@ def group_length(length: int, dilation: int, group: Any) -> Any:
     return (length - group + dilation - 1) // dilation
 
 
+def queries_before(token: Any, group: Any, dilation: int, queries_per_key: int) -> Any:
+    """How many queries of dilation group ``group`` come before query ``token`` of an axis.
+
+    ``token`` counts from the first query of the layout. Queries of a group are numbered in their
+    order, so number ``j`` stands at key position ``j // queries_per_key`` of the group.
+    """
+    period = dilation * queries_per_key
+    rest = token % period - group * queries_per_key
+    return token // period * queries_per_key + min(max(rest, 0), queries_per_key)
+
+
+def query_range(rule: Rule, axis: int, length: int, group: int) -> tuple[int, int]:
+    """First and one-past-last number of a dilation group's queries, of ``length`` on an axis."""
+    d, r, offset = rule.dilation[axis], rule.queries_per_key[axis], rule.offset[axis]
+    return queries_before(offset, group, d, r), queries_before(offset + length, group, d, r)
+
+
 def fit_window(
     shape: Sequence[int],
     kernel_size: int | Sequence[int],
     stride: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
+    *,
+    keep: Literal["dilation", "window"] = "dilation",
+    boundary: Boundary = "shift",
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The largest window, stride and dilation that fit ``shape`` and do not exceed the given ones.
 
-    Per axis of length ``L``: ``d' = min(d, L)``, ``K' = min(K, L // d')``, ``S' = min(S, K')``.
+    Per axis of length ``L``, with ``keep="dilation"``: ``d' = min(d, L)``,
+    ``K' = min(K, L // d')``, ``S' = min(S, K')``. With ``keep="window"``: ``K' = min(K, L)``,
+    ``d' = min(d, L // K')``, ``S' = min(S, K')``.
 
     Args:
         shape: token layout, one to three axis lengths, each at least 1.
         kernel_size, stride, dilation: one value for all axes or one per axis.
+        keep: what is kept as large as it can be where not both of window and dilation fit.
+        boundary: one value for all axes or one per axis; a window that is truncated always fits. On
+            a circular axis, the stride becomes the largest one for which ``S' * d'`` divides ``L``,
+            and the dilation likewise.
 
     Returns:
         ``(kernel_size, stride, dilation)``, each a tuple with one entry per axis.
@@ -319,6 +534,8 @@ def fit_window(
     Example:
         >>> fit_window((4, 16), 7, dilation=2)
         ((2, 7), (1, 1), (2, 2))
+        >>> fit_window((5, 9), 7, dilation=4, keep="window")
+        ((5, 7), (1, 1), (1, 1))
     """
     lengths = entries(shape)
     if lengths is None:
@@ -326,16 +543,37 @@ def fit_window(
     if torch.jit.is_tracing():  # sizes are tensors there
         lengths = tuple(int(n) for n in lengths)
     lengths = _per_axis("shape", lengths, len(lengths), int, "an integer")
-    wanted = Neighborhood.create(len(lengths), kernel_size, stride, dilation)
+    wanted = Neighborhood.create(len(lengths), kernel_size, stride, dilation, boundary=boundary)
     if any(length < 1 for length in lengths):
         raise ArgumentError(f"`shape` must have at least 1 token per axis, got {lengths}.")
+    if keep not in ("dilation", "window"):
+        raise ArgumentError(f'`keep` must be "dilation" or "window", got {keep!r}.')
     fitted = []
-    for length, k, s, d in zip(lengths, wanted.kernel_size, wanted.stride, wanted.dilation):
-        d = min(d, length)
-        k = min(k, length // d)
-        fitted.append((k, min(s, k), d))
+    for axis, length in enumerate(lengths):
+        k, s, d = wanted.kernel_size[axis], wanted.stride[axis], wanted.dilation[axis]
+        circular = wanted.boundary[axis] == "circular"
+        if wanted.boundary[axis] != "truncate":
+            if keep == "window":
+                k = min(k, length)
+                d = min(d, length // k)
+            else:
+                d = min(d, length)
+            if circular:
+                d = _largest_divisor(length, d)
+            k = min(k, length // d)
+            s = min(s, k)
+            if circular:
+                s = _largest_divisor(length // d, s)
+        fitted.append((k, s, d))
     kernel, strides, dilations = zip(*fitted)
     return kernel, strides, dilations
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of ``number`` that does not exceed ``most``."""
+    while number % most:
+        most -= 1
+    return most
 
 
 def crop_rpb(rpb: Tensor, kernel_size: Sequence[int], fitted: Sequence[int]) -> Tensor:

@@ -20,17 +20,19 @@ import torch
 from torch import Tensor
 
 from .caches import kept
-from .neighborhood import Neighborhood, Rule, group_length
+from .neighborhood import Neighborhood, Rule, group_length, query_range
 
 
 class Run(NamedTuple):
-    """``repeats`` tiles, ``step`` positions apart, in each of ``groups`` dilation groups.
+    """``repeats`` tiles, ``step`` queries apart, in each of ``groups`` neighboring groups.
 
     Their blocks of keys are ``key_step`` positions apart.
     """
 
-    group: int
+    group: int  # token of the first group's first query
+    key_group: int  # dilation group of its keys
     groups: int
+    apart: int  # tokens between neighboring queries of a group
     repeats: int
     step: int
     key_step: int
@@ -38,8 +40,10 @@ class Run(NamedTuple):
     query_size: int
     key_start: int
     key_size: int
-    lower: Tensor  # [query_size]: where each query's window starts inside the block of keys ...
-    upper: Tensor  # [query_size]: ... and one past where it ends
+    # [query_size] each, inside the block of keys:
+    lower: Tensor  # where each query's window starts,
+    upper: Tensor  # one past where it ends,
+    positions: Tensor  # and where the query stands, perhaps outside
     full: bool  # every query attends every key of the block, so no mask is needed
     triangular: bool  # the first query attends the first key, and each query one key more
 
@@ -66,12 +70,56 @@ _RUN = 60_000.0  # time spent in Python, per run
 _MAX_SCORES = 1 << 20  # query-key pairs of one tile
 
 
-def reach(rule: Rule, axis: int, n: int, n_keys: int, of_keys: bool) -> tuple[Tensor, Tensor]:
-    """First and one-past-last key of each of ``n`` queries of an axis.
+class QueryGroup(NamedTuple):
+    """Neighboring groups of an axis's queries that look alike: they have the same windows.
 
-    With ``of_keys``, the first and one-past-last query of each of ``n_keys`` keys.
+    Queries of a group attend keys of one dilation group. The first of these groups has the query
+    ``group`` and the keys ``key_group``, the next ones follow, token by token.
     """
-    start, end = rule.windows(axis, torch.arange(n, device="cpu"), n, n_keys)
+
+    group: int
+    key_group: int
+    groups: int
+    apart: int  # tokens between neighboring queries of a group
+    positions: Tensor  # [queries], where they stand among the keys of their group
+    n_keys: int
+
+
+def query_groups(rule: Rule, axis: int, length: int, key_length: int) -> list[QueryGroup]:
+    """The groups of an axis's queries, in each of which tokens are equally far apart.
+
+    Where queries are finer than keys and there is dilation, the queries of a dilation group are not
+    equally far apart. Then there is a group for each of the queries that share a key.
+    """
+    d, r, offset = rule.dilation[axis], rule.queries_per_key[axis], rule.offset[axis]
+    apart = 1 if d == 1 else d * r
+    found: list[QueryGroup] = []
+    last = None
+    for group in range(min(apart, length)):
+        position, key_group = divmod((offset + group) // r, d)
+        n_keys = group_length(key_length, d, key_group) if d > 1 else key_length
+        kind = position, group_length(length, apart, group), n_keys
+        if kind == last and key_group == found[-1].key_group + found[-1].groups:
+            found[-1] = found[-1]._replace(groups=found[-1].groups + 1)
+            continue
+        last = kind
+        x = torch.arange(group, length, apart, device="cpu")
+        positions = rule.key_tokens(axis, x) // d
+        found.append(QueryGroup(group, key_group, 1, apart, positions, n_keys))
+    return found
+
+
+def reach(
+    rule: Rule, axis: int, length: int, key_length: int, group: int, of_keys: bool
+) -> tuple[Tensor, Tensor]:
+    """First and one-past-last key of each query of a dilation group, in the queries' order.
+
+    With ``of_keys``, the first and one-past-last query of each key, among the group's queries.
+    """
+    first, last = query_range(rule, axis, length, group)
+    n_keys = group_length(key_length, rule.dilation[axis], group)
+    position = torch.arange(first, last, device="cpu") // rule.queries_per_key[axis]
+    start, end = rule.windows(axis, position, n_keys)
     if not of_keys:
         return start, end
     keys = torch.arange(n_keys, device="cpu")
@@ -120,34 +168,31 @@ def count_blocks(
 
 def axis_runs(rule: Rule, axis: int, length: int, key_length: int, tile: int) -> list[Run]:
     """Cut an axis of ``length`` queries and ``key_length`` keys into tiles of ``tile`` queries."""
-    dilation = rule.dilation[axis]
     runs: list[Run] = []
-    for group, groups in group_kinds(length, dilation):
-        n = group_length(length, dilation, group)
-        n_keys = group_length(key_length, dilation, group)
-        start, end = rule.windows(axis, torch.arange(n, device="cpu"), n, n_keys)
+    for group in query_groups(rule, axis, length, key_length):
+        n = len(group.positions)
+        start, end = rule.windows(axis, group.positions, group.n_keys)
         remainder = n // tile * tile  # where the last, smaller tile starts
         for first, last, size in ((0, remainder, tile), (remainder, n, n - remainder)):
             if first < last:
-                runs += _merge_tiles(group, groups, first, size, start[first:last], end[first:last])
+                runs += _merge_tiles(group, first, size, start[first:last], end[first:last])
     return runs
 
 
-def _merge_tiles(
-    group: int, groups: int, first: int, size: int, start: Tensor, end: Tensor
-) -> list[Run]:
+def _merge_tiles(group: QueryGroup, first: int, size: int, start: Tensor, end: Tensor) -> list[Run]:
     """Runs of the tiles of ``size`` queries from ``first`` on, given their windows."""
     start, end = start.view(-1, size), end.view(-1, size)  # [tiles, size]
     kv_start = start.amin(1)  # [tiles]
-    tile_start = first + size * torch.arange(len(kv_start), device="cpu")
-    shape = torch.cat(
-        [start - kv_start[:, None], end - kv_start[:, None], (kv_start - tile_start)[:, None]],
-        dim=1,
-    )
-    changes = (shape[1:] != shape[:-1]).any(1).nonzero().flatten() + 1
+    positions = group.positions[first : first + start.numel()].view(-1, size)
+    shape = torch.cat([each - positions[:, :1] for each in (start, end, positions)], dim=1)
+    # Tiles of a run are as many positions apart as the first two, and they are apart.
+    key_step = max(1, int(positions[1, 0] - positions[0, 0])) if len(positions) > 1 else size
+    changed = (shape[1:] != shape[:-1]).any(1) | (positions[:, 0].diff() != key_step)
+    changes = changed.nonzero().flatten() + 1
     edges = [0, *changes.tolist(), len(kv_start)]
     heads = torch.tensor(edges[:-1], device="cpu")  # the first tile of each run
     lower, upper = start[heads] - kv_start[heads, None], end[heads] - kv_start[heads, None]
+    stands = positions[heads] - kv_start[heads, None]
     key_size = upper.amax(1)
     from_first = (lower == 0).all(1)
     one_more_each = torch.arange(1, size + 1, device="cpu").minimum(key_size[:, None])
@@ -156,8 +201,9 @@ def _merge_tiles(
     key_sizes, key_starts = key_size.tolist(), kv_start[heads].tolist()
     return [
         Run(
-            group, groups, b - a, size, size, first + size * a, size, key_starts[i], key_sizes[i],
-            lower[i].clone(), upper[i].clone(), full[i], triangular[i],
+            group.group, group.key_group, group.groups, group.apart, b - a, size, key_step,
+            first + size * a, size, key_starts[i], key_sizes[i],
+            lower[i].clone(), upper[i].clone(), stands[i].clone(), full[i], triangular[i],
         )
         for i, (a, b) in enumerate(itertools.pairwise(edges))
     ]  # fmt: skip
@@ -170,12 +216,10 @@ def window_runs(rule: Rule, axis: int, length: int, key_length: int, between: bo
     queries lie in one tile or, with ``between``, in one tile for each window. Without ``between``
     the tiles at the two ends have one size and are one run.
     """
-    dilation = rule.dilation[axis]
     runs: list[Run] = []
-    for group, groups in group_kinds(length, dilation):
-        n = group_length(length, dilation, group)
-        n_keys = group_length(key_length, dilation, group)
-        start, end = rule.windows(axis, torch.arange(n, device="cpu"), n, n_keys)
+    for group in query_groups(rule, axis, length, key_length):
+        n = len(group.positions)
+        start, end = rule.windows(axis, group.positions, group.n_keys)
         changes = ((start[1:] != start[:-1]) | (end[1:] != end[:-1])).nonzero().flatten() + 1
         edges = [0, *changes.tolist(), n]
         if not between and len(edges) > 3:
@@ -184,7 +228,7 @@ def window_runs(rule: Rule, axis: int, length: int, key_length: int, between: bo
         own: list[Run] = []
         for size, tiles in itertools.groupby(itertools.pairwise(edges), lambda ab: ab[1] - ab[0]):
             first, *_, last = (edge for tile in tiles for edge in tile)
-            own += _merge_tiles(group, groups, first, size, start[first:last], end[first:last])
+            own += _merge_tiles(group, first, size, start[first:last], end[first:last])
         runs += own if between else _merge_ends(own)
     return runs
 
@@ -230,11 +274,13 @@ def axis_cost(runs: Sequence[Run], triangles: bool = False) -> TileCost:
 
 
 def _candidates(rule: Rule, axis: int, length: int) -> list[int]:
-    n = group_length(length, rule.dilation[axis], 0)
-    stride = rule.stride[axis] if isinstance(rule, Neighborhood) else 1
+    d, r = rule.dilation[axis], rule.queries_per_key[axis]
+    n = group_length(length, 1 if d == 1 else d * r, 0)
+    whole = rule.stride[axis] if isinstance(rule, Neighborhood) else 1
+    whole *= r if d == 1 else 1
     sizes = {n} | {size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256) if size < n}
-    if stride > 1:  # tiles of whole strides, so that no two tiles share a window
-        sizes |= {stride * m for m in (1, 2, 4, 8, 16) if stride * m < n}
+    if whole > 1:  # tiles of whole strides, so that no two tiles share a window
+        sizes |= {whole * m for m in (1, 2, 4, 8, 16) if whole * m < n}
     return sorted(size for size in sizes if size <= 256) or [256]
 
 
@@ -264,7 +310,7 @@ def cheapest(
 
 def _bytes(options: list[list[list[Run]]]) -> int:
     runs = [run for axis in options for choice in axis for run in choice]
-    return sum(512 + run.lower.nbytes + run.upper.nbytes for run in runs)
+    return sum(512 + 3 * run.lower.nbytes for run in runs)
 
 
 @kept(_bytes)

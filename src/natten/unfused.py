@@ -19,7 +19,7 @@ from ._checks import (
 )
 from ._ranks import Function, of_rank
 from .errors import ArgumentError
-from .neighborhood import Causal, Dimension, Neighborhood
+from .neighborhood import Boundary, Causal, Dimension, Neighborhood
 from .nested import is_nested, per_item
 
 
@@ -33,22 +33,20 @@ def _qk(
     rpb: Tensor | None = None,
     *,
     stride: Dimension = 1,
+    query_offset: Dimension | None = None,
+    queries_per_key: Dimension = 1,
+    boundary: Boundary = "shift",
 ) -> Tensor:
+    window = kernel_size, stride, dilation, is_causal, boundary, queries_per_key, query_offset
     if is_nested(query, key, additional_keys, rpb):
         if is_nested(rpb):
             raise ArgumentError("`rpb` must be dense, also where the other inputs are nested.")
 
         def each(query: Tensor, key: Tensor, additional_keys: Tensor | None) -> Tensor:
-            return _qk(
-                query, key, kernel_size, dilation, additional_keys, is_causal, rpb, stride=stride
-            )
+            return scores(query, key, window, rpb, additional_keys)
 
         return per_item(each, query=query, key=key, additional_keys=additional_keys)
-
-    check_tensors(query=query, key=key)
-    return scores(
-        query, key, _rule(query, kernel_size, stride, dilation, is_causal), rpb, additional_keys
-    )
+    return scores(query, key, window, rpb, additional_keys)
 
 
 def _av(
@@ -60,36 +58,39 @@ def _av(
     is_causal: Causal | None = False,
     *,
     stride: Dimension = 1,
+    query_offset: Dimension | None = None,
+    queries_per_key: Dimension = 1,
+    boundary: Boundary = "shift",
 ) -> Tensor:
+    window = kernel_size, stride, dilation, is_causal, boundary, queries_per_key, query_offset
     if is_nested(attn, value, additional_values):
 
         def each(attn: Tensor, value: Tensor, additional_values: Tensor | None) -> Tensor:
-            return _av(
-                attn, value, kernel_size, dilation, additional_values, is_causal, stride=stride
-            )
+            return weighted_sum(attn, value, window, additional_values)
 
         return per_item(each, attn=attn, value=value, additional_values=additional_values)
-
-    check_tensors(attn=attn, value=value)
-    rule = _rule(value, kernel_size, stride, dilation, is_causal)
-    return weighted_sum(attn, value, rule, additional_values)
+    return weighted_sum(attn, value, window, additional_values)
 
 
 def scores(
-    query: Tensor, key: Tensor, rule: Neighborhood, rpb: Tensor | None,
+    query: Tensor, key: Tensor, window: Neighborhood | tuple[Any, ...], rpb: Tensor | None,
     additional_keys: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """What ``na*d_qk`` returns, of dense tensors and a rule."""
+    """What ``na*d_qk`` returns, of dense tensors; ``window`` is as that of the fused ``attend``."""
+    check_tensors(query=query, key=key)
+    rule = _rule(query, window)
     query, key, additional_keys = autocast_tensors(query, key, additional_keys)
-    space = _space(query, rule, "query")
-    check_same_shape("key", key.shape, "query", query.shape)
+    space, key_space = _space(query, "query"), _space(key, "key")
+    wanted = (*query.shape[:2], *key_space, query.shape[-1])
+    check_same_shape("key", key.shape, "query", wanted)
     check_same("key", key, "query", query)
+    rule.check(space, key_space)
     check_rpb(rpb, query, rule, heads=query.shape[1])
     attn = operators.qk(query, key, rule)
     if rpb is not None:
-        attn = attn + operators.rpb_bias(rpb.to(attn.dtype), space, rule)
-    if any(rule.is_causal):
-        attn = attn.masked_fill(~rule.attended_slots(space, attn.device), -math.inf)
+        attn = attn + operators.rpb_bias(rpb.to(attn.dtype), space, key_space, rule)
+    if rule.has_empty_slots:
+        attn = attn.masked_fill(~rule.attended_slots(space, key_space, attn.device), -math.inf)
     if additional_keys is None:
         return attn
     _check_additional("additional_keys", additional_keys, query)
@@ -98,16 +99,20 @@ def scores(
 
 
 def weighted_sum(
-    attn: Tensor, value: Tensor, rule: Neighborhood, additional_values: Tensor | None
-) -> Tensor:
-    """What ``na*d_av`` returns, of dense tensors and a rule."""
+    attn: Tensor, value: Tensor, window: Neighborhood | tuple[Any, ...],
+    additional_values: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """What ``na*d_av`` returns, of dense tensors; ``window`` is as that of the fused ``attend``."""
+    check_tensors(attn=attn, value=value)
+    rule = _rule(value, window)
     attn, value, additional_values = autocast_tensors(attn, value, additional_values)
-    space = _space(value, rule, "value")
-    check_same_shape("attn", attn.shape[:-1], "value", value.shape[:-1])
+    space, key_space = _space(attn, "attn"), _space(value, "value")
+    check_same_shape("attn", attn.shape[:-1], "value", (*value.shape[:2], *space))
     if attn.device != value.device:
         raise ArgumentError(
             f"`attn` must be on the device of `value`, got {attn.device} and {value.device}."
         )
+    rule.check(space, key_space)
     if additional_values is not None:
         _check_additional("additional_values", additional_values, value)
     num_additional = 0 if additional_values is None else additional_values.shape[-2]
@@ -124,19 +129,20 @@ def weighted_sum(
     return out + (attn[..., windowed:].flatten(2, -2) @ additional_values).unflatten(2, space)
 
 
-def _rule(x: Tensor, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any) -> Neighborhood:
+def _rule(x: Tensor, window: Neighborhood | tuple[Any, ...]) -> Neighborhood:
     """The windows of heads-first ``x [batch, heads, *space, head_dim]``."""
-    return Neighborhood.create(x.dim() - 3, kernel_size, stride, dilation, is_causal)
+    if isinstance(window, Neighborhood):
+        return window
+    return Neighborhood.create(x.dim() - 3, *window)
 
 
-def _space(x: Tensor, rule: Neighborhood, name: str) -> tuple[int, ...]:
-    """The token layout of heads-first ``x``, which the windows fit."""
+def _space(x: Tensor, name: str) -> tuple[int, ...]:
+    """The token layout of heads-first ``x``."""
     space = tuple(x.shape[2:-1])
     if torch.jit.is_tracing():  # sizes are tensors there, which an autograd.Function can not take
         space = tuple(int(n) for n in space)
-    rule.check(space)
     if x.shape[-1] < 1:
-        raise ArgumentError(f"the head_dim of `{name}` must be at least 1, got {tuple(x.shape)}.")
+        raise ArgumentError(f"the last dimension of `{name}` must be at least 1, got {x.shape}.")
     return space
 
 
@@ -157,14 +163,17 @@ _QK = """Scores of every query with the keys of its window, {rank}-D and unfused
     in forward mode.
 
     Args:
-        query, key: ``[batch, heads, {space}, head_dim]``.
-        kernel_size, dilation, is_causal, stride: one value for all axes or one per axis.
+        query, key: ``[batch, heads, {space}, head_dim]``; the key has a token layout of its own
+            with ``query_offset`` or ``queries_per_key``.
+        kernel_size, dilation, is_causal, stride, query_offset, queries_per_key, boundary: one value
+            for all axes or one per axis, as in the fused operator.
         additional_keys: ``[batch, heads, num_additional, head_dim]``; every query attends them.
         rpb: trainable relative positional bias ``[heads, 2 * kernel_size - 1, ...]``.
 
     Returns:
-        ``[batch, heads, {space}, window tokens + num_additional]``. Slots that causality masks hold
-        -inf, and slots of additional keys come last.
+        ``[batch, heads, {space}, window tokens + num_additional]``. The first slot of an axis holds
+        the first token that is attended; slots that causality or a boundary cuts off come last and
+        hold -inf. Slots of additional keys follow.
 
     Raises:
         ArgumentError: an argument has a type, shape, dtype, device or value that is not allowed.
@@ -181,9 +190,10 @@ _AV = """Weighted sum of the values of every token's window, {rank}-D and unfuse
 
     Args:
         attn: weights ``[batch, heads, {space}, window tokens + num_additional]``; those of
-            additional values come last, and slots that causality masks are ignored.
-        value: ``[batch, heads, {space}, head_dim]``.
-        kernel_size, dilation, is_causal, stride: as given to ``na{rank}d_qk``.
+            additional values come last, and slots that are cut off are ignored.
+        value: ``[batch, heads, {space}, head_dim]``, the token layout of the key.
+        kernel_size, dilation, is_causal, stride, query_offset, queries_per_key, boundary: as given
+            to ``na{rank}d_qk``.
         additional_values: ``[batch, heads, num_additional, head_dim]``.
 
     Returns:

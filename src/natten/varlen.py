@@ -33,7 +33,7 @@ from .backends import check_name
 from .documents import Documents
 from .errors import ArgumentError
 from .inputs import Inputs
-from .neighborhood import Causal, Dimension, Neighborhood
+from .neighborhood import Boundary, Causal, Dimension, Neighborhood
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -192,21 +192,24 @@ def _varlen(
     query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, kernel_size: Dimension,
     stride: Dimension = ..., dilation: Dimension = ..., is_causal: Causal | None = ...,
     scale: float | None = ..., backend: str | None = ...,
-    *, rpb: Tensor | None = ..., return_lse: Literal[False] = ..., **hints: Unpack[Hints],
+    *, rpb: Tensor | None = ..., boundary: Boundary = ..., return_lse: Literal[False] = ...,
+    **hints: Unpack[Hints],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, kernel_size: Dimension,
     stride: Dimension = ..., dilation: Dimension = ..., is_causal: Causal | None = ...,
     scale: float | None = ..., backend: str | None = ...,
-    *, rpb: Tensor | None = ..., return_lse: Literal[True], **hints: Unpack[Hints],
+    *, rpb: Tensor | None = ..., boundary: Boundary = ..., return_lse: Literal[True],
+    **hints: Unpack[Hints],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, kernel_size: Dimension,
     stride: Dimension = ..., dilation: Dimension = ..., is_causal: Causal | None = ...,
     scale: float | None = ..., backend: str | None = ...,
-    *, rpb: Tensor | None = ..., return_lse: bool, **hints: Unpack[Hints],
+    *, rpb: Tensor | None = ..., boundary: Boundary = ..., return_lse: bool,
+    **hints: Unpack[Hints],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def _varlen(
     query: Tensor,
@@ -221,12 +224,13 @@ def _varlen(
     backend: str | None = None,
     *,
     rpb: Tensor | None = None,
+    boundary: Boundary = "shift",
     return_lse: bool = False,
     **hints: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     if not isinstance(layout, VarlenLayout):
         raise ArgumentError(f"`layout` must be a natten.VarlenLayout, got {type(layout)}.")
-    rule = Neighborhood.create(layout.rank, kernel_size, stride, dilation, is_causal)
+    rule = Neighborhood.create(layout.rank, kernel_size, stride, dilation, is_causal, boundary)
     for name in hints:
         if name not in KERNEL_HINTS:
             raise unknown_keyword(f"na{layout.rank}d_varlen", name, _VARLEN_KEYWORDS)
@@ -264,8 +268,8 @@ _VARLEN = """{rank}-D neighborhood attention inside each document of a packed te
         query: ``[tokens, heads, head_dim]``, documents one after another.
         key, value: ``[tokens, heads_kv, head_dim or value_dim]``.
         layout: the documents' token layouts, :class:`natten.VarlenLayout` of rank {rank}.
-        kernel_size, stride, dilation, is_causal, scale, rpb: as in ``na{rank}d``. A window that
-            exceeds a document is clamped to it by :func:`natten.fit_window`.
+        kernel_size, stride, dilation, is_causal, scale, rpb, boundary: as in ``na{rank}d``. A
+            window that does not fit a document is clamped to it by :func:`natten.fit_window`.
         backend: None, or the name of a backend, as in ``na{rank}d``.
         tile shapes and what else ``na{rank}d`` takes for kernels: accepted, without effect.
         return_lse: also return the LSE.

@@ -22,14 +22,14 @@ def test_map(case, name):
     q, k, v = (torch.randn(case.heads, case.batch, *space, case.dim).movedim(0, -2) for _ in "qkv")
     attn = torch.randn(case.batch, *space, rule.window_tokens, case.heads).transpose(-1, -2)
     # What is masked must not even be read.
-    attn = attn.masked_fill(~rule.attended_slots(space)[..., None, :], float("nan"))
+    attn = attn.masked_fill(~rule.attended_slots(space, space)[..., None, :], float("nan"))
     rpb = torch.randn(case.heads, *(2 * n - 1 for n in rule.kernel_size))
     arguments = {
         "qk": (q, k),
         "av": (attn, v),
-        "av_transposed": (attn, q),
-        "rpb_bias": (rpb, space),
-        "rpb_bias_transposed": (attn[0],),
+        "av_transposed": (attn, q, space),
+        "rpb_bias": (rpb, space, space),
+        "rpb_bias_transposed": (attn[0], space),
     }[name]
     expected, actual = (getattr(m, name)(*arguments, rule) for m in (reference, triton))
     assert_close(name, expected, actual, 1e-5)

@@ -49,7 +49,7 @@ def test_windows_are_the_definition_and_have_an_inverse(axis):
     rule = Neighborhood.create(1, k, s, 1, causal)
     out = torch.zeros(4, 16, dtype=torch.int32)
     bounds_kernel[(1,)](out, n, k, s, MODE=modes(rule, (n,))[2], N=16)
-    start, end = rule.windows(0, torch.arange(n), n, n)
+    start, end = rule.windows(0, torch.arange(n), n)
     assert out[0, :n].tolist() == start.tolist()
     assert out[1, :n].tolist() == end.tolist()
     for key in range(n):
@@ -70,7 +70,7 @@ def attending(rule, length, o, rows, columns, beyond):
     """First rows of tiles that attend the block ``o`` from them on, or so many keys beside it."""
     found, (d,) = set(), rule.dilation
     for n in {-(-length // d), length // d}:
-        start, end = rule.windows(0, torch.arange(n), n, n)
+        start, end = rule.windows(0, torch.arange(n), n)
         f = torch.arange(n) // rows * rows
         attend = (start < f + o + columns + beyond) & (f + o - beyond < end)
         found |= set(f[attend].tolist())
@@ -143,7 +143,7 @@ def first_come(costs, slots):
 
 def test_no_long_tile_of_keys_starts_last():
     """66 processors are busy to the end."""
-    first, last = reach(Neighborhood.create(1, 256), 0, 2048, 2048, True)
+    first, last = reach(Neighborhood.create(1, 256), 0, 2048, 2048, 0, True)
     costs = [int(last[a + 15] - first[a]) for a in range(0, 2048, 16)]
     balanced = sum(costs) / 66
     found = first_come([costs[t] for t in tiles_of(2048, 256, 16, UNIT, UNIT, SLIDING)], 66)

@@ -17,6 +17,7 @@ from ..errors import ArgumentError
 from .hopper import Hopper
 from .interface import OPERATIONS, Backend, Problem, Tiles, describe
 from .reference import Reference
+from .rings import runner_of
 from .sdpa import Sdpa
 from .tiled import Tiled
 from .triton import Triton

@@ -40,7 +40,7 @@ class Problem(NamedTuple):
         rule: the neighborhood, None where only tensors are asked about.
         scale: factor on the scores.
         bias: whether there is a relative positional bias.
-        key_shape: token layout of the keys; () where it is the query's.
+        key_shape: token layout of the keys.
         additional: whether there are additional keys.
     """
 
@@ -134,6 +134,8 @@ class Backend:
         head_dims, value_dims: None for all.
         bias: whether fused operators take a relative positional bias.
         plain: whether fused operators run plain attention.
+        circular: whether windows may go on at the other end of an axis. If not, keys and values are
+            padded around (:mod:`natten.backends.rings`).
         takes_tiles: whether fused operators take tile shapes.
     """
 
@@ -145,6 +147,7 @@ class Backend:
     value_dims: range | None = None
     bias: bool = True
     plain: bool = True
+    circular: bool = False
     takes_tiles: bool = False
 
     # --- what it can run ---
@@ -181,19 +184,33 @@ class Backend:
                 return f"has kernels for {name} {describe(dims)}"
         if problem.bias and not self.bias:
             return "has no relative positional bias"
-        if isinstance(problem.rule, Dense) and not self.plain:
+        rule = problem.rule
+        if isinstance(rule, Dense) and not self.plain:
             return "has kernels for neighborhoods only"
+        is_ring = rule is not None and "circular" in rule.boundary
+        if problem.operation == "packed" and is_ring and not self.circular:
+            return "has no circular axes of packed documents"
         return self.limits(problem)
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why it can not run a problem here, or None."""
         missing = self.missing(problem)
-        return self.lacks(problem) if missing is None else missing
+        return self.lacks(self._own(problem)) if missing is None else missing
 
     def declined(self, problem: Problem) -> str | None:
         """Why it does not run a problem unless it is asked for by name, or None."""
         reason = self.unsupported(problem)
-        return self.slower(problem) if reason is None else reason
+        return self.slower(self._own(problem)) if reason is None else reason
+
+    def _own(self, problem: Problem) -> Problem:
+        """The problem that it runs: without circular axes, if it has none."""
+        rule = problem.rule
+        if self.circular or isinstance(rule, Dense) or rule is None or not problem.key_shape:
+            return problem
+        if "circular" not in rule.boundary:
+            return problem
+        rule, margins = rule.unrolled()
+        return problem._replace(rule=rule, key_shape=padded_shape(problem.key_shape, margins))
 
     # --- fused attention ---
 
@@ -242,15 +259,17 @@ class Backend:
         """Sum of the window's values, weighted; masked slots are ignored."""
         raise NotImplementedError
 
-    def av_transposed(self, attn: Tensor, x: Tensor, rule: Neighborhood) -> Tensor:
+    def av_transposed(
+        self, attn: Tensor, x: Tensor, key_shape: Shape, rule: Neighborhood
+    ) -> Tensor:
         """For every key, the sum of ``x`` at the queries that attend it, weighted."""
         raise NotImplementedError
 
-    def rpb_bias(self, rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
+    def rpb_bias(self, rpb: Tensor, shape: Shape, key_shape: Shape, rule: Neighborhood) -> Tensor:
         """``rpb`` in every window slot, ``[*space, heads, window tokens]``; 0 in masked slots."""
         raise NotImplementedError
 
-    def rpb_bias_transposed(self, grad: Tensor, rule: Neighborhood) -> Tensor:
+    def rpb_bias_transposed(self, grad: Tensor, key_shape: Shape, rule: Neighborhood) -> Tensor:
         """The gradient of ``rpb`` from ``grad [*space, heads, window tokens]``."""
         raise NotImplementedError
 
@@ -278,6 +297,11 @@ class Backend:
             The number; None where it depends on tiles, which :meth:`tile_chooser` knows.
         """
         return None
+
+
+def padded_shape(shape: Shape, margins: Sequence[tuple[int, int]]) -> Shape:
+    """A token layout with margins before and after each axis."""
+    return tuple(before + length + after for length, (before, after) in zip(shape, margins))
 
 
 def describe(dims: range | None) -> str:

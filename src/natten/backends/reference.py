@@ -18,19 +18,29 @@ from ..softmax import softmax_with_lse
 from .interface import Backend, Shape
 
 
-def relative_bias(rule: Neighborhood, shape: Sequence[int], rpb: Tensor) -> Tensor:
+def relative_bias(
+    rule: Neighborhood, shape: Sequence[int], key_shape: Sequence[int], rpb: Tensor
+) -> Tensor:
     """The bias of each pair, ``[heads, queries, keys]``; masked pairs hold any value."""
-    return rpb.flatten(1)[:, _bias_index(rule, shape, rpb.device)]
+    return rpb.flatten(1)[:, _bias_index(rule, shape, key_shape, rpb.device)]
 
 
-def _bias_index(rule: Neighborhood, shape: Sequence[int], device: torch.device) -> Tensor:
+def _bias_index(
+    rule: Neighborhood, shape: Sequence[int], key_shape: Sequence[int], device: torch.device
+) -> Tensor:
     """The index of each pair in the flat bias, ``[queries, keys]``."""
     index = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    for axis, length in enumerate(shape):
-        position = torch.arange(length, device=device) // rule.dilation[axis]
-        size = 2 * rule.kernel_size[axis] - 1
-        own = position[None, :] - position[:, None] + rule.kernel_size[axis] - 1
-        index = outer(index * size, own.clamp(0, size - 1), torch.add)
+    for axis, (length, key_length) in enumerate(zip(shape, key_shape)):
+        d, k = rule.dilation[axis], rule.kernel_size[axis]
+        at = rule.key_tokens(axis, torch.arange(length, device=device))
+        own = torch.arange(key_length, device=device) // d - (at // d)[:, None]
+        if (
+            rule.boundary[axis] == "circular"
+        ):  # positions before the modulo, from the window's start
+            n = key_length // d
+            start = rule.windows(axis, at // d, n)[0] - at // d
+            own = start[:, None] + (own - start[:, None]) % n
+        index = outer(index * (2 * k - 1), (own + k - 1).clamp(0, 2 * k - 2), torch.add)
     return index
 
 
@@ -54,7 +64,7 @@ def _scores(inputs: Inputs, rule: Rule, scale: float) -> tuple[Tensor, Tensor, T
     bias = torch.zeros(heads, *mask.shape, dtype=dtype, device=query.device)
     if rpb is not None:
         assert isinstance(rule, Neighborhood)
-        bias = relative_bias(rule, shape, rpb.to(dtype))
+        bias = relative_bias(rule, shape, key_shape, rpb.to(dtype))
     bias = bias.masked_fill(~mask, -math.inf)
     if additional_keys is not None and additional_values is not None:
         k = torch.cat([k, additional_keys.to(dtype).transpose(1, 2)], dim=2)
@@ -64,16 +74,19 @@ def _scores(inputs: Inputs, rule: Rule, scale: float) -> tuple[Tensor, Tensor, T
     return q, k, v, q @ k.transpose(-1, -2) * scale + bias
 
 
-def _slots(rule: Neighborhood, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    token, valid = rule.window_tokens_of(shape, device), rule.attended_slots(shape, device)
+def _slots(
+    rule: Neighborhood, shape: Sequence[int], key_shape: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    token = rule.window_tokens_of(shape, key_shape, device)
+    valid = rule.attended_slots(shape, key_shape, device)
     return token.flatten(0, -2), valid.flatten(0, -2)
 
 
-def _dense(attn: Tensor, rule: Neighborhood) -> Tensor:
+def _dense(attn: Tensor, rule: Neighborhood, key_shape: Sequence[int]) -> Tensor:
     """Weights as ``[batch, heads, queries, keys]``, which are 0 outside the windows."""
-    token, valid = _slots(rule, attn.shape[1:-2], attn.device)
+    token, valid = _slots(rule, attn.shape[1:-2], key_shape, attn.device)
     weights = attn.flatten(1, -3).transpose(1, 2).masked_fill(~valid, 0)
-    dense = weights.new_zeros(*weights.shape[:-1], len(token))
+    dense = weights.new_zeros(*weights.shape[:-1], math.prod(key_shape))
     return dense.scatter_add(-1, token.expand(weights.shape), weights)
 
 
@@ -83,6 +96,7 @@ class Reference(Backend):
     name = "reference"
     devices = "every device of PyTorch"
     operations = ("attention", "gradient", "unfused")
+    circular = True
 
     def forward(
         self, inputs: Inputs, rule: Rule, scale: float, tiles: Shape = ()
@@ -120,7 +134,7 @@ class Reference(Backend):
         tokens = math.prod(key.shape[1:-2])
         grad_rpb = grad_keys = grad_values = None
         if rpb is not None and isinstance(rule, Neighborhood):
-            index = _bias_index(rule, query.shape[1:-2], query.device)
+            index = _bias_index(rule, query.shape[1:-2], key.shape[1:-2], query.device)
             grad_rpb = _bias_gradient(ds[..., :tokens].sum(0), index, rule).to(rpb.dtype)
         if additional_keys is not None and additional_values is not None:
             grad_keys = finish_kv(dk[:, :, tokens:], additional_keys)
@@ -130,29 +144,32 @@ class Reference(Backend):
 
     def qk(self, query: Tensor, key: Tensor, rule: Neighborhood) -> Tensor:
         shape = query.shape[1:-2]
-        token, valid = _slots(rule, shape, query.device)
+        token, valid = _slots(rule, shape, key.shape[1:-2], query.device)
         q, k = (x.flatten(1, -3).transpose(1, 2) for x in (query, key))
         scores = q @ k.transpose(-1, -2)
         scores = scores.gather(-1, token.expand(*scores.shape[:-1], -1)).masked_fill(~valid, 0)
         return scores.transpose(1, 2).unflatten(1, shape)
 
     def av(self, attn: Tensor, value: Tensor, rule: Neighborhood) -> Tensor:
-        out = _dense(attn, rule) @ value.flatten(1, -3).transpose(1, 2)
-        return out.transpose(1, 2).unflatten(1, value.shape[1:-2])
+        out = _dense(attn, rule, value.shape[1:-2]) @ value.flatten(1, -3).transpose(1, 2)
+        return out.transpose(1, 2).unflatten(1, attn.shape[1:-2])
 
-    def av_transposed(self, attn: Tensor, x: Tensor, rule: Neighborhood) -> Tensor:
-        out = _dense(attn, rule).transpose(-1, -2) @ x.flatten(1, -3).transpose(1, 2)
-        return out.transpose(1, 2).unflatten(1, x.shape[1:-2])
+    def av_transposed(
+        self, attn: Tensor, x: Tensor, key_shape: Shape, rule: Neighborhood
+    ) -> Tensor:
+        dense = _dense(attn, rule, key_shape)
+        out = dense.transpose(-1, -2) @ x.flatten(1, -3).transpose(1, 2)
+        return out.transpose(1, 2).unflatten(1, key_shape)
 
-    def rpb_bias(self, rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
-        token, valid = _slots(rule, shape, rpb.device)
-        dense = relative_bias(rule, shape, rpb)
+    def rpb_bias(self, rpb: Tensor, shape: Shape, key_shape: Shape, rule: Neighborhood) -> Tensor:
+        token, valid = _slots(rule, shape, key_shape, rpb.device)
+        dense = relative_bias(rule, shape, key_shape, rpb)
         picked = dense.gather(-1, token.expand(len(dense), -1, -1)).masked_fill(~valid, 0)
         return picked.transpose(0, 1).unflatten(0, shape)
 
-    def rpb_bias_transposed(self, grad: Tensor, rule: Neighborhood) -> Tensor:
-        token, valid = _slots(rule, grad.shape[:-2], grad.device)
-        index = _bias_index(rule, grad.shape[:-2], grad.device).gather(1, token)
+    def rpb_bias_transposed(self, grad: Tensor, key_shape: Shape, rule: Neighborhood) -> Tensor:
+        token, valid = _slots(rule, grad.shape[:-2], key_shape, grad.device)
+        index = _bias_index(rule, grad.shape[:-2], key_shape, grad.device).gather(1, token)
         slots = grad.flatten(0, -3).transpose(0, 1).masked_fill(~valid, 0)
         return _bias_gradient(slots, index, rule)
 

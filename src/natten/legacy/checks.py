@@ -63,7 +63,7 @@ def check_args_against_input(
     """Raise ArgumentError unless the windows fit ``input_tensor [batch, *space, heads, dim]``."""
     rank = input_tensor.dim() - 3
     rule = Neighborhood.create(rank, kernel_size, stride, dilation, is_causal)
-    rule.check(input_tensor.shape[1:-2])
+    rule.check(input_tensor.shape[1:-2], input_tensor.shape[1:-2])
 
 
 def check_input_size_arg(na_dim: int, input_size: Any) -> tuple[int, ...]:

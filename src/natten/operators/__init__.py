@@ -11,10 +11,10 @@ What users call checks its arguments, and comes in here: by a :class:`Call` of f
 """
 
 from .composed import composed_attention, gathered_gradient
-from .fused import Call, attention, unpack_call
+from .fused import Call, attention, simplified, unpack_call
 from .linear import av, av_transposed, qk, rpb_bias, rpb_bias_transposed
 from .packed import backend_for, document_attention, problem_of
-from .schema import Choice, has_window, unpack
+from .schema import RULE_ARGUMENTS, Choice, has_window, unpack
 from .sequences import (
     gathered_sequences,
     gathered_sequences_gradient,
@@ -24,6 +24,7 @@ from .sequences import (
 from .transforms import is_plain_call
 
 __all__ = [
+    "RULE_ARGUMENTS",
     "Call",
     "Choice",
     "attention",
@@ -42,6 +43,7 @@ __all__ = [
     "rpb_bias",
     "rpb_bias_transposed",
     "sequence_attention",
+    "simplified",
     "unpack",
     "unpack_call",
     "unpack_sequences",

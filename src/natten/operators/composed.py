@@ -23,7 +23,7 @@ class _Products:
     """``qk``, ``av`` and the bias for any rule, differentiable to any order; heads-first.
 
     With ``gathered`` they are made of PyTorch's operators only, in graphs where autograd is off.
-    Slots that causality masks hold weights of 0 and may hold any score.
+    Slots that are not attended hold weights of 0 and may hold any score.
     """
 
     def __init__(
@@ -34,17 +34,18 @@ class _Products:
         gathered: bool = False,
         mask: Tensor | None = None,
     ) -> None:
-        self.rule, self.shape, self.mask = rule, query.shape[1:-2], mask
+        self.rule, self.mask = rule, mask
+        self.shape, self.key_shape = query.shape[1:-2], key.shape[1:-2]
         self.windows: gather.Windows | None = None
         if mask is not None:
             return
         if isinstance(rule, Dense):
-            self.mask = window_mask(rule, self.shape, key.shape[1:-2], query.device)
+            self.mask = window_mask(rule, self.shape, self.key_shape, query.device)
         elif gathered:
-            self.windows = gather.Windows(rule, self.shape, query.device)
+            self.windows = gather.Windows(rule, self.shape, self.key_shape, query.device)
             self.mask = self.windows.attended
-        elif any(rule.is_causal):
-            self.mask = rule.attended_slots(self.shape, query.device)
+        elif rule.has_empty_slots:
+            self.mask = rule.attended_slots(self.shape, self.key_shape, query.device)
 
     def qk(self, query: Tensor, key: Tensor) -> Tensor:
         if isinstance(self.rule, Dense):
@@ -61,17 +62,17 @@ class _Products:
             return attn.transpose(-1, -2) @ x
         if self.windows:
             return self.windows.av_transposed(attn, x)
-        return linear.av_transposed(attn, x, self.rule)
+        return linear.av_transposed(attn, x, tuple(self.key_shape), self.rule)
 
     def bias(self, rpb: Tensor) -> Tensor:
         if self.windows:
             return self.windows.rpb_bias(rpb)
-        return linear.rpb_bias(rpb, tuple(self.shape), self.rule)
+        return linear.rpb_bias(rpb, tuple(self.shape), tuple(self.key_shape), self.rule)
 
     def bias_transposed(self, grad: Tensor) -> Tensor:
         if self.windows:
             return self.windows.rpb_bias_transposed(grad)
-        return linear.rpb_bias_transposed(grad, self.rule)
+        return linear.rpb_bias_transposed(grad, tuple(self.key_shape), self.rule)
 
     def additional_qk(self, query: Tensor, additional_keys: Tensor) -> Tensor:
         """Products of every query with every additional key."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from .. import _tracing, backends
 from .._library import differentiate, implement, ops
 from .._torch import in_forward_mode, plain_apply
 from ..inputs import Gradients, Inputs, compute_dtype
-from ..neighborhood import Neighborhood, Rule
+from ..neighborhood import Dense, Neighborhood, Rule
 from .composed import composed_attention, composed_tangent, differentiable_gradients
 from .schema import ANY, Choice, pack, pack_choice, unpack, unpack_choice
 from .transforms import (
@@ -71,6 +71,14 @@ class Call:
         run = self._chosen.get("gradient") or self._choose("gradient", inputs)
         return run(grad_out, grad_lse, inputs, out, lse, self.rule, self.scale)
 
+    def moved(self, offset: Any, inputs: Inputs) -> Call:
+        """The call of other queries of the same layout, those from ``offset`` on."""
+        rule = cast(Neighborhood, self.rule)
+        if rule.query_offset == offset:
+            return self
+        rule = rule.moved(offset, inputs.query.shape[1:-2], inputs.key.shape[1:-2])
+        return Call(rule, self.scale, self.choice, self._chosen)
+
     def arguments(self) -> tuple[Any, ...]:
         """What the operators take after the tensors."""
         return (*pack(self.rule), self.scale, *pack_choice(self.choice))
@@ -81,11 +89,19 @@ class Call:
         chosen = backends.choose(self.choice.backend, problem)
         if self.choice.backend not in ("", chosen.name):
             backends.warn_of_another(self.choice.backend, chosen, problem)
+        chosen = backends.runner_of(chosen, self.rule)
         run: Callable[..., Any] = chosen.forward if operation == "attention" else chosen.backward
         if self.choice.tiles and chosen.takes_tiles:
             run = partial(run, tiles=self.choice.tiles)
         self._chosen[operation] = run
         return run
+
+
+def simplified(rule: Any, inputs: Inputs) -> Any:
+    """The rule in its simplest form, for tensors of known shapes."""
+    if isinstance(rule, Dense) or inputs.rpb is not None or "circular" not in rule.boundary:
+        return rule
+    return rule.without_full_rings(inputs.key.shape[1:-2])
 
 
 # --- the operator ---
@@ -101,7 +117,8 @@ def unpack_call(arguments: Sequence[Any]) -> tuple[Inputs, Call]:
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs, call = unpack_call(arguments)
     if isinstance(call.rule, Neighborhood):  # a trace may see other sizes than those of its making
-        call.rule.check(inputs.query.shape[1:-2])
+        call.rule.check(inputs.query.shape[1:-2], inputs.key.shape[1:-2])
+    call.rule = simplified(call.rule, inputs)
     out, lse = call.forward(inputs)
     return out.contiguous(), lse.contiguous()  # as the fake ones
 
@@ -116,6 +133,7 @@ def _attention_backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
 ) -> list[Tensor]:
     inputs, call = unpack_call(arguments)
+    call.rule = simplified(call.rule, inputs)
     grads = call.backward(grad_out, grad_lse, inputs, out, lse)
     return [grad.contiguous() for grad in grads if grad is not None]
 

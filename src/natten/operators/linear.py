@@ -4,8 +4,10 @@ Tensors are heads-first, ``[batch, heads, *space, channels]``.
 
 * ``qk(query, key)``: products of each query with the keys of its window;
 * ``av(attn, value)``: weighted sums of each window's values;
-* ``av_transposed(attn, x)``: for each key, the weighted sum over the queries that attend it;
-* ``rpb_bias(rpb)`` and ``rpb_bias_transposed(grad)``: the bias in every window slot, and back.
+* ``av_transposed(attn, x, key_shape)``: for each key of this layout, the weighted sum over the
+  queries that attend it;
+* ``rpb_bias(rpb, shape, key_shape)`` and ``rpb_bias_transposed(grad, key_shape)``: the bias in
+  every window slot of queries of this shape, and back.
 """
 
 from __future__ import annotations
@@ -19,48 +21,73 @@ from torch import Tensor
 
 from .. import _tracing, backends, gather
 from .._library import differentiate, implement, ops
-from .schema import pack, unpack
+from ..neighborhood import Neighborhood
+from .schema import RULE_ARGUMENTS, pack, unpack
 from .transforms import merge, refuse_forward_mode, refuse_nested_forward_mode, split
 
 
-def _unfused_backend(x: Tensor) -> backends.Backend:
+def _unfused_backend(x: Tensor, rule: Neighborhood) -> backends.Backend:
     """The backend that runs the unfused maps."""
-    return backends.choose("", backends.Problem("unfused", x.device, x.dtype))
+    problem = backends.Problem("unfused", x.device, x.dtype, rule=rule)
+    return backends.runner_of(backends.choose("", problem), rule)
 
 
-def _unfused(name: str) -> Callable[..., Tensor]:
-    def real(a: Tensor, b: Tensor, *packed: Any) -> Tensor:
-        backend, rule = _unfused_backend(b), unpack(*packed)
-        rule.check(b.shape[2:-1])  # a trace may see smaller tensors than those it was made with
-        out = getattr(backend, name)(a.movedim(1, -2), b.movedim(1, -2), rule)
-        return out.movedim(-2, 1).contiguous()
-
-    return real
+def _real_qk(query: Tensor, key: Tensor, *packed: Any) -> Tensor:
+    rule = unpack(*packed)
+    # A trace may see smaller tensors than those it was made with.
+    rule.check(query.shape[2:-1], key.shape[2:-1])
+    out = _unfused_backend(key, rule).qk(query.movedim(1, -2), key.movedim(1, -2), rule)
+    return out.movedim(-2, 1).contiguous()
 
 
 def _fake_qk(query: Tensor, key: Tensor, kernel_size: Sequence[int], *_: Any) -> Tensor:
     return query.new_empty(*query.shape[:-1], math.prod(kernel_size))
 
 
+def _real_av(attn: Tensor, value: Tensor, *packed: Any) -> Tensor:
+    rule = unpack(*packed)
+    rule.check(attn.shape[2:-1], value.shape[2:-1])
+    out = _unfused_backend(value, rule).av(attn.movedim(1, -2), value.movedim(1, -2), rule)
+    return out.movedim(-2, 1).contiguous()
+
+
 def _fake_av(attn: Tensor, value: Tensor, *_: Any) -> Tensor:
-    return value.new_empty(value.shape)
+    return value.new_empty(*attn.shape[:-1], value.shape[-1])
 
 
-def _bias(rpb: Tensor, shape: Sequence[int], *rule: Any) -> Tensor:
-    backend = _unfused_backend(rpb)
-    return backend.rpb_bias(rpb, shape, unpack(*rule)).movedim(-2, 0).contiguous()
+def _real_av_transposed(attn: Tensor, x: Tensor, key_shape: Sequence[int], *packed: Any) -> Tensor:
+    rule = unpack(*packed)
+    rule.check(x.shape[2:-1], key_shape)
+    backend = _unfused_backend(x, rule)
+    out = backend.av_transposed(attn.movedim(1, -2), x.movedim(1, -2), tuple(key_shape), rule)
+    return out.movedim(-2, 1).contiguous()
 
 
-def _fake_bias(rpb: Tensor, shape: Sequence[int], kernel_size: Sequence[int], *_: Any) -> Tensor:
+def _fake_av_transposed(attn: Tensor, x: Tensor, key_shape: Sequence[int], *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:2], *key_shape, x.shape[-1])
+
+
+def _real_bias(rpb: Tensor, shape: Sequence[int], key_shape: Sequence[int], *packed: Any) -> Tensor:
+    rule = unpack(*packed)
+    out = _unfused_backend(rpb, rule).rpb_bias(rpb, tuple(shape), tuple(key_shape), rule)
+    return out.movedim(-2, 0).contiguous()
+
+
+def _fake_bias(
+    rpb: Tensor, shape: Sequence[int], key_shape: Sequence[int], kernel_size: Sequence[int], *_: Any
+) -> Tensor:
     return rpb.new_empty(rpb.shape[0], *shape, math.prod(kernel_size))
 
 
-def _bias_transposed(grad: Tensor, *rule: Any) -> Tensor:
-    backend = _unfused_backend(grad)
-    return backend.rpb_bias_transposed(grad.movedim(0, -2), unpack(*rule)).contiguous()
+def _real_bias_transposed(grad: Tensor, key_shape: Sequence[int], *packed: Any) -> Tensor:
+    rule = unpack(*packed)
+    backend = _unfused_backend(grad, rule)
+    return backend.rpb_bias_transposed(grad.movedim(0, -2), tuple(key_shape), rule).contiguous()
 
 
-def _fake_bias_transposed(grad: Tensor, kernel_size: Sequence[int], *_: Any) -> Tensor:
+def _fake_bias_transposed(
+    grad: Tensor, key_shape: Sequence[int], kernel_size: Sequence[int], *_: Any
+) -> Tensor:
     return grad.new_empty(grad.shape[0], *(2 * k - 1 for k in kernel_size))
 
 
@@ -125,11 +152,12 @@ def _linear(
             return split(call(*merged), size, 0), 0
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        # The operator's rule is four arguments, the Function's is one.
-        Map.setup_context(ctx, (*inputs[:-4], unpack(*inputs[-4:])), output)
+        # The operator's rule is several arguments, the Function's is one.
+        packed = inputs[-RULE_ARGUMENTS:]
+        Map.setup_context(ctx, (*inputs[:-RULE_ARGUMENTS], unpack(*packed)), output)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return (*Map.backward(ctx, grad), None, None, None)
+        return (*Map.backward(ctx, grad), *(None,) * (RULE_ARGUMENTS - 1))
 
     differentiate(name, backward, setup)
     Map.__name__ = Map.__qualname__ = call.__name__ = name
@@ -138,45 +166,45 @@ def _linear(
 
 qk: Callable[..., Tensor] = _linear(
     "qk",
-    _unfused("qk"),
+    _real_qk,
     _fake_qk,
     gather.qk,
     lambda grad, query, key, rule, needs: (
         av(grad, key, rule) if needs[0] else None,
-        av_transposed(grad, query, rule) if needs[1] else None,
+        av_transposed(grad, query, key.shape[2:-1], rule) if needs[1] else None,
     ),
 )
 av: Callable[..., Tensor] = _linear(
     "av",
-    _unfused("av"),
+    _real_av,
     _fake_av,
     gather.av,
     lambda grad, attn, value, rule, needs: (
         qk(grad, value, rule) if needs[0] else None,
-        av_transposed(attn, grad, rule) if needs[1] else None,
+        av_transposed(attn, grad, value.shape[2:-1], rule) if needs[1] else None,
     ),
 )
 av_transposed: Callable[..., Tensor] = _linear(
     "av_transposed",
-    _unfused("av_transposed"),
-    _fake_av,
+    _real_av_transposed,
+    _fake_av_transposed,
     gather.av_transposed,
-    lambda grad, attn, x, rule, needs: (
+    lambda grad, attn, x, key_shape, rule, needs: (
         qk(x, grad, rule) if needs[0] else None,
         av(attn, grad, rule) if needs[1] else None,
     ),
 )
 rpb_bias: Callable[..., Tensor] = _linear(
     "rpb_bias",
-    _bias,
+    _real_bias,
     _fake_bias,
     gather.rpb_bias,
-    lambda grad, rpb, shape, rule, needs: (rpb_bias_transposed(grad, rule),),
+    lambda grad, rpb, shape, key_shape, rule, needs: (rpb_bias_transposed(grad, key_shape, rule),),
 )
 rpb_bias_transposed: Callable[..., Tensor] = _linear(
     "rpb_bias_transposed",
-    _bias_transposed,
+    _real_bias_transposed,
     _fake_bias_transposed,
     gather.rpb_bias_transposed,
-    lambda grad, x, rule, needs: (rpb_bias(grad, x.shape[1:-1], rule),),
+    lambda grad, x, key_shape, rule, needs: (rpb_bias(grad, x.shape[1:-1], key_shape, rule),),
 )

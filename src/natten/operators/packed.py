@@ -57,24 +57,26 @@ def document_attention(
 
     backend = None
     if rpb is None and query.shape[1]:
-        backend = backend_for(query, key, value, choice.backend)
+        backend = backend_for(query, key, value, rule, choice.backend)
     if backend is None:
         return one_by_one(query, key, value)
     return packed_attention(backend, query, key, value, documents(), rule, scale, one_by_one)
 
 
-def problem_of(query: Tensor, value: Tensor) -> backends.Problem:
+def problem_of(query: Tensor, value: Tensor, rule: Rule) -> backends.Problem:
     """What decides which backend runs packed documents."""
     # Not their number of tokens, which would have the choice made again for every batch.
     dims = query.shape[-1], value.shape[-1]
-    return backends.Problem("packed", query.device, query.dtype, *dims)
+    return backends.Problem("packed", query.device, query.dtype, *dims, rule=rule)
 
 
-def backend_for(query: Tensor, key: Tensor, value: Tensor, name: str) -> backends.Backend | None:
+def backend_for(
+    query: Tensor, key: Tensor, value: Tensor, rule: Rule, name: str
+) -> backends.Backend | None:
     """The backend that runs packed documents, or None if none does."""
     if in_forward_mode() or not is_plain_call((query, key, value)):
         return None
-    found = backends.find(name, problem_of(query, value))
+    found = backends.find(name, problem_of(query, value, rule))
     return None if found is None or found.name != (name or found.name) else found
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ... import _submodules
 from ...inputs import Gradients, Inputs
-from ...neighborhood import Rule
+from ...neighborhood import Neighborhood, Rule
 from .. import triton
 from ..interface import Backend, Problem, Shape, TileChooser
 from ..triton import releases
@@ -71,6 +71,9 @@ class Hopper(Backend):
             return "masks scores that are scaled by a positive number of usual size"
         if problem.rule is None:
             return None
+        assert isinstance(problem.rule, Neighborhood)
+        if not problem.rule.is_self_attention or "truncate" in problem.rule.boundary:
+            return "has no queries that are a part of the layout, and no truncated windows"
         shape, dilation = problem.shape, problem.rule.dilation
         if any(n % d for n, d in zip(shape[1:-2], dilation)):
             return f"needs dilations that divide the token layout, {tuple(shape[1:-2])}"

@@ -148,7 +148,7 @@ class _Cuts:
         self.of_keys, self.missing = of_keys, 3 - len(shape)
         self.lengths = [group_length(n, d, 0) for n, d in zip(shape, rule.dilation)]
         self.partners = [
-            reach(rule, axis, length, length, of_keys) for axis, length in enumerate(self.lengths)
+            reach(rule, axis, length, length, 0, of_keys) for axis, length in enumerate(shape)
         ]
         self.axis = cache(self._axis)
 

@@ -18,8 +18,7 @@ def bias_of(grid: TileGrid, rpb: Tensor, rule: Neighborhood) -> Tensor:
     heads = rpb.shape[0]
     picked = rpb
     for axis, run in enumerate(grid.runs):
-        query = torch.arange(run.query_size, device="cpu")[:, None]
-        index = torch.arange(run.key_size, device="cpu") - query + grid.offsets(axis)
+        index = torch.arange(run.key_size, device="cpu") - run.positions[:, None]
         index = (index + rule.kernel_size[axis] - 1).clamp(0, rpb.shape[1 + axis] - 1)
         dim = 1 + 2 * axis
         picked = picked.index_select(dim, index.flatten().to(rpb.device))
@@ -29,6 +28,16 @@ def bias_of(grid: TileGrid, rpb: Tensor, rule: Neighborhood) -> Tensor:
     return picked.permute(order).reshape(
         heads, math.prod(grid.query_sizes), math.prod(grid.key_sizes)
     )
+
+
+def _sum_positions(x: Tensor, dim: int, positions: Tensor) -> Tensor:
+    """Sum ``x`` over queries, in ``dim``, that stand at one position."""
+    place = positions - positions[0]
+    count = int(place[-1]) + 1
+    if count == len(place):
+        return x
+    shape = (*x.shape[:dim], count, *x.shape[dim + 1 :])
+    return x.new_zeros(shape).index_add_(dim, place.to(x.device), x)
 
 
 def _sum_diagonals(x: Tensor, dim: int) -> Tensor:
@@ -53,8 +62,10 @@ def add_bias_gradient(grid: TileGrid, grad: Tensor, grad_rpb: Tensor, rule: Neig
     x = x.permute(order)
     target = grad_rpb
     for axis, run in enumerate(grid.runs):
+        x = _sum_positions(x, 1 + axis, run.positions)
+        queries, start = x.shape[1 + axis], int(run.positions[0])
         x = _sum_diagonals(x, 1 + axis)
-        first = 1 - run.query_size + grid.offsets(axis) + rule.kernel_size[axis] - 1
+        first = 1 - queries - start + rule.kernel_size[axis] - 1
         low, high = max(0, first), min(target.shape[1 + axis], first + x.shape[1 + axis])
         x = x.narrow(1 + axis, low - first, high - low)
         target = target.narrow(1 + axis, low, high - low)

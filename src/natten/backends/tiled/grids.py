@@ -139,10 +139,6 @@ class TileGrid:
             mask = outer(mask, own, torch.add)
         return mask
 
-    def offsets(self, axis: int) -> int:
-        """The first key's position minus the first query's."""
-        return self.runs[axis].key_start - self.runs[axis].query_start
-
 
 @kept(lambda mask: mask.nbytes)
 def _kept_mask(grid: TileGrid) -> Tensor:
@@ -166,13 +162,20 @@ def geometry(
     offset = 0
     count, group, inner = [], [], []
     for run, d, step in zip(grid.runs, grid.dilation, stride[1:]):
-        start = run.key_start if kv_heads is None else run.query_start
-        size = run.key_size if kv_heads is None else run.query_size
-        apart = run.key_step if kv_heads is None else run.step
-        count.append((run.repeats, apart * d * step))
+        if kv_heads is None:
+            first, start, size, tiles_apart = (
+                run.key_group,
+                run.key_start,
+                run.key_size,
+                run.key_step,
+            )
+        else:
+            first, start, size, tiles_apart = run.group, run.query_start, run.query_size, run.step
+            d = run.apart
+        count.append((run.repeats, tiles_apart * d * step))
         group.append((run.groups, step))
         inner.append((size, d * step))
-        offset += (start * d + run.group) * step
+        offset += (start * d + first) * step
     batch, channels = (shape[0], stride[0]), (shape[-1], stride[-1])
     view_shape, view_stride = zip(*count, *group, batch, *heads, *inner, channels)
     return view_shape, view_stride, offset
@@ -193,7 +196,7 @@ class Plan(NamedTuple):
     def bytes(self) -> int:
         """About how many bytes the plan takes."""
         axes = {id(run): run for grid in self.grids for run in grid.runs}
-        tensors = sum(run.lower.nbytes + run.upper.nbytes for run in axes.values())
+        tensors = sum(3 * run.lower.nbytes for run in axes.values())
         return tensors + 1024 * (len(axes) + (1 + GEOMETRIES) * len(self.grids))
 
 
@@ -215,7 +218,14 @@ def estimate(
 def grids_for(rule: Rule, query: Tensor, key: Tensor, head_dim: int) -> list[TileGrid]:
     """The grids of tiles that are estimated to be cheapest for these tensors."""
     matrices = query.shape[0] * query.shape[-2]
-    plan: Plan = _plan(rule, tuple(query.shape[1:-2]), tuple(key.shape[1:-2]), matrices, head_dim)
+    return grids_of(rule, query.shape[1:-2], key.shape[1:-2], matrices, head_dim)
+
+
+def grids_of(
+    rule: Rule, shape: Sequence[int], key_shape: Sequence[int], matrices: int, head_dim: int
+) -> list[TileGrid]:
+    """As :func:`grids_for`, of layouts, and of batch entries times heads."""
+    plan: Plan = _plan(rule, tuple(shape), tuple(key_shape), matrices, head_dim)
     return plan.grids
 
 

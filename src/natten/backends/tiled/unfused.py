@@ -6,7 +6,6 @@ Results are heads-first in memory, as the callers need them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 from ...inputs import compute_dtype
 from ...neighborhood import Neighborhood, outer
 from .bias import add_bias_gradient, bias_of
-from .grids import Scratch, TileGrid, add_kv_blocks, grids_for, load
+from .grids import Scratch, TileGrid, add_kv_blocks, grids_for, grids_of, load
 
 
 def _slots(
@@ -71,9 +70,9 @@ def qk(query: Tensor, key: Tensor, rule: Neighborhood) -> Tensor:
 def av(attn: Tensor, value: Tensor, rule: Neighborhood) -> Tensor:
     """For each query, the weighted sum of its window's values; masked slots are ignored."""
     batch, heads, dim = value.shape[0], value.shape[-2], value.shape[-1]
-    out = value.new_empty(batch, heads, *value.shape[1:-2], dim).movedim(1, -2)
+    out = value.new_empty(batch, heads, *attn.shape[1:-2], dim).movedim(1, -2)
     scratch = Scratch(value, compute_dtype(value.dtype))
-    for grid in grids_for(rule, value, value, dim):
+    for grid in grids_for(rule, attn, value, dim):
         attn_view, v_view, out_view = (
             grid.queries(attn, heads),
             grid.keys(value),
@@ -81,7 +80,7 @@ def av(attn: Tensor, value: Tensor, rule: Neighborhood) -> Tensor:
         )
         index, valid = _slots(grid, rule, value.device)
         rows, cols = math.prod(grid.query_sizes), math.prod(grid.key_sizes)
-        for chunk in grid.chunks(value, value):
+        for chunk in grid.chunks(out, value):
             part = attn_view[chunk]
             n = part.numel() // index.numel()
             weights = load(scratch("a", n, *index.shape), part)
@@ -93,13 +92,15 @@ def av(attn: Tensor, value: Tensor, rule: Neighborhood) -> Tensor:
     return out
 
 
-def av_transposed(attn: Tensor, x: Tensor, rule: Neighborhood) -> Tensor:
+def av_transposed(
+    attn: Tensor, x: Tensor, key_shape: tuple[int, ...], rule: Neighborhood
+) -> Tensor:
     """For each key, the weighted sum of ``x`` at the queries that attend it."""
     batch, heads, dim = x.shape[0], x.shape[-2], x.shape[-1]
     dtype = compute_dtype(x.dtype)
-    out = x.new_zeros(batch, heads, *x.shape[1:-2], dim, dtype=dtype).movedim(1, -2)
+    out = x.new_zeros(batch, heads, *key_shape, dim, dtype=dtype).movedim(1, -2)
     scratch = Scratch(x, dtype)
-    for grid in grids_for(rule, x, x, dim):
+    for grid in grids_for(rule, x, out, dim):
         attn_view, x_view, out_view = (
             grid.queries(attn, heads),
             grid.queries(x, heads),
@@ -107,7 +108,7 @@ def av_transposed(attn: Tensor, x: Tensor, rule: Neighborhood) -> Tensor:
         )
         index, valid = _slots(grid, rule, x.device)
         rows, cols = math.prod(grid.query_sizes), math.prod(grid.key_sizes)
-        for chunk in grid.chunks(x, x):
+        for chunk in grid.chunks(x, out):
             part = attn_view[chunk]
             n = part.numel() // index.numel()
             weights = load(scratch("a", n, *index.shape), part)
@@ -118,16 +119,13 @@ def av_transposed(attn: Tensor, x: Tensor, rule: Neighborhood) -> Tensor:
     return out.to(x.dtype)
 
 
-def _token_grids(rule: Neighborhood, like: Tensor) -> list[TileGrid]:
-    """Grids for a tensor ``[1, *space, heads, channels]``."""
-    return grids_for(rule, like, like, like.shape[-1])
-
-
-def rpb_bias(rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
+def rpb_bias(
+    rpb: Tensor, shape: tuple[int, ...], key_shape: tuple[int, ...], rule: Neighborhood
+) -> Tensor:
     """``rpb`` in each window slot, ``[*space, heads, window tokens]``; 0 in masked slots."""
     heads = rpb.shape[0]
     out = rpb.new_empty(1, heads, *shape, rule.window_tokens).movedim(1, -2)
-    for grid in _token_grids(rule, out):
+    for grid in grids_of(rule, shape, key_shape, heads, rule.window_tokens):
         index, valid = _slots(grid, rule, rpb.device)
         picked = bias_of(grid, rpb, rule).gather(2, index.expand(heads, -1, -1))
         if valid is not None:
@@ -137,12 +135,12 @@ def rpb_bias(rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
     return out[0]
 
 
-def rpb_bias_transposed(grad: Tensor, rule: Neighborhood) -> Tensor:
+def rpb_bias_transposed(grad: Tensor, key_shape: tuple[int, ...], rule: Neighborhood) -> Tensor:
     """The gradient of ``rpb`` from ``grad [*space, heads, window tokens]``."""
     heads, dtype = grad.shape[-2], compute_dtype(grad.dtype)
     out = grad.new_zeros(heads, *(2 * k - 1 for k in rule.kernel_size), dtype=dtype)
-    grad = grad[None]
-    for grid in _token_grids(rule, grad):
+    grad, shape = grad[None], tuple(grad.shape[:-2])
+    for grid in grids_of(rule, shape, key_shape, heads, rule.window_tokens):
         index, valid = _slots(grid, rule, grad.device)
         view = grid.queries(grad, heads)
         lead = tuple(range(2 * rule.rank + 1))

@@ -10,7 +10,6 @@ strides.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from functools import cached_property
 from types import ModuleType
 
@@ -59,6 +58,11 @@ class Triton(Backend):
     def limits(self, problem: Problem) -> str | None:
         if problem.bias and abs(problem.scale) < 1e-20:
             return "divides a bias by the scale, which must not be that small"
+        rule = problem.rule
+        if isinstance(rule, Neighborhood) and (
+            not rule.is_self_attention or "truncate" in rule.boundary
+        ):
+            return "has no queries that are a part of the layout, and no truncated windows"
         return None
 
     @cached_property
@@ -101,13 +105,15 @@ class Triton(Backend):
     def av(self, attn: Tensor, value: Tensor, rule: Neighborhood) -> Tensor:
         return self._unfused.av(attn, value, rule)
 
-    def av_transposed(self, attn: Tensor, x: Tensor, rule: Neighborhood) -> Tensor:
+    def av_transposed(
+        self, attn: Tensor, x: Tensor, key_shape: Shape, rule: Neighborhood
+    ) -> Tensor:
         return self._unfused.av_transposed(attn, x, rule)
 
-    def rpb_bias(self, rpb: Tensor, shape: Sequence[int], rule: Neighborhood) -> Tensor:
+    def rpb_bias(self, rpb: Tensor, shape: Shape, key_shape: Shape, rule: Neighborhood) -> Tensor:
         return self._unfused.rpb_bias(rpb, shape, rule)
 
-    def rpb_bias_transposed(self, grad: Tensor, rule: Neighborhood) -> Tensor:
+    def rpb_bias_transposed(self, grad: Tensor, key_shape: Shape, rule: Neighborhood) -> Tensor:
         return self._unfused.rpb_bias_transposed(grad, rule)
 
     def tile_chooser(self) -> TileChooser:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ... import tuning
-from ...neighborhood import Rule, group_length
+from ...neighborhood import Rule
 from ...tiling import group_kinds, reach
 from ..interface import Shape, Tiles
 
@@ -141,9 +141,7 @@ def _spans(start: torch.Tensor, end: torch.Tensor, size: int) -> torch.Tensor:
 
 def _axis(rule: Rule, axis: int, length: int, key_length: int, of_keys: bool) -> list[_AxisTiles]:
     """The ways to cut an axis; ``of_keys``: tiles are of keys, blocks of queries."""
-    d = rule.dilation[axis]
-    n, n_keys = group_length(length, d, 0), group_length(key_length, d, 0)
-    start, end = reach(rule, axis, n, n_keys, of_keys)
+    start, end = reach(rule, axis, length, key_length, 0, of_keys)
     found = []
     for size in _SIZES:
         if size > 16 and size >= 2 * len(start):
@@ -258,8 +256,7 @@ def computed_pairs(kind: str, rule: Rule, shape: Shape, key_shape: Shape, tiles:
         i = axis + 3 - len(shape)
         visited = 0
         for group, groups in group_kinds(length, d):
-            n, n_keys = group_length(length, d, group), group_length(key_length, d, group)
-            spans = _spans(*reach(rule, axis, n, n_keys, of_keys), tile[i])
+            spans = _spans(*reach(rule, axis, length, key_length, group, of_keys), tile[i])
             visited += groups * int((-(-spans // other[i])).sum())
         pairs *= visited
     return pairs

@@ -134,7 +134,7 @@ def window_of(args: argparse.Namespace) -> Neighborhood:
         dilation,
         per_axis("causal", args.causal),
     )
-    rule.check(shape)
+    rule.check(shape, shape)
     return rule
 
 

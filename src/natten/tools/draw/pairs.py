@@ -203,7 +203,7 @@ def _walk(rule: Neighborhood, axis: int, length: int, x: int, q: int, kv: int) -
     group, at = token % d == x % d, token // d
     tile = group & (at // q == x // d // q)
     n = int(group.sum())
-    start, end = rule.windows(axis, at[tile], n, n)
+    start, end = rule.windows(axis, at[tile], n)
     low, high = int(start.min()), int(end.max())
     every = group & (at >= start.max()) & (at < end.min())
     blocks = torch.stack([group & (at >= b) & (at < b + kv) for b in range(low, high, kv)])

@@ -134,7 +134,7 @@ def layout(
             f"{max_tokens} in all, got {lengths}."
         )
     rule = Neighborhood.create(len(lengths), kernel_size, stride, dilation, is_causal)
-    rule.check(lengths)
+    rule.check(lengths, lengths)
     return lengths, rule
 
 
@@ -269,8 +269,8 @@ def _shades(
             f"`weights` must be a tensor of shape ({rule.window_tokens},), one weight per slot of "
             f"the window, got {got}."
         )
-    slots = rule.window_tokens_of(shape)[query].tolist()
-    valid = rule.attended_slots(shape)[query]
+    slots = rule.window_tokens_of(shape, shape)[query].tolist()
+    valid = rule.attended_slots(shape, shape)[query]
     strength = weights.detach().to("cpu", torch.float64)
     if not bool((strength[valid] >= 0).all()) or not math.isfinite(float(strength[valid].sum())):
         raise ArgumentError("`weights` must be finite and not negative.")

@@ -49,7 +49,7 @@ class Problem:
     device: torch.device = CPU
 
     def __post_init__(self) -> None:
-        self.rule.check(self.shape)
+        self.rule.check(self.shape, self.shape)
         for name, least in (
             ("batch", 1), ("heads", 1), ("kv_heads", 1), ("dim", 1), ("value_dim", 1),
             ("num_additional", 0),
@@ -82,7 +82,7 @@ class Problem:
             pairs = 0
             for group, groups in group_kinds(length, self.rule.dilation[axis]):
                 n = group_length(length, self.rule.dilation[axis], group)
-                start, end = self.rule.windows(axis, torch.arange(n, device="cpu"), n, n)
+                start, end = self.rule.windows(axis, torch.arange(n, device="cpu"), n)
                 pairs += groups * int((end - start).sum())
             windows *= pairs
         return windows + self.tokens * self.num_additional

@@ -211,7 +211,7 @@ class Layer:
         lengths = _integers("shape", shape)
         rank = len(lengths)
         rule = Neighborhood.create(rank, kernel_size, stride, dilation, is_causal)
-        rule.check(lengths)
+        rule.check(lengths, lengths)
         counts = {"batch": batch, "heads": heads, "head_dim": head_dim, "itemsize": itemsize}
         for name, given in counts.items():
             number = integer(given)

@@ -1,0 +1,107 @@
+"""Circular axes for backends that have none: keys and values are padded around.
+
+The windows are then those of the middle of the padded layout
+(:meth:`natten.neighborhood.Neighborhood.unrolled`), and gradients of what was added are added to
+those of the tokens that it was copied from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..inputs import Gradients, Inputs
+from ..neighborhood import Neighborhood, Rule
+from .interface import Backend, Shape, padded_shape
+
+Margins = Sequence[tuple[int, int]]
+
+
+def runner_of(backend: Backend, rule: Rule | None) -> Backend:
+    """The backend, or one around it that pads keys, for circular axes that it does not have."""
+    is_ring = isinstance(rule, Neighborhood) and "circular" in rule.boundary
+    return Rings(backend) if is_ring and not backend.circular else backend
+
+
+def padded(x: Tensor, margins: Margins) -> Tensor:
+    """``x [batch, *space, ...]`` with ``margins`` of every axis from its other end."""
+    for dim, (before, after) in enumerate(margins, start=1):
+        if before or after:
+            last = x.narrow(dim, x.shape[dim] - before, before)
+            x = torch.cat([last, x, x.narrow(dim, 0, after)], dim)
+    return x
+
+
+def folded(x: Tensor, margins: Margins) -> Tensor:
+    """The transpose of :func:`padded`: what was added goes back to where it was copied from."""
+    for dim, (before, after) in enumerate(margins, start=1):
+        if before or after:
+            length = x.shape[dim] - before - after
+            first, x, last = x.split([before, length, after], dim)
+            x = x.clone()
+            x.narrow(dim, length - before, before).add_(first)
+            x.narrow(dim, 0, after).add_(last)
+    return x
+
+
+class Rings(Backend):
+    """A backend with circular axes, made of one that has none."""
+
+    circular = True
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.name, self.takes_tiles = backend.name, backend.takes_tiles
+
+    def forward(
+        self, inputs: Inputs, rule: Rule, scale: float, tiles: Shape = ()
+    ) -> tuple[Tensor, Tensor]:
+        inputs, rule, _ = _unrolled(inputs, rule)
+        return self.backend.forward(inputs, rule, scale, *_given(tiles))
+
+    def backward(
+        self, grad_out: Tensor, grad_lse: Tensor | None, inputs: Inputs, out: Tensor, lse: Tensor,
+        rule: Rule, scale: float, tiles: Shape = (),
+    ) -> Gradients:  # fmt: skip
+        inputs, rule, margins = _unrolled(inputs, rule)
+        grads = self.backend.backward(
+            grad_out, grad_lse, inputs, out, lse, rule, scale, *_given(tiles)
+        )
+        key, value = (None if x is None else folded(x, margins) for x in (grads.key, grads.value))
+        return grads._replace(key=key, value=value)
+
+    def qk(self, query: Tensor, key: Tensor, rule: Neighborhood) -> Tensor:
+        rule, margins = rule.unrolled()
+        return self.backend.qk(query, padded(key, margins), rule)
+
+    def av(self, attn: Tensor, value: Tensor, rule: Neighborhood) -> Tensor:
+        rule, margins = rule.unrolled()
+        return self.backend.av(attn, padded(value, margins), rule)
+
+    def av_transposed(
+        self, attn: Tensor, x: Tensor, key_shape: Shape, rule: Neighborhood
+    ) -> Tensor:
+        rule, margins = rule.unrolled()
+        out = self.backend.av_transposed(attn, x, padded_shape(key_shape, margins), rule)
+        return folded(out, margins)
+
+    def rpb_bias(self, rpb: Tensor, shape: Shape, key_shape: Shape, rule: Neighborhood) -> Tensor:
+        rule, margins = rule.unrolled()
+        return self.backend.rpb_bias(rpb, shape, padded_shape(key_shape, margins), rule)
+
+    def rpb_bias_transposed(self, grad: Tensor, key_shape: Shape, rule: Neighborhood) -> Tensor:
+        rule, margins = rule.unrolled()
+        return self.backend.rpb_bias_transposed(grad, padded_shape(key_shape, margins), rule)
+
+
+def _unrolled(inputs: Inputs, rule: Any) -> tuple[Inputs, Neighborhood, Margins]:
+    rule, margins = rule.unrolled()
+    key, value = padded(inputs.key, margins), padded(inputs.value, margins)
+    return inputs._replace(key=key, value=value), rule, margins
+
+
+def _given(tiles: Shape) -> tuple[Shape, ...]:
+    return (tiles,) if tiles else ()
