@@ -169,6 +169,8 @@ class Backend:
 
     def lacks(self, problem: Problem) -> str | None:
         """Why it can not run a problem, on any machine, or None."""
+        is_ring = problem.rule is not None and "circular" in problem.rule.boundary
+        problem = self._own(problem)
         dtype, fused = problem.dtype, problem.operation != "unfused"
         if problem.operation not in self.operations:
             return f"has no {OPERATIONS[problem.operation]}"
@@ -184,10 +186,8 @@ class Backend:
                 return f"has kernels for {name} {describe(dims)}"
         if problem.bias and not self.bias:
             return "has no relative positional bias"
-        rule = problem.rule
-        if isinstance(rule, Dense) and not self.plain:
+        if isinstance(problem.rule, Dense) and not self.plain:
             return "has kernels for neighborhoods only"
-        is_ring = rule is not None and "circular" in rule.boundary
         if problem.operation == "packed" and is_ring and not self.circular:
             return "has no circular axes of packed documents"
         return self.limits(problem)
@@ -195,7 +195,7 @@ class Backend:
     def unsupported(self, problem: Problem) -> str | None:
         """Why it can not run a problem here, or None."""
         missing = self.missing(problem)
-        return self.lacks(self._own(problem)) if missing is None else missing
+        return self.lacks(problem) if missing is None else missing
 
     def declined(self, problem: Problem) -> str | None:
         """Why it does not run a problem unless it is asked for by name, or None."""
