@@ -29,7 +29,7 @@ def _measure(case: Case, queue: Any) -> None:
     before = _status_kb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     call()
-    inputs = 3 * problem.batch * problem.tokens * problem.heads * problem.dim
+    inputs = 3 * problem.batch * problem.num_queries * problem.heads * problem.dim
     queue.put(1024 * (_status_kb("VmHWM") - before) / (inputs * problem.dtype.itemsize))
 
 

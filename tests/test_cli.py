@@ -23,6 +23,7 @@ from natten.cli import profile as profile_command
 from natten.neighborhood import Neighborhood
 from natten.profiler import Problem, Report, Row
 from natten.profiler.measure import Kernel, Timing
+from natten.tools.layouts import by
 
 OURS = ("profile", "simulate", "env")
 ROOT = Path(__file__).parents[1]
@@ -111,6 +112,12 @@ def test_examples_are_well_formed(line):
         (["profile", "-i", "8", "--device", "cpu", "--backend", "fav2", "--optimize"], "fav2"),
         (["profile", "-i", "8", "--device", "cpu", "--optimize"], "nothing to tune"),
         (["profile", "-i", "8", "-d", "16", "--backend", "hopper", "--dry-run"], "torch.float32"),
+        (["profile", "-i", "8", "--boundary", "mirror"], "invalid choice: 'mirror'"),
+        (["profile", "-i", "8", "--query-offset", "-1"], "at least 0"),
+        (["profile", "-i", "8", "--query-offset", "8"], "`query_offset` must leave"),
+        (["profile", "-i", "8", "--query-offset", "1", "--query-shape", "8"], "1 + 8 > 1 * 8"),
+        (["profile", "-i", "8", "--queries-per-key", "2", "2"], "`--queries-per-key`"),
+        (["simulate", "-i", "8", "-w", "3", "--query-offset", "2", "--aligned"], "`aligned`"),
         (["simulate", "-i", "8", "-w", "9"], "on axis 0, 9 * 1 > 8"),
         (["simulate", "-i", "8", "-w", "3", "--device", "abacus"], "'abacus'"),
         (["simulate", "-i", "8", "-w", "3", "--tflops", "0"], "`--tflops`"),
@@ -171,6 +178,28 @@ def test_profile(capsys, tmp_path):
             assert [attention, pass_name, "eager"] in names
     assert "Computed over needed pairs: forward" in out
     assert len((tmp_path / "times.csv").read_text().splitlines()) == 5
+
+
+def test_profile_of_a_part(capsys):
+    arguments = ["-i", 6, 8, "-w", 3, "-n", 2, "-d", 8, "--device", "cpu", "--warmup-steps", 0]
+    arguments += ["--boundary", "truncate", "circular", "--queries-per-key", 2]
+    arguments += ["--query-offset", 4, 0, "--query-shape", 8, 16, "--backprop"]
+    out = called(capsys, "profile", *arguments).out
+    part = "boundary truncate/circular, 2x2 queries per key, 8x16 queries from 4x0 on"
+    assert f"2-D 6x8, window 3x3, {part}, batch 1" in out
+    assert len(table(out)) >= 4
+    listed = called(capsys, "profile", *arguments, "--dry-run", "--backend", "tiled").out
+    assert part in listed and [row[:2] for row in table(listed)] == [["0", "8"], ["1", "16"]]
+
+
+def test_simulate_of_a_part(capsys):
+    arguments = ["-i", 6, 8, "-w", 3, "--boundary", "circular", "--query-offset", 2, "--json"]
+    every = json.loads(called(capsys, "simulate", *arguments, "--all").out)
+    # A ring of 8 has no stride of 3.
+    assert sorted(each["stride"] for each in every) == [[s, t] for s in (1, 2, 3) for t in (1, 2)]
+    assert every[0]["kept"] == pytest.approx(9 / 48)
+    out = called(capsys, "simulate", *arguments[:-1]).out
+    assert "window 3x3, boundary circular, 4x6 queries from 2x2 on, batch 1" in out
 
 
 def test_profile_as_json(capsys, tmp_path):
@@ -239,7 +268,7 @@ def test_dry_run_of_gpu_kernels_needs_no_gpu(capsys):
     tuned = tiles.candidates(*problem)[5]
     tuning.remember(tiles.key(*problem), tuned)
     rows = table(called(capsys, "profile", *arguments, "--max-configs", 3).out)
-    assert rows[0][0] == f"{options.by(tuned.q_block[1:])} *"
+    assert rows[0][0] == f"{by(tuned.q_block[1:])} *"
     every = table(called(capsys, "profile", *arguments, "--max-configs", 0).out)
     assert len(every) == sum(len(tiles.candidates(k, *problem[1:])) for k in KINDS)
 

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from natten import profiler, tuning
+from natten import backends, profiler, tuning
 from natten.backends.interface import KINDS
 from natten.backends.tiled import grids
 from natten.errors import ArgumentError
@@ -31,6 +31,64 @@ def small(**changes):
     rule = Neighborhood.create(2, (3, 5), (1, 2), (2, 1), (False, True))
     sizes = {"batch": 2, "heads": 4, "kv_heads": 2, "dim": 8, "value_dim": 4, "num_additional": 3}
     return Problem((7, 9), rule, **(sizes | changes))
+
+
+def part(**changes):
+    """Queries that are a part, three times as fine as keys along the axis that is cut."""
+    rule = Neighborhood.create(
+        2, (3, 5), (1, 2), (2, 1), boundary=("circular", "truncate"), queries_per_key=(1, 3),
+        query_offset=(2, 4),
+    )  # fmt: skip
+    sizes = {"batch": 2, "heads": 4, "kv_heads": 2, "dim": 8, "value_dim": 4, "num_additional": 3}
+    return Problem((8, 9), rule, **({"query_shape": (5, 20)} | sizes | changes))
+
+
+def test_needed_pairs_of_a_part_are_those_of_the_mask():
+    problem = part()
+    attended = int(window_mask(problem.rule, (5, 20), (8, 9)).sum())
+    assert problem.window_pairs == attended
+    assert problem.needed_pairs == attended + 100 * 3
+    assert problem.all_pairs == 100 * (72 + 3)
+    rest = dataclasses.replace(problem, query_shape=None)
+    assert rest.queries == (6, 23) and rest.needed_pairs > problem.needed_pairs
+    assert not problem.is_self_attention
+    every = Neighborhood.create(1, 6, query_offset=2)
+    assert Problem((6,), every).is_self_attention
+
+
+def test_a_part_is_measured():
+    problem = part(dtype=torch.float64)
+    inputs = problem.inputs()
+    assert inputs["query"].shape == (2, 5, 20, 4, 8) and inputs["key"].shape == (2, 8, 9, 2, 8)
+    out = 2 * 100 * 4 * 4 * 8
+    assert problem.bytes() == sum(x.numel() * 8 for x in inputs.values()) + out
+    dense = problem.dense_inputs()
+    assert dense["query"].shape == (2, 4, 100, 8) and dense["value"].shape == (2, 2, 75, 4)
+    report = profiler.profile(problem, backward=True, warmup=0)
+    assert [row.attention for row in report.rows] == ["natten tiled", "dense sdpa"] * 2
+    assert report.kept == problem.needed_pairs / 7500 and report.notes == []
+    # The backend pads the keys around, so it computes the windows of a longer layout.
+    rule, margins = problem.rule.unrolled()
+    keys = tuple(before + n + after for n, (before, after) in zip(problem.shape, margins))
+    assert keys[0] > 8 and keys[1] == 9
+    pairs = backends.named("tiled").computed_pairs(rule, (5, 20), keys, 8, 6) + 300
+    assert report.computed_over_needed == {"forward": pairs / problem.needed_pairs}
+    found = report.as_dict()["problem"]
+    assert found["boundary"] == ("circular", "truncate") and found["query_offset"] == (2, 4)
+    assert found["queries_per_key"] == (1, 3) and found["query_shape"] == (5, 20)
+    described = "boundary circular/truncate, 1x3 queries per key, 5x20 queries from 2x4 on"
+    assert described in str(problem)
+
+
+def test_tiles_of_a_part_can_be_listed():
+    pytest.importorskip("triton")
+    problem = part(dtype=torch.bfloat16, num_additional=0)
+    chooser = tune.tile_chooser("triton")
+    rule, queries, keys = tune.windows(problem, "triton")
+    assert "circular" not in rule.boundary and queries == (5, 20) and keys[0] > 8
+    for kind in KINDS:
+        tiles = chooser.choose(kind, *tune.arguments(problem, "triton"))
+        assert chooser.computed_pairs(kind, rule, queries, keys, tiles) >= problem.window_pairs
 
 
 def test_needed_pairs_are_those_of_the_mask():
@@ -77,6 +135,12 @@ def test_what_is_called_is_the_problem(monkeypatch):
     rule = problem.rule
     for name in ("kernel_size", "stride", "dilation", "is_causal"):
         assert seen[name] == getattr(rule, name)
+    assert seen["boundary"] == ("shift", "shift") and seen["query_offset"] is None
+    problem = part()
+    profiler.natten_call(problem, "tiled", backward=False)()
+    assert seen["query"].shape == (2, 5, 20, 4, 8) and seen["key"].shape == (2, 8, 9, 2, 8)
+    for name in ("boundary", "queries_per_key", "query_offset"):
+        assert seen[name] == getattr(problem.rule, name)
     assert seen["backend"] == "tiled" and seen["scale"] == 2.0
 
 
@@ -171,6 +235,10 @@ def test_choosing_a_backend():
 def test_problem_checks_itself():
     with pytest.raises(ArgumentError, match="axis 1, 5"):
         small().__class__((7, 4), small().rule)
+    with pytest.raises(ArgumentError, match="`query_offset` plus"):
+        part(query_shape=(7, 20))
+    with pytest.raises(ArgumentError, match="`query_shape`"):
+        part(query_shape=(7,))
     with pytest.raises(ArgumentError, match="`heads`"):
         small(kv_heads=3)
     for name, size in (("batch", 0), ("kv_heads", 0), ("dim", 8.0), ("num_additional", -1)):
@@ -227,7 +295,7 @@ def test_only_backends_with_tiles_can_be_tuned():
 
 def test_optimize_remembers_the_fastest():
     problem, tiles = triton_problem()
-    arguments = tune.arguments(problem)
+    arguments = tune.arguments(problem, "triton")
     wanted = {kind: tiles.candidates(kind, *arguments)[i] for i, kind in enumerate(KINDS, 2)}
     broken = tiles.candidates("forward", *arguments)[0]
     steps = []
@@ -263,7 +331,7 @@ def test_nothing_is_remembered_if_nothing_runs():
 
 def test_forced_tiles():
     problem, tiles = triton_problem()
-    arguments = tune.arguments(problem)
+    arguments = tune.arguments(problem, "triton")
     before = tiles.choose("forward", *arguments)
     other = next(each for each in tiles.candidates("forward", *arguments) if each != before)
     forward = tune.Forced(other.q_block[1:], other.kv_block[1:])
@@ -282,7 +350,7 @@ def test_forced_tiles():
 def test_forced_tiles_of_kernels_that_hold_keys():
     """Of the keys' gradients: ``--backward-q-tile`` is its block of queries."""
     problem = dataclasses.replace(triton_problem()[0], shape=(32, 32))
-    tiles, arguments = tune.tile_chooser("hopper"), tune.arguments(problem)
+    tiles, arguments = tune.tile_chooser("hopper"), tune.arguments(problem, "hopper")
     for kind in ("dq", "dkdv"):
         other = tiles.candidates(kind, *arguments)[-1]
         wanted = tune.Forced(other.q_block[1:], other.kv_block[1:])

@@ -32,17 +32,24 @@ VIDEO = ((30, 48, 80), (18, 24, 24))  # HunyuanVideo
 IMAGE = ((256, 256), (80, 80))  # FLUX at 4K
 
 
-def count_by_hand(rule, shape, q_tile, kv_tile, aligned):
+def count_by_hand(rule, shape, q_tile, kv_tile, aligned, queries=None):
     """Blocks visited, blocks attended in full, and pairs needed, counted token by token."""
-    mask = window_mask(rule, shape, shape)
+    queries = queries or shape
+    mask = window_mask(rule, queries, shape)
+    query_index = torch.arange(math.prod(queries)).view(queries)
     index = torch.arange(math.prod(shape)).view(shape)
     visited = full = 0
     for group in itertools.product(*(range(d) for d in rule.dilation)):
         own = index[tuple(slice(g, None, d) for g, d in zip(group, rule.dilation))]
-        tiles = itertools.product(*(range(0, n, t) for n, t in zip(own.shape, q_tile)))
+        own_queries = query_index
+        for axis, g in enumerate(group):
+            key = rule.key_tokens(axis, torch.arange(queries[axis]))
+            chosen = (key % rule.dilation[axis] == g).nonzero().flatten()
+            own_queries = own_queries.index_select(axis, chosen)
+        tiles = itertools.product(*(range(0, n, t) for n, t in zip(own_queries.shape, q_tile)))
         for corner in tiles:
-            queries = own[tuple(slice(c, c + t) for c, t in zip(corner, q_tile))].flatten()
-            attended = mask[queries][:, own.flatten()].view(-1, *own.shape)
+            tile = own_queries[tuple(slice(c, c + t) for c, t in zip(corner, q_tile))].flatten()
+            attended = mask[tile][:, own.flatten()].view(-1, *own.shape)
             some, every = attended.any(0), attended.all(0)
             first = [int(axis.min()) for axis in some.nonzero().unbind(1)]
             origin = [0] * len(shape) if aligned else first
@@ -85,6 +92,72 @@ def test_counts_are_those_of_the_mask(
     assert found.computed_over_needed == pytest.approx(visited * pairs / needed)
     assert found.full_blocks == pytest.approx(full / visited)
     assert found.tile_bound == pytest.approx(tokens**2 / (visited * pairs))
+
+
+@pytest.mark.parametrize(
+    "shape, window, options, q_tile, kv_tile",
+    [
+        ((13,), (5,), {"boundary": "truncate"}, (4,), (2,)),
+        ((6,), (9, 1, 2), {"boundary": "truncate"}, (2,), (3,)),
+        ((12,), (5, 2), {"boundary": "circular"}, (4,), (3,)),
+        ((13,), (5, 3, 2), {"query_offset": 3}, (3,), (2,)),
+        ((13,), (5, 3, 2), {"query_offset": 5, "query_shape": 3}, (2,), (2,)),
+        (
+            (13,), (4, 1, 3), {"queries_per_key": 2, "query_offset": 5, "query_shape": 17},
+            (4,), (2,),
+        ),
+        (
+            (6, 8), ((4, 3), (2, 1), (1, 2), (True, False)),
+            {"boundary": ("truncate", "circular"), "queries_per_key": (1, 3),
+             "query_offset": (2, 5), "query_shape": (3, 14)},
+            (2, 4), (2, 2),
+        ),
+    ],
+)  # fmt: skip
+def test_counts_of_parts_finer_queries_and_borders(shape, window, options, q_tile, kv_tile):
+    names = "boundary", "queries_per_key", "query_offset"
+    given = {name: options[name] for name in names if name in options}
+    rule = Neighborhood.create(len(shape), *window, **given)
+    found = simulate(shape, *window, **options, q_tile=q_tile, kv_tile=kv_tile)
+    queries = tuple(r * n - o for r, n, o in zip(rule.queries_per_key, shape, rule.offset))
+    if "query_shape" in options:
+        queries = options["query_shape"]
+        queries = (queries,) if isinstance(queries, int) else queries
+    # Around a ring, blocks are those of the middle of a longer layout.
+    unrolled, margins = rule.unrolled()
+    longer = tuple(before + n + after for n, (before, after) in zip(shape, margins))
+    visited, full, needed = count_by_hand(unrolled, longer, q_tile, kv_tile, False, queries)
+    assert needed == window_mask(rule, queries, shape).sum()
+    every, pairs = math.prod(queries) * math.prod(shape), math.prod(q_tile + kv_tile)
+    assert found.kept == pytest.approx(needed / every)
+    assert found.computed_over_needed == pytest.approx(visited * pairs / needed)
+    assert found.full_blocks == pytest.approx(full / visited)
+    assert found.tile_bound == pytest.approx(every / (visited * pairs))
+
+
+def test_a_part_moves_its_own_queries():
+    device = Device("toy", tflops=1e3, bandwidth=1e-6, exponentials=1e3)
+    layer = {"device": device, "head_dim": 8, "itemsize": 4}
+    found = simulate((64,), 2, query_offset=48, **layer)
+    assert found.bound_by == "memory"
+    assert found.time_us == pytest.approx((2 * 16 + 2 * 64) * 8 * 4 / 1e-6 / 1e6)
+    found = simulate((64,), 2, queries_per_key=4, **layer)
+    assert found.time_us == pytest.approx((2 * 256 + 2 * 64) * 8 * 4 / 1e-6 / 1e6)
+
+
+def test_a_ring_has_strides_that_divide_it():
+    ring = {"dilation": 2, "boundary": "circular"}
+    assert [each.stride for each in simulate_strides((24,), 6, **ring)] == [
+        (1,),
+        (2,),
+        (3,),
+        (4,),
+        (6,),
+    ]
+    assert all(12 % each.stride[0] == 0 for each in recommend((24,), 6, near=0.5, **ring))
+    assert (
+        max(each.kernel_size[0] for each in recommend((8,), 8, near=0.5, boundary="truncate")) == 12
+    )
 
 
 def test_published_bound_of_hunyuan_video():
@@ -247,6 +320,15 @@ def test_for_machines():
         ({"heads": "2"}, "`heads`.*'2'"),
         ({"batch": 1.5}, "`batch`.*1.5"),
         ({"device": None}, "`device`.*None"),
+        ({"boundary": "mirror"}, "`boundary`.*'mirror'"),
+        ({"boundary": "circular", "is_causal": True}, "`boundary`.*ring"),
+        ({"query_offset": 8}, "`query_offset` must leave"),
+        ({"query_offset": 4, "query_shape": 5}, r"axis 0, \(?4.* > 1 \* 8"),
+        ({"query_offset": 4, "query_shape": (2, 2)}, "`query_shape`"),
+        ({"query_shape": 4}, "`query_offset` is for queries that are a part"),
+        ({"query_offset": 4, "aligned": True}, "`aligned`"),
+        ({"queries_per_key": 2, "aligned": True}, "`aligned`"),
+        ({"boundary": "circular", "aligned": True}, "`aligned`"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -341,7 +423,7 @@ def test_what_the_hopper_backend_can_not_run_has_other_tiles():
     assert backend() == backend(head_dim=48) == "hopper"
     for options in (
         {"itemsize": 4}, {"head_dim": 50}, {"shape": (65,), "dilation": 2}, {"q_tile": (64,)},
-        {"kv_tile": (8,)}, {"aligned": True},
+        {"kv_tile": (8,)}, {"aligned": True}, {"boundary": "truncate"}, {"query_offset": 3},
     ):  # fmt: skip
         assert backend(**options) == "", options
 

@@ -21,7 +21,8 @@ from typing import Any
 from ...errors import ArgumentError
 from ...neighborhood import Neighborhood
 from .. import draw
-from .options import add_window_arguments, by, not_negative, positive, window_of
+from ..layouts import by, words
+from .options import add_window_arguments, not_negative, positive, window_of
 
 EPILOG = """examples:
   a 5x5 window near a corner:
@@ -36,6 +37,12 @@ EPILOG = """examples:
     natten draw mask -i 16 16 -w 7 --q-tile 4 4 --kv-tile 2 4
   one tile and its blocks:
     natten draw tiles -i 24 24 -w 9 --q-tile 4 8 --kv-tile 4 4
+  windows at the end of a ring:
+    natten draw -i 12 12 -w 5 --boundary circular --query 0 11
+  the last three frames of a video, the first axis causal and cut where it starts:
+    natten draw -i 6 8 8 -w 4 3 3 -c true 0 0 --boundary truncate shift shift --query-offset 3 0 0
+  queries twice as fine as keys:
+    natten draw -i 8 8 -w 3 --queries-per-key 2
   an animation, and a page to point at:
     natten draw walk -i 8 8 -w 3 -o walk.gif
     natten draw walk -i 12 12 -w 5 -s 2 -o walk.html
@@ -77,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the picture and say where."""
-    rule = window_of(args)
+    rule, queries = window_of(args)
     for option, kinds in USES.items():
         if getattr(args, option) is not None and args.kind not in kinds:
             name = option.replace("_", "-")
@@ -91,11 +98,16 @@ def run(args: argparse.Namespace) -> int:
         options["legend"] = not args.no_legend
     title = args.title
     if args.kind == "tiles":  # draw_tiles writes a caption of its own
-        title = title or _caption(args, rule)
+        title = title or _caption(args, rule, queries)
     else:
-        options["caption"] = _caption(args, rule)
+        options["caption"] = _caption(args, rule, queries)
+    names = "boundary", "queries_per_key", "query_offset"
+    options |= {name: getattr(rule, name) for name in names}
     window = (rule.kernel_size, rule.stride, rule.dilation, rule.is_causal)
-    draw_to = partial(KINDS[args.kind], tuple(args.input_size), *window, title=title, **options)
+    draw_to = partial(
+        KINDS[args.kind], tuple(args.input_size), *window, query_shape=queries, title=title,
+        **options,
+    )  # fmt: skip
     default = f"natten-{args.kind}.{'gif' if args.kind == 'walk' else 'svg'}"
     if args.output == "-":
         with tempfile.TemporaryDirectory() as folder:
@@ -108,12 +120,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _caption(args: argparse.Namespace, rule: Neighborhood) -> str:
+def _caption(args: argparse.Namespace, rule: Neighborhood, queries: tuple[int, ...]) -> str:
     parts = [f"window {by(rule.kernel_size)}"]
     parts += [f"stride {by(rule.stride)}"] if max(rule.stride) > 1 else []
     parts += [f"dilation {by(rule.dilation)}"] if max(rule.dilation) > 1 else []
     causal = [str(axis) for axis, is_causal in enumerate(rule.is_causal) if is_causal]
     parts += [f"causal along axis {', '.join(causal)}"] if causal else []
+    parts += words(rule, queries)
     if args.kind == "window" and args.query is not None:
         parts.append(f"query at {', '.join(map(str, args.query))}")
     if args.kind == "mask":

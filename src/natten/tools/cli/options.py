@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ...errors import ArgumentError
-from ...neighborhood import Neighborhood
+from ...neighborhood import BOUNDARIES, Neighborhood
+from ..layouts import query_layout
 
 
 def boolean(text: str) -> bool:
@@ -70,7 +70,7 @@ def add_window_arguments(parser: argparse.ArgumentParser, title: str) -> Any:
     layer = parser.add_argument_group(title, "one number for all axes, or one per axis")
     layer.add_argument(
         "-i", "--input-size", nargs="+", type=positive, required=True, metavar="N",
-        help="token layout: length; height and width; or depth, height and width",
+        help="token layout of the keys: length; height and width; or depth, height and width",
     )  # fmt: skip
     layer.add_argument(
         "-w", "--window-size", nargs="+", type=positive, metavar="N",
@@ -88,6 +88,22 @@ def add_window_arguments(parser: argparse.ArgumentParser, title: str) -> Any:
         "-c", "--causal", nargs="+", type=boolean, default=[False], metavar="BOOL",
         help="whether queries attend no later token: true, false, 1 or 0; default: false",
     )  # fmt: skip
+    layer.add_argument(
+        "--boundary", nargs="+", choices=BOUNDARIES, default=["shift"],
+        help="what windows do at the ends of an axis; default: shift",
+    )  # fmt: skip
+    layer.add_argument(
+        "--queries-per-key", nargs="+", type=positive, default=[1], metavar="N",
+        help="how many queries stand at one key; default: 1",
+    )  # fmt: skip
+    layer.add_argument(
+        "--query-offset", nargs="+", type=not_negative, metavar="N",
+        help="for queries that are a part of the layout: how many come before them",
+    )  # fmt: skip
+    layer.add_argument(
+        "--query-shape", nargs="+", type=positive, metavar="N",
+        help="token layout of the queries; default: all from --query-offset on",
+    )  # fmt: skip
     return layer
 
 
@@ -104,8 +120,8 @@ def add_layer_arguments(parser: argparse.ArgumentParser, head_dim: int) -> None:
     )  # fmt: skip
 
 
-def window_of(args: argparse.Namespace) -> Neighborhood:
-    """The window that the arguments describe, after checks.
+def window_of(args: argparse.Namespace) -> tuple[Neighborhood, tuple[int, ...]]:
+    """The window that the arguments describe, and the token layout of the queries, checked.
 
     Raises:
         ArgumentError: an option has the wrong number of entries, or a value that is not allowed.
@@ -124,20 +140,19 @@ def window_of(args: argparse.Namespace) -> Neighborhood:
 
     dilation = per_axis("dilation", args.dilation)
     if args.window_size is None:
-        kernel_size: tuple[int, ...] = tuple(n // d for n, d in zip(shape, dilation))
+        kernel_size: tuple[int, ...] = tuple(max(1, n // d) for n, d in zip(shape, dilation))
     else:
         kernel_size = per_axis("window-size", args.window_size)
+    offset = None if args.query_offset is None else per_axis("query-offset", args.query_offset)
     rule = Neighborhood.create(
         len(shape),
         kernel_size,
         per_axis("stride", args.stride),
         dilation,
         per_axis("causal", args.causal),
+        per_axis("boundary", args.boundary),
+        per_axis("queries-per-key", args.queries_per_key),
+        offset,
     )
-    rule.check(shape, shape)
-    return rule
-
-
-def by(sizes: Sequence[int]) -> str:
-    """``8x16`` for ``(8, 16)``."""
-    return "x".join(map(str, sizes))
+    queries = None if args.query_shape is None else per_axis("query-shape", args.query_shape)
+    return rule, query_layout(rule, shape, queries)

@@ -1,4 +1,4 @@
-"""Time neighborhood attention beside dense attention over the same tokens.
+"""Time neighborhood attention beside dense attention of the same queries and keys.
 
 It measures the default GPU, or the CPU where there is no GPU. The table shows the median time of a
 call from Python ("eager") and of its kernels alone in a CUDA graph ("graph"), the rate of needed
@@ -19,9 +19,9 @@ import torch
 
 from ... import backends
 from ...errors import ArgumentError
+from ..layouts import by
 from .options import (
     add_layer_arguments,
-    by,
     not_negative,
     output,
     positive,
@@ -40,6 +40,10 @@ EPILOG = """examples:
     natten profile -i 2048 -w 256 -c true --backprop --device cpu --csv times.csv
   HunyuanVideo with the stride that needs no masks, on a GPU:
     natten profile -i 30 48 80 -w 18 24 24 -s 16 8 8 -n 24 -d 128 --dtype bf16
+  a frame of a video, causal in time, with the three frames before it in a cache of keys:
+    natten profile -i 4 32 32 -w 4 7 7 -c true 0 0 --query-offset 3 0 0
+  features that are upsampled, with queries eight times as fine as keys:
+    natten profile -i 28 28 -w 9 --queries-per-key 8 -n 4 -d 32 --dim-value 384
   list the tiles that the GPU kernels could use, without a GPU:
     natten profile -i 256 256 -w 80 80 -d 128 --dtype bf16 --backend triton --dry-run
   try the best ten of them and use the fastest from now on, on a GPU:
@@ -209,7 +213,7 @@ def problem_of(args: argparse.Namespace) -> Problem:
         raise ArgumentError("`--device` cuda: PyTorch sees no GPU here.")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = device.type == "cuda"
-    rule = window_of(args)
+    rule, queries = window_of(args)
     heads_kv = args.heads_kv or args.heads
     if args.heads % heads_kv != 0:
         raise ArgumentError(
@@ -226,6 +230,7 @@ def problem_of(args: argparse.Namespace) -> Problem:
         num_additional=args.add_kv,
         dtype=DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")],
         device=device,
+        query_shape=queries,
     )
 
 
@@ -304,10 +309,10 @@ def _dry_run(args: argparse.Namespace, problem: Problem) -> int:
     if tiles is None and backend == "tiled":
         axes = [
             (str(number), str(length), str(axis.tiles), f"{axis.products:,}")
-            for number, (length, axis) in enumerate(zip(problem.shape, tiled_axes(problem)))
+            for number, (length, axis) in enumerate(zip(problem.queries, tiled_axes(problem)))
         ]
         title = "Backend tiled chooses its tiles by cost; there is no choice:"
-        print_table(title, ("axis", "tokens", "tiles", "pairs computed"), axes)
+        print_table(title, ("axis", "queries", "tiles", "pairs computed"), axes)
         return 0
     if tiles is None:
         print(f"\nBackend {backend} has no tiles.")
@@ -328,12 +333,12 @@ def _dry_run(args: argparse.Namespace, problem: Problem) -> int:
 
 def _print_tiles(problem: Problem, backend: str, kind: str, most: int) -> None:
     """Print the tiles that a kernel can use; the columns are the fields of the tiles."""
-    from ..profiler.tune import arguments, tile_chooser
+    from ..profiler.tune import arguments, tile_chooser, windows
 
     tiles: Any = tile_chooser(backend)
-    found = tiles.candidates(kind, *arguments(problem))
-    chosen = tiles.choose(kind, *arguments(problem))
-    rank = len(problem.shape)
+    found = tiles.candidates(kind, *arguments(problem, backend))
+    chosen = tiles.choose(kind, *arguments(problem, backend))
+    rank, layouts = len(problem.shape), windows(problem, backend)
     shown = found[: most or None]
     if chosen not in shown:  # tuned
         shown = [chosen, *shown]
@@ -348,10 +353,7 @@ def _print_tiles(problem: Problem, backend: str, kind: str, most: int) -> None:
             f"{by(each.q_block[-rank:])}{' *' if each == chosen else ''}",
             by(each.kv_block[-rank:]),
             *(_cell(name, getattr(each, name), rank) for name in others),
-            "{:.2f}".format(
-                tiles.computed_pairs(kind, problem.rule, problem.shape, problem.shape, each)
-                / (problem.needed_pairs - problem.tokens * problem.num_additional)
-            ),
+            f"{tiles.computed_pairs(kind, *layouts, each) / problem.window_pairs:.2f}",
         )
         for each in shown
     ]
@@ -392,7 +394,7 @@ def _optimize(
     steps = 0
     for name, kind in found:
         tiles: Any = tile_chooser(name)
-        count = len(tiles.candidates(kind, *arguments(problem)))
+        count = len(tiles.candidates(kind, *arguments(problem, name)))
         steps += min(count, args.max_configs or count)
     with progress(steps) as step:
         trials, paths = optimize(problem, found, measure, most=args.max_configs, step=step)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ...errors import ArgumentError
+from ..layouts import by, words
 from ..simulator import (
     DEVICES,
     Device,
@@ -26,7 +27,7 @@ from ..simulator import (
     simulate,
     simulate_strides,
 )
-from .options import add_layer_arguments, by, output, positive, window_of, write
+from .options import add_layer_arguments, output, positive, window_of, write
 from .tables import duration, print_table
 
 EPILOG = """examples:
@@ -38,6 +39,8 @@ EPILOG = """examples:
     natten simulate -i 256 256 -w 80 80 -n 24 --near 0.2
   a kernel that reorders tokens into tiles first, with its tile shapes:
     natten simulate -i 30 48 80 -w 18 24 24 --q-tile 4 8 8 --kv-tile 2 8 8 --aligned
+  the frames of a video that come last, with those before them as keys:
+    natten simulate -i 12 48 80 -w 8 24 24 -c true 0 0 --query-offset 8 0 0 -n 24
   another device, from its data sheet:
     natten simulate -i 32768 -w 2048 --tflops 2250 --bandwidth 8 --exponentials 4.4
 """
@@ -85,10 +88,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict and print."""
-    rule, shape = window_of(args), tuple(args.input_size)
+    (rule, queries), shape = window_of(args), tuple(args.input_size)
     options = {
         "dilation": rule.dilation,
         "is_causal": rule.is_causal,
+        "boundary": rule.boundary,
+        "queries_per_key": rule.queries_per_key,
+        "query_offset": rule.query_offset,
+        "query_shape": queries,
         "device": _device(args),
         "batch": args.batch_size,
         "heads": args.heads,
@@ -113,9 +120,11 @@ def run(args: argparse.Namespace) -> int:
         if args.json == "-":
             return 0
     device = options["device"]
+    layer = [f"{len(shape)}-D {by(shape)}", f"window {by(rule.kernel_size)}"]
+    layer += [*words(rule, queries), f"batch {args.batch_size}", f"heads {args.heads}"]
+    layer += [f"dim {args.dim}"]
     print(
-        f"{len(shape)}-D {by(shape)}, window {by(rule.kernel_size)}, batch {args.batch_size}, "
-        f"heads {args.heads}, dim {args.dim}\n{device.name}: {device.tflops:g} TFLOP/s, "
+        f"{', '.join(layer)}\n{device.name}: {device.tflops:g} TFLOP/s, "
         f"{device.bandwidth:g} TB/s, {_tiles(args, device, wish)}\n"
         f"Dense attention: {duration(wish.dense_us)}. Needed: {wish.kept:.2%} of the "
         f"query-key pairs, so at most {wish.flop_bound:.1f}x by FLOPs."

@@ -74,11 +74,12 @@ class Panel:
 
 
 class Key(NamedTuple):
-    """An entry of a legend: a square and what it means."""
+    """An entry of a legend: a square, perhaps in a dark frame, and what it means."""
 
     fill: str
     framed: bool
     label: str
+    outlined: bool = False
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,8 @@ def _legend(legend: Sequence[Key], width: float) -> Panel:
         if x and x + size + 7 + label.width > width:
             x, y = 0, y + size + 8
         parts.append(square(x, y, size, key.fill, key.framed))
+        if key.outlined:
+            parts.append(Rect(x, y, size, size, "none", 3, INK, 1.5))
         parts.append(label._replace(x=x + size + 7, y=y + 13))
         x += size + 7 + label.width + 10
         widest = max(widest, x - 10)

@@ -16,11 +16,17 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentError
-from ...neighborhood import Neighborhood
+from ...neighborhood import (
+    Boundary,
+    Neighborhood,
+    group_length,
+    queries_before,
+    query_range,
+)
+from ..layouts import by
 from ..simulator import simulate
 from .canvas import (
     ATTENDED,
-    INK,
     PARTLY,
     QUIET_INK,
     TOKEN,
@@ -33,6 +39,8 @@ from .canvas import (
     square,
 )
 from .window import (
+    PART,
+    Drawn,
     Grid,
     Sizes,
     axis_masks,
@@ -45,7 +53,6 @@ from .window import (
 
 MAX_PAIR_TOKENS = 1024
 _SIDE = 640  # width and height of a mask
-_FRAME = 1.5  # thickness of a block's frame
 
 
 def draw_mask(
@@ -55,6 +62,10 @@ def draw_mask(
     dilation: Sizes = 1,
     is_causal: bool | Sequence[bool] = False,
     *,
+    boundary: Boundary = "shift",
+    queries_per_key: Sizes = 1,
+    query_offset: Sizes | None = None,
+    query_shape: Sizes | None = None,
     q_tile: Sizes | None = None,
     kv_tile: Sizes | None = None,
     title: str = "",
@@ -68,8 +79,10 @@ def draw_mask(
     lies between two tiles of queries, and pairs that are computed and masked are red.
 
     Args:
-        shape: token layout, one to three axis lengths, at most 1024 tokens.
-        kernel_size, stride, dilation, is_causal: as in ``na1d``, ``na2d`` and ``na3d``.
+        shape: token layout of the keys, one to three axis lengths, of at most 1024 queries.
+        kernel_size, stride, dilation, is_causal, boundary, queries_per_key, query_offset: as in
+            ``na1d``, ``na2d`` and ``na3d``.
+        query_shape: token layout of the queries; None means all from ``query_offset`` on.
         q_tile, kv_tile: queries in a tile and keys in a block, per axis; give both or neither.
         title, caption, legend, path: as in :func:`natten.draw.draw_neighborhood`.
 
@@ -83,21 +96,24 @@ def draw_mask(
         >>> draw_mask((4, 4), kernel_size=3, q_tile=(2, 2), kv_tile=(1, 2))[:4]
         '<svg'
     """
-    lengths, rule = layout(shape, kernel_size, stride, dilation, is_causal, MAX_PAIR_TOKENS)
-    masks = axis_masks(rule, lengths)
-    tokens = list(itertools.product(*(range(n) for n in lengths)))
-    query_order = key_order = list(range(len(tokens)))
-    covers: list[Tensor] = masks
+    window = kernel_size, stride, dilation, is_causal, boundary, queries_per_key, query_offset
+    drawn = layout(shape, window, query_shape, MAX_PAIR_TOKENS)
+    masks = covers = axis_masks(drawn)
+    query_order = list(range(math.prod(drawn.queries)))
+    key_order = list(range(math.prod(drawn.keys)))
     edges: list[int] = []
     if q_tile is not None or kv_tile is not None:
-        q, kv = _tiles(q_tile, kv_tile, lengths)
-        tile_of = [_tile_of(rule, q, token) for token in tokens]
-        query_order = sorted(query_order, key=tile_of.__getitem__)
-        key_order = sorted(key_order, key=lambda i: _tile_of(rule, kv, tokens[i]))
-        covers = [_computed(rule, axis, n, q[axis], kv[axis]) for axis, n in enumerate(lengths)]
+        q, kv = _tiles(q_tile, kv_tile, drawn.keys)
+        axes = list(enumerate(drawn.queries))
+        tile_of = _sort_keys([_tiles_of_queries(drawn.rule, *each, q[each[0]]) for each in axes])
+        query_order.sort(key=tile_of.__getitem__)
+        blocks = zip(drawn.keys, drawn.rule.dilation, kv)
+        block_of = _sort_keys([[(x % d, x // d // t) for x in range(n)] for n, d, t in blocks])
+        key_order.sort(key=block_of.__getitem__)
+        covers = [_computed(drawn, axis, q[axis], kv[axis]) for axis, _ in axes]
         edges = [
             row
-            for row in range(1, len(tokens))
+            for row in range(1, len(query_order))
             if tile_of[query_order[row]] != tile_of[query_order[row - 1]]
         ]
     needed, computed = (_outer(each)[query_order][:, key_order].int() for each in (masks, covers))
@@ -116,6 +132,10 @@ def draw_tiles(
     dilation: Sizes = 1,
     is_causal: bool | Sequence[bool] = False,
     *,
+    boundary: Boundary = "shift",
+    queries_per_key: Sizes = 1,
+    query_offset: Sizes | None = None,
+    query_shape: Sizes | None = None,
     q_tile: Sizes,
     kv_tile: Sizes,
     query: Sizes | None = None,
@@ -131,10 +151,12 @@ def draw_tiles(
     per pair needed.
 
     Args:
-        shape: token layout, one to three axis lengths.
-        kernel_size, stride, dilation, is_causal: as in ``na1d``, ``na2d`` and ``na3d``.
+        shape: token layout of the keys, one to three axis lengths.
+        kernel_size, stride, dilation, is_causal, boundary, queries_per_key, query_offset: as in
+            ``na1d``, ``na2d`` and ``na3d``.
+        query_shape: token layout of the queries; None means all from ``query_offset`` on.
         q_tile, kv_tile: queries in a tile and keys in a block, per axis.
-        query: a token of the tile; None is the middle of the layout.
+        query: a query of the tile; None is the one in the middle of the queries.
         title, legend, path: as in :func:`natten.draw.draw_neighborhood`.
 
     Returns:
@@ -147,80 +169,111 @@ def draw_tiles(
         >>> draw_tiles((16, 16), kernel_size=7, q_tile=(4, 4), kv_tile=(2, 8))[:4]
         '<svg'
     """
-    lengths, rule = layout(shape, kernel_size, stride, dilation, is_causal)
-    at = position(query, lengths)
-    q, kv = _tiles(q_tile, kv_tile, lengths)
-    axes = [_walk(rule, axis, n, at[axis], q[axis], kv[axis]) for axis, n in enumerate(lengths)]
-    in_tile = every_axis([axis.tile for axis in axes])
-    some, every = (
-        every_axis([axis.some for axis in axes]),
-        every_axis([axis.every for axis in axes]),
+    window = kernel_size, stride, dilation, is_causal, boundary, queries_per_key, query_offset
+    drawn = layout(shape, window, query_shape)
+    at, rule = position(query, drawn.queries), drawn.rule
+    q, kv = _tiles(q_tile, kv_tile, drawn.keys)
+    axes = [_walk(drawn, axis, *each) for axis, each in enumerate(zip(at, q, kv))]
+    in_tile = every_axis([drawn.of_queries(n, axis.tile) for n, axis in enumerate(axes)])
+    some, every, visited = (
+        every_axis([drawn.of_keys(*each) for each in enumerate(marks)])
+        for marks in zip(*((axis.some, axis.every, axis.visited) for axis in axes))
     )
-    visited = every_axis([axis.blocks.sum(0) > 0 for axis in axes])
 
-    grid = Grid(lengths)
+    grid = drawn.grid()
     parts: list[Rect | Text] = []
     for i in range(len(visited)):
         color = ATTENDED if every[i] else PARTLY if some[i] else WASTED if visited[i] else TOKEN
         parts.append(square(*grid.place(i), grid.cell, color, in_tile[i]))
-    blocks = list(itertools.product(*(axis.blocks for axis in axes)))
-    for block in blocks:
-        parts += _outline(grid, [int(i) for i, inside in enumerate(every_axis(block)) if inside])
+    for pieces in itertools.product(*(itertools.chain(*axis.blocks) for axis in axes)):
+        parts += grid.outline(every_axis([drawn.of_keys(*each) for each in enumerate(pieces)]))
+    blocks = math.prod(len(axis.blocks) for axis in axes)
     full = math.prod(axis.full for axis in axes)
     found = simulate(
-        lengths, rule.kernel_size, rule.stride, rule.dilation, rule.is_causal, q_tile=q, kv_tile=kv
-    )
+        drawn.keys, rule.kernel_size, rule.stride, rule.dilation, rule.is_causal,
+        boundary=rule.boundary, queries_per_key=rule.queries_per_key,
+        query_offset=rule.query_offset, query_shape=drawn.queries, q_tile=q, kv_tile=kv,
+    )  # fmt: skip
     caption = (
-        f"{_by(q)} queries, {len(blocks)} blocks of {_by(kv)} keys, "
-        f"{full or 'none'} without a mask\n"
+        f"{by(q)} queries, {blocks} blocks of {by(kv)} keys, {full or 'none'} without a mask\n"
         f"all tiles: {found.computed_over_needed:.2f} pairs computed per pair needed"
     )
-    description = f"{title or 'Tile'} of {q} queries and blocks of {kv} keys: {rule}"
+    description = f"{title or 'Tile'} of {q} queries and blocks of {kv} keys: {drawn}"
     panel = grid.panel(parts, title, caption, description)
-    key = (
+    key: tuple[Key, ...] = (
         Key(TOKEN, True, "queries of the tile"),
         Key(ATTENDED, False, "all of them attend it"),
         Key(PARTLY, False, "some attend it"),
         Key(WASTED, False, "none attends it"),
     )
+    key += (PART,) if rule.query_offset is not None else ()
     return finish(compose([panel], key if legend else ()), path)
 
 
 class _Walk(NamedTuple):
-    """What a tile visits along one axis; the tensors are bool and mark the axis's tokens."""
+    """What a tile visits along one axis; tensors are bool and mark the axis's queries or keys."""
 
-    tile: Tensor  # [length], queries of the tile
-    some: Tensor  # [length], keys that some query attends
-    every: Tensor  # [length], keys that all queries attend
-    blocks: Tensor  # [blocks, length], keys of each block
+    tile: Tensor  # [queries], those of the tile
+    some: Tensor  # [keys], those that some query attends
+    every: Tensor  # [keys], those that all queries attend
+    blocks: list[list[Tensor]]  # [keys] of each block, in two pieces where it goes around a ring
     full: int  # blocks that all queries attend in full
 
-
-def _walk(rule: Neighborhood, axis: int, length: int, x: int, q: int, kv: int) -> _Walk:
-    """The tile of ``q`` queries that holds token ``x``, and its blocks of ``kv`` keys."""
-    d = rule.dilation[axis]
-    token = torch.arange(length, device="cpu")
-    group, at = token % d == x % d, token // d
-    tile = group & (at // q == x // d // q)
-    n = int(group.sum())
-    start, end = rule.windows(axis, at[tile], n)
-    low, high = int(start.min()), int(end.max())
-    every = group & (at >= start.max()) & (at < end.min())
-    blocks = torch.stack([group & (at >= b) & (at < b + kv) for b in range(low, high, kv)])
-    full = sum(int((block & every).sum()) == kv for block in blocks)
-    return _Walk(tile, group & (at >= low) & (at < high), every, blocks, full)
+    @property
+    def visited(self) -> Tensor:
+        """The keys of all blocks, ``[keys]``."""
+        return torch.stack([piece for block in self.blocks for piece in block]).any(0)
 
 
-def _computed(rule: Neighborhood, axis: int, length: int, q: int, kv: int) -> Tensor:
-    """Pairs that tiles compute along an axis, bool ``[length, length]``."""
-    walks = (_walk(rule, axis, length, x, q, kv) for x in range(length))
-    return torch.stack([walk.blocks.any(0) for walk in walks])
+def _walk(drawn: Drawn, axis: int, x: int, q: int, kv: int) -> _Walk:
+    """The tile of ``q`` queries that holds query ``x``, and its blocks of ``kv`` keys."""
+    rule, d, length = drawn.rule, drawn.rule.dilation[axis], drawn.keys[axis]
+    tiles = _tiles_of_queries(rule, axis, drawn.queries[axis], q)
+    tile = torch.tensor([each == tiles[x] for each in tiles], device="cpu")
+    group, n = tiles[x][0], group_length(length, d, tiles[x][0])
+    query = tile.nonzero().flatten()
+    start, end = rule.windows(axis, rule.key_tokens(axis, query) // d, n)
+    key = torch.arange(length, device="cpu")
+
+    def pieces(first: int, last: int) -> list[Tensor]:
+        """The keys at positions ``first .. last - 1``, once for each time around the ring."""
+        laps = range(first // n, (last - 1) // n + 1) if rule.boundary[axis] == "circular" else (0,)
+        at = (key // d + lap * n for lap in laps)
+        return [(key % d == group) & (first <= each) & (each < last) for each in at]
+
+    def keys(first: int, last: int) -> Tensor:
+        return sum(pieces(first, last), torch.zeros_like(key)).bool()
+
+    low, high, last_start, first_end = (
+        int(each) for each in (start.min(), end.max(), start.max(), end.min())
+    )
+    blocks = [pieces(first, first + kv) for first in range(low, high, kv)]
+    full = sum(last_start <= b and b + kv <= first_end for b in range(low, high, kv))
+    return _Walk(tile, keys(low, high), keys(last_start, first_end), blocks, full)
 
 
-def _tile_of(rule: Neighborhood, tile: Sequence[int], token: Sequence[int]) -> list[int]:
-    """The sort key of a token's tile: dilation group, then index of the tile, on each axis."""
-    groups = [x % d for x, d in zip(token, rule.dilation)]
-    return groups + [x // d // t for x, d, t in zip(token, rule.dilation, tile)]
+def _computed(drawn: Drawn, axis: int, q: int, kv: int) -> Tensor:
+    """Pairs that tiles compute along an axis, bool ``[queries, keys]``."""
+    walks = (_walk(drawn, axis, x, q, kv) for x in range(drawn.queries[axis]))
+    return torch.stack([walk.visited for walk in walks])
+
+
+def _tiles_of_queries(
+    rule: Neighborhood, axis: int, length: int, tile: int
+) -> list[tuple[int, int]]:
+    """For each query of an axis, its dilation group and which tile of the group holds it."""
+    d, r, offset = rule.dilation[axis], rule.queries_per_key[axis], rule.offset[axis]
+    found = []
+    for x in range(offset, offset + length):
+        group = x // r % d
+        first, _ = query_range(rule, axis, length, group)
+        found.append((group, (queries_before(x, group, d, r) - first) // tile))
+    return found
+
+
+def _sort_keys(axes: Sequence[Sequence[tuple[int, int]]]) -> list[list[tuple[int, ...]]]:
+    """For each token in row-major order, its groups and then its tiles, of ``axes``."""
+    return [list(zip(*token)) for token in itertools.product(*axes)]
 
 
 def _tiles(
@@ -242,7 +295,7 @@ def _tiles(
 
 
 def _outer(axes: Sequence[Tensor]) -> Tensor:
-    """The product of one mask ``[length, length]`` per axis, ``[tokens, tokens]``."""
+    """The product of one mask per axis, ``[queries, keys]``."""
     product = torch.ones(1, 1, device="cpu")
     for axis in axes:
         product = torch.kron(product, axis.float())
@@ -253,7 +306,7 @@ def _matrix(
     rows: list[list[int]], colors: Sequence[str], edges: Sequence[int], title: str, caption: str
 ) -> Panel:
     """Cells of a table as squares; where these are small, equal neighbors become one bar."""
-    grid = Grid((len(rows), len(rows)), max_width=_SIDE, min_step=1)
+    grid = Grid((len(rows), len(rows[0])), max_width=_SIDE, min_step=1)
     merge = grid.step < 7
     parts: list[Rect | Text] = []
     if merge:
@@ -279,23 +332,3 @@ def _matrix(
     label = "one row per query, one column per key"
     label += ", in the order of the tiles" if edges else ""
     return grid.panel(parts, title, f"{label}\n{caption}".rstrip(), f"{title or 'Mask'}: {label}")
-
-
-def _outline(grid: Grid, tokens: Sequence[int]) -> list[Rect | Text]:
-    """A frame around tokens in each slice, in the middle of the gap that neighbors share."""
-    frames: list[Rect | Text] = []
-    out = (grid.step - grid.cell + _FRAME) / 2
-    for _, group in itertools.groupby(tokens, key=lambda i: i // (grid.rows * grid.columns)):
-        inside = list(group)
-        (left, top), (right, bottom) = grid.place(inside[0]), grid.place(inside[-1])
-        width, height = right - left + grid.cell, bottom - top + grid.cell
-        frames.append(
-            Rect(
-                left - out, top - out, width + 2 * out, height + 2 * out, "none", 3, INK, _FRAME
-            )
-        )  # fmt: skip
-    return frames
-
-
-def _by(sizes: Sequence[int]) -> str:
-    return "x".join(map(str, sizes))

@@ -10,8 +10,9 @@ from pathlib import Path
 from string import Template
 
 from ...errors import ArgumentError
+from ...neighborhood import Boundary
 from .canvas import ATTENDED, CARD, INK, QUERY, QUIET_INK, TOKEN, check_suffix, compose
-from .window import LEGEND, Sizes, axis_masks, layout, position, window_panel
+from .window import Sizes, axis_masks, layout, position, window_panel
 
 MAX_FRAMES = 400
 MAX_PAGE_TOKENS = 4096
@@ -24,6 +25,10 @@ def draw_walk(
     dilation: Sizes = 1,
     is_causal: bool | Sequence[bool] = False,
     *,
+    boundary: Boundary = "shift",
+    queries_per_key: Sizes = 1,
+    query_offset: Sizes | None = None,
+    query_shape: Sizes | None = None,
     path: str | Path,
     queries: Sequence[Sizes] | None = None,
     frames_per_second: int = 8,
@@ -33,13 +38,15 @@ def draw_walk(
     """Write an animation of what one query after the other attends.
 
     A ``.gif`` needs matplotlib and pillow. An ``.html`` needs nothing beside its one file. It plays
-    by itself, and the pointer on a token shows what that token attends.
+    by itself, and the pointer on a query shows what that query attends.
 
     Args:
-        shape: token layout, one to three axis lengths.
-        kernel_size, stride, dilation, is_causal: as in ``na1d``, ``na2d`` and ``na3d``.
+        shape: token layout of the keys, one to three axis lengths.
+        kernel_size, stride, dilation, is_causal, boundary, queries_per_key, query_offset: as in
+            ``na1d``, ``na2d`` and ``na3d``.
+        query_shape: token layout of the queries; None means all from ``query_offset`` on.
         path: the file to write; its suffix chooses the format.
-        queries: positions to visit; None means every token, in row-major order.
+        queries: positions to visit; None means every query, in row-major order.
         frames_per_second: queries shown per second.
         title, caption: a line above and lines below the tokens.
 
@@ -56,9 +63,10 @@ def draw_walk(
     path = Path(path)
     suffix = check_suffix(path, written=".html", painted=".gif")
     limit = MAX_FRAMES if suffix == ".gif" and queries is None else MAX_PAGE_TOKENS
-    lengths, rule = layout(shape, kernel_size, stride, dilation, is_causal, limit)
-    every = itertools.product(*(range(n) for n in lengths))
-    visited = [position(query, lengths) for query in (every if queries is None else queries)]
+    window = kernel_size, stride, dilation, is_causal, boundary, queries_per_key, query_offset
+    drawn = layout(shape, window, query_shape, limit)
+    every = itertools.product(*(range(n) for n in drawn.queries))
+    visited = [position(query, drawn.queries) for query in (every if queries is None else queries)]
     if not 1 <= len(visited) <= MAX_PAGE_TOKENS:
         raise ArgumentError(
             f"`queries` must be 1 to {MAX_PAGE_TOKENS} positions, got {len(visited)}."
@@ -66,19 +74,21 @@ def draw_walk(
     if frames_per_second <= 0:
         raise ArgumentError(f"`frames_per_second` must be above 0, got {frames_per_second}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    key = LEGEND if max(rule.stride) > 1 else LEGEND[:2]
     pictures = (
-        compose([window_panel(lengths, rule, at, None, title, caption)], key) for at in visited
+        compose([window_panel(drawn, at, None, title, caption)], drawn.legend) for at in visited
     )
     if suffix == ".html":
-        masks = [mask.int().tolist() for mask in axis_masks(rule, lengths)]
+        masks = [mask.int().tolist() for mask in axis_masks(drawn)]
+        lengths, offset = drawn.squares, drawn.rule.offset
         strides = [math.prod(lengths[axis + 1 :]) for axis in range(len(lengths))]
+        walk = [sum((o + x) * s for o, x, s in zip(offset, at, strides)) for at in visited]
         page = Template(_PAGE).substitute(
             title=title or "Neighborhood attention",
             svg=next(pictures).svg(),
-            walk=json.dumps([sum(x * s for x, s in zip(at, strides)) for at in visited]),
+            walk=json.dumps(walk),
             lengths=json.dumps(lengths), masks=json.dumps(masks, separators=(",", ":")),
-            framed=json.dumps(max(rule.stride) > 1), delay=round(1000 / frames_per_second),
+            per_key=json.dumps(drawn.rule.queries_per_key), offset=json.dumps(offset),
+            framed=json.dumps(drawn.shares), delay=round(1000 / frames_per_second),
             token=TOKEN, attended=ATTENDED, query=QUERY, card=CARD, ink=INK, quiet=QUIET_INK,
         )  # fmt: skip
         path.write_text(page, encoding="utf-8")
@@ -95,7 +105,7 @@ def draw_walk(
     writer.finish()
 
 
-# The page holds one table per axis of which position attends which; the script looks them up.
+# The page holds one table per axis of which query attends which key; the script looks them up.
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -110,7 +120,9 @@ $svg
 <p id="where"></p>
 <script>
 const lengths = $lengths, masks = $masks, walk = $walk, framed = $framed;
-const tokens = [...document.querySelector("svg g").querySelectorAll("rect")];
+const perKey = $per_key, offset = $offset;
+const count = lengths.reduce((product, n) => product * n, 1);
+const tokens = [...document.querySelector("svg g").querySelectorAll("rect")].slice(0, count);
 const position = index => {
   const at = [];
   for (const n of [...lengths].reverse()) { at.unshift(index % n); index = Math.floor(index / n); }
@@ -124,12 +136,14 @@ const corners = tokens.map(rect => {
   return [rect.getAttribute("x") - inset, rect.getAttribute("y") - inset];
 });
 function show(query) {
-  const at = positions[query];
+  const at = positions[query].map((x, axis) => x - offset[axis]);
+  if (!at.every((x, axis) => x in masks[axis])) return;  // a token that is no query
   tokens.forEach((rect, index) => {
     const other = positions[index];
-    const attended = other.every((x, axis) => masks[axis][at[axis]][x]);
+    const attended = other.every(
+      (x, axis) => masks[axis][at[axis]][Math.floor(x / perKey[axis])]);
     const shared = framed && index !== query
-      && other.every((x, axis) => rows[axis][x] === rows[axis][at[axis]]);
+      && other.every((x, axis) => rows[axis][x - offset[axis]] === rows[axis][at[axis]]);
     const inset = shared ? size * 0.075 : 0;
     rect.setAttribute("fill", index === query ? "$query" : attended ? "$attended" : "$token");
     rect.setAttribute("stroke", shared ? "$query" : "none");

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ... import backends
 from ...errors import ArgumentError
-from ...functional import neighborhood_attention_generic
+from ...functional import WINDOW, neighborhood_attention_generic
 from . import measure
 from .problem import Problem
 from .report import BOTH, FORWARD, Report, Row
@@ -66,15 +66,13 @@ def natten_call(
     function: Callable[..., Any] = neighborhood_attention_generic
     if compiled:
         function = torch.compile(function, fullgraph=True)
-    rule = problem.rule
-    window = (rule.kernel_size, rule.stride, rule.dilation, rule.is_causal)
-    names = ("kernel_size", "stride", "dilation", "is_causal")
-    options = {**dict(zip(names, window)), **hints, "backend": backend}
+    window = {name: getattr(problem.rule, name) for name in WINDOW}
+    options = {**window, **hints, "backend": backend}
     return _call(function, problem.inputs(requires_grad=backward), options, backward)
 
 
 def dense_call(problem: Problem, name: str, backward: bool) -> Callable[[], Any]:
-    """A call of ``scaled_dot_product_attention`` over all tokens."""
+    """A call of ``scaled_dot_product_attention`` of all queries and keys."""
     options = {"enable_gqa": True} if problem.heads != problem.kv_heads else {}
     call = _call(
         F.scaled_dot_product_attention, problem.dense_inputs(requires_grad=backward), options,
@@ -128,7 +126,7 @@ def profile(
     step: Step = lambda name: None,
     **hints: Any,
 ) -> Report:
-    """Time a problem, and dense attention over the same tokens beside it.
+    """Time a problem, and dense attention of the same queries and keys beside it.
 
     Args:
         problem: what to run.
@@ -160,8 +158,8 @@ def profile(
             raise ArgumentError(f"`backend` {backend}: it runs on GPUs, not on a CPU.")
         if not problem.is_self_attention:
             raise ArgumentError(
-                f"`backend` {backend} is dense attention: the window must be the whole layout, "
-                "and not causal."
+                f"`backend` {backend} is dense attention: each window must be all keys, and not "
+                "causal."
             )
         names = [backend]
         report = Report(problem, backend)

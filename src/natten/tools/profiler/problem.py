@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from ... import backends
 from ...errors import ArgumentError
 from ...neighborhood import Neighborhood, group_length
-from ...tiling import group_kinds
+from ..layouts import by, query_layout, words
 
 CPU = torch.device("cpu")
 
@@ -23,12 +22,14 @@ class Problem:
     """A call of ``na1d``, ``na2d`` or ``na3d``.
 
     Attributes:
-        shape: token layout.
-        rule: window, stride, dilation and causality.
+        shape: token layout of the keys.
+        rule: which keys a query attends.
         batch, heads, kv_heads, dim, value_dim: sizes of ``[batch, *shape, heads, dim]``; ``heads``
             is a multiple of ``kv_heads``.
         num_additional: how many additional keys and values there are.
         dtype, device: those of all tensors.
+        query_shape: token layout of the queries; None means all from the rule's ``query_offset``
+            on. ``queries`` is the layout in either case.
 
     Example:
         >>> rule = Neighborhood.create(2, kernel_size=3)
@@ -47,9 +48,10 @@ class Problem:
     num_additional: int = 0
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
+    query_shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        self.rule.check(self.shape, self.shape)
+        query_layout(self.rule, self.shape, self.query_shape)
         for name, least in (
             ("batch", 1), ("heads", 1), ("kv_heads", 1), ("dim", 1), ("value_dim", 1),
             ("num_additional", 0),
@@ -64,40 +66,54 @@ class Problem:
                 f"`heads` must be a multiple of `kv_heads`, got {self.heads} and {self.kv_heads}."
             )
 
+    @cached_property
+    def queries(self) -> tuple[int, ...]:
+        """Token layout of the queries."""
+        return query_layout(self.rule, self.shape, self.query_shape)
+
     @property
-    def tokens(self) -> int:
-        """Tokens of one batch entry."""
+    def num_queries(self) -> int:
+        """Queries of one batch entry."""
+        return math.prod(self.queries)
+
+    @property
+    def num_keys(self) -> int:
+        """Keys of one batch entry, without additional ones."""
         return math.prod(self.shape)
 
     @property
     def all_pairs(self) -> int:
         """Query-key pairs of dense attention, per batch entry and head."""
-        return self.tokens * (self.tokens + self.num_additional)
+        return self.num_queries * (self.num_keys + self.num_additional)
 
     @cached_property
+    def window_pairs(self) -> int:
+        """Pairs of a query and a key of its window, per batch entry and head."""
+        windows = 1
+        for axis, (length, key_length) in enumerate(zip(self.queries, self.shape)):
+            d = self.rule.dilation[axis]
+            key = self.rule.key_tokens(axis, torch.arange(length, device="cpu"))
+            n = group_length(key_length, d, key % d)
+            start, end = self.rule.windows(axis, key // d, n)
+            windows *= int((end - start).sum())
+        return windows
+
+    @property
     def needed_pairs(self) -> int:
         """Query-key pairs that attend each other, per batch entry and head."""
-        windows = 1
-        for axis, length in enumerate(self.shape):
-            pairs = 0
-            for group, groups in group_kinds(length, self.rule.dilation[axis]):
-                n = group_length(length, self.rule.dilation[axis], group)
-                start, end = self.rule.windows(axis, torch.arange(n, device="cpu"), n)
-                pairs += groups * int((end - start).sum())
-            windows *= pairs
-        return windows + self.tokens * self.num_additional
+        return self.window_pairs + self.num_queries * self.num_additional
 
     def question(self, operation: str) -> backends.Problem:
         """The problem by which :mod:`natten.backends` chooses for "attention" or its "gradient"."""
         return backends.Problem(
             operation, self.device, self.dtype, self.dim, self.value_dim,
-            (self.batch, *self.shape, self.heads, self.dim), self.rule, self.dim**-0.5,
+            (self.batch, *self.queries, self.heads, self.dim), self.rule, self.dim**-0.5,
             key_shape=self.shape, additional=self.num_additional > 0,
         )  # fmt: skip
 
     @property
     def is_self_attention(self) -> bool:
-        """Whether every token attends every other one."""
+        """Whether every query attends every key."""
         return self.needed_pairs == self.all_pairs
 
     def flops(self, pairs: int | None = None, backward: bool = False) -> int:
@@ -116,15 +132,15 @@ class Problem:
     def bytes(self, backward: bool = False) -> int:
         """Bytes of inputs and output, each moved once; with ``backward`` also of the gradients."""
         channels = self.dim + self.value_dim
-        queries = self.tokens * self.heads * channels  # and outputs
-        keys = (self.tokens + self.num_additional) * self.kv_heads * channels  # and values
+        queries = self.num_queries * self.heads * channels  # and outputs
+        keys = (self.num_keys + self.num_additional) * self.kv_heads * channels  # and values
         passes = 3 if backward else 1  # the backward reads everything again and writes gradients
         return passes * self.batch * (queries + keys) * self.dtype.itemsize
 
     def inputs(self, requires_grad: bool = False) -> dict[str, Tensor]:
         """Random arguments of ``neighborhood_attention_generic``, heads-last."""
         sizes = {
-            "query": (*self.shape, self.heads, self.dim),
+            "query": (*self.queries, self.heads, self.dim),
             "key": (*self.shape, self.kv_heads, self.dim),
             "value": (*self.shape, self.kv_heads, self.value_dim),
         }
@@ -140,9 +156,9 @@ class Problem:
 
     def dense_inputs(self, requires_grad: bool = False) -> dict[str, Tensor]:
         """Random arguments of ``scaled_dot_product_attention`` over all tokens, heads-first."""
-        keys = self.tokens + self.num_additional
+        keys = self.num_keys + self.num_additional
         sizes = {
-            "query": (self.heads, self.tokens, self.dim),
+            "query": (self.heads, self.num_queries, self.dim),
             "key": (self.kv_heads, keys, self.dim),
             "value": (self.kv_heads, keys, self.value_dim),
         }
@@ -156,11 +172,12 @@ class Problem:
     def __str__(self) -> str:
         rule = self.rule
         parts = [
-            f"{len(self.shape)}-D {_by(self.shape)}",
-            f"window {_by(rule.kernel_size)}",
-            f"stride {_by(rule.stride)}" if max(rule.stride) > 1 else "",
-            f"dilation {_by(rule.dilation)}" if max(rule.dilation) > 1 else "",
-            f"causal {_by(map(int, rule.is_causal))}" if any(rule.is_causal) else "",
+            f"{len(self.shape)}-D {by(self.shape)}",
+            f"window {by(rule.kernel_size)}",
+            f"stride {by(rule.stride)}" if max(rule.stride) > 1 else "",
+            f"dilation {by(rule.dilation)}" if max(rule.dilation) > 1 else "",
+            f"causal {by([int(c) for c in rule.is_causal])}" if any(rule.is_causal) else "",
+            *words(rule, self.queries),
             f"batch {self.batch}",
             f"heads {self.heads}" + (f"/{self.kv_heads}" if self.kv_heads != self.heads else ""),
             f"dim {self.dim}" + (f"/{self.value_dim}" if self.value_dim != self.dim else ""),
@@ -168,7 +185,3 @@ class Problem:
             str(self.dtype).removeprefix("torch."),
         ]
         return ", ".join(part for part in parts if part)
-
-
-def _by(sizes: Iterable[int]) -> str:
-    return "x".join(map(str, sizes))

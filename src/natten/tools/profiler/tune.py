@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ... import backends, tiling, tuning
-from ...backends.interface import KINDS, TileChooser, Tiles
+from ...backends.interface import KINDS, Shape, TileChooser, Tiles, padded_shape
 from ...errors import ArgumentError
+from ...neighborhood import Neighborhood
 from .problem import Problem
 
 FORWARD_KIND = KINDS[0]
@@ -33,11 +34,22 @@ def tile_chooser(backend: str) -> TileChooser | None:
         ) from None
 
 
-def arguments(problem: Problem) -> tuple[Any, ...]:
-    """What functions of a :class:`TileChooser` take after the kind of kernel."""
+def windows(problem: Problem, backend: str) -> tuple[Neighborhood, Shape, Shape]:
+    """The rule and the token layouts of queries and keys that a backend computes.
+
+    One that has no circular axes pads the keys around.
+    """
+    rule, key_shape, found = problem.rule, problem.shape, backends.named(backend)
+    if found is not None and not found.circular and "circular" in rule.boundary:
+        rule, margins = rule.unrolled()
+        key_shape = padded_shape(key_shape, margins)
+    return rule, problem.queries, key_shape
+
+
+def arguments(problem: Problem, backend: str) -> tuple[Any, ...]:
+    """What functions of a backend's :class:`TileChooser` take after the kind of kernel."""
     return (
-        problem.rule, problem.shape, problem.shape, problem.dim, problem.value_dim,
-        problem.dtype.itemsize,
+        *windows(problem, backend), problem.dim, problem.value_dim, problem.dtype.itemsize,
     )  # fmt: skip
 
 
@@ -66,27 +78,25 @@ def computed_over_needed(problem: Problem, forward: str, gradient: str | None) -
     for backend, kind in kernels(forward, gradient):
         chooser = tile_chooser(backend)
         assert chooser is not None
-        tiles = chooser.choose(kind, *arguments(problem))
-        computed[kind] = chooser.computed_pairs(
-            kind, problem.rule, problem.shape, problem.shape, tiles
-        )
+        tiles = chooser.choose(kind, *arguments(problem, backend))
+        computed[kind] = chooser.computed_pairs(kind, *windows(problem, backend), tiles)
     plain = backends.named(forward)
-    pairs = None if plain is None else plain.computed_pairs(*_tiling_arguments(problem))
+    pairs = None if plain is None else plain.computed_pairs(*_tiling_arguments(problem, forward))
     if pairs is not None:
         computed[FORWARD_KIND] = pairs
-    additional = problem.tokens * problem.num_additional
+    additional = problem.num_queries * problem.num_additional
     return {kind: (pairs + additional) / problem.needed_pairs for kind, pairs in computed.items()}
 
 
 def tiled_axes(problem: Problem) -> list[tiling.TileCost]:
     """What the ``tiled`` backend's tiling costs on each axis."""
-    _, runs = tiling.tiles(*_tiling_arguments(problem))
+    _, runs = tiling.tiles(*_tiling_arguments(problem, "tiled"))
     return [tiling.axis_cost(axis) for axis in runs]
 
 
-def _tiling_arguments(problem: Problem) -> tuple[Any, ...]:
+def _tiling_arguments(problem: Problem, backend: str) -> tuple[Any, ...]:
     return (
-        problem.rule, problem.shape, problem.shape, problem.batch * problem.heads,
+        *windows(problem, backend), problem.batch * problem.heads,
         (problem.dim + problem.value_dim) // 2,
     )  # fmt: skip
 
@@ -119,7 +129,7 @@ def forced_tiles(
                 continue
             tiles = tile_chooser(backend)
             assert tiles is not None
-            candidates = tiles.candidates(kind, *arguments(problem))
+            candidates = tiles.candidates(kind, *arguments(problem, backend))
             fitting = next((x for x in candidates if _fits(x, wanted)), None)
             if fitting is None:
                 prefix = "" if kind == FORWARD_KIND else "backward-"
@@ -131,7 +141,9 @@ def forced_tiles(
                     f"{asked} is nothing that the kernel {kind!r} of backend {backend} can run; "
                     "--dry-run --max-configs 0 lists what it can."
                 )
-            stack.enter_context(tuning.trial(tiles.key(kind, *arguments(problem)), fitting))
+            stack.enter_context(
+                tuning.trial(tiles.key(kind, *arguments(problem, backend)), fitting)
+            )
         yield
 
 
@@ -178,14 +190,14 @@ def optimize(
     for backend, kind in found:
         tiles = tile_chooser(backend)
         assert tiles is not None
-        key = tiles.key(kind, *arguments(problem))
+        key = tiles.key(kind, *arguments(problem, backend))
 
         def timed(candidate: Tiles, kind: str = kind, key: str = key) -> float:
             step(f"{kind}: queries {candidate.q_block}, keys {candidate.kv_block}")
             with tuning.trial(key, candidate):
                 return measure(kind)
 
-        candidates = tiles.candidates(kind, *arguments(problem))[: most or None]
+        candidates = tiles.candidates(kind, *arguments(problem, backend))[: most or None]
         times = tuning.times(f"kernel {kind!r}", candidates, timed)
         paths.append(tuning.remember(key, min(times, key=times.__getitem__)))
         trials += [Trial(kind, each, time_us) for each, time_us in times.items()]

@@ -2,7 +2,7 @@
 
 There are three numbers, each below the one before it:
 
-* by FLOPs: all pairs of tokens over the pairs that attend each other;
+* by FLOPs: all pairs of a query and a key over the pairs that attend each other;
 * by tiling: all pairs over the pairs that a kernel computes, because it works in whole tiles of
   queries and whole blocks of keys (:func:`natten.tiling.count_blocks`);
 * by roofline: the predicted time of dense attention over the predicted time. Each of these times is
@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -31,7 +32,15 @@ from ... import tiling
 from ..._numbers import entries, integer, real
 from ...backends import BACKENDS
 from ...errors import ArgumentError
-from ...neighborhood import Neighborhood, group_length, window_bounds
+from ...neighborhood import (
+    Boundary,
+    Neighborhood,
+    fit_window,
+    group_length,
+    query_range,
+    window_bounds,
+)
+from ..layouts import query_layout
 from .kernels import Axis, Hopper, Kernel, Sized, Tiling, outer, tile_shapes
 
 Shape = tuple[int, ...]
@@ -115,7 +124,7 @@ class Prediction:
 
     Attributes:
         kernel_size, stride: the window.
-        kept: fraction of all pairs of tokens that attend each other.
+        kept: fraction of all pairs of a query and a key that attend each other.
         backend: the backend whose tiles these are, "hopper", or "" if only their sizes were given.
         q_tile, kv_tile: the cheapest tile of queries and block of keys.
         computed_over_needed: pairs computed per pair needed; 1 means that nothing is wasted.
@@ -163,13 +172,16 @@ class Layer:
     """An attention layer whose window and stride may vary.
 
     Build it with :meth:`create`, which checks what it gets.
+
+    Attributes:
+        rule: the windows that are asked for; others are predicted beside them.
+        shape, queries: token layouts of the keys and of the queries.
+        device, batch, heads, head_dim, itemsize, q_tile, kv_tile, aligned: as in :func:`simulate`.
     """
 
+    rule: Neighborhood
     shape: Shape
-    kernel_size: Shape
-    stride: Shape
-    dilation: Shape
-    is_causal: tuple[bool, ...]
+    queries: Shape
     device: Device
     batch: int
     heads: int
@@ -188,6 +200,10 @@ class Layer:
         dilation: int | Sequence[int] = 1,
         is_causal: bool | Sequence[bool] = False,
         *,
+        boundary: Boundary = "shift",
+        queries_per_key: int | Sequence[int] = 1,
+        query_offset: int | Sequence[int] | None = None,
+        query_shape: int | Sequence[int] | None = None,
         device: str | Device = "h100",
         batch: int = 1,
         heads: int = 1,
@@ -210,8 +226,17 @@ class Layer:
             )
         lengths = _integers("shape", shape)
         rank = len(lengths)
-        rule = Neighborhood.create(rank, kernel_size, stride, dilation, is_causal)
-        rule.check(lengths, lengths)
+        rule = Neighborhood.create(
+            rank, kernel_size, stride, dilation, is_causal, boundary, queries_per_key, query_offset
+        )
+        queries = query_layout(rule, lengths, query_shape)
+        if aligned and not (rule.is_self_attention and "circular" not in rule.boundary):
+            raise ArgumentError(
+                "`aligned` is for kernels that reorder the tokens of queries and keys alike, so "
+                "queries must be the whole layout and as fine as keys, and no axis circular; got "
+                f"query_offset {rule.query_offset}, queries_per_key {rule.queries_per_key}, "
+                f"boundary {rule.boundary}."
+            )
         counts = {"batch": batch, "heads": heads, "head_dim": head_dim, "itemsize": itemsize}
         for name, given in counts.items():
             number = integer(given)
@@ -223,11 +248,9 @@ class Layer:
             for name, tile in (("q_tile", q_tile), ("kv_tile", kv_tile))
         )
         return cls(
+            rule=rule,
             shape=lengths,
-            kernel_size=rule.kernel_size,
-            stride=rule.stride,
-            dilation=rule.dilation,
-            is_causal=rule.is_causal,
+            queries=queries,
             device=device,
             **counts,
             q_tile=next(tiles),
@@ -236,13 +259,15 @@ class Layer:
         )
 
     @property
-    def tokens(self) -> int:
-        """Tokens of one batch entry."""
-        return math.prod(self.shape)
+    def all_pairs(self) -> int:
+        """Query-key pairs of dense attention, per head of a batch entry."""
+        return math.prod(self.queries) * math.prod(self.shape)
 
     def kernel(self) -> Kernel:
         """The model of the kernels that run the layer."""
-        lengths = [group_length(n, d, 0) for n, d in zip(self.shape, self.dilation)]
+        lengths = [
+            max(last - first for first, last, _ in self.groups(axis)) for axis in range(self.rank)
+        ]
         device, given = self.device, self.q_tile or self.kv_tile or self.aligned
         if device.backend == Hopper.name and not given and self._suits_hopper():
             return Hopper(lengths, self.head_dim, device.masking)
@@ -250,11 +275,36 @@ class Layer:
         keys = [self.kv_tile] if self.kv_tile else tile_shapes(device.kv_tile, lengths)
         return Sized(queries, keys, device.masking)
 
+    @property
+    def rank(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    def groups(self, axis: int) -> dict[tuple[int, int, int], int]:
+        """How many dilation groups of an axis look alike, of those with queries.
+
+        They are known by the first and the one-past-last number of their queries, and by how many
+        keys they have.
+        """
+        length, d = self.shape[axis], self.rule.dilation[axis]
+        found: Counter[tuple[int, int, int]] = Counter()
+        for group in range(min(d, length)):
+            first, last = query_range(self.rule, axis, self.queries[axis], group)
+            if first < last:
+                found[first, last, group_length(length, d, group)] += 1
+        return found
+
     def _suits_hopper(self) -> bool:
-        """Whether the ``hopper`` backend has kernels for this layer."""
-        divides = all(n % d == 0 for n, d in zip(self.shape, self.dilation))
+        """Whether the ``hopper`` backend has kernels for this layer.
+
+        The model knows those of whole layouts whose windows shift.
+        """
+        rule = self.rule
+        plain = rule.is_self_attention and set(rule.boundary) == {"shift"}
+        divides = all(n % d == 0 for n, d in zip(self.shape, rule.dilation))
         dims = next(each.head_dims for each in BACKENDS if each.name == Hopper.name)
-        return self.itemsize == 2 and divides and (dims is None or self.head_dim in dims)
+        fits = dims is None or self.head_dim in dims
+        return self.itemsize == 2 and plain and divides and fits
 
     def time_us(self, pairs: float, overhead: float = 0.0) -> tuple[float, str]:
         """Roofline of ``pairs`` in microseconds, and what bounds it.
@@ -265,7 +315,8 @@ class Layer:
         """
         matrices, device = self.batch * self.heads, self.device
         work = matrices * pairs * (1 + overhead)
-        moved = 4 * matrices * self.tokens * self.head_dim * self.itemsize
+        rows = 2 * (math.prod(self.queries) + math.prod(self.shape))  # Q, K, V and the output
+        moved = matrices * rows * self.head_dim * self.itemsize
         times = {
             "products": 4 * work * self.head_dim / device.tflops,
             "exponentials": matrices * pairs / device.exponentials,
@@ -297,8 +348,10 @@ def simulate(
     """Predict one problem.
 
     Args:
-        shape: token layout, one to three axis lengths.
-        kernel_size, stride, dilation, is_causal: as in ``na1d``, ``na2d`` and ``na3d``.
+        shape: token layout of the keys, one to three axis lengths.
+        kernel_size, stride, dilation, is_causal, boundary, queries_per_key, query_offset: as in
+            ``na1d``, ``na2d`` and ``na3d``; all from ``boundary`` on by keyword.
+        query_shape: token layout of the queries; None means all from ``query_offset`` on.
         device: a :class:`Device`, or the name of one of ``DEVICES``: "h100", "h200", "a100", "cpu".
         batch, heads, head_dim: of the attention layer; 1, 1 and 128.
         itemsize: bytes of a number, 2 for half precision.
@@ -306,7 +359,8 @@ def simulate(
             are what the device's backend chooses. If the device has no backend that can run the
             layer, they are the cheapest powers of two that multiply to the device's numbers.
         aligned: whether blocks lie on a fixed grid, as in kernels that reorder tokens first.
-            In our kernels the blocks start where a tile's first window starts.
+            In our kernels the blocks start where a tile's first window starts. Such kernels have no
+            parts, no finer queries and no circular axes.
 
     Raises:
         ArgumentError: an argument has a type or value that is not allowed.
@@ -319,7 +373,8 @@ def simulate(
         True
     """
     layer = Layer.create(shape, kernel_size, stride, dilation, is_causal, **options)
-    return _predict(layer, [[[pair]] for pair in zip(layer.kernel_size, layer.stride)])[0]
+    windows = zip(layer.rule.kernel_size, layer.rule.stride)
+    return _predict(layer, [[[window]] for window in windows])[0]
 
 
 def simulate_strides(
@@ -327,14 +382,18 @@ def simulate_strides(
 ) -> list[Prediction]:
     """Predict every stride, finest first: the fewer queries share a window, the finer.
 
-    Takes the arguments of :func:`simulate` without ``stride``.
+    Takes the arguments of :func:`simulate` without ``stride``. A circular axis has only strides
+    that divide it.
 
     Example:
         >>> len(simulate_strides((16, 44, 80), (16, 8, 12)))
         1536
     """
     layer = Layer.create(shape, kernel_size, **options)
-    strides = [[[(k, s)] for s in range(1, k + 1)] for k in layer.kernel_size]
+    strides = [
+        [[(k, s)] for s in range(1, k + 1) if _fitted(layer, axis, k, s) == s]
+        for axis, k in enumerate(layer.rule.kernel_size)
+    ]
     return sorted(_predict(layer, strides), key=lambda p: (math.prod(p.stride), p.time_us))
 
 
@@ -390,14 +449,20 @@ def recommend(
         raise ArgumentError(f"`near` must be a number of at least 0 and below 1, got {near!r}.")
     layer = Layer.create(shape, kernel_size, stride, dilation, is_causal, **options)
     options_per_axis = []
-    for axis, (length, d, k) in enumerate(zip(layer.shape, layer.dilation, layer.kernel_size)):
-        wish = layer.stride[axis]
+    rule = layer.rule
+    for axis, (length, d, k) in enumerate(zip(layer.shape, rule.dilation, rule.kernel_size)):
+        wish = rule.stride[axis]
         sizes = {wish, *(1 << i for i in range(k.bit_length()))}
         sizes |= {tile[axis] for tile in (layer.q_tile, layer.kv_tile) if tile is not None}
-        low, high = math.ceil(k * (1 - fraction)), min(int(k * (1 + fraction)), length // d)
+        low, high = math.ceil(k * (1 - fraction)), int(k * (1 + fraction))
+        if rule.boundary[axis] != "truncate":
+            high = min(high, length // d)
         options_per_axis.append(
             [
-                [(window, min(s, window, max(wish, window // 2))) for s in sorted(sizes)]
+                [
+                    (window, _fitted(layer, axis, window, min(s, window, max(wish, window // 2))))
+                    for s in sorted(sizes)
+                ]
                 for window in range(low, high + 1)
             ]
         )
@@ -408,60 +473,75 @@ def recommend(
     return front
 
 
+def _fitted(layer: Layer, axis: int, kernel_size: int, stride: int) -> int:
+    """The largest stride up to ``stride`` that the axis allows."""
+    if layer.rule.boundary[axis] != "circular":
+        return stride
+    length, d = layer.shape[axis : axis + 1], layer.rule.dilation[axis]
+    return fit_window(length, kernel_size, stride, d, boundary="circular")[1][0]
+
+
 # --- counting ---
 
 
-def _needed(n: int, kernel_size: Tensor, stride: Tensor, is_causal: bool) -> Tensor:
-    """Pairs that attend each other among ``n`` positions, for each window ``[windows, 1]``."""
-    if not is_causal:
-        return n * kernel_size[:, 0]
-    position = torch.arange(n, device="cpu")
+def _needed(
+    position: Tensor, n: int, kernel_size: Tensor, stride: Tensor, is_causal: bool, boundary: str
+) -> Tensor:
+    """Pairs of queries at ``position [queries]`` and ``n`` keys, for each window ``[windows, 1]``.
+
+    These are the pairs that attend each other.
+    """
+    if not is_causal and boundary != "truncate":
+        return len(position) * kernel_size[:, 0]
     sums = []
     for k, s in zip(kernel_size.split(_CHUNK), stride.split(_CHUNK)):
-        start, end = window_bounds(position, n, k, s, is_causal)
+        start, end = window_bounds(position, n, k, s, is_causal, boundary)
         sums.append((end - start).sum(-1))
     return torch.cat(sums)
 
 
 def _count(
-    length: int,
-    dilation: int,
-    is_causal: bool,
+    layer: Layer,
+    axis: int,
     windows: Sequence[tuple[int, int]],
     q_block: int,
     kv_block: int,
     warpgroups: int,
-    aligned: bool,
 ) -> Axis:
     """Count what one axis contributes, for every ``(kernel_size, stride)`` of ``windows``."""
+    is_causal, boundary = layer.rule.is_causal[axis], layer.rule.boundary[axis]
+    r = layer.rule.queries_per_key[axis]
     kernel, stride = torch.tensor(windows, device="cpu")[:, :, None].unbind(1)
     needed = visited = full = most = fetched = torch.zeros(
         len(windows), dtype=torch.float64, device="cpu"
     )
     q_blocks = 0
     tile = q_block * warpgroups
-    for group, groups in tiling.group_kinds(length, dilation):
-        n = group_length(length, dilation, group)
-        begin = torch.arange(0, n, tile, device="cpu")
-        q_blocks += groups * len(begin) * warpgroups
-        needed = needed + groups * _needed(n, kernel, stride, is_causal)
-        origin, _ = window_bounds(begin, n, kernel, stride, is_causal)
-        _, tile_end = window_bounds(
-            (begin + tile - 1).clamp(max=n - 1), n, kernel, stride, is_causal
-        )
+    for (begin, end, n), groups in layer.groups(axis).items():
+        position = torch.arange(begin, end, device="cpu") // r
+        last = len(position) - 1
+        bounds = partial(
+            window_bounds, n=n, kernel_size=kernel, stride=stride, is_causal=is_causal,
+            boundary=boundary,
+        )  # fmt: skip
+        first = torch.arange(0, last + 1, tile, device="cpu")  # of each tile
+        q_blocks += groups * len(first) * warpgroups
+        needed = needed + groups * _needed(position, n, kernel, stride, is_causal, boundary)
+        origin, _ = bounds(position[first])
+        _, tile_end = bounds(position[(first + tile - 1).clamp(max=last)])
         fetched = fetched + groups * warpgroups * (-((origin - tile_end) // kv_block)).sum(-1)
         for warpgroup in range(warpgroups):
-            first = (begin + warpgroup * q_block).clamp(max=n - 1)
-            last = (begin + warpgroup * q_block + q_block - 1).clamp(max=n - 1)
-            low, end = window_bounds(first, n, kernel, stride, is_causal)
-            start, high = window_bounds(last, n, kernel, stride, is_causal)
+            own = first + warpgroup * q_block
+            low, first_end = bounds(position[own.clamp(max=last)])
+            last_start, high = bounds(position[(own + q_block - 1).clamp(max=last)])
             count = tiling.count_blocks(
-                low, start, end, high, kv_block, torch.zeros_like(low) if aligned else origin
-            )
+                low, last_start, first_end, high, kv_block,
+                torch.zeros_like(low) if layer.aligned else origin,
+            )  # fmt: skip
             visited = visited + groups * count.visited
             full = full + groups * count.full
             most = torch.maximum(most, count.most)
-    slides = (stride[:, 0] == 1) & (not is_causal)
+    slides = (stride[:, 0] == 1) & (not is_causal) & (r == 1)
     return Axis(needed, visited, full, most, fetched, slides, q_blocks)
 
 
@@ -476,7 +556,7 @@ def _predict(
             the same number of alternatives.
     """
     kernel = layer.kernel()
-    device, rank = layer.device, len(layer.shape)
+    device, rank, all_pairs = layer.device, layer.rank, layer.all_pairs
     sizes = [
         torch.tensor([option[0][0] for option in axis], dtype=torch.float64, device="cpu")
         for axis in options
@@ -491,9 +571,8 @@ def _predict(
         """Each option's cheapest alternative: counts, indices, and the fewest blocks per token."""
         alternatives = len(options[axis][0])
         counts = _count(
-            layer.shape[axis], layer.dilation[axis], layer.is_causal[axis],
-            tuple(itertools.chain(*options[axis])), q_block, kv_block, warpgroups, layer.aligned,
-        )  # fmt: skip
+            layer, axis, tuple(itertools.chain(*options[axis])), q_block, kv_block, warpgroups
+        )
         cost = counts.visited + device.masking * (counts.visited - counts.full)
         chosen = cost.view(-1, alternatives).argmin(1)
         index = chosen + alternatives * torch.arange(len(chosen), device="cpu")
@@ -536,7 +615,7 @@ def _predict(
         for name, column in zip(names, [*found, kernel.overhead(number, axes)]):
             columns[name][of_tiling] = column[of_tiling]
 
-    dense_us, _ = layer.time_us(float(layer.tokens) ** 2)
+    dense_us, _ = layer.time_us(float(all_pairs))
     predictions = []
     rows = zip(combinations, chosen.tolist(), *(each.tolist() for each in columns.values()))
     for combination, number, needed, visited, full, most, overhead in rows:
@@ -548,15 +627,15 @@ def _predict(
             Prediction(
                 kernel_size=kernel_size,
                 stride=stride,
-                kept=needed / layer.tokens**2,
+                kept=needed / all_pairs,
                 backend=kernel.name,
                 q_tile=tiles.tile,
                 kv_tile=tiles.kv_block,
                 computed_over_needed=pairs / needed,
                 full_blocks=full / visited,
-                flop_bound=layer.tokens**2 / needed,
-                tile_bound=layer.tokens**2 / pairs,
-                interior_bound=layer.tokens / (most * math.prod(tiles.kv_block)),
+                flop_bound=all_pairs / needed,
+                tile_bound=all_pairs / pairs,
+                interior_bound=math.prod(layer.shape) / (most * math.prod(tiles.kv_block)),
                 time_us=time_us,
                 dense_us=dense_us,
                 bound_by=bound_by,
