@@ -2,8 +2,8 @@
 
 ``torch.utils.flop_counter.FlopCounterMode`` counts 2 per multiply-add, as it does for PyTorch's own
 operators. The handlers for fvcore count multiply-adds, as fvcore does. Only products count, not the
-softmax and the bias. Windows are counted exactly, but causal masking is not subtracted, as PyTorch
-does for ``scaled_dot_product_attention``.
+softmax and the bias. Windows are counted exactly, also truncated ones, but causal masking is not
+subtracted, as PyTorch does for ``scaled_dot_product_attention``.
 """
 
 from __future__ import annotations
@@ -12,49 +12,72 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import operators  # defines the operators
+from . import operators, tiling  # the former defines the operators
 from ._library import NAMESPACE, ops
-from ._torch import has_fake
+from ._torch import dispatch_modes, has_fake
 from ._tracing import function_name
+from .neighborhood import Dense, Neighborhood, Rule, group_length
 from .sequences import Lengths
 
 
-def _rows(shape: Sequence[int]) -> int:
-    """The number of queries in ``[..., channels]``, over all batch entries and heads."""
-    return math.prod(shape[:-1])
+def _window_pairs(rule: Rule, space: Sequence[int], key_space: Sequence[int]) -> int:
+    """Pairs of a query and a key of its window, in one head of a batch entry."""
+    if isinstance(rule, Dense):
+        return math.prod((*space, *key_space))
+    axes = enumerate(zip(space, key_space))
+    return math.prod(_axis_pairs(rule, axis, *lengths) for axis, lengths in axes)
 
 
-def _attended(
-    query: Sequence[int], key: Sequence[int], additional_keys: Any, kernel_size: Any
-) -> int:
-    """The number of keys that each query attends, given the shapes of the tensors.
+def _axis_pairs(rule: Neighborhood, axis: int, length: int, key_length: int) -> int:
+    """The pairs along one axis.
 
-    Without a window these are all keys of ``[batch, length, ...]``.
+    The truncated windows of a causal axis count as many keys as there can be. So do others where
+    they can not be worked out, as for symbolic sizes, and below a mode such as that of fake tensors.
     """
-    window = math.prod(kernel_size) if operators.has_window(kernel_size) else key[1]
-    return window + (0 if additional_keys is None else additional_keys[1])
+    k = rule.kernel_size[axis]
+    if rule.boundary[axis] != "truncate":
+        return length * k
+    known = type(length) is type(key_length) is int and not dispatch_modes()
+    if known and not rule.is_causal[axis]:
+        return tiling.axis_pairs(rule, axis, length, key_length)
+    return length * torch.sym_min(k, group_length(key_length, rule.dilation[axis], 0))
+
+
+def _pairs(
+    query: Sequence[int], key: Sequence[int], additional_keys: Any, packed: Sequence[Any]
+) -> int:
+    """Query-key pairs of fused attention, over all batch entries and heads.
+
+    Args:
+        query, key, additional_keys: shapes, heads-last.
+        packed: the operator's arguments from the rule on.
+    """
+    batch, *space, heads, _ = query
+    rule = operators.unpack(*packed[: operators.RULE_ARGUMENTS])
+    additional = 0 if additional_keys is None else additional_keys[1]
+    windows = _window_pairs(rule, space, key[1:-2])
+    return batch * heads * (windows + math.prod(space) * additional)
 
 
 @register_flop_formula(ops.attention)
 def _attention_flops(
     query: Any, key: Any, value: Any, rpb: Any, additional_keys: Any, additional_values: Any,
-    kernel_size: Any, *args: Any, **kwargs: Any,
+    *packed: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
-    pairs = _rows(query) * _attended(query, key, additional_keys, kernel_size)
-    return 2 * pairs * (query[-1] + value[-1])
+    return 2 * _pairs(query, key, additional_keys, packed) * (query[-1] + value[-1])
 
 
 @register_flop_formula(ops.attention_backward)
 def _attention_backward_flops(
     grad_out: Any, grad_lse: Any, out: Any, lse: Any, query: Any, key: Any, value: Any, rpb: Any,
-    additional_keys: Any, additional_values: Any, kernel_size: Any, *args: Any, **kwargs: Any,
+    additional_keys: Any, additional_values: Any, *packed: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     # The scores, dQ and dK are products over the query's head dim, dP and dV over the value's.
-    pairs = _rows(query) * _attended(query, key, additional_keys, kernel_size)
-    return 2 * pairs * (3 * query[-1] + 2 * value[-1])
+    return 2 * _pairs(query, key, additional_keys, packed) * (3 * query[-1] + 2 * value[-1])
 
 
 def _pairs_of_sequences(query: Tensor, key: Tensor, arguments: Sequence[Any]) -> int:
@@ -65,7 +88,7 @@ def _pairs_of_sequences(query: Tensor, key: Tensor, arguments: Sequence[Any]) ->
     lengths = Lengths(*arguments[:6])
     if has_fake((query,)) or query.is_meta:
         keys = key.shape[1] if lengths.longest_kv < 0 else lengths.longest_kv
-        return _rows(query.shape) * keys
+        return math.prod(query.shape[:-1]) * keys
     return query.shape[2] * sum(n * m for n, m in zip(*lengths.read(query, key)))
 
 
@@ -84,21 +107,35 @@ def _packed_backward_flops(
     return 2 * pairs * (3 * query.shape[-1] + 2 * value.shape[-1])
 
 
+def _unfused_macs(
+    queries: Sequence[int], space: Sequence[int], channels: int, packed: Sequence[Any]
+) -> int:
+    """Multiply-adds of an unfused map.
+
+    Args:
+        queries: the shape of something with a row for each query, heads-first.
+        space: the keys' token layout.
+        channels: of the products.
+        packed: the operator's arguments from the rule on.
+    """
+    batch, heads, *own, _ = queries
+    rule = operators.unpack(*packed[: operators.RULE_ARGUMENTS])
+    return batch * heads * channels * _window_pairs(rule, own, space)
+
+
 @register_flop_formula(ops.qk)
-def _qk_flops(query: Any, key: Any, kernel_size: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * math.prod(query) * math.prod(kernel_size)
+def _qk_flops(query: Any, key: Any, *packed: Any, **kwargs: Any) -> int:
+    return 2 * _unfused_macs(query, key[2:-1], query[-1], packed)
 
 
 @register_flop_formula(ops.av)
-def _av_flops(attn: Any, value: Any, kernel_size: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * _rows(attn) * value[-1] * math.prod(kernel_size)
+def _av_flops(attn: Any, value: Any, *packed: Any, **kwargs: Any) -> int:
+    return 2 * _unfused_macs(attn, value[2:-1], value[-1], packed)
 
 
 @register_flop_formula(ops.av_transposed)
-def _av_transposed_flops(
-    attn: Any, x: Any, key_shape: Any, kernel_size: Any, *args: Any, **kwargs: Any
-) -> int:
-    return 2 * math.prod(x) * math.prod(kernel_size)
+def _av_transposed_flops(attn: Any, x: Any, key_shape: Any, *packed: Any, **kwargs: Any) -> int:
+    return 2 * _unfused_macs(x, key_shape, x[-1], packed)
 
 
 # --- fvcore ---
@@ -112,12 +149,14 @@ def _shapes(values: Sequence[Any]) -> list[list[int]]:
 
 def qk_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
     """Multiply-adds of ``na*d_qk``, from jit values: each weight is the product of two rows."""
-    return math.prod(_shapes(outputs)[0]) * _shapes(inputs)[0][-1]
+    query, key = _shapes(inputs)[:2]
+    return _unfused_macs(query, key[2:-1], query[-1], _lists(outputs[0].node()))
 
 
 def av_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
     """Multiply-adds of ``na*d_av``, from jit values: each weight scales one row."""
-    return math.prod(_shapes(inputs)[0]) * _shapes(outputs)[0][-1]
+    attn, value = _shapes(inputs)[:2]
+    return _unfused_macs(attn, value[2:-1], value[-1], _lists(outputs[0].node()))
 
 
 def fna_generic_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
@@ -125,17 +164,16 @@ def fna_generic_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
     query, key, value, *rest = _shapes(inputs)
     # Additional keys and values come last; a bias alone is one more tensor, not two.
     additional_keys = rest[-2] if len(rest) >= 2 else None
-    kernel_size = _kernel_size(outputs[0].node())
-    pairs = _rows(query) * _attended(query, key, additional_keys, kernel_size)
+    pairs = _pairs(query, key, additional_keys, _lists(outputs[0].node()))
     return pairs * (query[-1] + value[-1])
 
 
-def _kernel_size(node: Any) -> Sequence[int]:
-    """The window: the first list among the arguments of an operator's or a Function's node."""
+def _lists(node: Any) -> list[Sequence[int]]:
+    """The lists among the arguments of an operator's or a Function's node; the rule comes first."""
     if node.kind() == "prim::PythonOp":
-        return next(x for x in node.scalar_args() if isinstance(x, (tuple, list)))
+        return [x for x in node.scalar_args() if isinstance(x, (tuple, list))]
     lists = (x.node() for x in node.inputs() if x.type().kind() == "ListType")
-    return [x.toIValue() for x in next(lists).inputs()]
+    return [[x.toIValue() for x in each.inputs()] for each in lists]
 
 
 _HANDLERS = {"qk": qk_flops, "av": av_flops, "attention": fna_generic_flops}

@@ -126,6 +126,14 @@ def reach(
     return torch.searchsorted(end, keys, right=True), torch.searchsorted(start, keys, right=True)
 
 
+def axis_pairs(rule: Rule, axis: int, length: int, key_length: int) -> int:
+    """Pairs of a query and a key that attend each other along an axis."""
+    d = rule.dilation[axis]
+    key = rule.key_tokens(axis, torch.arange(length, device="cpu"))
+    start, end = rule.windows(axis, key // d, group_length(key_length, d, key % d))
+    return int((end - start).sum())
+
+
 def padded(values: Sequence[Any], fill: Any) -> tuple[Any, ...]:
     """``values`` with three axes: the missing ones come first and hold ``fill``."""
     return (*(fill,) * (3 - len(values)), *values)

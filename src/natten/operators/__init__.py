@@ -14,7 +14,7 @@ from .composed import composed_attention, gathered_gradient
 from .fused import Call, attention, simplified, unpack_call
 from .linear import av, av_transposed, qk, rpb_bias, rpb_bias_transposed
 from .packed import backend_for, document_attention, problem_of
-from .schema import RULE_ARGUMENTS, Choice, has_window, unpack
+from .schema import RULE_ARGUMENTS, Choice, unpack
 from .sequences import (
     gathered_sequences,
     gathered_sequences_gradient,
@@ -36,7 +36,6 @@ __all__ = [
     "gathered_gradient",
     "gathered_sequences",
     "gathered_sequences_gradient",
-    "has_window",
     "is_plain_call",
     "problem_of",
     "qk",

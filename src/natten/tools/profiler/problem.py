@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ... import backends
 from ...errors import ArgumentError
-from ...neighborhood import Neighborhood, group_length
+from ...neighborhood import Neighborhood
+from ...tiling import axis_pairs
 from ..layouts import by, query_layout, words
 
 CPU = torch.device("cpu")
@@ -89,14 +90,8 @@ class Problem:
     @cached_property
     def window_pairs(self) -> int:
         """Pairs of a query and a key of its window, per batch entry and head."""
-        windows = 1
-        for axis, (length, key_length) in enumerate(zip(self.queries, self.shape)):
-            d = self.rule.dilation[axis]
-            key = self.rule.key_tokens(axis, torch.arange(length, device="cpu"))
-            n = group_length(key_length, d, key % d)
-            start, end = self.rule.windows(axis, key // d, n)
-            windows *= int((end - start).sum())
-        return windows
+        axes = enumerate(zip(self.queries, self.shape))
+        return math.prod(axis_pairs(self.rule, axis, *lengths) for axis, lengths in axes)
 
     @property
     def needed_pairs(self) -> int:
