@@ -65,6 +65,9 @@ def check(function, ran, *tensors, **options):
         return False
     assert said is None, f"explain raises {said} where the call runs"
     lines = dict(line.split(": ", 1) for line in text.splitlines())
+    around = " with keys padded around"
+    padded = {name for name, line in lines.items() if around in line}
+    lines = {name: line.replace(around, "") for name, line in lines.items()}
     assert list(lines) == [each.name for each in backends.BACKENDS]
     assert {what for what, _ in ran} == (
         {"forward", "backward"} if out.requires_grad else {"forward"}
@@ -74,6 +77,9 @@ def check(function, ran, *tensors, **options):
     running = {name for name, line in lines.items() if line == "runs" or line.startswith("runs ")}
     running = {name for name in running if not lines[name].startswith("runs on GPUs")}
     assert running == {name for _, name in ran}
+    is_ring = "circular" in np.atleast_1d(options.get("boundary", "shift"))
+    without = {each.name for each in backends.BACKENDS if is_ring and not each.circular}
+    assert running & without == running & padded and padded <= without
     return True
 
 
@@ -101,7 +107,18 @@ def fused_calls(draw):
     if draw(st.booleans()):
         additional = torch.zeros(1, 3, heads, dim, dtype=dtype)
         options |= {"additional_keys": additional, "additional_values": additional}
+    if draw(st.booleans()):
+        options |= {
+            "boundary": pick("truncate", "circular", ("shift", "circular", "truncate")[:rank])
+        }
+    if draw(st.booleans()):
+        options |= {"queries_per_key": (r := pick(1, 2)), "query_offset": 1}
+        part = (1, *(n * r - 1 for n in space), heads, dim)
+        tensors[0] = torch.zeros(part, dtype=dtype)
     wrong = {
+        "offset": {"query_offset": pick(30, -1, "1", True)},
+        "fine": {"queries_per_key": pick(0, 3, 1.5)},
+        "boundary": {"boundary": pick("mirror", 1, ("shift",) * 4)},
         "window": {"kernel_size": 30},
         "type": {"kernel_size": pick("3", 3.0, True)},
         "stride": {"stride": 4},
@@ -192,6 +209,15 @@ def test_autocast_counts(who_runs):
         check(GENERIC, who_runs, q, q, q.double(), kernel_size=3)
         assert check(GENERIC, who_runs, q, q.bfloat16(), q, kernel_size=3)
     assert not check(GENERIC, who_runs, q, q.bfloat16(), q, kernel_size=3)
+
+
+def test_rings_of_backends_without_them():
+    q = torch.zeros(1, 8, 2, 4)
+    lines = explain(q, kernel_size=3, boundary="circular", backend="tiled").splitlines()
+    assert "tiled: runs with keys padded around" in lines
+    assert "reference: can run, `backend` asks for tiled" in lines
+    part = explain(q[:, :3], q, kernel_size=3, query_offset=4, backend="tiled").splitlines()
+    assert "tiled: runs" in part
 
 
 def test_arguments_by_position_and_left_out(who_runs):

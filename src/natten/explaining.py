@@ -25,8 +25,9 @@ def explain(
 ) -> str:
     """Say which backend a call runs, and why the others do not.
 
-    The backends of forward and backward are chosen separately. If they differ, each is named. If
-    the call raises an error, this raises it, too.
+    The backends of forward and backward are chosen separately. If they differ, each is named. A
+    backend without circular axes runs them with keys and values that are padded around. If the call
+    raises an error, this raises it, too.
 
     Args:
         query, key, value, kernel_size, args, kwargs: the arguments of a fused operator. Without a
@@ -89,17 +90,20 @@ def _lines(name: str, problem: backends.Problem, gradient: backends.Problem) -> 
     for candidate in backends.BACKENDS:
         reason = candidate.unsupported(problem)
         declined = candidate.unsupported if candidate.name == name else candidate.declined
+        is_padded = backends.runner_of(candidate, problem.rule) is not candidate
+        how = " with keys padded around" if is_padded else ""
         if candidate is forward and candidate is backward:
-            what = "runs"
+            what = f"runs{how}"
         elif candidate is forward:
-            what = f"runs forward, but {declined(gradient)}"
+            what = f"runs forward{how}, but {declined(gradient)}"
         elif candidate is backward:
-            what = "runs backward"
+            what = f"runs backward{how}"
         elif reason is not None:
             what = reason
         elif name:
-            what = f"can run, `backend` asks for {name}"
+            what = f"can run{how}, `backend` asks for {name}"
         else:
-            what = f"can run, {declined(problem) or 'comes later in the order of preference'}"
+            later = declined(problem) or "comes later in the order of preference"
+            what = f"can run{how}, {later}"
         lines.append(f"{candidate.name}: {what}")
     return "\n".join(lines)

@@ -36,7 +36,7 @@ def _axis_pairs(rule: Neighborhood, axis: int, length: int, key_length: int) -> 
     """The pairs along one axis.
 
     The truncated windows of a causal axis count as many keys as there can be. So do others where
-    they can not be worked out, as for symbolic sizes, and below a mode such as that of fake tensors.
+    they can not be worked out, as for symbolic sizes, and below a mode like that of fake tensors.
     """
     k = rule.kernel_size[axis]
     if rule.boundary[axis] != "truncate":
