@@ -170,6 +170,86 @@ def test_decomposed_packed_attention(causal):
             assert_close("packed", expected, found, 1e-5)
 
 
+# Parts, finer queries and borders, one call for each rank, with a layout of keys and of queries.
+PARTS = {
+    1: ((9,), (8,), {
+        "kernel_size": 12, "stride": 3, "is_causal": True, "boundary": "truncate",
+        "query_offset": 1,
+    }),
+    2: ((6, 5), (6, 15), {
+        "kernel_size": (3, 4), "dilation": (2, 1), "boundary": ("circular", "truncate"),
+        "queries_per_key": (1, 3),
+    }),
+    3: ((4, 3, 4), (3, 5, 4), {
+        "kernel_size": (5, 2, 3), "stride": (2, 1, 1), "query_offset": (1, 1, 0),
+        "queries_per_key": (1, 2, 1), "boundary": ("truncate", "shift", "circular"),
+    }),
+}  # fmt: skip
+
+
+class Parts(torch.nn.Module):
+    """Fused and unfused calls of :data:`PARTS`, with a bias and additional tokens."""
+
+    def forward(self, *given):
+        found = []
+        for rank, (_, _, window) in PARTS.items():
+            q, k, additional, rpb = given[4 * (rank - 1) : 4 * rank]
+            tokens = {"additional_keys": additional, "additional_values": additional[..., :4]}
+            found += natten.neighborhood_attention_generic(
+                q, k, k[..., :4], **window, **tokens, rpb=rpb, return_lse=True
+            )
+            first, second = q[..., :2, :].movedim(-2, 1), k.movedim(-2, 1)
+            scores = getattr(natten, f"na{rank}d_qk")(first, second, **window, rpb=rpb[:2])
+            found.append(scores)
+            found.append(getattr(natten, f"na{rank}d_av")(scores.softmax(-1), second, **window))
+        return tuple(found)
+
+    @staticmethod
+    def inputs(batch, dtype=torch.float32):
+        found = []
+        for keys, queries, window in PARTS.values():
+            kernel = natten.Neighborhood.create(len(keys), window["kernel_size"]).kernel_size
+            sizes = (batch, *queries, 4, 6), (batch, *keys, 2, 6), (batch, 3, 2, 6)
+            sizes += ((4, *(2 * k - 1 for k in kernel)),)
+            found += [torch.randn(size, dtype=dtype) for size in sizes]
+        return tuple(found)
+
+
+def test_decomposed_parts_finer_queries_and_borders():
+    """Forward and backward of each rank."""
+
+    def step(*given):
+        given = [x.detach().requires_grad_() for x in given]
+        outputs = Parts()(*given)
+        # Slots that are cut off hold -inf.
+        loss = sum(torch.where(x.isfinite(), x, 0).sin().sum() for x in outputs)
+        return *outputs, *torch.autograd.grad(loss, given)
+
+    given = Parts.inputs(2, torch.float64)
+    assert of_ours(make_fx(step)(*given).graph)
+    trace = make_fx(step, decomposition_table=natten.export.decompositions())(*given)
+    assert not of_ours(trace.graph)
+    for expected, found in zip(step(*given), trace(*given), strict=True):
+        assert_close("step", expected, found, 1e-12)
+
+
+@pytest.fixture(scope="module")
+def decomposed_parts():
+    """A decomposed program of :class:`Parts` for all batch sizes."""
+    batch = Dim("batch", min=2)
+    dynamic = tuple(None if i % 4 == 3 else {0: batch} for i in range(4 * len(PARTS)))
+    program = export(Parts(), Parts.inputs(2), dynamic_shapes=(dynamic,))
+    assert of_ours(program.graph)
+    return program.run_decompositions(natten.export.decompositions())
+
+
+def test_decomposed_parts_for_all_batch_sizes(decomposed_parts):
+    assert not of_ours(decomposed_parts.graph)
+    given = Parts.inputs(3)
+    for expected, found in zip(Parts()(*given), decomposed_parts.module()(*given), strict=True):
+        assert_close("parts", expected, found, 1e-5)
+
+
 def test_every_operator_is_decomposed():
     ours = {n for n in dir(torch.ops.natten) if not n.startswith("_") and n != "name"}
     assert ours == {x.__name__.split(".")[0] for x in natten.export.decompositions()}
@@ -247,3 +327,10 @@ def test_onnx_of_decomposed_programs(decomposed):
     layer, program = decomposed
     onnx = torch.onnx.export(program, dynamo=True, verbose=False)
     check_onnx(onnx, layer, *((torch.randn(shape),) for shape in ((2, 5, 8, 8), (3, 9, 7, 8))))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_onnx_of_parts_finer_queries_and_borders(decomposed_parts):
+    pytest.importorskip("onnxscript")
+    onnx = torch.onnx.export(decomposed_parts, dynamo=True, verbose=False)
+    check_onnx(onnx, Parts(), Parts.inputs(2), Parts.inputs(3))
