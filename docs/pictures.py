@@ -12,9 +12,23 @@ from natten.draw import (
     draw_tiles,
     draw_walk,
 )
+from natten.draw.canvas import compose
+from natten.draw.window import LEGEND, layout, window_panel
 
 IMAGES = Path(__file__).parent / "images"
 TILE = {"q_tile": (4, 8), "kv_tile": (4, 4)}
+
+
+def borders() -> str:
+    """One window at a corner, for each boundary."""
+    panels = []
+    captions = {
+        "shift": "moves inwards", "truncate": "is cut", "circular": "goes on at the other end"
+    }  # fmt: skip
+    for boundary, caption in captions.items():
+        drawn = layout((10, 10), (5, 1, 1, False, boundary))
+        panels.append(window_panel(drawn, (1, 8), title=f'boundary="{boundary}"', caption=caption))
+    return compose(panels, LEGEND[:2]).svg()
 
 
 def pictures() -> dict[str, str]:
@@ -29,6 +43,16 @@ def pictures() -> dict[str, str]:
             (4, 9, 9), 3, dilation=(1, 2, 2), is_causal=(True, False, False), query=(2, 4, 4),
             legend=True,
             caption="kernel_size=3, dilation=(1, 2, 2), is_causal=(True, False, False)",
+        ),
+        "borders.svg": borders(),
+        "part.svg": draw_neighborhood(
+            (8, 12), 5, is_causal=(True, False), query_offset=(5, 0), query=(1, 4), legend=True,
+            caption="8x12 keys, kernel_size=5, is_causal=(True, False)\n"
+            "3x12 queries, query_offset=(5, 0)",
+        ),
+        "finer.svg": draw_neighborhood(
+            (5, 8), 3, queries_per_key=3, query=(7, 10), legend=True,
+            caption="5x8 keys, 15x24 queries, kernel_size=3, queries_per_key=3",
         ),
         "mask.svg": draw_mask((24,), 7, legend=True, caption="24 tokens, kernel_size=7"),
         "tiles.svg": draw_tiles((24, 24), 9, **TILE, legend=True, title="kernel_size=9"),

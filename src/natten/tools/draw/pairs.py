@@ -39,7 +39,6 @@ from .canvas import (
     square,
 )
 from .window import (
-    PART,
     Drawn,
     Grid,
     Sizes,
@@ -200,13 +199,12 @@ def draw_tiles(
     )
     description = f"{title or 'Tile'} of {q} queries and blocks of {kv} keys: {drawn}"
     panel = grid.panel(parts, title, caption, description)
-    key: tuple[Key, ...] = (
+    key = (
         Key(TOKEN, True, "queries of the tile"),
         Key(ATTENDED, False, "all of them attend it"),
         Key(PARTLY, False, "some attend it"),
         Key(WASTED, False, "none attends it"),
     )
-    key += (PART,) if rule.query_offset is not None else ()
     return finish(compose([panel], key if legend else ()), path)
 
 
