@@ -299,7 +299,10 @@ RANKS = {
         ("attn_mask", "there are no free masks; .*`kernel_size`.*`rpb`"),
         ("dropout_p", "drop out the weights between na*d_qk and na*d_av".replace("*", r"\*")),
         ("enable_gqa", "leave it out; `key` and `value`.*fewer heads"),
-        ("window_size", "use `kernel_size`"),
+        ("window_size", "use `kernel_size`.*`boundary=\"truncate\"`"),
+        ("padding_mode", "use `boundary`"),
+        ("circular", "use `boundary=\"circular\"`"),
+        ("cache_seqlens", "give the cached keys and values as `key`.*`query_offset` says"),
         ("xyz", r"its arguments are .*kernel_size.*dilation"),
     ],
 )

@@ -12,10 +12,13 @@ from .errors import ArgumentError
 # Keywords of other libraries' attention, and what to use here.
 ELSEWHERE = {
     "attn_mask": "there are no free masks; who attends whom follows from `kernel_size`, `stride`, "
-    "`dilation` and `is_causal`, or from the lengths of packed sequences, and `rpb` is a bias by "
-    "relative position",
+    "`dilation`, `is_causal` and `boundary`, or from the lengths of packed sequences, and `rpb` is a "
+    "bias by relative position",
     "batch_first": "the batch always comes first",
+    "cache_seqlens": "give the cached keys and values as `key` and `value`; `query_offset` says how "
+    "many of them come before the queries",
     "causal": "use `is_causal`",
+    "circular": 'use `boundary="circular"`',
     "cu_seqlens_k": "use `cumulative_seqlen_KV`",
     "cu_seqlens_q": "use `cumulative_seqlen_Q`",
     "dropout": "a layer has `attn_drop` and `proj_drop`; without one, drop out the weights between "
@@ -24,9 +27,11 @@ ELSEWHERE = {
     "enable_gqa": "leave it out; `key` and `value` of fused operators may have fewer heads than "
     "`query`",
     "need_weights": "na*d_qk and softmax give the weights",
+    "padding_mode": 'use `boundary`, which is "shift", "truncate" or "circular"',
     "scale": "multiply the query by it before",
     "softmax_scale": "use `scale`",
-    "window_size": "use `kernel_size`, the number of tokens in a window",
+    "window_size": "use `kernel_size`, the number of tokens in a window; with "
+    '`boundary="truncate"` it is cut at the ends, as local windows are elsewhere',
 }
 
 

@@ -286,9 +286,14 @@ class Neighborhood:
         )  # fmt: skip
 
     def attended_slots(
-        self, shape: Sequence[int], key_shape: Sequence[int], device: torch.device | str = "cpu"
+        self,
+        shape: Sequence[int],
+        key_shape: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
     ) -> Tensor:
         """Whether each query attends each slot of its window; slots that are cut off come last.
+
+        ``shape`` is the token layout of the queries, and of the keys unless ``key_shape`` is given.
 
         Returns:
             bool ``[*shape, window tokens]``; slots are in row-major order, the first attended token
@@ -297,17 +302,23 @@ class Neighborhood:
         return self._slots(shape, key_shape, device)[1]
 
     def window_tokens_of(
-        self, shape: Sequence[int], key_shape: Sequence[int], device: torch.device | str = "cpu"
+        self,
+        shape: Sequence[int],
+        key_shape: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
     ) -> Tensor:
         """The key in each slot of each query's window, int64 ``[*shape, window tokens]``.
+
+        ``shape`` is the token layout of the queries, and of the keys unless ``key_shape`` is given.
 
         Keys are counted in row-major order; a slot that is not attended holds some key.
         """
         return self._slots(shape, key_shape, device)[0]
 
     def _slots(
-        self, shape: Sequence[int], key_shape: Sequence[int], device: torch.device | str
+        self, shape: Sequence[int], key_shape: Sequence[int] | None, device: torch.device | str
     ) -> tuple[Tensor, Tensor]:
+        key_shape = shape if key_shape is None else key_shape
         token = torch.zeros((), dtype=torch.int64, device=device)
         valid = torch.ones((), dtype=torch.bool, device=device)
         for axis, (length, key_length) in enumerate(zip(shape, key_shape)):
