@@ -12,11 +12,11 @@ from .errors import ArgumentError
 # Keywords of other libraries' attention, and what to use here.
 ELSEWHERE = {
     "attn_mask": "there are no free masks; who attends whom follows from `kernel_size`, `stride`, "
-    "`dilation`, `is_causal` and `boundary`, or from the lengths of packed sequences, and `rpb` is a "
-    "bias by relative position",
+    "`dilation`, `is_causal` and `boundary`, or from the lengths of packed sequences, and `rpb` is "
+    "a bias by relative position",
     "batch_first": "the batch always comes first",
-    "cache_seqlens": "give the cached keys and values as `key` and `value`; `query_offset` says how "
-    "many of them come before the queries",
+    "cache_seqlens": "give the cached keys and values as `key` and `value`; `query_offset` says "
+    "how many of them come before the queries",
     "causal": "use `is_causal`",
     "circular": 'use `boundary="circular"`',
     "cu_seqlens_k": "use `cumulative_seqlen_KV`",
