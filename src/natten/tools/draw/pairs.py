@@ -16,13 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentError
-from ...neighborhood import (
-    Boundary,
-    Neighborhood,
-    group_length,
-    queries_before,
-    query_range,
-)
+from ...neighborhood import Boundary, group_length, queries_before, query_range
 from ..layouts import by
 from ..simulator import simulate
 from .canvas import (
@@ -103,13 +97,13 @@ def draw_mask(
     edges: list[int] = []
     if q_tile is not None or kv_tile is not None:
         q, kv = _tiles(q_tile, kv_tile, drawn.keys)
-        axes = list(enumerate(drawn.queries))
-        tile_of = _sort_keys([_tiles_of_queries(drawn.rule, *each, q[each[0]]) for each in axes])
+        tiles = [_tiles_of_queries(drawn, axis, size) for axis, size in enumerate(q)]
+        tile_of = _sort_keys(tiles)
         query_order.sort(key=tile_of.__getitem__)
         blocks = zip(drawn.keys, drawn.rule.dilation, kv)
         block_of = _sort_keys([[(x % d, x // d // t) for x in range(n)] for n, d, t in blocks])
         key_order.sort(key=block_of.__getitem__)
-        covers = [_computed(drawn, axis, q[axis], kv[axis]) for axis, _ in axes]
+        covers = [_computed(drawn, axis, *each) for axis, each in enumerate(zip(tiles, kv))]
         edges = [
             row
             for row in range(1, len(query_order))
@@ -172,7 +166,8 @@ def draw_tiles(
     drawn = layout(shape, window, query_shape)
     at, rule = position(query, drawn.queries), drawn.rule
     q, kv = _tiles(q_tile, kv_tile, drawn.keys)
-    axes = [_walk(drawn, axis, *each) for axis, each in enumerate(zip(at, q, kv))]
+    tiles = [_tiles_of_queries(drawn, axis, size) for axis, size in enumerate(q)]
+    axes = [_walk(drawn, axis, *each) for axis, each in enumerate(zip(tiles, at, kv))]
     in_tile = every_axis([drawn.of_queries(n, axis.tile) for n, axis in enumerate(axes)])
     some, every, visited = (
         every_axis([drawn.of_keys(*each) for each in enumerate(marks)])
@@ -223,10 +218,9 @@ class _Walk(NamedTuple):
         return torch.stack([piece for block in self.blocks for piece in block]).any(0)
 
 
-def _walk(drawn: Drawn, axis: int, x: int, q: int, kv: int) -> _Walk:
-    """The tile of ``q`` queries that holds query ``x``, and its blocks of ``kv`` keys."""
+def _walk(drawn: Drawn, axis: int, tiles: list[tuple[int, int]], x: int, kv: int) -> _Walk:
+    """The tile that holds query ``x``, and its blocks of ``kv`` keys."""
     rule, d, length = drawn.rule, drawn.rule.dilation[axis], drawn.keys[axis]
-    tiles = _tiles_of_queries(rule, axis, drawn.queries[axis], q)
     tile = torch.tensor([each == tiles[x] for each in tiles], device="cpu")
     group, n = tiles[x][0], group_length(length, d, tiles[x][0])
     query = tile.nonzero().flatten()
@@ -250,16 +244,16 @@ def _walk(drawn: Drawn, axis: int, x: int, q: int, kv: int) -> _Walk:
     return _Walk(tile, keys(low, high), keys(last_start, first_end), blocks, full)
 
 
-def _computed(drawn: Drawn, axis: int, q: int, kv: int) -> Tensor:
+def _computed(drawn: Drawn, axis: int, tiles: list[tuple[int, int]], kv: int) -> Tensor:
     """Pairs that tiles compute along an axis, bool ``[queries, keys]``."""
-    walks = (_walk(drawn, axis, x, q, kv) for x in range(drawn.queries[axis]))
-    return torch.stack([walk.visited for walk in walks])
+    firsts = {tile: x for x, tile in reversed(list(enumerate(tiles)))}
+    visited = {tile: _walk(drawn, axis, tiles, x, kv).visited for tile, x in firsts.items()}
+    return torch.stack([visited[tile] for tile in tiles])
 
 
-def _tiles_of_queries(
-    rule: Neighborhood, axis: int, length: int, tile: int
-) -> list[tuple[int, int]]:
+def _tiles_of_queries(drawn: Drawn, axis: int, tile: int) -> list[tuple[int, int]]:
     """For each query of an axis, its dilation group and which tile of the group holds it."""
+    rule, length = drawn.rule, drawn.queries[axis]
     d, r, offset = rule.dilation[axis], rule.queries_per_key[axis], rule.offset[axis]
     found = []
     for x in range(offset, offset + length):
