@@ -145,6 +145,11 @@ def test_a_part_moves_its_own_queries():
     assert found.time_us == pytest.approx((2 * 256 + 2 * 64) * 8 * 4 / 1e-6 / 1e6)
 
 
+def test_a_window_that_fills_a_ring_is_all_of_it():
+    found = simulate((16,), 16, boundary="circular", q_tile=(4,), kv_tile=(8,))
+    assert found.kept == found.computed_over_needed == 1 and found.is_full
+
+
 def test_a_ring_has_strides_that_divide_it():
     ring = {"dilation": 2, "boundary": "circular"}
     assert [each.stride for each in simulate_strides((24,), 6, **ring)] == [

@@ -91,6 +91,7 @@ def draw_mask(
     """
     window = kernel_size, stride, dilation, is_causal, boundary, queries_per_key, query_offset
     drawn = layout(shape, window, query_shape, MAX_PAIR_TOKENS)
+    drawn = drawn._replace(rule=drawn.rule.without_full_rings(drawn.keys))
     masks = covers = axis_masks(drawn)
     query_order = list(range(math.prod(drawn.queries)))
     key_order = list(range(math.prod(drawn.keys)))
@@ -164,6 +165,7 @@ def draw_tiles(
     """
     window = kernel_size, stride, dilation, is_causal, boundary, queries_per_key, query_offset
     drawn = layout(shape, window, query_shape)
+    drawn = drawn._replace(rule=drawn.rule.without_full_rings(drawn.keys))
     at, rule = position(query, drawn.queries), drawn.rule
     q, kv = _tiles(q_tile, kv_tile, drawn.keys)
     tiles = [_tiles_of_queries(drawn, axis, size) for axis, size in enumerate(q)]

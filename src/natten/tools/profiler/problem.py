@@ -102,7 +102,8 @@ class Problem:
         """The problem by which :mod:`natten.backends` chooses for "attention" or its "gradient"."""
         return backends.Problem(
             operation, self.device, self.dtype, self.dim, self.value_dim,
-            (self.batch, *self.queries, self.heads, self.dim), self.rule, self.dim**-0.5,
+            (self.batch, *self.queries, self.heads, self.dim),
+            self.rule.without_full_rings(self.shape), self.dim**-0.5,
             key_shape=self.shape, additional=self.num_additional > 0,
         )  # fmt: skip
 

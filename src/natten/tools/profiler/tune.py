@@ -39,7 +39,8 @@ def windows(problem: Problem, backend: str) -> tuple[Neighborhood, Shape, Shape]
 
     One that has no circular axes pads the keys around.
     """
-    rule, key_shape, found = problem.rule, problem.shape, backends.named(backend)
+    key_shape, found = problem.shape, backends.named(backend)
+    rule = problem.rule.without_full_rings(key_shape)
     if found is not None and not found.circular and "circular" in rule.boundary:
         rule, margins = rule.unrolled()
         key_shape = padded_shape(key_shape, margins)

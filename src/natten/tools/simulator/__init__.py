@@ -500,6 +500,20 @@ def _needed(
     return torch.cat(sums)
 
 
+def _bounds(
+    position: Tensor, n: int, kernel: Tensor, stride: Tensor, rule: Neighborhood, axis: int
+) -> tuple[Tensor, Tensor]:
+    """What kernels take for the first and one-past-last key of queries ``[windows, queries]``.
+
+    A window that fills a ring is all of it, wherever it begins.
+    """
+    causal, boundary = rule.is_causal[axis], rule.boundary[axis]
+    start, end = window_bounds(position, n, kernel, stride, causal, boundary)
+    if boundary == "circular":
+        start, end = start.where(kernel != n, 0), end.where(kernel != n, n)
+    return start, end
+
+
 def _count(
     layer: Layer,
     axis: int,
@@ -520,10 +534,7 @@ def _count(
     for (begin, end, n), groups in layer.groups(axis).items():
         position = torch.arange(begin, end, device="cpu") // r
         last = len(position) - 1
-        bounds = partial(
-            window_bounds, n=n, kernel_size=kernel, stride=stride, is_causal=is_causal,
-            boundary=boundary,
-        )  # fmt: skip
+        bounds = partial(_bounds, n=n, kernel=kernel, stride=stride, rule=layer.rule, axis=axis)
         first = torch.arange(0, last + 1, tile, device="cpu")  # of each tile
         q_blocks += groups * len(first) * warpgroups
         needed = needed + groups * _needed(position, n, kernel, stride, is_causal, boundary)
