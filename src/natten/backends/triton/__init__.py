@@ -50,6 +50,7 @@ class Triton(Backend):
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     head_dims = range(1, 257)
     value_dims = range(1, 513)
+    circular = True
     takes_tiles = True
 
     def missing(self, problem: Problem) -> str | None:
@@ -58,11 +59,6 @@ class Triton(Backend):
     def limits(self, problem: Problem) -> str | None:
         if problem.bias and abs(problem.scale) < 1e-20:
             return "divides a bias by the scale, which must not be that small"
-        rule = problem.rule
-        if isinstance(rule, Neighborhood) and (
-            not rule.is_self_attention or "truncate" in rule.boundary
-        ):
-            return "has no queries that are a part of the layout, and no truncated windows"
         return None
 
     @cached_property
@@ -108,13 +104,13 @@ class Triton(Backend):
     def av_transposed(
         self, attn: Tensor, x: Tensor, key_shape: Shape, rule: Neighborhood
     ) -> Tensor:
-        return self._unfused.av_transposed(attn, x, rule)
+        return self._unfused.av_transposed(attn, x, key_shape, rule)
 
     def rpb_bias(self, rpb: Tensor, shape: Shape, key_shape: Shape, rule: Neighborhood) -> Tensor:
-        return self._unfused.rpb_bias(rpb, shape, rule)
+        return self._unfused.rpb_bias(rpb, shape, key_shape, rule)
 
     def rpb_bias_transposed(self, grad: Tensor, key_shape: Shape, rule: Neighborhood) -> Tensor:
-        return self._unfused.rpb_bias_transposed(grad, rule)
+        return self._unfused.rpb_bias_transposed(grad, key_shape, rule)
 
     def tile_chooser(self) -> TileChooser:
         from . import tiles

@@ -21,9 +21,12 @@ from .primitives import (
     bias_index,
     biases,
     coordinates,
+    key_tokens,
     load_rows,
     load_tile,
+    minus,
     plus,
+    query_tokens,
     row_number,
     scores,
     split,
@@ -31,7 +34,6 @@ from .primitives import (
     times,
     token_offset,
     token_strides,
-    tokens,
 )
 from .walk import (
     count_blocks,
@@ -47,7 +49,17 @@ from .walk import (
     walk_keys,
     within_block,
 )
-from .windows import group_lengths, lpt_order, tiles_that_attend
+from .windows import (
+    CIRCULAR,
+    Span,
+    are_queries,
+    group_lengths,
+    key_positions,
+    lpt_order,
+    margins,
+    span,
+    tiles_that_attend,
+)
 
 
 @triton.jit
@@ -118,26 +130,26 @@ def dq_kernel(
     query, key, value, rpb, additional_keys, additional_values, documents,
     out, lse, grad_out, grad_lse, lse_delta, grad_query,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    L0, L1, L2, KEY_L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2,
-    heads, per_kv, num_additional, scale,
-    MODES: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_RPB: tl.constexpr, HAS_ADDITIONAL: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
+    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, P0, P1, P2, K0, K1, K2, S0, S1, S2, D0, D1, D2,
+    T0, T1, T2, heads, per_kv, num_additional, scale,
+    MODES: tl.constexpr, PER_KEY: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, HAS_RPB: tl.constexpr, HAS_ADDITIONAL: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
 ):  # fmt: skip
     """dQ, and the ``lse_delta`` that the other kernels need; arguments are ``forward_kernel``'s."""
     M: tl.constexpr = Q_BLOCK[0] * Q_BLOCK[1] * Q_BLOCK[2]
     N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
     p = locate(
-        documents, (T0, T1, T2), heads, per_kv, (L0, L1, L2), KEY_L2, (K0, K1, K2), (S0, S1, S2),
-        (D0, D1, D2), (q_b, q_0, q_1, q_2, q_h), (k_b, k_0, k_1, k_2, k_h),
-        (v_b, v_0, v_1, v_2, v_h), PACKED, False,
+        documents, (T0, T1, T2), heads, per_kv, (L0, L1, L2), (KEY_L0, KEY_L1, KEY_L2),
+        (P0, P1, P2), (K0, K1, K2), (S0, S1, S2), (D0, D1, D2), (q_b, q_0, q_1, q_2, q_h),
+        (k_b, k_0, k_1, k_2, k_h), (v_b, v_0, v_1, v_2, v_h), PER_KEY, PACKED, False,
     )  # fmt: skip
-    begin = times(p.tile, Q_BLOCK)
-    if is_empty(p, begin, p.n, PACKED):
+    begin = plus(p.span.first, times(p.tile, Q_BLOCK))
+    if is_empty(p, begin, p.span.n, PACKED):
         return
-    rows = rows_of_tile(begin, p.n, p.n_keys, p.kernel_size, p.stride, MODES, Q_BLOCK, False)
-    x = tokens(rows.position, p.group, p.dilation, MODES)  # [M] per axis
+    rows = rows_of_tile(begin, p.span, p.kernel_size, p.stride, MODES, PER_KEY, Q_BLOCK, False)
+    x = query_tokens(rows.position, p.group, p.dilation, p.span.n_keys, MODES, PER_KEY)  # [M]
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     q_at = token_offset(p.query.start, x, p.query.strides, ALIGN)
     q = load_rows(query, q_at, rows.real, d, D)  # [M, D]
@@ -150,7 +162,7 @@ def dq_kernel(
     dq = walk_keys(
         _dq_step, tl.zeros([M, BLOCK_D], dtype=tl.float32), (g, row_lse, delta),
         q, key, value, rpb, p, rows, scale,
-        MODES, KV_BLOCK, ALIGN, D, DV, BLOCK_D, BLOCK_DV, HAS_RPB, PRECISION,
+        MODES, PER_KEY, KV_BLOCK, ALIGN, D, DV, BLOCK_D, BLOCK_DV, HAS_RPB, PRECISION,
     )  # fmt: skip
     if HAS_ADDITIONAL:
         dq = walk_additional(
@@ -164,10 +176,12 @@ def dq_kernel(
 def dkdv_kernel(
     query, key, value, rpb, documents, grad_out, lse_delta, grad_key, grad_value,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    L0, L1, L2, KEY_L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2, kv_heads, per_kv, scale,
-    MODES: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_RPB: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, SINGLE: tl.constexpr,
+    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, P0, P1, P2, K0, K1, K2, S0, S1, S2, D0, D1, D2,
+    T0, T1, T2, kv_heads, per_kv, scale,
+    MODES: tl.constexpr, PER_KEY: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, HAS_RPB: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    SINGLE: tl.constexpr,
 ):  # fmt: skip
     """dK and dV; arguments are ``forward_kernel``'s, tiles ``T`` are of keys.
 
@@ -175,17 +189,24 @@ def dkdv_kernel(
     """
     M: tl.constexpr = Q_BLOCK[0] * Q_BLOCK[1] * Q_BLOCK[2]
     N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
+    RING: tl.constexpr = (
+        (MODES[0] >= CIRCULAR) | (MODES[1] >= CIRCULAR) | (MODES[2] >= CIRCULAR)
+    )
+    # Whether queries lie as far apart in every block.
+    EVEN: tl.constexpr = (
+        (not RING) & (PER_KEY[0] <= 1) & (PER_KEY[1] <= 1) & (PER_KEY[2] <= 1)
+    )
     p = locate(
-        documents, (T0, T1, T2), kv_heads, per_kv, (L0, L1, L2), KEY_L2, (K0, K1, K2),
-        (S0, S1, S2), (D0, D1, D2), (q_b, q_0, q_1, q_2, q_h), (k_b, k_0, k_1, k_2, k_h),
-        (v_b, v_0, v_1, v_2, v_h), PACKED, True,
+        documents, (T0, T1, T2), kv_heads, per_kv, (L0, L1, L2), (KEY_L0, KEY_L1, KEY_L2),
+        (P0, P1, P2), (K0, K1, K2), (S0, S1, S2), (D0, D1, D2), (q_b, q_0, q_1, q_2, q_h),
+        (k_b, k_0, k_1, k_2, k_h), (v_b, v_0, v_1, v_2, v_h), PER_KEY, PACKED, True,
     )  # fmt: skip
     t2 = lpt_order(p.tile[2], T2, p.kernel_size[2], KV_BLOCK[2], MODES)
     begin = times((p.tile[0], p.tile[1], t2), KV_BLOCK)
-    if is_empty(p, begin, p.n_keys, PACKED):
+    if is_empty(p, begin, p.span.n_keys, PACKED):
         return
-    rows = rows_of_tile(begin, p.n, p.n_keys, p.kernel_size, p.stride, MODES, KV_BLOCK, True)
-    y = tokens(rows.position, p.group, p.dilation, MODES)  # [N] per axis
+    rows = rows_of_tile(begin, p.span, p.kernel_size, p.stride, MODES, PER_KEY, KV_BLOCK, True)
+    y = key_tokens(rows.position, p.group, p.dilation, p.span.n_keys, MODES)  # [N] per axis
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     k_at = token_offset(p.key.start, y, p.key.strides, ALIGN)
     k = load_rows(key, k_at, rows.real, d, D)  # [N, D]
@@ -210,36 +231,58 @@ def dkdv_kernel(
         for block in range(0, blocks.num_partial):
             a = plus(rows.low, times(partial_block(block, blocks), Q_BLOCK))
             real = before(plus(a, r), rows.high)  # [M]
-            x = tokens(a, p.group, p.dilation, MODES)
-            q_at = token_offset(q_start, x, p.query.strides, ALIGN)
-            row = row_number(p.first, x, p.shape, heads, head)
-            q = load_rows(query + q_at, q_within, real, d, D)  # [M, D]
-            g = load_rows(grad_out + row * DV, row_within * DV, real, dv, DV)  # [M, DV]
-            row_lse_delta = load_lse_delta(lse_delta + row * 4, row_within, real)  # [M, 4]
-            at = row_index[:, None] - bias_index(plus(a, r), p.kernel_size)[None, :]  # [N, M]
+            real = are_queries(plus(a, r), p.span, real, MODES, PER_KEY)
+            if EVEN:
+                x = query_tokens(a, p.group, p.dilation, p.span.n_keys, MODES, PER_KEY)
+                q_at = token_offset(q_start, x, p.query.strides, ALIGN)
+                row = row_number(p.first, x, p.shape, heads, head)
+                q = load_rows(query + q_at, q_within, real, d, D)  # [M, D]
+                g = load_rows(grad_out + row * DV, row_within * DV, real, dv, DV)  # [M, DV]
+                row_lse_delta = load_lse_delta(lse_delta + row * 4, row_within, real)  # [M, 4]
+            else:
+                x = query_tokens(plus(a, r), p.group, p.dilation, p.span.n_keys, MODES, PER_KEY)
+                q_at = token_offset(q_start, x, p.query.strides, ALIGN)  # [M]
+                row = row_number(p.first, x, p.shape, heads, head)  # [M]
+                q = load_rows(query, q_at, real, d, D)
+                g = load_rows(grad_out, row * DV, real, dv, DV)
+                row_lse_delta = load_lse_delta(lse_delta, row, real)
+            position = key_positions(plus(a, r), p.span.n_keys, MODES, PER_KEY)  # [M] per axis
+            at = row_index[:, None] - bias_index(position, p.kernel_size)[None, :]  # [N, M]
             s = scores(k, q, scale, rpb, at, p.kernel_size, head, HAS_RPB, False, PRECISION)
             s += mask_bias(a, rows.starts, rows.ends, Q_BLOCK, MODES)  # [N, M]
+            if RING and PER_KEY[2] > 0:
+                s = tl.where(real[None, :], s, float("-inf"))
             dk_acc, dv_acc = _dkdv_step(dk_acc, dv_acc, q, k, v, g, row_lse_delta, s, PRECISION)
 
     low = plus(rows.low, times(blocks.first_full, Q_BLOCK))
     for shared in range(0, 1 if SINGLE else per_kv):
         head, full_block = p.kv_head * per_kv + shared, (0, 0, 0)
-        x = tokens(low, p.group, p.dilation, MODES)
-        q_at = token_offset(p.query.start + head * q_h, x, p.query.strides, ALIGN)
+        q_start = p.query.start + head * q_h
+        x = query_tokens(low, p.group, p.dilation, p.span.n_keys, MODES, PER_KEY)
+        q_at = token_offset(q_start, x, p.query.strides, ALIGN)
         row = row_number(p.first, x, p.shape, heads, head)
         q_rows = query + (q_at + q_within)[:, None] + d[None, :]  # [M, D]
         g_rows = grad_out + (row + row_within)[:, None] * DV + dv[None, :]  # [M, DV]
         lse_delta_rows = lse_delta + (row + row_within)[:, None] * 4 + tl.arange(0, 4)[None, :]
         for _ in range(0, blocks.num_full):
             a = plus(low, times(full_block, Q_BLOCK))
+            if not EVEN:
+                x = query_tokens(plus(a, r), p.group, p.dilation, p.span.n_keys, MODES, PER_KEY)
+                q_at = token_offset(q_start, x, p.query.strides, ALIGN)  # [M]
+                row = row_number(p.first, x, p.shape, heads, head)  # [M]
+                q_rows = query + q_at[:, None] + d[None, :]
+                g_rows = grad_out + row[:, None] * DV + dv[None, :]
+                lse_delta_rows = lse_delta + row[:, None] * 4 + tl.arange(0, 4)[None, :]
             q, g = load_tile(q_rows, d, D), load_tile(g_rows, dv, DV)  # [M, D], [M, DV]
             row_lse_delta = tl.load(lse_delta_rows)  # [M, 4]
             full_block, ended = next_full_block(full_block, blocks.full)
-            q_rows += full_block_step(q_steps, ended, ALIGN)
-            step = full_block_step(row_steps, ended, 1)
-            g_rows += step * DV
-            lse_delta_rows += step * 4
-            at = row_index[:, None] - bias_index(plus(a, r), p.kernel_size)[None, :]  # [N, M]
+            if EVEN:
+                q_rows += full_block_step(q_steps, ended, ALIGN)
+                step = full_block_step(row_steps, ended, 1)
+                g_rows += step * DV
+                lse_delta_rows += step * 4
+            position = key_positions(plus(a, r), p.span.n_keys, MODES, PER_KEY)  # [M] per axis
+            at = row_index[:, None] - bias_index(position, p.kernel_size)[None, :]  # [N, M]
             s = scores(k, q, scale, rpb, at, p.kernel_size, head, HAS_RPB, True, PRECISION)
             dk_acc, dv_acc = _dkdv_step(dk_acc, dv_acc, q, k, v, g, row_lse_delta, s, PRECISION)
 
@@ -293,22 +336,30 @@ def additional_kernel(
     store_rows(grad_values, col * DV, present, dv, DV, dv_acc)
 
 
+@triton.jit
+def _fine(dilation, R: tl.constexpr):
+    """How many groups of queries an axis has that stand at neighboring keys, one at each, of which
+    tokens are so far apart."""
+    return dilation * R if R > 1 else dilation
+
+
 @kernel(triton.jit, tensors="query key value rpb grad_out lse_delta sums")
 def rpb_grad_kernel(
     query, key, value, rpb, grad_out, lse_delta, sums,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    L0, L1, L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, heads, per_kv, batches,
-    O0, O1, O2, B1, B2, first_head, scale,
-    MODES: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, P0, P1, P2, K0, K1, K2, S0, S1, S2, D0, D1, D2,
+    heads, per_kv, batches, O0, O1, O2, B1, B2, first_head, scale,
+    MODES: tl.constexpr, PER_KEY: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dS of one block of keys for each tile of queries, summed over a split of the tiles, into
     ``sums [splits, heads, blocks, queries, keys]``, for heads from ``first_head`` on.
 
     All blocks of a program are as far from their tiles, so that a pair of rows has the same bias in
-    every tile. ``O``: how far the first block is, ``B``: how many there are, per axis.
-    :func:`rpb_grad_sum_kernel` adds up pairs that have the same bias.
+    every tile. ``O``: how far the first block is, ``B``: how many there are, per axis. A tile is of
+    queries that stand at neighboring keys, one at each. :func:`rpb_grad_sum_kernel` adds up pairs
+    that have the same bias.
     """
     M: tl.constexpr = Q_BLOCK[0] * Q_BLOCK[1] * Q_BLOCK[2]
     N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
@@ -316,35 +367,57 @@ def rpb_grad_kernel(
     head = (first_head + tl.program_id(2)).to(tl.int64)
     kv_head = head // per_kv
     shape, kernel_size, stride, dilation = (L0, L1, L2), (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
+    offset = P0, P1, P2
+    ONE: tl.constexpr = (
+        1 if PER_KEY[0] > 0 else 0, 1 if PER_KEY[1] > 0 else 0, 1 if PER_KEY[2] > 0 else 0
+    )  # fmt: skip
+    fine = _fine(D0, PER_KEY[0]), _fine(D1, PER_KEY[1]), _fine(D2, PER_KEY[2])
     q_strides, k_strides, v_strides = (q_0, q_1, q_2), (k_0, k_1, k_2), (v_0, v_1, v_2)
     apart = plus((O0, O1, O2), times(coordinates(block, (1, B1, B2)), KV_BLOCK))
-    t0, w0 = tiles_that_attend(L0, D0, K0, S0, apart[0], Q_BLOCK[0], KV_BLOCK[0], MODES[0])
-    t1, w1 = tiles_that_attend(L1, D1, K1, S1, apart[1], Q_BLOCK[1], KV_BLOCK[1], MODES[1])
-    t2, w2 = tiles_that_attend(L2, D2, K2, S2, apart[2], Q_BLOCK[2], KV_BLOCK[2], MODES[2])
+    key_shape = shape
+    if PER_KEY[2] > 0:
+        key_shape = KEY_L0, KEY_L1, KEY_L2
+    t0, w0 = tiles_that_attend(
+        L0, key_shape[0], P0, D0, K0, S0, apart[0], Q_BLOCK[0], KV_BLOCK[0], MODES[0], PER_KEY[0]
+    )
+    t1, w1 = tiles_that_attend(
+        L1, key_shape[1], P1, D1, K1, S1, apart[1], Q_BLOCK[1], KV_BLOCK[1], MODES[1], PER_KEY[1]
+    )
+    t2, w2 = tiles_that_attend(
+        L2, key_shape[2], P2, D2, K2, S2, apart[2], Q_BLOCK[2], KV_BLOCK[2], MODES[2], PER_KEY[2]
+    )
     r, c = coordinates(tl.arange(0, M), Q_BLOCK), coordinates(tl.arange(0, N), KV_BLOCK)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     at = bias_index(plus(apart, c), kernel_size)[None, :] - bias_index(r, kernel_size)[:, None]
     bias = biases(rpb, at, kernel_size, head, scale, False)  # [M, N]
     acc = tl.zeros([M, N], dtype=tl.float32)
-    tiles = w0 * w1 * w2 * D0 * D1 * D2 * batches
+    tiles = w0 * w1 * w2 * fine[0] * fine[1] * fine[2] * batches
     per_split = tl.cdiv(tiles, tl.num_programs(1))
     for tile_id in range(split_id * per_split, tl.minimum((split_id + 1) * per_split, tiles)):
         rest, tile = split(tile_id, (w0, w1, w2))
-        batch, group = split(rest, dilation)
+        batch, group = split(rest, fine)
         batch = batch.to(tl.int64)
-        n = group_lengths(shape, dilation, group)
-        begin = times(plus(tile, (t0, t1, t2)), Q_BLOCK)
-        rows = rows_of_tile(begin, n, n, kernel_size, stride, MODES, Q_BLOCK, False)
-        x = tokens(rows.position, group, dilation, MODES)  # [M] per axis
-        q_at = token_offset(batch * q_b + head * q_h, x, q_strides, ALIGN)
+        key_group = key_positions(group, dilation, MODES, PER_KEY)
+        own = span(shape, shape, offset, fine, group, ONE)
+        own = Span(own.first, own.n, group_lengths(key_shape, dilation, key_group))
+        q_start, first = batch * q_b + head * q_h, batch * L0 * L1 * L2
+        if PER_KEY[2] > 0:
+            q_start -= token_offset(0, offset, q_strides, 1)
+            first -= row_number(0, offset, shape, 1, 0)
+        begin = plus(own.first, times(plus(tile, (t0, t1, t2)), Q_BLOCK))
+        rows = rows_of_tile(begin, own, kernel_size, stride, MODES, ONE, Q_BLOCK, False)
+        x = key_tokens(rows.position, group, fine, own.n_keys, MODES)  # [M] per axis
+        q_at = token_offset(q_start, x, q_strides, ALIGN)
         q = load_rows(query, q_at, rows.real, d, D)  # [M, D]
-        row = row_number(batch * L0 * L1 * L2, x, shape, heads, head)
+        row = row_number(first, x, shape, heads, head)
         g = load_rows(grad_out, row * DV, rows.real, dv, DV)  # [M, DV]
         lse, delta = split_lse_delta(load_lse_delta(lse_delta, row, rows.real))  # [M], [M]
         a = plus(begin, apart)
         position = plus(a, c)  # [N] per axis
-        present = before((-1, -1, -1), position) & before(position, n)  # [N]
-        y = tokens(position, group, dilation, MODES)
+        margin = margins(own.n_keys, MODES, ONE)
+        present = before(minus((-1, -1, -1), margin), position)  # [N]
+        present = present & before(position, plus(own.n_keys, margin))
+        y = key_tokens(position, key_group, dilation, own.n_keys, MODES)
         k_at = token_offset(batch * k_b + kv_head * k_h, y, k_strides, ALIGN)
         k = load_rows(key, k_at, present, d, D)  # [N, D]
         v_at = token_offset(batch * v_b + kv_head * v_h, y, v_strides, ALIGN)

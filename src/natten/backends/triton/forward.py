@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .launch import kernel
-from .primitives import LN2, load_rows, row_number, store_rows, times, token_offset, tokens
+from .primitives import LN2, load_rows, plus, query_tokens, row_number, store_rows, times, token_offset
 from .walk import is_empty, locate, rows_of_tile, walk_additional, walk_keys
 
 
@@ -31,27 +31,29 @@ def _softmax_step(state, operands, q, k, v, s, PRECISION: tl.constexpr):
 def forward_kernel(
     query, key, value, rpb, additional_keys, additional_values, documents, out, lse,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    L0, L1, L2, KEY_L2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2,
-    heads, per_kv, num_additional, scale,
-    MODES: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_RPB: tl.constexpr, HAS_ADDITIONAL: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, P0, P1, P2, K0, K1, K2, S0, S1, S2, D0, D1, D2,
+    T0, T1, T2, heads, per_kv, num_additional, scale,
+    MODES: tl.constexpr, PER_KEY: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, HAS_RPB: tl.constexpr, HAS_ADDITIONAL: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Per axis tokens ``L``, window ``K``, stride ``S``, dilation ``D``, number of tiles ``T``, and
-    keys of the last axis ``KEY_L2``. ``PACKED``: a batch entry is a document of its own sizes."""
+    """Per axis queries ``L``, keys ``KEY_L``, queries before the first one ``P``, window ``K``,
+    stride ``S``, dilation ``D``, number of tiles ``T``. ``PACKED``: a batch entry is a document of
+    its own sizes. Where queries are keys' own tokens (``PER_KEY``), ``P`` is not read, and of
+    ``KEY_L`` only the last axis."""
     M: tl.constexpr = Q_BLOCK[0] * Q_BLOCK[1] * Q_BLOCK[2]
     N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
     p = locate(
-        documents, (T0, T1, T2), heads, per_kv, (L0, L1, L2), KEY_L2, (K0, K1, K2), (S0, S1, S2),
-        (D0, D1, D2), (q_b, q_0, q_1, q_2, q_h), (k_b, k_0, k_1, k_2, k_h),
-        (v_b, v_0, v_1, v_2, v_h), PACKED, False,
+        documents, (T0, T1, T2), heads, per_kv, (L0, L1, L2), (KEY_L0, KEY_L1, KEY_L2),
+        (P0, P1, P2), (K0, K1, K2), (S0, S1, S2), (D0, D1, D2), (q_b, q_0, q_1, q_2, q_h),
+        (k_b, k_0, k_1, k_2, k_h), (v_b, v_0, v_1, v_2, v_h), PER_KEY, PACKED, False,
     )  # fmt: skip
-    begin = times(p.tile, Q_BLOCK)
-    if is_empty(p, begin, p.n, PACKED):
+    begin = plus(p.span.first, times(p.tile, Q_BLOCK))
+    if is_empty(p, begin, p.span.n, PACKED):
         return
-    rows = rows_of_tile(begin, p.n, p.n_keys, p.kernel_size, p.stride, MODES, Q_BLOCK, False)
-    x = tokens(rows.position, p.group, p.dilation, MODES)  # [M] per axis
+    rows = rows_of_tile(begin, p.span, p.kernel_size, p.stride, MODES, PER_KEY, Q_BLOCK, False)
+    x = query_tokens(rows.position, p.group, p.dilation, p.span.n_keys, MODES, PER_KEY)  # [M]
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     at = token_offset(p.query.start, x, p.query.strides, ALIGN)
     q = load_rows(query, at, rows.real, d, D)  # [M, D]
@@ -63,7 +65,7 @@ def forward_kernel(
     )
     state = walk_keys(
         _softmax_step, state, (), q, key, value, rpb, p, rows, scale,
-        MODES, KV_BLOCK, ALIGN, D, DV, BLOCK_D, BLOCK_DV, HAS_RPB, PRECISION,
+        MODES, PER_KEY, KV_BLOCK, ALIGN, D, DV, BLOCK_D, BLOCK_DV, HAS_RPB, PRECISION,
     )  # fmt: skip
     if HAS_ADDITIONAL:
         state = walk_additional(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ... import tuning
 from ...documents import Documents
-from ...neighborhood import Dense, Rule
+from ...neighborhood import Dense, Rule, queries_before
 from ...tiling import padded
 from . import tiles as tiling
 from .backward import (
@@ -29,7 +29,7 @@ from .backward import (
 )
 from .forward import forward_kernel
 from .launch import Launch, Trials, per_axis, strides_of
-from .windows import modes
+from .windows import modes, per_key
 
 # Of the bias's gradient, between its two kernels: 256 MiB, or one head's.
 _MOST_SUMS = 2**26
@@ -38,21 +38,27 @@ _MOST_SUMS = 2**26
 _Sizes = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
-def sizes(rule: Rule, space: Sequence[int]) -> dict[str, int]:
-    """Arguments for tokens, window, stride and dilation per axis."""
+def sizes(rule: Rule, space: Sequence[int], key_space: Sequence[int]) -> dict[str, int]:
+    """Arguments for queries, keys, queries before the first one, window, stride and dilation per
+    axis."""
     kernel_size, stride = ((), ()) if isinstance(rule, Dense) else (rule.kernel_size, rule.stride)
     return (
         per_axis("L", space)
+        | per_axis("KEY_L", key_space)
+        | per_axis("P", rule.offset, 0)
         | per_axis("K", kernel_size)
         | per_axis("S", stride)
         | per_axis("D", rule.dilation)
     )
 
 
-def tile_counts(rule: Rule, space: Sequence[int], tile: Sequence[int]) -> list[int]:
-    """How many tiles the longest dilation group has, per axis."""
-    lengths = zip(padded(space, 1), padded(rule.dilation, 1), tile)
-    return [math.ceil(math.ceil(length / d) / size) for length, d, size in lengths]
+def tile_counts(
+    rule: Rule, space: Sequence[int], tile: Sequence[int], of_keys: bool = False
+) -> list[int]:
+    """How many tiles the longest dilation group has, per axis, of queries or ``of_keys``."""
+    fine = (1,) * len(space) if of_keys else rule.queries_per_key
+    axes = zip(padded(space, 1), padded(rule.dilation, 1), padded(fine, 1), tile)
+    return [-(-queries_before(length, 0, d, r) // size) for length, d, r, size in axes]
 
 
 def _splits(work: int, least: int, most: int) -> tuple[int, int]:
@@ -86,10 +92,10 @@ class Plan:
         self.heads, self.kv_heads = query[-2], key[-2]
         self.per_kv = self.heads // self.kv_heads
         self.dim, self.value_dim = query[-1], value[-1]
-        self.modes = modes(rule, self.space if packed is None else [2] * len(self.space))
+        self.modes = modes(rule, self.key_space if packed is None else [2] * len(self.space))
         self.query_strides, *others = map(strides_of, "qkv", strides)
         self.strides = self.query_strides | others[0] | others[1]
-        self.sizes = sizes(rule, self.space)
+        self.sizes = sizes(rule, self.space, self.key_space)
         self.numbers = {"per_kv": self.per_kv, "scale": scale}
         # Tile shapes asked for, of queries and keys: of the forward pass, then of the backward.
         rank = len(self.space)
@@ -97,6 +103,7 @@ class Plan:
         self.asked = {"forward": asked[:2], "dq": asked[2:], "dkdv": asked[2:]}
         self.bias, self.num_additional = bias_dtype is not None, num_additional
         self.constants = {
+            "PER_KEY": per_key(rule),
             "ALIGN": math.gcd(16, *self.strides.values()),
             "D": self.dim,
             "DV": self.value_dim,
@@ -130,10 +137,10 @@ class Plan:
         of_keys = kind == "dkdv"
         heads = self.kv_heads if of_keys else self.heads
         tile, space = (tiles.kv_block, self.key_space) if of_keys else (tiles.q_block, self.space)
-        counts = tile_counts(self.rule, space, tile)
+        counts = tile_counts(self.rule, space, tile, of_keys)
         programs = math.prod(counts) * math.prod(self.rule.dilation) * self.batch * heads
         arguments = {
-            **self.strides, **self.sizes, "KEY_L2": self.key_space[-1],
+            **self.strides, **self.sizes,
             **per_axis("T", counts), **self.numbers, **arguments, **self.constants,
             "MODES": self.modes, "Q_BLOCK": tiles.q_block, "KV_BLOCK": tiles.kv_block,
             "HAS_RPB": self.bias, "PACKED": self.packed,
@@ -174,10 +181,11 @@ class Plan:
         """The additional tokens' gradients in splits: how many, and the kernel."""
         assert self.num_additional is not None
         splits, per_split = _splits(math.prod(self.space), 512, 64)
+        constants = {name: x for name, x in self.constants.items() if name != "PER_KEY"}
         arguments = {
             **self.query_strides, **per_axis("L", self.space), "kv_heads": self.kv_heads,
             **self.numbers, "num_additional": self.num_additional, "per_split": per_split,
-            **self.constants, "M": 32, "N": 16,
+            **constants, "M": 32, "N": 16,
         }  # fmt: skip
         grid = (self.batch * self.kv_heads, -(-self.num_additional // 16), splits)
         return splits, Launch(additional_kernel, grid, arguments)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .windows import UNIT
+from .windows import CIRCULAR, UNIT, wrapped
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -65,18 +65,34 @@ def split(number, sizes):
 
 
 @triton.jit
-def _token(i, group, dilation, MODE: tl.constexpr):
-    return i if MODE == UNIT else i * dilation + group
+def _token(i, group, dilation, n_keys, MODE: tl.constexpr, R: tl.constexpr):
+    if MODE == UNIT:
+        x = i
+    else:
+        if MODE >= CIRCULAR:
+            i = wrapped(i, n_keys * R if R > 1 else n_keys)
+        if R > 1:
+            x = (i // R * dilation + group) * R + i % R
+        else:
+            x = i * dilation + group
+    return x
 
 
 @triton.jit
-def tokens(i, group, dilation, MODES: tl.constexpr):
-    """Tokens at positions ``i`` of a dilation group, per axis."""
+def query_tokens(j, group, dilation, n_keys, MODES: tl.constexpr, PER_KEY: tl.constexpr):
+    """Tokens of queries of numbers ``j`` of a dilation group, per axis, as the whole layout of
+    queries counts them."""
     return (
-        _token(i[0], group[0], dilation[0], MODES[0]),
-        _token(i[1], group[1], dilation[1], MODES[1]),
-        _token(i[2], group[2], dilation[2], MODES[2]),
+        _token(j[0], group[0], dilation[0], n_keys[0], MODES[0], PER_KEY[0]),
+        _token(j[1], group[1], dilation[1], n_keys[1], MODES[1], PER_KEY[1]),
+        _token(j[2], group[2], dilation[2], n_keys[2], MODES[2], PER_KEY[2]),
     )
+
+
+@triton.jit
+def key_tokens(i, group, dilation, n_keys, MODES: tl.constexpr):
+    """Tokens of keys at positions ``i`` of a dilation group, per axis."""
+    return query_tokens(i, group, dilation, n_keys, MODES, (0, 0, 0))
 
 
 @triton.jit

@@ -16,26 +16,27 @@ from .primitives import (
     before,
     bias_index,
     coordinates,
+    key_tokens,
     load_rows,
     load_tile,
     minimum,
     minus,
     outside,
     plus,
+    row_number,
     scores,
     split,
     times,
     token_offset,
     token_strides,
-    tokens,
 )
-from .windows import UNIT, group_lengths, reach
+from .windows import CIRCULAR, UNIT, key_positions, reach, span, wrapped
 
 
 class View(NamedTuple):
     """Where the tokens of a program's layout and head lie in a tensor."""
 
-    start: Any  # offset of the first
+    start: Any  # offset of the first; of queries that are a part, of the whole layout's first
     strides: Any  # per axis
 
 
@@ -53,8 +54,7 @@ class Program(NamedTuple):
     kernel_size: Any  # per axis
     stride: Any  # per axis
     dilation: Any  # per axis
-    n: Any  # queries of the dilation group, per axis
-    n_keys: Any  # keys of the dilation group, per axis
+    span: Any  # the Span of the dilation group
     first: Any  # the layout's first query, as a contiguous tensor counts tokens
     key_first: Any  # its first key, likewise
     query: View  # of the head; of head 0 where tiles are of keys
@@ -65,7 +65,8 @@ class Program(NamedTuple):
 class Rows(NamedTuple):
     """The rows of a tile, and what they reach: queries reach keys, and keys queries."""
 
-    position: Any  # [R] per axis, in the dilation group; the last one for rows beyond its end
+    position: Any  # [R] per axis, in the dilation group; the last one for rows beyond its end;
+    # of queries, their numbers
     real: Any  # [R], which rows are not beyond the end
     starts: Any  # [R] per axis, what each row reaches
     ends: Any  # [R] per axis
@@ -124,11 +125,13 @@ def _view(strides, batch, first, shape, head, PACKED: tl.constexpr):
 
 @triton.jit
 def locate(
-    documents, tiles, heads, per_kv, shape, key_length, kernel_size, stride, dilation,
-    query_strides, key_strides, value_strides, PACKED: tl.constexpr, OF_KEYS: tl.constexpr,
+    documents, tiles, heads, per_kv, shape, key_lengths, offset, kernel_size, stride, dilation,
+    query_strides, key_strides, value_strides, PER_KEY: tl.constexpr, PACKED: tl.constexpr,
+    OF_KEYS: tl.constexpr,
 ):  # fmt: skip
     """This :class:`Program`. ``heads`` are of the query, or of the key where tiles are ``OF_KEYS``.
-    ``PACKED``: a batch entry is a document of its own sizes."""
+    ``PACKED``: a batch entry is a document of its own sizes. ``offset``: how many queries come
+    before the first one, where queries are a layout of their own (``PER_KEY``)."""
     tile, group, head, batch = tile_of_program(tiles, dilation, heads)
     if OF_KEYS:
         kv_head, q_head = head, 0
@@ -139,16 +142,22 @@ def locate(
             documents, batch
         )
     else:
-        key_shape = shape[0], shape[1], key_length
+        if PER_KEY[2] > 0:
+            key_shape = key_lengths
+        else:
+            key_shape = shape[0], shape[1], key_lengths[2]
         first = batch * shape[0] * shape[1] * shape[2]
-        key_first = batch * shape[0] * shape[1] * key_length
+        key_first = batch * key_shape[0] * key_shape[1] * key_shape[2]
     query = _view(query_strides, batch, first, shape, q_head, PACKED)
     key = _view(key_strides, batch, key_first, key_shape, kv_head, PACKED)
     value = _view(value_strides, batch, key_first, key_shape, kv_head, PACKED)
-    n, n_keys = group_lengths(shape, dilation, group), group_lengths(key_shape, dilation, group)
+    if PER_KEY[2] > 0:
+        first -= row_number(0, offset, shape, 1, 0)
+        query = View(query.start - token_offset(0, offset, query.strides, 1), query.strides)
+    own = span(shape, key_shape, offset, dilation, group, PER_KEY)
     return Program(
         tile, group, batch, head, kv_head, shape, key_shape, kernel_size, stride, dilation,
-        n, n_keys, first, key_first, query, key, value,
+        own, first, key_first, query, key, value,
     )  # fmt: skip
 
 
@@ -163,20 +172,54 @@ def is_empty(p, begin, n, PACKED: tl.constexpr):
 
 
 @triton.jit
-def rows_of_tile(
-    begin, n, n_keys, kernel_size, stride, MODES: tl.constexpr, SHAPE: tl.constexpr,
-    OF_KEYS: tl.constexpr,
+def _clipped(low, high, all_low, all_high, first, n, n_all):
+    """What queries a tile of keys reaches along a circular axis: from the first to the last one
+    that is there, ``first .. n`` of ``n_all``; blocks are full only where all are there."""
+    at = wrapped(low, n_all)
+    low += tl.where(at < first, first - at, tl.where(at < n, 0, n_all - at + first))
+    at = wrapped(high - 1, n_all)
+    high -= tl.where(at >= n, at - n + 1, tl.where(at >= first, 0, at + n_all - n + 1))
+    all_high = tl.where(n - first == n_all, all_high, low)
+    return low, high, tl.maximum(all_low, low), all_high
+
+
+@triton.jit
+def _tile_reach(
+    low, high, all_low, all_high, group, AXIS: tl.constexpr, MODES: tl.constexpr,
+    PER_KEY: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The :class:`Rows` of a tile that begins at position ``begin``; it may be cut short."""
+    low, high, all_low, all_high = low[AXIS], high[AXIS], all_low[AXIS], all_high[AXIS]
+    if OF_KEYS and MODES[AXIS] >= CIRCULAR and PER_KEY[AXIS] > 0:
+        n_all = group.n_keys[AXIS] * PER_KEY[AXIS]
+        low, high, all_low, all_high = _clipped(
+            low, high, all_low, all_high, group.first[AXIS], group.n[AXIS], n_all
+        )
+    return low, high, all_low, all_high
+
+
+@triton.jit
+def rows_of_tile(
+    begin, group, kernel_size, stride, MODES: tl.constexpr, PER_KEY: tl.constexpr,
+    SHAPE: tl.constexpr, OF_KEYS: tl.constexpr,
+):  # fmt: skip
+    """The :class:`Rows` of a tile, which begins at ``begin``; it may be cut short. ``group`` is its
+    :class:`Span`."""
     R: tl.constexpr = SHAPE[0] * SHAPE[1] * SHAPE[2]
-    length = n_keys if OF_KEYS else n
+    length = group.n_keys if OF_KEYS else group.n
     last = minus(minimum(plus(begin, SHAPE), length), (1, 1, 1))
-    low, all_high = reach(begin, n, n_keys, kernel_size, stride, MODES, OF_KEYS)
-    all_low, high = reach(last, n, n_keys, kernel_size, stride, MODES, OF_KEYS)
+    low, all_high = reach(begin, group, kernel_size, stride, MODES, PER_KEY, OF_KEYS)
+    all_low, high = reach(last, group, kernel_size, stride, MODES, PER_KEY, OF_KEYS)
     i = plus(begin, coordinates(tl.arange(0, R), SHAPE))
     position, real = minimum(i, last), before(i, length)
-    starts, ends = reach(position, n, n_keys, kernel_size, stride, MODES, OF_KEYS)
-    return Rows(position, real, starts, ends, low, high, all_low, all_high)
+    starts, ends = reach(position, group, kernel_size, stride, MODES, PER_KEY, OF_KEYS)
+    reached = low, high, all_low, all_high
+    low0, high0, all_low0, all_high0 = _tile_reach(*reached, group, 0, MODES, PER_KEY, OF_KEYS)
+    low1, high1, all_low1, all_high1 = _tile_reach(*reached, group, 1, MODES, PER_KEY, OF_KEYS)
+    low2, high2, all_low2, all_high2 = _tile_reach(*reached, group, 2, MODES, PER_KEY, OF_KEYS)
+    return Rows(
+        position, real, starts, ends, (low0, low1, low2), (high0, high1, high2),
+        (all_low0, all_low1, all_low2), (all_high0, all_high1, all_high2),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -265,9 +308,18 @@ def within_block(c, dilation, strides, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def block_offset(p, view, a, MODES: tl.constexpr, ALIGN: tl.constexpr):
-    """Offset of a block's first token, at position ``a`` of the dilation group."""
-    return token_offset(view.start, tokens(a, p.group, p.dilation, MODES), view.strides, ALIGN)
+def keys_of_block(base, p, view, a, c, within, MODES: tl.constexpr, ALIGN: tl.constexpr):
+    """Where the rows ``c`` of a block of keys lie that begins at position ``a``: an address, and
+    offsets from it. They are ``within`` the block but on circular axes, where a block may go on
+    at the other end."""
+    if (MODES[0] >= CIRCULAR) | (MODES[1] >= CIRCULAR) | (MODES[2] >= CIRCULAR):
+        y = key_tokens(plus(a, c), p.group, p.dilation, p.span.n_keys, MODES)  # [N] per axis
+        at = token_offset(view.start, y, view.strides, ALIGN)  # [N]
+    else:
+        y = key_tokens(a, p.group, p.dilation, p.span.n_keys, MODES)
+        base += token_offset(view.start, y, view.strides, ALIGN)
+        at = within
+    return base, at
 
 
 @triton.jit
@@ -299,9 +351,9 @@ def mask_bias(a, starts, ends, SHAPE: tl.constexpr, MODES: tl.constexpr):
 @triton.jit
 def walk_keys(
     STEP: tl.constexpr, state, operands, q, key, value, rpb, p, rows, scale,
-    MODES: tl.constexpr, KV_BLOCK: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr,
-    DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_RPB: tl.constexpr,
-    PRECISION: tl.constexpr,
+    MODES: tl.constexpr, PER_KEY: tl.constexpr, KV_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_RPB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state after all blocks of keys that the queries ``q [M, D]`` reach.
 
@@ -309,39 +361,49 @@ def walk_keys(
     ``k [N, D]`` and values ``v [N, DV]``, with scores ``s [M, N]``.
     """
     N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
+    RING: tl.constexpr = (
+        (MODES[0] >= CIRCULAR) | (MODES[1] >= CIRCULAR) | (MODES[2] >= CIRCULAR)
+    )
     c = coordinates(tl.arange(0, N), KV_BLOCK)  # [N] per axis
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     k_within = within_block(c, p.dilation, p.key.strides, ALIGN)  # [N]
     v_within = within_block(c, p.dilation, p.value.strides, ALIGN)  # [N]
-    row_index = bias_index(rows.position, p.kernel_size)  # [M]; compiles away without a bias
+    position = key_positions(rows.position, p.span.n_keys, MODES, PER_KEY)  # [M] per axis
+    row_index = bias_index(position, p.kernel_size)  # [M]; compiles away without a bias
     blocks = count_blocks(rows, KV_BLOCK)
 
     # Partial blocks come first, so that what masks need is not kept beside full ones.
     for block in range(0, blocks.num_partial):
         a = plus(rows.low, times(partial_block(block, blocks), KV_BLOCK))
         present = before(plus(a, c), rows.high)  # [N]
-        k_at = block_offset(p, p.key, a, MODES, ALIGN)
-        v_at = block_offset(p, p.value, a, MODES, ALIGN)
-        k = load_rows(key + k_at, k_within, present, d, D)  # [N, D]
-        v = load_rows(value + v_at, v_within, present, dv, DV)  # [N, DV]
+        k_base, k_at = keys_of_block(key, p, p.key, a, c, k_within, MODES, ALIGN)
+        v_base, v_at = keys_of_block(value, p, p.value, a, c, v_within, MODES, ALIGN)
+        k = load_rows(k_base, k_at, present, d, D)  # [N, D]
+        v = load_rows(v_base, v_at, present, dv, DV)  # [N, DV]
         at = bias_index(plus(a, c), p.kernel_size)[None, :] - row_index[:, None]  # [M, N]
         s = scores(q, k, scale, rpb, at, p.kernel_size, p.head, HAS_RPB, False, PRECISION)
         s += mask_bias(a, rows.starts, rows.ends, KV_BLOCK, MODES)  # [M, N]
         state = STEP(state, operands, q, k, v, s, PRECISION)
 
     low, full_block = plus(rows.low, times(blocks.first_full, KV_BLOCK)), (0, 0, 0)
-    k_at = block_offset(p, p.key, low, MODES, ALIGN)
-    v_at = block_offset(p, p.value, low, MODES, ALIGN)
-    k_rows = key + (k_at + k_within)[:, None] + d[None, :]  # [N, D]
-    v_rows = value + (v_at + v_within)[:, None] + dv[None, :]  # [N, DV]
+    k_base, k_at = keys_of_block(key, p, p.key, low, c, k_within, MODES, ALIGN)
+    v_base, v_at = keys_of_block(value, p, p.value, low, c, v_within, MODES, ALIGN)
+    k_rows = k_base + k_at[:, None] + d[None, :]  # [N, D]
+    v_rows = v_base + v_at[:, None] + dv[None, :]  # [N, DV]
     k_steps = full_block_steps(blocks.full, p.dilation, p.key.strides, KV_BLOCK)
     v_steps = full_block_steps(blocks.full, p.dilation, p.value.strides, KV_BLOCK)
     for _ in range(0, blocks.num_full):
         a = plus(low, times(full_block, KV_BLOCK))
+        if RING:
+            k_base, k_at = keys_of_block(key, p, p.key, a, c, k_within, MODES, ALIGN)
+            v_base, v_at = keys_of_block(value, p, p.value, a, c, v_within, MODES, ALIGN)
+            k_rows = k_base + k_at[:, None] + d[None, :]
+            v_rows = v_base + v_at[:, None] + dv[None, :]
         k, v = load_tile(k_rows, d, D), load_tile(v_rows, dv, DV)  # [N, D], [N, DV]
         full_block, ended = next_full_block(full_block, blocks.full)
-        k_rows += full_block_step(k_steps, ended, ALIGN)
-        v_rows += full_block_step(v_steps, ended, ALIGN)
+        if not RING:
+            k_rows += full_block_step(k_steps, ended, ALIGN)
+            v_rows += full_block_step(v_steps, ended, ALIGN)
         at = bias_index(plus(a, c), p.kernel_size)[None, :] - row_index[:, None]  # [M, N]
         s = scores(q, k, scale, rpb, at, p.kernel_size, p.head, HAS_RPB, True, PRECISION)
         state = STEP(state, operands, q, k, v, s, PRECISION)
