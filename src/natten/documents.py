@@ -47,7 +47,7 @@ class Documents(NamedTuple):
             ]
             rows.append([first, first, *missing, *shape, shape[-1], *window, 0])
             first += math.prod(shape)
-        longest = tuple(_roomy(max(lengths)) for lengths in zip(*shapes))
+        longest = tuple(roomy(max(lengths)) for lengths in zip(*shapes))
         host = torch.tensor(rows, dtype=torch.int64, device="cpu")
         return cls(host.to(device, non_blocking=True), len(rows), longest, longest)
 
@@ -63,11 +63,11 @@ class Documents(NamedTuple):
         for side, start in enumerate(starts):
             table[:, side] = start[:-1]
             table[:, 4 + side] = start.diff()
-        space, key_space = ((_roomy(length),) for length in longest)
+        space, key_space = ((roomy(length),) for length in longest)
         return cls(table, len(table), space, key_space)
 
 
-def _roomy(length: int) -> int:
+def roomy(length: int) -> int:
     """``length`` rounded up by at most a quarter, so that few different sizes need a plan."""
     step = max(1, 1 << (length.bit_length() - 3) if length > 3 else 1)
     return -(-length // step) * step

@@ -114,7 +114,8 @@ def reach(
 ) -> tuple[Tensor, Tensor]:
     """First and one-past-last key of each query of a dilation group, in the queries' order.
 
-    With ``of_keys``, the first and one-past-last query of each key, among the group's queries.
+    With ``of_keys``, the first and one-past-last query of each key, among the group's queries. On a
+    circular axis they are those before the modulo.
     """
     first, last = query_range(rule, axis, length, group)
     n_keys = group_length(key_length, rule.dilation[axis], group)
@@ -122,8 +123,15 @@ def reach(
     start, end = rule.windows(axis, position, n_keys)
     if not of_keys:
         return start, end
+    before = 0
+    if rule.boundary[axis] == "circular":  # once around to both sides
+        start, end = (torch.cat([x - n_keys, x, x + n_keys]) for x in (start, end))
+        before = len(position)
     keys = torch.arange(n_keys, device="cpu")
-    return torch.searchsorted(end, keys, right=True), torch.searchsorted(start, keys, right=True)
+    return (
+        torch.searchsorted(end, keys, right=True) - before,
+        torch.searchsorted(start, keys, right=True) - before,
+    )
 
 
 def axis_pairs(rule: Rule, axis: int, length: int, key_length: int) -> int:

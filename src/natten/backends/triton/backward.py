@@ -189,13 +189,9 @@ def dkdv_kernel(
     """
     M: tl.constexpr = Q_BLOCK[0] * Q_BLOCK[1] * Q_BLOCK[2]
     N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
-    RING: tl.constexpr = (
-        (MODES[0] >= CIRCULAR) | (MODES[1] >= CIRCULAR) | (MODES[2] >= CIRCULAR)
-    )
+    RING: tl.constexpr = (MODES[0] >= CIRCULAR) | (MODES[1] >= CIRCULAR) | (MODES[2] >= CIRCULAR)
     # Whether queries lie as far apart in every block.
-    EVEN: tl.constexpr = (
-        (not RING) & (PER_KEY[0] <= 1) & (PER_KEY[1] <= 1) & (PER_KEY[2] <= 1)
-    )
+    EVEN: tl.constexpr = (not RING) & (PER_KEY[0] <= 1) & (PER_KEY[1] <= 1) & (PER_KEY[2] <= 1)
     p = locate(
         documents, (T0, T1, T2), kv_heads, per_kv, (L0, L1, L2), (KEY_L0, KEY_L1, KEY_L2),
         (P0, P1, P2), (K0, K1, K2), (S0, S1, S2), (D0, D1, D2), (q_b, q_0, q_1, q_2, q_h),

@@ -26,76 +26,72 @@ Tensors = Mapping[str, Tensor | None]
 Addresses = Sequence[int | None]
 Describe = Callable[[Tensor], Any]  # makes a descriptor of a tensor
 Launcher = Callable[[Addresses, Tensors], None]
+Compiled = Callable[[tuple[int, ...], Sequence[Any]], Launcher]  # of a grid and numbers
 Arguments = Callable[[Sequence[Any], Tensors, int], tuple[Any, ...]]  # of the function in C
 _KEPT = 256  # addresses, per kernel
 
 
-def launcher(
-    compiled: Any,
-    grid: tuple[int, ...],
-    describe: Mapping[str, Describe | None],
-    last: Sequence[Any],
-) -> Launcher:
-    """A function that launches a kernel on the current device, which must always be the same.
+def launchers(compiled: Any, describe: Mapping[str, Describe | None]) -> Compiled:
+    """What makes functions that launch a kernel on the current device, always the same.
 
     Args:
         compiled: what Triton compiled; it has run on the device.
-        grid: numbers of programs along three axes.
         describe: the kernel's tensors, which are its first parameters, in their order, and what
             makes a descriptor of each, or None.
-        last: numbers and constants, the same in each launch.
 
     Returns:
-        A function of the tensors: of their addresses, in order, and of themselves, by name.
+        A function of the numbers of programs along three axes, and of numbers and constants. It
+        makes a function of the tensors: of their addresses, in order, and of themselves, by name.
     """
-    runner = compiled[grid]
-
-    def slow(addresses: Addresses, tensors: Tensors) -> None:
-        runner(*described(describe, tensors).values(), *last)
-
     is_checked = release(triton.__version__) in CHECKED
     try:
-        short = _short_way(compiled, grid, describe, last)
+        short = _short_way(compiled, describe)
     except Exception:
         if is_checked:
             raise
-        return slow  # a later Triton has other internals
-    if short is None:
-        return slow
-    launch, arguments = short
+        short = None  # a later Triton has other internals
     hooks, device = knobs.runtime, driver.active.get_current_device()
-    stream = driver.active.get_current_stream
 
-    def fast(addresses: Addresses, tensors: Tensors) -> None:
-        try:
-            hooked = hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls
-        except AttributeError:  # a function in the place of a chain of functions
-            hooked = True
-        if hooked:
-            slow(addresses, tensors)
-        else:
-            launch(*arguments(addresses, tensors, stream(device)))
+    def launcher(grid: tuple[int, ...], last: Sequence[Any]) -> Launcher:
+        def slow(addresses: Addresses, tensors: Tensors) -> None:
+            compiled[grid](*described(describe, tensors).values(), *last)
 
-    if is_checked:
-        return fast
+        if short is None:
+            return slow
+        launch, make = short
+        arguments = make(grid, last)
+        stream = driver.active.get_current_stream
 
-    def agrees(addresses: Addresses, tensors: Tensors) -> bool:
-        passed = _passed(compiled.run, lambda: slow(addresses, tensors))
-        try:
-            return _agree(passed, arguments(addresses, tensors, stream(device)))
-        except Exception:
-            return False
+        def fast(addresses: Addresses, tensors: Tensors) -> None:
+            try:
+                hooked = hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls
+            except AttributeError:  # a function in the place of a chain of functions
+                hooked = True
+            if hooked:
+                slow(addresses, tensors)
+            else:
+                launch(*arguments(addresses, tensors, stream(device)))
 
-    return _once_compared(agrees, fast, slow)
+        if is_checked:
+            return fast
+
+        def agrees(addresses: Addresses, tensors: Tensors) -> bool:
+            passed = _passed(compiled.run, lambda: slow(addresses, tensors))
+            try:
+                return _agree(passed, arguments(addresses, tensors, stream(device)))
+            except Exception:
+                return False
+
+        return _once_compared(agrees, fast, slow)
+
+    return launcher
 
 
 def _short_way(
-    compiled: Any,
-    grid: Sequence[int],
-    describe: Mapping[str, Describe | None],
-    last: Sequence[Any],
-) -> tuple[Callable[..., None], Arguments] | None:
-    """Triton's function in C and its arguments; None where Triton itself has to launch."""
+    compiled: Any, describe: Mapping[str, Describe | None]
+) -> tuple[Callable[..., None], Callable[..., Arguments]] | None:
+    """Triton's function in C, and what makes its arguments of grid and numbers; None where Triton
+    itself has to launch."""
     own = compiled.run
     metas = getattr(compiled.metadata, "tensordesc_meta", None) or ()
     count = sum(make is not None for make in describe.values())
@@ -107,26 +103,32 @@ def _short_way(
         or len(metas) != count
     ):
         return None
-    arguments = _complete(compiled, grid, last)
-    if count:
-        arguments = _kept(arguments, _flattener(own, metas, describe))
-    return getattr(*_place(own)), arguments
+    complete = _complete(compiled)
+    if not count:
+        return getattr(*_place(own)), complete
+    flat = _flattener(own, metas, describe)
+    return getattr(*_place(own)), lambda grid, last: _kept(complete(grid, last), flat)
 
 
-def _complete(compiled: Any, grid: Sequence[int], last: Sequence[Any]) -> Arguments:
-    """All arguments of the function in C, made of those that differ from launch to launch."""
+def _complete(compiled: Any) -> Callable[[Sequence[int], Sequence[Any]], Arguments]:
+    """What makes all arguments of the function in C: of grid and numbers, then of those that differ
+    from launch to launch."""
     own = compiled.run
     between: tuple[Any, ...]
     start = compiled.function, own.launch_cooperative_grid, own.launch_pdl
     # What is None: memory for scratch, twice, and metadata of the launch for two hooks.
     if release(triton.__version__) <= (3, 6):
         between = (*start, None, None, compiled.packed_metadata, None, None, None)
-        return lambda flat, tensors, stream: (*grid, stream, *between, *flat, *last)
+        return lambda grid, last: (
+            lambda flat, tensors, stream: (*grid, stream, *between, *flat, *last)
+        )
     between = (
         *start, compiled.packed_metadata, None, None, None, None, None,
         own.arg_annotations, own.kernel_signature,
     )  # fmt: skip
-    return lambda flat, tensors, stream: (*grid, stream, *between, (*flat, *last))
+    return lambda grid, last: (
+        lambda flat, tensors, stream: (*grid, stream, *between, (*flat, *last))
+    )
 
 
 def _place(own: Any) -> tuple[Any, str]:

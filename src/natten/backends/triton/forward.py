@@ -6,7 +6,16 @@ import triton
 import triton.language as tl
 
 from .launch import kernel
-from .primitives import LN2, load_rows, plus, query_tokens, row_number, store_rows, times, token_offset
+from .primitives import (
+    LN2,
+    load_rows,
+    plus,
+    query_tokens,
+    row_number,
+    store_rows,
+    times,
+    token_offset,
+)
 from .walk import is_empty, locate, rows_of_tile, walk_additional, walk_keys
 
 

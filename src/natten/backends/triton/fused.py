@@ -11,7 +11,7 @@ from ...documents import Documents
 from ...inputs import Gradients, Inputs
 from ...neighborhood import Rule
 from .launch import contiguous, on_device, readable
-from .plan import Plan, plan_for
+from .plan import Part, Plan, plan_for
 
 
 def _as_read(inputs: Inputs) -> list[Any]:
@@ -95,7 +95,12 @@ def backward(
 
 
 def additional_gradients(
-    found: Plan, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, lse_delta: Tensor
+    found: Plan | Part,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    lse_delta: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of additional keys and values, which every query attends: sums over each split of
     the queries, then over the splits."""
@@ -115,7 +120,7 @@ def additional_gradients(
 
 
 def _rpb_gradient(
-    found: Plan, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor, grad_out: Tensor,
+    found: Plan | Part, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor, grad_out: Tensor,
     lse_delta: Tensor,
 ) -> Tensor:  # fmt: skip
     shape, launches = found.rpb

@@ -11,6 +11,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from operator import itemgetter
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ... import tuning
 from ...tiling import padded
-from .fast_launch import Describe, Launcher, described, launcher
+from .fast_launch import Compiled, Describe, Launcher, described, launchers
 
 _log = logging.getLogger("natten")
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -52,16 +53,21 @@ def kernel(jit: Callable[..., Any], tensors: str) -> Callable[[Callable[..., Any
     return decorate
 
 
+@lru_cache(maxsize=256)
+def _names(name: str, parts: str) -> tuple[str, ...]:
+    return tuple(name + part for part in parts)
+
+
 def per_axis(name: str, values: Sequence[Any], fill: Any = 1) -> dict[str, Any]:
     """Arguments ``name0``, ``name1``, ``name2``; ``fill`` for axes that a problem lacks."""
-    return {f"{name}{axis}": value for axis, value in enumerate(padded(values, fill))}
+    return dict(zip(_names(name, "012"), padded(values, fill)))
 
 
 def strides_of(name: str, strides: Sequence[int]) -> dict[str, int]:
     """Arguments ``name_b``, ``name_0`` to ``name_2`` and ``name_h``: strides of batch, three axes
     and heads of a tensor ``[batch, *space, heads, channels]``."""
     batch, *space, heads, _ = strides
-    return dict(zip((f"{name}_{axis}" for axis in "b012h"), (batch, *padded(space, 0), heads)))
+    return dict(zip(_names(f"{name}_", "b012h"), (batch, *padded(space, 0), heads)))
 
 
 class Launch:
@@ -103,6 +109,16 @@ class Launch:
         # Triton 3.10 fuses products and sums only where it is asked to.
         self.options = {"enable_fp_fusion": True, **options}
         self.compiled: Launcher | None = None
+        self._made: list[Compiled] = []  # shared by launches with other numbers
+
+    def moved(self, grid: Iterable[int], numbers: Mapping[str, Any]) -> Launch:
+        """The same kernel with another grid and other numbers, for which nothing is compiled."""
+        found = object.__new__(Launch)
+        found.__dict__.update(self.__dict__)
+        found.grid = (*grid, 1, 1)[:3]
+        found.arguments = {**self.arguments, **numbers}
+        found.compiled = None
+        return found
 
     # Not __call__: calling an object by keywords copies them once more.
     def run(self, **tensors: Tensor | None) -> None:
@@ -113,6 +129,8 @@ class Launch:
         addresses = [None if x is None else x.data_ptr() for x in self._in_order(tensors)]
         # Triton compiles for addresses that 16 divides, which only views can lack.
         unaligned = self._may_be_unaligned and math.gcd(16, *filter(None, addresses)) < 16
+        if self.compiled is None and self._made:
+            self.compiled = self._made[0](self.grid, tuple(self.arguments.values()))
         if unaligned or self.compiled is None:
             self._compile(tensors, not unaligned)
         else:
@@ -125,8 +143,7 @@ class Launch:
         named = described(self.tensors, tensors)
         compiled = self.kernel[self.grid](**named, **self.arguments, **self.options)
         if keep and compiled is not None:  # the interpreter compiles nothing
-            last = tuple(self.arguments.values())
-            self.compiled = launcher(compiled, self.grid, self.tensors, last)
+            self._made.append(launchers(compiled, self.tensors))
 
 
 class Trials:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ... import tuning
 from ...documents import Documents
-from ...neighborhood import Dense, Rule, queries_before
+from ...neighborhood import Dense, Neighborhood, Rule, queries_before
 from ...tiling import padded
+from ..interface import Shape
 from . import tiles as tiling
 from .backward import (
     additional_kernel,
@@ -131,19 +132,26 @@ class Plan:
             )
         return launch(tiling.choose(*problem, *self.asked[kind]))
 
+    def programs_of_keys(
+        self, tile: Sequence[int], key_space: Sequence[int]
+    ) -> tuple[int, list[int]]:
+        """How many programs have tiles of keys, and how many tiles there are per axis."""
+        counts = tile_counts(self.rule, key_space, tile, of_keys=True)
+        heads = math.prod(self.rule.dilation) * self.batch * self.kv_heads
+        return math.prod(counts) * heads, counts
+
     def _launch(
         self, kernel: Any, kind: str, tiles: tiling.Tiles, arguments: dict[str, Any]
     ) -> Launch:
-        of_keys = kind == "dkdv"
-        heads = self.kv_heads if of_keys else self.heads
-        tile, space = (tiles.kv_block, self.key_space) if of_keys else (tiles.q_block, self.space)
-        counts = tile_counts(self.rule, space, tile, of_keys)
-        programs = math.prod(counts) * math.prod(self.rule.dilation) * self.batch * heads
+        if kind == "dkdv":
+            programs, counts = self.programs_of_keys(tiles.kv_block, self.key_space)
+        else:
+            counts = tile_counts(self.rule, self.space, tiles.q_block)
+            programs = math.prod(counts) * math.prod(self.rule.dilation) * self.batch * self.heads
         arguments = {
-            **self.strides, **self.sizes,
-            **per_axis("T", counts), **self.numbers, **arguments, **self.constants,
-            "MODES": self.modes, "Q_BLOCK": tiles.q_block, "KV_BLOCK": tiles.kv_block,
-            "HAS_RPB": self.bias, "PACKED": self.packed,
+            **self.strides, **self.sizes, **per_axis("T", counts), **self.numbers, **arguments,
+            **self.constants, "MODES": self.modes, "Q_BLOCK": tiles.q_block,
+            "KV_BLOCK": tiles.kv_block, "HAS_RPB": self.bias, "PACKED": self.packed,
         }  # fmt: skip
         return Launch(
             kernel, (programs,), arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages
@@ -234,6 +242,89 @@ class Plan:
         return (splits, heads, num_blocks, *pairs), launches
 
 
+_NUMBERS_OF_PART = (
+    *strides_of("k", range(6)), *strides_of("v", range(6)), *per_axis("KEY_L", ()),
+    *per_axis("P", ()),
+)  # fmt: skip
+
+
+class Part:
+    """The plan of a part of a layout: that of another part with the same queries, whose kernels
+    have other numbers.
+
+    So what a new offset or a longer cache of keys costs on the host is little more than a call that
+    was made before, and no kernel is compiled.
+    """
+
+    def __init__(
+        self, plan: Plan, offset: Shape, key_space: Shape, key_strides: Sequence[int],
+        value_strides: Sequence[int],
+    ) -> None:  # fmt: skip
+        self._plan, self._key_space, missing = plan, key_space, 3 - len(offset)
+        none, one = (0,) * missing, (1,) * missing
+        k_batch, *k_space, k_heads, _ = key_strides
+        v_batch, *v_space, v_heads, _ = value_strides
+        numbers = (
+            k_batch, *none, *k_space, k_heads, v_batch, *none, *v_space, v_heads,
+            *one, *key_space, *none, *offset,
+        )  # fmt: skip
+        self._numbers = dict(zip(_NUMBERS_OF_PART, numbers))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plan, name)
+
+    def _of_queries(self, launch: Any) -> Launch:
+        return launch.moved(launch.grid, self._numbers)
+
+    @property
+    def forward(self) -> Launch:
+        return self._of_queries(self._plan.forward)
+
+    @property
+    def dq(self) -> Launch:
+        return self._of_queries(self._plan.dq)
+
+    @property
+    def dq_with_grad_lse(self) -> Launch:
+        return self._of_queries(self._plan.dq_with_grad_lse)
+
+    @property
+    def dkdv(self) -> Launch:
+        plan, launch = self._plan, self._plan.dkdv
+        assert isinstance(launch, Launch)
+        programs, counts = plan.programs_of_keys(launch.arguments["KV_BLOCK"], self._key_space)
+        return launch.moved((programs, 1, 1), {**self._numbers, **per_axis("T", counts)})
+
+    @property
+    def rpb(self) -> tuple[tuple[int, ...], list[tuple[Launch, Launch]]]:
+        shape, launches = self._plan.rpb
+        return shape, [(self._of_queries(each), add_up) for each, add_up in launches]
+
+
+@tuning.cached
+def common(*kind: Any) -> dict[Any, Any]:
+    """What parts have in common that differ in their offsets and keys only: a dictionary, which
+    begins empty. ``kind`` says what else they are."""
+    return {}
+
+
+def windows_of(rule: Neighborhood) -> tuple[Any, ...]:
+    """A rule but its offset."""
+    return (
+        rule.kernel_size, rule.stride, rule.dilation, rule.is_causal, rule.boundary,
+        rule.queries_per_key,
+    )  # fmt: skip
+
+
+def has_shared_kernels(rule: Rule, *strides: Sequence[int]) -> bool:
+    """Whether a problem's kernels may be those of another part."""
+    if isinstance(rule, Dense) or rule.query_offset is None:
+        return False
+    # Triton compiles for numbers of 64 bits. Tiles are timed problem by problem.
+    timed = tuning.wanted(backward=False) or tuning.wanted(backward=True)
+    return not timed and max(max(each) for each in strides) < 2**31
+
+
 # Calls of one shape come again: a model has few.
 _cached_plan = tuning.cached(Plan)
 
@@ -248,21 +339,29 @@ def plan_for(
     scale: float,
     documents: Documents | None = None,
     tiles: tuple[int, ...] = (),
-) -> Plan:
+) -> Plan | Part:
     """The plan of a call; tensors have channels one after another."""
-    return _cached_plan(
-        rule,
-        scale,
-        query.device,
-        query.dtype,
-        (query.shape, key.shape, value.shape),
-        (query.stride(), key.stride(), value.stride()),
+    shapes = query.shape, key.shape, value.shape
+    strides = query.stride(), key.stride(), value.stride()
+    others = (
         None if rpb is None else rpb.dtype,
         None if additional_keys is None else additional_keys.shape[1],
         None if documents is None else (documents.number, documents.space, documents.key_space),
         tiles,
         query.dtype == torch.float32 and allows_tf32(),
     )
+    _, k_strides, v_strides = strides
+    if not has_shared_kernels(rule, k_strides, v_strides):
+        return _cached_plan(rule, scale, query.device, query.dtype, shapes, strides, *others)
+    assert isinstance(rule, Neighborhood)
+    made = common(
+        *windows_of(rule), scale, query.device, query.dtype, query.shape, strides[0],
+        key.shape[-2:], value.shape[-1], math.gcd(16, *k_strides[:-1], *v_strides[:-1]),
+        *others,
+    )  # fmt: skip
+    if "plan" not in made:
+        made["plan"] = Plan(rule, scale, query.device, query.dtype, shapes, strides, *others)
+    return Part(made["plan"], rule.offset, key.shape[1:-2], k_strides, v_strides)
 
 
 def allows_tf32() -> bool:

@@ -71,10 +71,7 @@ def _token(i, group, dilation, n_keys, MODE: tl.constexpr, R: tl.constexpr):
     else:
         if MODE >= CIRCULAR:
             i = wrapped(i, n_keys * R if R > 1 else n_keys)
-        if R > 1:
-            x = (i // R * dilation + group) * R + i % R
-        else:
-            x = i * dilation + group
+        x = (i // R * dilation + group) * R + i % R if R > 1 else i * dilation + group
     return x
 
 

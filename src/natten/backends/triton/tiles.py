@@ -8,13 +8,15 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from ... import tuning
-from ...neighborhood import Rule
+from ...documents import roomy
+from ...neighborhood import Dense, Neighborhood, Rule, queries_before
 from ...tiling import group_kinds, reach
 from ..interface import Shape, Tiles
 
@@ -152,6 +154,41 @@ def _axis(rule: Rule, axis: int, length: int, key_length: int, of_keys: bool) ->
     return found
 
 
+# Windows are not counted as longer, nor parts: tiles have at most 128 rows.
+_LONGEST = 4096
+
+
+@lru_cache(maxsize=1024)
+def part_size(shape: Shape) -> Shape:
+    """A size of parts for which the tiles of ``shape`` are chosen, a bit larger."""
+    return tuple(min(roomy(length), _LONGEST) for length in shape)
+
+
+@lru_cache(maxsize=1024)
+def _typical(rule: Rule, shape: Shape, key_shape: Shape) -> tuple[Rule, Shape, Shape]:
+    """The problem whose tiles a problem has.
+
+    Of queries that are a part of the layout it is one dilation group, in which all keys of their
+    windows lie beside them, and there are a few more queries. So neither an offset nor the length
+    of a cache of keys changes tiles, for which kernels are compiled.
+    """
+    if isinstance(rule, Dense) or rule.query_offset is None:
+        return rule, shape, key_shape
+    axes = []
+    for length, k, s, d, r in zip(
+        part_size(shape), rule.kernel_size, rule.stride, rule.dilation, rule.queries_per_key
+    ):
+        count = queries_before(length, 0, d, r)
+        k, s = min(k, _LONGEST), min(s, _LONGEST)
+        beside = -(-k // s)  # strides
+        axes.append((count, (-(-count // (r * s)) + 2 * beside) * s, k, s, beside * s * r))
+    shape, key_shape, kernel_size, stride, offset = zip(*axes)
+    own = replace(
+        rule, kernel_size=kernel_size, stride=stride, dilation=(1,) * rule.rank, query_offset=offset
+    )
+    return own, shape, key_shape
+
+
 _NO_AXIS = [_AxisTiles(1, 1, dict.fromkeys(_SIZES, 1))]
 
 
@@ -160,6 +197,7 @@ def key(
     bias: bool = False,
 ) -> str:  # fmt: skip
     """The name of a problem in :mod:`natten.tuning`."""
+    rule, shape, key_shape = _typical(rule, shape, key_shape)
     sizes = "-".join("x".join(map(str, each)) for each in (shape, key_shape))
     return f"triton-{kind}-{sizes}-{rule}-{dim}-{value_dim}-{itemsize}{'-bias' * bias}"
 
@@ -198,7 +236,8 @@ def candidates(
     bias: bool = False,
 ) -> list[Tiles]:  # fmt: skip
     """Tiles that fit the current GPU's registers and shared memory, cheapest first by estimate."""
-    return _candidates(kind, rule, shape, key_shape, dim, value_dim, itemsize, bias, gpu())
+    problem = _typical(rule, shape, key_shape)
+    return _candidates(kind, *problem, dim, value_dim, itemsize, bias, gpu())
 
 
 @lru_cache(maxsize=64)
@@ -255,7 +294,10 @@ def computed_pairs(kind: str, rule: Rule, shape: Shape, key_shape: Shape, tiles:
     for axis, (length, key_length, d) in enumerate(zip(shape, key_shape, rule.dilation)):
         i = axis + 3 - len(shape)
         visited = 0
-        for group, groups in group_kinds(length, d):
+        kinds = group_kinds(length, d)
+        if isinstance(rule, Neighborhood) and not rule.is_self_attention:
+            kinds = [(group, 1) for group in range(d)]
+        for group, groups in kinds:
             spans = _spans(*reach(rule, axis, length, key_length, group, of_keys), tile[i])
             visited += groups * int((-(-spans // other[i])).sum())
         pairs *= visited

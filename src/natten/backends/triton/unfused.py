@@ -23,7 +23,7 @@ from ...tiling import padded
 from ..interface import Shape
 from . import tiles as tiling
 from .launch import Launch, contiguous, kernel, on_device, per_axis, readable, strides_of
-from .plan import allows_tf32, sizes, tile_counts
+from .plan import allows_tf32, common, has_shared_kernels, sizes, tile_counts, windows_of
 from .primitives import (
     before,
     bias_offset,
@@ -106,15 +106,16 @@ def qk_kernel(
     N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
     kernel_size, stride, dilation = (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
     tile, group, head, batch = tile_of_program((T0, T1, T2), dilation, heads)
-    own, first = _located(
+    begin = times(tile, Q_BLOCK)
+    own, start = _located(
         (L0, L1, L2), (KEY_L0, KEY_L1, KEY_L2), (P0, P1, P2), dilation, group, PER_KEY
     )
-    begin = plus(own.first, times(tile, Q_BLOCK))
+    begin = plus(own.first, begin)
     if outside(begin, own.n):
         return
     rows = rows_of_tile(begin, own, kernel_size, stride, MODES, PER_KEY, Q_BLOCK, False)
     # The tensors of queries begin at their first one, [M] per axis.
-    x = minus(query_tokens(rows.position, group, dilation, own.n_keys, MODES, PER_KEY), first)
+    x = minus(query_tokens(rows.position, group, dilation, own.n_keys, MODES, PER_KEY), start)
     d = tl.arange(0, BLOCK_D)
     q_at = token_offset(batch * q_b + head * q_h, x, (q_0, q_1, q_2), ALIGN)
     q = load_rows(query, q_at, rows.real, d, D)  # [M, BLOCK_D]
@@ -160,15 +161,16 @@ def av_kernel(
     N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
     kernel_size, stride, dilation = (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
     tile, group, head, batch = tile_of_program((T0, T1, T2), dilation, heads)
-    own, first = _located(
+    begin = times(tile, Q_BLOCK)
+    own, start = _located(
         (L0, L1, L2), (KEY_L0, KEY_L1, KEY_L2), (P0, P1, P2), dilation, group, PER_KEY
     )
-    begin = plus(own.first, times(tile, Q_BLOCK))
+    begin = plus(own.first, begin)
     if outside(begin, own.n):
         return
     rows = rows_of_tile(begin, own, kernel_size, stride, MODES, PER_KEY, Q_BLOCK, False)
     # The tensors of queries begin at their first one, [M] per axis.
-    x = minus(query_tokens(rows.position, group, dilation, own.n_keys, MODES, PER_KEY), first)
+    x = minus(query_tokens(rows.position, group, dilation, own.n_keys, MODES, PER_KEY), start)
     slots = token_offset(batch * a_b + head * a_h, x, (a_0, a_1, a_2), 1)
     slots -= _slot(rows.starts, kernel_size)  # [M]
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -206,10 +208,10 @@ def av_transposed_kernel(
     N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
     kernel_size, stride, dilation = (K0, K1, K2), (S0, S1, S2), (D0, D1, D2)
     tile, group, head, batch = tile_of_program((T0, T1, T2), dilation, heads)
+    begin = times(tile, KV_BLOCK)
     own, start = _located(
         (L0, L1, L2), (KEY_L0, KEY_L1, KEY_L2), (P0, P1, P2), dilation, group, PER_KEY
     )
-    begin = times(tile, KV_BLOCK)
     if outside(begin, own.n_keys):
         return
     rows = rows_of_tile(begin, own, kernel_size, stride, MODES, PER_KEY, KV_BLOCK, True)
@@ -347,18 +349,26 @@ def _map_launch(
     each, (batch, *_, heads, dim), itemsize = _MAPS[name], shape, dtypes[1].itemsize
     # As of narrow heads: addresses of single weights fill the registers beside large tiles.
     narrow = min(dim, 128 // itemsize)
-    tiles = tiling.choose(each.kind, rule, space, key_space, narrow, narrow, itemsize)
+    named = {letter: strides_of(letter, x) for letter, x in zip(each.strides, strides)}
+    align = math.gcd(16, *(s for letter in each.aligned for s in named[letter].values()))
+    made: dict[str, Any] = {}
+    if has_shared_kernels(rule, *strides):
+        made = common(
+            *windows_of(rule), name, device, dtypes, batch, heads, dim, space, align, tf32
+        )
+    if "tiles" not in made:
+        made["tiles"] = tiling.choose(each.kind, rule, space, key_space, narrow, narrow, itemsize)
+    tiles = made["tiles"]
     if each.kind == "dkdv":
         counts = tile_counts(rule, key_space, tiles.kv_block, of_keys=True)
     else:
         counts = tile_counts(rule, space, tiles.q_block)
-    named = {letter: strides_of(letter, x) for letter, x in zip(each.strides, strides)}
     block_d = tiling.padded_channels(min(dim, MOST_BYTES // itemsize))
     arguments = {
         **sizes(rule, space, key_space), **per_axis("T", counts), "heads": heads,
-        "MODES": modes(rule, key_space), "PER_KEY": per_key(rule), "Q_BLOCK": tiles.q_block, "KV_BLOCK": tiles.kv_block,
-        "ALIGN": math.gcd(16, *(s for letter in each.aligned for s in named[letter].values())),
-        "D": dim, "BLOCK_D": block_d, "PRECISION": "tf32" if tf32 else "ieee",
+        "MODES": modes(rule, key_space), "PER_KEY": per_key(rule), "Q_BLOCK": tiles.q_block,
+        "KV_BLOCK": tiles.kv_block, "ALIGN": align, "D": dim, "BLOCK_D": block_d,
+        "PRECISION": "tf32" if tf32 else "ieee",
     }  # fmt: skip
     if name == "qk":
         arguments["CUT"] = "truncate" in rule.boundary
@@ -366,7 +376,11 @@ def _map_launch(
         arguments |= named[letter]
     programs = math.prod(counts) * math.prod(rule.dilation) * batch * heads
     grid = programs, 1 if name == "qk" else -(-dim // block_d)
-    return Launch(each.kernel, grid, arguments, num_warps=8 if block_d > 32 else 4, num_stages=2)
+    if "launch" in made:
+        return made["launch"].moved(grid, arguments)
+    warps = 8 if block_d > 32 else 4
+    made["launch"] = Launch(each.kernel, grid, arguments, num_warps=warps, num_stages=2)
+    return made["launch"]
 
 
 def _run(

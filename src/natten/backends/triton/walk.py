@@ -142,10 +142,9 @@ def locate(
             documents, batch
         )
     else:
+        key_shape = shape[0], shape[1], key_lengths[2]
         if PER_KEY[2] > 0:
             key_shape = key_lengths
-        else:
-            key_shape = shape[0], shape[1], key_lengths[2]
         first = batch * shape[0] * shape[1] * shape[2]
         key_first = batch * key_shape[0] * key_shape[1] * key_shape[2]
     query = _view(query_strides, batch, first, shape, q_head, PACKED)
@@ -308,18 +307,17 @@ def within_block(c, dilation, strides, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def keys_of_block(base, p, view, a, c, within, MODES: tl.constexpr, ALIGN: tl.constexpr):
-    """Where the rows ``c`` of a block of keys lie that begins at position ``a``: an address, and
-    offsets from it. They are ``within`` the block but on circular axes, where a block may go on
-    at the other end."""
+def keys_of_block(p, view, a, c, within, MODES: tl.constexpr, ALIGN: tl.constexpr):
+    """Offset of a block of keys that begins at position ``a``, and offsets from there of its keys,
+    at positions ``c`` inside. These are ``within``, the same in every block, but on circular axes,
+    where a block may go on at the other end."""
     if (MODES[0] >= CIRCULAR) | (MODES[1] >= CIRCULAR) | (MODES[2] >= CIRCULAR):
         y = key_tokens(plus(a, c), p.group, p.dilation, p.span.n_keys, MODES)  # [N] per axis
-        at = token_offset(view.start, y, view.strides, ALIGN)  # [N]
+        start, within = 0, token_offset(view.start, y, view.strides, ALIGN)  # [N]
     else:
         y = key_tokens(a, p.group, p.dilation, p.span.n_keys, MODES)
-        base += token_offset(view.start, y, view.strides, ALIGN)
-        at = within
-    return base, at
+        start = token_offset(view.start, y, view.strides, ALIGN)
+    return start, within
 
 
 @triton.jit
@@ -361,9 +359,7 @@ def walk_keys(
     ``k [N, D]`` and values ``v [N, DV]``, with scores ``s [M, N]``.
     """
     N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
-    RING: tl.constexpr = (
-        (MODES[0] >= CIRCULAR) | (MODES[1] >= CIRCULAR) | (MODES[2] >= CIRCULAR)
-    )
+    RING: tl.constexpr = (MODES[0] >= CIRCULAR) | (MODES[1] >= CIRCULAR) | (MODES[2] >= CIRCULAR)
     c = coordinates(tl.arange(0, N), KV_BLOCK)  # [N] per axis
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     k_within = within_block(c, p.dilation, p.key.strides, ALIGN)  # [N]
@@ -376,29 +372,29 @@ def walk_keys(
     for block in range(0, blocks.num_partial):
         a = plus(rows.low, times(partial_block(block, blocks), KV_BLOCK))
         present = before(plus(a, c), rows.high)  # [N]
-        k_base, k_at = keys_of_block(key, p, p.key, a, c, k_within, MODES, ALIGN)
-        v_base, v_at = keys_of_block(value, p, p.value, a, c, v_within, MODES, ALIGN)
-        k = load_rows(k_base, k_at, present, d, D)  # [N, D]
-        v = load_rows(v_base, v_at, present, dv, DV)  # [N, DV]
+        k_start, k_at = keys_of_block(p, p.key, a, c, k_within, MODES, ALIGN)
+        v_start, v_at = keys_of_block(p, p.value, a, c, v_within, MODES, ALIGN)
+        k = load_rows(key + k_start, k_at, present, d, D)  # [N, D]
+        v = load_rows(value + v_start, v_at, present, dv, DV)  # [N, DV]
         at = bias_index(plus(a, c), p.kernel_size)[None, :] - row_index[:, None]  # [M, N]
         s = scores(q, k, scale, rpb, at, p.kernel_size, p.head, HAS_RPB, False, PRECISION)
         s += mask_bias(a, rows.starts, rows.ends, KV_BLOCK, MODES)  # [M, N]
         state = STEP(state, operands, q, k, v, s, PRECISION)
 
     low, full_block = plus(rows.low, times(blocks.first_full, KV_BLOCK)), (0, 0, 0)
-    k_base, k_at = keys_of_block(key, p, p.key, low, c, k_within, MODES, ALIGN)
-    v_base, v_at = keys_of_block(value, p, p.value, low, c, v_within, MODES, ALIGN)
-    k_rows = k_base + k_at[:, None] + d[None, :]  # [N, D]
-    v_rows = v_base + v_at[:, None] + dv[None, :]  # [N, DV]
+    k_start, k_at = keys_of_block(p, p.key, low, c, k_within, MODES, ALIGN)
+    v_start, v_at = keys_of_block(p, p.value, low, c, v_within, MODES, ALIGN)
+    k_rows = key + (k_start + k_at)[:, None] + d[None, :]  # [N, D]
+    v_rows = value + (v_start + v_at)[:, None] + dv[None, :]  # [N, DV]
     k_steps = full_block_steps(blocks.full, p.dilation, p.key.strides, KV_BLOCK)
     v_steps = full_block_steps(blocks.full, p.dilation, p.value.strides, KV_BLOCK)
     for _ in range(0, blocks.num_full):
         a = plus(low, times(full_block, KV_BLOCK))
         if RING:
-            k_base, k_at = keys_of_block(key, p, p.key, a, c, k_within, MODES, ALIGN)
-            v_base, v_at = keys_of_block(value, p, p.value, a, c, v_within, MODES, ALIGN)
-            k_rows = k_base + k_at[:, None] + d[None, :]
-            v_rows = v_base + v_at[:, None] + dv[None, :]
+            k_start, k_at = keys_of_block(p, p.key, a, c, k_within, MODES, ALIGN)
+            v_start, v_at = keys_of_block(p, p.value, a, c, v_within, MODES, ALIGN)
+            k_rows = key + (k_start + k_at)[:, None] + d[None, :]
+            v_rows = value + (v_start + v_at)[:, None] + dv[None, :]
         k, v = load_tile(k_rows, d, D), load_tile(v_rows, dv, DV)  # [N, D], [N, DV]
         full_block, ended = next_full_block(full_block, blocks.full)
         if not RING:

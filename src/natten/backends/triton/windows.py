@@ -7,8 +7,8 @@ monotonically with their queries, so what the first and the last position of a t
 what any, and what all of its positions reach. On a circular axis positions are those before the
 modulo; :func:`wrapped` takes it.
 
-Where queries are a layout of their own (``PER_KEY``), those of a dilation group have numbers: number
-``j`` stands at key position ``j // r``, and the queries there are may be a part of them.
+Where queries are a layout of their own (``PER_KEY``), those of a dilation group have numbers:
+number ``j`` stands at key position ``j // r``, and only some numbers are those of queries.
 """
 
 from __future__ import annotations
@@ -151,11 +151,8 @@ def wrapped(i, n):
 
 @triton.jit
 def _margin(n_keys, MODE: tl.constexpr, R: tl.constexpr):
-    if MODE < CIRCULAR:
-        margin = 0
-    else:
-        margin = n_keys * R if R > 1 else n_keys
-    return margin
+    once_around = n_keys * R if R > 1 else n_keys
+    return once_around if MODE >= CIRCULAR else 0
 
 
 @triton.jit
@@ -194,7 +191,7 @@ def window(i, n, n_keys, k, s, MODE: tl.constexpr):
             leader = tl.minimum(i // s * s + s // 2, n - 1)
         if (MODE == TRUNCATED) | (MODE == TRUNCATED_STRIDED):
             start = tl.maximum(leader - k // 2, 0)
-            end = tl.minimum(leader - k // 2 + k, n)
+            end = tl.minimum(leader - k // 2 + k, n_keys)
         else:
             start = tl.minimum(tl.maximum(leader - k // 2, 0), n - k)
             end = start + k
@@ -225,12 +222,12 @@ def queries_of(p, n, n_keys, k, s, MODE: tl.constexpr):
         if (MODE == STRIDED) | (MODE == TRUNCATED_STRIDED):
             start = (first - s // 2 + s - 1) // s * s
             end = (last - s // 2) // s * s + s
-        if (MODE == STRIDED) | (MODE == SLIDING):
-            start = tl.where(p - k + 1 <= 0, 0, start)
-            end = tl.where((p >= n - k) | (last >= n - 1), n, tl.minimum(end, n))
         if (MODE == TRUNCATED) | (MODE == TRUNCATED_STRIDED):
             start = tl.maximum(start, 0)
             end = tl.where(last >= n - 1, n, tl.minimum(end, n))
+        elif MODE < CIRCULAR:
+            start = tl.where(p - k + 1 <= 0, 0, start)
+            end = tl.where((p >= n - k) | (last >= n - 1), n, tl.minimum(end, n))
     return start, end
 
 
@@ -254,8 +251,8 @@ def _reach(i, first, n, n_keys, k, s, MODE: tl.constexpr, R: tl.constexpr, OF_KE
 @triton.jit
 def reach(i, group, k, s, MODES: tl.constexpr, PER_KEY: tl.constexpr, OF_KEYS: tl.constexpr):
     """What ``i`` reach along each axis of a :class:`Span`, starts and ends: :func:`window` of
-    queries, or, where these are ``OF_KEYS``, :func:`queries_of`, as numbers of queries that are
-    there. Only of a circular axis's, some may not be there: :func:`are_queries` tells."""
+    queries, or, where these are ``OF_KEYS``, :func:`queries_of`, as numbers of queries. On a
+    circular axis some are not of queries that are there: :func:`are_queries` tells."""
     first, n, n_keys = group.first, group.n, group.n_keys
     start0, end0 = _reach(
         i[0], first[0], n[0], n_keys[0], k[0], s[0], MODES[0], PER_KEY[0], OF_KEYS
