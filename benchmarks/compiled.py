@@ -46,6 +46,9 @@ class Variant(NamedTuple):
     value_dim: int | None = None
     num_additional: int = 0
     bias: bool = False
+    boundary: str | tuple[str, ...] = "shift"
+    queries_per_key: int | tuple[int, ...] = 1
+    part: tuple[int, ...] = ()  # the layout of queries that are a part
 
 
 class Kernel(NamedTuple):
@@ -86,11 +89,14 @@ def _backend(name: str) -> Backend:
 
 def _inputs(variant: Variant) -> tuple[Neighborhood, Tensor, Tensor, Tensor]:
     rule = Neighborhood.create(
-        len(variant.shape), variant.window, variant.stride, variant.dilation, variant.causal
-    )
-    dims = variant.dim, variant.dim, variant.value_dim or variant.dim
+        len(variant.shape), variant.window, variant.stride, variant.dilation, variant.causal,
+        variant.boundary, variant.queries_per_key, 1 if variant.part else None,
+    )  # fmt: skip
+    fine = tuple(r * n for r, n in zip(rule.queries_per_key, variant.shape))
+    each = (variant.part or fine, variant.dim), (variant.shape, variant.dim)
     q, k, v = (
-        torch.empty(2, *variant.shape, 4, d, dtype=variant.dtype, device="meta") for d in dims
+        torch.empty(2, *shape, 4, dim, dtype=variant.dtype, device="meta")
+        for shape, dim in (*each, (variant.shape, variant.value_dim or variant.dim))
     )
     return rule, q, k, v
 

@@ -51,6 +51,18 @@ MORE = [
     Variant("NAT fp32 bias", (56, 56), 7, 32, dtype=torch.float32, bias=True),
     Variant("Hunyuan", (30, 48, 80), (18, 24, 24), 128),
 ]
+BORDERS = [
+    Variant("NAT truncated", (56, 56), 7, 32, boundary="truncate"),
+    Variant("NAT circular", (56, 56), 7, 32, boundary="circular"),
+    Variant("NAT part bias", (56, 56), 7, 32, bias=True, part=(28, 56)),
+    Variant("AnyUp", (28, 28), 9, 32, queries_per_key=8, value_dim=384),
+    Variant("HDiT fine", (32, 32), 13, 64, queries_per_key=2),
+    Variant("HDiT fine dilated", (32, 32), 13, 64, dilation=2, queries_per_key=2),
+    Variant("FLUX part", (256, 256), 80, 128, part=(128, 256)),
+    Variant("video part", (16, 32, 32), (7, 11, 11), 64, part=(4, 32, 32)),
+    Variant("video ring", (16, 32, 32), (7, 11, 11), 64, boundary="circular"),
+    Variant("stream", (4096,), 1024, 128, causal=True, boundary="truncate", part=(256,)),
+]
 HOPPER = [
     Variant("1-D", (32768,), 2048, 128),
     Variant("1-D strided", (32768,), 2048, 128, stride=256),
@@ -135,7 +147,7 @@ class Row(NamedTuple):
 
 def variants(target: str, names: Sequence[str] = ()) -> list[Variant]:
     """The default variants for a target, or some of them."""
-    portable = PORTABLE + MORE if target == "90" else PORTABLE
+    portable = PORTABLE + BORDERS + MORE if target == "90" else PORTABLE
     every = {each.name: each for each in (HOPPER if target == "90a" else portable)}
     return [every[name] for name in names or every]
 

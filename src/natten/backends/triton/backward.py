@@ -172,6 +172,16 @@ def dq_kernel(
     store_rows(grad_query, at * D, rows.real, d, D, dq * scale)
 
 
+@triton.jit
+def _places(
+    p, start, j, heads, head, MODES: tl.constexpr, PER_KEY: tl.constexpr, ALIGN: tl.constexpr
+):
+    """Offsets and rows of queries of numbers ``j``, where those of the head begin at ``start``."""
+    x = query_tokens(j, p.group, p.dilation, p.span.n_keys, MODES, PER_KEY)
+    at = token_offset(start, x, p.query.strides, ALIGN)
+    return at, row_number(p.first, x, p.shape, heads, head)
+
+
 @kernel(triton.jit, tensors="query key value rpb documents grad_out lse_delta grad_key grad_value")
 def dkdv_kernel(
     query, key, value, rpb, documents, grad_out, lse_delta, grad_key, grad_value,
@@ -181,17 +191,16 @@ def dkdv_kernel(
     MODES: tl.constexpr, PER_KEY: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
     ALIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, HAS_RPB: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    SINGLE: tl.constexpr,
+    SINGLE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """dK and dV; arguments are ``forward_kernel``'s, tiles ``T`` are of keys.
 
-    ``SINGLE``: a key head has one query head, and the loop over them is compiled away.
+    ``SINGLE``: a key head has one query head, and the loop over them is compiled away. ``EVEN``:
+    queries lie as far apart in every block.
     """
     M: tl.constexpr = Q_BLOCK[0] * Q_BLOCK[1] * Q_BLOCK[2]
     N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
     RING: tl.constexpr = (MODES[0] >= CIRCULAR) | (MODES[1] >= CIRCULAR) | (MODES[2] >= CIRCULAR)
-    # Whether queries lie as far apart in every block.
-    EVEN: tl.constexpr = (not RING) & (PER_KEY[0] <= 1) & (PER_KEY[1] <= 1) & (PER_KEY[2] <= 1)
     p = locate(
         documents, (T0, T1, T2), kv_heads, per_kv, (L0, L1, L2), (KEY_L0, KEY_L1, KEY_L2),
         (P0, P1, P2), (K0, K1, K2), (S0, S1, S2), (D0, D1, D2), (q_b, q_0, q_1, q_2, q_h),
@@ -229,16 +238,12 @@ def dkdv_kernel(
             real = before(plus(a, r), rows.high)  # [M]
             real = are_queries(plus(a, r), p.span, real, MODES, PER_KEY)
             if EVEN:
-                x = query_tokens(a, p.group, p.dilation, p.span.n_keys, MODES, PER_KEY)
-                q_at = token_offset(q_start, x, p.query.strides, ALIGN)
-                row = row_number(p.first, x, p.shape, heads, head)
+                q_at, row = _places(p, q_start, a, heads, head, MODES, PER_KEY, ALIGN)
                 q = load_rows(query + q_at, q_within, real, d, D)  # [M, D]
                 g = load_rows(grad_out + row * DV, row_within * DV, real, dv, DV)  # [M, DV]
                 row_lse_delta = load_lse_delta(lse_delta + row * 4, row_within, real)  # [M, 4]
             else:
-                x = query_tokens(plus(a, r), p.group, p.dilation, p.span.n_keys, MODES, PER_KEY)
-                q_at = token_offset(q_start, x, p.query.strides, ALIGN)  # [M]
-                row = row_number(p.first, x, p.shape, heads, head)  # [M]
+                q_at, row = _places(p, q_start, plus(a, r), heads, head, MODES, PER_KEY, ALIGN)
                 q = load_rows(query, q_at, real, d, D)
                 g = load_rows(grad_out, row * DV, real, dv, DV)
                 row_lse_delta = load_lse_delta(lse_delta, row, real)
@@ -254,21 +259,17 @@ def dkdv_kernel(
     for shared in range(0, 1 if SINGLE else per_kv):
         head, full_block = p.kv_head * per_kv + shared, (0, 0, 0)
         q_start = p.query.start + head * q_h
-        x = query_tokens(low, p.group, p.dilation, p.span.n_keys, MODES, PER_KEY)
-        q_at = token_offset(q_start, x, p.query.strides, ALIGN)
-        row = row_number(p.first, x, p.shape, heads, head)
+        q_at, row = _places(p, q_start, low, heads, head, MODES, PER_KEY, ALIGN)
         q_rows = query + (q_at + q_within)[:, None] + d[None, :]  # [M, D]
         g_rows = grad_out + (row + row_within)[:, None] * DV + dv[None, :]  # [M, DV]
         lse_delta_rows = lse_delta + (row + row_within)[:, None] * 4 + tl.arange(0, 4)[None, :]
         for _ in range(0, blocks.num_full):
             a = plus(low, times(full_block, Q_BLOCK))
             if not EVEN:
-                x = query_tokens(plus(a, r), p.group, p.dilation, p.span.n_keys, MODES, PER_KEY)
-                q_at = token_offset(q_start, x, p.query.strides, ALIGN)  # [M]
-                row = row_number(p.first, x, p.shape, heads, head)  # [M]
-                q_rows = query + q_at[:, None] + d[None, :]
-                g_rows = grad_out + row[:, None] * DV + dv[None, :]
-                lse_delta_rows = lse_delta + row[:, None] * 4 + tl.arange(0, 4)[None, :]
+                q_each, each = _places(p, q_start, plus(a, r), heads, head, MODES, PER_KEY, ALIGN)
+                q_rows = query + q_each[:, None] + d[None, :]
+                g_rows = grad_out + each[:, None] * DV + dv[None, :]
+                lse_delta_rows = lse_delta + each[:, None] * 4 + tl.arange(0, 4)[None, :]
             q, g = load_tile(q_rows, d, D), load_tile(g_rows, dv, DV)  # [M, D], [M, DV]
             row_lse_delta = tl.load(lse_delta_rows)  # [M, 4]
             full_block, ended = next_full_block(full_block, blocks.full)

@@ -182,7 +182,9 @@ class Plan:
         # Without the loop over heads, ptxas spills what it then keeps beside two sums of 128
         # channels; narrower ones are up to a quarter faster (benchmarks/results/h200.md).
         single = self.per_kv == 1 and max(self.dim, self.value_dim) <= 64
-        return self._tiled(dkdv_kernel, "dkdv", kv_heads=self.kv_heads, SINGLE=single)
+        fine = zip(self.rule.queries_per_key, self.rule.dilation)
+        even = "circular" not in self.rule.boundary and all(r == 1 or d == 1 for r, d in fine)
+        return self._tiled(dkdv_kernel, "dkdv", kv_heads=self.kv_heads, SINGLE=single, EVEN=even)
 
     @cached_property
     def additional(self) -> tuple[int, Launch]:
