@@ -28,6 +28,7 @@ from triton.runtime import _allocation, driver
 
 from natten.backends import Backend
 from natten.backends.hopper import plan as hopper_plan
+from natten.backends.triton import plan as portable_plan
 from natten.backends.triton.launch import Launch, kernel, per_axis, strides_of
 from natten.backends.triton.releases import release
 from natten.inputs import Inputs
@@ -297,3 +298,45 @@ def test_an_unknown_release_is_compared_first(
         assert plain(first) == plain(second) == plain(third)
         hook = knobs.runtime.launch_enter_hook
         assert [args[HOOKS][1] is hook for args in (first, second, third)] == [True, True, not NEW]
+
+
+def part(length: int, keys: int, offset: int) -> None:
+    """A forward and a backward of queries that are a part of a layout."""
+    rule = Neighborhood.create(1, 9, 1, 2, True, "truncate", 1, offset)
+    q = torch.empty(1, length, 2, 32, dtype=torch.bfloat16)
+    k = torch.empty(1, keys, 2, 32, dtype=torch.bfloat16)
+    inputs = Inputs(q, k, k)
+    outputs = portable.forward(inputs, rule, 0.125)
+    portable.backward(q, None, inputs, *outputs, rule, 0.125)
+
+
+def test_a_new_offset_or_length_of_keys_compiles_nothing(
+    launched: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part(4, 40, 8)
+    compile_one = Mock()
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "_do_compile", compile_one)
+    keys = [(40, offset) for offset in (0, 1, 3, 16, 32)]
+    keys += [(length, 1) for length in (15, 16, 17, 64, 1024)]
+    for length, offset in keys:
+        part(4, length, offset)
+    assert not compile_one.called and len(launched) == 3 * (1 + len(keys))
+
+
+def test_parts_pass_what_triton_passes(launched: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers are those of a plan of that part alone."""
+    parts = ((4, 40, 8), (4, 40, 3), (4, 15, 11), (4, 17, 0))
+    for each in parts:
+        part(*each)
+    shared = launched.copy()
+    launched.clear()
+    monkeypatch.setattr(portable_plan, "has_shared_kernels", lambda *_: False)
+    for each in parts:
+        part(*each)
+    assert list(map(numbers, shared)) == list(map(numbers, launched))
+
+
+def numbers(args: tuple[Any, ...]) -> list[Any]:
+    """The grid, and the numbers of a kernel."""
+    given = args[-1] if NEW else args
+    return [*args[:3], *(x for x in given if isinstance(x, (int, float)) and abs(x) < 2**32)]

@@ -43,6 +43,8 @@ def sizes(rule: Rule, space: Sequence[int], key_space: Sequence[int]) -> dict[st
     """Arguments for queries, keys, queries before the first one, window, stride and dilation per
     axis."""
     kernel_size, stride = ((), ()) if isinstance(rule, Dense) else (rule.kernel_size, rule.stride)
+    # A window that is truncated may exceed what an axis ever has, but not numbers of 32 bits.
+    kernel_size, stride = (tuple(min(n, 2**30) for n in each) for each in (kernel_size, stride))
     return (
         per_axis("L", space)
         | per_axis("KEY_L", key_space)

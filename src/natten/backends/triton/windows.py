@@ -283,12 +283,13 @@ def are_queries(j, group, real, MODES: tl.constexpr, PER_KEY: tl.constexpr):
 
 @triton.jit
 def tiles_that_attend(
-    length, key_length, offset, dilation, k, s, o,
-    Q_SIZE: tl.constexpr, KV_SIZE: tl.constexpr, MODE: tl.constexpr, R: tl.constexpr,
+    key_length, dilation, k, s, o, Q_SIZE: tl.constexpr, KV_SIZE: tl.constexpr,
+    MODE: tl.constexpr, length=0, offset=0, R: tl.constexpr = 0,
 ):  # fmt: skip
     """The first of an axis's tiles of queries that attend a block of keys which begins ``o`` after
     its tile, and how many there are; with strides or dilation perhaps a few too many. A tile is of
-    queries that stand at neighboring keys, one at each."""
+    queries that stand at neighboring keys, one at each. ``length`` and ``offset`` are of queries
+    that are a layout of their own, ``R`` per key."""
     most = group_length(key_length, dilation, 0)
     least = group_length(key_length, dilation, dilation - 1)
     # One past the last position of a query, and least and greatest of the first ones of groups.
