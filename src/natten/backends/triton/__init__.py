@@ -2,9 +2,10 @@
 
 Keys are read in blocks that start where a tile's first window starts; no token is permuted, padded
 or copied, except a tensor whose last stride is not 1. What is a compile-time constant: dtype, head
-dims, tile shapes, which axes are causal or strided or have one token, whether there is a bias or
-additional tokens or packed documents, and the largest power of two (up to 16) that divides all
-strides.
+dims, tile shapes, how the windows of each axis go (causal, strided, truncated, circular, of one
+token), how many queries stand at a key where queries are a layout of their own, whether there is a
+bias or additional tokens or packed documents, and the largest power of two (up to 16) that divides
+all strides.
 """
 
 from __future__ import annotations

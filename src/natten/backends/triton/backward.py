@@ -375,44 +375,17 @@ def rpb_grad_kernel(
     if PER_KEY[2] > 0:
         key_shape = KEY_L0, KEY_L1, KEY_L2
     t0, w0 = tiles_that_attend(
-        key_shape[0],
-        D0,
-        K0,
-        S0,
-        apart[0],
-        Q_BLOCK[0],
-        KV_BLOCK[0],
-        MODES[0],
-        L0,
-        P0,
-        PER_KEY[0],
-    )
+        key_shape[0], D0, K0, S0, apart[0], Q_BLOCK[0], KV_BLOCK[0], MODES[0],
+        L0, P0, PER_KEY[0],
+    )  # fmt: skip
     t1, w1 = tiles_that_attend(
-        key_shape[1],
-        D1,
-        K1,
-        S1,
-        apart[1],
-        Q_BLOCK[1],
-        KV_BLOCK[1],
-        MODES[1],
-        L1,
-        P1,
-        PER_KEY[1],
-    )
+        key_shape[1], D1, K1, S1, apart[1], Q_BLOCK[1], KV_BLOCK[1], MODES[1],
+        L1, P1, PER_KEY[1],
+    )  # fmt: skip
     t2, w2 = tiles_that_attend(
-        key_shape[2],
-        D2,
-        K2,
-        S2,
-        apart[2],
-        Q_BLOCK[2],
-        KV_BLOCK[2],
-        MODES[2],
-        L2,
-        P2,
-        PER_KEY[2],
-    )
+        key_shape[2], D2, K2, S2, apart[2], Q_BLOCK[2], KV_BLOCK[2], MODES[2],
+        L2, P2, PER_KEY[2],
+    )  # fmt: skip
     r, c = coordinates(tl.arange(0, M), Q_BLOCK), coordinates(tl.arange(0, N), KV_BLOCK)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     at = bias_index(plus(apart, c), kernel_size)[None, :] - bias_index(r, kernel_size)[:, None]
