@@ -65,8 +65,9 @@ class Program(NamedTuple):
 class Rows(NamedTuple):
     """The rows of a tile, and what they reach: queries reach keys, and keys queries."""
 
-    position: Any  # [R] per axis, in the dilation group; the last one for rows beyond its end;
-    # of queries, their numbers
+    # [R] per axis, in the dilation group: numbers of queries, positions of keys; the last one for
+    # rows beyond its end
+    position: Any
     real: Any  # [R], which rows are not beyond the end
     starts: Any  # [R] per axis, what each row reaches
     ends: Any  # [R] per axis
@@ -184,15 +185,11 @@ def _clipped(low, high, all_low, all_high, first, n, n_all):
 
 @triton.jit
 def _tile_reach(
-    low, high, all_low, all_high, group, AXIS: tl.constexpr, MODES: tl.constexpr,
-    PER_KEY: tl.constexpr, OF_KEYS: tl.constexpr,
+    low, high, all_low, all_high, first, n, n_keys, MODE: tl.constexpr, R: tl.constexpr,
+    OF_KEYS: tl.constexpr,
 ):  # fmt: skip
-    low, high, all_low, all_high = low[AXIS], high[AXIS], all_low[AXIS], all_high[AXIS]
-    if OF_KEYS and MODES[AXIS] >= CIRCULAR and PER_KEY[AXIS] > 0:
-        n_all = group.n_keys[AXIS] * PER_KEY[AXIS]
-        low, high, all_low, all_high = _clipped(
-            low, high, all_low, all_high, group.first[AXIS], group.n[AXIS], n_all
-        )
+    if OF_KEYS and (MODE >= CIRCULAR) & (R > 0):
+        low, high, all_low, all_high = _clipped(low, high, all_low, all_high, first, n, n_keys * R)
     return low, high, all_low, all_high
 
 
@@ -211,10 +208,18 @@ def rows_of_tile(
     i = plus(begin, coordinates(tl.arange(0, R), SHAPE))
     position, real = minimum(i, last), before(i, length)
     starts, ends = reach(position, group, kernel_size, stride, MODES, PER_KEY, OF_KEYS)
-    reached = low, high, all_low, all_high
-    low0, high0, all_low0, all_high0 = _tile_reach(*reached, group, 0, MODES, PER_KEY, OF_KEYS)
-    low1, high1, all_low1, all_high1 = _tile_reach(*reached, group, 1, MODES, PER_KEY, OF_KEYS)
-    low2, high2, all_low2, all_high2 = _tile_reach(*reached, group, 2, MODES, PER_KEY, OF_KEYS)
+    low0, high0, all_low0, all_high0 = _tile_reach(
+        low[0], high[0], all_low[0], all_high[0], group.first[0], group.n[0], group.n_keys[0],
+        MODES[0], PER_KEY[0], OF_KEYS,
+    )  # fmt: skip
+    low1, high1, all_low1, all_high1 = _tile_reach(
+        low[1], high[1], all_low[1], all_high[1], group.first[1], group.n[1], group.n_keys[1],
+        MODES[1], PER_KEY[1], OF_KEYS,
+    )  # fmt: skip
+    low2, high2, all_low2, all_high2 = _tile_reach(
+        low[2], high[2], all_low[2], all_high[2], group.first[2], group.n[2], group.n_keys[2],
+        MODES[2], PER_KEY[2], OF_KEYS,
+    )  # fmt: skip
     return Rows(
         position, real, starts, ends, (low0, low1, low2), (high0, high1, high2),
         (all_low0, all_low1, all_low2), (all_high0, all_high1, all_high2),
