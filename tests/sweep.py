@@ -3,9 +3,10 @@
     python tests/sweep.py [--problems 1000] [--backend triton] [--processes 12] [--seed 0]
 
 This is not a test file of pytest, because it compiles kernels for a minute. Problems of one kind
-run the same compiled kernels (dtype, head dims, tiles, which axes are strided or causal) and differ
-in sizes and windows. Outputs are poisoned before every call. It prints failures, the worst errors,
-and a summary.
+run the same compiled kernels (dtype, head dims, tiles, which axes are strided or causal,
+boundaries, queries per key) and differ in sizes, windows and offsets. In about a third of them
+queries are a part of the layout or finer than keys, or windows are truncated or circular. Outputs
+are poisoned before every call. It prints failures, the worst errors, and a summary.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from torch import Tensor
 
 from natten import backends
 from natten.backends import Problem
+from natten.backends.rings import runner_of
 from natten.inputs import Gradients, Inputs
-from natten.neighborhood import Dense, Neighborhood
+from natten.neighborhood import BOUNDARIES, Dense, Neighborhood
 from natten.varlen import VarlenLayout
 
 # RMS of the error over RMS of the value; gradients may have twice as much.
@@ -56,11 +58,14 @@ class Kind(NamedTuple):
     rpb: bool
     additional: bool
     tile: tuple[int, ...]
+    boundary: tuple[str, ...]
+    per_key: tuple[int, ...]
+    part: bool  # queries are a part of the layout
 
 
 def kinds(backend: str) -> list[Kind]:
     """Kinds that cover what a backend supports."""
-    rng = random.Random(0)
+    rng, wider = random.Random(0), random.Random(1)
     dtypes = [torch.bfloat16, torch.float16, torch.float32]
     dims = [(32, 32), (64, 64), (128, 128), (24, 24), (96, 96), (7, 40), (256, 64), (1, 512)]
     operations = ["fused"] * 5 + ["dense", "packed", "unfused"]
@@ -75,37 +80,64 @@ def kinds(backend: str) -> list[Kind]:
         plain = operation != "fused" or backend == "hopper"
         dtype = dtypes[i // 3 % len(dtypes)]
         widest = 1 << (max(dim, value_dim) - 1).bit_length()
+        strided = tuple(rng.random() < 0.5 for _ in range(rank))
+        causal = tuple(rng.random() < 0.3 for _ in range(rank))
         found.append(
             Kind(
-                operation, rank, dtype, dim, value_dim,
-                tuple(rng.random() < 0.5 for _ in range(rank)),
-                tuple(rng.random() < 0.3 for _ in range(rank)),
+                operation, rank, dtype, dim, value_dim, strided, causal,
                 rng.choice([0, rank - 1]) if rank > 1 and rng.random() < 0.2 else None,
                 not plain and rng.random() < 0.4,
                 operation == "fused" and rng.random() < 0.3,
                 TILES[max(16, min(64, 16384 // widest // dtype.itemsize))][rank],
+                *random_borders(operation, causal, wider),
             )
         )  # fmt: skip
     return found
 
 
-def random_rule(kind: Kind, rng: random.Random) -> tuple[list[int], Neighborhood]:
-    """A token layout, which may have odd sizes, and a window that fits it."""
-    space, dilation, window, stride = [], [], [], []
+def random_borders(
+    operation: str, causal: tuple[bool, ...], rng: random.Random
+) -> tuple[tuple[str, ...], tuple[int, ...], bool]:
+    """Boundaries and queries per key of each axis, and whether queries are a part of the layout."""
+    rank = len(causal)
+    if operation not in ("fused", "unfused") or rng.random() < 0.55:
+        return ("shift",) * rank, (1,) * rank, False
+    others = [[*BOUNDARIES[:2], *BOUNDARIES[1:] * (not is_causal)] for is_causal in causal]
+    boundary = tuple(rng.choice(names) for names in others)
+    per_key = tuple(rng.choice([1, 1, 1, 2, 3, 8]) for _ in causal)
+    is_usual = boundary == ("shift",) * rank and per_key == (1,) * rank
+    return boundary, per_key, is_usual or rng.random() < 0.7
+
+
+def random_rule(kind: Kind, rng: random.Random) -> tuple[list[int], list[int], Neighborhood]:
+    """Token layouts of queries and of keys, which may have odd sizes, and windows that fit."""
+    axes = []
     for axis in range(kind.rank):
-        n = 1 if axis == kind.unit else rng.randint(2, MOST[kind.rank])
+        boundary, r = kind.boundary[axis], kind.per_key[axis]
+        n = 1 if axis == kind.unit else rng.randint(2, max(2, MOST[kind.rank] // r))
         d = rng.randint(1, min(rng.choice([1, 1, 4]), n))
-        if BACKEND == "hopper" and n % d:  # dilations must divide the layout
-            n += d - n % d
-        k = rng.randint(1, n // d)
+        if BACKEND == "hopper" and r > 1:  # no kernel has both
+            d = 1
+        fitting = n // d
+        if boundary == "truncate":
+            fitting += rng.choice([0, 3, n])
+        k = rng.randint(1, fitting)
         strided = kind.strided[axis] and k > 1 and n > 1
-        if kind.strided[axis] and not strided and n // d > 1:
+        if kind.strided[axis] and not strided and fitting > 1:
             k, strided = 2, True
-        space.append(n)
-        dilation.append(d)
-        window.append(k)
-        stride.append(rng.randint(2, k) if strided else 1)
-    return space, Neighborhood.create(kind.rank, window, stride, dilation, kind.causal)
+        s = rng.randint(2, k) if strided else 1
+        if boundary == "circular":  # the stride divides the ring
+            n = -(-n // (s * d)) * s * d
+        offset = rng.randint(0, r * n - 1) if kind.part else 0
+        queries = rng.randint(1, r * n - offset) if kind.part else r * n
+        axes.append((queries, n, k, s, d, offset))
+    space, key_space, window, stride, dilation, first = map(list, zip(*axes))
+    rule = Neighborhood.create(
+        kind.rank, window, stride, dilation, kind.causal, kind.boundary, kind.per_key,
+        first if kind.part else None,
+    )  # fmt: skip
+    rule.check(space, key_space)
+    return space, key_space, rule
 
 
 BACKEND = "triton"
@@ -149,17 +181,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def check(kind: Kind, rng: random.Random) -> dict[str, float]:
     """The error ratios of all results of a random problem of a kind."""
-    module = backends.named(BACKEND)
-    space, rule = random_rule(kind, rng)
+    space, key_space, rule = random_rule(kind, rng)
+    module: Any = runner_of(backends.named(BACKEND), rule)
     if kind.operation == "unfused":
-        return check_unfused(kind, module, space, rule, rng)
+        return check_unfused(kind, module, space, key_space, rule, rng)
     batch, kv_heads = rng.choice([1, 2]), rng.choice([1, 2])
     heads, dtype = kv_heads * rng.choice([1, 1, 3]), kind.dtype
     rule_: Any = Dense(kind.causal[0]) if kind.operation == "dense" else rule
-    key_space = [rng.randint(1, 200)] if kind.operation == "dense" else space
+    if kind.operation == "dense":
+        key_space = [rng.randint(1, 200)]
     options: dict[str, Any] = {"tiles": kind.tile * 4} if BACKEND == "triton" else {}
     if kind.operation == "packed":
-        layout = VarlenLayout([random_rule(kind, rng)[0] for _ in range(rng.randint(1, 4))])
+        layout = VarlenLayout([random_rule(kind, rng)[1] for _ in range(rng.randint(1, 4))])
         batch, space, key_space = 1, [layout.total_tokens], [layout.total_tokens]
         options["documents"] = layout.documents(rule, torch.device(DEVICE))
         module = importlib.import_module("natten.backends.triton.fused")  # it takes tiles
@@ -195,7 +228,8 @@ def check(kind: Kind, rng: random.Random) -> dict[str, float]:
     found, found_lse = module.forward(inputs, rule_, scale, **options)
     errors = {"out": ratio(out, found), "lse": ratio(lse, found_lse)}
     if BACKEND == "hopper":  # another backend runs the backward of wide heads, as in a call
-        module = backends.choose(BACKEND, Problem.of("gradient", inputs, rule_, scale))
+        backend = backends.choose(BACKEND, Problem.of("gradient", inputs, rule_, scale))
+        module = runner_of(backend, rule)
     found_grads = module.backward(
         grad_out, grad_lse, inputs, found, found_lse, rule_, scale, **options
     )
@@ -224,21 +258,26 @@ def packed_oracle(
 
 
 def check_unfused(
-    kind: Kind, module: Any, space: list[int], rule: Neighborhood, rng: random.Random
+    kind: Kind,
+    module: Any,
+    space: list[int],
+    key_space: list[int],
+    rule: Neighborhood,
+    rng: random.Random,
 ) -> dict[str, float]:
     """Check the five unfused maps; masked slots hold NaN and must not be read."""
     batch, heads = rng.choice([1, 2]), rng.choice([1, 3])
-    x, y = (tensor(rng, kind.dtype, batch, *space, heads, kind.dim) for _ in range(2))
+    x, y = (tensor(rng, kind.dtype, batch, *each, heads, kind.dim) for each in (space, key_space))
     attn = tensor(rng, kind.dtype, batch, *space, heads, rule.window_tokens)
-    masked = ~rule.attended_slots(space, space, DEVICE)[..., None, :]
+    masked = ~rule.attended_slots(space, key_space, DEVICE)[..., None, :]
     attn = attn.masked_fill(masked, math.nan)
     rpb = tensor(rng, kind.dtype, heads, *(2 * k - 1 for k in rule.kernel_size))
     calls = {
         "qk": (x, y),
         "av": (attn, y),
-        "av_transposed": (attn, x, space),
-        "rpb_bias": (rpb, space, space),
-        "rpb_bias_transposed": (attn[0], space),
+        "av_transposed": (attn, x, key_space),
+        "rpb_bias": (rpb, space, key_space),
+        "rpb_bias_transposed": (attn[0], key_space),
     }
     errors = {}
     for name, args in calls.items():
