@@ -53,3 +53,37 @@ def partners(kind: str, rule: Neighborhood, axis: int, n: int) -> tuple[torch.Te
         return start, stop
     attended = (start <= tokens[:, None]) & (tokens[:, None] < stop)  # [key, query]
     return attended.int().argmax(1), n - attended.flip(1).int().argmax(1)
+
+
+def part(queries: Any, keys: Any, window: Any, **options: Any) -> Any:
+    """Layouts of queries and of keys, and the rule."""
+    rule = Neighborhood.create(len(keys), window, **options)
+    rule.check(queries, keys)
+    return queries, keys, rule
+
+
+TIME = {"is_causal": (True, False), "boundary": ("truncate", "shift")}
+PARTS = [
+    part((1,), (90,), 20, query_offset=89),
+    part((1,), (1,), 20, query_offset=0, is_causal=True, boundary="truncate"),
+    part((70,), (500,), 33, query_offset=201),
+    part((150,), (400,), 64, stride=16, query_offset=83),
+    part((37,), (101,), 9, dilation=4, query_offset=13),
+    part((2,), (101,), 9, stride=3, dilation=5, query_offset=98),
+    part((101,), (101,), 9, dilation=4),
+    part((3,), (3,), 9, dilation=5, boundary="truncate"),
+    part((130,), (130,), 200, boundary="truncate"),
+    part((130,), (130,), 31, stride=16, boundary="truncate"),
+    part((120,), (15,), 9, queries_per_key=8),
+    part((77,), (50,), 9, queries_per_key=3, stride=2, query_offset=31, is_causal=True),
+    part((9, 20), (20, 20), 7, query_offset=(7, 0)),
+    part((13, 27), (29, 30), (5, 7), stride=(2, 3), dilation=(4, 3), query_offset=(16, 3)),
+    part((20, 30), (20, 30), (41, 13), boundary="truncate"),
+    part((31, 33), (8, 9), (5, 3), queries_per_key=(8, 4), query_offset=(20, 2)),
+    part((1, 40), (6, 40), (4, 9), query_offset=(5, 0), **TIME),
+    part((5, 9, 11), (13, 15, 17), (3, 4, 5), dilation=(2, 3, 2), query_offset=(3, 5, 1)),
+    part((6, 8, 9), (6, 8, 9), (5, 3, 12), boundary="truncate"),
+]
+PART_IDS = [
+    f"{'x'.join(map(str, q))}-of-{'x'.join(map(str, k))}-{i}" for i, (q, k, _) in enumerate(PARTS)
+]

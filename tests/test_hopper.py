@@ -115,7 +115,6 @@ PLAIN = Problem(
     ("change", "reason"),
     [
         ({"scale": -1.0}, "scaled"),
-        ({"rule": Neighborhood.create(2, 5, 1, 3, False)}, "divide"),
         ({"shape": (1, 2**15, 2**15, 16, 64)}, "31 bits"),
     ],
 )

@@ -76,10 +76,10 @@ def geometry_of(arguments):
         field: tuple(tl.full([], arguments[f"{letter}{axis}"], tl.int32) for axis in range(3))
         for field, letter in fields.items()
     }
-    names = ("MODES", "TILE", "BLOCK", "SPLIT_AXIS", "WARPGROUPS", "DILATED", "OF_KEYS")
+    names = ("MODES", "TILE", "BLOCK", "SPLIT_AXIS", "WARPGROUPS", "DILATED", "QUERIES", "OF_KEYS")
     constants = {name: arguments[name] for name in names}
     numbers = {name: tl.full([], arguments[name], tl.int32) for name in ("num_tiles", "heads")}
-    return Geometry(**per_axis, **numbers, **constants)
+    return Geometry(**per_axis, part=(), **numbers, **constants)
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def tiles_kernel(found, SIZE: tl.constexpr, WARPGROUP: tl.constexpr, ARGUMENTS: 
     g = geometry_of(ARGUMENTS)
     ids = tl.arange(0, SIZE)
     tile = g.tile(ids)
-    numbers = (tile.batch, tile.head, *tile.group, *g.first_of(tile, WARPGROUP))
+    numbers = (tile.batch, tile.head, *g.own_side(tile).group, *g.first_of(tile, WARPGROUP))
     for i in range(8):
         tl.store(found + 8 * ids + i, numbers[i])
 
@@ -140,7 +140,7 @@ def check(kind, rule, shape, tiles):
     """Every partner of a token is visible in one block, and nothing else is."""
     arguments = launch_of(kind, rule, shape, tiles)
     ids = some_tiles([arguments[f"T{axis}"] for axis in range(3)])
-    most = math.prod(axis.most for axis in tiling._cuts(kind, rule, shape)(tiles))
+    most = math.prod(axis.most for axis in tiling._cuts(kind, rule, shape, shape)(tiles))
     sizes = arguments["WARPGROUPS"] * len(ids), most
     scores = torch.full((*sizes, tiling.ROWS, math.prod(arguments["BLOCK"])), -math.inf)
     starts = torch.full((*sizes, 3), 1 << 20, dtype=torch.int32)  # where there is no block

@@ -2,8 +2,9 @@
 
 The fastest way for fp16 and bf16 without relative positional bias; what it can not run,
 :meth:`Hopper.limits` says. Compile-time constants: dtype, head dims, which axes are causal or
-strided or have one token, tile shapes and the kind of mask, whether there are additional tokens,
-whether there is dilation.
+strided or truncated or have one token, tile shapes and the kind of mask, whether there are
+additional tokens, whether there is dilation, whether queries are a part of the layout, and whether
+they are finer than keys.
 """
 
 from __future__ import annotations
@@ -71,14 +72,16 @@ class Hopper(Backend):
             return "masks scores that are scaled by a positive number of usual size"
         if problem.rule is None:
             return None
-        assert isinstance(problem.rule, Neighborhood)
-        if not problem.rule.is_self_attention or "truncate" in problem.rule.boundary:
-            return "has no queries that are a part of the layout, and no truncated windows"
-        shape, dilation = problem.shape, problem.rule.dilation
-        if any(n % d for n, d in zip(shape[1:-2], dilation)):
-            return f"needs dilations that divide the token layout, {tuple(shape[1:-2])}"
-        if math.prod(shape[:-1]) > MOST:
-            return "numbers the tokens of all heads with 31 bits"
+        rule = problem.rule
+        assert isinstance(rule, Neighborhood)
+        if any(r > 1 and d > 1 for r, d in zip(rule.queries_per_key, rule.dilation)):
+            return "has no queries that are finer than keys along an axis with dilation"
+        batch, *space, heads, _ = problem.shape
+        for layout in (space, problem.key_shape):
+            # Where a dilation does not divide an axis, TMA sees more tokens.
+            tokens = (n + d if n % d else n for n, d in zip(layout, rule.dilation))
+            if batch * heads * math.prod(tokens) > MOST:
+                return "numbers the tokens of all heads with 31 bits"
         return None
 
     @cached_property

@@ -11,7 +11,7 @@ dQ += dS K, or dK += dS^T Q and dV += P^T dO.
 
 from ..triton.launch import kernel
 from ..triton.primitives import LN2
-from .geometry import WARPS, Geometry, mma_layout, volume
+from .geometry import OWN, WARPS, Geometry, Part, mma_layout, volume
 from .gluon_names import (
     aggregate,
     fence_async_shared,
@@ -91,11 +91,13 @@ def _fetch_tiles(ctx):
     tile_iteration = 0
     for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
-        bases = tma_bases(ctx.outer, tile.batch, tile.group, tile.head)
+        side = g.own_side(tile)
+        bases = tma_bases(ctx.outer, tile.batch, side.bases, tile.head)
         gdc_wait()  # until the kernel before has ended; what comes first need not
-        ctx.tiles[0].produce(tile_iteration, ctx.outer, bases, g.first_of(tile, 0))
+        ctx.tiles[0].produce(tile_iteration, ctx.outer, bases, side.at(g.first_of(tile, 0)))
         if g.WARPGROUPS == 2:
-            ctx.tiles[1].produce(tile_iteration, ctx.outer, bases, g.first_of(tile, 1))
+            first = side.at(g.first_of(tile, 1))
+            ctx.tiles[1].produce(tile_iteration, ctx.outer, bases, first)
         tile_iteration += 1  # noqa: SIM113
 
 
@@ -110,18 +112,19 @@ def _fetch_blocks(ctx):
             first_head, heads = tile.head * ctx.heads_per_kv, ctx.heads_per_kv
         else:
             first_head, heads = tile.head // ctx.heads_per_kv, 1
+        side = g.other_side(tile)
         gdc_wait()
         if ctx.HAS_ADDITIONAL:
-            bases = tma_bases(ctx.additional, tile.batch, tile.group, first_head)
+            bases = tma_bases(ctx.additional, tile.batch, side.group, first_head)
             for position in range(0, ctx.num_additional, volume(g.BLOCK)):
                 ctx.blocks.produce(stage, ctx.additional, bases, (0, 0, position))
                 stage += 1
         for head in range(first_head, first_head + heads):
-            bases = tma_bases(ctx.inner, tile.batch, tile.group, head)
+            bases = tma_bases(ctx.inner, tile.batch, side.bases, head)
             block = (stage * 0, stage * 0, stage * 0)
             for _ in range(tile.blocks[0] * tile.blocks[1] * tile.blocks[2]):
                 start, _ = g.block_start(block, tile.origin)
-                ctx.blocks.produce(stage, ctx.inner, bases, start)
+                ctx.blocks.produce(stage, ctx.inner, bases, side.at(start))
                 block = g.next_block(block, tile.blocks)
                 stage += 1
     gdc_launch_dependents()  # the next kernel can be set up, and waits for this one's end
@@ -270,10 +273,11 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
         if g.OF_KEYS:
             buffers[1].reshape([M, D]).store(acc_v.to(DTYPE))
         fence_async_shared()
-        base = ctx.grads[0].tma_base(tile.batch, tile.group, tile.head)
-        ctx.grads[0].store(base, first, buffers[0])
+        side = g.own_side(tile)
+        base, at = ctx.grads[0].tma_base(tile.batch, side.bases, tile.head), side.at(first)
+        ctx.grads[0].store(base, at, buffers[0])
         if g.OF_KEYS:
-            ctx.grads[1].store(base, first, buffers[1])
+            ctx.grads[1].store(base, at, buffers[1])
         if not ctx.OWN_OUT:
             store_wait(0)
             tiles.consumer_release(tile_iteration)
@@ -313,22 +317,32 @@ def backward_kernel(
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     g_b, g_0, g_1, g_2, g_h, l_b, l_0, l_1, l_2, l_h, d_b, d_0, d_1, additional_b,
     N0, N1, N2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2,
+    Q0, Q1, Q2, SQ0, SQ1, SQ2, SN0, SN1, SN2, O0, O1, O2, G0, G1, G2, R0, R1, R2,
     num_tiles, heads, heads_per_kv, num_additional, scale_log2,
     MODES: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, SPLIT_AXIS: gl.constexpr,
     STAGES: gl.constexpr, MASK: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
     REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, WARPGROUPS: gl.constexpr,
-    DILATED: gl.constexpr, OF_KEYS: gl.constexpr,
+    DILATED: gl.constexpr, QUERIES: gl.constexpr, OF_KEYS: gl.constexpr,
 ):  # fmt: skip
     """One pass: dQ from tiles of queries, or with ``OF_KEYS`` dK and dV from tiles of keys.
 
     All tensors are descriptors. Numbers are as in the forward kernel; the gradients that a pass
     stores have the steps ``d``.
     """
+    part = ()
+    if QUERIES != OWN:
+        part = (
+            Part(
+                queries=(Q0, Q1, Q2), short_queries=(SQ0, SQ1, SQ2), short_keys=(SN0, SN1, SN2),
+                offset=(O0, O1, O2), group=(G0, G1, G2), per_key=(R0, R1, R2),
+            ),
+        )  # fmt: skip
     g = Geometry(
         length=(N0, N1, N2), window=(K0, K1, K2), stride=(S0, S1, S2), dilation=(D0, D1, D2),
-        tiles=(T0, T1, T2), num_tiles=num_tiles, heads=heads, MODES=MODES, TILE=TILE, BLOCK=BLOCK,
-        SPLIT_AXIS=SPLIT_AXIS, WARPGROUPS=WARPGROUPS, DILATED=DILATED, OF_KEYS=OF_KEYS,
+        tiles=(T0, T1, T2), part=part, num_tiles=num_tiles, heads=heads, MODES=MODES, TILE=TILE,
+        BLOCK=BLOCK, SPLIT_AXIS=SPLIT_AXIS, WARPGROUPS=WARPGROUPS, DILATED=DILATED,
+        QUERIES=QUERIES, OF_KEYS=OF_KEYS,
     )  # fmt: skip
     of_queries = (
         TmaTensor(query, (q_b, q_0, q_1, q_2, q_h)),

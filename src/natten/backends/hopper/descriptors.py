@@ -5,6 +5,11 @@ axis of everywhere that the rows of a batch entry's head and dilation group may 
 inside a group per axis. So every layout with contiguous channels is read in place, whatever its
 strides. Blocks may have more channels than a head: TMA fills them with zeros, and does not store
 them.
+
+Where a dilation does not divide an axis, groups have ``n`` positions, and from one group on one
+less. The axis has one bound for all of them. So the view begins ``dilation`` tokens before the
+tensor: of a short group, positions count from there, as 1 to ``n - 1``; of the others, bases are
+``dilation`` tokens later, and positions count from 0. Nobody asks for position 0 of a short group.
 """
 
 from __future__ import annotations
@@ -16,17 +21,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...neighborhood import group_length
 from .gluon_names import TensorDescriptor, gl
 from .tiles import MOST
 
 
 class View(NamedTuple):
-    """Shape and strides for TMA, and how far apart along the first axis are batch entries, tokens
-    along three axes, and heads."""
+    """Shape and strides for TMA; how far apart along the first axis are batch entries, tokens
+    along three axes, and heads; and how many numbers before the tensor the view begins."""
 
     shape: list[int]
     strides: list[int]
     steps: tuple[int, ...]
+    before: int = 0
+
+
+class _Earlier:
+    """What a descriptor asks of a tensor, for a view that begins before it."""
+
+    def __init__(self, tensor: Tensor, before: int) -> None:
+        self.tensor, self.dtype = tensor, tensor.dtype
+        self._bytes = before * tensor.itemsize
+
+    def data_ptr(self) -> int:
+        return self.tensor.data_ptr() - self._bytes
 
 
 class Describe:
@@ -40,19 +58,21 @@ class Describe:
         if tensor.is_cuda:
             # Encoding it needs a context, which a new thread has after a call of CUDA's runtime.
             torch.cuda.set_device(tensor.device)
-        return TensorDescriptor(tensor, self.view.shape, self.view.strides, self.block, self.layout)
+        base: Any = _Earlier(tensor, self.view.before) if self.view.before else tensor
+        return TensorDescriptor(base, self.view.shape, self.view.strides, self.block, self.layout)
 
 
 def view(shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> View:
-    """The view of a tensor of that shape and stride; every dilation divides its axis."""
+    """The view of a tensor of that shape and stride."""
     batch, *space, heads, channels = shape
     missing = 3 - len(space)
-    lengths = [n // d for n, d in zip(space, dilation)]
+    lengths = [group_length(n, d, 0) for n, d in zip(space, dilation)]
     tokens = stride[1:-2]
     # A valid stride where there is one position; of one head, so that bases of a contiguous tensor
     # are its rows.
     width = -(-channels // 8) * 8
-    counts = (batch, *[1] * missing, *dilation, heads)
+    groups = (d + n % d for n, d in zip(space, dilation))  # where long ones begin later
+    counts = (batch, *[1] * missing, *groups, heads)
     starts = (
         stride[0] if batch > 1 else 0,
         *[0] * missing,
@@ -70,6 +90,7 @@ def view(shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -
             1,
         ],
         steps,
+        sum(s * d for n, s, d in zip(space, tokens, dilation) if n % d),
     )
 
 

@@ -9,7 +9,7 @@ and values come block by block; a warpgroup hands back unread what its queries d
 
 from ..triton.launch import kernel
 from ..triton.primitives import LN2
-from .geometry import WARPS, Geometry, mma_layout, volume
+from .geometry import OWN, WARPS, Geometry, Part, mma_layout, volume
 from .gluon_names import (
     aggregate,
     fence_async_shared,
@@ -57,13 +57,14 @@ def _fetch_queries(ctx):
     tile_iteration = 0
     for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
-        tensors = (ctx.query,)
-        bases = tma_bases(tensors, tile.batch, tile.group, tile.head)
-        first = g.first_of(tile, 0)
+        side, tensors = tile.group.queries, (ctx.query,)
+        bases = tma_bases(tensors, tile.batch, side.bases, tile.head)
+        first = side.at(g.first_of(tile, 0))
         gdc_wait()  # until the kernel before has ended; what comes first need not
         ctx.queries[0].produce(tile_iteration, tensors, bases, first)
         if g.WARPGROUPS == 2:
-            ctx.queries[1].produce(tile_iteration, tensors, bases, g.first_of(tile, 1))
+            first = side.at(g.first_of(tile, 1))
+            ctx.queries[1].produce(tile_iteration, tensors, bases, first)
         tile_iteration += 1  # noqa: SIM113
 
 
@@ -74,12 +75,12 @@ def _fetch_blocks(ctx):
     stage = 0
     for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
-        head = tile.head // ctx.heads_per_kv
-        k_base = ctx.key.tma_base(tile.batch, tile.group, head)
-        v_base = ctx.value.tma_base(tile.batch, tile.group, head)
+        side, head = tile.group.keys, tile.head // ctx.heads_per_kv
+        k_base = ctx.key.tma_base(tile.batch, side.bases, head)
+        v_base = ctx.value.tma_base(tile.batch, side.bases, head)
         gdc_wait()
         if ctx.HAS_ADDITIONAL:
-            base = ctx.additional[0].tma_base(tile.batch, tile.group, head)
+            base = ctx.additional[0].tma_base(tile.batch, side.group, head)
             for position in range(0, ctx.num_additional, volume(g.BLOCK)):
                 start = (0, 0, position)
                 ctx.keys.produce(stage, ctx.additional[:1], (base,), start)
@@ -88,6 +89,7 @@ def _fetch_blocks(ctx):
         block = (stage * 0, stage * 0, stage * 0)
         for _ in range(tile.blocks[0] * tile.blocks[1] * tile.blocks[2]):
             start, _ = g.block_start(block, tile.origin)
+            start = side.at(start)
             ctx.keys.produce(stage, (ctx.key,), (k_base,), start)
             ctx.values.produce(stage, (ctx.value,), (v_base,), start)
             block = g.next_block(block, tile.blocks)
@@ -198,16 +200,17 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
         out = _scaled(acc, 1.0 / row_sum)  # O = acc / row_sum, [M, DV]
         out_buffer.reshape([M, DV]).store(out.to(ctx.out.descriptor.dtype))
         fence_async_shared()
-        base = ctx.out.tma_base(tile.batch, tile.group, tile.head)
-        ctx.out.store(base, first, out_buffer)
+        side = tile.group.queries
+        base = ctx.out.tma_base(tile.batch, side.bases, tile.head)
+        ctx.out.store(base, side.at(first), out_buffer)
         if not ctx.OWN_OUT:
             store_wait(0)
             queries.consumer_release(tile_iteration)
         # A contiguous tensor's bases are its rows.
-        steps = ctx.out.steps
+        base, steps = ctx.out.tma_base(tile.batch, side.group, tile.head), ctx.out.steps
         row = base + i0 * (g.dilation[0] * steps[1]) + i1 * (g.dilation[1] * steps[2])
         row += i2 * (g.dilation[2] * steps[3])
-        real = (i0 < g.length[0]) & (i1 < g.length[1]) & (i2 < g.length[2])
+        real = (i0 < side.length[0]) & (i1 < side.length[1]) & (i2 < side.length[2])
         gl.store(ctx.lse + row, (row_max + gl.log2(row_sum)) * LN2, mask=real)
         stage += count
         tile_iteration += 1  # noqa: SIM113
@@ -229,23 +232,35 @@ def forward_kernel(
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     o_b, o_0, o_1, additional_b,
     N0, N1, N2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2,
+    Q0, Q1, Q2, SQ0, SQ1, SQ2, SN0, SN1, SN2, O0, O1, O2, G0, G1, G2, R0, R1, R2,
     num_tiles, heads, heads_per_kv, num_additional, scale_log2,
     MODES: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, SPLIT_AXIS: gl.constexpr,
     STAGES: gl.constexpr, MASK: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
     REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, WARPGROUPS: gl.constexpr,
-    DILATED: gl.constexpr,
+    DILATED: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
     """All tensors but ``lse`` are descriptors. Their steps are :class:`TmaTensor`'s: ``q_b`` from a
     batch entry to the next, ``q_0`` .. ``q_2`` from a token to the next, ``q_h`` from a head.
 
     The other numbers are :class:`Geometry`'s, per axis: positions ``N`` of a dilation group, window
-    ``K``, stride ``S``, dilation ``D``, tiles ``T``.
+    ``K``, stride ``S``, dilation ``D``, tiles ``T``. What follows is :class:`Part`'s: queries
+    ``Q``, from which groups on there is one query (``SQ``) or key (``SN``) less, queries before the
+    part ``O``, the first query's group ``G``, queries per key ``R``.
     """
+    part = ()
+    if QUERIES != OWN:
+        part = (
+            Part(
+                queries=(Q0, Q1, Q2), short_queries=(SQ0, SQ1, SQ2), short_keys=(SN0, SN1, SN2),
+                offset=(O0, O1, O2), group=(G0, G1, G2), per_key=(R0, R1, R2),
+            ),
+        )  # fmt: skip
     g = Geometry(
         length=(N0, N1, N2), window=(K0, K1, K2), stride=(S0, S1, S2), dilation=(D0, D1, D2),
-        tiles=(T0, T1, T2), num_tiles=num_tiles, heads=heads, MODES=MODES, TILE=TILE, BLOCK=BLOCK,
-        SPLIT_AXIS=SPLIT_AXIS, WARPGROUPS=WARPGROUPS, DILATED=DILATED, OF_KEYS=False,
+        tiles=(T0, T1, T2), part=part, num_tiles=num_tiles, heads=heads, MODES=MODES, TILE=TILE,
+        BLOCK=BLOCK, SPLIT_AXIS=SPLIT_AXIS, WARPGROUPS=WARPGROUPS, DILATED=DILATED,
+        QUERIES=QUERIES, OF_KEYS=False,
     )  # fmt: skip
     q = TmaTensor(query, (q_b, q_0, q_1, q_2, q_h))
     k = TmaTensor(key, (k_b, k_0, k_1, k_2, k_h))

@@ -5,6 +5,10 @@ of two warpgroups are neighbors along ``SPLIT_AXIS``. Blocks begin at the first 
 tile's first token and are walked with ``SPLIT_AXIS`` outermost, so that those with partners of one
 warpgroup's tokens follow one another. Partners of a query are the keys of its window, those of a
 key the queries that attend it.
+
+Queries that are not the keys' own tokens are a part of the layout, and perhaps finer than keys.
+They are numbered from the part's first, so partners of keys are numbers of them, too. A key that no
+query of the part attends has none; then a tile, or a warpgroup, has one block that is all masked.
 """
 
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
@@ -18,6 +22,7 @@ queries_of = from_triton(windows.queries_of)
 lpt_order = from_triton(windows.lpt_order)
 
 WARPS = gl.constexpr(tiles.WARPS)  # of a warpgroup
+OWN, PART, FINER = map(gl.constexpr, tiles.QUERY_KINDS)
 
 
 @gluon.constexpr_function
@@ -41,16 +46,71 @@ def _digit(number, base, ONE: gl.constexpr):
         return number % base, number // base
 
 
+@gluon.jit
+def _side(g, length, short, dilation):
+    """Of an axis's dilation group ``g``: its positions, the group of its bases, and the positions
+    that TMA counts before its first one (``descriptors.py``).
+
+    Groups have ``length`` positions; those from ``short`` on have one less.
+    """
+    is_short = g >= short
+    base = gl.where((short < dilation) & (g < short), g + dilation, g)
+    return gl.where(is_short, length - 1, length), base, gl.where(is_short, 1, 0)
+
+
+@aggregate
+class Side:
+    """The queries or the keys of a dilation group; tuples have an entry per axis."""
+
+    length: gl.tuple  # positions
+    group: gl.tuple
+    bases: gl.tuple  # the group where TMA finds the first of ``skipped`` and the positions
+    skipped: gl.tuple
+
+    @gluon.jit
+    def at(self, position):
+        """Where TMA finds a position."""
+        if len(self.skipped) > 0:
+            return (
+                position[0] + self.skipped[0],
+                position[1] + self.skipped[1],
+                position[2] + self.skipped[2],
+            )
+        else:
+            return position
+
+
+@aggregate
+class Group:
+    """A dilation group of a tile."""
+
+    queries: Side
+    keys: Side
+    offset: gl.tuple  # queries of the group before the part's first, per axis
+
+
 @aggregate
 class Tile:
     """Where a tile is, and which blocks it has; tuples have an entry per axis."""
 
     batch: gl.tensor
     head: gl.tensor
-    group: gl.tuple  # of the dilation
+    group: Group
     first: gl.tuple  # its first token, of all warpgroups
     origin: gl.tuple  # the first partner of that token, where blocks begin
     blocks: gl.tuple  # how many there are
+
+
+@aggregate
+class Part:
+    """Queries that are a part of the layout, and groups of different lengths; per axis."""
+
+    queries: gl.tuple  # of a dilation group
+    short_queries: gl.tuple  # groups from that one on have one query less
+    short_keys: gl.tuple  # groups from that one on have one key less
+    offset: gl.tuple  # queries of the first query's group before it
+    group: gl.tuple  # the first query's dilation group
+    per_key: gl.tuple  # queries per key
 
 
 @aggregate
@@ -58,11 +118,12 @@ class Geometry:
     """Sizes of a call per axis, tuples of three: positions of a dilation group, window, stride,
     dilation, tiles; and what the kernel is compiled for."""
 
-    length: gl.tuple
+    length: gl.tuple  # of keys, and of queries unless they are a part
     window: gl.tuple
     stride: gl.tuple
     dilation: gl.tuple
     tiles: gl.tuple
+    part: gl.tuple  # a Part, unless queries are the keys' OWN tokens
     num_tiles: gl.tensor  # of all batch entries, heads and dilation groups
     heads: gl.tensor  # that have tiles
     MODES: gl.constexpr
@@ -71,38 +132,113 @@ class Geometry:
     SPLIT_AXIS: gl.constexpr
     WARPGROUPS: gl.constexpr
     DILATED: gl.constexpr
+    QUERIES: gl.constexpr
     OF_KEYS: gl.constexpr  # tiles are of keys, blocks of queries
 
     @gluon.jit
-    def partners(self, i, AXIS: gl.constexpr):
+    def partners(self, group, i, AXIS: gl.constexpr):
         """First and one-past-last partner of tokens ``i`` of an axis; past the end, of the last."""
-        n = self.length[AXIS]
+        K, S = self.window[AXIS], self.stride[AXIS]
         MODE: gl.constexpr = self.MODES[AXIS]
-        i = gl.minimum(i, n - 1)
-        if self.OF_KEYS:
-            first, end = queries_of(i, n, n, self.window[AXIS], self.stride[AXIS], MODE)
+        if self.QUERIES == OWN or MODE == windows.UNIT:
+            n = self.length[AXIS]
+            i = gl.minimum(i, n - 1)
+            if self.OF_KEYS:
+                first, end = queries_of(i, n, n, K, S, MODE)
+            else:
+                first, end = window(i, n, n, K, S, MODE)
         else:
-            first, end = window(i, n, n, self.window[AXIS], self.stride[AXIS], MODE)
+            n, n_queries = group.keys.length[AXIS], group.queries.length[AXIS]
+            offset = group.offset[AXIS]
+            if self.OF_KEYS:
+                first, end = queries_of(gl.minimum(i, n - 1), n, n, K, S, MODE)
+                if self.QUERIES == FINER:
+                    per_key = self.part[0].per_key[AXIS]
+                    first, end = first * per_key, end * per_key
+                first = gl.minimum(gl.maximum(first - offset, 0), n_queries)
+                end = gl.minimum(gl.maximum(end - offset, 0), n_queries)
+            else:
+                i = gl.minimum(i, n_queries - 1) + offset
+                if self.QUERIES == FINER:
+                    i = i // self.part[0].per_key[AXIS]
+                first, end = window(i, n, n, K, S, MODE)
         return first, end
 
     @gluon.jit
-    def windows(self, tokens):
+    def windows(self, group, tokens):
         """Partners of tokens along each axis: the first ones, and those one past the last."""
-        start0, end0 = self.partners(tokens[0], 0)
-        start1, end1 = self.partners(tokens[1], 1)
-        start2, end2 = self.partners(tokens[2], 2)
+        start0, end0 = self.partners(group, tokens[0], 0)
+        start1, end1 = self.partners(group, tokens[1], 1)
+        start2, end2 = self.partners(group, tokens[2], 2)
         return (start0, start1, start2), (end0, end1, end2)
 
     @gluon.jit
-    def _along(self, t, AXIS: gl.constexpr):
+    def _sides(self, g, AXIS: gl.constexpr):
+        """Of an axis's dilation group ``g`` of tiles: :func:`_side` of queries and of keys, and how
+        many of its queries come before the part."""
+        part, dilation = self.part[0], self.dilation[AXIS]
+        first = part.group[AXIS]
+        if self.OF_KEYS:
+            of_keys, later = g, g < first
+            of_queries = gl.where(later, g - first + dilation, g - first)
+        else:
+            of_queries, later = g, g + first >= dilation
+            of_keys = gl.where(later, g + first - dilation, g + first)
+        queries = _side(of_queries, part.queries[AXIS], part.short_queries[AXIS], dilation)
+        keys = _side(of_keys, self.length[AXIS], part.short_keys[AXIS], dilation)
+        offset = gl.where(later, part.offset[AXIS] + 1, part.offset[AXIS])
+        return queries, of_queries, keys, of_keys, offset
+
+    @gluon.jit
+    def _group(self, g):
+        """The dilation group ``g`` of tiles."""
+        if self.QUERIES == OWN:
+            side = Side(self.length, g, g, ())
+            return Group(side, side, ())
+        elif self.DILATED:
+            q0, h0, k0, g0, offset0 = self._sides(g[0], 0)
+            q1, h1, k1, g1, offset1 = self._sides(g[1], 1)
+            q2, h2, k2, g2, offset2 = self._sides(g[2], 2)
+            queries = Side(
+                (q0[0], q1[0], q2[0]), (h0, h1, h2), (q0[1], q1[1], q2[1]), (q0[2], q1[2], q2[2])
+            )
+            keys = Side(
+                (k0[0], k1[0], k2[0]), (g0, g1, g2), (k0[1], k1[1], k2[1]), (k0[2], k1[2], k2[2])
+            )
+            return Group(queries, keys, (offset0, offset1, offset2))
+        else:
+            part = self.part[0]
+            return Group(Side(part.queries, g, g, ()), Side(self.length, g, g, ()), part.offset)
+
+    @gluon.jit
+    def own_side(self, tile):
+        """The tokens that a tile's are among."""
+        if self.OF_KEYS:
+            return tile.group.keys
+        else:
+            return tile.group.queries
+
+    @gluon.jit
+    def other_side(self, tile):
+        """The tokens that a tile's blocks are among."""
+        if self.OF_KEYS:
+            return tile.group.queries
+        else:
+            return tile.group.keys
+
+    @gluon.jit
+    def _along(self, group, t, AXIS: gl.constexpr):
         """First token, first partner and blocks of an axis's tile, the ``t``-th in turn."""
         SIZE: gl.constexpr = self.TILE[AXIS] * (self.WARPGROUPS if self.SPLIT_AXIS == AXIS else 1)
         if self.OF_KEYS and AXIS == 2:
             t = lpt_order(t, self.tiles[2], self.window[2], SIZE, self.MODES)
         first = t * SIZE
-        origin, _ = self.partners(first, AXIS)
-        _, end = self.partners(first + SIZE - 1, AXIS)
-        return first, origin, (end - origin + self.BLOCK[AXIS] - 1) // self.BLOCK[AXIS]
+        origin, _ = self.partners(group, first, AXIS)
+        _, end = self.partners(group, first + SIZE - 1, AXIS)
+        blocks = (end - origin + self.BLOCK[AXIS] - 1) // self.BLOCK[AXIS]
+        if self.QUERIES != OWN:
+            blocks = gl.maximum(blocks, 1)
+        return first, origin, blocks
 
     @gluon.jit
     def tile(self, tile_id):
@@ -114,13 +250,14 @@ class Geometry:
         g2, rest = _digit(rest, self.dilation[2], not self.DILATED)
         g1, rest = _digit(rest, self.dilation[1], not self.DILATED)
         g0, rest = _digit(rest, self.dilation[0], not self.DILATED)
-        first0, origin0, blocks0 = self._along(t0, 0)
-        first1, origin1, blocks1 = self._along(t1, 1)
-        first2, origin2, blocks2 = self._along(t2, 2)
+        group = self._group((g0, g1, g2))
+        first0, origin0, blocks0 = self._along(group, t0, 0)
+        first1, origin1, blocks1 = self._along(group, t1, 1)
+        first2, origin2, blocks2 = self._along(group, t2, 2)
         return Tile(
             batch=rest // self.heads,
             head=rest % self.heads,
-            group=(g0, g1, g2),
+            group=group,
             first=(first0, first1, first2),
             origin=(origin0, origin1, origin2),
             blocks=(blocks0, blocks1, blocks2),
@@ -171,13 +308,13 @@ class Geometry:
         return gl.where(j0 == fast, 0, j0), gl.where(j1 == middle, 0, j1), j2
 
     @gluon.jit
-    def reach(self, first, AXIS: gl.constexpr):
+    def reach(self, group, first, AXIS: gl.constexpr):
         """Of a warpgroup's tokens from ``first`` on: partners of any, and partners of all.
 
         Partners move monotonically, so those of the first and the last token bound both.
         """
-        start, inner_end = self.partners(first[AXIS], AXIS)
-        inner_start, end = self.partners(first[AXIS] + self.TILE[AXIS] - 1, AXIS)
+        start, inner_end = self.partners(group, first[AXIS], AXIS)
+        inner_start, end = self.partners(group, first[AXIS] + self.TILE[AXIS] - 1, AXIS)
         return start, end, inner_start, inner_end
 
     @gluon.jit
@@ -187,7 +324,10 @@ class Geometry:
         SIZE: gl.constexpr = self.BLOCK[self.SPLIT_AXIS]
         count = tile.blocks[0] * tile.blocks[1] * tile.blocks[2]
         layer = count // tile.blocks[self.SPLIT_AXIS]
-        start, end, _, _ = self.reach(first, self.SPLIT_AXIS)
+        start, end, _, _ = self.reach(tile.group, first, self.SPLIT_AXIS)
         before = (start - tile.origin[self.SPLIT_AXIS]) // SIZE
         after = (end - tile.origin[self.SPLIT_AXIS] + SIZE - 1) // SIZE
+        if self.QUERIES != OWN:
+            before = gl.minimum(before, tile.blocks[self.SPLIT_AXIS] - 1)
+            after = gl.maximum(after, before + 1)
         return before * layer, after * layer, count, (before * 0, before * 0, before)

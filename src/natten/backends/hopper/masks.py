@@ -9,7 +9,7 @@ score of a partial block.
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
 
 from ..triton.windows import UNIT
-from .geometry import WARPS, Geometry, volume
+from .geometry import WARPS, Geometry, Group, volume
 from .gluon_names import aggregate, fence_async_shared, gl, gluon, warpgroup_mma
 from .tiles import MASK_KINDS
 
@@ -56,23 +56,23 @@ class Mask:
         g = self.geometry
         factor, windows = (), ()
         if self.KIND == PRODUCT:
-            factor = self._masked_bounds(first, tile.origin, gl.DotOperandLayout(0, SCORES, 2))
+            factor = self._masked_bounds(tile, first, gl.DotOperandLayout(0, SCORES, 2))
         if self.KIND == COMPARE:
-            starts, ends = g.windows(g.tokens(first, SCORES))  # [M] each
+            starts, ends = g.windows(tile.group, g.tokens(first, SCORES))  # [M] each
             windows = starts + ends
             if len(self.bounds) > 0:
                 for i in gl.static_range(6):
                     self.bounds[0].index(i).store(windows[i])
                 windows = ()
-        return TileMask(self, first, tile.origin, factor, windows)
+        return TileMask(self, tile.group, first, tile.origin, factor, windows)
 
     @gluon.jit
-    def _masked_bounds(self, first, origin, LEFT: gl.constexpr):
+    def _masked_bounds(self, tile, first, LEFT: gl.constexpr):
         """The rows' factor of a ``PRODUCT``, ``[M, C]``: masked unless a block starts in
         ``from .. to``."""
-        g = self.geometry
+        g, origin = self.geometry, tile.origin
         ENDS: gl.constexpr = self.ENDS
-        starts, ends = g.windows(g.tokens(first, LEFT))  # [M] each
+        starts, ends = g.windows(tile.group, g.tokens(first, LEFT))  # [M] each
         c = gl.arange(0, self.STEPS * 16, gl.SliceLayout(0, LEFT))[None, :]  # [1, C]
         if self.BY_ROW:
             from2 = gl.where((starts[2] - origin[2])[:, None] == c - ENDS[1], FAR, -FAR)
@@ -91,6 +91,7 @@ class TileMask:
     """The mask of one tile's scores, for a warpgroup."""
 
     mask: Mask
+    group: Group
     first: gl.tuple  # the warpgroup's first token
     origin: gl.tuple  # where the tile's blocks begin
     factor: gl.tuple  # of PRODUCT: the rows' factor is 0 for a block from .. to, [M, C] each
@@ -135,9 +136,9 @@ class TileMask:
         """Whether all of a block are partners of all of the warpgroup's tokens."""
         g = self.mask.geometry
         start, _ = g.block_start(block, self.origin)
-        _, _, from0, to0 = g.reach(self.first, 0)
-        _, _, from1, to1 = g.reach(self.first, 1)
-        _, _, from2, to2 = g.reach(self.first, 2)
+        _, _, from0, to0 = g.reach(self.group, self.first, 0)
+        _, _, from1, to1 = g.reach(self.group, self.first, 1)
+        _, _, from2, to2 = g.reach(self.group, self.first, 2)
         full = (start[0] >= from0) & (start[0] + g.BLOCK[0] <= to0)
         full = full & (start[1] >= from1) & (start[1] + g.BLOCK[1] <= to1)
         return full & (start[2] >= from2) & (start[2] + g.BLOCK[2] <= to2)

@@ -6,15 +6,17 @@ import ctypes
 import math
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import tuning
-from ...neighborhood import Neighborhood
+from ...neighborhood import Neighborhood, group_length
 from ...tiling import padded
-from ..interface import Shape, Tiles
+from ..interface import KINDS, Shape, Tiles
 from ..triton import plan as portable
 from ..triton.launch import Launch, Trials, per_axis
 from ..triton.primitives import LOG2E
@@ -40,17 +42,35 @@ class Plan:
         strides: Sequence[Shape],
         num_additional: int,
     ) -> None:
+        self._first: Plan | None = None  # whose kernels these are, with another offset
         self.rule, self.scale, self.device, self.dtype = rule, scale, device, dtype
         self.shapes, self.strides, self.num_additional = shapes, strides, num_additional
         self.batch, *space, self.heads, self.dim = shapes[0]
         self.kv_heads, self.value_dim = shapes[2][-2:]
-        self.space, self.modes = tuple(space), modes(rule, space)
-        self.lengths = padded([n // d for n, d in zip(space, rule.dilation)], 1)
+        self.space, self.key_space = tuple(space), tuple(shapes[1][1:-2])
+        self.queries = tiling.queries(rule, self.space)
+        self.modes = modes(rule, self._units())
         self.query, self.key, self.value = [view(*x, rule.dilation) for x in zip(shapes, strides)]
 
-    def _contiguous(self, heads: int, channels: int) -> View:
-        """Of a tensor with the tokens of all."""
-        shape = (self.batch, *self.space, heads, channels)
+    def moved(self, rule: Neighborhood) -> Plan:
+        """The same with another offset: the kernels of this plan, with other numbers."""
+        found = object.__new__(Plan)
+        found.__dict__.update(self.__dict__)
+        for kind in KINDS:
+            found.__dict__.pop(kind, None)
+        found.rule, found._first = rule, self
+        return found
+
+    def _units(self) -> list[int]:
+        """Per axis, 1 if there is one token now and always."""
+        if self.queries == tiling.OWN:
+            return list(self.space)
+        # A window of more than one key is of a cache that grows.
+        return [max(each) for each in zip(self.space, self.key_space, self.rule.kernel_size)]
+
+    def _contiguous(self, space: Shape, heads: int, channels: int) -> View:
+        """Of a tensor that a kernel writes, and of what goes with it."""
+        shape = (self.batch, *space, heads, channels)
         return view(shape, contiguous_strides(shape), self.rule.dilation)
 
     @cached_property
@@ -68,14 +88,24 @@ class Plan:
     @cached_property
     def lse_delta(self) -> dict[bool, Launch]:
         """What the passes need per query; by whether the LSE has a gradient, too."""
+        if self._first is not None:
+            return self._first.lse_delta
         rows, dim = self.batch * math.prod(self.space) * self.heads, self.value_dim
         arguments = {"rows": rows, "DV": dim, "BLOCK_DV": tiling.native(dim), "M": 16}
         make = partial(Launch, lse_delta_kernel, (-(-rows // 16),))
-        return {given: make(arguments | {"HAS_GRAD_LSE": given}) for given in (False, True)}
+        return {
+            given: make(
+                arguments | {"HAS_GRAD_LSE": given},
+                kernels=compiled("lse_delta", self.device, self.dtype, dim, given),
+            )
+            for given in (False, True)
+        }
 
     @cached_property
     def portable(self) -> portable.Plan:
         """The portable backend's: what every query reaches is as there."""
+        if self._first is not None:
+            return self._first.portable
         return portable.Plan(
             self.rule, self.scale, self.device, self.dtype, self.shapes, self.strides,
             None, self.num_additional or None, None, (), False,
@@ -83,11 +113,16 @@ class Plan:
 
     def _tiled(self, kind: str) -> Launch | Trials:
         """A kernel with its tiles, or those among which the first call chooses."""
+        if self._first is not None:
+            launch = getattr(self._first, kind)
+            assert isinstance(launch, Launch)
+            return launch.moved(launch.grid, self._offset())
         problem = (
-            kind, self.rule, self.space, self.space, self.dim, self.value_dim, self.dtype.itemsize,
+            kind, self.rule, self.space, self.key_space, self.dim, self.value_dim,
+            self.dtype.itemsize,
         )  # fmt: skip
-        name, count = tiling.key(*problem), tuning.wanted(backward=kind != "forward")
-        if count > 1 and tuning.lookup(name) is None:
+        count = tuning.wanted(backward=kind != "forward")
+        if count > 1 and tuning.lookup(name := tiling.key(*problem)) is None:
             candidates = tiling.candidates(*problem)[:count]
             return Trials(name, {tiles: self._launch(kind, tiles) for tiles in candidates})
         return self._launch(kind, tiling.choose(*problem))
@@ -99,28 +134,32 @@ class Plan:
         tile, block = tiling.tile_and_block(tiles, of_keys)
         warpgroups = tiling.warpgroups(tiles)
         registers, compute_registers, fetch_registers = tiling.registers(tiles, work)
+        space = self.key_space if of_keys else self.space
         counts = [
             -(-n // (size * (warpgroups if axis == tiles.split_axis else 1)))
-            for axis, (n, size) in enumerate(zip(self.lengths, tile))
+            for axis, (n, size) in enumerate(zip(self._positions(space), tile))
         ]
         heads = self.kv_heads if of_keys else self.heads
         num_tiles = math.prod(counts) * math.prod(rule.dilation) * self.batch * heads
         num_additional = 0 if of_keys else self.num_additional
-        arguments = {
+        numbers = {
             **_steps("q", self.query.steps),
             **_steps("k", self.key.steps),
             **_steps("v", self.value.steps),
             "additional_b": self.num_additional * self.kv_heads,
-            **per_axis("N", self.lengths),
+            **per_axis("N", self._positions(self.key_space)),
             **per_axis("K", rule.kernel_size),
             **per_axis("S", rule.stride),
             **per_axis("D", rule.dilation),
             **per_axis("T", counts),
+            **self._part(),
             "num_tiles": num_tiles,
             "heads": heads,
             "heads_per_kv": self.heads // self.kv_heads,
             "num_additional": num_additional,
             "scale_log2": _exact_thrice(self.scale * LOG2E.value),
+        }
+        constants = {
             "MODES": self.modes,
             "TILE": tile,
             "BLOCK": block,
@@ -137,21 +176,51 @@ class Plan:
             "REGISTERS": compute_registers,
             "FETCH_REGISTERS": fetch_registers,
             "DILATED": max(rule.dilation) > 1,
+            "QUERIES": self.queries,
         }
         # What a kernel stores is contiguous, so its bases are rows.
-        rows = contiguous_strides((self.batch, *padded(self.space, 1), heads))[:3]
+        rows = contiguous_strides((self.batch, *padded(space, 1), heads))[:3]
         kernel = forward_kernel if kind == "forward" else backward_kernel
         if kind == "forward":
-            arguments |= _steps("o", rows)
+            numbers |= _steps("o", rows)
         else:
-            arguments |= _steps("g", self._contiguous(self.heads, self.value_dim).steps)
-            arguments |= _steps("l", self._contiguous(self.heads, 4).steps)
-            arguments |= _steps("d", rows) | {"OF_KEYS": of_keys}
+            of_queries = self.space, self.heads
+            numbers |= _steps("g", self._contiguous(*of_queries, self.value_dim).steps)
+            numbers |= _steps("l", self._contiguous(*of_queries, 4).steps)
+            numbers |= _steps("d", rows)
+            constants["OF_KEYS"] = of_keys
+        kept = compiled(
+            kind, self.device, self.dtype, tiling.native(self.dim), tiling.native(self.value_dim),
+            registers, *constants.values(),
+        )  # fmt: skip
         return Launch(
-            kernel, (self._programs(kind, tiles, heads, num_tiles),), arguments,
-            self._descriptors(kind, tiles), num_warps=tiling.WARPS, maxnreg=registers,
+            kernel, (self._programs(kind, tiles, heads, num_tiles),), numbers | constants,
+            self._descriptors(kind, tiles), kept, num_warps=tiling.WARPS, maxnreg=registers,
             launch_pdl=_can_overlap(),
         )  # fmt: skip
+
+    def _positions(self, space: Shape) -> Sequence[int]:
+        """Tokens of the longest dilation group, per axis."""
+        return padded([group_length(n, d, 0) for n, d in zip(space, self.rule.dilation)], 1)
+
+    def _part(self) -> dict[str, int]:
+        """Where the queries are, :class:`geometry.Part`'s numbers."""
+        dilation = self.rule.dilation
+        return {
+            **per_axis("Q", self._positions(self.space)),
+            **per_axis("SQ", [n % d or d for n, d in zip(self.space, dilation)]),
+            **per_axis("SN", [n % d or d for n, d in zip(self.key_space, dilation)]),
+            **per_axis("R", self.rule.queries_per_key),
+            **self._offset(),
+        }
+
+    def _offset(self) -> dict[str, int]:
+        """Where the first query is."""
+        axes = list(zip(self.rule.offset, self.rule.dilation))
+        return {
+            **per_axis("O", [o // d for o, d in axes], 0),
+            **per_axis("G", [o % d for o, d in axes], 0),
+        }
 
     def _descriptors(self, kind: str, tiles: Tiles) -> dict[str, Describe]:
         """Of the tensors of a kernel: of queries and of keys, in blocks of these."""
@@ -162,21 +231,23 @@ class Plan:
         def of_keys(view: View) -> Describe:
             return self._describe(view, tiles.kv_block)
 
-        own = self._contiguous
+        def written(heads: int, channels: int) -> View:
+            return self._contiguous(self.space, heads, channels)
+
         found = {
             "query": of_queries(self.query), "key": of_keys(self.key), "value": of_keys(self.value),
         }  # fmt: skip
         if kind == "forward":
-            found["out"] = of_queries(own(self.heads, self.value_dim))
+            found["out"] = of_queries(written(self.heads, self.value_dim))
         else:
-            found["grad_out"] = of_queries(own(self.heads, self.value_dim))
+            found["grad_out"] = of_queries(written(self.heads, self.value_dim))
             layout = gl.NVMMASharedLayout(0, 32, rank=5)
-            found["lse_delta"] = Describe(own(self.heads, 4), [1, *tiles.q_block, 4], layout)
+            found["lse_delta"] = Describe(written(self.heads, 4), [1, *tiles.q_block, 4], layout)
         if kind == "dkdv":
-            found["grad_key"] = of_keys(own(self.kv_heads, self.dim))
-            found["grad_value"] = of_keys(own(self.kv_heads, self.value_dim))
+            for name, dim in (("grad_key", self.dim), ("grad_value", self.value_dim)):
+                found[name] = of_keys(self._contiguous(self.key_space, self.kv_heads, dim))
         elif kind == "dq":
-            found["grad_query"] = of_queries(own(self.heads, self.dim))
+            found["grad_query"] = of_queries(written(self.heads, self.dim))
         if self.num_additional and kind != "dkdv":
             for name, dim in (("keys", self.dim), ("values", self.value_dim)):
                 shape = (self.batch, self.num_additional, self.kv_heads, dim)
@@ -193,12 +264,9 @@ class Plan:
     def _programs(self, kind: str, tiles: Tiles, heads: int, num_tiles: int) -> int:
         """How many programs there are: as many as run at once, which take tiles in turn, or each
         tile has one of its own."""
-        pairs = tiling.computed_pairs(kind, self.rule, self.space, self.space, tiles)
-        per_block = tiling.warpgroups(tiles) * math.prod(tiles.q_block + tiles.kv_block)
-        usual = pairs * self.batch * heads / num_tiles / per_block
-        longest = tiling.longest(kind, self.rule, self.space, tiles)
+        excess = tiling.excess(kind, self.rule, self.space, self.key_space, tiles)
         # A key head's tile walks the blocks of all heads that share it.
-        uneven = (longest - usual) * (self.heads // heads)
+        uneven = excess * (self.heads // heads)
         if uneven >= _UNEVEN:
             return num_tiles
         return min(num_tiles, _processors(self.device) * tiles.resident_programs)
@@ -239,8 +307,28 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@tuning.cached
+def compiled(*constants: Any) -> list[Any]:
+    """Where the kernel of these constants is kept, once it is compiled."""
+    return []
+
+
 # Calls of one shape come again: a model has few.
-_cached_plan = tuning.cached(Plan)
+@tuning.cached
+def _plan(rule: Neighborhood, *problem: Any) -> Plan:
+    is_timed = tuning.wanted(backward=False) or tuning.wanted(backward=True)
+    if rule.query_offset is None or is_timed:
+        return Plan(rule, *problem)
+    # Tiles do not depend on an offset, nor does anything but two numbers of each axis.
+    known = _known(replace(rule, query_offset=None), *problem)
+    if not known:
+        known.append(Plan(rule, *problem))
+    return known[0].moved(rule)
+
+
+@tuning.cached
+def _known(*problem: Any) -> list[Plan]:
+    return []
 
 
 def plan_for(
@@ -252,7 +340,7 @@ def plan_for(
     scale: float,
 ) -> Plan:
     """The plan of a call; tensors are readable by TMA."""
-    return _cached_plan(
+    return _plan(
         rule,
         scale,
         query.device,

@@ -8,13 +8,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ... import tuning
-from ...neighborhood import Neighborhood, Rule, group_length
+from ...neighborhood import Neighborhood, group_length
 from ...tiling import padded, reach
 from ..interface import Shape, Tiles
 from ..triton.tiles import SHARED_MEMORY
@@ -25,6 +26,18 @@ HEAD_DIMS = (32, 64, 128, 256)  # channels that there are kernels for
 MOST = 2**31 - 1  # coordinates of TMA are 32 bits
 
 MASK_KINDS = NONE, COMPARE, PRODUCT = 0, 1, 2
+
+# Queries are the keys' own tokens, a part of the layout, or a part where some are finer than keys.
+# Where a dilation does not divide an axis, groups differ in length; then they are a part, too.
+QUERY_KINDS = OWN, PART, FINER = 0, 1, 2
+
+
+def queries(rule: Neighborhood, shape: Sequence[int]) -> int:
+    """Which of ``QUERY_KINDS`` the queries are."""
+    if any(r > 1 for r in rule.queries_per_key):
+        return FINER
+    ragged = any(n % d for n, d in zip(shape, rule.dilation))
+    return PART if rule.query_offset is not None or ragged else OWN
 
 
 def warpgroups(tiles: Tiles) -> int:
@@ -123,39 +136,67 @@ class Axis(NamedTuple):
     masked: bool
 
 
-def _cut(first: torch.Tensor, last: torch.Tensor, tile: int, block: int, groups: int) -> Axis:
-    """Cut an axis whose tokens have partners ``first .. last``; ``groups``: warpgroups a tile."""
+def _cut(
+    first: torch.Tensor, last: torch.Tensor, count: int, tile: int, block: int, groups: int
+) -> Axis:
+    """Cut an axis, whose tokens have partners ``first .. last``, into ``count`` tiles.
+
+    ``groups``: warpgroups a tile. Each has a block, also where its tokens have no partners.
+    """
+    if len(first) == 0:
+        first = last = torch.zeros(1, dtype=torch.int64, device="cpu")
     end = len(first) - 1
-    begin = torch.arange(0, len(first), tile * groups, device="cpu")
-    low, high = first[begin], last[(begin + tile * groups - 1).clamp(max=end)]
+    begin = torch.arange(count, device="cpu") * (tile * groups)
+    low, high = first[begin.clamp(max=end)], last[(begin + tile * groups - 1).clamp(max=end)]
     blocks, masked = 0, False
     for warpgroup in range(groups):
         head = (begin + warpgroup * tile).clamp(max=end)
         tail = (begin + warpgroup * tile + tile - 1).clamp(max=end)
         before, after = first[head] - low, last[tail] - low
-        blocks += int((-(-after // block) - before // block).sum())
+        blocks += int((-(-after // block) - before // block).clamp(min=1).sum())
         masked |= bool((first[tail] > first[head]).any() or (last[tail] > last[head]).any())
         masked |= bool((before % block).any() or (after % block).any())
-    fetched = -(-(high - low) // block)
+    fetched = (-((low - high) // block)).clamp(min=1)
     total = int(fetched.sum()) * groups
-    return Axis(tile, block, len(begin), blocks, total, int(fetched.max()), masked)
+    return Axis(tile, block, count, blocks, total, int(fetched.max()), masked)
 
 
 class _Cuts:
-    """The axes of a problem, cut for given tiles."""
+    """The axes of a problem, cut for given tiles; what is counted is of ``groups`` sets of them.
 
-    def __init__(self, of_keys: bool, rule: Neighborhood, shape: Shape) -> None:
+    Where queries are the keys' own tokens, all dilation groups are alike, and one is cut. Otherwise
+    an axis counts its tiles in all of its dilation groups.
+    """
+
+    def __init__(self, of_keys: bool, rule: Neighborhood, shape: Shape, key_shape: Shape) -> None:
         self.of_keys, self.missing = of_keys, 3 - len(shape)
-        self.lengths = [group_length(n, d, 0) for n, d in zip(shape, rule.dilation)]
+        self.q_lengths, self.kv_lengths = (
+            [group_length(n, d, 0) for n, d in zip(each, rule.dilation)]
+            for each in (shape, key_shape)
+        )
+        own = queries(rule, shape) == OWN
+        self.groups = math.prod(rule.dilation) if own else 1
         self.partners = [
-            reach(rule, axis, length, length, 0, of_keys) for axis, length in enumerate(shape)
+            [
+                reach(rule, axis, length, key_length, group, of_keys)
+                for group in range(1 if own else rule.dilation[axis])
+            ]
+            for axis, (length, key_length) in enumerate(zip(shape, key_shape))
         ]
         self.axis = cache(self._axis)
 
     def _axis(self, axis: int, tile: int, block: int, groups: int) -> Axis:
         if axis < self.missing:
             return Axis(1, 1, 1, 1, 1, 1, False)
-        return _cut(*self.partners[axis - self.missing], tile, block, groups)
+        lengths = self.kv_lengths if self.of_keys else self.q_lengths
+        count = -(-lengths[axis - self.missing] // (tile * groups))
+        cuts = [
+            _cut(*each, count, tile, block, groups) for each in self.partners[axis - self.missing]
+        ]
+        _, _, tiles, blocks, fetched, most, masked = zip(*cuts)
+        return Axis(
+            tile, block, sum(tiles), sum(blocks), sum(fetched), max(most), any(masked)
+        )  # fmt: skip
 
     def __call__(self, tiles: Tiles) -> tuple[Axis, ...]:
         sizes = zip(*tile_and_block(tiles, self.of_keys))
@@ -166,8 +207,36 @@ class _Cuts:
 
 
 @lru_cache(maxsize=64)
-def _cuts(kind: str, rule: Neighborhood, shape: Shape) -> _Cuts:
-    return _Cuts(kind == "dkdv", rule, shape)
+def _cuts(kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape) -> _Cuts:
+    return _Cuts(kind == "dkdv", rule, shape, key_shape)
+
+
+@lru_cache(maxsize=1024)
+def _model(rule: Neighborhood, shape: Shape, key_shape: Shape) -> tuple[Neighborhood, Shape, Shape]:
+    """The problem for which tiles are chosen, which stands for many parts of a layout.
+
+    It is one dilation group with the part in its middle, so that offsets do not matter. Lengths are
+    rounded up, and keys that no window of the part's middle reaches are left out. So a new offset
+    or a longer cache of keys has the same tiles, and the same compiled kernels.
+    """
+    if queries(rule, shape) == OWN:
+        return rule, shape, key_shape
+    sizes = []
+    for k, s, d, r, *lengths in zip(
+        rule.kernel_size, rule.stride, rule.dilation, rule.queries_per_key, shape, key_shape
+    ):
+        count, n = (_rounded(group_length(length, d, 0)) for length in lengths)
+        n = min(n, _rounded(-(-count // r) + k))
+        count = min(count, r * n)
+        sizes.append((count, n, (r * n - count) // 2 // (r * s) * (r * s)))
+    shape, key_shape, offset = zip(*sizes)
+    return replace(rule, dilation=(1,) * rule.rank, query_offset=offset), shape, key_shape
+
+
+def _rounded(n: int) -> int:
+    """``n``, rounded up to three binary digits."""
+    unit = 1 << max(n.bit_length() - 3, 0)
+    return -(-n // unit) * unit
 
 
 def mask_of(sliding: bool, axes: Sequence[Axis], tiles: Tiles, work: Work) -> Mask:
@@ -188,13 +257,30 @@ def mask_of(sliding: bool, axes: Sequence[Axis], tiles: Tiles, work: Work) -> Ma
 
 
 def slides(kind: str, rule: Neighborhood) -> bool:
-    """Whether partners along the last axis are a window that moves by one from token to token."""
-    return kind != "dkdv" and rule.stride[-1] == 1 and not rule.is_causal[-1]
+    """Whether partners along the last axis are a window that moves from token to token and never
+    shrinks."""
+    moves = rule.stride[-1] == 1 and not rule.is_causal[-1]
+    return kind != "dkdv" and moves and rule.boundary[-1] != "truncate"
 
 
 def mask(kind: str, rule: Neighborhood, shape: Shape, tiles: Tiles, work: Work) -> Mask:
     """How tiles are masked."""
-    return mask_of(slides(kind, rule), _cuts(kind, rule, shape)(tiles), tiles, work)
+    if queries(rule, shape) == OWN:
+        axes = _cuts(kind, rule, shape, shape)(tiles)
+    else:
+        axes = _any_axes(kind, rule, tiles)
+    return mask_of(slides(kind, rule), axes, tiles, work)
+
+
+def _any_axes(kind: str, rule: Neighborhood, tiles: Tiles) -> tuple[Axis, ...]:
+    """Of axes that are cut, what decides masks, for parts of every offset and length."""
+    of_keys, missing = kind == "dkdv", 3 - rule.rank
+    axes = [Axis(1, 1, 1, 1, 1, 1, False)] * missing
+    sizes = list(zip(*tile_and_block(tiles, of_keys)))[missing:]
+    for (tile, block), k, r in zip(sizes, rule.kernel_size, rule.queries_per_key):
+        positions = -(-(tile - 1) // r) + 1  # of keys, where a warpgroup's queries stand
+        axes.append(Axis(tile, block, 1, 1, 1, -(-(positions + k - 1) // block), True))
+    return tuple(axes)
 
 
 def _columns(tiles: Tiles, work: Work) -> int:
@@ -262,11 +348,19 @@ def _cost(axes: tuple[Axis, ...], tiles: Tiles, mask: Mask, work: Work) -> float
 
 
 def key(
-    kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int
+    kind: str,
+    rule: Neighborhood,
+    shape: Shape,
+    key_shape: Shape,
+    dim: int,
+    value_dim: int,
+    itemsize: int,
 ) -> str:
     """The name of a problem in :mod:`natten.tuning`."""
-    dims = f"{native(dim)}-{native(value_dim)}"
-    return f"hopper-{kind}-{'x'.join(map(str, shape))}-{rule}-{dims}"
+    rule, shape, key_shape = _model(rule, shape, key_shape)
+    layouts = (shape,) if shape == key_shape else (shape, key_shape)
+    sizes = "-".join("x".join(map(str, each)) for each in layouts)
+    return f"hopper-{kind}-{sizes}-{rule}-{native(dim)}-{native(value_dim)}"
 
 
 def choose(
@@ -283,11 +377,15 @@ def choose(
     Args:
         kind: of kernel, one of ``interface.KINDS``.
     """
-    problem = (kind, rule, shape, key_shape, dim, value_dim, itemsize)
+    model = _model(rule, shape, key_shape)
+    return _choose(kind, *model, native(dim), native(value_dim), itemsize)
+
+
+@tuning.cached
+def _choose(*problem: Any) -> Tiles:
     return tuning.choose(key(*problem), candidates(*problem))
 
 
-@lru_cache(maxsize=64)
 def candidates(
     kind: str,
     rule: Neighborhood,
@@ -298,30 +396,44 @@ def candidates(
     itemsize: int = 2,
 ) -> list[Tiles]:
     """Tiles that fit the registers and shared memory, cheapest first by estimate."""
-    cuts, needs = _cuts(kind, rule, shape), work(kind, dim, value_dim)
+    return _candidates(kind, *_model(rule, shape, key_shape), native(dim), native(value_dim))
+
+
+@lru_cache(maxsize=64)
+def _candidates(
+    kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape, dim: int, value_dim: int
+) -> list[Tiles]:
+    cuts, needs = _cuts(kind, rule, shape, key_shape), work(kind, dim, value_dim)
     costs: dict[Tiles, float] = {}
-    for tiles in cuttings(cuts.lengths, needs):
-        axes = cuts(tiles)
-        found = mask_of(slides(kind, rule), axes, tiles, needs)
+    kv_lengths = None if queries(rule, shape) == OWN else cuts.kv_lengths
+    for tiles in cuttings(cuts.q_lengths, needs, kv_lengths):
+        axes, found = cuts(tiles), mask(kind, rule, shape, tiles, needs)
         fitting = fitted(tiles, found, needs)
         if fitting is not None:
             costs[fitting] = _cost(axes, fitting, found, needs)
     return sorted(costs, key=costs.__getitem__)
 
 
-def cuttings(lengths: Sequence[int], work: Work) -> list[Tiles]:
+def cuttings(
+    q_lengths: Sequence[int], work: Work, kv_lengths: Sequence[int] | None = None
+) -> list[Tiles]:
     """Tiles that fit the registers, to be :func:`fitted`; of equal cost, the first is better.
 
     Args:
-        lengths: positions of a dilation group, per axis.
+        q_lengths: queries of a dilation group, per axis.
         work: of the kernel.
+        kv_lengths: keys of a dilation group, of a part of a layout.
     """
-    blocks = [shape for columns in work.block_sizes for shape in _shapes(columns, lengths)]
+    of_keys, shapes = work.of_keys, _shapes if kv_lengths is None else _shapes_of_part
+    of_tile, of_block = q_lengths, kv_lengths or q_lengths
+    if of_keys:
+        of_tile, of_block = of_block, of_tile
+    blocks = [shape for columns in work.block_sizes for shape in shapes(columns, of_block)]
     fitting = []
-    for tile in sorted(_shapes(ROWS, lengths), key=max):
+    for tile in sorted(shapes(ROWS, of_tile), key=max):
         for block in blocks:
-            queries, keys = (block, tile) if work.of_keys else (tile, block)
-            every = (Tiles(queries, keys, *how) for how in _programs(len(lengths)))
+            queries, keys = (block, tile) if of_keys else (tile, block)
+            every = (Tiles(queries, keys, *how) for how in _programs(len(q_lengths)))
             fitting += [tiles for tiles in every if _has_registers(tiles, work)]
     return fitting
 
@@ -350,15 +462,24 @@ def _shapes(volume: int, lengths: Sequence[int]) -> list[Shape]:
     return fitting or [(1, 1, volume)]
 
 
+def _shapes_of_part(volume: int, lengths: Sequence[int]) -> list[Shape]:
+    """As :func:`_shapes`; if there is none, all axes may be exceeded, as little as need be."""
+    while math.prod(1 << (2 * n - 1).bit_length() - 1 for n in lengths) < volume:
+        lengths = [2 * n for n in lengths]
+    return _shapes(volume, lengths)
+
+
 def computed_pairs(
     kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape, tiles: Tiles
 ) -> int:
     """Query-key pairs that a kernel computes per batch entry and head, wasted ones included."""
-    axes = _cuts(kind, rule, shape)(tiles)
-    blocks = math.prod(axis.blocks for axis in axes) * math.prod(rule.dilation)
+    cuts = _cuts(kind, rule, shape, key_shape)
+    blocks = math.prod(axis.blocks for axis in cuts(tiles)) * cuts.groups
     return blocks * math.prod(tiles.q_block + tiles.kv_block)
 
 
-def longest(kind: str, rule: Neighborhood, shape: Shape, tiles: Tiles) -> int:
-    """Blocks of the tile that has most."""
-    return math.prod(axis.most for axis in _cuts(kind, rule, shape)(tiles))
+def excess(kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape, tiles: Tiles) -> float:
+    """How many blocks more than usual the tile has that has most."""
+    axes = _cuts(kind, *_model(rule, shape, key_shape))(tiles)
+    count = math.prod(axis.tiles for axis in axes) * warpgroups(tiles)
+    return math.prod(axis.most for axis in axes) - math.prod(a.blocks for a in axes) / count

@@ -79,6 +79,8 @@ class Launch:
         arguments: the numbers and constants, by the names of the kernel's parameters.
         descriptors: what makes a descriptor of a tensor, by the names of the tensors that the
             kernel reads through one.
+        kernels: what Triton compiled, one at most; given, it is shared by launches that differ in
+            numbers and in the shapes of descriptors only.
         options: of the compiler, such as ``num_warps``.
 
     Raises:
@@ -91,6 +93,7 @@ class Launch:
         grid: Iterable[int],
         arguments: Mapping[str, Any],
         descriptors: Mapping[str, Describe] = _NOTHING,
+        kernels: list[Any] | None = None,
         **options: Any,
     ) -> None:
         names = kernel.arg_names[len(kernel.tensors) :]
@@ -109,6 +112,7 @@ class Launch:
         # Triton 3.10 fuses products and sums only where it is asked to.
         self.options = {"enable_fp_fusion": True, **options}
         self.compiled: Launcher | None = None
+        self._kernels = [] if kernels is None else kernels
         self._made: list[Compiled] = []  # shared by launches with other numbers
 
     def moved(self, grid: Iterable[int], numbers: Mapping[str, Any]) -> Launch:
@@ -129,7 +133,9 @@ class Launch:
         addresses = [None if x is None else x.data_ptr() for x in self._in_order(tensors)]
         # Triton compiles for addresses that 16 divides, which only views can lack.
         unaligned = self._may_be_unaligned and math.gcd(16, *filter(None, addresses)) < 16
-        if self.compiled is None and self._made:
+        if self.compiled is None and self._kernels:
+            if not self._made:
+                self._made.append(launchers(self._kernels[0], self.tensors))
             self.compiled = self._made[0](self.grid, tuple(self.arguments.values()))
         if unaligned or self.compiled is None:
             self._compile(tensors, not unaligned)
@@ -143,7 +149,7 @@ class Launch:
         named = described(self.tensors, tensors)
         compiled = self.kernel[self.grid](**named, **self.arguments, **self.options)
         if keep and compiled is not None:  # the interpreter compiles nothing
-            self._made.append(launchers(compiled, self.tensors))
+            self._kernels.append(compiled)
 
 
 class Trials:

@@ -295,9 +295,8 @@ class Layer:
         return found
 
     def _suits_hopper(self) -> bool:
-        """Whether the ``hopper`` backend has kernels for this layer.
-
-        The model knows those of whole layouts whose windows shift.
+        """Whether the ``hopper`` backend has kernels for this layer that the model knows: those of
+        whole layouts, which dilations divide, and whose windows shift.
         """
         rule = self.rule
         plain = rule.is_self_attention and set(rule.boundary) == {"shift"}

@@ -1,0 +1,196 @@
+"""Where the Hopper kernels' tiles and blocks of parts, finer queries and cut windows are, and what
+masks hide: the kernels' own code, beside the definition."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", "3.6")  # the first with Gluon for Hopper
+
+import gluon  # noqa: F401  (before the kernels)
+import torch
+import triton
+import triton.language as tl
+from hopper_problems import PART_IDS, PARTS
+
+from natten import tuning
+from natten.backends.hopper import backward, descriptors, geometry, masks
+from natten.backends.hopper import plan as planning
+from natten.backends.hopper import tiles as tiling
+from natten.backends.interface import KINDS, Tiles
+from natten.neighborhood import Neighborhood, window_mask
+from natten.tiling import padded
+
+DIM = 64  # of heads
+
+
+def plan_of(queries: Any, keys: Any, rule: Neighborhood) -> planning.Plan:
+    """The plan of a problem on tensors without data."""
+    q, k = (
+        torch.empty(1, *layout, 2, DIM, dtype=torch.bfloat16, device="meta")
+        for layout in (queries, keys)
+    )
+    return planning.plan_for(q, k, k, None, rule, 1.0)
+
+
+def ways(kind: str, queries: Any, keys: Any, rule: Neighborhood) -> list[Tiles]:
+    """The best tiles of each kind of program and mask."""
+    found: dict[Any, Tiles] = {}
+    for tiles in tiling.candidates(kind, rule, queries, keys, DIM, DIM):
+        mask = tiling.mask(kind, rule, queries, tiles, tiling.work(kind, DIM, DIM))
+        found.setdefault((tiles.num_warps, mask.kind, mask.by_row, mask.steps), tiles)
+    return list(found.values())
+
+
+class Keys:
+    """A pipeline whose blocks are zeros."""
+
+    def __init__(self, block: Any) -> None:
+        self.rows = math.prod(block)
+
+    def consumer_wait(self, stage: Any) -> None:
+        pass
+
+    def matrix(self, stage: Any) -> Any:
+        return tl.full([self.rows, 16], 0, tl.bfloat16)
+
+
+def geometry_of(arguments: dict[str, Any]) -> Any:
+    """The geometry of a launch, as its kernel makes it."""
+
+    def numbers(**letters: str) -> dict[str, Any]:
+        return {
+            field: tuple(tl.full([], arguments[f"{name}{axis}"], tl.int32) for axis in range(3))
+            for field, name in letters.items()
+        }
+
+    part: Any = ()
+    if arguments["QUERIES"] != tiling.OWN:
+        part = geometry.Part(
+            **numbers(queries="Q", short_queries="SQ", short_keys="SN"),
+            **numbers(offset="O", group="G", per_key="R"),
+        )
+    names = ("MODES", "TILE", "BLOCK", "SPLIT_AXIS", "WARPGROUPS", "DILATED", "QUERIES")
+    return geometry.Geometry(
+        **numbers(length="N", window="K", stride="S", dilation="D", tiles="T"),
+        part=(part,) if part else (),
+        **{name: tl.full([], arguments[name], tl.int32) for name in ("num_tiles", "heads")},
+        **{name: arguments[name] for name in names},
+        OF_KEYS=arguments.get("OF_KEYS", False),
+    )
+
+
+FOUND: list[Any] = []  # what the program below saw
+
+
+@triton.jit
+def walk_kernel(tile_id, WARPGROUP: tl.constexpr, ARGUMENTS: tl.constexpr):
+    """Walk a warpgroup's blocks of a tile as the kernels do."""
+    g = geometry_of(ARGUMENTS)
+    kind = [ARGUMENTS[name] for name in ("MASK", "ENDS", "BY_ROW", "STEPS")]
+    tables = masks.column_tables(g, *kind, ARGUMENTS["TABLES"])
+    make = backward._mask if "OF_KEYS" in ARGUMENTS else forward_mask
+    tile = g.tile(tile_id)
+    first = g.first_of(tile, WARPGROUP)
+    mask = make(g, tables, *kind).of_tile(tile, first, None)
+    before, end, count, block = g.own_blocks(first, tile)
+    assert 0 <= before < end <= count
+    q = tl.full([tiling.ROWS, 16], 0, tl.bfloat16)
+    blocks = []
+    for i in range(int(end) - int(before)):
+        s = mask.compare(mask.scores(q, Keys(g.BLOCK), i, block, None), block)
+        start, _ = g.block_start(block, tile.origin)
+        blocks.append((numbers(start), torch.from_numpy(s.handle.data) > -(2.0**99)))
+        block = g.next_block(block, tile.blocks)
+    own, other = g.own_side(tile), g.other_side(tile)
+    FOUND.append((side(own), side(other), numbers(first), blocks))
+
+
+def forward_mask(g: Any, tables: Any, *kind: Any) -> Any:
+    return masks.Mask(g, tables, (), *kind)
+
+
+def numbers(values: Any) -> torch.Tensor:
+    return torch.tensor([int(x) for x in values])
+
+
+def side(x: Any) -> list[torch.Tensor]:
+    return [numbers(y or (0, 0, 0)) for y in (x.length, x.group, x.bases, x.skipped)]
+
+
+def grid(*sizes: int) -> torch.Tensor:
+    """Coordinates of a block's tokens, ``[tokens, 3]``."""
+    return torch.cartesian_prod(*(torch.arange(n) for n in sizes)).reshape(-1, 3)
+
+
+def tokens_of(
+    found: Any, position: torch.Tensor, layout: Any, dilation: Any, view: descriptors.View
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens at positions, and which of them there are; TMA must find just these."""
+    length, group, bases, skipped = found
+    layout, dilation = torch.tensor(padded(layout, 1)), torch.tensor(padded(dilation, 1))
+    token = position * dilation + group
+    real = ((position >= 0) & (position < length)).all(1)
+    assert (token[real] < layout).all()
+    assert (length * dilation + group >= layout).all()  # the group has no more
+    token = (token[:, 0] * layout[1] + token[:, 1]) * layout[2] + token[:, 2]
+    at = position + skipped
+    inside = ((at >= 0) & (at < torch.tensor(view.shape[1:4]))).all(1)
+    base = int((bases * torch.tensor(view.steps[1:4])).sum())
+    assert 0 <= base < view.shape[0]
+    address = base * view.strides[0] + (at * torch.tensor(view.strides[1:4])).sum(1)
+    assert torch.equal(inside, real)
+    assert torch.equal(address[real] - view.before, token[real] * 2 * DIM)
+    return token, real
+
+
+def check(kind: str, queries: Any, keys: Any, rule: Neighborhood, tiles: Tiles, most: int) -> None:
+    """Every partner of a token is visible in one block, and nothing else is."""
+    of_keys = kind == "dkdv"
+    name = tiling.key(kind, rule, queries, keys, DIM, DIM, 2)
+    with tuning.trial(name, list(tiles)):
+        plan = plan_of(queries, keys, rule)
+        arguments: Any = getattr(plan, kind).arguments
+    wanted = window_mask(rule, queries, keys)
+    layouts, views = (queries, keys), (plan.query, plan.key)
+    if of_keys:
+        wanted, layouts, views = wanted.T, layouts[::-1], views[::-1]
+    ids = range(arguments["num_tiles"] // arguments["heads"])  # of the first head
+    every, walked = len(ids) <= most, 0
+    seen = torch.zeros(len(wanted), dtype=torch.bool)
+    for tile, warpgroup in itertools.product(
+        ids if every else random.sample(ids, most), range(arguments["WARPGROUPS"])
+    ):
+        FOUND.clear()
+        walk_kernel[(1,)](tile, warpgroup, arguments)
+        ((own, other, first, blocks),) = FOUND
+        position = first + grid(*arguments["TILE"])
+        rows, is_row = tokens_of(own, position, layouts[0], rule.dilation, views[0])
+        visible = torch.zeros(len(rows), wanted.shape[1], dtype=torch.int64)
+        for start, unmasked in blocks:
+            assert (start >= 0).all()
+            position = start + grid(*arguments["BLOCK"])
+            columns, is_column = tokens_of(other, position, layouts[1], rule.dilation, views[1])
+            assert not unmasked[is_row][:, ~is_column].any()
+            visible.index_add_(1, columns[is_column], unmasked[:, is_column].long())
+        assert torch.equal(visible[is_row], wanted[rows[is_row]].long())
+        seen[rows[is_row]] = True
+        walked += len(blocks)
+    if every:
+        assert seen.all()
+        pairs = walked * tiling.ROWS * math.prod(arguments["BLOCK"])
+        assert tiling.computed_pairs(kind, rule, queries, keys, tiles) == pairs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("each", PARTS, ids=PART_IDS)
+def test_what_kernels_see_is_the_window(each: Any, kind: str) -> None:
+    random.seed(0)
+    found = ways(kind, *each)
+    for tiles in random.sample(found, min(2, len(found))):
+        check(kind, *each, tiles, most=6)

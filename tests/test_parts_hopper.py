@@ -1,0 +1,162 @@
+"""Hopper kernels of queries that are a part of the layout or finer than keys, and of cut windows.
+
+What they see of a layout is tested where Triton interprets them, interpreter/test_hopper_parts.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import pathlib
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import hopper
+from hopper_problems import PARTS, part
+
+pytest.importorskip("triton", "3.6")  # the first with Gluon for Hopper
+
+from triton.backends.compiler import GPUTarget
+
+from natten import tuning
+from natten.backends import Problem
+from natten.backends.hopper import descriptors, forward
+from natten.backends.hopper import plan as planning
+from natten.backends.hopper import tiles as tiling
+from natten.backends.interface import KINDS
+from natten.inputs import Inputs
+from natten.neighborhood import Neighborhood
+
+DIM = 64  # of heads
+
+
+def plan_of(queries: Any, keys: Any, rule: Neighborhood) -> planning.Plan:
+    """The plan of a problem on tensors without data."""
+    q, k = (
+        torch.empty(1, *layout, 2, DIM, dtype=torch.bfloat16, device="meta")
+        for layout in (queries, keys)
+    )
+    return planning.plan_for(q, k, k, None, rule, 1.0)
+
+
+def constants(queries: Any, keys: Any, rule: Neighborhood) -> list[Any]:
+    """What kernels are compiled for."""
+    plan = plan_of(queries, keys, rule)
+    names = [x for x in forward.forward_kernel.arg_names if x.isupper() and not x[-1].isdigit()]
+    assert {"MODES", "TILE", "ENDS", "TABLES", "QUERIES", "REGISTERS"} <= set(names)
+    return [
+        {name: launch.arguments[name] for name in names}
+        for launch in (plan.forward, plan.dq, plan.dkdv)
+    ]
+
+
+def test_another_offset_or_length_has_the_same_kernels() -> None:
+    def of(count: int, length: int, offset: int, **options: Any) -> list[Any]:
+        return constants(
+            *part((count, 40), (length, 40), (9, 7), query_offset=(offset, 0), **options)
+        )
+
+    truncated = {"boundary": ("truncate", "shift")}
+    for options in ({}, {"dilation": (3, 1)}, {"stride": (4, 1)}, truncated):
+        first = of(12, 90, 0, **options)
+        assert all(of(12, 90, offset, **options) == first for offset in (1, 16, 77, 78))
+        assert all(of(12, length, 5, **options) == first for length in (89, 91, 1000))
+        assert of(11, 90, 3, **options) == first
+    # A cache that begins with one token.
+    streams = {"boundary": "truncate", "is_causal": (True, False)}
+    modes = {str(of(1, n, n - 1, **streams)[0]["MODES"]) for n in (1, 2, 3, 50)}
+    assert len(modes) == 1
+
+
+def test_another_offset_is_other_numbers() -> None:
+    """The plan of an offset is made of another one's; it is as if it had been made alone."""
+    for queries, keys, rule in PARTS:
+        if rule.query_offset is not None:
+            tuning._forget_choices()
+            first = plan_of(queries, keys, replace(rule, query_offset=(0,) * rule.rank))
+            moved = plan_of(queries, keys, rule)
+            assert moved._first is not None and moved._first.forward is first._first.forward
+            alone = planning.Plan(rule, *plan_arguments(queries, keys))
+            for kind in KINDS:
+                a, b = getattr(moved, kind), getattr(alone, kind)
+                assert (a.arguments, a.grid) == (b.arguments, b.grid)
+                assert a._kernels is b._kernels
+
+
+def plan_arguments(queries: Any, keys: Any) -> Any:
+    """What :func:`plan_of` gives a plan beside the rule."""
+    shapes = [(1, *layout, 2, DIM) for layout in (queries, keys, keys)]
+    strides = [descriptors.contiguous_strides(shape) for shape in shapes]
+    return 1.0, torch.device("meta"), torch.bfloat16, shapes, strides, 0
+
+
+def test_what_stands_for_a_part_stands_for_itself() -> None:
+    for queries, keys, rule in PARTS:
+        model = tiling._model(rule, queries, keys)
+        assert tiling._model(*model) == model
+    own = Neighborhood.create(2, 7)
+    assert tiling._model(own, (56, 56), (56, 56)) == (own, (56, 56), (56, 56))
+
+
+def test_limits() -> None:
+    def said(queries: Any, keys: Any, rule: Neighborhood) -> str | None:
+        shape = (1, *queries, 2, DIM)
+        tensors = torch.device("cpu"), torch.bfloat16, DIM, DIM, shape, rule, 0.1
+        return hopper.lacks(Problem("attention", *tensors, key_shape=keys))
+
+    assert all(said(*each) is None for each in PARTS)
+    mixed = part((64, 32), (32, 32), 5, queries_per_key=(2, 1), dilation=(1, 2))
+    assert said(*mixed) is None
+    assert "finer" in str(said(*part((64,), (32,), 5, queries_per_key=2, dilation=2)))
+    assert "31 bits" in str(said(*part((64,), (2**30,), 5, query_offset=0)))
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_short_groups_begin_before_the_tensor(heads_first: bool) -> None:
+    """The view shows the tokens of every group; those of short ones count from one."""
+    shape, dilation = (2, 7, 10, 3, 16), (3, 4)
+    memory = torch.arange(math.prod(shape))
+    x = memory.view(3, 2, 7, 10, 16).movedim(0, -2) if heads_first else memory.view(shape)
+    found = descriptors.view(shape, x.stride(), dilation)
+    memory = torch.cat([torch.full((found.before,), -1), memory])
+    for b, g1, g2, head in itertools.product(range(2), range(3), range(4), range(3)):
+        short = [g >= n % d for g, n, d in zip((g1, g2), shape[1:3], dilation)]
+        bases = [g if s else g + d for g, s, d in zip((g1, g2), short, dilation)]
+        base = sum(n * s for n, s in zip((b, 0, *bases, head), found.steps))
+        assert base < found.shape[0]
+        offset = base * found.strides[0] + sum(s * n for s, n in zip(short, found.strides[2:4]))
+        own = [n - s for s, n in zip(short, found.shape[2:4])]
+        shown = memory.as_strided((*own, 16), found.strides[2:], offset)
+        assert torch.equal(shown, x[b, g1::3, g2::4, head])
+
+
+VARIANTS = {
+    "part": part((28, 56), (56, 56), 7, query_offset=(28, 0)),
+    "dilated part": part((14, 27), (28, 30), 7, dilation=4, query_offset=(13, 1)),
+    "truncated": part((56, 56), (56, 56), 7, boundary="truncate"),
+    "finer": part((56, 56), (14, 14), 7, queries_per_key=4),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compiles_without_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+    compiling = importlib.import_module("compiled")
+    queries, keys, rule = VARIANTS[name]
+
+    def call(_: Any) -> None:
+        q, k = (
+            torch.empty(2, *layout, 4, DIM, dtype=torch.bfloat16, device="meta")
+            for layout in (queries, keys)
+        )
+        inputs = Inputs(q, k, k)
+        out, lse = hopper.forward(inputs, rule, 0.125)
+        hopper.backward(out, None, inputs, out, lse, rule, 0.125)
+
+    variant = compiling.Variant(name, queries, 1, DIM)
+    kernels = list(compiling.compile_calls(GPUTarget("cuda", 90, 32), 232448, call, [variant]))
+    assert [x.name for x in kernels] == ["forward", "lse_delta", "backward dQ", "backward dK dV"]
+    assert not any(x.looped or x.serialised for x in kernels)
