@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..inputs import Gradients, Inputs
@@ -28,22 +27,35 @@ def runner_of(backend: Backend, rule: Rule | None) -> Backend:
 
 def padded(x: Tensor, margins: Margins) -> Tensor:
     """``x [batch, *space, ...]`` with ``margins`` of every axis from its other end."""
-    for dim, (before, after) in enumerate(margins, start=1):
-        if before or after:
-            last = x.narrow(dim, x.shape[dim] - before, before)
-            x = torch.cat([last, x, x.narrow(dim, 0, after)], dim)
-    return x
+    if not any(map(any, margins)):
+        return x
+    space = x.shape[1 : 1 + len(margins)]
+    rest = x.shape[1 + len(margins) :]
+    out = x.new_empty(len(x), *padded_shape(space, margins), *rest)
+    _middle(out, space, margins).copy_(x)
+    for axis, (length, (before, after)) in enumerate(zip(space, margins)):
+        # Axes before this one are whole already, those after it are not.
+        whole, dim = _middle(out, space, margins, first=axis + 1), 1 + axis
+        whole.narrow(dim, 0, before).copy_(whole.narrow(dim, length, before))
+        whole.narrow(dim, before + length, after).copy_(whole.narrow(dim, before, after))
+    return out
 
 
-def folded(x: Tensor, margins: Margins) -> Tensor:
-    """The transpose of :func:`padded`: what was added goes back to where it was copied from."""
-    for dim, (before, after) in enumerate(margins, start=1):
-        if before or after:
-            length = x.shape[dim] - before - after
-            first, x, last = x.split([before, length, after], dim)
-            x = x.clone()
-            x.narrow(dim, length - before, before).add_(first)
-            x.narrow(dim, 0, after).add_(last)
+def folded(x: Tensor, space: Shape, margins: Margins) -> Tensor:
+    """The transpose of :func:`padded`: what was added goes back to where it was copied from.
+
+    ``x [batch, *padded space, ...]`` is changed; the result has the layout ``space``.
+    """
+    for dim, (length, (before, after)) in enumerate(zip(space, margins), start=1):
+        x.narrow(dim, length, before).add_(x.narrow(dim, 0, before))
+        x.narrow(dim, before, after).add_(x.narrow(dim, before + length, after))
+    return _middle(x, space, margins).contiguous()
+
+
+def _middle(x: Tensor, space: Shape, margins: Margins, first: int = 0) -> Tensor:
+    """What lies between the margins of a padded tensor's axes from ``first`` on."""
+    for axis, (length, (before, _)) in enumerate(zip(space, margins)):
+        x = x.narrow(1 + axis, before, length) if axis >= first else x
     return x
 
 
@@ -66,11 +78,13 @@ class Rings(Backend):
         self, grad_out: Tensor, grad_lse: Tensor | None, inputs: Inputs, out: Tensor, lse: Tensor,
         rule: Rule, scale: float, tiles: Shape = (),
     ) -> Gradients:  # fmt: skip
+        space = inputs.key.shape[1:-2]
         inputs, rule, margins = _unrolled(inputs, rule)
         grads = self.backend.backward(
             grad_out, grad_lse, inputs, out, lse, rule, scale, *_given(tiles)
         )
-        key, value = (None if x is None else folded(x, margins) for x in (grads.key, grads.value))
+        assert grads.key is not None and grads.value is not None
+        key, value = (folded(x, space, margins) for x in (grads.key, grads.value))
         return grads._replace(key=key, value=value)
 
     def qk(self, query: Tensor, key: Tensor, rule: Neighborhood) -> Tensor:
@@ -86,7 +100,7 @@ class Rings(Backend):
     ) -> Tensor:
         rule, margins = rule.unrolled()
         out = self.backend.av_transposed(attn, x, padded_shape(key_shape, margins), rule)
-        return folded(out, margins)
+        return folded(out, key_shape, margins)
 
     def rpb_bias(self, rpb: Tensor, shape: Shape, key_shape: Shape, rule: Neighborhood) -> Tensor:
         rule, margins = rule.unrolled()
