@@ -286,11 +286,13 @@ def reversed_in_memory(x):
 
 def op_calls():
     """Fake and real operators return the same strides, whatever the strides of the inputs."""
-    tensors = FULL.inputs(torch.float32)
+    tensors = tuple(FULL.inputs(torch.float32).differentiable)
     tensors += *fused(FULL)(*tensors), torch.randn(2, 3, 4, 7, 5), torch.randn(2, 3, 4, 7, 6)
     tensors += torch.randn(1, 9, 2, 4), torch.randn(1, 7, 1, 4)
     q, k, v, rpb, ak, av, out, lse, x, attn, row, pair = map(reversed_in_memory, tensors)
-    inputs, dense = (q, k, v, rpb, ak, av), (q[:, 0], k[:, 0], v[:, 0], None, None, None)
+    masks = torch.rand(1, 4, 7) < 0.7, torch.rand(1, ak.shape[1]) < 0.7
+    inputs = (q, k, v, rpb, ak, av, *masks)
+    dense = (q[:, 0], k[:, 0], v[:, 0], None, None, None, masks[0][:, 0], None)
     saved = (out, lse, out, lse, *inputs)
     lengths = (torch.tensor([4, 5]), None, None, torch.tensor([0, 3, 7]), 5, -1, 1, 0.7, "", [0])
     rows = torch.ops.natten.packed_attention(row, pair, pair, *lengths)

@@ -141,6 +141,46 @@ def check_additional(
         )
 
 
+def check_masks(
+    key: Tensor, additional_keys: Tensor | None, key_mask: Any, additional_mask: Any, first: int = 1
+) -> None:
+    """Raise ArgumentError unless masks fit keys and additional keys.
+
+    They are bool ``[batch or 1, *space]`` and ``[batch or 1, num_additional]``.
+
+    Args:
+        key, additional_keys: the keys.
+        key_mask, additional_mask: the masks, or None.
+        first: the key's first dimension of tokens.
+    """
+    if additional_mask is not None and additional_keys is None:
+        raise ArgumentError("`additional_mask` needs `additional_keys`, which is None.")
+    space = key.shape[first : key.dim() - 3 + first]
+    additional = () if additional_keys is None else additional_keys.shape[first : first + 1]
+    for name, what, mask, tokens in (
+        ("key_mask", "*key space", key_mask, tuple(space)),
+        ("additional_mask", "num_additional", additional_mask, tuple(additional)),
+    ):
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask)
+            raise ArgumentError(
+                f"`{name}` must be a tensor of torch.bool, True where a key may be attended, "
+                f"got {got}."
+            )
+        if mask.device != key.device:
+            raise ArgumentError(
+                f"`{name}` must be on the device of `key`, got {mask.device} and {key.device}."
+            )
+        wanted = (key.shape[0], *tokens)
+        if tuple(mask.shape) not in (wanted, (1, *tokens)):
+            raise ArgumentError(
+                f"`{name}` must be [batch or 1, {what}] = {wanted} or {(1, *tokens)}, "
+                f"got {tuple(mask.shape)}."
+            )
+
+
 def check_rpb(rpb: Tensor | None, query: Tensor, rule: Neighborhood, heads: int) -> None:
     """Raise ArgumentError unless ``rpb`` is ``[heads, 2 * kernel_size - 1, ...]`` or None."""
     if rpb is None:

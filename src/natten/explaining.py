@@ -58,7 +58,8 @@ def explain(
     options = dict(check_call("explain", GENERIC, given, kwargs).arguments)
     names = "query", "key", "value", "additional_keys", "additional_values"
     q, k, v, *additional = autocast_tensors(*(options.pop(name, None) for name in names))
-    inputs = Inputs(q, k, v, options.pop("rpb", None), *additional)
+    masks = (options.pop(name, None) for name in ("key_mask", "additional_mask"))
+    inputs = Inputs(q, k, v, options.pop("rpb", None), *additional, *masks)
     window = tuple(options.pop(name, GENERIC.parameters[name].default) for name in WINDOW)
     return _lines_of(check_call_of(inputs, window, **options), inputs)
 

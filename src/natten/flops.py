@@ -66,7 +66,7 @@ def _pairs(
 @register_flop_formula(ops.attention)
 def _attention_flops(
     query: Any, key: Any, value: Any, rpb: Any, additional_keys: Any, additional_values: Any,
-    *packed: Any, **kwargs: Any,
+    key_mask: Any, additional_mask: Any, *packed: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     return 2 * _pairs(query, key, additional_keys, packed) * (query[-1] + value[-1])
 
@@ -74,7 +74,8 @@ def _attention_flops(
 @register_flop_formula(ops.attention_backward)
 def _attention_backward_flops(
     grad_out: Any, grad_lse: Any, out: Any, lse: Any, query: Any, key: Any, value: Any, rpb: Any,
-    additional_keys: Any, additional_values: Any, *packed: Any, **kwargs: Any,
+    additional_keys: Any, additional_values: Any, key_mask: Any, additional_mask: Any,
+    *packed: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     # The scores, dQ and dK are products over the query's head dim, dP and dV over the value's.
     return 2 * _pairs(query, key, additional_keys, packed) * (3 * query[-1] + 2 * value[-1])
@@ -143,8 +144,9 @@ def _av_transposed_flops(attn: Any, x: Any, key_shape: Any, *packed: Any, **kwar
 
 def _shapes(values: Sequence[Any]) -> list[list[int]]:
     """The shapes of the tensors among jit values."""
-    shapes = [v.type().sizes() for v in values if v.type().kind() == "TensorType"]
-    return [list(shape) for shape in shapes if shape]
+    types = [v.type() for v in values if v.type().kind() == "TensorType"]
+    numbers = [each for each in types if each.scalarType() != "Bool"]  # the others are masks
+    return [list(each.sizes()) for each in numbers if each.sizes()]
 
 
 def qk_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:

@@ -25,6 +25,7 @@ from ._checks import (
     autocast_tensors,
     check_additional,
     check_hints,
+    check_masks,
     check_qkv,
     check_rpb,
     check_same,
@@ -91,7 +92,8 @@ def neighborhood_attention_generic(
     additional_keys: Tensor | None = ..., additional_values: Tensor | None = ...,
     *, backend: str | None = ..., rpb: Tensor | None = ...,
     query_offset: Dimension | None = ..., queries_per_key: Dimension = ...,
-    boundary: Boundary = ..., return_lse: Literal[False] = ..., **hints: Unpack[Hints],
+    boundary: Boundary = ..., key_mask: Tensor | None = ..., additional_mask: Tensor | None = ...,
+    return_lse: Literal[False] = ..., **hints: Unpack[Hints],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def neighborhood_attention_generic(
@@ -100,7 +102,8 @@ def neighborhood_attention_generic(
     additional_keys: Tensor | None = ..., additional_values: Tensor | None = ...,
     *, backend: str | None = ..., rpb: Tensor | None = ...,
     query_offset: Dimension | None = ..., queries_per_key: Dimension = ...,
-    boundary: Boundary = ..., return_lse: Literal[True], **hints: Unpack[Hints],
+    boundary: Boundary = ..., key_mask: Tensor | None = ..., additional_mask: Tensor | None = ...,
+    return_lse: Literal[True], **hints: Unpack[Hints],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def neighborhood_attention_generic(
@@ -109,7 +112,8 @@ def neighborhood_attention_generic(
     additional_keys: Tensor | None = ..., additional_values: Tensor | None = ...,
     *, backend: str | None = ..., rpb: Tensor | None = ...,
     query_offset: Dimension | None = ..., queries_per_key: Dimension = ...,
-    boundary: Boundary = ..., return_lse: bool, **hints: Unpack[Hints],
+    boundary: Boundary = ..., key_mask: Tensor | None = ..., additional_mask: Tensor | None = ...,
+    return_lse: bool, **hints: Unpack[Hints],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 @unscriptable
 def neighborhood_attention_generic(
@@ -140,6 +144,8 @@ def neighborhood_attention_generic(
     query_offset: Dimension | None = None,
     queries_per_key: Dimension = 1,
     boundary: Boundary = "shift",
+    key_mask: Tensor | None = None,
+    additional_mask: Tensor | None = None,
     xformers_kwargs: dict[str, Any] | None = None,
     try_fuse_additional_kv: bool = False,
     **unknown: NoReturn,
@@ -167,6 +173,10 @@ def neighborhood_attention_generic(
         boundary: what windows do at the ends of an axis: ``"shift"`` inwards and keep their size,
             ``"truncate"``, or go on at the other end (``"circular"``). A truncated window may
             exceed the axis; a circular axis is a multiple of ``stride * dilation`` and not causal.
+        key_mask: bool ``[batch or 1, *space]`` of the key's tokens, True where a key may be
+            attended. A mask takes keys away and moves no window. Masked keys and values may hold
+            anything, NaN too. A query with nothing left gives output 0, LSE -inf and no gradients.
+        additional_mask: bool ``[batch or 1, num_additional]``, the same of additional tokens.
         return_lse: also return the LSE, the logarithm of the sum of the scores' exponentials.
         backend: None, or the name of a backend; upstream's names are accepted, without effect.
         q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape: tiles of queries
@@ -195,7 +205,9 @@ def neighborhood_attention_generic(
         query, key, value, additional_keys, additional_values
     )
     out, lse = attend(
-        Inputs(query, key, value, rpb, additional_keys, additional_values),
+        Inputs(
+            query, key, value, rpb, additional_keys, additional_values, key_mask, additional_mask
+        ),
         (kernel_size, stride, dilation, is_causal, boundary, queries_per_key, query_offset),
         scale, attention_kwargs, backend, q_tile_shape, kv_tile_shape, backward_q_tile_shape,
         backward_kv_tile_shape,
@@ -275,7 +287,7 @@ def check_call_of(
     backward_kv_tile_shape: Any = None, **_: Any,
 ) -> operators.Call:  # fmt: skip
     """Check the arguments of :func:`attend`, and return its call."""
-    query, key, value, rpb, additional_keys, additional_values = inputs
+    query, key, value, rpb, additional_keys, additional_values, key_mask, additional_mask = inputs
     check_tensors(query=query, key=key, value=value)
     rank = query.dim() - 3
     if rank not in (1, 2, 3):
@@ -288,6 +300,7 @@ def check_call_of(
     rule.check(query.shape[1:-2], key.shape[1:-2])
     warn_of_heads_first(query)
     check_additional(query, key, value, additional_keys, additional_values)
+    check_masks(key, additional_keys, key_mask, additional_mask)
     check_rpb(rpb, query, rule, heads=query.shape[-2])
     check_hints(attention_kwargs)
     factor, name = check_scale(scale, query.shape[-1]), check_name(backend)
@@ -343,7 +356,8 @@ def attention(
     seqlens_Q: Tensor | None = ..., seqlens_KV: Tensor | None = ...,
     cumulative_seqlen_Q: Tensor | None = ..., cumulative_seqlen_KV: Tensor | None = ...,
     max_seqlen_Q: int | None = ..., max_seqlen_KV: int | None = ...,
-    *, backend: str | None = ..., return_lse: Literal[False] = ..., **hints: Unpack[DenseHints],
+    *, backend: str | None = ..., key_mask: Tensor | None = ..., return_lse: Literal[False] = ...,
+    **hints: Unpack[DenseHints],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
@@ -351,7 +365,8 @@ def attention(
     seqlens_Q: Tensor | None = ..., seqlens_KV: Tensor | None = ...,
     cumulative_seqlen_Q: Tensor | None = ..., cumulative_seqlen_KV: Tensor | None = ...,
     max_seqlen_Q: int | None = ..., max_seqlen_KV: int | None = ...,
-    *, backend: str | None = ..., return_lse: Literal[True], **hints: Unpack[DenseHints],
+    *, backend: str | None = ..., key_mask: Tensor | None = ..., return_lse: Literal[True],
+    **hints: Unpack[DenseHints],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def attention(
@@ -359,7 +374,8 @@ def attention(
     seqlens_Q: Tensor | None = ..., seqlens_KV: Tensor | None = ...,
     cumulative_seqlen_Q: Tensor | None = ..., cumulative_seqlen_KV: Tensor | None = ...,
     max_seqlen_Q: int | None = ..., max_seqlen_KV: int | None = ...,
-    *, backend: str | None = ..., return_lse: bool, **hints: Unpack[DenseHints],
+    *, backend: str | None = ..., key_mask: Tensor | None = ..., return_lse: bool,
+    **hints: Unpack[DenseHints],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 @unscriptable
 def attention(
@@ -385,6 +401,8 @@ def attention(
     kernel_schedule: Any = None,
     torch_compile: bool = False,
     return_lse: bool = False,
+    *,
+    key_mask: Tensor | None = None,
     **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Plain attention, heads-last; over packed sequences when their lengths are given.
@@ -400,6 +418,8 @@ def attention(
         cumulative_seqlen_Q, cumulative_seqlen_KV, max_seqlen_Q, max_seqlen_KV: the same lengths as
             cumulative sums ``[sequences + 1]``, and the longest length of each.
         return_lse: also return the LSE, the logarithm of the sum of the scores' exponentials.
+        key_mask: bool ``[batch or 1, length_kv]``, True where a key may be attended. It is not for
+            packed sequences, whose lengths say which keys there are.
         backend, q_tile_size, kv_tile_size, backward_q_tile_size, backward_kv_tile_size: as backend
             and tile shapes of :func:`neighborhood_attention_generic`.
         backward_kv_splits, backward_use_pt_reduction, run_persistent_kernel, kernel_schedule,
@@ -423,7 +443,7 @@ def attention(
     inputs, lengths, call = check_attention(
         query, key, value, is_causal, scale, seqlens_Q, seqlens_KV, cumulative_seqlen_Q,
         cumulative_seqlen_KV, max_seqlen_Q, max_seqlen_KV, backend, q_tile_size, kv_tile_size,
-        backward_q_tile_size, backward_kv_tile_size,
+        backward_q_tile_size, backward_kv_tile_size, key_mask,
     )  # fmt: skip
     if lengths is None:
         out, lse = call(inputs, operators.is_plain_call(inputs))
@@ -437,7 +457,8 @@ def check_attention(
     seqlens_Q: Any = None, seqlens_KV: Any = None, cumulative_seqlen_Q: Any = None,
     cumulative_seqlen_KV: Any = None, max_seqlen_Q: Any = None, max_seqlen_KV: Any = None,
     backend: Any = None, q_tile_size: Any = None, kv_tile_size: Any = None,
-    backward_q_tile_size: Any = None, backward_kv_tile_size: Any = None, **_: Any,
+    backward_q_tile_size: Any = None, backward_kv_tile_size: Any = None, key_mask: Any = None,
+    **_: Any,
 ) -> tuple[Inputs, Lengths | None, operators.Call]:  # fmt: skip
     """Check the arguments of :func:`attention`, and return what the call computes."""
     check_tensors(query=query, key=key, value=value)
@@ -450,6 +471,7 @@ def check_attention(
     if causal is None:
         raise ArgumentError(f"`is_causal` must be a bool, got {type(is_causal)}.")
     check_qkv(query, key, value)
+    check_masks(key, None, key_mask, None)
     factor, name = check_scale(scale, query.shape[-1]), check_name(backend)
     tiles = check_tiles(
         1,
@@ -466,8 +488,12 @@ def check_attention(
         raise ArgumentError(
             f"`query` must have batch size 1 when sequences are packed, got {query.shape[0]}."
         )
+    if lengths is not None and key_mask is not None:
+        raise ArgumentError(
+            "`key_mask` is not for packed sequences, whose lengths say which keys there are."
+        )
     call = operators.Call(Dense(causal), factor, operators.Choice(name, tiles))
-    return Inputs(query, key, value), lengths, call
+    return Inputs(query, key, value, key_mask=key_mask), lengths, call
 
 
 ATTENTION = signature_of(attention)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ class Inputs(NamedTuple):
         rpb: relative positional bias ``[heads, 2 * kernel_size - 1, ...]``.
         additional_keys: ``[batch, num_additional, heads_kv, head_dim]``.
         additional_values: ``[batch, num_additional, heads_kv, value_dim]``.
+        key_mask: bool ``[batch or 1, *key_space]``, which keys may be attended.
+        additional_mask: bool ``[batch or 1, num_additional]``, the same of additional ones.
     """
 
     query: Tensor
@@ -26,10 +29,23 @@ class Inputs(NamedTuple):
     rpb: Tensor | None = None
     additional_keys: Tensor | None = None
     additional_values: Tensor | None = None
+    key_mask: Tensor | None = None
+    additional_mask: Tensor | None = None
+
+    @property
+    def differentiable(self) -> Sequence[Tensor | None]:
+        """The inputs that may have gradients, as :class:`Gradients` names them."""
+        return self[: len(Gradients._fields)]
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether some keys may not be attended."""
+        return self.key_mask is not None or self.additional_mask is not None
 
 
 class Gradients(NamedTuple):
-    """Gradients of :class:`Inputs`, each shaped like its input; None where there is no input."""
+    """Gradients of the first of :class:`Inputs`, each shaped like its input; None where there is no
+    input."""
 
     query: Tensor | None = None
     key: Tensor | None = None
@@ -41,7 +57,7 @@ class Gradients(NamedTuple):
     @classmethod
     def zeros(cls, inputs: Inputs) -> Gradients:
         """The gradients where nothing is attended."""
-        return cls(*(None if x is None else x.new_zeros(x.shape) for x in inputs))
+        return cls(*(None if x is None else x.new_zeros(x.shape) for x in inputs.differentiable))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -315,6 +315,16 @@ class Neighborhood:
         """
         return self._slots(shape, key_shape, device)[0]
 
+    def in_slots(self, mask: Tensor, shape: Sequence[int]) -> Tensor:
+        """A mask of keys, ``[B, *key_shape]``, in each slot of the windows of queries of ``shape``.
+
+        Returns:
+            ``[B, *shape, window tokens]``; a slot that is not attended holds some key's.
+        """
+        tokens = self.window_tokens_of(shape, mask.shape[1:], mask.device)
+        found = mask.flatten(1).index_select(1, tokens.flatten())
+        return found.reshape(len(mask), *shape, self.window_tokens)
+
     def _slots(
         self, shape: Sequence[int], key_shape: Sequence[int] | None, device: torch.device | str
     ) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import operators
 from ._checks import (
     autocast_tensors,
+    check_masks,
     check_rpb,
     check_same,
     check_same_shape,
@@ -36,17 +37,24 @@ def _qk(
     query_offset: Dimension | None = None,
     queries_per_key: Dimension = 1,
     boundary: Boundary = "shift",
+    key_mask: Tensor | None = None,
+    additional_mask: Tensor | None = None,
 ) -> Tensor:
     window = kernel_size, stride, dilation, is_causal, boundary, queries_per_key, query_offset
     if is_nested(query, key, additional_keys, rpb):
         if is_nested(rpb):
             raise ArgumentError("`rpb` must be dense, also where the other inputs are nested.")
+        if key_mask is not None or additional_mask is not None:
+            raise ArgumentError(
+                "`key_mask` and `additional_mask` are for dense tensors; items of nested ones have "
+                "the sizes that they need."
+            )
 
         def each(query: Tensor, key: Tensor, additional_keys: Tensor | None) -> Tensor:
             return scores(query, key, window, rpb, additional_keys)
 
         return per_item(each, query=query, key=key, additional_keys=additional_keys)
-    return scores(query, key, window, rpb, additional_keys)
+    return scores(query, key, window, rpb, additional_keys, key_mask, additional_mask)
 
 
 def _av(
@@ -74,7 +82,8 @@ def _av(
 
 def scores(
     query: Tensor, key: Tensor, window: Neighborhood | tuple[Any, ...], rpb: Tensor | None,
-    additional_keys: Tensor | None,
+    additional_keys: Tensor | None, key_mask: Tensor | None = None,
+    additional_mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """What ``na*d_qk`` returns, of dense tensors; ``window`` is as that of the fused ``attend``."""
     check_tensors(query=query, key=key)
@@ -86,15 +95,26 @@ def scores(
     check_same("key", key, "query", query)
     rule.check(space, key_space)
     check_rpb(rpb, query, rule, heads=query.shape[1])
+    if additional_keys is not None:
+        _check_additional("additional_keys", additional_keys, query)
+    check_masks(key, additional_keys, key_mask, additional_mask, first=2)
+    if key_mask is not None:  # masked keys may hold NaN, which a gradient of 0 does not take away
+        key = key.masked_fill(~key_mask[:, None, ..., None], 0.0)
     attn = operators.qk(query, key, rule)
     if rpb is not None:
         attn = attn + operators.rpb_bias(rpb.to(attn.dtype), space, key_space, rule)
     if rule.has_empty_slots:
         attn = attn.masked_fill(~rule.attended_slots(space, key_space, attn.device), -math.inf)
+    if key_mask is not None:
+        attn = attn.masked_fill(~rule.in_slots(key_mask, space)[:, None], -math.inf)
     if additional_keys is None:
         return attn
-    _check_additional("additional_keys", additional_keys, query)
+    if additional_mask is not None:
+        mask = ~additional_mask[:, None, :]
+        additional_keys = additional_keys.masked_fill(mask[..., None], 0.0)
     additional = query.flatten(2, -2) @ additional_keys.transpose(-1, -2)
+    if additional_mask is not None:
+        additional = additional.masked_fill(mask[:, :, None], -math.inf)
     return torch.cat([attn, additional.unflatten(2, space)], dim=-1)
 
 
@@ -168,12 +188,14 @@ _QK = """Scores of every query with the keys of its window, {rank}-D and unfused
         kernel_size, dilation, is_causal, stride, query_offset, queries_per_key, boundary: one value
             for all axes or one per axis, as in the fused operator.
         additional_keys: ``[batch, heads, num_additional, head_dim]``; every query attends them.
+        key_mask, additional_mask: bool ``[batch or 1, {space}]`` of the key and
+            ``[batch or 1, num_additional]``, True where a key may be attended.
         rpb: trainable relative positional bias ``[heads, 2 * kernel_size - 1, ...]``.
 
     Returns:
         ``[batch, heads, {space}, window tokens + num_additional]``. The first slot of an axis holds
         the first token that is attended; slots that causality or a boundary cuts off come last and
-        hold -inf. Slots of additional keys follow.
+        hold -inf, and so do slots of masked keys. Slots of additional keys follow.
 
     Raises:
         ArgumentError: an argument has a type, shape, dtype, device or value that is not allowed.

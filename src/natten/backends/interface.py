@@ -42,6 +42,7 @@ class Problem(NamedTuple):
         bias: whether there is a relative positional bias.
         key_shape: token layout of the keys.
         additional: whether there are additional keys.
+        masked: whether there is a mask of keys.
     """
 
     operation: str
@@ -55,16 +56,18 @@ class Problem(NamedTuple):
     bias: bool = False
     key_shape: Shape = ()
     additional: bool = False
+    masked: bool = False
 
     @classmethod
     def of(
         cls, operation: str, inputs: Inputs, rule: Rule | None = None, scale: float = 1.0
     ) -> Problem:
         """The problem of an operation on these tensors."""
-        query, key, value, rpb, additional_keys, _ = inputs
+        query, key, value, rpb, additional_keys, *_ = inputs
         return cls(
             operation, query.device, query.dtype, query.shape[-1], value.shape[-1], query.shape,
             rule, scale, rpb is not None, key.shape[1:-2], additional_keys is not None,
+            inputs.is_masked,
         )  # fmt: skip
 
 
@@ -134,6 +137,7 @@ class Backend:
         head_dims, value_dims: None for all.
         bias: whether fused operators take a relative positional bias.
         plain: whether fused operators run plain attention.
+        masks: whether fused operators take masks of keys.
         circular: whether windows may go on at the other end of an axis. If not, keys and values are
             padded around (:mod:`natten.backends.rings`).
         takes_tiles: whether fused operators take tile shapes.
@@ -147,6 +151,7 @@ class Backend:
     value_dims: range | None = None
     bias: bool = True
     plain: bool = True
+    masks: bool = False
     circular: bool = False
     takes_tiles: bool = False
 
@@ -186,6 +191,8 @@ class Backend:
                 return f"has kernels for {name} {describe(dims)}"
         if problem.bias and not self.bias:
             return "has no relative positional bias"
+        if problem.masked and not self.masks:
+            return "has no masks of keys"
         if isinstance(problem.rule, Dense) and not self.plain:
             return "has kernels for neighborhoods only"
         if problem.operation == "packed" and is_ring and not self.circular:

@@ -56,22 +56,37 @@ def _scores(inputs: Inputs, rule: Rule, scale: float) -> tuple[Tensor, Tensor, T
 
     All are float32 or float64. Additional keys and values come last, and kv heads are repeated.
     """
-    query, key, value, rpb, additional_keys, additional_values = inputs
+    query, key, value, rpb, additional_keys, additional_values, key_mask, additional_mask = inputs
     shape, key_shape, heads = query.shape[1:-2], key.shape[1:-2], query.shape[-2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     mask = window_mask(rule, shape, key_shape, query.device)
     q, k, v = (x.to(dtype).flatten(1, -3).transpose(1, 2) for x in (query, key, value))
-    bias = torch.zeros(heads, *mask.shape, dtype=dtype, device=query.device)
+    bias = torch.zeros(1, heads, *mask.shape, dtype=dtype, device=query.device)
     if rpb is not None:
         assert isinstance(rule, Neighborhood)
         bias = relative_bias(rule, shape, key_shape, rpb.to(dtype))
     bias = bias.masked_fill(~mask, -math.inf)
+    bias, k, v = _without_masked(bias, k, v, key_mask)
     if additional_keys is not None and additional_values is not None:
-        k = torch.cat([k, additional_keys.to(dtype).transpose(1, 2)], dim=2)
-        v = torch.cat([v, additional_values.to(dtype).transpose(1, 2)], dim=2)
-        bias = torch.nn.functional.pad(bias, (0, additional_keys.shape[1]))
+        ak, av = (x.to(dtype).transpose(1, 2) for x in (additional_keys, additional_values))
+        free = bias.new_zeros(*bias.shape[:-1], additional_keys.shape[1])
+        free, ak, av = _without_masked(free, ak, av, additional_mask)
+        k, v = torch.cat([k, ak], dim=2), torch.cat([v, av], dim=2)
+        bias = torch.cat([bias, free], dim=-1)
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     return q, k, v, q @ k.transpose(-1, -2) * scale + bias
+
+
+def _without_masked(
+    bias: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bias ``[B, heads, queries, keys]``, and keys and values, which may hold NaN where the mask
+    takes them away."""
+    if mask is None:
+        return bias.expand(len(k), -1, -1, -1), k, v
+    own = ~mask.flatten(1)[:, None].expand(len(k), -1, -1)  # [B, 1, keys]
+    k, v = (x.masked_fill(own[..., None], 0.0) for x in (k, v))
+    return bias.masked_fill(own[..., None, :], -math.inf), k, v
 
 
 def _slots(
@@ -97,6 +112,7 @@ class Reference(Backend):
     devices = "every device of PyTorch"
     operations = ("attention", "gradient", "unfused")
     circular = True
+    masks = True
 
     def forward(
         self, inputs: Inputs, rule: Rule, scale: float, tiles: Shape = ()
@@ -113,7 +129,7 @@ class Reference(Backend):
     ) -> Gradients:  # fmt: skip
         # Autograd can not serve here: it is off where a dispatch mode, such as a FLOP counter,
         # calls an operator.
-        query, key, value, rpb, additional_keys, additional_values = inputs
+        query, key, value, rpb, additional_keys, additional_values, *_ = inputs
         q, k, v, scores = _scores(inputs, rule, scale)
         weights, _ = softmax_with_lse(scores)  # P [B, H, queries, keys + additional]
         do = grad_out.to(q.dtype).flatten(1, -3).transpose(1, 2)

@@ -113,8 +113,10 @@ class Rings(Backend):
 
 def _unrolled(inputs: Inputs, rule: Any) -> tuple[Inputs, Neighborhood, Margins]:
     rule, margins = rule.unrolled()
-    key, value = padded(inputs.key, margins), padded(inputs.value, margins)
-    return inputs._replace(key=key, value=value), rule, margins
+    names = "key", "value", "key_mask"
+    found = {name: getattr(inputs, name) for name in names}
+    around = {name: padded(x, margins) for name, x in found.items() if x is not None}
+    return inputs._replace(**around), rule, margins
 
 
 def _given(tiles: Shape) -> tuple[Shape, ...]:

@@ -28,14 +28,15 @@ class _Products:
 
     def __init__(
         self,
-        query: Tensor,
-        key: Tensor,
+        inputs: Inputs,
         rule: Rule,
         gathered: bool = False,
         mask: Tensor | None = None,
     ) -> None:
+        query, key = inputs.query, inputs.key
         self.rule, self.mask = rule, mask
         self.shape, self.key_shape = query.shape[1:-2], key.shape[1:-2]
+        self.additional_mask = inputs.additional_mask
         self.windows: gather.Windows | None = None
         if mask is not None:
             return
@@ -46,6 +47,16 @@ class _Products:
             self.mask = self.windows.attended
         elif rule.has_empty_slots:
             self.mask = rule.attended_slots(self.shape, self.key_shape, query.device)
+        if inputs.key_mask is not None:
+            self._mask_keys(inputs.key_mask)
+
+    def _mask_keys(self, key_mask: Tensor) -> None:
+        """Let ``key_mask [batch or 1, *key_space]`` take away keys: ``mask`` gets a batch."""
+        if isinstance(self.rule, Dense):
+            own = key_mask[:, None, None]  # [B, 1, 1, keys]
+        else:
+            own = self.rule.in_slots(key_mask, self.shape)[:, None]  # [B, 1, *space, slots]
+        self.mask = own if self.mask is None else own & self.mask
 
     def qk(self, query: Tensor, key: Tensor) -> Tensor:
         if isinstance(self.rule, Dense):
@@ -101,7 +112,14 @@ class _Products:
         if inputs.additional_keys is None:
             return slots
         additional = self.additional_qk(inputs.query, inputs.additional_keys)
-        return torch.cat([slots, additional], dim=-1)
+        return torch.cat([slots, self.masked_additional(additional, -math.inf)], dim=-1)
+
+    def masked_additional(self, attn: Tensor, fill: float) -> Tensor:
+        """As :meth:`masked`, of additional keys."""
+        mask = self.additional_mask
+        if mask is None:
+            return attn
+        return attn.masked_fill(~mask.view(len(mask), *(1 for _ in attn.shape[2:]), -1), fill)
 
     def masked(self, attn: Tensor, fill: float) -> Tensor:
         return attn if self.mask is None else attn.masked_fill(~self.mask, fill)
@@ -120,11 +138,18 @@ def _prepared(inputs: Inputs | Gradients, like: Inputs, scale: float) -> Any:
     def first(x: Tensor | None) -> Any:
         return None if x is None else _heads_first(x, heads, dtype)
 
-    query, key, value, rpb, additional_keys, additional_values = inputs
+    def attended(x: Tensor | None, mask: Tensor | None) -> Any:
+        # Masked keys and values may hold NaN, which a weight of 0 would not take away.
+        if x is not None and mask is not None:
+            x = x.masked_fill(~mask[..., None, None], 0.0)
+        return first(x)
+
+    query, key, value, rpb, additional_keys, additional_values, *_ = inputs
     q, kind = first(query), cast(Any, type(inputs))
     return kind(
-        None if q is None else q * scale, first(key), first(value), rpb, first(additional_keys),
-        first(additional_values),
+        None if q is None else q * scale, attended(key, like.key_mask),
+        attended(value, like.key_mask), rpb, attended(additional_keys, like.additional_mask),
+        attended(additional_values, like.additional_mask), *inputs[len(Gradients._fields) :],
     )  # fmt: skip
 
 
@@ -135,7 +160,7 @@ def composed_attention(
 
     ``mask [queries, keys]`` says who attends whom in plain attention, instead of the rule.
     """
-    products = _Products(inputs.query, inputs.key, rule, gathered, mask)
+    products = _Products(inputs, rule, gathered, mask)
     dtype = inputs.query.dtype
     inputs = _prepared(inputs, inputs, scale)
     weights, lse = softmax_with_lse(products.scores(inputs))
@@ -153,7 +178,7 @@ def gathered_gradient(
     mask: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     """Gradients of the inputs of ``attention``, gathered."""
-    products = _Products(inputs.query, inputs.key, rule, True, mask)
+    products = _Products(inputs, rule, True, mask)
 
     def finish(grad: Tensor, like: Tensor) -> Tensor:
         return grad.movedim(1, -2).to(like.dtype)
@@ -161,7 +186,7 @@ def gathered_gradient(
     def finish_kv(grad: Tensor, like: Tensor) -> Tensor:
         return finish(grad.unflatten(1, (like.shape[-2], -1)).sum(2), like)
 
-    q, k, v, _, ak, av = prepared = _prepared(inputs, inputs, scale)
+    q, k, v, _, ak, av, *_ = prepared = _prepared(inputs, inputs, scale)
     do = _heads_first(grad_out, inputs.query.shape[-2], q.dtype)
     weights, _ = softmax_with_lse(products.scores(prepared))
     dp = products.qk(do, v)  # dP = dO V^T
@@ -192,10 +217,10 @@ def composed_tangent(
     primals: Inputs, tangents: Gradients, rule: Rule, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Tangents of ``attention``'s output and LSE; None stands for a zero tangent."""
-    products, dtype = _Products(primals.query, primals.key, rule), primals.query.dtype
+    products, dtype = _Products(primals, rule), primals.query.dtype
     tangents = _prepared(tangents, primals, scale)
     primals = _prepared(primals, primals, scale)
-    q, k, v, _, ak, av = primals
+    q, k, v, _, ak, av, *_ = primals
 
     def product_rule(product: Any, a: Any, b: Any, da: Any, db: Any) -> Any:
         """Tangent of ``product(a, b)``."""
@@ -218,6 +243,7 @@ def composed_tangent(
         additional_change = product_rule(
             products.additional_qk, q, ak, tangents.query, tangents.additional_keys
         )
+        additional_change = products.masked_additional(additional_change, 0.0)
         change = torch.cat([change, additional_change], dim=-1)
     weights, _ = softmax_with_lse(scores)
     lse_tangent = (weights * change).sum(-1)

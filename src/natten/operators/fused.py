@@ -140,15 +140,15 @@ def _attention_backward(
 
 def _fake_attention_backward(*arguments: Any) -> list[Tensor]:
     inputs, _ = unpack_call(arguments[4:])
-    return [x.new_empty(x.shape) for x in inputs if x is not None]
+    return [x.new_empty(x.shape) for x in inputs.differentiable if x is not None]
 
 
 implement("attention", _attention, fake_attention)
 implement("attention_backward", _attention_backward, _fake_attention_backward)
 
 
-# The heads' dimension in each input. Mapped dimensions become more heads, because each mapped rpb
-# has heads of its own.
+# The heads' dimension in each input but the masks, which have none. Mapped dimensions become more
+# heads, because each mapped rpb has heads of its own.
 _HEADS = (-2, -2, -2, 0, -2, -2)
 
 
@@ -175,11 +175,12 @@ class _Attention(torch.autograd.Function):
         inputs = Inputs(*tensors)
         if is_composed(grad_out, grad_lse):
             _tracing.refuse_gradients()
-            needed = ctx.needs_input_grad[: len(inputs)]  # the operator has several more arguments
+            needed = ctx.needs_input_grad[: len(_HEADS)]  # other arguments follow
             grads = _differentiable_gradient(inputs, needed, grad_out, grad_lse, ctx.call)
         else:
             grads = _gradient(grad_out, grad_lse, inputs, out, lse, ctx.call)
-        return (*grads, None)
+        masks = tensors[len(_HEADS) :]
+        return (*grads, *(None for _ in masks), None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
@@ -190,10 +191,24 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         *tensors, call = args
-        size = info.batch_size
-        inputs = Inputs(*map(merge, tensors, in_dims, repeat(size), _HEADS))
+        size, masks = info.batch_size, tensors[len(_HEADS) :]
+        if any(dim is not None for dim in in_dims[len(_HEADS) : len(tensors)]):
+            return _one_by_one(size, in_dims, *args), (0, 0)
+        inputs = Inputs(*map(merge, tensors, in_dims, repeat(size), _HEADS), *masks)
         out, lse = call(inputs, is_plain_call(inputs))
         return (split(out, size, -2), split(lse, size, -1)), (0, 0)
+
+
+def _one_by_one(size: int, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, Tensor]:
+    """Attention of each entry of a mapped dimension, where masks have it, too."""
+    *tensors, call = args
+    results = []
+    for i in range(size):
+        own = (x if dim is None else x.select(dim, i) for x, dim in zip(tensors, in_dims))
+        inputs = Inputs(*own)
+        results.append(call(inputs, is_plain_call(inputs)))
+    outputs, exponents = zip(*results)
+    return torch.stack(outputs), torch.stack(exponents)
 
 
 class _PlainAttention(torch.autograd.Function):
@@ -211,9 +226,8 @@ class _PlainAttention(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
         refuse_nested_forward_mode()
-        *changes, _ = tangents
-        primals = Inputs(*ctx.saved_tensors)
-        return composed_tangent(primals, Gradients(*changes), ctx.call.rule, ctx.call.scale)
+        primals, changes = Inputs(*ctx.saved_tensors), Gradients(*tangents[: len(_HEADS)])
+        return composed_tangent(primals, changes, ctx.call.rule, ctx.call.scale)
 
 
 _apply = plain_apply(_PlainAttention)
@@ -231,30 +245,32 @@ def _gradient(
     _tracing.refuse_gradients()
     arguments = (grad_out, grad_lse, out, lse, *inputs, *call.arguments())
     found = iter(ops.attention_backward(*arguments))
-    return [None if x is None else next(found) for x in inputs]
+    return [None if x is None else next(found) for x in inputs.differentiable]
 
 
 def _differentiable_gradient(
     inputs: Inputs, needed: Sequence[bool], grad_out: Tensor | None, grad_lse: Tensor | None,
     call: Call,
 ) -> Sequence[Any]:  # fmt: skip
+    tensors, masks = inputs.differentiable, inputs[len(_HEADS) :]
+
     def composed(*tensors: Any) -> tuple[Tensor, Tensor]:
-        return composed_attention(Inputs(*tensors), call.rule, call.scale)
+        return composed_attention(Inputs(*tensors, *masks), call.rule, call.scale)
 
     if is_plain((grad_out, grad_lse, *inputs)):
-        return differentiable_gradients(composed, inputs, needed, (grad_out, grad_lse))
+        return differentiable_gradients(composed, tensors, needed, (grad_out, grad_lse))
 
     def of_present(*present: Tensor) -> tuple[Tensor, Tensor]:
         given = iter(present)
-        return composed(*(None if x is None else next(given) for x in inputs))
+        return composed(*(None if x is None else next(given) for x in tensors))
 
-    (out, lse), pull, *_ = torch.func.vjp(of_present, *(x for x in inputs if x is not None))
+    (out, lse), pull, *_ = torch.func.vjp(of_present, *(x for x in tensors if x is not None))
     grads = (
         torch.zeros_like(out) if grad_out is None else grad_out,
         torch.zeros_like(lse) if grad_lse is None else grad_lse,
     )
     found = iter(pull(grads))
-    return [None if x is None else next(found) for x in inputs]
+    return [None if x is None else next(found) for x in tensors]
 
 
 def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -18,7 +18,7 @@ RULE_ARGUMENTS = 7
 CHOICE = "str backend, SymInt[] tiles"
 INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? additional_keys, "
-    "Tensor? additional_values"
+    "Tensor? additional_values, Tensor? key_mask, Tensor? additional_mask"
 )
 
 define(f"attention({INPUTS}, {RULE}, float scale, {CHOICE}) -> (Tensor, Tensor)")

@@ -43,7 +43,7 @@ def _tile_views(
     rule: Rule, scale: float, inputs: Inputs, half: bool, backward: bool = False,
     grad_lse: bool = False,
 ) -> list[TileViews]:  # fmt: skip
-    query, key, value, _, additional, _ = inputs
+    query, key, value, _, additional, *_ = inputs
     shapes = query.shape, key.shape, value.shape, None if additional is None else additional.shape
     every: list[TileViews] = _kept_views(
         rule, scale, query.dtype, shapes, half, backward, grad_lse, torch.get_num_threads()
@@ -96,7 +96,7 @@ def backward(
     scale: float, tiles: tuple[int, ...] = (),
 ) -> Gradients:  # fmt: skip
     """Gradients of the inputs."""
-    query, key, value, _, *additional = inputs
+    query, key, value, _, *additional, _, _ = inputs
     if query.numel() == 0 or key.numel() == 0:
         return Gradients.zeros(inputs)
     dtype, value_dim = compute_dtype(query.dtype), value.shape[-1]

@@ -26,6 +26,7 @@ class Tiled(Backend):
     name = "tiled"
     devices = "every device of PyTorch"
     operations = ("attention", "gradient", "unfused")
+    masks = True
 
     forward = staticmethod(fused.forward)
     backward = staticmethod(fused.backward)

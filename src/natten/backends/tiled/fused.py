@@ -26,7 +26,7 @@ class _Sizes(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Inputs) -> _Sizes:
-        query, key, value, _, additional_keys, _ = inputs
+        query, key, value, _, additional_keys, *_ = inputs
         heads, kv_heads = query.shape[-2], key.shape[-2]
         return cls(
             query.shape[0], heads, kv_heads, heads // kv_heads, query.shape[-1], value.shape[-1],
@@ -58,24 +58,47 @@ def _score_bias(
     return F.pad(bias, (0, sizes.num_additional)) if sizes.num_additional else bias
 
 
-def _empty_rows(bias: Tensor | None, rpb: Tensor | None) -> Tensor | None:
-    """The rows that a bias of -inf leaves nothing to attend, bool ``[kv heads, rows, 1]``.
-
-    Their bias is set to 0, so that the softmax is finite there; its result is replaced later. A
-    mask alone leaves no row empty, and then this is None.
-    """
-    if bias is None or rpb is None:
+def _masks(inputs: Inputs, sizes: _Sizes) -> tuple[Tensor, Tensor] | None:
+    """Masks of keys and of additional keys, shaped like these, with one channel; None if no key is
+    masked."""
+    if not inputs.is_masked:
         return None
-    empty = bias.amax(-1, keepdim=True) == -math.inf
-    bias.masked_fill_(empty, 0.0)
+    shapes = inputs.key.shape[:-1], (sizes.batch, sizes.num_additional, sizes.kv_heads)
+    every = inputs.key.new_ones((), dtype=torch.bool)
+    given = (inputs.key_mask, inputs.additional_mask)
+    key_mask, additional_mask = (
+        (every if mask is None else mask[..., None]).expand(shape)[..., None]
+        for mask, shape in zip(given, shapes)
+    )
+    return key_mask, additional_mask
+
+
+def _masked_keys(
+    buffer: Tensor, grid: TileGrid, masks: tuple[Tensor, Tensor] | None, chunk: Chunk, k: Tensor,
+    v: Tensor,
+) -> Tensor | None:  # fmt: skip
+    """Which keys of a chunk are masked, bool ``[matrices, keys, 1]``, None if there are no masks.
+
+    In ``k`` and ``v [matrices, keys, channels]`` these become 0, because they may hold NaN.
+    """
+    if masks is None:
+        return None
+    key_mask, additional = masks
+    additional_mask = additional if additional.shape[1] else None
+    masked = _load_keys(buffer, grid, grid.keys(key_mask), chunk, additional_mask) == 0
+    for x in (k, v):
+        x.masked_fill_(masked, 0.0)
+    return masked
+
+
+def _take_empty(scores: Tensor) -> Tensor:
+    """The rows of ``scores [matrices, rows, columns]`` that nothing is left for.
+
+    They become 0, so that the softmax is finite there; its result is replaced later.
+    """
+    empty = scores.amax(-1, keepdim=True) == -math.inf
+    scores.masked_fill_(empty, 0.0)
     return empty
-
-
-def _fill_rows(x: Tensor, rows: Tensor | None, kv_heads: slice, value: float) -> None:
-    """Set the given rows of a chunk's ``x [matrices, rows, channels]`` to ``value``."""
-    if rows is not None:
-        rows = rows[kv_heads]
-        x.view(-1, *rows.shape[:-1], x.shape[-1]).masked_fill_(rows, value)
 
 
 def _load_keys(
@@ -99,10 +122,13 @@ def _of_chunk(additional: Tensor, chunk: Chunk) -> Tensor:
 
 
 def _scores(
-    query: Tensor, keys: Tensor, bias: Tensor | None, kv_heads: slice, out: Tensor
-) -> Tensor:
+    query: Tensor, keys: Tensor, bias: Tensor | None, masked: Tensor | None, kv_heads: slice,
+    out: Tensor,
+) -> Tensor:  # fmt: skip
     """The scores ``query @ keys^T + bias``, in ``out``; callers take the softmax in place."""
     torch.bmm(query, keys.transpose(1, 2), out=out)
+    if masked is not None:
+        out.masked_fill_(masked.transpose(1, 2), -math.inf)
     if bias is not None:
         if bias.shape[0] > 1:
             bias = bias[kv_heads]
@@ -114,14 +140,15 @@ def forward(
     inputs: Inputs, rule: Rule, scale: float, tiles: tuple[int, ...] = ()
 ) -> tuple[Tensor, Tensor]:
     """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``."""
-    query, key, value, rpb, additional_keys, additional_values = inputs
+    query, key, value, rpb, additional_keys, additional_values, *_ = inputs
     dtype = compute_dtype(query.dtype)
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=dtype)
     if query.numel() == 0:
         return out, lse
     sizes = _Sizes.of(inputs)
-    scratch = Scratch(query, dtype)
+    scratch, masks = Scratch(query, dtype), _masks(inputs, sizes)
+    may_be_empty = rpb is not None or masks is not None  # a bias may be -inf
     for grid in grids_for(rule, query, key, (sizes.dim + sizes.value_dim) // 2):
         q_view = grid.queries(query, sizes.kv_heads)
         k_view, v_view = grid.keys(key), grid.keys(value)
@@ -134,7 +161,6 @@ def forward(
             lse_view.fill_(-math.inf)
             continue
         bias = _score_bias(grid, rpb, rule, sizes, query, dtype)
-        empty = _empty_rows(bias, rpb)
         for chunk in grid.chunks(query, key, sizes.num_additional):
             part = q_view[chunk]
             n = part.numel() // (rows * sizes.dim)
@@ -142,14 +168,17 @@ def forward(
             k = _load_keys(scratch("k", n, cols, sizes.dim), grid, k_view, chunk, additional_keys)
             v = scratch("v", n, cols, sizes.value_dim)
             v = _load_keys(v, grid, v_view, chunk, additional_values)
-            s = _scores(q, k, bias, chunk[-1], scratch("s", n, rows, cols))
+            masked = _masked_keys(scratch("m", n, cols, 1), grid, masks, chunk, k, v)
+            s = _scores(q, k, bias, masked, chunk[-1], scratch("s", n, rows, cols))
+            empty = _take_empty(s) if may_be_empty else None
             row_max = s.amax(-1, keepdim=True)
             p = torch.softmax(s, -1, out=s)
             # The largest weight is exp(row_max - LSE).
             row_lse = row_max.sub_(p.amax(-1, keepdim=True).log_())
             o = torch.bmm(p, v, out=scratch("o", n, rows, sizes.value_dim))
-            _fill_rows(o, empty, chunk[-1], 0.0)
-            _fill_rows(row_lse, empty, chunk[-1], -math.inf)
+            if empty is not None:
+                o.masked_fill_(empty, 0.0)
+                row_lse.masked_fill_(empty, -math.inf)
             target = out_view[chunk]
             target.copy_(o.view(target.shape))
             target = lse_view[chunk]
@@ -162,7 +191,7 @@ def backward(
     scale: float, tiles: tuple[int, ...] = (),
 ) -> Gradients:  # fmt: skip
     """Gradients of the inputs; the weights are computed again."""
-    query, key, value, rpb, additional_keys, additional_values = inputs
+    query, key, value, rpb, additional_keys, additional_values, *_ = inputs
     if query.numel() == 0:
         return Gradients.zeros(inputs)
     sizes = _Sizes.of(inputs)
@@ -175,7 +204,8 @@ def backward(
     if additional_keys is not None and additional_values is not None:
         grad_keys = additional_keys.new_zeros(additional_keys.shape, dtype=dtype)
         grad_values = additional_values.new_zeros(additional_values.shape, dtype=dtype)
-    scratch = Scratch(query, dtype)
+    scratch, masks = Scratch(query, dtype), _masks(inputs, sizes)
+    may_be_empty = rpb is not None or masks is not None  # a bias may be -inf
     for grid in grids_for(rule, query, key, (sizes.dim + sizes.value_dim) // 2):
         q_view = grid.queries(query, sizes.kv_heads)
         k_view, v_view = grid.keys(key), grid.keys(value)
@@ -190,7 +220,6 @@ def backward(
             dq_view.zero_()
             continue
         bias = _score_bias(grid, rpb, rule, sizes, query, dtype)
-        empty = _empty_rows(bias, rpb)
         grad_bias = None
         if rpb is not None:
             grad_bias = query.new_zeros(sizes.kv_heads, rows, windowed, dtype=dtype)
@@ -202,16 +231,21 @@ def backward(
             v = scratch("v", n, cols, sizes.value_dim)
             v = _load_keys(v, grid, v_view, chunk, additional_values)
             do = load(scratch("do", n, rows, sizes.value_dim), do_view[chunk])
-            _fill_rows(do, empty, chunk[-1], 0.0)
 
-            p = _scores(q, k, bias, chunk[-1], scratch("s", n, rows, cols))
+            masked = _masked_keys(scratch("m", n, cols, 1), grid, masks, chunk, k, v)
+            p = _scores(q, k, bias, masked, chunk[-1], scratch("s", n, rows, cols))
+            empty = _take_empty(p) if may_be_empty else None
             torch.softmax(p, -1, out=p)
+            if empty is not None:
+                p.masked_fill_(empty, 0.0)
+                do.masked_fill_(empty, 0.0)
             ds = torch.bmm(do, v.transpose(1, 2), out=scratch("ds", n, rows, cols)).mul_(p)
             # delta = sum(P * dP), not sum(dO * O), because an output in half precision is rounded.
             delta = ds.sum(-1, keepdim=True)
             if dl_view is not None:
                 delta.view(dl_view[chunk].shape).sub_(dl_view[chunk])
-                _fill_rows(delta, empty, chunk[-1], 0.0)
+                if empty is not None:  # the gradient of an LSE of -inf may be NaN
+                    delta.masked_fill_(empty, 0.0)
             ds.addcmul_(p, delta, value=-1)
             dv = torch.bmm(p.transpose(1, 2), do, out=scratch("v", n, cols, sizes.value_dim))
             dq = torch.bmm(ds, k, out=scratch("dq", n, rows, sizes.dim)).mul_(scale)
