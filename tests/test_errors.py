@@ -156,7 +156,7 @@ CASES = {
     "varlen bias": (varlen(rpb=torch.zeros(2, 3)), r"`rpb` must be.*\(2, 5\), got \(2, 3\)"),
     "varlen additional": (
         varlen(additional_keys=EXTRA),
-        "`additional_keys` is no argument of na1d_var",
+        "must be given together, but `additional_values` is None",
     ),
     "varlen typo": (varlen(is_casual=True), "`is_casual` is no argument of na1d_varlen"),
     "varlen hint": (varlen(attention_kwargs=[1]), "`attention_kwargs` must be None or a dict"),

@@ -340,6 +340,118 @@ def test_no_document_has_tokens(rank):
     assert [x.shape for x in found] == [x.shape for x in (q, k, v)]
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("boundary", ["shift", "truncate", "circular"])
+def test_documents_with_additional_tokens_and_masks(rank, boundary):
+    """Each document is as it is alone, and so are gradients; what is masked may hold NaN."""
+    shapes = [(6, 4, 5)[:rank], EMPTY[rank], (2, 7, 3)[:rank], (5, 5, 1)[:rank]]
+    lengths = [3, 2, 0, 4]
+    layout, total = VarlenLayout(shapes), sum(lengths)
+    function = (natten.na1d_varlen, natten.na2d_varlen, natten.na3d_varlen)[rank - 1]
+
+    def make(*shape):
+        return torch.randn(shape, dtype=torch.float64)
+
+    key_mask, additional_mask = torch.rand(layout.total_tokens) < 0.5, torch.rand(total) < 0.5
+    key_mask[: math.prod(shapes[0])], additional_mask[:3] = False, False  # nothing is left there
+    tokens = [make(layout.total_tokens, heads, dim) for heads, dim in ((4, 3), (2, 3), (2, 5))]
+    additional = [make(total, 2, dim) for dim in (3, 5)]
+    for x in tokens[1:]:
+        x[~key_mask] = math.nan
+    for x in additional:
+        x[~additional_mask] = math.nan
+    rpb = make(4, *(5,) * rank)
+    tensors = [x.requires_grad_() for x in (*tokens, *additional, rpb)]
+    q, k, v, ak, av, rpb = tensors
+    options = {"boundary": boundary, "return_lse": True}
+    out, lse = function(
+        q, k, v, layout, 3, rpb=rpb, additional_keys=ak, additional_values=av,
+        additional_lengths=lengths, key_mask=key_mask, additional_mask=additional_mask, **options,
+    )  # fmt: skip
+    expected = []
+    unpacked = zip(*(layout.unpack(x) for x in (q, k, v, key_mask)))
+    for shape, own, extra, mask in zip(
+        shapes, unpacked, zip(ak.split(lengths), av.split(lengths)), additional_mask.split(lengths)
+    ):
+        if 0 in shape:
+            continue
+        kernel, stride, _ = fit_window(shape, 3, boundary=boundary)
+        qs, ks, vs, own_mask, keys, values = (x[None] for x in (*own, *extra))
+        found = FUSED[rank](
+            qs, ks, vs, kernel, stride, additional_keys=keys, additional_values=values,
+            rpb=crop_rpb(rpb, (3,) * rank, kernel), key_mask=own_mask, additional_mask=mask[None],
+            **options,
+        )  # fmt: skip
+        expected.append([x[0].flatten(0, rank - 1) for x in found])
+    expected = [torch.cat(x) for x in zip(*expected)]
+    assert_close("out", expected[0], out, 1e-12)
+    assert_close("lse", expected[1], lse, 1e-12)
+    assert lse.isneginf().any() and out.isfinite().all()
+
+    def loss(out, lse):
+        return out.sin().sum() + lse.masked_fill(lse.isneginf(), 0.0).sin().sum()
+
+    names = ("q", "k", "v", "ak", "av", "rpb")
+    grads = (torch.autograd.grad(loss(*x), tensors) for x in (expected, (out, lse)))
+    for name, a, b in zip(names, *grads):
+        assert b.isfinite().all()
+        assert_close(name, a, b, 1e-12)
+
+
+def test_documents_that_nothing_is_taken_from():
+    """Masks that are all true change no bit, and additional tokens may be those of one document."""
+    layout = VarlenLayout([(4, 5), (3, 3)])
+    q, k, v = torch.randn(3, layout.total_tokens, 2, 4)
+    ak, av = torch.randn(2, 2, 2, 4)
+
+    def run(**options):
+        return natten.na2d_varlen(q, k, v, layout, 3, backend="tiled", **options)
+
+    plain = run()
+    assert torch.equal(run(key_mask=torch.ones(layout.total_tokens, dtype=torch.bool)), plain)
+    added = {"additional_keys": ak, "additional_values": av, "additional_lengths": (0, 2)}
+    out = run(**added)
+    assert torch.equal(out[:20], plain[:20]) and (out[20:] - plain[20:]).abs().max() > 0.1
+    assert_close("masked", plain, run(**added, additional_mask=torch.zeros(2).bool()), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"additional_lengths": None}, "given together, but `additional_lengths` is None"),
+        ({"additional_values": None}, "given together, but `additional_values` is None"),
+        ({"additional_lengths": [5]}, r"must be 2 integers from 0 on, one per document, got \[5\]"),
+        ({"additional_lengths": [-1, 6]}, "must be 2 integers from 0 on"),
+        ({"additional_lengths": 5}, "must be 2 integers from 0 on"),
+        ({"additional_lengths": [2.5, 2.5]}, "must be 2 integers from 0 on"),
+        ({"additional_lengths": [2, 2]}, r"`additional_keys` must be \[total.* = \(4, 2, 4\)"),
+        ({"additional_values": torch.zeros(5, 1, 4)}, r"`additional_values` must be \[total"),
+        ({"additional_keys": torch.zeros(1, 5, 2, 4)}, r"got \(1, 5, 2, 4\)"),
+        ({"additional_keys": torch.zeros(5, 2, 4).double()}, "must have the dtype of `query`"),
+        ({"key_mask": torch.ones(1, 12, dtype=torch.bool)}, r"`key_mask` must be \[tokens\]"),
+        ({"key_mask": torch.ones(12)}, "`key_mask` must be a tensor of torch.bool.*float32"),
+        ({"key_mask": [True] * 12}, "`key_mask` must be a tensor of torch.bool.*list"),
+        ({"key_mask": torch.ones(12, dtype=torch.bool, device="meta")}, "on the device of `key`"),
+        ({"additional_mask": torch.ones(4, dtype=torch.bool)}, r"must be \[total\] = \(5,\)"),
+    ],
+)  # fmt: skip
+def test_wrong_additional_tokens_and_masks_of_documents(wrong, message):
+    q = torch.zeros(12, 2, 4)
+    right = {
+        "additional_keys": torch.zeros(5, 2, 4),
+        "additional_values": torch.zeros(5, 2, 4),
+        "additional_lengths": [2, 3],
+    }
+    with pytest.raises(natten.ArgumentError, match=message):
+        natten.na1d_varlen(q, q, q, VarlenLayout([4, 8]), 3, **right | wrong)
+
+
+def test_a_mask_of_no_additional_tokens():
+    q, mask = torch.zeros(12, 2, 4), torch.ones(5, dtype=torch.bool)
+    with pytest.raises(natten.ArgumentError, match="`additional_mask` needs `additional_keys`"):
+        natten.na1d_varlen(q, q, q, VarlenLayout([4, 8]), 3, additional_mask=mask)
+
+
 def test_layout():
     documents = [torch.randn(2, 3, 1, 4), torch.randn(5, 1, 1, 4)]
     layout, joined = VarlenLayout.from_tensor_list(documents)

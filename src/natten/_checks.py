@@ -155,30 +155,36 @@ def check_masks(
     """
     if additional_mask is not None and additional_keys is None:
         raise ArgumentError("`additional_mask` needs `additional_keys`, which is None.")
-    space = key.shape[first : key.dim() - 3 + first]
-    additional = () if additional_keys is None else additional_keys.shape[first : first + 1]
-    for name, what, mask, tokens in (
-        ("key_mask", "*key space", key_mask, tuple(space)),
-        ("additional_mask", "num_additional", additional_mask, tuple(additional)),
-    ):
-        if mask is None:
-            continue
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask)
-            raise ArgumentError(
-                f"`{name}` must be a tensor of torch.bool, True where a key may be attended, "
-                f"got {got}."
-            )
-        if mask.device != key.device:
-            raise ArgumentError(
-                f"`{name}` must be on the device of `key`, got {mask.device} and {key.device}."
-            )
-        wanted = (key.shape[0], *tokens)
-        if tuple(mask.shape) not in (wanted, (1, *tokens)):
-            raise ArgumentError(
-                f"`{name}` must be [batch or 1, {what}] = {wanted} or {(1, *tokens)}, "
-                f"got {tuple(mask.shape)}."
-            )
+    batch, space = key.shape[0], tuple(key.shape[first : key.dim() - 3 + first])
+    if key_mask is not None:
+        form = "[batch or 1, *key space]"
+        check_mask("key_mask", key_mask, "key", key, form, (batch, *space), (1, *space))
+    if additional_mask is not None and additional_keys is not None:
+        form, n = "[batch or 1, num_additional]", additional_keys.shape[first]
+        check_mask("additional_mask", additional_mask, "key", key, form, (batch, n), (1, n))
+
+
+def check_mask(
+    name: str, mask: Any, other_name: str, other: Tensor, form: str, *allowed: tuple[int, ...]
+) -> None:
+    """Raise ArgumentError unless ``mask`` is bool, on the device of ``other``, of an allowed shape.
+
+    ``form`` says in words what the allowed shapes are.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask)
+        raise ArgumentError(
+            f"`{name}` must be a tensor of torch.bool, True where a key may be attended, got {got}."
+        )
+    if mask.device != other.device:
+        raise ArgumentError(
+            f"`{name}` must be on the device of `{other_name}`, got {mask.device} and "
+            f"{other.device}."
+        )
+    if tuple(mask.shape) not in allowed:
+        raise ArgumentError(
+            f"`{name}` must be {form} = {' or '.join(map(str, allowed))}, got {tuple(mask.shape)}."
+        )
 
 
 def check_rpb(rpb: Tensor | None, query: Tensor, rule: Neighborhood, heads: int) -> None:

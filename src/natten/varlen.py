@@ -19,8 +19,10 @@ from . import operators
 from ._checks import (
     autocast_tensors,
     check_hints,
+    check_mask,
     check_qkv,
     check_rpb,
+    check_same,
     check_scale,
     check_tensors,
     check_tiles,
@@ -188,30 +190,39 @@ class VarlenLayout:
 
 
 @overload
-def _varlen(
+def varlen_generic(
     query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, kernel_size: Dimension,
     stride: Dimension = ..., dilation: Dimension = ..., is_causal: Causal | None = ...,
     scale: float | None = ..., backend: str | None = ...,
-    *, rpb: Tensor | None = ..., boundary: Boundary = ..., return_lse: Literal[False] = ...,
+    *, rpb: Tensor | None = ..., boundary: Boundary = ...,
+    additional_keys: Tensor | None = ..., additional_values: Tensor | None = ...,
+    additional_lengths: Sequence[int] | None = ..., key_mask: Tensor | None = ...,
+    additional_mask: Tensor | None = ..., return_lse: Literal[False] = ...,
     **hints: Unpack[Hints],
 ) -> Tensor: ...  # fmt: skip
 @overload
-def _varlen(
+def varlen_generic(
     query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, kernel_size: Dimension,
     stride: Dimension = ..., dilation: Dimension = ..., is_causal: Causal | None = ...,
     scale: float | None = ..., backend: str | None = ...,
-    *, rpb: Tensor | None = ..., boundary: Boundary = ..., return_lse: Literal[True],
+    *, rpb: Tensor | None = ..., boundary: Boundary = ...,
+    additional_keys: Tensor | None = ..., additional_values: Tensor | None = ...,
+    additional_lengths: Sequence[int] | None = ..., key_mask: Tensor | None = ...,
+    additional_mask: Tensor | None = ..., return_lse: Literal[True],
     **hints: Unpack[Hints],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
-def _varlen(
+def varlen_generic(
     query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, kernel_size: Dimension,
     stride: Dimension = ..., dilation: Dimension = ..., is_causal: Causal | None = ...,
     scale: float | None = ..., backend: str | None = ...,
-    *, rpb: Tensor | None = ..., boundary: Boundary = ..., return_lse: bool,
+    *, rpb: Tensor | None = ..., boundary: Boundary = ...,
+    additional_keys: Tensor | None = ..., additional_values: Tensor | None = ...,
+    additional_lengths: Sequence[int] | None = ..., key_mask: Tensor | None = ...,
+    additional_mask: Tensor | None = ..., return_lse: bool,
     **hints: Unpack[Hints],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
-def _varlen(
+def varlen_generic(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -225,9 +236,15 @@ def _varlen(
     *,
     rpb: Tensor | None = None,
     boundary: Boundary = "shift",
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    additional_lengths: Sequence[int] | None = None,
+    key_mask: Tensor | None = None,
+    additional_mask: Tensor | None = None,
     return_lse: bool = False,
     **hints: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """``na1d_varlen``, ``na2d_varlen`` or ``na3d_varlen``; ``layout`` decides the rank."""
     if not isinstance(layout, VarlenLayout):
         raise ArgumentError(f"`layout` must be a natten.VarlenLayout, got {type(layout)}.")
     rule = Neighborhood.create(layout.rank, kernel_size, stride, dilation, is_causal, boundary)
@@ -240,17 +257,25 @@ def _varlen(
         _check_packed(tensor_name, x, layout)
     check_rpb(rpb, query, rule, heads=query.shape[-2])
 
-    query, key, value = (x[None] for x in autocast_tensors(query, key, value))
-    check_qkv(query, key, value)
+    query, key, value, additional_keys, additional_values = autocast_tensors(
+        query, key, value, additional_keys, additional_values
+    )
+    check_qkv(query[None], key[None], value[None])
+    lengths = _check_additional(
+        layout, query, key, value, additional_keys, additional_values, additional_lengths
+    )
+    _check_masks(key, additional_keys, key_mask, additional_mask)
     factor, name = check_scale(scale, query.shape[-1]), check_name(backend)
+    additional = additional_keys, additional_values, key_mask, additional_mask
+    keys, values, *masks = (None if x is None else x[None] for x in additional)
     out, lse = operators.document_attention(
-        Inputs(query, key, value, rpb), layout.shapes,
-        lambda: layout.documents(rule, query.device), rule, factor, operators.Choice(name),
+        Inputs(query[None], key[None], value[None], rpb, keys, values, *masks), layout.shapes,
+        lambda: layout.documents(rule, query.device), rule, factor, operators.Choice(name), lengths,
     )  # fmt: skip
     return (out[0], lse[0]) if return_lse else out[0]
 
 
-_VARLEN_KEYWORDS = (*list(inspect.signature(_varlen).parameters)[:-1], *KERNEL_HINTS)
+_VARLEN_KEYWORDS = (*list(inspect.signature(varlen_generic).parameters)[:-1], *KERNEL_HINTS)
 
 
 def _check_packed(name: str, packed: Tensor, layout: VarlenLayout) -> None:
@@ -262,7 +287,56 @@ def _check_packed(name: str, packed: Tensor, layout: VarlenLayout) -> None:
         )
 
 
+def _check_additional(
+    layout: VarlenLayout, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None,
+    values: Tensor | None, lengths: Sequence[int] | None,
+) -> tuple[int, ...]:  # fmt: skip
+    """How many additional tokens each document has; () if none are given."""
+    given = {"additional_keys": keys, "additional_values": values, "additional_lengths": lengths}
+    missing = [name for name, x in given.items() if x is None]
+    if len(missing) == 3:
+        return ()
+    if missing:
+        raise ArgumentError(
+            "`additional_keys`, `additional_values` and `additional_lengths` must be given "
+            f"together, but `{missing[0]}` is None."
+        )
+    counts = [integer(n) for n in entries(lengths) or ()]
+    if len(counts) != len(layout) or any(n is None or n < 0 for n in counts):
+        raise ArgumentError(
+            f"`additional_lengths` must be {len(layout)} integers from 0 on, one per document, "
+            f"got {lengths!r}."
+        )
+    for name, x, like in (("additional_keys", keys, key), ("additional_values", values, value)):
+        check_tensors(**{name: x})
+        assert x is not None
+        check_same(name, x, "query", query)
+        wanted = (sum(counts), *like.shape[1:])
+        if tuple(x.shape) != wanted:
+            raise ArgumentError(
+                f"`{name}` must be [total, heads_kv, head_dim] = {wanted}, where the total is the "
+                f"sum of `additional_lengths`, got {tuple(x.shape)}."
+            )
+    return tuple(counts)
+
+
+def _check_masks(
+    key: Tensor, additional_keys: Tensor | None, key_mask: Any, additional_mask: Any
+) -> None:
+    if key_mask is not None:
+        check_mask("key_mask", key_mask, "key", key, "[tokens]", (key.shape[0],))
+    if additional_mask is None:
+        return
+    if additional_keys is None:
+        raise ArgumentError("`additional_mask` needs `additional_keys`, which is None.")
+    total = (additional_keys.shape[0],)
+    check_mask("additional_mask", additional_mask, "key", key, "[total]", total)
+
+
 _VARLEN = """{rank}-D neighborhood attention inside each document of a packed tensor.
+
+    On a GPU all documents are one launch. With a bias, additional tokens or masks they run one
+    after the other.
 
     Args:
         query: ``[tokens, heads, head_dim]``, documents one after another.
@@ -270,6 +344,12 @@ _VARLEN = """{rank}-D neighborhood attention inside each document of a packed te
         layout: the documents' token layouts, :class:`natten.VarlenLayout` of rank {rank}.
         kernel_size, stride, dilation, is_causal, scale, rpb, boundary: as in ``na{rank}d``. A
             window that does not fit a document is clamped to it by :func:`natten.fit_window`.
+        additional_keys, additional_values: keys and values that every query of their document
+            attends in the same softmax, ``[total, heads_kv, head_dim or value_dim]``, those of one
+            document after those of another.
+        additional_lengths: how many of them each document has, one integer per document, 0 too.
+        key_mask: bool ``[tokens]``, True where a key may be attended, as in ``na{rank}d``.
+        additional_mask: bool ``[total]``, the same of additional tokens.
         backend: None, or the name of a backend, as in ``na{rank}d``.
         tile shapes and what else ``na{rank}d`` takes for kernels: accepted, without effect.
         return_lse: also return the LSE.
@@ -308,6 +388,6 @@ def _varlen_of_rank(rank: int, generic: Varlen) -> Varlen:
     return cast(Varlen, function)
 
 
-na1d_varlen = _varlen_of_rank(1, _varlen)
-na2d_varlen = _varlen_of_rank(2, _varlen)
-na3d_varlen = _varlen_of_rank(3, _varlen)
+na1d_varlen = _varlen_of_rank(1, varlen_generic)
+na2d_varlen = _varlen_of_rank(2, varlen_generic)
+na3d_varlen = _varlen_of_rank(3, varlen_generic)

@@ -13,7 +13,7 @@ What users call checks its arguments, and comes in here: by a :class:`Call` of f
 from .composed import composed_attention, gathered_gradient
 from .fused import Call, attention, simplified, unpack_call
 from .linear import av, av_transposed, qk, rpb_bias, rpb_bias_transposed
-from .packed import backend_for, document_attention, problem_of
+from .packed import backend_for, document_attention, each_document, problem_of
 from .schema import RULE_ARGUMENTS, Choice, unpack
 from .sequences import (
     gathered_sequences,
@@ -33,6 +33,7 @@ __all__ = [
     "backend_for",
     "composed_attention",
     "document_attention",
+    "each_document",
     "gathered_gradient",
     "gathered_sequences",
     "gathered_sequences_gradient",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,31 +24,28 @@ Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def document_attention(
     inputs: Inputs, shapes: Sequence[tuple[int, ...]], documents: Callable[[], Documents],
-    rule: Neighborhood, scale: float, choice: Choice,
+    rule: Neighborhood, scale: float, choice: Choice, additional_lengths: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Neighborhood attention inside each document, whose window is the largest that fits it.
 
     Args:
-        inputs: packed tensors ``[1, tokens, heads, channels]``, and perhaps a bias.
+        inputs: packed tensors, ``[1, tokens, ...]`` and ``[1, total, ...]``, and perhaps a bias.
         shapes: the documents' token layouts.
         documents: makes the table that a kernel reads.
         rule, scale, choice: as of one document.
+        additional_lengths: how many additional tokens each document has; empty if there are none.
 
     Returns:
         Output ``[1, tokens, heads, value_dim]`` and LSE ``[1, tokens, heads]``.
     """
-    query, key, value, rpb, *_ = inputs
+    query, key, value, *others = inputs
 
     def one_by_one(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        lengths = [math.prod(shape) for shape in shapes]
         results = []
-        for shape, *qkv in zip(shapes, *(x.split(lengths, 1) for x in (q, k, v))):
-            if 0 in shape:
-                continue
-            fitted = rule.fitted(shape)
-            own_rpb = None if rpb is None else crop_rpb(rpb, rule.kernel_size, fitted.kernel_size)
-            own_q, own_k, own_v = (x.unflatten(1, shape) for x in qkv)
-            out, lse = attention(Inputs(own_q, own_k, own_v, own_rpb), fitted, scale, choice)
+        for own, fitted in each_document(
+            Inputs(q, k, v, *others), shapes, rule, additional_lengths
+        ):
+            out, lse = attention(own, fitted, scale, choice)
             results.append((out.flatten(1, -3), lse.flatten(1, -2)))
         if not results:
             return attention(Inputs(q, k, v), Dense(), 1.0)
@@ -56,11 +53,40 @@ def document_attention(
         return torch.cat(outputs, dim=1), torch.cat(exponents, dim=1)
 
     backend = None
-    if rpb is None and query.shape[1]:
+    # A table of documents has windows only, neither a bias nor additional tokens nor masks.
+    if query.shape[1] and all(x is None for x in others):
         backend = backend_for(query, key, value, rule, choice.backend)
     if backend is None:
         return one_by_one(query, key, value)
     return packed_attention(backend, query, key, value, documents(), rule, scale, one_by_one)
+
+
+def each_document(
+    inputs: Inputs, shapes: Sequence[tuple[int, ...]], rule: Neighborhood,
+    additional_lengths: Sequence[int] = (),
+) -> Iterator[tuple[Inputs, Neighborhood]]:  # fmt: skip
+    """The inputs of each document that has tokens, with batch size 1, and the windows that fit it.
+
+    The arguments are those of :func:`document_attention`.
+    """
+    query, key, value, rpb, *additional, key_mask, additional_mask = inputs
+    tokens = [math.prod(shape) for shape in shapes]
+    counts = list(additional_lengths) or [0] * len(shapes)
+
+    def split(sizes: list[int], *packed: Tensor | None) -> Iterator[Any]:
+        return zip(*([None] * len(sizes) if x is None else x.split(sizes, 1) for x in packed))
+
+    theirs = split(tokens, query, key, value, key_mask), split(counts, *additional, additional_mask)
+    for shape, count, own, own_additional in zip(shapes, counts, *theirs):
+        if 0 in shape:
+            continue
+        fitted = rule.fitted(shape)
+        own_rpb = None if rpb is None else crop_rpb(rpb, rule.kernel_size, fitted.kernel_size)
+        *packed, own_mask = own
+        q, k, v = (x.unflatten(1, shape) for x in packed)
+        own_mask = None if own_mask is None else own_mask.unflatten(1, shape)
+        keys, values, mask = own_additional if count else (None, None, None)
+        yield Inputs(q, k, v, own_rpb, keys, values, own_mask, mask), fitted
 
 
 def problem_of(query: Tensor, value: Tensor, rule: Rule) -> backends.Problem:
