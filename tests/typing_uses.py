@@ -63,7 +63,12 @@ def packed() -> None:
     x = torch.randn(layout.total_tokens, 2, 4)
     out: Tensor = na2d_varlen(x, x, x, layout, 3, dilation=1)
     out, lse = na2d_varlen(x, x, x, layout, 3, return_lse=True)
+    na2d_varlen(
+        x, x, x, layout, 3, additional_keys=x, additional_values=x, additional_lengths=(16, 48),
+        key_mask=x > 0, additional_mask=None,
+    )  # fmt: skip
     na2d_varlen(x, x, x, [(4, 4)], 3)  # wrong
+    na2d_varlen(x, x, x, layout, 3, additional_lengths=3)  # wrong
     print(out, lse)
 
 
@@ -82,6 +87,15 @@ def layers() -> None:
     NeighborhoodAttention3D(
         dim=64, num_heads=4, kernel_size=(3, 5, 5), is_causal=(True, False, False)
     )
+    tokens, mask = torch.randn(1, 5, 64), torch.ones(1, 5, dtype=torch.bool)
+    out = layer.forward(q, key_mask=mask, additional_tokens=tokens, additional_mask=mask)
+    out = layer.forward(q, layout=VarlenLayout([(4, 4)]), backend="tiled")
+    out = layer.attention_weights(q, key_mask=mask)
+    NeighborhoodAttention2D(64, 4, 7, oversize="pad", pad_mask=True)
+    NeighborhoodAttention2D(64, 4, 7, pad_mask="yes")  # wrong
+    layer.forward(q, mask)  # wrong
+    layer.forward(q, key_mask=[True])  # wrong
+    layer.forward(q, layout=(4, 4))  # wrong
     NeighborhoodAttention2D(64, 4, kernel_size="7")  # wrong
     NeighborhoodAttention2D(64, 4, 7, window=7)  # wrong
     NeighborhoodAttention1D(64, "4", 7)  # wrong

@@ -181,7 +181,8 @@ def check_mask(
             f"`{name}` must be on the device of `{other_name}`, got {mask.device} and "
             f"{other.device}."
         )
-    if tuple(mask.shape) not in allowed:
+    # Not "in", which torch.compile answers wrongly for symbolic sizes.
+    if not any([tuple(mask.shape) == shape for shape in allowed]):
         raise ArgumentError(
             f"`{name}` must be {form} = {' or '.join(map(str, allowed))}, got {tuple(mask.shape)}."
         )

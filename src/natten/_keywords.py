@@ -11,9 +11,10 @@ from .errors import ArgumentError
 
 # Keywords of other libraries' attention, and what to use here.
 ELSEWHERE = {
-    "attn_mask": "there are no free masks; who attends whom follows from `kernel_size`, `stride`, "
-    "`dilation`, `is_causal` and `boundary`, or from the lengths of packed sequences, and `rpb` is "
-    "a bias by relative position",
+    "attention_mask": "use `key_mask`, which is bool, True where a key may be attended",
+    "attn_mask": "there are no free masks; `key_mask` takes keys away, who attends whom follows "
+    "from `kernel_size`, `stride`, `dilation`, `is_causal` and `boundary`, or from the lengths of "
+    "packed sequences, and `rpb` is a bias by relative position",
     "batch_first": "the batch always comes first",
     "cache_seqlens": "give the cached keys and values as `key` and `value`; `query_offset` says "
     "how many of them come before the queries",
@@ -26,6 +27,7 @@ ELSEWHERE = {
     "dropout_p": "drop out the weights between na*d_qk and na*d_av; a layer has `attn_drop`",
     "enable_gqa": "leave it out; `key` and `value` of fused operators may have fewer heads than "
     "`query`",
+    "key_padding_mask": "use `key_mask`, which is the opposite, True where a key may be attended",
     "need_weights": "na*d_qk and softmax give the weights",
     "padding_mode": 'use `boundary`, which is "shift", "truncate" or "circular"',
     "scale": "multiply the query by it before",

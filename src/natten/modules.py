@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, Literal, NoReturn, ParamSpec
 
 import torch
@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ._checks import autocast_tensors, check_scale, check_tensors
+from . import operators
+from ._checks import autocast_tensors, check_mask, check_same, check_scale, check_tensors
 from ._hints import KERNEL_HINTS
 from ._keywords import ELSEWHERE, signature_of, unknown_keyword
-from ._numbers import entries, integer
+from ._numbers import entries, integer, truth
 from ._ranks import SHAPES
 from ._tracing import call_as_node, refuse_script
 from ._warnings import warn_once
@@ -22,7 +23,9 @@ from .errors import ArgumentError
 from .functional import attend, check_call_of
 from .inputs import Inputs
 from .neighborhood import Boundary, Causal, Dimension, Neighborhood, crop_rpb
+from .softmax import softmax_with_lse
 from .unfused import scores, weighted_sum
+from .varlen import VarlenLayout, varlen_generic
 
 _BIAS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _OVERSIZE = ("error", "clamp", "pad")
@@ -48,15 +51,18 @@ class NeighborhoodAttentionGeneric(nn.Module):
         qk_scale: factor on the scores; None means ``head_dim ** -0.5``.
         proj_drop: dropout probability after the last projection.
         rel_pos_bias: whether to learn a relative positional bias ``rpb``; None means no. ``bias``
-            is its older name.
+            is its older name. Backends without bias are passed over, so it may change which backend
+            runs the layer and how fast; :func:`natten.backends.explain` says which one.
         attn_drop: dropout probability of the attention weights. If it is above 0, training takes
-            the unfused operators, which store the weights.
+            the unfused operators, which store the weights and run on other backends.
         boundary: what windows do at the ends of an axis, ``"shift"``, ``"truncate"`` or
             ``"circular"``, as in the fused operator.
         oversize: what to do when ``kernel_size * dilation`` exceeds the input: raise an
             ``"error"``, ``"clamp"`` the window by :func:`natten.fit_window`, or ``"pad"`` the input
             with zeros and crop the output, as NATTEN 0.14 and 0.15 did. Truncated axes take any
             size as they are.
+        pad_mask: whether the tokens that ``"pad"`` adds are masked. By default they are attended,
+            as they were there.
         keep: what ``"clamp"`` keeps where not both fit, the ``"dilation"`` or the ``"window"``.
         kernel_size_d, dilation_d: window and dilation of the first of three axes, as in 0.15.
         use_experimental_ops: accepted, without effect.
@@ -87,6 +93,7 @@ class NeighborhoodAttentionGeneric(nn.Module):
         attn_drop: float = 0.0,
         boundary: Boundary = "shift",
         oversize: str = "error",
+        pad_mask: bool = False,
         keep: Literal["dilation", "window"] = "dilation",
         kernel_size_d: int | None = None,
         dilation_d: int | None = None,
@@ -119,6 +126,8 @@ class NeighborhoodAttentionGeneric(nn.Module):
             )
         if oversize not in _OVERSIZE:
             raise ArgumentError(f"`oversize` must be one of {_OVERSIZE}, got {oversize!r}.")
+        if truth(pad_mask) is None:
+            raise ArgumentError(f"`pad_mask` must be a bool, got {type(pad_mask)}: {pad_mask!r}.")
         if keep not in ("dilation", "window"):
             raise ArgumentError(f'`keep` must be "dilation" or "window", got {keep!r}.')
         kernel_size = _with_depth("kernel_size_d", na_dim, kernel_size_d, kernel_size)
@@ -131,7 +140,7 @@ class NeighborhoodAttentionGeneric(nn.Module):
         self.num_heads = num_heads
         self.head_dim = channels // num_heads
         self.scale = check_scale(qk_scale, self.head_dim, "qk_scale")
-        self.oversize, self.keep = oversize, keep
+        self.oversize, self.pad_mask, self.keep = oversize, bool(pad_mask), keep
 
         self.rpb: nn.Parameter | None
         self.register_parameter("rpb", None)
@@ -179,36 +188,185 @@ class NeighborhoodAttentionGeneric(nn.Module):
         """What windows do at the ends, per axis."""
         return self.neighborhood.boundary
 
-    def forward(self, x: Tensor, **hints: Any) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        additional_tokens: Tensor | None = None,
+        additional_mask: Tensor | None = None,
+        layout: VarlenLayout | None = None,
+        **hints: Any,
+    ) -> Tensor:
         """Project, attend and project.
 
         Args:
-            x: ``[batch, *space, embed_dim]``, channels last.
-            hints: ``additional_keys`` and ``additional_values``, ``backend``, tile shapes and what
-                else the fused operator takes for kernels. Where weights are dropped out,
-                ``backend`` and tile shapes are checked but have no effect.
+            x: ``[batch, *space, embed_dim]``, channels last; ``[tokens, embed_dim]`` with
+                ``layout``.
+            key_mask: bool ``[batch or 1, *space]``, or ``[tokens]`` with ``layout``, True where a
+                token may be attended. A mask moves no window. What masked tokens hold reaches no
+                other token's output, not even NaN. They still have queries, so their own outputs
+                depend on them, and so do gradients: in training all tokens must be finite.
+            additional_tokens: ``[batch, n, embed_dim]``. They go through the layer's projections to
+                key and value, and every token attends them beside its window. With ``layout`` the
+                batch is that of the documents.
+            additional_mask: bool ``[batch or 1, n]``, True where an additional token may be
+                attended. Masked ones may hold NaN, also in training: their gradients are 0.
+            layout: documents of different shapes, packed into ``x`` one after another. Each gets
+                the output that it has alone; ``oversize="pad"`` and ``keep="window"`` are refused
+                where a window does not fit a document.
+            hints: ``additional_keys`` and ``additional_values`` (already projected, instead of
+                ``additional_tokens``, not with ``layout``), ``backend``, tile shapes and what else
+                the fused operator takes for kernels. Where weights are dropped out, ``backend`` and
+                tile shapes are checked but have no effect.
 
         Returns:
-            ``[batch, *space, embed_dim]``.
+            A tensor shaped like ``x``.
 
         Raises:
-            ArgumentError: ``x`` has another layout, or a keyword is unknown or not allowed.
+            ArgumentError: ``x`` has another layout, an argument has a type, shape, dtype, device or
+                value that is not allowed, or a keyword is unknown.
         """
         if isinstance(x, Proxy):
-            return call_as_node(self, x, hints)
-        rank = self.neighborhood.rank
+            given = key_mask, additional_tokens, additional_mask, layout
+            used = {name: y for name, y in zip(_TOKENS, given) if y is not None}
+            return call_as_node(self, x, used | hints)
+        self._check_keywords("forward", hints)
+        if layout is None:
+            self._check_input(x)
+            out = self._dense(x, key_mask, additional_tokens, additional_mask, hints)
+        else:
+            self._check_packed(x, layout, hints)
+            out = self._packed(x, key_mask, additional_tokens, additional_mask, layout, hints)
+        return self.proj_drop(self.proj(out))
+
+    def attention_weights(
+        self,
+        x: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        additional_tokens: Tensor | None = None,
+        additional_mask: Tensor | None = None,
+        **hints: Any,
+    ) -> Tensor:
+        """The weights with which every token attends, for pictures; none are dropped out.
+
+        Args:
+            x, key_mask, additional_tokens, additional_mask, hints: as in :meth:`forward`. What is
+                for kernels has no effect.
+
+        Returns:
+            ``[batch, heads, *space, window tokens + n]``: the softmax over the slots of a token's
+            window and the additional tokens. Slots of masked tokens hold 0, and so do those that
+            causality or a boundary cuts off. ``layer.neighborhood.window_tokens_of(space)`` says
+            which token is in each slot; where ``oversize="clamp"`` makes the window smaller,
+            ``layer.neighborhood.fitted(space, layer.keep)`` has the windows.
+
+        Raises:
+            ArgumentError: as in :meth:`forward`.
+
+        Example:
+            >>> layer = NeighborhoodAttentionGeneric(2, 16, num_heads=2, kernel_size=3)
+            >>> layer.attention_weights(torch.randn(1, 8, 8, 16)).shape
+            torch.Size([1, 2, 8, 8, 9])
+        """
+        self._check_keywords("attention_weights", hints)
+        self._check_input(x)
+        rule, inputs = self._inputs(x, key_mask, additional_tokens, additional_mask, hints)
+        return _cropped(self._weights(inputs, rule), 2, x.shape[1:-1])
+
+    def _check_keywords(self, method: str, hints: dict[str, Any]) -> None:
+        for name in hints:
+            if name not in _HINTS:
+                function = f"{type(self).__name__}.{method}"
+                raise unknown_keyword(function, name, (*_TOKENS, *_HINTS), _IN_LAYERS)
+
+    def _check_input(self, x: Any) -> None:
+        """Raise an error unless ``x`` is ``[batch, *space, channels]``."""
         if (
             not isinstance(x, Tensor)
             or x.is_nested
-            or x.dim() != rank + 2
+            or x.dim() != self.neighborhood.rank + 2
             or x.shape[-1] != self.num_heads * self.head_dim
         ):
             raise self._misfit(x)
-        for name in hints:
-            if name not in _FORWARD:
-                forward = f"{type(self).__name__}.forward"
-                raise unknown_keyword(forward, name, _FORWARD, _IN_LAYERS)
-        shape = x.shape[1:-1]
+
+    def _check_packed(self, x: Any, layout: Any, hints: dict[str, Any]) -> None:
+        """Raise an error unless ``x`` is packed as ``layout`` says, of documents that fit."""
+        rule, channels = self.neighborhood, self.num_heads * self.head_dim
+        if not isinstance(layout, VarlenLayout) or layout.rank != rule.rank:
+            got = layout if isinstance(layout, VarlenLayout) else type(layout)
+            raise ArgumentError(
+                f"`layout` must be a natten.VarlenLayout of rank {rule.rank}, got {got}."
+            )
+        check_tensors(x=x)
+        layout.check("x", x)
+        if tuple(x.shape[1:]) != (channels,):
+            raise ArgumentError(
+                f"`x` must be [tokens, {channels}] with `layout`, got {tuple(x.shape)}."
+            )
+        for name in _ADDITIONAL:
+            if hints.get(name) is not None:
+                raise ArgumentError(
+                    f"`{name}` is not for packed documents: give `additional_tokens`."
+                )
+        for shape in dict.fromkeys(layout):
+            if 0 in shape:
+                continue
+            if self.oversize != "clamp":
+                rule.check(shape, shape)
+            elif rule.fitted(shape, self.keep) != rule.fitted(shape):
+                raise ArgumentError(
+                    "`layout` must hold documents that the window fits, because packed ones keep "
+                    f'the dilation and the layer has keep="window", got one of {shape}.'
+                )
+
+    def _dense(
+        self, x: Tensor, key_mask: Any, tokens: Any, tokens_mask: Any, hints: dict[str, Any]
+    ) -> Tensor:
+        rule, inputs = self._inputs(x, key_mask, tokens, tokens_mask, hints)
+        return _cropped(self._attend(inputs, rule, hints), 1, x.shape[1:-1])
+
+    def _packed(
+        self, x: Tensor, key_mask: Any, tokens: Any, tokens_mask: Any, layout: VarlenLayout,
+        hints: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        """Attention inside documents, from ``[tokens, channels]`` to the same shape."""
+        documents, lengths = len(layout), None
+        if key_mask is not None:
+            check_mask("key_mask", key_mask, "x", x, "[tokens]", (x.shape[0],))
+            key_mask = key_mask[None]
+        _check_tokens(x, documents, tokens, tokens_mask, {})
+        if tokens is not None:
+            lengths = [tokens.shape[1]] * documents
+            if tokens_mask is not None:
+                tokens_mask = tokens_mask.expand(documents, -1).flatten()[None]
+            tokens = tokens.flatten(0, 1)[None]
+        inputs = self._projected(x[None], self.rpb, key_mask, tokens, tokens_mask, {})
+        rule = self.neighborhood
+        if self._drops_weights:
+            each = operators.each_document(inputs, layout.shapes, rule, lengths or ())
+            out = [self._attend(own, fitted, hints).flatten(1, -2) for own, fitted in each]
+            return torch.cat(out or [inputs.value.flatten(-2)], 1)[0]
+        q, k, v = (t[0] for t in inputs[:3])
+        keys, values, *masks = (None if t is None else t[0] for t in inputs[4:])
+        out = varlen_generic(
+            q, k, v, layout, rule.kernel_size, rule.stride, rule.dilation, rule.is_causal,
+            self.scale, rpb=inputs.rpb, boundary=rule.boundary, additional_keys=keys,
+            additional_values=values, additional_lengths=lengths, key_mask=masks[0],
+            additional_mask=masks[1], **hints,
+        )  # fmt: skip
+        return out.flatten(-2)
+
+    def _inputs(
+        self, x: Tensor, key_mask: Any, tokens: Any, tokens_mask: Any, hints: dict[str, Any]
+    ) -> tuple[Neighborhood, Inputs]:
+        """Windows that fit ``x``, and what is attended, padded if padding makes them fit."""
+        batch, *space = x.shape[:-1]
+        if key_mask is not None:
+            form, shapes = "[batch or 1, *space]", ((batch, *space), (1, *space))
+            check_mask("key_mask", key_mask, "x", x, form, *shapes)
+        _check_tokens(x, batch, tokens, tokens_mask, hints)
         rule = self.neighborhood
         rpb: Tensor | None = self.rpb
         if self.oversize == "pad":
@@ -216,40 +374,69 @@ class NeighborhoodAttentionGeneric(nn.Module):
                 0 if border == "truncate" else k * d
                 for k, d, border in zip(rule.kernel_size, rule.dilation, rule.boundary)
             )
-            missing = [max(0, size - length) for size, length in zip(wanted, shape)]
+            missing = [max(0, size - length) for size, length in zip(wanted, space)]
             if any(missing):
-                x = F.pad(x, (0, 0, *(n for each in reversed(missing) for n in (0, each))))
+                after = [n for each in reversed(missing) for n in (0, each)]
+                x = F.pad(x, (0, 0, *after))
+                if key_mask is None and self.pad_mask:
+                    key_mask = torch.ones((1, *space), dtype=torch.bool, device=x.device)
+                if key_mask is not None:
+                    key_mask = F.pad(key_mask, after, value=not self.pad_mask)
         elif self.oversize == "clamp":
-            rule = rule.fitted(shape, self.keep)
+            rule = rule.fitted(space, self.keep)
             rpb = None if rpb is None else crop_rpb(rpb, self.kernel_size, rule.kernel_size)
-        out = self._attend(x, rule, rpb, hints)
-        for axis, length in enumerate(shape):
-            out = out.narrow(1 + axis, 0, length)
-        return self.proj_drop(self.proj(out))
+        return rule, self._projected(x, rpb, key_mask, tokens, tokens_mask, hints)
 
-    def _attend(
-        self, x: Tensor, rule: Neighborhood, rpb: Tensor | None, hints: dict[str, Any]
-    ) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = qkv.unbind(-3)
-        additional = hints.get("additional_keys"), hints.get("additional_values")
+    def _projected(
+        self, x: Tensor, rpb: Tensor | None, key_mask: Tensor | None, tokens: Tensor | None,
+        tokens_mask: Tensor | None, hints: dict[str, Any],
+    ) -> Inputs:  # fmt: skip
+        """Queries, keys and values of ``x``, keys and values of additional ``tokens``."""
+
+        def project(x: Tensor) -> Sequence[Tensor]:
+            return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+
+        keys, values = hints.get("additional_keys"), hints.get("additional_values")
+        if tokens is not None:
+            if tokens_mask is not None:  # NaN there would reach the gradient of the projection
+                tokens = tokens.masked_fill(~tokens_mask[..., None], 0.0)
+            # All rows of the projection, because it may be wrapped or quantized.
+            _, keys, values = project(tokens)
+        q, k, v, keys, values = autocast_tensors(*project(x), keys, values)
+        return Inputs(q, k, v, rpb, keys, values, key_mask, tokens_mask)
+
+    @property
+    def _drops_weights(self) -> bool:
+        return self.training and self.attn_drop_rate > 0
+
+    def _attend(self, inputs: Inputs, rule: Neighborhood, hints: dict[str, Any]) -> Tensor:
+        """What is attended, ``[batch, *space, channels]``."""
         options = [hints.get(name) for name in _OPTIONS]
-        if not (self.training and self.attn_drop_rate > 0):
-            q, k, v, keys, values = autocast_tensors(q, k, v, *additional)
-            out, _ = attend(Inputs(q, k, v, rpb, keys, values), rule, self.scale, *options)
+        if not self._drops_weights:
+            out, _ = attend(inputs, rule, self.scale, *options)
             return out.flatten(-2)
         if hints:
-            call = check_call_of(Inputs(q, k, v, rpb, *additional), rule, self.scale, *options)
+            call = check_call_of(inputs, rule, self.scale, *options)
             if call.choice.backend:
                 warn_once(
                     f"{type(self).__name__}: `backend` has no effect in training with `attn_drop`, "
                     "where weights are dropped out between the unfused operators."
                 )
-        q, k, v = (t.movedim(-2, 1) for t in (q, k, v))
-        keys, values = (None if t is None else t.transpose(1, 2) for t in additional)
-        attn = scores(q * self.scale, k, rule, rpb, keys)
-        attn = self.attn_drop(attn.softmax(-1))
+        attn = self.attn_drop(self._weights(inputs, rule))
+        v = _without_masked(inputs.value, inputs.key_mask).movedim(-2, 1)
+        values = inputs.additional_values
+        if values is not None:
+            values = _without_masked(values, inputs.additional_mask).transpose(1, 2)
         return weighted_sum(attn, v, rule, values).movedim(1, -2).flatten(-2)
+
+    def _weights(self, inputs: Inputs, rule: Neighborhood) -> Tensor:
+        """The weights ``[batch, heads, *space, slots]``."""
+        q, k = (x.movedim(-2, 1) for x in (inputs.query, inputs.key))
+        keys = None if inputs.additional_keys is None else inputs.additional_keys.transpose(1, 2)
+        masks = inputs.key_mask, inputs.additional_mask
+        attn = scores(q * self.scale, k, rule, inputs.rpb, keys, *masks)
+        # Only masks leave a token with nothing to attend.
+        return softmax_with_lse(attn)[0] if inputs.is_masked else attn.softmax(-1)
 
     def _misfit(self, x: Any) -> ArgumentError:
         """The error that says why ``x`` can not be an input."""
@@ -300,14 +487,55 @@ _OPTIONS = (
     "attention_kwargs", "backend", "q_tile_shape", "kv_tile_shape", "backward_q_tile_shape",
     "backward_kv_tile_shape",
 )  # fmt: skip
-_FORWARD = ("backend", "additional_keys", "additional_values", *KERNEL_HINTS)
+_ADDITIONAL = ("additional_keys", "additional_values")
+_HINTS = ("backend", *_ADDITIONAL, *KERNEL_HINTS)
+# What else a layer takes beside its input.
+_TOKENS = ("key_mask", "additional_tokens", "additional_mask", "layout")
 _IN_LAYERS = {
     **ELSEWHERE,
     **dict.fromkeys((*_LAYER, "rpb"), "it is the layer's own, given when it is built"),
     "scale": "the layer has its own, `qk_scale`, given when it is built",
     "dropout_p": "the layer has its own, `attn_drop`, given when it is built",
     "return_lse": "a layer returns its output only",
+    "need_weights": "`attention_weights` of the layer gives them",
+    "layout": "`attention_weights` takes one document at a time",
 }
+
+
+def _check_tokens(x: Tensor, batch: int, tokens: Any, mask: Any, hints: dict[str, Any]) -> None:
+    """Raise an error unless additional tokens and their mask fit ``x`` and the batch size."""
+    given = [name for name in _ADDITIONAL if hints.get(name) is not None]
+    if tokens is None:
+        if mask is not None and not given:
+            raise ArgumentError("`additional_mask` needs `additional_tokens`, which is None.")
+        return
+    if given:
+        raise ArgumentError(
+            f"`additional_tokens`, which the layer projects, and `{given[0]}` exclude each other."
+        )
+    check_tensors(additional_tokens=tokens)
+    if tokens.dim() != 3 or (tokens.shape[0], tokens.shape[2]) != (batch, x.shape[-1]):
+        raise ArgumentError(
+            f"`additional_tokens` must be [batch, n, embed_dim] with batch {batch} and embed_dim "
+            f"{x.shape[-1]}, got {tuple(tokens.shape)}."
+        )
+    own, others = autocast_tensors(tokens[:0], x[:0])
+    check_same("additional_tokens", own, "x", others)
+    if mask is not None:
+        n = tokens.shape[1]
+        check_mask("additional_mask", mask, "x", x, "[batch or 1, n]", (batch, n), (1, n))
+
+
+def _without_masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``x [batch, *tokens, heads, channels]`` with 0 where the mask takes tokens away."""
+    return x if mask is None else x.masked_fill(~mask[..., None, None], 0.0)
+
+
+def _cropped(x: Tensor, first: int, space: Sequence[int]) -> Tensor:
+    """``x`` without padding after the axes of tokens, of which ``first`` is the first."""
+    for axis, length in enumerate(space):
+        x = x.narrow(first + axis, 0, length)
+    return x
 
 
 def _count(name: str, given: Any) -> int:
