@@ -398,6 +398,24 @@ def test_documents_with_additional_tokens_and_masks(rank, boundary):
         assert_close(name, a, b, 1e-12)
 
 
+def test_derivatives_of_documents_with_additional_tokens_and_masks():
+    layout = VarlenLayout([4, 0, 3])
+    tokens = [torch.randn(7, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    additional = [torch.randn(5, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    key_mask = torch.tensor([1, 0, 1, 1, 0, 0, 0]).bool()
+    additional_mask = torch.tensor([1, 0, 1, 0, 0]).bool()
+
+    def run(q, k, v, keys, values):
+        return natten.na1d_varlen(
+            q, k, v, layout, 3, additional_keys=keys, additional_values=values,
+            additional_lengths=[2, 1, 2], key_mask=key_mask, additional_mask=additional_mask,
+        )  # fmt: skip
+
+    inputs = (*tokens, *additional)
+    assert torch.autograd.gradcheck(run, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
 def test_documents_that_nothing_is_taken_from():
     """Masks that are all true change no bit, and additional tokens may be those of one document."""
     layout = VarlenLayout([(4, 5), (3, 3)])

@@ -314,7 +314,43 @@ def test_exported():
         "additional_mask": some(2, 3),
     }
     program = torch.export.export(layer, (x,), options)
-    assert_close("exported", layer(x, **options), program.module()(x, **options), 1e-6)
+    plain = program.run_decompositions(natten.export.decompositions())
+    assert not [node for node in plain.graph.nodes if "natten" in str(node.target)]
+    for each in (program, plain):
+        assert_close("exported", layer(x, **options), each.module()(x, **options), 1e-6)
+
+
+def test_compiled_for_all_sizes():
+    layer = layer_of(1).float()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (3, 5, 7):
+        x, tokens = torch.randn(n, n + 4, 8), torch.randn(n, n, 8)
+        masks = {"key_mask": some(n, n + 4), "additional_mask": some(1, n)}
+        given = {"additional_tokens": tokens, **masks}
+        assert_close("dense", layer(x, **given), compiled(x, **given), 1e-5)
+        layout = natten.VarlenLayout([n + 4] * n)
+        packed = {"key_mask": masks["key_mask"].flatten(), "layout": layout}
+        assert_close(
+            "packed",
+            layer(x, **given),
+            compiled(x.flatten(0, 1), **given | packed).view(x.shape),
+            1e-5,
+        )
+
+
+def test_derivatives_and_maps():
+    layer = NeighborhoodAttention2D(4, 1, 3).double()
+    x, tokens = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 2, 4).double()
+    mask, token_mask = some(2, 3, 4), some(2, 2)
+
+    def run(x, tokens, mask=mask, token_mask=token_mask):
+        return layer(x, key_mask=mask, additional_tokens=tokens, additional_mask=token_mask)
+
+    inputs = x.requires_grad_(), tokens.requires_grad_()
+    assert torch.autograd.gradcheck(run, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(run, inputs)
+    each = [t[:, None] for t in (x, tokens, mask, token_mask)]
+    assert_close("vmap", run(x, tokens), torch.vmap(run)(*each)[:, 0], 1e-12)
 
 
 def test_a_symbolic_trace_holds_one_node():

@@ -226,6 +226,13 @@ class NeighborhoodAttentionGeneric(nn.Module):
         Raises:
             ArgumentError: ``x`` has another layout, an argument has a type, shape, dtype, device or
                 value that is not allowed, or a keyword is unknown.
+
+        Example:
+            >>> layer = NeighborhoodAttentionGeneric(2, 16, num_heads=2, kernel_size=3)
+            >>> x, text = torch.randn(1, 8, 8, 16), torch.randn(1, 4, 16)
+            >>> mask = torch.rand(1, 8, 8) < 0.5
+            >>> layer(x, key_mask=mask, additional_tokens=text).shape
+            torch.Size([1, 8, 8, 16])
         """
         if isinstance(x, Proxy):
             given = key_mask, additional_tokens, additional_mask, layout
@@ -234,7 +241,8 @@ class NeighborhoodAttentionGeneric(nn.Module):
         self._check_keywords("forward", hints)
         if layout is None:
             self._check_input(x)
-            out = self._dense(x, key_mask, additional_tokens, additional_mask, hints)
+            rule, inputs = self._inputs(x, key_mask, additional_tokens, additional_mask, hints)
+            out = _cropped(self._attend(inputs, rule, hints), 1, x.shape[1:-1])
         else:
             self._check_packed(x, layout, hints)
             out = self._packed(x, key_mask, additional_tokens, additional_mask, layout, hints)
@@ -315,58 +323,59 @@ class NeighborhoodAttentionGeneric(nn.Module):
                 continue
             if self.oversize != "clamp":
                 rule.check(shape, shape)
-            elif rule.fitted(shape, self.keep) != rule.fitted(shape):
+            elif self.keep == "window" and rule.fitted(shape, "window") != rule.fitted(shape):
                 raise ArgumentError(
                     "`layout` must hold documents that the window fits, because packed ones keep "
                     f'the dilation and the layer has keep="window", got one of {shape}.'
                 )
 
-    def _dense(
-        self, x: Tensor, key_mask: Any, tokens: Any, tokens_mask: Any, hints: dict[str, Any]
-    ) -> Tensor:
-        rule, inputs = self._inputs(x, key_mask, tokens, tokens_mask, hints)
-        return _cropped(self._attend(inputs, rule, hints), 1, x.shape[1:-1])
-
     def _packed(
-        self, x: Tensor, key_mask: Any, tokens: Any, tokens_mask: Any, layout: VarlenLayout,
-        hints: dict[str, Any],
+        self, x: Tensor, key_mask: Any, additional_tokens: Any, additional_mask: Any,
+        layout: VarlenLayout, hints: dict[str, Any],
     ) -> Tensor:  # fmt: skip
-        """Attention inside documents, from ``[tokens, channels]`` to the same shape."""
+        """What is attended inside documents, ``[tokens, channels]``."""
         documents, lengths = len(layout), None
         if key_mask is not None:
             check_mask("key_mask", key_mask, "x", x, "[tokens]", (x.shape[0],))
             key_mask = key_mask[None]
-        _check_tokens(x, documents, tokens, tokens_mask, {})
-        if tokens is not None:
-            lengths = [tokens.shape[1]] * documents
-            if tokens_mask is not None:
-                tokens_mask = tokens_mask.expand(documents, -1).flatten()[None]
-            tokens = tokens.flatten(0, 1)[None]
-        inputs = self._projected(x[None], self.rpb, key_mask, tokens, tokens_mask, {})
+        _check_additional(x, documents, additional_tokens, additional_mask, {})
+        if additional_tokens is not None:
+            lengths = [additional_tokens.shape[1]] * documents
+            additional_tokens = additional_tokens.flatten(0, 1)[None]
+            if additional_mask is not None:
+                additional_mask = additional_mask.expand(documents, -1).flatten()[None]
+        masks = key_mask, additional_mask
+        inputs = self._projected(x[None], self.rpb, additional_tokens, *masks, {})
         rule = self.neighborhood
         if self._drops_weights:
             each = operators.each_document(inputs, layout.shapes, rule, lengths or ())
             out = [self._attend(own, fitted, hints).flatten(1, -2) for own, fitted in each]
             return torch.cat(out or [inputs.value.flatten(-2)], 1)[0]
-        q, k, v = (t[0] for t in inputs[:3])
-        keys, values, *masks = (None if t is None else t[0] for t in inputs[4:])
+        q, k, v = (each[0] for each in inputs[:3])
+        options = {
+            name: None if each is None else each[0]
+            for name, each in zip(inputs._fields[4:], inputs[4:])
+        }
         out = varlen_generic(
             q, k, v, layout, rule.kernel_size, rule.stride, rule.dilation, rule.is_causal,
-            self.scale, rpb=inputs.rpb, boundary=rule.boundary, additional_keys=keys,
-            additional_values=values, additional_lengths=lengths, key_mask=masks[0],
-            additional_mask=masks[1], **hints,
+            self.scale, rpb=inputs.rpb, boundary=rule.boundary, additional_lengths=lengths,
+            **hints | options,
         )  # fmt: skip
         return out.flatten(-2)
 
     def _inputs(
-        self, x: Tensor, key_mask: Any, tokens: Any, tokens_mask: Any, hints: dict[str, Any]
-    ) -> tuple[Neighborhood, Inputs]:
-        """Windows that fit ``x``, and what is attended, padded if padding makes them fit."""
+        self, x: Tensor, key_mask: Any, additional_tokens: Any, additional_mask: Any,
+        hints: dict[str, Any],
+    ) -> tuple[Neighborhood, Inputs]:  # fmt: skip
+        """Windows that fit ``x [batch, *space, channels]``, and what is attended.
+
+        Where padding makes windows fit, queries, keys and values are those of padded tokens.
+        """
         batch, *space = x.shape[:-1]
         if key_mask is not None:
             form, shapes = "[batch or 1, *space]", ((batch, *space), (1, *space))
             check_mask("key_mask", key_mask, "x", x, form, *shapes)
-        _check_tokens(x, batch, tokens, tokens_mask, hints)
+        _check_additional(x, batch, additional_tokens, additional_mask, hints)
         rule = self.neighborhood
         rpb: Tensor | None = self.rpb
         if self.oversize == "pad":
@@ -385,25 +394,27 @@ class NeighborhoodAttentionGeneric(nn.Module):
         elif self.oversize == "clamp":
             rule = rule.fitted(space, self.keep)
             rpb = None if rpb is None else crop_rpb(rpb, self.kernel_size, rule.kernel_size)
-        return rule, self._projected(x, rpb, key_mask, tokens, tokens_mask, hints)
+        masks = key_mask, additional_mask
+        return rule, self._projected(x, rpb, additional_tokens, *masks, hints)
 
     def _projected(
-        self, x: Tensor, rpb: Tensor | None, key_mask: Tensor | None, tokens: Tensor | None,
-        tokens_mask: Tensor | None, hints: dict[str, Any],
+        self, x: Tensor, rpb: Tensor | None, additional_tokens: Tensor | None,
+        key_mask: Tensor | None, additional_mask: Tensor | None, hints: dict[str, Any],
     ) -> Inputs:  # fmt: skip
-        """Queries, keys and values of ``x``, keys and values of additional ``tokens``."""
+        """Queries, keys and values of ``x``, and keys and values of additional tokens."""
 
         def project(x: Tensor) -> Sequence[Tensor]:
             return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
 
         keys, values = hints.get("additional_keys"), hints.get("additional_values")
-        if tokens is not None:
-            if tokens_mask is not None:  # NaN there would reach the gradient of the projection
-                tokens = tokens.masked_fill(~tokens_mask[..., None], 0.0)
-            # All rows of the projection, because it may be wrapped or quantized.
-            _, keys, values = project(tokens)
+        if additional_tokens is not None:
+            if additional_mask is not None:  # NaN there would reach the projection's gradient
+                masked = ~additional_mask[..., None]
+                additional_tokens = additional_tokens.masked_fill(masked, 0.0)
+            # Queries, too, because only the whole projection works if it is wrapped or quantized.
+            _, keys, values = project(additional_tokens)
         q, k, v, keys, values = autocast_tensors(*project(x), keys, values)
-        return Inputs(q, k, v, rpb, keys, values, key_mask, tokens_mask)
+        return Inputs(q, k, v, rpb, keys, values, key_mask, additional_mask)
 
     @property
     def _drops_weights(self) -> bool:
@@ -502,7 +513,7 @@ _IN_LAYERS = {
 }
 
 
-def _check_tokens(x: Tensor, batch: int, tokens: Any, mask: Any, hints: dict[str, Any]) -> None:
+def _check_additional(x: Tensor, batch: int, tokens: Any, mask: Any, hints: dict[str, Any]) -> None:
     """Raise an error unless additional tokens and their mask fit ``x`` and the batch size."""
     given = [name for name in _ADDITIONAL if hints.get(name) is not None]
     if tokens is None:
