@@ -323,7 +323,7 @@ def test_exported():
 def test_compiled_for_all_sizes():
     layer = layer_of(1).float()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for n in (3, 5, 7):
+    for n in (3, 5):
         x, tokens = torch.randn(n, n + 4, 8), torch.randn(n, n, 8)
         masks = {"key_mask": some(n, n + 4), "additional_mask": some(1, n)}
         given = {"additional_tokens": tokens, **masks}
@@ -339,9 +339,9 @@ def test_compiled_for_all_sizes():
 
 
 def test_derivatives_and_maps():
-    layer = NeighborhoodAttention2D(4, 1, 3).double()
-    x, tokens = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 2, 4).double()
-    mask, token_mask = some(2, 3, 4), some(2, 2)
+    layer = NeighborhoodAttention1D(2, 1, 3).double()
+    x, tokens = torch.randn(2, 5, 2).double(), torch.randn(2, 2, 2).double()
+    mask, token_mask = some(2, 5), some(2, 2)
 
     def run(x, tokens, mask=mask, token_mask=token_mask):
         return layer(x, key_mask=mask, additional_tokens=tokens, additional_mask=token_mask)

@@ -318,7 +318,7 @@ class NeighborhoodAttentionGeneric(nn.Module):
                 raise ArgumentError(
                     f"`{name}` is not for packed documents: give `additional_tokens`."
                 )
-        for shape in dict.fromkeys(layout):
+        for shape in layout.shapes:
             if 0 in shape:
                 continue
             if self.oversize != "clamp":
