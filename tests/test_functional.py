@@ -42,7 +42,8 @@ def window(case):
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_fused(case):
-    q, k, v, rpb, ak, av = inputs = case.inputs()
+    inputs = case.inputs()
+    q, k, v, rpb, ak, av = inputs.differentiable
     expected = reference.forward(Inputs(*inputs), case.rule, case.dim**-0.5)
     options = window(case) | {"additional_keys": ak, "additional_values": av, "rpb": rpb}
     out, lse = FUSED[len(case.space)](q, k, v, **options, return_lse=True)
@@ -85,7 +86,7 @@ UNFUSED = [c._replace(kv_heads=c.heads, value_dim=c.dim) for c in CASES]
 
 @pytest.mark.parametrize("case", UNFUSED, ids=name_of)
 def test_unfused_is_fused(case):
-    q, k, v, rpb, ak, av = case.inputs()
+    q, k, v, rpb, ak, av = case.inputs().differentiable
     expected = reference.forward(Inputs(q, k, v, rpb, ak, av), case.rule, case.dim**-0.5)[0]
     q, k, v = (x.movedim(-2, 1) for x in (q, k, v))
     ak, av = (None if x is None else x.transpose(1, 2) for x in (ak, av))

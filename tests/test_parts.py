@@ -271,13 +271,15 @@ SELF = [
 
 def run(case, inputs=None, backend=None, **options):
     """Output and LSE of a case; ``options`` replace its arguments."""
-    q, k, v, rpb, ak, av = case.inputs() if inputs is None else inputs
+    inputs = case.inputs() if inputs is None else inputs
+    q, k, v, rpb, ak, av, key_mask, additional_mask = inputs
     rule = case.rule
     given = {
         "kernel_size": rule.kernel_size, "stride": rule.stride, "dilation": rule.dilation,
         "is_causal": rule.is_causal, "boundary": rule.boundary,
         "queries_per_key": rule.queries_per_key, "query_offset": rule.query_offset, "rpb": rpb,
-        "additional_keys": ak, "additional_values": av, "backend": backend, "return_lse": True,
+        "additional_keys": ak, "additional_values": av, "key_mask": key_mask,
+        "additional_mask": additional_mask, "backend": backend, "return_lse": True,
     }  # fmt: skip
     return FUSED[rule.rank](q, k, v, **(given | options))
 
@@ -382,7 +384,7 @@ PART = Case((7,), (3,), batch=1, dim=2, value_dim=2, query_offset=(2,), query_sp
 
 
 def leaves(case):
-    return [None if x is None else x.requires_grad_() for x in case.inputs()]
+    return [None if x is None else x.requires_grad_() for x in case.inputs().differentiable]
 
 
 @pytest.mark.parametrize("case", [MIXED, PART], ids=["mixed", "part"])
@@ -418,7 +420,7 @@ def test_unfused_gradients():
 
 
 def test_vmap():
-    inputs = [torch.stack([x, x.sin()]) for x in MIXED.inputs()]
+    inputs = [torch.stack([x, x.sin()]) for x in MIXED.inputs().differentiable]
     found = torch.func.vmap(lambda *x: run(MIXED, Inputs(*x)))(*inputs)
     for i in range(2):
         for a, b in zip(run(MIXED, Inputs(*(x[i] for x in inputs))), found):

@@ -54,7 +54,7 @@ def attended(case):
 
 def by_hand(case, inputs, scale):
     """Output and LSE, computed one number after another."""
-    q, k, v, rpb, ak, av = inputs
+    q, k, v, rpb, ak, av = inputs.differentiable
     out = torch.zeros(*q.shape[:-1], case.value_dim, dtype=torch.float64)
     lse = torch.zeros(q.shape[:-1], dtype=torch.float64)
     for b, head in itertools.product(range(case.batch), range(case.heads)):
@@ -97,7 +97,7 @@ def test_output_and_lse(case):
 def test_unfused_slots(case):
     """Products and bias are in the slots that the definition says; masked slots are last."""
     case = case._replace(kv_heads=case.heads, rpb=True)
-    q, k, _, rpb, _, _ = case.inputs()
+    q, k, _, rpb, *_ = case.inputs()
     products = reference.qk(q, k, case.rule)
     bias = reference.rpb_bias(rpb, case.space, case.space, case.rule)
     valid = case.rule.attended_slots(case.space, case.space)

@@ -49,8 +49,8 @@ def check(case, dtype=torch.float64, grad_lse=True):
     inputs = case.inputs(dtype)
     grad = torch.randn(*inputs[0].shape[:-1], case.value_dim, dtype=dtype)
     exponents = torch.randn(grad.shape[:-1], dtype=compute_dtype(dtype)) if grad_lse else None
-    oracle = [None if x is None else x.double() for x in (*inputs, grad, exponents)]
-    expected = run(reference, oracle[:6], case.rule, oracle[6:])
+    *oracle, a, b = (None if x is None else x.double() for x in (*inputs, grad, exponents))
+    expected = run(reference, oracle, case.rule, (a, b))
     actual = run(sdpa, inputs, case.rule, (grad, exponents))
     for name, x in expected.items():
         ratio = RATIO[compute_dtype(dtype) if name == "lse" else dtype]

@@ -159,14 +159,14 @@ def test_unfused_in_every_precision(case, dtype):
 def test_expanded_everywhere():
     """Tokens, heads and batch entries may be expanded; gradients have the full shape."""
     case = Case((9, 8), (3, 4), dilation=2, is_causal=(False, True), num_additional=2, rpb=True)
-    shapes = [x.shape for x in case.inputs()]
+    shapes = [x.shape for x in case.inputs().differentiable]
     check(case, inputs=[torch.randn(s[-1:]).double().expand(s) for s in shapes])
 
 
 def test_large_scores_do_not_overflow():
     """With scores of thousands, exponentials that are not shifted would be infinite."""
     case = Case((40,), (7,), dim=4, num_additional=2, rpb=True)
-    inputs = [100 * x for x in case.inputs(torch.float32)]
+    inputs = [100 * x for x in case.inputs(torch.float32).differentiable]
     oracle = [x.double() for x in inputs]
     expected = reference.forward(Inputs(*oracle), case.rule, 0.4)
     out, lse = tiled.forward(Inputs(*inputs), case.rule, 0.4)

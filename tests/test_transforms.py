@@ -91,7 +91,7 @@ def test_forward_over_forward_is_refused(function):
 def test_autocast_casts_every_input_and_returns_gradients_in_their_own_dtype(dtype):
     """The result is bit for bit that of a call in half precision."""
     case = Case((5, 6), (3, 3), num_additional=3, rpb=True)
-    leaves = [x.requires_grad_() for x in case.inputs(torch.float32)]
+    leaves = [x.requires_grad_() for x in case.inputs(torch.float32).differentiable]
 
     def call(q, k, v, rpb, keys, values):
         options = {"additional_keys": keys, "additional_values": values}

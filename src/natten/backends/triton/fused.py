@@ -38,7 +38,7 @@ def forward(
     lse = query.new_empty(*rows, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    query, key, value, rpb, additional_keys, additional_values = _as_read(inputs)
+    query, key, value, rpb, additional_keys, additional_values, *_ = _as_read(inputs)
     table = None if documents is None else documents.table
     found = plan_for(query, key, value, rpb, additional_keys, rule, scale, documents, tiles)
     with on_device(query):
@@ -69,7 +69,7 @@ def backward(
     grad_rpb = None
     grad_additional: tuple[Tensor | None, Tensor | None] = None, None
     lse_delta = lse.new_empty(*lse.shape, 4)
-    query, key, value, rpb, additional_keys, additional_values = _as_read(inputs)
+    query, key, value, rpb, additional_keys, additional_values, *_ = _as_read(inputs)
     grad_out, out, lse = contiguous(grad_out), out.contiguous(), lse.contiguous()
     table = None if documents is None else documents.table
     found = plan_for(query, key, value, rpb, additional_keys, rule, scale, documents, tiles)
