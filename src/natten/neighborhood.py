@@ -323,7 +323,7 @@ class Neighborhood:
         """
         tokens = self.window_tokens_of(shape, mask.shape[1:], mask.device)
         found = mask.flatten(1).index_select(1, tokens.flatten())
-        return found.reshape(len(mask), *shape, self.window_tokens)
+        return found.reshape(mask.shape[0], *shape, self.window_tokens)
 
     def _slots(
         self, shape: Sequence[int], key_shape: Sequence[int] | None, device: torch.device | str

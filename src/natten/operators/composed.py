@@ -119,7 +119,8 @@ class _Products:
         mask = self.additional_mask
         if mask is None:
             return attn
-        return attn.masked_fill(~mask.view(len(mask), *(1 for _ in attn.shape[2:]), -1), fill)
+        sizes = mask.shape[0], *(1 for _ in attn.shape[2:]), mask.shape[1]
+        return attn.masked_fill(~mask.view(sizes), fill)
 
     def masked(self, attn: Tensor, fill: float) -> Tensor:
         return attn if self.mask is None else attn.masked_fill(~self.mask, fill)
