@@ -131,12 +131,13 @@ class Reference(Backend):
         # calls an operator.
         query, key, value, rpb, additional_keys, additional_values, *_ = inputs
         q, k, v, scores = _scores(inputs, rule, scale)
-        weights, _ = softmax_with_lse(scores)  # P [B, H, queries, keys + additional]
-        do = grad_out.to(q.dtype).flatten(1, -3).transpose(1, 2)
+        weights, exponents = softmax_with_lse(scores)  # P [B, H, queries, keys + additional]
+        empty = exponents == -math.inf  # rows whose gradients may be NaN, as of an LSE of -inf
+        do = grad_out.to(q.dtype).flatten(1, -3).transpose(1, 2).masked_fill(empty[..., None], 0.0)
         dp = do @ v.transpose(-1, -2)  # dP = dO V^T
         delta = (weights * dp).sum(-1)
         if grad_lse is not None:
-            delta = delta - grad_lse.flatten(1, -2).transpose(1, 2)
+            delta = delta - grad_lse.flatten(1, -2).transpose(1, 2).masked_fill(empty, 0.0)
         ds = weights * (dp - delta[..., None])  # dS = P * (dP - delta)
         dq = ds @ k * scale
         dk, dv = ds.transpose(-1, -2) @ q * scale, weights.transpose(-1, -2) @ do

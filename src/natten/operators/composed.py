@@ -189,14 +189,16 @@ def gathered_gradient(
 
     q, k, v, _, ak, av, *_ = prepared = _prepared(inputs, inputs, scale)
     do = _heads_first(grad_out, inputs.query.shape[-2], q.dtype)
-    weights, _ = softmax_with_lse(products.scores(prepared))
+    weights, lse = softmax_with_lse(products.scores(prepared))
+    empty = lse == -math.inf  # rows whose gradients may be NaN, as of an LSE of -inf
+    do = do.masked_fill(empty[..., None], 0.0)
     dp = products.qk(do, v)  # dP = dO V^T
     windowed = dp.shape[-1]
     if av is not None:
         dp = torch.cat([dp, products.additional_qk(do, av)], dim=-1)
     delta = (weights * dp).sum(-1)
     if grad_lse is not None:
-        delta = delta - grad_lse.movedim(-1, 1)
+        delta = delta - grad_lse.movedim(-1, 1).masked_fill(empty, 0.0)
     ds = weights * (dp - delta[..., None])  # dS = P * (dP - delta)
     slots, dq = ds[..., :windowed], products.av(ds[..., :windowed], k)
     grad_rpb = grad_keys = grad_values = None
