@@ -144,7 +144,7 @@ def check_additional(
 def check_masks(
     key: Tensor, additional_keys: Tensor | None, key_mask: Any, additional_mask: Any, first: int = 1
 ) -> None:
-    """Raise ArgumentError unless masks fit keys and additional keys.
+    """Raise an error unless masks are dense and fit keys and additional keys.
 
     They are bool ``[batch or 1, *space]`` and ``[batch or 1, num_additional]``.
 
@@ -176,6 +176,8 @@ def check_mask(
         raise ArgumentError(
             f"`{name}` must be a tensor of torch.bool, True where a key may be attended, got {got}."
         )
+    if mask.is_nested or mask.layout is not torch.strided:
+        raise UnsupportedError(f"`{name}` must be dense, not nested or sparse.")
     if mask.device != other.device:
         raise ArgumentError(
             f"`{name}` must be on the device of `{other_name}`, got {mask.device} and "
