@@ -2,8 +2,8 @@
 
 ``torch.utils.flop_counter.FlopCounterMode`` counts 2 per multiply-add, as it does for PyTorch's own
 operators. The handlers for fvcore count multiply-adds, as fvcore does. Only products count, not the
-softmax and the bias. Windows are counted exactly, also truncated ones, but causal masking is not
-subtracted, as PyTorch does for ``scaled_dot_product_attention``.
+softmax and the bias. Windows are counted exactly, also truncated ones, but neither causal masking
+nor a mask of keys is subtracted, as PyTorch does for ``scaled_dot_product_attention``.
 """
 
 from __future__ import annotations
