@@ -118,6 +118,8 @@ def fused_calls(draw):
         additional = torch.zeros(1, 3, heads, dim, dtype=dtype)
         options |= {"additional_keys": additional, "additional_values": additional}
     if draw(st.booleans()):
+        options["key_mask"] = torch.ones(1, *space, dtype=torch.bool)
+    if draw(st.booleans()):
         options |= {
             "boundary": pick("truncate", "circular", ("shift", "circular", "truncate")[:rank])
         }
@@ -142,6 +144,7 @@ def fused_calls(draw):
             "additional_keys": torch.zeros(1, 3, heads, dim + 1),
             "additional_values": None,
         },
+        "mask": {"key_mask": pick(torch.ones(1, *space), torch.ones(3, *space, dtype=torch.bool))},
         "kwargs": {"attention_kwargs": 3},
         "keyword": {pick("kernel_sise", "attn_mask", "dropout_p"): 1},
     }
