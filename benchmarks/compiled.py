@@ -49,6 +49,7 @@ class Variant(NamedTuple):
     boundary: str | tuple[str, ...] = "shift"
     queries_per_key: int | tuple[int, ...] = 1
     part: tuple[int, ...] = ()  # the layout of queries that are a part
+    masked: bool = False
 
 
 class Kernel(NamedTuple):
@@ -109,6 +110,12 @@ def _attention(variant: Variant, backend: Backend) -> None:
     if variant.num_additional:
         tokens = [x.new_empty(2, variant.num_additional, 4, x.shape[-1]) for x in (k, v)]
         inputs = inputs._replace(additional_keys=tokens[0], additional_values=tokens[1])
+    if variant.masked:
+        shapes = {"key_mask": k.shape[:-2]}
+        if inputs.additional_keys is not None:
+            shapes["additional_mask"] = inputs.additional_keys.shape[:2]
+        masks = {name: q.new_empty(shape, dtype=torch.bool) for name, shape in shapes.items()}
+        inputs = inputs._replace(**masks)
     scale = variant.dim**-0.5
     out, lse = backend.forward(inputs, rule, scale)
     if backend.lacks(Problem.of("gradient", inputs, rule, scale)) is None:

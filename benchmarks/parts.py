@@ -1,12 +1,13 @@
-"""Time parts of a layout, finer queries and borders beside the whole layout, in one run.
+"""Time parts of a layout, finer queries, borders and masks beside the whole layout, in one run.
 
     python benchmarks/parts.py --device cpu
     python benchmarks/parts.py --device cuda --out benchmarks/results/parts-h200.csv
     python benchmarks/parts.py --device cuda --backend triton --cases nat,hdit
 
 Of every case, ``half`` are the queries of the second half of the first axis, with the keys of the
-whole layout. ``anyup`` are queries eight times as fine as keys, beside keys that are repeated and
-dilated, which gives the same numbers. Times on a GPU are of kernels in a CUDA graph.
+whole layout, and ``masked`` is the whole layout without a tenth of its keys, chosen at random.
+``anyup`` are queries eight times as fine as keys, beside keys that are repeated and dilated, which
+gives the same numbers. Times on a GPU are of kernels in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -50,11 +51,13 @@ def calls_of(case: Case, device: str, backend: str | None) -> dict[str, Call]:
         FUSED[rank], kernel_size=rule.kernel_size, stride=rule.stride, dilation=rule.dilation,
         is_causal=rule.is_causal, backend=backend,
     )  # fmt: skip
+    kept = torch.rand(case.batch, *case.shape, device=device) >= 0.1
     offset = (length // 2, *(0,) * (rank - 1))
     calls = {
         "whole": (attend, [query, key, value]),
         "half": (partial(attend, query_offset=offset), [half, key, value]),
         "truncate": (partial(attend, boundary="truncate"), [query, key, value]),
+        "masked": (partial(attend, key_mask=kept), [query, key, value]),
     }
     steps = (s * d for s, d in zip(rule.stride, rule.dilation))
     if not any(rule.is_causal) and not any(n % step for n, step in zip(case.shape, steps)):

@@ -57,6 +57,7 @@ class Kind(NamedTuple):
     unit: int | None  # the axis that has one token
     rpb: bool
     additional: bool
+    masked: bool  # where the backend has masks
     tile: tuple[int, ...]
     boundary: tuple[str, ...]
     per_key: tuple[int, ...]
@@ -88,6 +89,7 @@ def kinds(backend: str) -> list[Kind]:
                 rng.choice([0, rank - 1]) if rank > 1 and rng.random() < 0.2 else None,
                 not plain and rng.random() < 0.4,
                 operation == "fused" and rng.random() < 0.3,
+                operation in ("fused", "dense") and i % 4 == 1,
                 TILES[max(16, min(64, 16384 // widest // dtype.itemsize))][rank],
                 *random_borders(operation, causal, wider),
             )
@@ -179,6 +181,33 @@ def tensor(rng: random.Random, dtype: torch.dtype, *shape: int) -> Tensor:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def masked(inputs: Inputs, rng: random.Random) -> tuple[Inputs, Inputs]:
+    """The inputs with masks that hide a tenth or a half of the keys, and maybe of additional ones;
+    and with NaN in what they hide."""
+    hides = rng.choice([0.1, 0.5])
+
+    def mask(x: Tensor) -> Tensor:
+        batch = rng.choice([1, x.shape[0]])
+        return torch.rand(batch, *x.shape[1:-2], device=DEVICE) >= hides
+
+    def dirty(x: Tensor, mask: Tensor) -> Tensor:
+        return x.masked_fill(~mask[..., None, None], math.nan)
+
+    key_mask = mask(inputs.key)
+    inputs = inputs._replace(key_mask=key_mask)
+    key, value = dirty(inputs.key, key_mask), dirty(inputs.value, key_mask)
+    hidden = inputs._replace(key=key, value=value)
+    additional = inputs.additional_keys, inputs.additional_values
+    if additional[0] is None or additional[1] is None or rng.random() < 0.3:
+        return inputs, hidden
+    own = mask(additional[0])
+    keys, values = (dirty(x, own) for x in additional if x is not None)
+    hidden = hidden._replace(
+        additional_keys=keys, additional_values=values, additional_mask=own
+    )  # fmt: skip
+    return inputs._replace(additional_mask=own), hidden
+
+
 def check(kind: Kind, rng: random.Random) -> dict[str, float]:
     """The error ratios of all results of a random problem of a kind."""
     space, key_space, rule = random_rule(kind, rng)
@@ -208,7 +237,10 @@ def check(kind: Kind, rng: random.Random) -> dict[str, float]:
         else None,
     )
     scale = rng.choice([kind.dim**-0.5, 0.3, rng.uniform(0.01, 1)])
-    exact = Inputs(*(None if x is None else x.double() for x in inputs))
+    clean = inputs
+    if kind.masked and module.masks:
+        clean, inputs = masked(inputs, rng)
+    exact = Inputs(*(x if x is None or x.dtype == torch.bool else x.double() for x in clean))
     if kind.operation == "packed":
         leaves = [x.requires_grad_() for x in exact[:3]]
         out, lse = packed_oracle(leaves, layout, rule, scale)

@@ -300,12 +300,12 @@ def test_an_unknown_release_is_compared_first(
         assert [args[HOOKS][1] is hook for args in (first, second, third)] == [True, True, not NEW]
 
 
-def part(length: int, keys: int, offset: int) -> None:
+def part(length: int, keys: int, offset: int, mask: Tensor | None = None) -> None:
     """A forward and a backward of queries that are a part of a layout."""
     rule = Neighborhood.create(1, 9, 1, 2, True, "truncate", 1, offset)
-    q = torch.empty(1, length, 2, 32, dtype=torch.bfloat16)
-    k = torch.empty(1, keys, 2, 32, dtype=torch.bfloat16)
-    inputs = Inputs(q, k, k)
+    q = torch.empty(2, length, 2, 32, dtype=torch.bfloat16)
+    k = torch.empty(2, keys, 2, 32, dtype=torch.bfloat16)
+    inputs = Inputs(q, k, k, key_mask=mask)
     outputs = portable.forward(inputs, rule, 0.125)
     portable.backward(q, None, inputs, *outputs, rule, 0.125)
 
@@ -323,9 +323,25 @@ def test_a_new_offset_or_length_of_keys_compiles_nothing(
     assert not compile_one.called and len(launched) == 3 * (1 + len(keys))
 
 
+def test_a_new_mask_compiles_nothing(launched: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether batch entries share it, wherever it begins, however far apart its bytes are."""
+    part(4, 40, 8, torch.ones(1, 40) > 0)
+    compile_one = Mock()
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "_do_compile", compile_one)
+    everything = torch.ones(161) > 0
+    of_two = everything[:80].view(2, 40), everything[1:81].view(2, 40)
+    masks = [*of_two, everything[1:].view(2, 40, 2)[..., 1], everything[3:43].expand(2, 40)]
+    for mask in masks:
+        part(4, 40, 8, mask)
+    part(4, 40, 3, masks[0])
+    part(4, 35, 8, masks[0][:, :35])
+    assert not compile_one.called and len(launched) == 3 * (1 + len(masks) + 2)
+
+
 def test_parts_pass_what_triton_passes(launched: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers are those of a plan of that part alone."""
-    parts = ((4, 40, 8), (4, 40, 3), (4, 15, 11), (4, 17, 0))
+    parts: list[tuple[Any, ...]] = [(4, 40, 8), (4, 40, 3), (4, 15, 11), (4, 17, 0)]
+    parts += [(4, 40, 8, torch.ones(1, 40) > 0), (4, 17, 0, torch.ones(2, 17) > 0)]
     for each in parts:
         part(*each)
     shared = launched.copy()

@@ -4,8 +4,8 @@ Keys are read in blocks that start where a tile's first window starts; no token 
 or copied, except a tensor whose last stride is not 1. What is a compile-time constant: dtype, head
 dims, tile shapes, how the windows of each axis go (causal, strided, truncated, circular, of one
 token), how many queries stand at a key where queries are a layout of their own, whether there is a
-bias or additional tokens or packed documents, and the largest power of two (up to 16) that divides
-all strides.
+bias, masks, additional tokens or packed documents, and the largest power of two (up to 16) that
+divides all strides.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Triton(Backend):
     head_dims = range(1, 257)
     value_dims = range(1, 513)
     circular = True
+    masks = True
     takes_tiles = True
 
     def missing(self, problem: Problem) -> str | None:

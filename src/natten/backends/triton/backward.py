@@ -21,7 +21,9 @@ from .primitives import (
     bias_index,
     biases,
     coordinates,
+    hidden,
     key_tokens,
+    load_mask,
     load_rows,
     load_tile,
     minus,
@@ -125,17 +127,20 @@ def _dkdv_step(dk, dv, q, k, v, g, lse_delta, s, PRECISION: tl.constexpr):
     triton.jit,
     tensors="query key value rpb additional_keys additional_values documents "
     "out lse grad_out grad_lse lse_delta grad_query",
+    masks="key_mask additional_mask",
 )
 def dq_kernel(
     query, key, value, rpb, additional_keys, additional_values, documents,
-    out, lse, grad_out, grad_lse, lse_delta, grad_query,
+    out, lse, grad_out, grad_lse, lse_delta, grad_query, key_mask, additional_mask,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
+    m_b, m_0, m_1, m_2, a_b, a_0,
     L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, P0, P1, P2, K0, K1, K2, S0, S1, S2, D0, D1, D2,
     T0, T1, T2, heads, per_kv, num_additional, scale,
     MODES: tl.constexpr, PER_KEY: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
     ALIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, HAS_RPB: tl.constexpr, HAS_ADDITIONAL: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_ADDITIONAL_MASK: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
 ):  # fmt: skip
     """dQ, and the ``lse_delta`` that the other kernels need; arguments are ``forward_kernel``'s."""
     M: tl.constexpr = Q_BLOCK[0] * Q_BLOCK[1] * Q_BLOCK[2]
@@ -143,7 +148,8 @@ def dq_kernel(
     p = locate(
         documents, (T0, T1, T2), heads, per_kv, (L0, L1, L2), (KEY_L0, KEY_L1, KEY_L2),
         (P0, P1, P2), (K0, K1, K2), (S0, S1, S2), (D0, D1, D2), (q_b, q_0, q_1, q_2, q_h),
-        (k_b, k_0, k_1, k_2, k_h), (v_b, v_0, v_1, v_2, v_h), PER_KEY, PACKED, False,
+        (k_b, k_0, k_1, k_2, k_h), (v_b, v_0, v_1, v_2, v_h), (m_b, m_0, m_1, m_2),
+        PER_KEY, PACKED, False,
     )  # fmt: skip
     begin = plus(p.span.first, times(p.tile, Q_BLOCK))
     if is_empty(p, begin, p.span.n, PACKED):
@@ -161,13 +167,14 @@ def dq_kernel(
 
     dq = walk_keys(
         _dq_step, tl.zeros([M, BLOCK_D], dtype=tl.float32), (g, row_lse, delta),
-        q, key, value, rpb, p, rows, scale,
-        MODES, PER_KEY, KV_BLOCK, ALIGN, D, DV, BLOCK_D, BLOCK_DV, HAS_RPB, PRECISION,
+        q, key, value, rpb, key_mask, p, rows, scale, MODES, PER_KEY, KV_BLOCK, ALIGN,
+        D, DV, BLOCK_D, BLOCK_DV, HAS_RPB, HAS_KEY_MASK, PRECISION,
     )  # fmt: skip
     if HAS_ADDITIONAL:
         dq = walk_additional(
-            _dq_step, dq, (g, row_lse, delta), q, additional_keys, additional_values, p,
-            heads // per_kv, num_additional, scale, N, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+            _dq_step, dq, (g, row_lse, delta), q, additional_keys, additional_values,
+            additional_mask, p, heads // per_kv, (a_b, a_0), num_additional, scale, N, D, DV,
+            BLOCK_D, BLOCK_DV, HAS_ADDITIONAL_MASK, PRECISION,
         )  # fmt: skip
     store_rows(grad_query, at * D, rows.real, d, D, dq * scale)
 
@@ -182,16 +189,21 @@ def _places(
     return at, row_number(p.first, x, p.shape, heads, head)
 
 
-@kernel(triton.jit, tensors="query key value rpb documents grad_out lse_delta grad_key grad_value")
+@kernel(
+    triton.jit,
+    tensors="query key value rpb documents grad_out lse_delta grad_key grad_value",
+    masks="key_mask",
+)
 def dkdv_kernel(
-    query, key, value, rpb, documents, grad_out, lse_delta, grad_key, grad_value,
+    query, key, value, rpb, documents, grad_out, lse_delta, grad_key, grad_value, key_mask,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
+    m_b, m_0, m_1, m_2,
     L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, P0, P1, P2, K0, K1, K2, S0, S1, S2, D0, D1, D2,
     T0, T1, T2, kv_heads, per_kv, scale,
     MODES: tl.constexpr, PER_KEY: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
     ALIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, HAS_RPB: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    SINGLE: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_DV: tl.constexpr, HAS_RPB: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, SINGLE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """dK and dV; arguments are ``forward_kernel``'s, tiles ``T`` are of keys.
 
@@ -204,7 +216,8 @@ def dkdv_kernel(
     p = locate(
         documents, (T0, T1, T2), kv_heads, per_kv, (L0, L1, L2), (KEY_L0, KEY_L1, KEY_L2),
         (P0, P1, P2), (K0, K1, K2), (S0, S1, S2), (D0, D1, D2), (q_b, q_0, q_1, q_2, q_h),
-        (k_b, k_0, k_1, k_2, k_h), (v_b, v_0, v_1, v_2, v_h), PER_KEY, PACKED, True,
+        (k_b, k_0, k_1, k_2, k_h), (v_b, v_0, v_1, v_2, v_h), (m_b, m_0, m_1, m_2),
+        PER_KEY, PACKED, True,
     )  # fmt: skip
     t2 = lpt_order(p.tile[2], T2, p.kernel_size[2], KV_BLOCK[2], MODES)
     begin = times((p.tile[0], p.tile[1], t2), KV_BLOCK)
@@ -283,6 +296,11 @@ def dkdv_kernel(
             s = scores(k, q, scale, rpb, at, p.kernel_size, head, HAS_RPB, True, PRECISION)
             dk_acc, dv_acc = _dkdv_step(dk_acc, dv_acc, q, k, v, g, row_lse_delta, s, PRECISION)
 
+    if HAS_KEY_MASK:
+        # What a masked key makes of its numbers, which may be NaN, stays in its own row.
+        at = token_offset(p.mask.start, y, p.mask.strides, 1)
+        allowed = load_mask(key_mask, at, rows.real)[:, None]
+        dk_acc, dv_acc = tl.where(allowed, dk_acc, 0.0), tl.where(allowed, dv_acc, 0.0)
     at = row_number(p.key_first, y, p.key_shape, kv_heads, p.kv_head)
     store_rows(grad_key, at * D, rows.real, d, D, dk_acc * scale)
     store_rows(grad_value, at * DV, rows.real, dv, DV, dv_acc)
@@ -291,13 +309,14 @@ def dkdv_kernel(
 @kernel(
     triton.jit,
     tensors="query additional_keys additional_values grad_out lse_delta grad_keys grad_values",
+    masks="additional_mask",
 )
 def additional_kernel(
     query, additional_keys, additional_values, grad_out, lse_delta, grad_keys, grad_values,
-    q_b, q_0, q_1, q_2, q_h, L0, L1, L2, kv_heads, per_kv, num_additional, per_split, scale,
-    M: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr,
+    additional_mask, q_b, q_0, q_1, q_2, q_h, a_b, a_0, L0, L1, L2, kv_heads, per_kv,
+    num_additional, per_split, scale, M: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_ADDITIONAL_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The additional tokens' gradients from one split of the queries.
 
@@ -328,6 +347,9 @@ def additional_kernel(
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)  # [N, M]
         s = tl.where(real[None, :], s, float("-inf"))
         dk_acc, dv_acc = _dkdv_step(dk_acc, dv_acc, q, k, v, g, row_lse_delta, s, PRECISION)
+    if HAS_ADDITIONAL_MASK:  # as in dkdv_kernel
+        allowed = load_mask(additional_mask + batch * a_b, c * a_0, present)[:, None]
+        dk_acc, dv_acc = tl.where(allowed, dk_acc, 0.0), tl.where(allowed, dv_acc, 0.0)
     col = ((batch * kv_heads + kv_head) * splits + split_id) * num_additional + c
     store_rows(grad_keys, col * D, present, d, D, dk_acc * scale)
     store_rows(grad_values, col * DV, present, dv, DV, dv_acc)
@@ -340,15 +362,16 @@ def _fine(dilation, R: tl.constexpr):
     return dilation * R if R > 1 else dilation
 
 
-@kernel(triton.jit, tensors="query key value rpb grad_out lse_delta sums")
+@kernel(triton.jit, tensors="query key value rpb grad_out lse_delta sums", masks="key_mask")
 def rpb_grad_kernel(
-    query, key, value, rpb, grad_out, lse_delta, sums,
+    query, key, value, rpb, grad_out, lse_delta, sums, key_mask,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
+    m_b, m_0, m_1, m_2,
     L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, P0, P1, P2, K0, K1, K2, S0, S1, S2, D0, D1, D2,
     heads, per_kv, batches, O0, O1, O2, B1, B2, first_head, scale,
     MODES: tl.constexpr, PER_KEY: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
     ALIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_DV: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dS of one block of keys for each tile of queries, summed over a split of the tiles, into
     ``sums [splits, heads, blocks, queries, keys]``, for heads from ``first_head`` on.
@@ -418,12 +441,17 @@ def rpb_grad_kernel(
         present = before(minus((-1, -1, -1), margin), position)  # [N]
         present = present & before(position, plus(own.n_keys, margin))
         y = key_tokens(position, key_group, dilation, own.n_keys, MODES)
+        if HAS_KEY_MASK:
+            m_at = token_offset(batch * m_b, y, (m_0, m_1, m_2), 1)
+            present = load_mask(key_mask, m_at, present)  # [N]
         k_at = token_offset(batch * k_b + kv_head * k_h, y, k_strides, ALIGN)
         k = load_rows(key, k_at, present, d, D)  # [N, D]
         v_at = token_offset(batch * v_b + kv_head * v_h, y, v_strides, ALIGN)
         v = load_rows(value, v_at, present, dv, DV)  # [N, DV]
         s = tl.dot(q, tl.trans(k), bias, input_precision=PRECISION) * (scale * LOG2E)  # [M, N]
         s += mask_bias(a, rows.starts, rows.ends, KV_BLOCK, MODES)
+        if HAS_KEY_MASK:
+            s += hidden(present)
         # Rows that are no query have weights of zero, whatever their bias.
         p = tl.exp2(s - tl.where(rows.real, lse, float("inf"))[:, None])  # [M, N]
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)  # [M, N]

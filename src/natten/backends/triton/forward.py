@@ -36,16 +36,20 @@ def _softmax_step(state, operands, q, k, v, s, PRECISION: tl.constexpr):
 @kernel(
     triton.jit,
     tensors="query key value rpb additional_keys additional_values documents out lse",
+    masks="key_mask additional_mask",
 )
 def forward_kernel(
     query, key, value, rpb, additional_keys, additional_values, documents, out, lse,
+    key_mask, additional_mask,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
+    m_b, m_0, m_1, m_2, a_b, a_0,
     L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, P0, P1, P2, K0, K1, K2, S0, S1, S2, D0, D1, D2,
     T0, T1, T2, heads, per_kv, num_additional, scale,
     MODES: tl.constexpr, PER_KEY: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
     ALIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, HAS_RPB: tl.constexpr, HAS_ADDITIONAL: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_ADDITIONAL_MASK: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Per axis queries ``L``, keys ``KEY_L``, queries before the first one ``P``, window ``K``,
     stride ``S``, dilation ``D``, number of tiles ``T``. ``PACKED``: a batch entry is a document of
@@ -56,7 +60,8 @@ def forward_kernel(
     p = locate(
         documents, (T0, T1, T2), heads, per_kv, (L0, L1, L2), (KEY_L0, KEY_L1, KEY_L2),
         (P0, P1, P2), (K0, K1, K2), (S0, S1, S2), (D0, D1, D2), (q_b, q_0, q_1, q_2, q_h),
-        (k_b, k_0, k_1, k_2, k_h), (v_b, v_0, v_1, v_2, v_h), PER_KEY, PACKED, False,
+        (k_b, k_0, k_1, k_2, k_h), (v_b, v_0, v_1, v_2, v_h), (m_b, m_0, m_1, m_2),
+        PER_KEY, PACKED, False,
     )  # fmt: skip
     begin = plus(p.span.first, times(p.tile, Q_BLOCK))
     if is_empty(p, begin, p.span.n, PACKED):
@@ -73,13 +78,14 @@ def forward_kernel(
         tl.zeros([M], dtype=tl.float32),  # row_sum
     )
     state = walk_keys(
-        _softmax_step, state, (), q, key, value, rpb, p, rows, scale,
-        MODES, PER_KEY, KV_BLOCK, ALIGN, D, DV, BLOCK_D, BLOCK_DV, HAS_RPB, PRECISION,
+        _softmax_step, state, (), q, key, value, rpb, key_mask, p, rows, scale, MODES, PER_KEY,
+        KV_BLOCK, ALIGN, D, DV, BLOCK_D, BLOCK_DV, HAS_RPB, HAS_KEY_MASK, PRECISION,
     )  # fmt: skip
     if HAS_ADDITIONAL:
         state = walk_additional(
-            _softmax_step, state, (), q, additional_keys, additional_values, p, heads // per_kv,
-            num_additional, scale, N, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+            _softmax_step, state, (), q, additional_keys, additional_values, additional_mask, p,
+            heads // per_kv, (a_b, a_0), num_additional, scale, N, D, DV, BLOCK_D, BLOCK_DV,
+            HAS_ADDITIONAL_MASK, PRECISION,
         )  # fmt: skip
     acc, row_max, row_sum = state
 

@@ -15,10 +15,9 @@ from .plan import Part, Plan, plan_for
 
 
 def _as_read(inputs: Inputs) -> list[Any]:
-    """The tensors of :class:`Inputs` as kernels read them."""
-    query, key, value, *others = inputs
-    found = [None if x is None else contiguous(x) for x in others]
-    return [readable(query), readable(key), readable(value), *found]
+    """The tensors of :class:`Inputs` as kernels read them; masks are read as they lie."""
+    others = [None if x is None else contiguous(x) for x in inputs.differentiable[3:]]
+    return [*map(readable, inputs[:3]), *others]
 
 
 def forward(
@@ -40,11 +39,13 @@ def forward(
         return out, lse
     query, key, value, rpb, additional_keys, additional_values, *_ = _as_read(inputs)
     table = None if documents is None else documents.table
-    found = plan_for(query, key, value, rpb, additional_keys, rule, scale, documents, tiles)
+    masks = inputs.key_mask, inputs.additional_mask
+    found = plan_for(query, key, value, rpb, additional_keys, rule, scale, documents, tiles, masks)
     with on_device(query):
         found.forward.run(
             query=query, key=key, value=value, rpb=rpb, additional_keys=additional_keys,
             additional_values=additional_values, documents=table, out=out, lse=lse,
+            key_mask=masks[0], additional_mask=masks[1],
         )  # fmt: skip
     return out, lse
 
@@ -72,25 +73,27 @@ def backward(
     query, key, value, rpb, additional_keys, additional_values, *_ = _as_read(inputs)
     grad_out, out, lse = contiguous(grad_out), out.contiguous(), lse.contiguous()
     table = None if documents is None else documents.table
-    found = plan_for(query, key, value, rpb, additional_keys, rule, scale, documents, tiles)
+    masks = inputs.key_mask, inputs.additional_mask
+    found = plan_for(query, key, value, rpb, additional_keys, rule, scale, documents, tiles, masks)
     with on_device(query):
         dq = found.dq if grad_lse is None else found.dq_with_grad_lse
         dq.run(
             query=query, key=key, value=value, rpb=rpb, additional_keys=additional_keys,
             additional_values=additional_values, documents=table, out=out, lse=lse,
             grad_out=grad_out, grad_lse=None if grad_lse is None else contiguous(grad_lse),
-            lse_delta=lse_delta, grad_query=grad_query,
+            lse_delta=lse_delta, grad_query=grad_query, key_mask=masks[0],
+            additional_mask=masks[1],
         )  # fmt: skip
         found.dkdv.run(
             query=query, key=key, value=value, rpb=rpb, documents=table, grad_out=grad_out,
-            lse_delta=lse_delta, grad_key=grad_key, grad_value=grad_value,
+            lse_delta=lse_delta, grad_key=grad_key, grad_value=grad_value, key_mask=masks[0],
         )  # fmt: skip
         if additional_keys is not None and additional_values is not None:
             grad_additional = additional_gradients(
-                found, query, additional_keys, additional_values, grad_out, lse_delta
+                found, query, additional_keys, additional_values, grad_out, lse_delta, masks[1]
             )
         if rpb is not None:
-            grad_rpb = _rpb_gradient(found, query, key, value, rpb, grad_out, lse_delta)
+            grad_rpb = _rpb_gradient(found, query, key, value, rpb, grad_out, lse_delta, masks[0])
     return Gradients(grad_query, grad_key, grad_value, grad_rpb, *grad_additional)
 
 
@@ -101,6 +104,7 @@ def additional_gradients(
     value: Tensor,
     grad_out: Tensor,
     lse_delta: Tensor,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of additional keys and values, which every query attends: sums over each split of
     the queries, then over the splits."""
@@ -113,7 +117,7 @@ def additional_gradients(
     if found.num_additional:
         launch.run(
             query=query, additional_keys=key, additional_values=value, grad_out=grad_out,
-            lse_delta=lse_delta, grad_keys=grads[0], grad_values=grads[1],
+            lse_delta=lse_delta, grad_keys=grads[0], grad_values=grads[1], additional_mask=mask,
         )  # fmt: skip
     keys, values = (x.sum(2).transpose(1, 2).to(query.dtype).contiguous() for x in grads)
     return keys, values
@@ -121,14 +125,14 @@ def additional_gradients(
 
 def _rpb_gradient(
     found: Plan | Part, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor, grad_out: Tensor,
-    lse_delta: Tensor,
+    lse_delta: Tensor, key_mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
     shape, launches = found.rpb
     sums, grad = query.new_empty(shape, dtype=torch.float32), torch.empty_like(rpb)
     for launch, add_up in launches:
         launch.run(
             query=query, key=key, value=value, rpb=rpb, grad_out=grad_out, lse_delta=lse_delta,
-            sums=sums,
+            sums=sums, key_mask=key_mask,
         )  # fmt: skip
         add_up.run(sums=sums, grad_rpb=grad)
     return grad

@@ -27,15 +27,20 @@ _log = logging.getLogger("natten")
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-def kernel(jit: Callable[..., Any], tensors: str) -> Callable[[Callable[..., Any]], Any]:
+def kernel(
+    jit: Callable[..., Any], tensors: str, masks: str = ""
+) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: a kernel that is compiled once for all sizes and strides, whatever divides them.
 
     Args:
         jit: ``triton.jit`` or ``gluon.jit``.
         tensors: the names of the parameters that are tensors; they come first. Of the others, those
             that are not annotated as ``constexpr`` are numbers.
+        masks: of further tensors, which come next and are read byte by byte, so that the kernel is
+            the same wherever they begin.
     """
-    names = tuple(tensors.split())
+    by_byte = masks.split()
+    names = (*tensors.split(), *by_byte)
 
     def decorate(function: Callable[..., Any]) -> Any:
         parameters = inspect.signature(function).parameters
@@ -46,8 +51,8 @@ def kernel(jit: Callable[..., Any], tensors: str) -> Callable[[Callable[..., Any
             for name, parameter in parameters.items()
             if name not in names and "constexpr" not in str(parameter.annotation)
         ]
-        made = jit(do_not_specialize=numbers)(function)
-        made.tensors = names
+        made = jit(do_not_specialize=[*by_byte, *numbers])(function)
+        made.tensors, made.num_aligned = names, len(names) - len(by_byte)
         return made
 
     return decorate
@@ -132,7 +137,8 @@ class Launch:
         """
         addresses = [None if x is None else x.data_ptr() for x in self._in_order(tensors)]
         # Triton compiles for addresses that 16 divides, which only views can lack.
-        unaligned = self._may_be_unaligned and math.gcd(16, *filter(None, addresses)) < 16
+        aligned = filter(None, addresses[: self.kernel.num_aligned])
+        unaligned = self._may_be_unaligned and math.gcd(16, *aligned) < 16
         if self.compiled is None and self._kernels:
             if not self._made:
                 self._made.append(launchers(self._kernels[0], self.tensors))

@@ -38,6 +38,9 @@ _MOST_SUMS = 2**26
 # Of packed documents: how many, and the longest of each axis, queries and keys.
 _Sizes = tuple[int, tuple[int, ...], tuple[int, ...]]
 
+# Of masks of keys and of additional ones, where there are such.
+_MaskStrides = tuple[tuple[int, ...] | None, tuple[int, ...] | None]
+
 
 def sizes(rule: Rule, space: Sequence[int], key_space: Sequence[int]) -> dict[str, int]:
     """Arguments for queries, keys, queries before the first one, window, stride and dilation per
@@ -86,6 +89,7 @@ class Plan:
         packed: _Sizes | None,
         tiles: tuple[int, ...],
         tf32: bool,
+        masks: _MaskStrides = (None, None),
     ) -> None:
         query, key, value = shapes
         self.rule, self.scale, self.device = rule, scale, device
@@ -98,6 +102,11 @@ class Plan:
         self.modes = modes(rule, self.key_space if packed is None else [2] * len(self.space))
         self.query_strides, *others = map(strides_of, "qkv", strides)
         self.strides = self.query_strides | others[0] | others[1]
+        key_mask, additional_mask = masks
+        self.has_key_mask = key_mask is not None
+        self.has_additional_mask = additional_mask is not None and bool(num_additional)
+        self.key_mask_strides = _of_key_mask(key_mask or (0,))
+        self.additional_mask_strides = dict(zip(("a_b", "a_0"), additional_mask or (0, 0)))
         self.sizes = sizes(rule, self.space, self.key_space)
         self.numbers = {"per_kv": self.per_kv, "scale": scale}
         # Tile shapes asked for, of queries and keys: of the forward pass, then of the backward.
@@ -151,9 +160,10 @@ class Plan:
             counts = tile_counts(self.rule, self.space, tiles.q_block)
             programs = math.prod(counts) * math.prod(self.rule.dilation) * self.batch * self.heads
         arguments = {
-            **self.strides, **self.sizes, **per_axis("T", counts), **self.numbers, **arguments,
-            **self.constants, "MODES": self.modes, "Q_BLOCK": tiles.q_block,
-            "KV_BLOCK": tiles.kv_block, "HAS_RPB": self.bias, "PACKED": self.packed,
+            **self.strides, **self.key_mask_strides, **self.sizes, **per_axis("T", counts),
+            **self.numbers, **arguments, **self.constants, "MODES": self.modes,
+            "Q_BLOCK": tiles.q_block, "KV_BLOCK": tiles.kv_block, "HAS_RPB": self.bias,
+            "HAS_KEY_MASK": self.has_key_mask, "PACKED": self.packed,
         }  # fmt: skip
         return Launch(
             kernel, (programs,), arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages
@@ -176,7 +186,8 @@ class Plan:
     def _of_queries(self, kernel: Any, kind: str, **arguments: Any) -> Launch | Trials:
         return self._tiled(
             kernel, kind, heads=self.heads, num_additional=self.num_additional or 0,
-            HAS_ADDITIONAL=bool(self.num_additional), **arguments,
+            HAS_ADDITIONAL=bool(self.num_additional), **self.additional_mask_strides,
+            HAS_ADDITIONAL_MASK=self.has_additional_mask, **arguments,
         )  # fmt: skip
 
     @cached_property
@@ -195,8 +206,9 @@ class Plan:
         splits, per_split = _splits(math.prod(self.space), 512, 64)
         constants = {name: x for name, x in self.constants.items() if name != "PER_KEY"}
         arguments = {
-            **self.query_strides, **per_axis("L", self.space), "kv_heads": self.kv_heads,
-            **self.numbers, "num_additional": self.num_additional, "per_split": per_split,
+            **self.query_strides, **self.additional_mask_strides, **per_axis("L", self.space),
+            "kv_heads": self.kv_heads, **self.numbers, "num_additional": self.num_additional,
+            "per_split": per_split, "HAS_ADDITIONAL_MASK": self.has_additional_mask,
             **constants, "M": 32, "N": 16,
         }  # fmt: skip
         grid = (self.batch * self.kv_heads, -(-self.num_additional // 16), splits)
@@ -227,8 +239,9 @@ class Plan:
             "Q_BLOCK": tiles.q_block, "KV_BLOCK": tiles.kv_block,
         }  # fmt: skip
         arguments = {
-            **self.strides, **self.sizes, "heads": self.heads, **self.numbers,
-            "batches": self.batch, **of_blocks, **self.constants, "MODES": self.modes,
+            **self.strides, **self.key_mask_strides, **self.sizes, "heads": self.heads,
+            **self.numbers, "batches": self.batch, **of_blocks, **self.constants,
+            "MODES": self.modes, "HAS_KEY_MASK": self.has_key_mask,
         }  # fmt: skip
         sums = {
             **per_axis("K", kernel_size), **of_blocks, "blocks": num_blocks, "splits": splits,
@@ -244,6 +257,12 @@ class Plan:
             add_up = Launch(rpb_grad_sum_kernel, (-(-offsets // 32), count), sums | these)
             launches.append((each, add_up))
         return (splits, heads, num_blocks, *pairs), launches
+
+
+def _of_key_mask(strides: Sequence[int]) -> dict[str, int]:
+    """Arguments ``m_b`` and ``m_0`` to ``m_2``: strides of a mask ``[batch or 1, *key_space]``."""
+    batch, *space = strides
+    return dict(zip(("m_b", "m_0", "m_1", "m_2"), (batch, *padded(space, 0))))
 
 
 _NUMBERS_OF_PART = (
@@ -262,7 +281,7 @@ class Part:
 
     def __init__(
         self, plan: Plan, offset: Shape, key_space: Shape, key_strides: Sequence[int],
-        value_strides: Sequence[int],
+        value_strides: Sequence[int], mask_strides: Sequence[int] | None,
     ) -> None:  # fmt: skip
         self._plan, self._key_space, missing = plan, key_space, 3 - len(offset)
         none, one = (0,) * missing, (1,) * missing
@@ -273,6 +292,8 @@ class Part:
             *one, *key_space, *none, *offset,
         )  # fmt: skip
         self._numbers = dict(zip(_NUMBERS_OF_PART, numbers))
+        if mask_strides is not None:
+            self._numbers |= _of_key_mask(mask_strides)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._plan, name)
@@ -343,8 +364,10 @@ def plan_for(
     scale: float,
     documents: Documents | None = None,
     tiles: tuple[int, ...] = (),
+    masks: Sequence[Tensor | None] = (None, None),
 ) -> Plan | Part:
-    """The plan of a call; tensors have channels one after another."""
+    """The plan of a call; tensors have channels one after another. ``masks``: of keys and of
+    additional ones."""
     shapes = query.shape, key.shape, value.shape
     strides = query.stride(), key.stride(), value.stride()
     others = (
@@ -355,17 +378,32 @@ def plan_for(
         query.dtype == torch.float32 and allows_tf32(),
     )
     _, k_strides, v_strides = strides
-    if not has_shared_kernels(rule, k_strides, v_strides):
-        return _cached_plan(rule, scale, query.device, query.dtype, shapes, strides, *others)
+    key_mask, additional_mask = map(_mask_strides, masks)
+    if not has_shared_kernels(rule, k_strides, v_strides, key_mask or (0,)):
+        return _cached_plan(
+            rule, scale, query.device, query.dtype, shapes, strides, *others,
+            (key_mask, additional_mask),
+        )  # fmt: skip
     assert isinstance(rule, Neighborhood)
     made = common(
         *windows_of(rule), scale, query.device, query.dtype, query.shape, strides[0],
         key.shape[-2:], value.shape[-1], math.gcd(16, *k_strides[:-1], *v_strides[:-1]),
-        *others,
+        *others, key_mask is not None, additional_mask,
     )  # fmt: skip
     if "plan" not in made:
-        made["plan"] = Plan(rule, scale, query.device, query.dtype, shapes, strides, *others)
-    return Part(made["plan"], rule.offset, key.shape[1:-2], k_strides, v_strides)
+        made["plan"] = Plan(
+            rule, scale, query.device, query.dtype, shapes, strides, *others,
+            (key_mask, additional_mask),
+        )  # fmt: skip
+    return Part(made["plan"], rule.offset, key.shape[1:-2], k_strides, v_strides, key_mask)
+
+
+def _mask_strides(mask: Tensor | None) -> tuple[int, ...] | None:
+    """Strides of a mask, that of the batch 0 where all entries have the same."""
+    if mask is None:
+        return None
+    batch, *others = mask.stride()
+    return (batch if mask.shape[0] > 1 else 0, *others)
 
 
 def allows_tf32() -> bool:

@@ -116,8 +116,13 @@ def row_number(first, x, shape, heads, head):
 @triton.jit
 def load_rows(base, offset, present, columns, COLUMNS: tl.constexpr):
     """Rows of ``COLUMNS`` channels, zeros where not ``present``; ``columns`` is padded."""
-    mask = present[:, None] & (columns[None, :] < COLUMNS)
-    return tl.load(base + offset[:, None] + columns[None, :], mask=mask, other=0.0)
+    return load_some(base + offset[:, None] + columns[None, :], present, columns, COLUMNS)
+
+
+@triton.jit
+def load_some(at, present, columns, COLUMNS: tl.constexpr):
+    """Like :func:`load_rows` at the addresses ``at``."""
+    return tl.load(at, mask=present[:, None] & (columns[None, :] < COLUMNS), other=0.0)
 
 
 @triton.jit
@@ -135,6 +140,24 @@ def store_rows(base, offset, present, columns, COLUMNS: tl.constexpr, x):
     """The inverse of :func:`load_rows`."""
     mask = present[:, None] & (columns[None, :] < COLUMNS)
     tl.store(base + offset[:, None] + columns[None, :], x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_mask(mask, offset, present):
+    """Which of the keys at these offsets in a mask may be attended, if they are ``present``."""
+    return tl.load(mask + offset, mask=present, other=0)
+
+
+@triton.jit
+def hidden(allowed):
+    """``[1, N]``, to be added to scores: -inf for keys that are not ``allowed``.
+
+    A sum, unlike a choice, becomes one instruction with the product that scales the scores. The
+    gather has each thread load the byte of one key and get those of its scores through shared
+    memory; else it would load all of these, and keep an address for each.
+    """
+    bias = tl.where(allowed, 0.0, float("-inf"))
+    return tl.gather(bias, tl.arange(0, bias.shape[0]), 0)[None, :]
 
 
 @triton.jit

@@ -16,8 +16,11 @@ from .primitives import (
     before,
     bias_index,
     coordinates,
+    hidden,
     key_tokens,
+    load_mask,
     load_rows,
+    load_some,
     load_tile,
     minimum,
     minus,
@@ -60,6 +63,7 @@ class Program(NamedTuple):
     query: View  # of the head; of head 0 where tiles are of keys
     key: View
     value: View
+    mask: View  # of keys; compiles away where there is none
 
 
 class Rows(NamedTuple):
@@ -127,8 +131,8 @@ def _view(strides, batch, first, shape, head, PACKED: tl.constexpr):
 @triton.jit
 def locate(
     documents, tiles, heads, per_kv, shape, key_lengths, offset, kernel_size, stride, dilation,
-    query_strides, key_strides, value_strides, PER_KEY: tl.constexpr, PACKED: tl.constexpr,
-    OF_KEYS: tl.constexpr,
+    query_strides, key_strides, value_strides, mask_strides, PER_KEY: tl.constexpr,
+    PACKED: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
     """This :class:`Program`. ``heads`` are of the query, or of the key where tiles are ``OF_KEYS``.
     ``PACKED``: a batch entry is a document of its own sizes. ``offset``: how many queries come
@@ -151,13 +155,14 @@ def locate(
     query = _view(query_strides, batch, first, shape, q_head, PACKED)
     key = _view(key_strides, batch, key_first, key_shape, kv_head, PACKED)
     value = _view(value_strides, batch, key_first, key_shape, kv_head, PACKED)
+    mask = View(batch * mask_strides[0], (mask_strides[1], mask_strides[2], mask_strides[3]))
     if PER_KEY[2] > 0:
         first -= row_number(0, offset, shape, 1, 0)
         query = View(query.start - token_offset(0, offset, query.strides, 1), query.strides)
     own = span(shape, key_shape, offset, dilation, group, PER_KEY)
     return Program(
         tile, group, batch, head, kv_head, shape, key_shape, kernel_size, stride, dilation,
-        own, first, key_first, query, key, value,
+        own, first, key_first, query, key, value, mask,
     )  # fmt: skip
 
 
@@ -353,15 +358,16 @@ def mask_bias(a, starts, ends, SHAPE: tl.constexpr, MODES: tl.constexpr):
 
 @triton.jit
 def walk_keys(
-    STEP: tl.constexpr, state, operands, q, key, value, rpb, p, rows, scale,
+    STEP: tl.constexpr, state, operands, q, key, value, rpb, key_mask, p, rows, scale,
     MODES: tl.constexpr, PER_KEY: tl.constexpr, KV_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_RPB: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_RPB: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state after all blocks of keys that the queries ``q [M, D]`` reach.
 
     ``STEP(state, operands, q, k, v, s, PRECISION)`` is the state after one more block, of keys
-    ``k [N, D]`` and values ``v [N, DV]``, with scores ``s [M, N]``.
+    ``k [N, D]`` and values ``v [N, DV]``, with scores ``s [M, N]``. Keys that ``key_mask`` takes
+    away are zeros, as are their values: in memory both may hold NaN.
     """
     N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
     RING: tl.constexpr = (MODES[0] >= CIRCULAR) | (MODES[1] >= CIRCULAR) | (MODES[2] >= CIRCULAR)
@@ -369,6 +375,7 @@ def walk_keys(
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     k_within = within_block(c, p.dilation, p.key.strides, ALIGN)  # [N]
     v_within = within_block(c, p.dilation, p.value.strides, ALIGN)  # [N]
+    m_within = within_block(c, p.dilation, p.mask.strides, 1)  # [N]; compiles away without one
     position = key_positions(rows.position, p.span.n_keys, MODES, PER_KEY)  # [M] per axis
     row_index = bias_index(position, p.kernel_size)  # [M]; compiles away without a bias
     blocks = count_blocks(rows, KV_BLOCK)
@@ -377,6 +384,9 @@ def walk_keys(
     for block in range(0, blocks.num_partial):
         a = plus(rows.low, times(partial_block(block, blocks), KV_BLOCK))
         present = before(plus(a, c), rows.high)  # [N]
+        if HAS_KEY_MASK:
+            m_start, m_at = keys_of_block(p, p.mask, a, c, m_within, MODES, 1)
+            present = load_mask(key_mask + m_start, m_at, present)  # [N]
         k_start, k_at = keys_of_block(p, p.key, a, c, k_within, MODES, ALIGN)
         v_start, v_at = keys_of_block(p, p.value, a, c, v_within, MODES, ALIGN)
         k = load_rows(key + k_start, k_at, present, d, D)  # [N, D]
@@ -384,6 +394,8 @@ def walk_keys(
         at = bias_index(plus(a, c), p.kernel_size)[None, :] - row_index[:, None]  # [M, N]
         s = scores(q, k, scale, rpb, at, p.kernel_size, p.head, HAS_RPB, False, PRECISION)
         s += mask_bias(a, rows.starts, rows.ends, KV_BLOCK, MODES)  # [M, N]
+        if HAS_KEY_MASK:
+            s += hidden(present)
         state = STEP(state, operands, q, k, v, s, PRECISION)
 
     low, full_block = plus(rows.low, times(blocks.first_full, KV_BLOCK)), (0, 0, 0)
@@ -400,30 +412,39 @@ def walk_keys(
             v_start, v_at = keys_of_block(p, p.value, a, c, v_within, MODES, ALIGN)
             k_rows = key + (k_start + k_at)[:, None] + d[None, :]
             v_rows = value + (v_start + v_at)[:, None] + dv[None, :]
-        k, v = load_tile(k_rows, d, D), load_tile(v_rows, dv, DV)  # [N, D], [N, DV]
+        if HAS_KEY_MASK:
+            m_start, m_at = keys_of_block(p, p.mask, a, c, m_within, MODES, 1)
+            allowed = tl.load(key_mask + m_start + m_at)  # [N]
+            k, v = load_some(k_rows, allowed, d, D), load_some(v_rows, allowed, dv, DV)
+        else:
+            k, v = load_tile(k_rows, d, D), load_tile(v_rows, dv, DV)  # [N, D], [N, DV]
         full_block, ended = next_full_block(full_block, blocks.full)
         if not RING:
             k_rows += full_block_step(k_steps, ended, ALIGN)
             v_rows += full_block_step(v_steps, ended, ALIGN)
         at = bias_index(plus(a, c), p.kernel_size)[None, :] - row_index[:, None]  # [M, N]
         s = scores(q, k, scale, rpb, at, p.kernel_size, p.head, HAS_RPB, True, PRECISION)
+        if HAS_KEY_MASK:
+            s += hidden(allowed)
         state = STEP(state, operands, q, k, v, s, PRECISION)
     return state
 
 
 @triton.jit
 def walk_additional(
-    STEP: tl.constexpr, state, operands, q, keys, values, p, kv_heads, num_additional, scale,
-    N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, state, operands, q, keys, values, mask, p, kv_heads, mask_strides,
+    num_additional, scale, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As :func:`walk_keys`, over the additional tokens, which every query attends: ``keys`` and
-    ``values [batch, tokens, heads, channels]``."""
+    ``values [batch, tokens, heads, channels]``; ``mask_strides``: of batch and tokens."""
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     for begin in range(0, num_additional, N):
         c = begin + tl.arange(0, N)
         present = c < num_additional  # [N]
         at = (p.batch * num_additional + c) * kv_heads + p.kv_head  # [N]
+        if HAS_MASK:
+            present = load_mask(mask + p.batch * mask_strides[0], c * mask_strides[1], present)
         k = load_rows(keys, at * D, present, d, D)  # [N, D]
         v = load_rows(values, at * DV, present, dv, DV)  # [N, DV]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # [M, N]
