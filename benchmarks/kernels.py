@@ -54,6 +54,7 @@ MORE = [
     Variant("NAT circular", (56, 56), 7, 32, boundary="circular"),
     Variant("NAT part bias", (56, 56), 7, 32, bias=True, part=(28, 56)),
     Variant("AnyUp", (28, 28), 9, 32, queries_per_key=8, value_dim=384),
+    Variant("few keys", (14, 14), 9, 64, queries_per_key=8),
     Variant("FLUX part", (256, 256), 80, 128, part=(128, 256)),
     Variant("stream", (4096,), 1024, 128, causal=True, boundary="truncate", part=(256,)),
 ]
@@ -88,14 +89,13 @@ KNOWN: dict[tuple[str, str], dict[str, int]] = {
     # The portable kernels where the Hopper kernels do not run: a few of 500 to 700 instructions
     # that mask a block. dP before the weights takes more of them, and less time; products that
     # start from -LSE and -delta need none, and take 6 to 17 % longer (h200.md).
-    # AnyUp's values of 384 channels do not fit beside dK, no more than where its keys are repeated.
     ("90", "forward"): {"FLUX": 1, "FLUX bias": 1, "Hunyuan": 1, "AnyUp": 1},
     ("90", "dkdv"): {
         "FLUX": 11,
         "1-D causal": 2,
         "FLUX strided": 15,
         "FLUX bias": 20,
-        "AnyUp": 183,
+        "AnyUp": 1,
         "FLUX part": 3,
         "stream": 3,
     },

@@ -3,7 +3,8 @@
 The first pass walks the keys of a tile of queries, as the forward does, and gives dQ. The second
 walks the queries that attend a tile of keys, and gives dK and dV; its scores are transposed, so
 that weights stay in registers as the left operand of both products. Gradients to which every query
-adds (of the bias, of additional tokens) are summed in splits by further kernels.
+adds (of the bias, of additional tokens) are summed in splits by further kernels. Where tiles of
+keys are few, several programs share the queries of each, and their sums are added up.
 
 With weights ``P``, ``dP = dO V^T`` and ``dS = P * (dP - delta)``, the gradients are
 ``dQ = scale * dS K``, ``dK = scale * dS^T Q`` and ``dV = P^T dO``.
@@ -45,6 +46,7 @@ from .walk import (
     locate,
     mask_bias,
     next_full_block,
+    nth_full_block,
     partial_block,
     rows_of_tile,
     walk_additional,
@@ -189,6 +191,15 @@ def _places(
     return at, row_number(p.first, x, p.shape, heads, head)
 
 
+@triton.jit
+def _share(n, AXIS: tl.constexpr):
+    """The first and one-past-last of ``n`` items that a program has, which are shared by those
+    along an axis of the grid."""
+    each = tl.cdiv(n, tl.num_programs(AXIS))
+    first = tl.program_id(AXIS) * each
+    return first, tl.minimum(first + each, n)
+
+
 @kernel(
     triton.jit,
     tensors="query key value rpb documents grad_out lse_delta grad_key grad_value",
@@ -204,11 +215,14 @@ def dkdv_kernel(
     ALIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, HAS_RPB: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, SINGLE: tl.constexpr, EVEN: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dK and dV; arguments are ``forward_kernel``'s, tiles ``T`` are of keys.
 
     ``SINGLE``: a key head has one query head, and the loop over them is compiled away. ``EVEN``:
-    queries lie as far apart in every block.
+    queries lie as far apart in every block. ``SPLIT``: programs along the second axis of the grid
+    share the blocks of a tile, and those along the third the query heads of its key head;
+    ``grad_key`` and ``grad_value`` are ``[*rows, splits, channels]``.
     """
     M: tl.constexpr = Q_BLOCK[0] * Q_BLOCK[1] * Q_BLOCK[2]
     N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
@@ -243,10 +257,22 @@ def dkdv_kernel(
     dk_acc = tl.zeros([N, BLOCK_D], dtype=tl.float32)  # [N, D]
     dv_acc = tl.zeros([N, BLOCK_DV], dtype=tl.float32)  # [N, DV]
 
-    for shared in range(0, 1 if SINGLE else per_kv):
+    first_head, end_head = 0, 1 if SINGLE else per_kv
+    first_partial, end_partial, first_full, end_full = 0, blocks.num_partial, 0, blocks.num_full
+    first_full_block = 0, 0, 0
+    if SPLIT:
+        if not SINGLE:
+            first_head, end_head = _share(per_kv, 2)
+        first, end = _share(blocks.num_partial + blocks.num_full, 1)
+        first_partial, end_partial = first, tl.minimum(end, blocks.num_partial)
+        first_full = tl.maximum(first - blocks.num_partial, 0)
+        end_full = end - blocks.num_partial
+        first_full_block = nth_full_block(first_full, blocks.full)
+
+    for shared in range(first_head, end_head):
         head = p.kv_head * per_kv + shared
         q_start = p.query.start + head * q_h
-        for block in range(0, blocks.num_partial):
+        for block in range(first_partial, end_partial):
             a = plus(rows.low, times(partial_block(block, blocks), Q_BLOCK))
             real = before(plus(a, r), rows.high)  # [M]
             real = are_queries(plus(a, r), p.span, real, MODES, PER_KEY)
@@ -269,14 +295,15 @@ def dkdv_kernel(
             dk_acc, dv_acc = _dkdv_step(dk_acc, dv_acc, q, k, v, g, row_lse_delta, s, PRECISION)
 
     low = plus(rows.low, times(blocks.first_full, Q_BLOCK))
-    for shared in range(0, 1 if SINGLE else per_kv):
-        head, full_block = p.kv_head * per_kv + shared, (0, 0, 0)
+    for shared in range(first_head, end_head):
+        head, full_block = p.kv_head * per_kv + shared, first_full_block
         q_start = p.query.start + head * q_h
-        q_at, row = _places(p, q_start, low, heads, head, MODES, PER_KEY, ALIGN)
+        a = plus(low, times(full_block, Q_BLOCK))
+        q_at, row = _places(p, q_start, a, heads, head, MODES, PER_KEY, ALIGN)
         q_rows = query + (q_at + q_within)[:, None] + d[None, :]  # [M, D]
         g_rows = grad_out + (row + row_within)[:, None] * DV + dv[None, :]  # [M, DV]
         lse_delta_rows = lse_delta + (row + row_within)[:, None] * 4 + tl.arange(0, 4)[None, :]
-        for _ in range(0, blocks.num_full):
+        for _ in range(first_full, end_full):
             a = plus(low, times(full_block, Q_BLOCK))
             if not EVEN:
                 q_each, each = _places(p, q_start, plus(a, r), heads, head, MODES, PER_KEY, ALIGN)
@@ -302,6 +329,9 @@ def dkdv_kernel(
         allowed = load_mask(key_mask, at, rows.real)[:, None]
         dk_acc, dv_acc = tl.where(allowed, dk_acc, 0.0), tl.where(allowed, dv_acc, 0.0)
     at = row_number(p.key_first, y, p.key_shape, kv_heads, p.kv_head)
+    if SPLIT:
+        at = at * (tl.num_programs(1) * tl.num_programs(2))
+        at += tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     store_rows(grad_key, at * D, rows.real, d, D, dk_acc * scale)
     store_rows(grad_value, at * DV, rows.real, dv, DV, dv_acc)
 

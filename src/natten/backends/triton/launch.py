@@ -158,6 +158,43 @@ class Launch:
             self._kernels.append(compiled)
 
 
+class Split:
+    """A launch in which several programs share what a tile adds up; their sums are added up after.
+
+    The order of both is fixed, so that every run gives the same bits.
+
+    Args:
+        launch: along the second and third axis of its grid are the programs that share a tile. They
+            store their sums as ``[*rows, splits, channels]``.
+        sums: the tensors ``[*rows, channels]`` that are the sums of these, by name.
+        shares: the second and third axis of a grid, given the first.
+    """
+
+    def __init__(
+        self, launch: Launch, sums: Sequence[str], shares: Callable[[int], tuple[int, int]]
+    ) -> None:
+        self.launch, self.sums, self.shares = launch, sums, shares
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        return self.launch.arguments
+
+    def moved(self, grid: Iterable[int], numbers: Mapping[str, Any]) -> Split:
+        """As :meth:`Launch.moved`."""
+        return Split(self.launch.moved(grid, numbers), self.sums, self.shares)
+
+    def run(self, **tensors: Any) -> None:
+        """As :meth:`Launch.run`."""
+        splits = math.prod(self.launch.grid[1:])
+        parts = {}
+        for name in self.sums:
+            *rows, channels = tensors[name].shape
+            parts[name] = tensors[name].new_empty(*rows, splits, channels, dtype=torch.float32)
+        self.launch.run(**{**tensors, **parts})
+        for name, part in parts.items():
+            tensors[name].copy_(part.sum(-2))
+
+
 class Trials:
     """Launches that do the same with different tiles; the first call keeps the fastest."""
 

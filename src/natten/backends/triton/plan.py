@@ -8,8 +8,8 @@ through its compiled object.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from .backward import (
     rpb_grad_sum_kernel,
 )
 from .forward import forward_kernel
-from .launch import Launch, Trials, per_axis, strides_of
+from .launch import Launch, Split, Trials, per_axis, strides_of
 from .windows import modes, per_key
 
 # Of the bias's gradient, between its two kernels: 256 MiB, or one head's.
@@ -71,6 +71,31 @@ def _splits(work: int, least: int, most: int) -> tuple[int, int]:
     """How many programs share ``work`` items, at least ``least`` each, and how many each takes."""
     splits = max(1, min(most, work // least))
     return splits, -(-work // splits)
+
+
+# Of dK and dV: programs per multiprocessor where several share a tile, two waves of the two that
+# registers have room for; what a program visits at least, so that its own tile and sums cost little
+# beside it; and what a tile has to visit, so that it pays to launch a few kernels more.
+_SHARING_PROGRAMS, _LEAST_BLOCKS, _WORTH_SHARING = 4, 8, 32
+
+
+def shares(blocks: float, heads: int, most: int, least_tiles: int, tiles: int) -> tuple[int, int]:
+    """Among how many programs a tile of keys shares its blocks of queries, and its query heads.
+
+    With few tiles, most of a GPU would wait for them. As there are at most ``most`` programs, the
+    sums that they store take no more than some 70 MB.
+
+    Args:
+        blocks: how many a tile visits of each head.
+        heads: query heads of a key head; to share them first costs nothing.
+        most: programs.
+        least_tiles: how many ``tiles`` are counted at least.
+    """
+    splits = min(most // max(tiles, least_tiles), int(blocks * heads) // _LEAST_BLOCKS)
+    if splits < 2 or blocks * heads < _WORTH_SHARING:
+        return 1, 1
+    of_heads, _ = _splits(heads, -(-heads // splits), heads)
+    return splits // of_heads, of_heads
 
 
 class Plan:
@@ -129,11 +154,11 @@ class Plan:
         sizes = self.space, self.key_space, self.dim, self.value_dim, self.itemsize
         return (kind, self.rule, *sizes, bias)
 
-    def _tiled(self, kernel: Any, kind: str, **arguments: Any) -> Launch | Trials:
+    def _tiled(self, kernel: Any, kind: str, **arguments: Any) -> Launch | Split | Trials:
         """A kernel with a program per tile; ``arguments`` are those that not all such have."""
         problem = self._problem(kind, self.bias)
 
-        def launch(tiles: tiling.Tiles) -> Launch:
+        def launch(tiles: tiling.Tiles) -> Launch | Split:
             return self._launch(kernel, kind, tiles, arguments)
 
         name, count = tiling.key(*problem), tuning.wanted(backward=kind != "forward")
@@ -153,9 +178,12 @@ class Plan:
 
     def _launch(
         self, kernel: Any, kind: str, tiles: tiling.Tiles, arguments: dict[str, Any]
-    ) -> Launch:
+    ) -> Launch | Split:
+        found = None
         if kind == "dkdv":
             programs, counts = self.programs_of_keys(tiles.kv_block, self.key_space)
+            found = self._shares(tiles)
+            arguments = {**arguments, "SPLIT": found is not None}
         else:
             counts = tile_counts(self.rule, self.space, tiles.q_block)
             programs = math.prod(counts) * math.prod(self.rule.dilation) * self.batch * self.heads
@@ -165,25 +193,44 @@ class Plan:
             "Q_BLOCK": tiles.q_block, "KV_BLOCK": tiles.kv_block, "HAS_RPB": self.bias,
             "HAS_KEY_MASK": self.has_key_mask, "PACKED": self.packed,
         }  # fmt: skip
-        return Launch(
-            kernel, (programs,), arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages
+        grid = (programs,) if found is None else (programs, *found(programs))
+        made = Launch(
+            kernel, grid, arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages
         )
+        return made if found is None else Split(made, ("grad_key", "grad_value"), found)
+
+    def _shares(self, tiles: tiling.Tiles) -> Callable[[int], tuple[int, int]] | None:
+        """:func:`shares` of a number of tiles of keys; None where none is shared.
+
+        Of a part, this is up to the problem that has its tiles, so that no part is another kernel.
+        """
+        rule, _, key_space = problem = tiling.typical(self.rule, self.space, self.key_space)
+        count = math.prod(tile_counts(rule, key_space, tiles.kv_block, of_keys=True))
+        programs = count * math.prod(self.rule.dilation) * self.batch * self.kv_heads
+        most = _SHARING_PROGRAMS * tiling.gpu().multiprocessors
+        if 2 * programs > most:
+            return None
+        pairs = math.prod(tiles.q_block) * math.prod(tiles.kv_block)
+        blocks = tiling.computed_pairs("dkdv", *problem, tiles) / pairs
+        blocks /= count * math.prod(rule.dilation)
+        found = partial(shares, blocks, self.per_kv, most, programs)
+        return None if found(programs) == (1, 1) else found
 
     @cached_property
-    def forward(self) -> Launch | Trials:
+    def forward(self) -> Launch | Split | Trials:
         return self._of_queries(forward_kernel, "forward")
 
     @cached_property
-    def dq(self) -> Launch | Trials:
+    def dq(self) -> Launch | Split | Trials:
         """dQ and ``lse_delta``."""
         return self._of_queries(dq_kernel, "dq", HAS_GRAD_LSE=False)
 
     @cached_property
-    def dq_with_grad_lse(self) -> Launch | Trials:
+    def dq_with_grad_lse(self) -> Launch | Split | Trials:
         """As :attr:`dq`, where the LSE has a gradient, too."""
         return self._of_queries(dq_kernel, "dq", HAS_GRAD_LSE=True)
 
-    def _of_queries(self, kernel: Any, kind: str, **arguments: Any) -> Launch | Trials:
+    def _of_queries(self, kernel: Any, kind: str, **arguments: Any) -> Launch | Split | Trials:
         return self._tiled(
             kernel, kind, heads=self.heads, num_additional=self.num_additional or 0,
             HAS_ADDITIONAL=bool(self.num_additional), **self.additional_mask_strides,
@@ -191,7 +238,7 @@ class Plan:
         )  # fmt: skip
 
     @cached_property
-    def dkdv(self) -> Launch | Trials:
+    def dkdv(self) -> Launch | Split | Trials:
         # Without the loop over heads, ptxas spills what it then keeps beside two sums of 128
         # channels; narrower ones are up to a quarter faster (benchmarks/results/h200.md).
         single = self.per_kv == 1 and max(self.dim, self.value_dim) <= 64
@@ -314,11 +361,12 @@ class Part:
         return self._of_queries(self._plan.dq_with_grad_lse)
 
     @property
-    def dkdv(self) -> Launch:
+    def dkdv(self) -> Launch | Split:
         plan, launch = self._plan, self._plan.dkdv
-        assert isinstance(launch, Launch)
+        assert not isinstance(launch, Trials)
         programs, counts = plan.programs_of_keys(launch.arguments["KV_BLOCK"], self._key_space)
-        return launch.moved((programs, 1, 1), {**self._numbers, **per_axis("T", counts)})
+        shared = launch.shares(programs) if isinstance(launch, Split) else ()
+        return launch.moved((programs, *shared), {**self._numbers, **per_axis("T", counts)})
 
     @property
     def rpb(self) -> tuple[tuple[int, ...], list[tuple[Launch, Launch]]]:

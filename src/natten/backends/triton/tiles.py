@@ -38,10 +38,12 @@ class Gpu(NamedTuple):
     Attributes:
         capability: NVIDIA's, as 90 for 9.0; 0 for AMD's.
         shared: bytes of shared memory that a program may have.
+        multiprocessors: how many there are; by default an H100's.
     """
 
     capability: int
     shared: int
+    multiprocessors: int = 132
 
 
 def gpu_of(capability: int) -> Gpu:
@@ -60,7 +62,8 @@ def _gpu(index: int) -> Gpu:
 
     shared = driver.active.utils.get_device_properties(index)["max_shared_mem"]
     major, minor = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(index)
-    return Gpu(10 * major + minor, shared)
+    count = torch.cuda.get_device_properties(index).multi_processor_count
+    return Gpu(10 * major + minor, shared, count)
 
 
 class _AxisTiles(NamedTuple):
@@ -82,10 +85,11 @@ def _limits(
     """The most rows of a tile, and of a block, that registers have room for.
 
     Tiles of 64 rows, one warpgroup, leave room for several programs per multiprocessor, which hide
-    each other's waiting. Beside two sums of wide heads there is room for 32 columns. Exact products
-    of 32 bits have both operands in registers, whole. With narrow heads, addresses of biases take
-    the most registers; beside the weights of dK and dV there is room for them only where products
-    read shared memory (NVIDIA's from 9.0 on) or where there are 512 registers (AMD).
+    each other's waiting. Beside two sums of wide heads there is room for 32 columns. Of the widest
+    values, a tile of 16 keys fills registers: they are there beside their sum. Exact products of 32
+    bits have both operands in registers, whole. With narrow heads, addresses of biases take the
+    most registers; beside the weights of dK and dV there is room for them only where products read
+    shared memory (NVIDIA's from 9.0 on) or where there are 512 registers (AMD).
     """
     wide = max(padded_channels(dim), padded_channels(value_dim)) * itemsize // 2
     rows, cols = max(16, min(64, 16384 // wide)), max(16, min(64, 8192 // wide))
@@ -93,6 +97,8 @@ def _limits(
         return min(32, rows), min(32, cols)
     if kind == "dkdv" and wide == 128:
         return 64, 32
+    if kind == "dkdv" and wide == 512:
+        return 16, 32
     if bias and wide <= 32 and (kind != "dkdv" or 0 < gpu.capability < 90):
         return rows, 32
     if wide == 128 and gpu.capability == 90:
@@ -165,7 +171,7 @@ def part_size(shape: Shape) -> Shape:
 
 
 @lru_cache(maxsize=1024)
-def _typical(rule: Rule, shape: Shape, key_shape: Shape) -> tuple[Rule, Shape, Shape]:
+def typical(rule: Rule, shape: Shape, key_shape: Shape) -> tuple[Rule, Shape, Shape]:
     """The problem whose tiles a problem has.
 
     Of queries that are a part of the layout it is one dilation group, in which all keys of their
@@ -197,7 +203,7 @@ def key(
     bias: bool = False,
 ) -> str:  # fmt: skip
     """The name of a problem in :mod:`natten.tuning`."""
-    rule, shape, key_shape = _typical(rule, shape, key_shape)
+    rule, shape, key_shape = typical(rule, shape, key_shape)
     sizes = "-".join("x".join(map(str, each)) for each in (shape, key_shape))
     return f"triton-{kind}-{sizes}-{rule}-{dim}-{value_dim}-{itemsize}{'-bias' * bias}"
 
@@ -236,7 +242,7 @@ def candidates(
     bias: bool = False,
 ) -> list[Tiles]:  # fmt: skip
     """Tiles that fit the current GPU's registers and shared memory, cheapest first by estimate."""
-    problem = _typical(rule, shape, key_shape)
+    problem = typical(rule, shape, key_shape)
     return _candidates(kind, *problem, dim, value_dim, itemsize, bias, gpu())
 
 

@@ -286,6 +286,12 @@ def next_full_block(j, full):
 
 
 @triton.jit
+def nth_full_block(i, full):
+    """The ``i``-th of the blocks that are full on all axes, for :func:`next_full_block`."""
+    return coordinates(i, (1, tl.maximum(full[1], 1), tl.maximum(full[2], 1)))
+
+
+@triton.jit
 def full_block_steps(full, dilation, strides, SHAPE: tl.constexpr):
     """By how much an offset grows from a full block to the next: usually, where axis 2 ended, and
     where axis 1 ended, too.
