@@ -65,11 +65,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
                 f"`{name}` must have the rank and batch size of `query`, got {tuple(x.shape)} "
                 f"and {tuple(query.shape)}."
             )
-    if value.shape[1:-1] != key.shape[1:-1]:
-        raise ArgumentError(
-            "`value` must have the token layout and heads of `key`, got "
-            f"{tuple(value.shape)} and {tuple(key.shape)}."
-        )
+    check_value_layout(key, value)
     if key.shape[-1] != query.shape[-1]:
         raise ArgumentError(
             "`key` must have the head_dim (last dimension) of `query`, got "
@@ -85,6 +81,15 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ArgumentError(
             f"the heads of `query` must be a multiple of the heads of `key`, "
             f"got {heads} and {kv_heads}."
+        )
+
+
+def check_value_layout(key: Tensor, value: Tensor) -> None:
+    """Raise ArgumentError unless values have the token layout and heads of keys."""
+    if value.shape[1:-1] != key.shape[1:-1]:
+        raise ArgumentError(
+            "`value` must have the token layout and heads of `key`, got "
+            f"{tuple(value.shape)} and {tuple(key.shape)}."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -71,3 +72,9 @@ def roomy(length: int) -> int:
     """``length`` rounded up by at most a quarter, so that few different sizes need a plan."""
     step = max(1, 1 << (length.bit_length() - 3) if length > 3 else 1)
     return -(-length // step) * step
+
+
+@lru_cache(maxsize=1024)
+def roomy_layout(layout: tuple[int, ...]) -> tuple[int, ...]:
+    """A token layout with every axis rounded up by :func:`roomy`."""
+    return tuple(map(roomy, layout))

@@ -33,6 +33,7 @@ from ._checks import (
     check_scale,
     check_tensors,
     check_tiles,
+    check_value_layout,
     warn_of_heads_first,
 )
 from ._hints import DenseHints, Hints
@@ -224,8 +225,10 @@ WINDOW = (
 )  # fmt: skip
 _OFFSET = WINDOW.index("query_offset")
 
-# Calls repeat, and checking each of them again would take longer than a small kernel runs.
+# Calls repeat, and checking each of them again would take longer than a small kernel runs. Each is
+# kept with its part of a layout, if it has one.
 _calls = tuning.Kept()
+_NO_CALL = None, None
 
 
 def attend(
@@ -239,45 +242,56 @@ def attend(
         options: the arguments of :func:`check_call_of` after the window.
     """
     plain = operators.is_plain_call(inputs)
-    # Calls that differ in the offset are one kind: a cache or a part moves from call to call.
-    offset, windows = None, window
-    if not isinstance(window, Neighborhood) and window[_OFFSET] is not None:
-        offset, windows = window[_OFFSET], (*window[:_OFFSET], ())
-    kind = _kind(inputs, windows, options) if plain else None
-    call = None if kind is None else _calls.get(kind)
-    if call is not None and offset is not None:
-        call = call.moved(offset, inputs)
+    kind, part = _kind_and_part(inputs, window, options) if plain else (None, None)
+    call, known = _calls.get(kind, _NO_CALL)
     if call is None:
         call = check_call_of(inputs, window, *options)
-        if kind is not None and _is_builtin(options) and _is_known(windows):
-            _calls.keep(kind, call)
+        if kind is not None and _is_known(window) and _is_builtin(options):
+            _calls.keep(kind, (call, part))
+    elif known != part:  # a cache or a part moves from call to call
+        assert not isinstance(window, Neighborhood)
+        check_value_layout(inputs.key, inputs.value)
+        call = call.moved(window[_OFFSET], inputs)
+        warn_of_heads_first(inputs.query)
+        if _is_builtin(window[_OFFSET]):
+            _calls[kind] = call, part
     return call(inputs, plain)
 
 
-def _kind(inputs: Inputs, window: Any, options: tuple[Any, ...]) -> Any | None:
-    """A hashable key of all that checks and backends look at.
+def _kind_and_part(
+    inputs: Inputs, window: Any, options: tuple[Any, ...]
+) -> tuple[Any | None, Any | None]:
+    """Hashable keys of all that checks and backends look at. The second one is of queries that are
+    a part of a layout: their offset and the token layouts, in which calls of a kind may differ.
 
     None if something else may matter, so that the call can not be recognized.
     """
     try:
         # The arguments become bytes, because 1, 1.0 and True are equal and lists have no hash.
         # Objects of other than builtin types may have the same bytes and different types.
-        kinds = [None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in inputs]
+        kinds: list[Any] = [
+            None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in inputs
+        ]
         if isinstance(window, Neighborhood):
-            return window, marshal.dumps(options, 2), *kinds
-        return marshal.dumps((window, options), 2), *kinds
-    except (RuntimeError, ValueError):  # nested tensors have no shape, some objects have no bytes
-        return None
-
-
-def _is_known(window: Any) -> bool:
-    return isinstance(window, Neighborhood) or _is_builtin(window)
+            return (window, marshal.dumps(options, 2), *kinds), None
+        if window[_OFFSET] is None:
+            return (marshal.dumps((window, options), 2), *kinds), None
+        part = marshal.dumps(window[_OFFSET], 2), *[x.shape for x in inputs[:3]]
+        kinds[:3] = [(len(s), s[0], s[-2], s[-1], *others) for s, *others in kinds[:3]]
+        return (marshal.dumps((window[:_OFFSET], options), 2), *kinds), part
+    # Nested tensors have no shape, some tensors too few sizes, and some objects no bytes.
+    except (RuntimeError, ValueError, IndexError):
+        return None, None
 
 
 def _is_builtin(x: Any) -> bool:
     if type(x) in (tuple, list):
         return all(map(_is_builtin, x))
     return x is None or type(x) in (bool, int, float, str)
+
+
+def _is_known(window: Any) -> bool:
+    return isinstance(window, Neighborhood) or _is_builtin(window)
 
 
 def check_call_of(
@@ -313,8 +327,8 @@ def check_call_of(
     )
     if torch.compiler.is_compiling():  # the operator does it, which knows the sizes
         return operators.Call(rule, factor, operators.Choice(name, tiles))
-    rule = operators.simplified(rule, inputs)
-    return operators.Call(rule, factor, operators.Choice(name, tiles))
+    simple = operators.simplified(rule, inputs)
+    return operators.Call(simple, factor, operators.Choice(name, tiles), rule)
 
 
 def _rule_of(rank: int, kernel_size: Any, stride: Any, dilation: Any, *others: Any) -> Neighborhood:

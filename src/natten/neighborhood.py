@@ -222,8 +222,8 @@ class Neighborhood:
         Only the order of a window's tokens differs, which matters to a bias and to slots.
         """
         rings = zip(self.boundary, self.kernel_size, self.dilation, key_shape)
-        boundary = ["shift" if b == "circular" and k * d == n else b for b, k, d, n in rings]
-        return replace(self, boundary=tuple(boundary))
+        boundary = tuple("shift" if b == "circular" and k * d == n else b for b, k, d, n in rings)
+        return self if boundary == self.boundary else replace(self, boundary=boundary)
 
     def unrolled(self) -> tuple[Neighborhood, tuple[tuple[int, int], ...]]:
         """The same windows without circular axes, on keys that are padded around.
@@ -244,20 +244,16 @@ class Neighborhood:
         boundary = tuple("shift" if b == "circular" else b for b in self.boundary)
         return replace(self, boundary=boundary, query_offset=offset), tuple(margins)
 
-    def moved(
-        self, offset: int | Sequence[int], shape: Sequence[int], key_shape: Sequence[int]
-    ) -> Neighborhood:
-        """The same windows for other queries of layout ``shape``, those from ``offset`` on.
+    def moved(self, offset: int | Sequence[int]) -> Neighborhood:
+        """The same windows for other queries, those from ``offset`` on.
 
         Raises:
-            ArgumentError: there are no such queries.
+            ArgumentError: it is no offset.
         """
-        rule = Neighborhood(  # written out, because dataclasses.replace takes several times longer
+        return Neighborhood(  # written out, because dataclasses.replace takes several times longer
             self.kernel_size, self.stride, self.dilation, self.is_causal, self.boundary,
-            self.queries_per_key, _offset_of(offset, self.rank),
+            self.queries_per_key, _offset_of(offset, len(self.kernel_size)),
         )  # fmt: skip
-        rule._check_queries(shape, key_shape)
-        return rule
 
     def key_tokens(self, axis: int, query: Tensor) -> Tensor:
         """The key tokens at which queries of an axis stand."""

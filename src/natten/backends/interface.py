@@ -8,12 +8,13 @@ Methods of operations that it does not list are never called.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..documents import Documents
+from ..documents import Documents, roomy_layout
 from ..inputs import Gradients, Inputs
 from ..neighborhood import Dense, Neighborhood, Rule
 
@@ -62,13 +63,39 @@ class Problem(NamedTuple):
     def of(
         cls, operation: str, inputs: Inputs, rule: Rule | None = None, scale: float = 1.0
     ) -> Problem:
-        """The problem of an operation on these tensors."""
+        """The problem of an operation on these tensors; of a part of a layout, the one that stands
+        for all parts of about its size, as :func:`roomy_part` says."""
         query, key, value, rpb, additional_keys, *_ = inputs
+        batch, *space, heads, head_dim = query.shape
+        key_space = key.shape[1:-2]
+        if isinstance(rule, Neighborhood) and rule.query_offset is not None:
+            rule, space, key_space = roomy_part(rule, query.shape[1:-2], key_space)
         return cls(
-            operation, query.device, query.dtype, query.shape[-1], value.shape[-1], query.shape,
-            rule, scale, rpb is not None, key.shape[1:-2], additional_keys is not None,
-            inputs.is_masked,
+            operation, query.device, query.dtype, head_dim, value.shape[-1],
+            (batch, *space, heads, head_dim), rule, scale, rpb is not None, key_space,
+            additional_keys is not None, inputs.is_masked,
         )  # fmt: skip
+
+
+def roomy_part(
+    rule: Neighborhood, shape: Shape, key_shape: Shape
+) -> tuple[Neighborhood, Shape, Shape]:
+    """The part that backends are asked about for all parts of a layout that are about as large: the
+    first queries, of layouts that are rounded up.
+
+    So a new offset, a longer cache of keys or another part mostly has an answer already, and what
+    runs it does not depend on calls before. Limits that count tokens say no to fewer tokens only if
+    they say no to more.
+    """
+    shape, key_shape = roomy_layout(shape), roomy_layout(key_shape)
+    lengths = []
+    for axis, length in enumerate(key_shape):
+        length = max(length, -(-shape[axis] // rule.queries_per_key[axis]))
+        if rule.boundary[axis] == "circular":  # a multiple, as it has to be
+            unit = rule.stride[axis] * rule.dilation[axis]
+            length = -(-length // unit) * unit
+        lengths.append(length)
+    return replace(rule, query_offset=(0,) * rule.rank), shape, tuple(lengths)
 
 
 class Tiles(NamedTuple):

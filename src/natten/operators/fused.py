@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _tracing, backends
 from .._library import differentiate, implement, ops
 from .._torch import in_forward_mode, plain_apply
+from ..documents import roomy_layout
 from ..inputs import Gradients, Inputs, compute_dtype
 from ..neighborhood import Dense, Neighborhood, Rule
 from .composed import composed_attention, composed_tangent, differentiable_gradients
@@ -34,12 +35,20 @@ class Call:
     """Attention of tensors of one kind: shapes, dtypes and devices are always the same.
 
     They decide which backends run it, so these are chosen once.
+
+    Attributes:
+        rule: in its simplest form.
+        scale, choice: as the operators take them.
+        given: the rule of a part of a layout before it was :func:`simplified`.
     """
 
     rule: Rule
     scale: float
     choice: Choice
+    given: Rule | None = None
     _chosen: dict[str, Callable[..., Any]] = field(default_factory=dict, repr=False)
+    # Of parts, shared by those that were moved: what is chosen, by what decides it.
+    _choices: dict[Any, dict[str, Callable[..., Any]]] = field(default_factory=dict, repr=False)
 
     def __call__(self, inputs: Inputs, plain: bool) -> tuple[Tensor, Tensor]:
         """Output ``[batch, *space, heads, value_dim]`` and LSE ``[batch, *space, heads]``.
@@ -72,12 +81,16 @@ class Call:
         return run(grad_out, grad_lse, inputs, out, lse, self.rule, self.scale)
 
     def moved(self, offset: Any, inputs: Inputs) -> Call:
-        """The call of other queries of the same layout, those from ``offset`` on."""
-        rule = cast(Neighborhood, self.rule)
-        if rule.query_offset == offset:
-            return self
-        rule = rule.moved(offset, inputs.query.shape[1:-2], inputs.key.shape[1:-2])
-        return Call(rule, self.scale, self.choice, self._chosen)
+        """The call of another part of a layout: of other queries, those from ``offset`` on, and of
+        tensors that differ in their token layouts only."""
+        given = cast(Neighborhood, self.given).moved(offset)
+        shape, key_shape = inputs.query.shape[1:-2], inputs.key.shape[1:-2]
+        given.check(shape, key_shape)
+        rule = simplified(given, inputs)
+        # What :func:`backends.interface.roomy_part` looks at, and the rule's simplest form.
+        kind = rule.boundary, roomy_layout(shape), roomy_layout(key_shape)
+        chosen = self._choices.setdefault(kind, {})
+        return Call(rule, self.scale, self.choice, given, chosen, self._choices)
 
     def arguments(self) -> tuple[Any, ...]:
         """What the operators take after the tensors."""

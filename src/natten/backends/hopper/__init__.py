@@ -79,7 +79,7 @@ class Hopper(Backend):
         batch, *space, heads, _ = problem.shape
         for layout in (space, problem.key_shape):
             # Where a dilation does not divide an axis, TMA sees more tokens.
-            tokens = (n + d if n % d else n for n, d in zip(layout, rule.dilation))
+            tokens = (n + d if d > 1 else n for n, d in zip(layout, rule.dilation))
             if batch * heads * math.prod(tokens) > MOST:
                 return "numbers the tokens of all heads with 31 bits"
         return None
