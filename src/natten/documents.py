@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -70,11 +69,10 @@ class Documents(NamedTuple):
 
 def roomy(length: int) -> int:
     """``length`` rounded up by at most a quarter, so that few different sizes need a plan."""
-    step = max(1, 1 << (length.bit_length() - 3) if length > 3 else 1)
-    return -(-length // step) * step
+    return roomy_layout((length,))[0]
 
 
-@lru_cache(maxsize=1024)
 def roomy_layout(layout: tuple[int, ...]) -> tuple[int, ...]:
-    """A token layout with every axis rounded up by :func:`roomy`."""
-    return tuple(map(roomy, layout))
+    """A token layout with every axis rounded up to three binary digits, by at most a quarter."""
+    steps = [max(length.bit_length() - 3, 0) for length in layout]
+    return tuple([-(-length >> step) << step for length, step in zip(layout, steps)])

@@ -248,11 +248,12 @@ def attend(
         call = check_call_of(inputs, window, *options)
         if kind is not None and _is_known(window) and _is_builtin(options):
             _calls.keep(kind, (call, part))
-    elif known != part:  # a cache or a part moves from call to call
+    elif part is not None and part != known:  # a cache or a part moves from call to call
         assert not isinstance(window, Neighborhood)
         check_value_layout(inputs.key, inputs.value)
         call = call.moved(window[_OFFSET], inputs)
-        warn_of_heads_first(inputs.query)
+        if part[1] != known[1]:
+            warn_of_heads_first(inputs.query)
         if _is_builtin(window[_OFFSET]):
             _calls[kind] = call, part
     return call(inputs, plain)

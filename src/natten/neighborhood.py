@@ -167,14 +167,15 @@ class Neighborhood:
 
     def check(self, shape: Sequence[int], key_shape: Sequence[int]) -> None:
         """Raise ArgumentError unless windows and queries of layout ``shape`` fit the keys'."""
+        rank = self.rank
         for layout in (shape, key_shape):
-            if len(layout) != self.rank:
+            if len(layout) != rank:
                 raise ArgumentError(
-                    f"`kernel_size` has {self.rank} axes, but the token layout is {tuple(layout)}."
+                    f"`kernel_size` has {rank} axes, but the token layout is {tuple(layout)}."
                 )
-        for axis, length in enumerate(key_shape):
-            k, s, d = self.kernel_size[axis], self.stride[axis], self.dilation[axis]
-            if self.boundary[axis] == "truncate":
+        axes = zip(key_shape, self.kernel_size, self.stride, self.dilation, self.boundary)
+        for axis, (length, k, s, d, border) in enumerate(axes):
+            if border == "truncate":
                 continue
             if k * d > length:
                 raise ArgumentError(
@@ -183,7 +184,7 @@ class Neighborhood:
                     f"layout {tuple(key_shape)}: on axis {axis}, {k} * {d} > {length}; "
                     'natten.fit_window makes a window fit, `boundary="truncate"` cuts it.'
                 )
-            if self.boundary[axis] == "circular" and length % (s * d) != 0:
+            if border == "circular" and length % (s * d) != 0:
                 raise ArgumentError(
                     "`stride` times `dilation` must divide the input on a circular axis, got "
                     f"stride {self.stride}, dilation {self.dilation} for the token layout "
@@ -250,10 +251,9 @@ class Neighborhood:
         Raises:
             ArgumentError: it is no offset.
         """
-        return Neighborhood(  # written out, because dataclasses.replace takes several times longer
-            self.kernel_size, self.stride, self.dilation, self.is_causal, self.boundary,
-            self.queries_per_key, _offset_of(offset, len(self.kernel_size)),
-        )  # fmt: skip
+        found = object.__new__(Neighborhood)  # dataclasses.replace takes several times longer
+        found.__dict__.update(self.__dict__, query_offset=_offset_of(offset, self.rank))
+        return found
 
     def key_tokens(self, axis: int, query: Tensor) -> Tensor:
         """The key tokens at which queries of an axis stand."""
@@ -388,6 +388,8 @@ def _kinds(value: Any) -> Any:
 
 def _offset_of(query_offset: Any, rank: int) -> tuple[int, ...]:
     """An offset per axis, checked."""
+    if _kinds(query_offset) == (int,) * rank and min(query_offset) >= 0:
+        return query_offset  # as it should be, and new in every call
     offset = _per_axis("query_offset", query_offset, rank, int, "an integer")
     if any(o < 0 for o in offset):
         raise ArgumentError(f"`query_offset` must be at least 0 on every axis, got {offset}.")

@@ -66,14 +66,14 @@ class Problem(NamedTuple):
         """The problem of an operation on these tensors; of a part of a layout, the one that stands
         for all parts of about its size, as :func:`roomy_part` says."""
         query, key, value, rpb, additional_keys, *_ = inputs
-        batch, *space, heads, head_dim = query.shape
-        key_space = key.shape[1:-2]
+        shape: Shape = query.shape
+        key_shape: Shape = key.shape[1:-2]
         if isinstance(rule, Neighborhood) and rule.query_offset is not None:
-            rule, space, key_space = roomy_part(rule, query.shape[1:-2], key_space)
+            rule, space, key_shape = roomy_part(rule, shape[1:-2], key_shape)
+            shape = (shape[0], *space, *shape[-2:])
         return cls(
-            operation, query.device, query.dtype, head_dim, value.shape[-1],
-            (batch, *space, heads, head_dim), rule, scale, rpb is not None, key_space,
-            additional_keys is not None, inputs.is_masked,
+            operation, query.device, query.dtype, query.shape[-1], value.shape[-1], shape, rule,
+            scale, rpb is not None, key_shape, additional_keys is not None, inputs.is_masked,
         )  # fmt: skip
 
 

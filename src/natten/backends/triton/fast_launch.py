@@ -51,6 +51,7 @@ def launchers(compiled: Any, describe: Mapping[str, Describe | None]) -> Compile
             raise
         short = None  # a later Triton has other internals
     hooks, device = knobs.runtime, driver.active.get_current_device()
+    stream = driver.active.get_current_stream
 
     def launcher(grid: tuple[int, ...], last: Sequence[Any]) -> Launcher:
         def slow(addresses: Addresses, tensors: Tensors) -> None:
@@ -60,7 +61,6 @@ def launchers(compiled: Any, describe: Mapping[str, Describe | None]) -> Compile
             return slow
         launch, make = short
         arguments = make(grid, last)
-        stream = driver.active.get_current_stream
 
         def fast(addresses: Addresses, tensors: Tensors) -> None:
             try:

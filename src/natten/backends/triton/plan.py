@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -58,13 +58,16 @@ def sizes(rule: Rule, space: Sequence[int], key_space: Sequence[int]) -> dict[st
     )
 
 
-def tile_counts(
-    rule: Rule, space: Sequence[int], tile: Sequence[int], of_keys: bool = False
-) -> list[int]:
+def tile_counts(rule: Rule, space: Sequence[int], tile: Shape, of_keys: bool = False) -> Shape:
     """How many tiles the longest dilation group has, per axis, of queries or ``of_keys``."""
     fine = (1,) * len(space) if of_keys else rule.queries_per_key
-    axes = zip(padded(space, 1), padded(rule.dilation, 1), padded(fine, 1), tile)
-    return [-(-queries_before(length, 0, d, r) // size) for length, d, r, size in axes]
+    return _tile_counts(tuple(space), rule.dilation, fine, tile)
+
+
+@lru_cache(maxsize=1024)
+def _tile_counts(space: Shape, dilation: Shape, fine: Shape, tile: Shape) -> Shape:
+    axes = zip(padded(space, 1), padded(dilation, 1), padded(fine, 1), tile)
+    return tuple(-(-queries_before(length, 0, d, r) // size) for length, d, r, size in axes)
 
 
 def _splits(work: int, least: int, most: int) -> tuple[int, int]:
@@ -168,25 +171,35 @@ class Plan:
             )
         return launch(tiling.choose(*problem, *self.asked[kind]))
 
-    def programs_of_keys(
-        self, tile: Sequence[int], key_space: Sequence[int]
-    ) -> tuple[int, list[int]]:
-        """How many programs have tiles of keys, and how many tiles there are per axis."""
-        counts = tile_counts(self.rule, key_space, tile, of_keys=True)
-        heads = math.prod(self.rule.dilation) * self.batch * self.kv_heads
-        return math.prod(counts) * heads, counts
+    def programs(self, kind: str, tile: Shape, space: Sequence[int]) -> tuple[int, Shape]:
+        """How many programs a kind of kernel has, and how many tiles of queries or of keys
+        ``space`` has per axis."""
+        of_keys = kind == "dkdv"
+        counts = tile_counts(self.rule, space, tile, of_keys)
+        heads = self.kv_heads if of_keys else self.heads
+        return math.prod(counts) * math.prod(self.rule.dilation) * self.batch * heads, counts
+
+    def splits_of_additional(self, space: Sequence[int]) -> tuple[int, int]:
+        """In how many splits additional tokens' gradients are summed, and queries of each."""
+        return _splits(math.prod(space), 512, 64)
+
+    def splits_of_rpb(self, tile: Shape, space: Sequence[int], sums: int) -> int:
+        """In how many splits of tiles of queries the bias's gradient is summed, ``sums`` each."""
+        counts = tile_counts(self.rule, space, tile)
+        num_tiles = math.prod(counts) * math.prod(self.rule.dilation) * self.batch
+        splits, _ = _splits(num_tiles, 4, 2048 // sums)
+        return splits
 
     def _launch(
         self, kernel: Any, kind: str, tiles: tiling.Tiles, arguments: dict[str, Any]
     ) -> Launch | Split:
         found = None
         if kind == "dkdv":
-            programs, counts = self.programs_of_keys(tiles.kv_block, self.key_space)
+            programs, counts = self.programs(kind, tiles.kv_block, self.key_space)
             found = self._shares(tiles)
             arguments = {**arguments, "SPLIT": found is not None}
         else:
-            counts = tile_counts(self.rule, self.space, tiles.q_block)
-            programs = math.prod(counts) * math.prod(self.rule.dilation) * self.batch * self.heads
+            programs, counts = self.programs(kind, tiles.q_block, self.space)
         arguments = {
             **self.strides, **self.key_mask_strides, **self.sizes, **per_axis("T", counts),
             **self.numbers, **arguments, **self.constants, "MODES": self.modes,
@@ -250,7 +263,7 @@ class Plan:
     def additional(self) -> tuple[int, Launch]:
         """The additional tokens' gradients in splits: how many, and the kernel."""
         assert self.num_additional is not None
-        splits, per_split = _splits(math.prod(self.space), 512, 64)
+        splits, per_split = self.splits_of_additional(self.space)
         constants = {name: x for name, x in self.constants.items() if name != "PER_KEY"}
         arguments = {
             **self.query_strides, **self.additional_mask_strides, **per_axis("L", self.space),
@@ -269,17 +282,15 @@ class Plan:
         kernel_size = padded(self.rule.kernel_size, 1)
         # As of dQ without a bias, also where those were tuned: a program loads its biases once.
         tiles = tiling.choose(*self._problem("dq", False), *self.asked["dq"])
-        counts = tile_counts(self.rule, self.space, tiles.q_block)
         # A window begins half of it before its query, at the ends of an axis up to all of it.
         apart, blocks = [], []
         for k, rows, columns in zip(kernel_size, tiles.q_block, tiles.kv_block):
             apart.append(-(k // 2) - math.ceil((k - 1 - k // 2) / columns) * columns)
             blocks.append(math.ceil((rows + k - 1 - apart[-1]) / columns))
         num_blocks = math.prod(blocks)
-        num_tiles = math.prod(counts) * math.prod(self.rule.dilation) * self.batch
         pairs = math.prod(tiles.q_block), math.prod(tiles.kv_block)
         heads = max(1, min(self.heads, _MOST_SUMS // (num_blocks * math.prod(pairs))))
-        splits, _ = _splits(num_tiles, 4, 2048 // (num_blocks * heads))
+        splits = self.splits_of_rpb(tiles.q_block, self.space, num_blocks * heads)
         offsets = math.prod(2 * k - 1 for k in kernel_size)
         of_blocks = {
             **per_axis("O", apart), "B1": blocks[1], "B2": blocks[2],
@@ -312,72 +323,88 @@ def _of_key_mask(strides: Sequence[int]) -> dict[str, int]:
     return dict(zip(("m_b", "m_0", "m_1", "m_2"), (batch, *padded(space, 0))))
 
 
+# Numbers of all kernels that depend on where a part is, how large it is, and how its tensors lie.
 _NUMBERS_OF_PART = (
-    *strides_of("k", range(6)), *strides_of("v", range(6)), *per_axis("KEY_L", ()),
-    *per_axis("P", ()),
+    *(name for letter in "qkv" for name in strides_of(letter, range(6))),
+    *per_axis("L", ()), *per_axis("KEY_L", ()), *per_axis("P", ()),
 )  # fmt: skip
 
 
 class Part:
-    """The plan of a part of a layout: that of another part with the same queries, whose kernels
-    have other numbers.
+    """The plan of a part of a layout: that of another part, whose kernels have other numbers.
 
-    So what a new offset or a longer cache of keys costs on the host is little more than a call that
-    was made before, and no kernel is compiled.
+    So what a new offset, a longer cache of keys or a part of another size costs on the host is
+    little more than a call that was made before, and no kernel is compiled. ``where`` are the
+    part's offset and the shapes and strides of query, key and value.
     """
 
-    def __init__(
-        self, plan: Plan, offset: Shape, key_space: Shape, key_strides: Sequence[int],
-        value_strides: Sequence[int], mask_strides: Sequence[int] | None,
-    ) -> None:  # fmt: skip
-        self._plan, self._key_space, missing = plan, key_space, 3 - len(offset)
+    def __init__(self, plan: Plan, where: tuple[Any, ...]) -> None:
+        self.plan, self.where = plan, where
+        offset, (query, key, _), strides, mask_strides = where
+        self.space, self.key_space = query[1:-2], key[1:-2]
+        missing = 3 - len(offset)
         none, one = (0,) * missing, (1,) * missing
-        k_batch, *k_space, k_heads, _ = key_strides
-        v_batch, *v_space, v_heads, _ = value_strides
-        numbers = (
-            k_batch, *none, *k_space, k_heads, v_batch, *none, *v_space, v_heads,
-            *one, *key_space, *none, *offset,
-        )  # fmt: skip
+        numbers: list[int] = []
+        for batch, *space, heads, _ in strides:
+            numbers += (batch, *none, *space, heads)
+        numbers += (*one, *self.space, *one, *self.key_space, *none, *offset)
         self._numbers = dict(zip(_NUMBERS_OF_PART, numbers))
         if mask_strides is not None:
             self._numbers |= _of_key_mask(mask_strides)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._plan, name)
+        return getattr(self.plan, name)
 
-    def _of_queries(self, launch: Any) -> Launch:
-        return launch.moved(launch.grid, self._numbers)
-
-    @property
-    def forward(self) -> Launch:
-        return self._of_queries(self._plan.forward)
-
-    @property
-    def dq(self) -> Launch:
-        return self._of_queries(self._plan.dq)
-
-    @property
-    def dq_with_grad_lse(self) -> Launch:
-        return self._of_queries(self._plan.dq_with_grad_lse)
-
-    @property
-    def dkdv(self) -> Launch | Split:
-        plan, launch = self._plan, self._plan.dkdv
-        assert not isinstance(launch, Trials)
-        programs, counts = plan.programs_of_keys(launch.arguments["KV_BLOCK"], self._key_space)
+    def _moved(self, launch: Any, kind: str) -> Any:
+        """A kernel with a program per tile."""
+        plan, of_keys = self.plan, kind == "dkdv"
+        if self.space == plan.space and not of_keys:
+            return launch.moved(launch.grid, self._numbers)
+        name, space = ("KV_BLOCK", self.key_space) if of_keys else ("Q_BLOCK", self.space)
+        programs, counts = plan.programs(kind, launch.arguments[name], space)
         shared = launch.shares(programs) if isinstance(launch, Split) else ()
         return launch.moved((programs, *shared), {**self._numbers, **per_axis("T", counts)})
 
-    @property
+    @cached_property
+    def forward(self) -> Launch:
+        return self._moved(self.plan.forward, "forward")
+
+    @cached_property
+    def dq(self) -> Launch:
+        return self._moved(self.plan.dq, "dq")
+
+    @cached_property
+    def dq_with_grad_lse(self) -> Launch:
+        return self._moved(self.plan.dq_with_grad_lse, "dq")
+
+    @cached_property
+    def dkdv(self) -> Launch | Split:
+        return self._moved(self.plan.dkdv, "dkdv")
+
+    @cached_property
+    def additional(self) -> tuple[int, Launch]:
+        _, launch = self.plan.additional
+        splits, per_split = self.plan.splits_of_additional(self.space)
+        numbers = {name: self._numbers[name] for name in launch.arguments if name in self._numbers}
+        return splits, launch.moved((*launch.grid[:2], splits), {**numbers, "per_split": per_split})
+
+    @cached_property
     def rpb(self) -> tuple[tuple[int, ...], list[tuple[Launch, Launch]]]:
-        shape, launches = self._plan.rpb
-        return shape, [(self._of_queries(each), add_up) for each, add_up in launches]
+        (_, heads, blocks, *pairs), launches = self.plan.rpb
+        tile = launches[0][0].arguments["Q_BLOCK"]
+        splits = self.plan.splits_of_rpb(tile, self.space, blocks * heads)
+        moved = []
+        for each, add_up in launches:
+            grid = blocks, splits, each.grid[2]
+            own = each.moved(grid, self._numbers), add_up.moved(add_up.grid, {"splits": splits})
+            moved.append(own)
+        return (splits, heads, blocks, *pairs), moved
 
 
 @tuning.cached
 def common(*kind: Any) -> dict[Any, Any]:
-    """What parts have in common that differ in their offsets and keys only: a dictionary, which
-    begins empty. ``kind`` says what else they are."""
+    """What parts have in common that differ in where they are: a dictionary, which begins empty.
+    ``kind`` says what else they are."""
     return {}
 
 
@@ -395,7 +422,7 @@ def has_shared_kernels(rule: Rule, *strides: Sequence[int]) -> bool:
         return False
     # Triton compiles for numbers of 64 bits. Tiles are timed problem by problem.
     timed = tuning.wanted(backward=False) or tuning.wanted(backward=True)
-    return not timed and max(max(each) for each in strides) < 2**31
+    return not timed and max(map(max, strides)) < 2**31
 
 
 # Calls of one shape come again: a model has few.
@@ -425,25 +452,29 @@ def plan_for(
         tiles,
         query.dtype == torch.float32 and allows_tf32(),
     )
-    _, k_strides, v_strides = strides
     key_mask, additional_mask = map(_mask_strides, masks)
-    if not has_shared_kernels(rule, k_strides, v_strides, key_mask or (0,)):
+    if not has_shared_kernels(rule, *strides, key_mask or (0,)):
         return _cached_plan(
             rule, scale, query.device, query.dtype, shapes, strides, *others,
             (key_mask, additional_mask),
         )  # fmt: skip
     assert isinstance(rule, Neighborhood)
+    batch, *space, heads, dim = query.shape
     made = common(
-        *windows_of(rule), scale, query.device, query.dtype, query.shape, strides[0],
-        key.shape[-2:], value.shape[-1], math.gcd(16, *k_strides[:-1], *v_strides[:-1]),
-        *others, key_mask is not None, additional_mask,
+        *windows_of(rule), scale, query.device, query.dtype, batch, tiling.part_size(tuple(space)),
+        heads, dim, key.shape[-2], value.shape[-1],
+        math.gcd(16, *strides[0][:-1], *strides[1][:-1], *strides[2][:-1]), *others,
+        key_mask is not None, additional_mask,
     )  # fmt: skip
-    if "plan" not in made:
+    where, part = (rule.query_offset, shapes, strides, key_mask), made.get("part")
+    if part is None:
         made["plan"] = Plan(
             rule, scale, query.device, query.dtype, shapes, strides, *others,
             (key_mask, additional_mask),
         )  # fmt: skip
-    return Part(made["plan"], rule.offset, key.shape[1:-2], k_strides, v_strides, key_mask)
+    if part is None or part.where != where:
+        part = made["part"] = Part(made["plan"], where)
+    return part
 
 
 def _mask_strides(mask: Tensor | None) -> tuple[int, ...] | None:
