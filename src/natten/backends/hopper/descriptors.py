@@ -16,12 +16,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...neighborhood import group_length
+from ...tuning import Bounded
+from ..interface import Shape
+from ..triton.fast_launch import KEPT
 from .gluon_names import TensorDescriptor, gl
 from .tiles import MOST
 
@@ -30,8 +34,8 @@ class View(NamedTuple):
     """Shape and strides for TMA; how far apart along the first axis are batch entries, tokens
     along three axes, and heads; and how many numbers before the tensor the view begins."""
 
-    shape: list[int]
-    strides: list[int]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
     steps: tuple[int, ...]
     before: int = 0
 
@@ -48,10 +52,11 @@ class _Earlier:
 
 
 class Describe:
-    """A function of a tensor that has a view: its descriptor, for blocks of one shape."""
+    """A function of a tensor that has a view: its descriptor, for blocks of one shape and dtype."""
 
     def __init__(self, view: View, block: Sequence[int], layout: Any) -> None:
         self.view, self.block, self.layout = view, list(block), layout
+        self.maps = Bounded(KEPT)
 
     def __call__(self, tensor: Tensor) -> TensorDescriptor:
         """The descriptor; the tensor is on the current device."""
@@ -59,10 +64,12 @@ class Describe:
             # Encoding it needs a context, which a new thread has after a call of CUDA's runtime.
             torch.cuda.set_device(tensor.device)
         base: Any = _Earlier(tensor, self.view.before) if self.view.before else tensor
-        return TensorDescriptor(base, self.view.shape, self.view.strides, self.block, self.layout)
+        shape, strides = list(self.view.shape), list(self.view.strides)
+        return TensorDescriptor(base, shape, strides, self.block, self.layout)
 
 
-def view(shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> View:
+@lru_cache(maxsize=1024)
+def view(shape: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> View:
     """The view of a tensor of that shape and stride."""
     batch, *space, heads, channels = shape
     missing = 3 - len(space)
@@ -82,16 +89,22 @@ def view(shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -
     unit = math.gcd(*starts)
     steps = tuple(s // unit for s in starts)
     return View(
-        [1 + sum((n - 1) * s for n, s in zip(counts, steps)), *[1] * missing, *lengths, channels],
-        [
+        (1 + sum((n - 1) * s for n, s in zip(counts, steps)), *[1] * missing, *lengths, channels),
+        (
             unit,
             *[width] * missing,
             *(s * d if n > 1 else width for n, s, d in zip(lengths, tokens, dilation)),
             1,
-        ],
+        ),
         steps,
         sum(s * d for n, s, d in zip(space, tokens, dilation) if n % d),
     )
+
+
+@lru_cache(maxsize=1024)
+def contiguous_view(shape: tuple[int, ...], dilation: tuple[int, ...]) -> View:
+    """The view of a contiguous tensor of that shape."""
+    return view(shape, contiguous_strides(shape), dilation)
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -119,6 +132,10 @@ def readable(x: Tensor, dilation: Sequence[int]) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def block_layout(channels: int, dtype: torch.dtype) -> Any:
-    """Shared memory layout of blocks of five axes with that many channels."""
-    return gl.NVMMASharedLayout(min(128, channels * dtype.itemsize), 16, 5)
+@lru_cache(maxsize=1024)
+def describe(view: View, block: Shape, dtype: torch.dtype) -> Describe:
+    """Descriptors of tensors of that view and dtype, for blocks of that shape."""
+    # What rows of shared memory are swizzled by; 0 where they are shorter.
+    swizzle = min(128, block[-1] * dtype.itemsize)
+    layout = gl.NVMMASharedLayout(swizzle if swizzle >= 32 else 0, 8 * dtype.itemsize, 5)
+    return Describe(view, block, layout)

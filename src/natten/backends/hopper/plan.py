@@ -6,7 +6,6 @@ import ctypes
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
@@ -16,16 +15,15 @@ from torch import Tensor
 from ... import tuning
 from ...neighborhood import Neighborhood, group_length
 from ...tiling import padded
-from ..interface import KINDS, Shape, Tiles
+from ..interface import Shape, Tiles
 from ..triton import plan as portable
 from ..triton.launch import Launch, Trials, per_axis
 from ..triton.primitives import LOG2E
 from ..triton.windows import modes
 from . import tiles as tiling
 from .backward import backward_kernel
-from .descriptors import Describe, View, block_layout, contiguous_strides, view
+from .descriptors import Describe, View, contiguous_strides, contiguous_view, describe, view
 from .forward import forward_kernel
-from .gluon_names import gl
 from .lse_delta import lse_delta_kernel
 
 
@@ -42,24 +40,21 @@ class Plan:
         strides: Sequence[Shape],
         num_additional: int,
     ) -> None:
-        self._first: Plan | None = None  # whose kernels these are, with another offset
-        self.rule, self.scale, self.device, self.dtype = rule, scale, device, dtype
-        self.shapes, self.strides, self.num_additional = shapes, strides, num_additional
-        self.batch, *space, self.heads, self.dim = shapes[0]
+        self.scale, self.device, self.dtype = scale, device, dtype
+        self.num_additional = num_additional
+        self.batch, *_, self.heads, self.dim = shapes[0]
         self.kv_heads, self.value_dim = shapes[2][-2:]
-        self.space, self.key_space = tuple(space), tuple(shapes[1][1:-2])
+        self._lay(rule, shapes, strides)
+        # By kind: the kernel's tiles, and whether each tile has a program of its own.
+        self.cuts: dict[str, tuple[Tiles, bool]] = {}
         self.queries = tiling.queries(rule, self.space)
         self.modes = modes(rule, self._units())
-        self.query, self.key, self.value = [view(*x, rule.dilation) for x in zip(shapes, strides)]
 
-    def moved(self, rule: Neighborhood) -> Plan:
-        """The same with another offset: the kernels of this plan, with other numbers."""
-        found = object.__new__(Plan)
-        found.__dict__.update(self.__dict__)
-        for kind in KINDS:
-            found.__dict__.pop(kind, None)
-        found.rule, found._first = rule, self
-        return found
+    def _lay(self, rule: Neighborhood, shapes: Sequence[Shape], strides: Sequence[Shape]) -> None:
+        """Where the queries are, how large the layouts are, and how the tensors lie."""
+        self.rule, self.shapes, self.strides = rule, shapes, strides
+        self.space, self.key_space = shapes[0][1:-2], shapes[1][1:-2]
+        self.query, self.key, self.value = [view(*x, rule.dilation) for x in zip(shapes, strides)]
 
     def _units(self) -> list[int]:
         """Per axis, 1 if there is one token now and always."""
@@ -70,8 +65,7 @@ class Plan:
 
     def _contiguous(self, space: Shape, heads: int, channels: int) -> View:
         """Of a tensor that a kernel writes, and of what goes with it."""
-        shape = (self.batch, *space, heads, channels)
-        return view(shape, contiguous_strides(shape), self.rule.dilation)
+        return contiguous_view((self.batch, *space, heads, channels), self.rule.dilation)
 
     @cached_property
     def forward(self) -> Launch | Trials:
@@ -85,12 +79,15 @@ class Plan:
     def dkdv(self) -> Launch | Trials:
         return self._tiled("dkdv")
 
+    @property
+    def _rows(self) -> int:
+        """Queries of all heads."""
+        return self.batch * math.prod(self.space) * self.heads
+
     @cached_property
     def lse_delta(self) -> dict[bool, Launch]:
         """What the passes need per query; by whether the LSE has a gradient, too."""
-        if self._first is not None:
-            return self._first.lse_delta
-        rows, dim = self.batch * math.prod(self.space) * self.heads, self.value_dim
+        rows, dim = self._rows, self.value_dim
         arguments = {"rows": rows, "DV": dim, "BLOCK_DV": tiling.native(dim), "M": 16}
         make = partial(Launch, lse_delta_kernel, (-(-rows // 16),))
         return {
@@ -102,10 +99,8 @@ class Plan:
         }
 
     @cached_property
-    def portable(self) -> portable.Plan:
+    def portable(self) -> portable.Plan | portable.Part:
         """The portable backend's: what every query reaches is as there."""
-        if self._first is not None:
-            return self._first.portable
         return portable.Plan(
             self.rule, self.scale, self.device, self.dtype, self.shapes, self.strides,
             None, self.num_additional or None, None, (), False,
@@ -113,10 +108,6 @@ class Plan:
 
     def _tiled(self, kind: str) -> Launch | Trials:
         """A kernel with its tiles, or those among which the first call chooses."""
-        if self._first is not None:
-            launch = getattr(self._first, kind)
-            assert isinstance(launch, Launch)
-            return launch.moved(launch.grid, self._offset())
         problem = (
             kind, self.rule, self.space, self.key_space, self.dim, self.value_dim,
             self.dtype.itemsize,
@@ -134,26 +125,18 @@ class Plan:
         tile, block = tiling.tile_and_block(tiles, of_keys)
         warpgroups = tiling.warpgroups(tiles)
         registers, compute_registers, fetch_registers = tiling.registers(tiles, work)
-        space = self.key_space if of_keys else self.space
-        counts = [
-            -(-n // (size * (warpgroups if axis == tiles.split_axis else 1)))
-            for axis, (n, size) in enumerate(zip(self._positions(space), tile))
-        ]
         heads = self.kv_heads if of_keys else self.heads
-        num_tiles = math.prod(counts) * math.prod(rule.dilation) * self.batch * heads
+        self.cuts[kind] = tiles, self._is_uneven(kind, tiles)
+        programs, of_tiles = self._programs(kind, *self.cuts[kind])
         num_additional = 0 if of_keys else self.num_additional
         numbers = {
-            **_steps("q", self.query.steps),
-            **_steps("k", self.key.steps),
-            **_steps("v", self.value.steps),
+            **self.place,
+            **of_tiles,
             "additional_b": self.num_additional * self.kv_heads,
-            **per_axis("N", self._positions(self.key_space)),
             **per_axis("K", rule.kernel_size),
             **per_axis("S", rule.stride),
             **per_axis("D", rule.dilation),
-            **per_axis("T", counts),
-            **self._part(),
-            "num_tiles": num_tiles,
+            **per_axis("R", rule.queries_per_key),
             "heads": heads,
             "heads_per_kv": self.heads // self.kv_heads,
             "num_additional": num_additional,
@@ -178,9 +161,56 @@ class Plan:
             "DILATED": max(rule.dilation) > 1,
             "QUERIES": self.queries,
         }
+        kernel = forward_kernel if kind == "forward" else backward_kernel
+        if kind != "forward":
+            constants["OF_KEYS"] = of_keys
+        kept = compiled(
+            kind, self.device, self.dtype, tiling.native(self.dim), tiling.native(self.value_dim),
+            registers, *constants.values(),
+        )  # fmt: skip
+        return Launch(
+            kernel, (programs,), numbers | constants,
+            {
+                **self._of_queries(kind, tiles), **self._of_keys(kind, tiles),
+                **self._additional(kind, tiles),
+            },
+            kept, num_warps=tiling.WARPS, maxnreg=registers, launch_pdl=_can_overlap(),
+        )  # fmt: skip
+
+    def _positions(self, space: Shape) -> Sequence[int]:
+        """Tokens of the longest dilation group, per axis."""
+        return padded([group_length(n, d, 0) for n, d in zip(space, self.rule.dilation)], 1)
+
+    @cached_property
+    def place(self) -> dict[str, int]:
+        """Numbers of all kernels that say where the queries are, :class:`geometry.Part`'s, and how
+        the tensors lie."""
+        rule = self.rule
+        axes = [(1, 1, 1, 1, 0, 0)] * (3 - rule.rank)
+        for length, n, o, d in zip(self.space, self.key_space, rule.offset, rule.dilation):
+            positions = -(-n // d), -(-length // d)
+            axes.append((*positions, length % d or d, n % d or d, o // d, o % d))
+        numbers = [*self.query.steps, *self.key.steps, *self.value.steps]
+        for each in zip(*axes):
+            numbers += each
+        return dict(zip(_PLACE, numbers))
+
+    def _programs(self, kind: str, tiles: Tiles, is_uneven: bool) -> tuple[int, dict[str, int]]:
+        """How many programs there are, and the numbers that follow from how many tiles there are.
+
+        As many programs as run at once take tiles in turn, or each tile has one of its own.
+        """
+        of_keys, groups = kind == "dkdv", tiling.warpgroups(tiles)
+        space, heads = (self.key_space, self.kv_heads) if of_keys else (self.space, self.heads)
+        tile, _ = tiling.tile_and_block(tiles, of_keys)
+        counts = [
+            -(-n // (size * (groups if axis == tiles.split_axis else 1)))
+            for axis, (n, size) in enumerate(zip(self._positions(space), tile))
+        ]
+        num_tiles = math.prod(counts) * math.prod(self.rule.dilation) * self.batch * heads
         # What a kernel stores is contiguous, so its bases are rows.
         rows = contiguous_strides((self.batch, *padded(space, 1), heads))[:3]
-        kernel = forward_kernel if kind == "forward" else backward_kernel
+        numbers = {**per_axis("T", counts), "num_tiles": num_tiles}
         if kind == "forward":
             numbers |= _steps("o", rows)
         else:
@@ -188,88 +218,108 @@ class Plan:
             numbers |= _steps("g", self._contiguous(*of_queries, self.value_dim).steps)
             numbers |= _steps("l", self._contiguous(*of_queries, 4).steps)
             numbers |= _steps("d", rows)
-            constants["OF_KEYS"] = of_keys
-        kept = compiled(
-            kind, self.device, self.dtype, tiling.native(self.dim), tiling.native(self.value_dim),
-            registers, *constants.values(),
-        )  # fmt: skip
-        return Launch(
-            kernel, (self._programs(kind, tiles, heads, num_tiles),), numbers | constants,
-            self._descriptors(kind, tiles), kept, num_warps=tiling.WARPS, maxnreg=registers,
-            launch_pdl=_can_overlap(),
-        )  # fmt: skip
+        if is_uneven:
+            return num_tiles, numbers
+        return min(num_tiles, _processors(self.device) * tiles.resident_programs), numbers
 
-    def _positions(self, space: Shape) -> Sequence[int]:
-        """Tokens of the longest dilation group, per axis."""
-        return padded([group_length(n, d, 0) for n, d in zip(space, self.rule.dilation)], 1)
+    def _is_uneven(self, kind: str, tiles: Tiles) -> bool:
+        """Whether the longest tile has so many blocks that each tile has its own program."""
+        excess = tiling.excess(kind, self.rule, self.space, self.key_space, tiles)
+        # A key head's tile walks the blocks of all heads that share it.
+        return excess * (self.heads // self.kv_heads if kind == "dkdv" else 1) >= _UNEVEN
 
-    def _part(self) -> dict[str, int]:
-        """Where the queries are, :class:`geometry.Part`'s numbers."""
-        dilation = self.rule.dilation
-        return {
-            **per_axis("Q", self._positions(self.space)),
-            **per_axis("SQ", [n % d or d for n, d in zip(self.space, dilation)]),
-            **per_axis("SN", [n % d or d for n, d in zip(self.key_space, dilation)]),
-            **per_axis("R", self.rule.queries_per_key),
-            **self._offset(),
-        }
+    def _of_queries(self, kind: str, tiles: Tiles) -> dict[str, Describe]:
+        """Descriptors of a kernel's tensors that have the layout of queries, in blocks of these."""
 
-    def _offset(self) -> dict[str, int]:
-        """Where the first query is."""
-        axes = list(zip(self.rule.offset, self.rule.dilation))
-        return {
-            **per_axis("O", [o // d for o, d in axes], 0),
-            **per_axis("G", [o % d for o, d in axes], 0),
-        }
-
-    def _descriptors(self, kind: str, tiles: Tiles) -> dict[str, Describe]:
-        """Of the tensors of a kernel: of queries and of keys, in blocks of these."""
-
-        def of_queries(view: View) -> Describe:
+        def of(view: View) -> Describe:
             return self._describe(view, tiles.q_block)
 
-        def of_keys(view: View) -> Describe:
+        def written(channels: int) -> View:
+            return self._contiguous(self.space, self.heads, channels)
+
+        found = {"query": of(self.query)}
+        if kind == "forward":
+            found["out"] = of(written(self.value_dim))
+        else:
+            found["grad_out"] = of(written(self.value_dim))
+            found["lse_delta"] = describe(written(4), (1, *tiles.q_block, 4), torch.float32)
+        if kind == "dq":
+            found["grad_query"] = of(written(self.dim))
+        return found
+
+    def _of_keys(self, kind: str, tiles: Tiles) -> dict[str, Describe]:
+        """As :meth:`_of_queries`, of keys."""
+
+        def of(view: View) -> Describe:
             return self._describe(view, tiles.kv_block)
 
-        def written(heads: int, channels: int) -> View:
-            return self._contiguous(self.space, heads, channels)
-
-        found = {
-            "query": of_queries(self.query), "key": of_keys(self.key), "value": of_keys(self.value),
-        }  # fmt: skip
-        if kind == "forward":
-            found["out"] = of_queries(written(self.heads, self.value_dim))
-        else:
-            found["grad_out"] = of_queries(written(self.heads, self.value_dim))
-            layout = gl.NVMMASharedLayout(0, 32, rank=5)
-            found["lse_delta"] = Describe(written(self.heads, 4), [1, *tiles.q_block, 4], layout)
+        found = {"key": of(self.key), "value": of(self.value)}
         if kind == "dkdv":
             for name, dim in (("grad_key", self.dim), ("grad_value", self.value_dim)):
-                found[name] = of_keys(self._contiguous(self.key_space, self.kv_heads, dim))
-        elif kind == "dq":
-            found["grad_query"] = of_queries(written(self.heads, self.dim))
+                found[name] = of(self._contiguous(self.key_space, self.kv_heads, dim))
+        return found
+
+    def _additional(self, kind: str, tiles: Tiles) -> dict[str, Describe]:
+        """As :meth:`_of_queries`, of additional tokens."""
+        found = {}
         if self.num_additional and kind != "dkdv":
             for name, dim in (("keys", self.dim), ("values", self.value_dim)):
                 shape = (self.batch, self.num_additional, self.kv_heads, dim)
-                tokens = view(shape, contiguous_strides(shape), (1,))
                 block = (1, 1, math.prod(tiles.kv_block))
-                found[f"additional_{name}"] = self._describe(tokens, block)
+                found[f"additional_{name}"] = self._describe(contiguous_view(shape, (1,)), block)
         return found
 
     def _describe(self, view: View, block: Shape) -> Describe:
         """Descriptors of blocks with the channels that kernels have."""
-        channels = tiling.native(view.shape[-1])
-        return Describe(view, [1, *block, channels], block_layout(channels, self.dtype))
+        return describe(view, (1, *block, tiling.native(view.shape[-1])), self.dtype)
 
-    def _programs(self, kind: str, tiles: Tiles, heads: int, num_tiles: int) -> int:
-        """How many programs there are: as many as run at once, which take tiles in turn, or each
-        tile has one of its own."""
-        excess = tiling.excess(kind, self.rule, self.space, self.key_space, tiles)
-        # A key head's tile walks the blocks of all heads that share it.
-        uneven = excess * (self.heads // heads)
-        if uneven >= _UNEVEN:
-            return num_tiles
-        return min(num_tiles, _processors(self.device) * tiles.resident_programs)
+
+class Part(Plan):
+    """The plan of a part of a layout: that of another part, whose kernels have other numbers and
+    descriptors.
+
+    So what a new offset, a longer cache of keys or a part of another size costs on the host is
+    little more than a call that was made before, and no kernel is compiled.
+    """
+
+    def __init__(self, plan: Plan, rule: Neighborhood, where: tuple[Any, ...]) -> None:
+        self.plan, self.where = plan, where
+        self._lay(rule, *where[1:])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.plan, name)
+
+    def _tiled(self, kind: str) -> Launch:
+        plan, launch = self.plan, getattr(self.plan, kind)
+        tiles, is_uneven = plan.cuts[kind]
+        grid, numbers, descriptors = launch.grid, self.place, {}
+        if self.space != plan.space or (kind == "dkdv" and self.key_space != plan.key_space):
+            programs, of_tiles = self._programs(kind, tiles, is_uneven)
+            grid, numbers = (programs,), {**numbers, **of_tiles}
+        (query, *keys), (query_strides, *key_strides) = self.shapes, self.strides
+        if (query, query_strides) != (plan.shapes[0], plan.strides[0]):
+            descriptors.update(self._of_queries(kind, tiles))
+        if [keys, key_strides] != [[*plan.shapes[1:]], [*plan.strides[1:]]]:
+            descriptors.update(self._of_keys(kind, tiles))
+        return launch.moved(grid, numbers, descriptors)
+
+    @cached_property
+    def lse_delta(self) -> dict[bool, Launch]:
+        grid, numbers = (-(-self._rows // 16),), {"rows": self._rows}
+        return {given: launch.moved(grid, numbers) for given, launch in self.plan.lse_delta.items()}
+
+    @cached_property
+    def portable(self) -> portable.Part:
+        plan = self.plan.portable
+        assert isinstance(plan, portable.Plan)
+        return portable.Part(plan, self.where)
+
+
+# What :attr:`Plan.place` has.
+_PLACE = (
+    *(f"{tensor}_{axis}" for tensor in "qkv" for axis in "b012h"),
+    *(f"{name}{axis}" for name in ("N", "Q", "SQ", "SN", "O", "G") for axis in range(3)),
+)
 
 
 def _steps(name: str, steps: Sequence[int]) -> dict[str, int]:
@@ -314,21 +364,7 @@ def compiled(*constants: Any) -> list[Any]:
 
 
 # Calls of one shape come again: a model has few.
-@tuning.cached
-def _plan(rule: Neighborhood, *problem: Any) -> Plan:
-    is_timed = tuning.wanted(backward=False) or tuning.wanted(backward=True)
-    if rule.query_offset is None or is_timed:
-        return Plan(rule, *problem)
-    # Tiles do not depend on an offset, nor does anything but two numbers of each axis.
-    known = _known(replace(rule, query_offset=None), *problem)
-    if not known:
-        known.append(Plan(rule, *problem))
-    return known[0].moved(rule)
-
-
-@tuning.cached
-def _known(*problem: Any) -> list[Plan]:
-    return []
+_plan = tuning.cached(Plan)
 
 
 def plan_for(
@@ -340,12 +376,23 @@ def plan_for(
     scale: float,
 ) -> Plan:
     """The plan of a call; tensors are readable by TMA."""
-    return _plan(
-        rule,
-        scale,
-        query.device,
-        query.dtype,
-        (query.shape, key.shape, value.shape),
-        (query.stride(), key.stride(), value.stride()),
-        0 if additional_keys is None else additional_keys.shape[1],
-    )
+    shapes = query.shape, key.shape, value.shape
+    strides = query.stride(), key.stride(), value.stride()
+    others = scale, query.device, query.dtype
+    num_additional = 0 if additional_keys is None else additional_keys.shape[1]
+    is_timed = tuning.wanted(backward=False) or tuning.wanted(backward=True)
+    if rule.query_offset is None or is_timed:
+        return _plan(rule, *others, shapes, strides, num_additional)
+    batch, *_, heads, dim = query.shape
+    made = portable.common(
+        "hopper", *portable.windows_of(rule), *others, batch, heads, dim, key.shape[-2],
+        value.shape[-1], num_additional,
+    )  # fmt: skip
+    where, part = (rule.query_offset, shapes, strides), made.get("part")
+    if part is None or part.where != where:
+        # Nothing that kernels are compiled for depends on more than these sizes.
+        sizes = tiling.model_sizes(rule, query.shape[1:-2], key.shape[1:-2])
+        if sizes not in made:
+            made[sizes] = Plan(rule, *others, shapes, strides, num_additional)
+        part = made["part"] = Part(made[sizes], rule, where)
+    return part

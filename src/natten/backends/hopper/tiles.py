@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import tuning
+from ...documents import roomy, roomy_layout
 from ...neighborhood import Neighborhood, group_length
 from ...tiling import padded, reach
 from ..interface import Shape, Tiles
@@ -221,22 +222,24 @@ def _model(rule: Neighborhood, shape: Shape, key_shape: Shape) -> tuple[Neighbor
     """
     if queries(rule, shape) == OWN:
         return rule, shape, key_shape
-    sizes = []
-    for k, s, d, r, *lengths in zip(
-        rule.kernel_size, rule.stride, rule.dilation, rule.queries_per_key, shape, key_shape
+    shape, key_shape = zip(*model_sizes(rule, shape, key_shape))
+    offset = []
+    for count, n, s, r in zip(shape, key_shape, rule.stride, rule.queries_per_key):
+        offset.append((r * n - count) // 2 // (r * s) * (r * s))
+    own = replace(rule, dilation=(1,) * rule.rank, query_offset=tuple(offset))
+    return own, shape, key_shape
+
+
+def model_sizes(rule: Neighborhood, shape: Shape, key_shape: Shape) -> tuple[Shape, ...]:
+    """Per axis, queries and keys of the problem for which the tiles of a part are chosen."""
+    found = []
+    for k, d, r, length, key_length in zip(
+        rule.kernel_size, rule.dilation, rule.queries_per_key, shape, key_shape
     ):
-        count, n = (_rounded(group_length(length, d, 0)) for length in lengths)
-        n = min(n, _rounded(-(-count // r) + k))
-        count = min(count, r * n)
-        sizes.append((count, n, (r * n - count) // 2 // (r * s) * (r * s)))
-    shape, key_shape, offset = zip(*sizes)
-    return replace(rule, dilation=(1,) * rule.rank, query_offset=offset), shape, key_shape
-
-
-def _rounded(n: int) -> int:
-    """``n``, rounded up to three binary digits."""
-    unit = 1 << max(n.bit_length() - 3, 0)
-    return -(-n // unit) * unit
+        count, n = roomy_layout((-(-length // d), -(-key_length // d)))
+        n = min(n, roomy(-(-count // r) + k))
+        found.append((min(count, r * n), n))
+    return tuple(found)
 
 
 def mask_of(sliding: bool, axes: Sequence[Axis], tiles: Tiles, work: Work) -> Mask:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import triton
 from torch import Tensor
@@ -24,14 +24,25 @@ from .releases import CHECKED, release
 
 Tensors = Mapping[str, Tensor | None]
 Addresses = Sequence[int | None]
-Describe = Callable[[Tensor], Any]  # makes a descriptor of a tensor
 Launcher = Callable[[Addresses, Tensors], None]
-Compiled = Callable[[tuple[int, ...], Sequence[Any]], Launcher]  # of a grid and numbers
 Arguments = Callable[[Sequence[Any], Tensors, int], tuple[Any, ...]]  # of the function in C
-_KEPT = 256  # addresses, per kernel
+KEPT = 256  # addresses, per launch and per descriptor
 
 
-def launchers(compiled: Any, describe: Mapping[str, Describe | None]) -> Compiled:
+class Describe(Protocol):
+    """Makes a descriptor of a tensor."""
+
+    maps: Bounded  # what Triton makes of descriptors, by the tensors' addresses
+
+    def __call__(self, tensor: Tensor) -> Any: ...
+
+
+Described = Mapping[str, Describe | None]
+# Of a grid, of numbers and constants, and of what describes the tensors.
+Compiled = Callable[[tuple[int, ...], Sequence[Any], Described], Launcher]
+
+
+def launchers(compiled: Any, describe: Described) -> Compiled:
     """What makes functions that launch a kernel on the current device, always the same.
 
     Args:
@@ -40,8 +51,9 @@ def launchers(compiled: Any, describe: Mapping[str, Describe | None]) -> Compile
             makes a descriptor of each, or None.
 
     Returns:
-        A function of the numbers of programs along three axes, and of numbers and constants. It
-        makes a function of the tensors: of their addresses, in order, and of themselves, by name.
+        A function of the numbers of programs along three axes, of numbers and constants, and of
+        what makes descriptors of the same tensors. It makes a function of the tensors: of their
+        addresses, in order, and of themselves, by name.
     """
     is_checked = release(triton.__version__) in CHECKED
     try:
@@ -53,14 +65,14 @@ def launchers(compiled: Any, describe: Mapping[str, Describe | None]) -> Compile
     hooks, device = knobs.runtime, driver.active.get_current_device()
     stream = driver.active.get_current_stream
 
-    def launcher(grid: tuple[int, ...], last: Sequence[Any]) -> Launcher:
+    def launcher(grid: tuple[int, ...], last: Sequence[Any], describe: Described) -> Launcher:
         def slow(addresses: Addresses, tensors: Tensors) -> None:
             compiled[grid](*described(describe, tensors).values(), *last)
 
         if short is None:
             return slow
         launch, make = short
-        arguments = make(grid, last)
+        arguments = make(grid, last, describe)
 
         def fast(addresses: Addresses, tensors: Tensors) -> None:
             try:
@@ -88,10 +100,10 @@ def launchers(compiled: Any, describe: Mapping[str, Describe | None]) -> Compile
 
 
 def _short_way(
-    compiled: Any, describe: Mapping[str, Describe | None]
+    compiled: Any, describe: Described
 ) -> tuple[Callable[..., None], Callable[..., Arguments]] | None:
-    """Triton's function in C, and what makes its arguments of grid and numbers; None where Triton
-    itself has to launch."""
+    """Triton's function in C, and what makes its arguments of what :func:`launchers` says; None
+    where Triton itself has to launch."""
     own = compiled.run
     metas = getattr(compiled.metadata, "tensordesc_meta", None) or ()
     count = sum(make is not None for make in describe.values())
@@ -104,10 +116,11 @@ def _short_way(
     ):
         return None
     complete = _complete(compiled)
+    launch = getattr(*_place(own))
     if not count:
-        return getattr(*_place(own)), complete
+        return launch, lambda grid, last, _: complete(grid, last)
     flat = _flattener(own, metas, describe)
-    return getattr(*_place(own)), lambda grid, last: _kept(complete(grid, last), flat)
+    return launch, lambda grid, last, describe: _kept(complete(grid, last), flat(describe))
 
 
 def _complete(compiled: Any) -> Callable[[Sequence[int], Sequence[Any]], Arguments]:
@@ -197,7 +210,7 @@ def _once_compared(
 # --- arguments ----------------------------------------------------------------------------------
 
 
-def described(describe: Mapping[str, Describe | None], tensors: Tensors) -> dict[str, Any]:
+def described(describe: Described, tensors: Tensors) -> dict[str, Any]:
     """A kernel's tensors as Triton takes them, in order."""
     found = {}
     for name, make in describe.items():
@@ -211,7 +224,7 @@ def _kept(complete: Arguments, flat: Callable[[Addresses, Tensors], Sequence[Any
 
     All of it is kept, because memory is allocated where memory was freed.
     """
-    kept = Bounded(_KEPT)
+    kept = Bounded(KEPT)
 
     def arguments(addresses: Sequence[Any], tensors: Tensors, stream: int) -> tuple[Any, ...]:
         key = stream, *addresses
@@ -225,31 +238,33 @@ def _kept(complete: Arguments, flat: Callable[[Addresses, Tensors], Sequence[Any
 
 
 def _flattener(
-    own: Any, metas: Sequence[Any], describe: Mapping[str, Describe | None]
-) -> Callable[[Addresses, Tensors], list[Any]]:
-    """A function of a kernel's tensors: those arguments that the function in C takes.
+    own: Any, metas: Sequence[Any], describe: Described
+) -> Callable[[Described], Callable[[Addresses, Tensors], list[Any]]]:
+    """What makes, of what describes a kernel's tensors, a function of the tensors: those arguments
+    that the function in C takes.
 
     What a descriptor becomes there, a tensor map with shape and strides, depends on the address
     alone. It is kept, too, for when only some tensors are where others were.
     """
-    encode, following = sys.modules[type(own).__module__].make_tensordesc_arg, iter(metas)
+    encode = sys.modules[type(own).__module__].make_tensordesc_arg
     unused = (None,) * (len(inspect.signature(encode).parameters) - 2)  # from Triton 3.8 on
-    encoders: list[Any] = [
-        make and (name, make, next(following), Bounded(_KEPT)) for name, make in describe.items()
-    ]
+    meta = dict(zip((name for name, make in describe.items() if make is not None), metas))
 
-    def flat(addresses: Addresses, tensors: Tensors) -> list[Any]:
-        found: list[Any] = []
-        for address, encoder in zip(addresses, encoders):
-            if encoder is None:
-                found.append(address)
-                continue
-            name, make, meta, kept = encoder
-            known = kept.get(address)
-            if known is None:
-                known = encode(make(tensors[name]), meta, *unused)
-                kept.keep(address, known)
-            found += known
-        return found
+    def flattened(describe: Described) -> Callable[[Addresses, Tensors], list[Any]]:
+        def flat(addresses: Addresses, tensors: Tensors) -> list[Any]:
+            found: list[Any] = []
+            for address, (name, make) in zip(addresses, describe.items()):
+                x = tensors[name]
+                if make is None or x is None:
+                    found.append(address)
+                    continue
+                known = make.maps.get(address)
+                if known is None:
+                    known = encode(make(x), meta[name], *unused)
+                    make.maps.keep(address, known)
+                found += known
+            return found
 
-    return flat
+        return flat
+
+    return flattened

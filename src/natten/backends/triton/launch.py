@@ -118,14 +118,21 @@ class Launch:
         self.options = {"enable_fp_fusion": True, **options}
         self.compiled: Launcher | None = None
         self._kernels = [] if kernels is None else kernels
-        self._made: list[Compiled] = []  # shared by launches with other numbers
+        self._made: list[Compiled] = []  # shared by launches that were moved
 
-    def moved(self, grid: Iterable[int], numbers: Mapping[str, Any]) -> Launch:
-        """The same kernel with another grid and other numbers, for which nothing is compiled."""
+    def moved(
+        self,
+        grid: Iterable[int],
+        numbers: Mapping[str, Any],
+        descriptors: Mapping[str, Describe] = _NOTHING,
+    ) -> Launch:
+        """The same kernel with another grid, other numbers and descriptors of other tensors, for
+        which nothing is compiled."""
         found = object.__new__(Launch)
         found.__dict__.update(self.__dict__)
         found.grid = (*grid, 1, 1)[:3]
         found.arguments = {**self.arguments, **numbers}
+        found.tensors = {**self.tensors, **descriptors}
         found.compiled = None
         return found
 
@@ -142,7 +149,8 @@ class Launch:
         if self.compiled is None and self._kernels:
             if not self._made:
                 self._made.append(launchers(self._kernels[0], self.tensors))
-            self.compiled = self._made[0](self.grid, tuple(self.arguments.values()))
+            numbers = tuple(self.arguments.values())
+            self.compiled = self._made[0](self.grid, numbers, self.tensors)
         if unaligned or self.compiled is None:
             self._compile(tensors, not unaligned)
         else:
