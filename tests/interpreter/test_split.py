@@ -19,7 +19,6 @@ CASES = [
     Case((43,), (6,), dilation=2, batch=1, heads=1, kv_heads=1, dim=4, rpb=True),
     Case((40,), (31,), stride=3, is_causal=True, batch=1, heads=3, kv_heads=1, value_dim=5),
     Case((7, 5), (3, 2), (2, 1), (2, 2), batch=1, kv_heads=1, num_additional=1),
-    Case((5, 4), (4, 3), batch=1, heads=1, kv_heads=1, queries_per_key=(4, 8), value_dim=20),
     Case((12,), (5,), dilation=2, boundary="circular", queries_per_key=4, batch=1),
     Case((40,), (21,), boundary="truncate", query_offset=(9,), query_space=(17,), batch=1),
 ]
@@ -29,29 +28,27 @@ CASES = [
 def _shared(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """So many programs share the blocks of each tile of keys, and the query heads: also more than
     there are. Memory that nothing was written to yet holds NaN."""
-    new_empty, (of_blocks, of_heads) = torch.Tensor.new_empty, request.param
-
-    def forced(plan: plan.Plan, _: object) -> object:
-        return lambda tiles: (of_blocks, of_heads if plan.per_kv > 1 else 1)
+    new_empty = torch.Tensor.new_empty
 
     def poisoned(x: torch.Tensor, *shape: int, **options: torch.dtype) -> torch.Tensor:
         made = new_empty(x, *shape, **options)
         return made.fill_(float("nan")) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    monkeypatch.setattr(plan.Plan, "_shares", forced)
+    monkeypatch.setattr(plan.Plan, "_shares", lambda *_: lambda tiles: request.param)
     tuning._forget_choices()
     yield
     tuning._forget_choices()
 
 
-def check(inputs: Inputs, rule: Rule) -> None:
+def check(inputs: Inputs, rule: Rule, tiles: tuple[int, ...] = ()) -> None:
     """All gradients are the reference's, and dK and dV are sums of splits."""
-    assert isinstance(plan.plan_for(*inputs[:5], rule, 0.6).dkdv, launch.Split)
+    assert isinstance(plan.plan_for(*inputs[:5], rule, 0.6, tiles=tiles).dkdv, launch.Split)
     expected = reference.forward(inputs, rule, 0.6)
     grads = torch.randn_like(expected[0]), torch.randn_like(expected[1])
-    found = [x.backward(*grads, inputs, *expected, rule, 0.6) for x in (reference, portable)]
-    for name, a, b in zip(Inputs._fields, *found):
+    wanted = reference.backward(*grads, inputs, *expected, rule, 0.6)
+    found = portable.backward(*grads, inputs, *expected, rule, 0.6, tiles)
+    for name, a, b in zip(Inputs._fields, wanted, found):
         assert_close(f"gradient of {name}", a, b, 2e-5)
 
 
@@ -59,6 +56,15 @@ def check(inputs: Inputs, rule: Rule) -> None:
 @pytest.mark.usefixtures("_shared")
 def test_neighborhoods(case: Case) -> None:
     check(case.inputs(torch.float32), case.rule)
+
+
+@pytest.mark.usefixtures("_shared")
+def test_full_blocks_of_two_axes() -> None:
+    """A tile of keys has two rows of three full blocks, among partial ones."""
+    case = Case(
+        (4, 7), (4, 5), batch=1, heads=1, kv_heads=1, value_dim=20, queries_per_key=(2, 8)
+    )  # fmt: skip
+    check(case.inputs(torch.float32), case.rule, tiles=(0, 0, 0, 0, 4, 8, 4, 4))
 
 
 @pytest.mark.parametrize("causal", [False, True])

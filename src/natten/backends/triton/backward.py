@@ -261,8 +261,7 @@ def dkdv_kernel(
     first_partial, end_partial, first_full, end_full = 0, blocks.num_partial, 0, blocks.num_full
     first_full_block = 0, 0, 0
     if SPLIT:
-        if not SINGLE:
-            first_head, end_head = _share(per_kv, 2)
+        first_head, end_head = _share(per_kv, 2)
         first, end = _share(blocks.num_partial + blocks.num_full, 1)
         first_partial, end_partial = first, tl.minimum(end, blocks.num_partial)
         first_full = tl.maximum(first - blocks.num_partial, 0)

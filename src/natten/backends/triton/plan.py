@@ -198,6 +198,8 @@ class Plan:
             programs, counts = self.programs(kind, tiles.kv_block, self.key_space)
             found = self._shares(tiles)
             arguments = {**arguments, "SPLIT": found is not None}
+            if found is not None:  # without the loop over heads, ptxas has products wait then
+                arguments["SINGLE"] = False
         else:
             programs, counts = self.programs(kind, tiles.q_block, self.space)
         arguments = {
