@@ -377,7 +377,7 @@ def additional_kernel(
         s = tl.where(real[None, :], s, float("-inf"))
         dk_acc, dv_acc = _dkdv_step(dk_acc, dv_acc, q, k, v, g, row_lse_delta, s, PRECISION)
     if HAS_ADDITIONAL_MASK:  # as in dkdv_kernel
-        allowed = load_mask(additional_mask + batch * a_b, c * a_0, present)[:, None]
+        allowed = load_mask(additional_mask + batch * a_b, c.to(tl.int64) * a_0, present)[:, None]
         dk_acc, dv_acc = tl.where(allowed, dk_acc, 0.0), tl.where(allowed, dv_acc, 0.0)
     col = ((batch * kv_heads + kv_head) * splits + split_id) * num_additional + c
     store_rows(grad_keys, col * D, present, d, D, dk_acc * scale)

@@ -149,15 +149,27 @@ def load_mask(mask, offset, present):
 
 
 @triton.jit
-def hidden(allowed):
-    """``[1, N]``, to be added to scores: -inf for keys that are not ``allowed``.
+def _gathered(x):
+    """``x [N]``, made by a thread each and read by those that need it, through shared memory.
 
-    A sum, unlike a choice, becomes one instruction with the product that scales the scores. The
-    gather has each thread load the byte of one key and get those of its scores through shared
-    memory; else it would load all of these, and keep an address for each.
+    Else each thread would load all bytes of a mask that it needs, and keep an address for each.
     """
-    bias = tl.where(allowed, 0.0, float("-inf"))
-    return tl.gather(bias, tl.arange(0, bias.shape[0]), 0)[None, :]
+    return tl.gather(x, tl.arange(0, x.shape[0]), 0)
+
+
+@triton.jit
+def allowed_rows(allowed):
+    """What :func:`load_mask` gave, for the loads of keys and values, ``[N]``."""
+    return _gathered(allowed.to(tl.int8)) != 0
+
+
+@triton.jit
+def hidden(allowed):
+    """What :func:`load_mask` gave, to be added to scores, ``[1, N]``: -inf for masked keys.
+
+    A sum, unlike a choice, becomes one instruction with the product that scales the scores.
+    """
+    return _gathered(tl.where(allowed, 0.0, float("-inf")))[None, :]
 
 
 @triton.jit

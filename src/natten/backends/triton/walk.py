@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .primitives import (
     LOG2E,
+    allowed_rows,
     before,
     bias_index,
     coordinates,
@@ -392,7 +393,8 @@ def walk_keys(
         present = before(plus(a, c), rows.high)  # [N]
         if HAS_KEY_MASK:
             m_start, m_at = keys_of_block(p, p.mask, a, c, m_within, MODES, 1)
-            present = load_mask(key_mask + m_start, m_at, present)  # [N]
+            allowed = load_mask(key_mask + m_start, m_at, present)  # [N]
+            present = allowed_rows(allowed)
         k_start, k_at = keys_of_block(p, p.key, a, c, k_within, MODES, ALIGN)
         v_start, v_at = keys_of_block(p, p.value, a, c, v_within, MODES, ALIGN)
         k = load_rows(key + k_start, k_at, present, d, D)  # [N, D]
@@ -401,7 +403,7 @@ def walk_keys(
         s = scores(q, k, scale, rpb, at, p.kernel_size, p.head, HAS_RPB, False, PRECISION)
         s += mask_bias(a, rows.starts, rows.ends, KV_BLOCK, MODES)  # [M, N]
         if HAS_KEY_MASK:
-            s += hidden(present)
+            s += hidden(allowed)
         state = STEP(state, operands, q, k, v, s, PRECISION)
 
     low, full_block = plus(rows.low, times(blocks.first_full, KV_BLOCK)), (0, 0, 0)
@@ -421,7 +423,8 @@ def walk_keys(
         if HAS_KEY_MASK:
             m_start, m_at = keys_of_block(p, p.mask, a, c, m_within, MODES, 1)
             allowed = tl.load(key_mask + m_start + m_at)  # [N]
-            k, v = load_some(k_rows, allowed, d, D), load_some(v_rows, allowed, dv, DV)
+            present = allowed_rows(allowed)
+            k, v = load_some(k_rows, present, d, D), load_some(v_rows, present, dv, DV)
         else:
             k, v = load_tile(k_rows, d, D), load_tile(v_rows, dv, DV)  # [N, D], [N, DV]
         full_block, ended = next_full_block(full_block, blocks.full)
@@ -450,7 +453,8 @@ def walk_additional(
         present = c < num_additional  # [N]
         at = (p.batch * num_additional + c) * kv_heads + p.kv_head  # [N]
         if HAS_MASK:
-            present = load_mask(mask + p.batch * mask_strides[0], c * mask_strides[1], present)
+            m_at = c.to(tl.int64) * mask_strides[1]
+            present = load_mask(mask + p.batch * mask_strides[0], m_at, present)
         k = load_rows(keys, at * D, present, d, D)  # [N, D]
         v = load_rows(values, at * DV, present, dv, DV)  # [N, DV]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # [M, N]
