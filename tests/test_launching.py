@@ -26,10 +26,9 @@ from triton.backends.nvidia import driver as nvidia
 from triton.experimental import gluon
 from triton.runtime import _allocation, driver
 
+from natten import tuning
 from natten.backends import Backend
-from natten.backends.hopper import descriptors
 from natten.backends.hopper import plan as hopper_plan
-from natten.backends.triton import plan as portable_plan
 from natten.backends.triton.launch import Launch, kernel, per_axis, strides_of
 from natten.backends.triton.releases import release
 from natten.inputs import Inputs
@@ -201,7 +200,6 @@ def test_a_map_is_encoded_once_per_address(
     launched: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode = Mock(return_value="map")
-    descriptors.describe.cache_clear()
     monkeypatch.setattr(driver.active.utils, ENCODE, encode)
     q, out = (torch.empty(1, 12, 16, 2, 64, dtype=torch.bfloat16) for _ in range(2))
     lse = q.new_empty(1, 12, 16, 2, dtype=torch.float32)
@@ -303,55 +301,75 @@ def test_an_unknown_release_is_compared_first(
         assert [args[HOOKS][1] is hook for args in (first, second, third)] == [True, True, not NEW]
 
 
-def part(length: int, keys: int, offset: int, mask: Tensor | None = None) -> None:
-    """A forward and a backward of queries that are a part of a layout."""
+def part(
+    backend: Backend, length: int, keys: int, offset: int, step: int = 32,
+    mask: Tensor | None = None,
+) -> None:  # fmt: skip
+    """A forward and a backward of queries that are a part of a layout; ``step`` is how far apart
+    heads are."""
     rule = Neighborhood.create(1, 9, 1, 2, True, "truncate", 1, offset)
-    q = torch.empty(2, length, 2, 32, dtype=torch.bfloat16)
-    k = torch.empty(2, keys, 2, 32, dtype=torch.bfloat16)
-    inputs = Inputs(q, k, k, key_mask=mask)
-    outputs = portable.forward(inputs, rule, 0.125)
-    portable.backward(q, None, inputs, *outputs, rule, 0.125)
+    q = torch.empty(2, length, 2, step, dtype=torch.bfloat16)[..., :32]
+    k = torch.empty(2, keys, 2, step, dtype=torch.bfloat16)[..., :32]
+    more = torch.empty(2, 5, 2, 32, dtype=torch.bfloat16)
+    inputs = Inputs(q, k, k, None, more, more, key_mask=mask)
+    if backend is portable:
+        rpb = torch.empty(2, 17, dtype=torch.bfloat16)
+        inputs = inputs._replace(rpb=rpb)
+    outputs = backend.forward(inputs, rule, 0.125)
+    backend.backward(q, None, inputs, *outputs, rule, 0.125)
 
 
-def test_a_new_offset_or_length_of_keys_compiles_nothing(
-    launched: Launches, monkeypatch: pytest.MonkeyPatch
+# Queries, keys, queries before the first one, and how far apart heads are.
+PARTS = [
+    *((12, 90, offset) for offset in (8, 0, 1, 3, 16, 78)),
+    *((12, keys, 1) for keys in (89, 91, 96, 1024)),
+    *((queries, 90, 3) for queries in (11, 12)),
+    (11, 1025, 1000),
+    (12, 90, 8, 48),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", [portable, hopper], ids=["triton", "hopper"])
+def test_another_part_compiles_nothing(
+    backend: Backend, launched: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    part(4, 40, 8)
-    compile_one = Mock()
+    """Neither another offset, another length of keys, a part of about the same size, nor tensors
+    that lie otherwise."""
+    part(backend, *PARTS[0])
+    kernels, compile_one = len(launched), Mock()
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "_do_compile", compile_one)
-    keys = [(40, offset) for offset in (0, 1, 3, 16, 32)]
-    keys += [(length, 1) for length in (15, 16, 17, 64, 1024)]
-    for length, offset in keys:
-        part(4, length, offset)
-    assert not compile_one.called and len(launched) == 3 * (1 + len(keys))
+    for each in PARTS:
+        part(backend, *each)
+    assert not compile_one.called and len(launched) == kernels * (1 + len(PARTS))
 
 
 def test_a_new_mask_compiles_nothing(launched: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether batch entries share it, wherever it begins, however far apart its bytes are."""
-    part(4, 40, 8, torch.ones(1, 40) > 0)
-    compile_one = Mock()
+    part(portable, 12, 90, 8, mask=torch.ones(1, 90) > 0)
+    kernels, compile_one = len(launched), Mock()
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "_do_compile", compile_one)
-    everything = torch.ones(161) > 0
-    of_two = everything[:80].view(2, 40), everything[1:81].view(2, 40)
-    masks = [*of_two, everything[1:].view(2, 40, 2)[..., 1], everything[3:43].expand(2, 40)]
+    everything = torch.ones(361) > 0
+    of_two = everything[:180].view(2, 90), everything[1:181].view(2, 90)
+    masks = [*of_two, everything[1:].view(2, 90, 2)[..., 1], everything[3:93].expand(2, 90)]
     for mask in masks:
-        part(4, 40, 8, mask)
-    part(4, 40, 3, masks[0])
-    part(4, 35, 8, masks[0][:, :35])
-    assert not compile_one.called and len(launched) == 3 * (1 + len(masks) + 2)
+        part(portable, 12, 90, 8, mask=mask)
+    part(portable, 12, 90, 3, mask=masks[0])
+    part(portable, 12, 85, 8, mask=masks[0][:, :85])
+    assert not compile_one.called and len(launched) == kernels * (1 + len(masks) + 2)
 
 
-def test_parts_pass_what_triton_passes(launched: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", [portable, hopper], ids=["triton", "hopper"])
+def test_parts_pass_what_triton_passes(
+    backend: Backend, launched: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The numbers are those of a plan of that part alone."""
-    parts: list[tuple[Any, ...]] = [(4, 40, 8), (4, 40, 3), (4, 15, 11), (4, 17, 0)]
-    parts += [(4, 40, 8, torch.ones(1, 40) > 0), (4, 17, 0, torch.ones(2, 17) > 0)]
-    for each in parts:
-        part(*each)
+    for each in PARTS:
+        part(backend, *each)
     shared = launched.copy()
     launched.clear()
-    monkeypatch.setattr(portable_plan, "has_shared_kernels", lambda *_: False)
-    for each in parts:
-        part(*each)
+    for each in PARTS:
+        tuning._forget_choices()
+        part(backend, *each)
     assert list(map(numbers, shared)) == list(map(numbers, launched))
 
 

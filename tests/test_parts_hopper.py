@@ -71,19 +71,54 @@ def test_another_offset_or_length_has_the_same_kernels() -> None:
     assert len(modes) == 1
 
 
-def test_another_offset_is_other_numbers() -> None:
-    """The plan of an offset is made of another one's; it is as if it had been made alone."""
+def test_another_part_is_other_numbers() -> None:
+    """The plan of a part is made of another one's; it is as if it had been made alone."""
+    is_shared = []
     for queries, keys, rule in PARTS:
-        if rule.query_offset is not None:
+        if rule.query_offset is None:
+            continue
+        fewer = tuple(max(1, n - 1) for n in queries)
+        longer = tuple(n + 1 for n in keys)
+        nowhere = replace(rule, query_offset=(0,) * rule.rank)
+        for other in ((queries, keys, nowhere), (queries, longer, rule), (fewer, longer, nowhere)):
             tuning._forget_choices()
-            first = plan_of(queries, keys, replace(rule, query_offset=(0,) * rule.rank))
-            moved = plan_of(queries, keys, rule)
-            assert moved._first is not None and moved._first.forward is first._first.forward
+            first, moved = plan_of(*other), plan_of(queries, keys, rule)
+            assert isinstance(first, planning.Part) and isinstance(moved, planning.Part)
+            is_shared.append(moved.plan is first.plan)
+            assert is_shared[-1] or other[:2] != (queries, keys)
             alone = planning.Plan(rule, *plan_arguments(queries, keys))
             for kind in KINDS:
-                a, b = getattr(moved, kind), getattr(alone, kind)
-                assert (a.arguments, a.grid) == (b.arguments, b.grid)
-                assert a._kernels is b._kernels
+                assert_same(getattr(moved, kind), getattr(alone, kind))
+            for given in (False, True):
+                assert_same(moved.lse_delta[given], alone.lse_delta[given])
+    assert sum(is_shared) > len(is_shared) // 2
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Two launches are the same but for the addresses of tensors."""
+    assert (a.arguments, a.grid, a.options) == (b.arguments, b.grid, b.options)
+    assert a._kernels is b._kernels
+    assert list(a.tensors) == list(b.tensors)
+    for x, y in zip(a.tensors.values(), b.tensors.values()):
+        assert (x is None) == (y is None)
+        assert x is None or (x.view, x.block, x.layout) == (y.view, y.block, y.layout)
+
+
+def test_additional_gradients_of_another_part_are_those_of_it_alone() -> None:
+    rule = Neighborhood.create(1, 9, query_offset=3)
+
+    def of(count: int, length: int, stride: int) -> Any:
+        x = torch.empty(1, 4096, 2, stride, dtype=torch.bfloat16, device="meta")[..., :DIM]
+        more = torch.empty(1, 40, 2, DIM, dtype=torch.bfloat16, device="meta")
+        plan = planning.plan_for(x[:, :count], x[:, :length], x[:, :length], more, rule, 1.0)
+        splits, launch = plan.portable.additional
+        return plan, (splits, launch.grid, launch.arguments)
+
+    of(1025, 2000, 64)
+    plan, moved = of(1270, 2000, 128)
+    tuning._forget_choices()
+    other, alone = of(1270, 2000, 128)
+    assert plan.plan.space == (1025,) and other.plan.space == (1270,) and moved == alone
 
 
 def plan_arguments(queries: Any, keys: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -72,6 +73,7 @@ def roomy(length: int) -> int:
     return roomy_layout((length,))[0]
 
 
+@lru_cache(maxsize=1024)
 def roomy_layout(layout: tuple[int, ...]) -> tuple[int, ...]:
     """A token layout with every axis rounded up to three binary digits, by at most a quarter."""
     steps = [max(length.bit_length() - 3, 0) for length in layout]

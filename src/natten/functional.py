@@ -250,7 +250,8 @@ def attend(
             _calls.keep(kind, (call, part))
     elif part is not None and part != known:  # a cache or a part moves from call to call
         assert not isinstance(window, Neighborhood)
-        check_value_layout(inputs.key, inputs.value)
+        if part[2] != part[3]:
+            check_value_layout(inputs.key, inputs.value)
         call = call.moved(window[_OFFSET], inputs)
         if part[1] != known[1]:
             warn_of_heads_first(inputs.query)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...neighborhood import group_length
-from ...tuning import Bounded
+from ...tuning import Bounded, cached
 from ..interface import Shape
 from ..triton.fast_launch import KEPT
 from .gluon_names import TensorDescriptor, gl
@@ -72,33 +72,25 @@ class Describe:
 def view(shape: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> View:
     """The view of a tensor of that shape and stride."""
     batch, *space, heads, channels = shape
-    missing = 3 - len(space)
-    lengths = [group_length(n, d, 0) for n, d in zip(space, dilation)]
-    tokens = stride[1:-2]
     # A valid stride where there is one position; of one head, so that bases of a contiguous tensor
     # are its rows.
-    width = -(-channels // 8) * 8
-    groups = (d + n % d for n, d in zip(space, dilation))  # where long ones begin later
-    counts = (batch, *[1] * missing, *groups, heads)
-    starts = (
-        stride[0] if batch > 1 else 0,
-        *[0] * missing,
-        *(s if d > 1 else 0 for s, d in zip(tokens, dilation)),
-        stride[-2] if heads > 1 else width,
-    )
+    width, missing = -(-channels // 8) * 8, 3 - len(space)
+    lengths, strides, groups, starts = ([each] * missing for each in (1, width, 1, 0))
+    before = 0
+    for n, step, d in zip(space, stride[1:-2], dilation):
+        length = group_length(n, d, 0)
+        lengths.append(length)
+        strides.append(step * d if length > 1 else width)
+        groups.append(d + n % d)  # where long ones begin later
+        starts.append(step if d > 1 else 0)
+        before += step * d if n % d else 0
+    starts = [stride[0] if batch > 1 else 0, *starts, stride[-2] if heads > 1 else width]
     unit = math.gcd(*starts)
-    steps = tuple(s // unit for s in starts)
-    return View(
-        (1 + sum((n - 1) * s for n, s in zip(counts, steps)), *[1] * missing, *lengths, channels),
-        (
-            unit,
-            *[width] * missing,
-            *(s * d if n > 1 else width for n, s, d in zip(lengths, tokens, dilation)),
-            1,
-        ),
-        steps,
-        sum(s * d for n, s, d in zip(space, tokens, dilation) if n % d),
-    )
+    steps = tuple([start // unit for start in starts])
+    bases = 1
+    for count, step in zip((batch, *groups, heads), steps):
+        bases += (count - 1) * step
+    return View((bases, *lengths, channels), (unit, *strides, 1), steps, before)
 
 
 @lru_cache(maxsize=1024)
@@ -132,10 +124,14 @@ def readable(x: Tensor, dilation: Sequence[int]) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-@lru_cache(maxsize=1024)
+@cached
 def describe(view: View, block: Shape, dtype: torch.dtype) -> Describe:
     """Descriptors of tensors of that view and dtype, for blocks of that shape."""
-    # What rows of shared memory are swizzled by; 0 where they are shorter.
-    swizzle = min(128, block[-1] * dtype.itemsize)
-    layout = gl.NVMMASharedLayout(swizzle if swizzle >= 32 else 0, 8 * dtype.itemsize, 5)
-    return Describe(view, block, layout)
+    return Describe(view, block, _layout(block[-1], dtype))
+
+
+@lru_cache(maxsize=64)
+def _layout(channels: int, dtype: torch.dtype) -> Any:
+    """Shared memory layout of blocks of five axes with that many channels."""
+    row = min(128, channels * dtype.itemsize)
+    return gl.NVMMASharedLayout(row if row >= 32 else 0, 8 * dtype.itemsize, 5)

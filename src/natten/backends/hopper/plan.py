@@ -49,6 +49,7 @@ class Plan:
         self.cuts: dict[str, tuple[Tiles, bool]] = {}
         self.queries = tiling.queries(rule, self.space)
         self.modes = modes(rule, self._units())
+        self.kept = dict(self.__dict__)  # without kernels
 
     def _lay(self, rule: Neighborhood, shapes: Sequence[Shape], strides: Sequence[Shape]) -> None:
         """Where the queries are, how large the layouts are, and how the tensors lie."""
@@ -283,24 +284,22 @@ class Part(Plan):
     """
 
     def __init__(self, plan: Plan, rule: Neighborhood, where: tuple[Any, ...]) -> None:
+        self.__dict__.update(plan.kept)
         self.plan, self.where = plan, where
         self._lay(rule, *where[1:])
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.plan, name)
-
     def _tiled(self, kind: str) -> Launch:
         plan, launch = self.plan, getattr(self.plan, kind)
-        tiles, is_uneven = plan.cuts[kind]
+        tiles, is_uneven = self.cuts[kind]
         grid, numbers, descriptors = launch.grid, self.place, {}
         if self.space != plan.space or (kind == "dkdv" and self.key_space != plan.key_space):
             programs, of_tiles = self._programs(kind, tiles, is_uneven)
             grid, numbers = (programs,), {**numbers, **of_tiles}
-        (query, *keys), (query_strides, *key_strides) = self.shapes, self.strides
-        if (query, query_strides) != (plan.shapes[0], plan.strides[0]):
-            descriptors.update(self._of_queries(kind, tiles))
-        if [keys, key_strides] != [[*plan.shapes[1:]], [*plan.strides[1:]]]:
-            descriptors.update(self._of_keys(kind, tiles))
+        # Views of tensors that lie alike are one object.
+        if self.query is not plan.query:
+            descriptors = self._of_queries(kind, tiles)
+        if self.key is not plan.key or self.value is not plan.value:
+            descriptors = {**descriptors, **self._of_keys(kind, tiles)}
         return launch.moved(grid, numbers, descriptors)
 
     @cached_property
@@ -390,9 +389,12 @@ def plan_for(
     )  # fmt: skip
     where, part = (rule.query_offset, shapes, strides), made.get("part")
     if part is None or part.where != where:
-        # Nothing that kernels are compiled for depends on more than these sizes.
-        sizes = tiling.model_sizes(rule, query.shape[1:-2], key.shape[1:-2])
-        if sizes not in made:
-            made[sizes] = Plan(rule, *others, shapes, strides, num_additional)
-        part = made["part"] = Part(made[sizes], rule, where)
+        if part is not None and part.shapes == shapes:
+            plan = part.plan
+        else:  # nothing that kernels are compiled for depends on more than these sizes
+            sizes = tiling.model_sizes(rule, query.shape[1:-2], key.shape[1:-2])
+            plan = made.get(sizes)
+            if plan is None:
+                plan = made[sizes] = Plan(rule, *others, shapes, strides, num_additional)
+        part = made["part"] = Part(plan, rule, where)
     return part

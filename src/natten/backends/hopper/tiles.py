@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import tuning
-from ...documents import roomy, roomy_layout
+from ...documents import roomy
 from ...neighborhood import Neighborhood, group_length
 from ...tiling import padded, reach
 from ..interface import Shape, Tiles
@@ -51,6 +51,7 @@ def tile_and_block(tiles: Tiles, of_keys: bool) -> tuple[Shape, Shape]:
     return (tiles.kv_block, tiles.q_block) if of_keys else (tiles.q_block, tiles.kv_block)
 
 
+@cache
 def native(channels: int) -> int:
     """Channels of the kernels that run heads of so many: zeros beside their own."""
     return next(each for each in HEAD_DIMS if each >= channels)
@@ -236,10 +237,18 @@ def model_sizes(rule: Neighborhood, shape: Shape, key_shape: Shape) -> tuple[Sha
     for k, d, r, length, key_length in zip(
         rule.kernel_size, rule.dilation, rule.queries_per_key, shape, key_shape
     ):
-        count, n = roomy_layout((-(-length // d), -(-key_length // d)))
-        n = min(n, roomy(-(-count // r) + k))
+        count, most = _count_and_most(-(-length // d), k, r)
+        n = -(-key_length // d)
+        n = roomy(n) if n < most else most
         found.append((min(count, r * n), n))
     return tuple(found)
+
+
+@lru_cache(maxsize=1024)
+def _count_and_most(count: int, k: int, r: int) -> tuple[int, int]:
+    """Queries of an axis, rounded up, and the most keys that matter to their tiles."""
+    count = roomy(count)
+    return count, roomy(-(-count // r) + k)
 
 
 def mask_of(sliding: bool, axes: Sequence[Axis], tiles: Tiles, work: Work) -> Mask:
