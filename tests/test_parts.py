@@ -440,6 +440,50 @@ def test_a_new_offset_is_a_kept_call(monkeypatch):
             natten.na1d(q, k, v, 3, query_offset=offset)
 
 
+def test_another_length_or_part_is_a_kept_call(monkeypatch):
+    """Only what depends on token layouts is checked again, all of it."""
+    q, k, v = (torch.randn(1, n, 2, 4) for n in (40, 40, 40))
+    options = {"stride": 2, "boundary": "shift"}
+
+    def step(offset, queries, keys, values=None, **more):
+        own = q[:, offset : offset + queries], k[:, :keys], v[:, : values or keys]
+        return natten.na1d(*own, 5, query_offset=offset, **(options | more))
+
+    step(0, 3, 12)
+    step(0, 3, 12, boundary="circular")
+    monkeypatch.setattr(natten.functional, "check_call_of", None)
+    for offset, queries, keys in ((0, 3, 12), (2, 3, 12), (2, 7, 12), (2, 7, 40), (39, 1, 40)):
+        given = q[:, offset : offset + queries], k[:, :keys], v[:, :keys]
+        rule = Neighborhood.create(1, 5, **options, query_offset=offset)
+        mask = window_mask(rule, (queries,), (keys,))
+        expected = masked_attention(*given, mask, 0.5)
+        for _ in range(2):
+            assert_close("part", expected, step(offset, queries, keys), 1e-5)
+    for problem, message in (
+        ((10, 3, 12), "10 \\+ 3 > 1 \\* 12"),
+        ((0, 3, 4), "5 \\* 1 > 4"),
+        ((0, 3, 12, 13), "`value` must have the token layout"),
+        ((10, 3, 12), "10 \\+ 3 > 1 \\* 12"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            step(*problem)
+    with pytest.raises(ArgumentError, match="2 \\* 1 does not divide 13"):
+        step(0, 3, 13, boundary="circular")
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+def test_a_ring_may_grow_beyond_its_window(backend):
+    """Whether a window fills its ring is asked of every length of keys."""
+    q, k, v = (torch.randn(1, n, 2, 4) for n in (3, 20, 20))
+    options = {"boundary": "circular", "query_offset": 2}
+    rule = Neighborhood.create(1, 9, **options)
+    for keys in (9, 10, 9, 20, 9):
+        own = k[:, :keys], v[:, :keys]
+        expected = masked_attention(q, *own, window_mask(rule, (3,), (keys,)), 0.5)
+        found = natten.na1d(q, *own, 9, **options, backend=backend, scale=0.5)
+        assert_close("ring", expected, found, 1e-5)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_rings_that_windows_fill(compiled):
     """Without a bias the circle makes no difference, and keys need not be padded."""
