@@ -379,8 +379,7 @@ def plan_for(
     strides = query.stride(), key.stride(), value.stride()
     others = scale, query.device, query.dtype
     num_additional = 0 if additional_keys is None else additional_keys.shape[1]
-    is_timed = tuning.wanted(backward=False) or tuning.wanted(backward=True)
-    if rule.query_offset is None or is_timed:
+    if not portable.has_shared_kernels(rule):
         return _plan(rule, *others, shapes, strides, num_additional)
     batch, *_, heads, dim = query.shape
     made = portable.common(

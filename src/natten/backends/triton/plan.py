@@ -424,7 +424,7 @@ def has_shared_kernels(rule: Rule, *strides: Sequence[int]) -> bool:
         return False
     # Triton compiles for numbers of 64 bits. Tiles are timed problem by problem.
     timed = tuning.wanted(backward=False) or tuning.wanted(backward=True)
-    return not timed and max(map(max, strides)) < 2**31
+    return not timed and max(map(max, strides), default=0) < 2**31
 
 
 # Calls of one shape come again: a model has few.
