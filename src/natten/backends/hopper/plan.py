@@ -311,7 +311,7 @@ class Part(Plan):
     def portable(self) -> portable.Part:
         plan = self.plan.portable
         assert isinstance(plan, portable.Plan)
-        return portable.Part(plan, self.where)
+        return portable.Part(plan, (*self.where, None))
 
 
 # What :attr:`Plan.place` has.
