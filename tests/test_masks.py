@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import natten
-from natten import ArgumentError, VarlenLayout, functional
+from natten import ArgumentError, VarlenLayout, _warnings, functional
 from natten.backends import explain, runner_of
 from natten.backends.reference import relative_bias
 from natten.backends.tiled import grids
@@ -857,7 +857,8 @@ def test_explain_says_which_backends_have_masks():
     assert "reference: runs" in lines.split("\n")
 
 
-def test_a_backend_without_masks_is_replaced():
+def test_a_backend_without_masks_is_replaced(monkeypatch):
+    monkeypatch.setattr(_warnings, "_given", set())  # other tests may have been warned already
     assert sdpa.masks or "sdpa: has no masks of keys" in explain(Q, kernel_size=7, key_mask=MASK)
     with pytest.warns(UserWarning, match="'sdpa' has no masks of keys; 'tiled' runs instead"):
         fused(key_mask=MASK, backend="sdpa")

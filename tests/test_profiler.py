@@ -85,7 +85,9 @@ def test_tiles_of_a_part_can_be_listed():
     problem = part(dtype=torch.bfloat16, num_additional=0)
     chooser = tune.tile_chooser("triton")
     rule, queries, keys = tune.windows(problem, "triton")
-    assert "circular" not in rule.boundary and queries == (5, 20) and keys[0] > 8
+    assert rule == problem.rule and queries == (5, 20) and keys == (8, 9)  # it has circular axes
+    padded, _, around = tune.windows(problem, "hopper")
+    assert "circular" not in padded.boundary and around[0] > 8
     for kind in KINDS:
         tiles = chooser.choose(kind, *tune.arguments(problem, "triton"))
         assert chooser.computed_pairs(kind, rule, queries, keys, tiles) >= problem.window_pairs

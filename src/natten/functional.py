@@ -243,7 +243,9 @@ def attend(
     """
     plain = operators.is_plain_call(inputs)
     kind, part = _kind_and_part(inputs, window, options) if plain else (None, None)
-    call, known = _calls.get(kind, _NO_CALL)
+    # Compiled code does not look at what is kept, or it would be compiled again for all that is.
+    kept: Any = None if kind is None else _calls.get(kind)
+    call, known = kept or _NO_CALL
     if call is None:
         call = check_call_of(inputs, window, *options)
         if kind is not None and _is_known(window) and _is_builtin(options):
