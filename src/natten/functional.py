@@ -228,7 +228,7 @@ _OFFSET = WINDOW.index("query_offset")
 # Calls repeat, and checking each of them again would take longer than a small kernel runs. Each is
 # kept with its part of a layout, if it has one.
 _calls = tuning.Kept()
-_NO_CALL = None, None
+_NO_CALL: tuple[Any, Any] = None, None
 
 
 def attend(

@@ -16,7 +16,7 @@ def dense_qkrpb(query, key, rpb, kernel_size, dilation):
     space = tuple(query.shape[2:-1])
     rule = natten.Neighborhood.create(2, kernel_size, 1, dilation)
     scores = query.flatten(2, 3) @ key.flatten(2, 3).mT
-    scores = scores + relative_bias(rule, space, rpb)
+    scores = scores + relative_bias(rule, space, space, rpb)
     return scores.masked_fill(~window_mask(rule, space, space), -math.inf)
 
 
