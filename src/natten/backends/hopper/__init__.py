@@ -84,11 +84,8 @@ class Hopper(Backend):
             return "has no parts of a layout with dilation"
         if any(n % d for n, d in dilated):
             return f"needs dilations that divide the token layout, {problem.key_shape}"
-        for layout in (space, problem.key_shape):
-            # Where a dilation does not divide an axis, TMA sees more tokens.
-            tokens = (n + d if d > 1 else n for n, d in zip(layout, rule.dilation))
-            if batch * heads * math.prod(tokens) > MOST:
-                return "numbers the tokens of all heads with 31 bits"
+        if batch * heads * max(math.prod(space), math.prod(problem.key_shape)) > MOST:
+            return "numbers the tokens of all heads with 31 bits"
         return None
 
     @cached_property

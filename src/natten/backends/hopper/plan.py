@@ -131,7 +131,7 @@ class Plan:
         programs, of_tiles = self._programs(kind, *self.cuts[kind])
         num_additional = 0 if of_keys else self.num_additional
         numbers = {
-            **self.place,
+            **self.location,
             **of_tiles,
             "additional_b": self.num_additional * self.kv_heads,
             **per_axis("K", rule.kernel_size),
@@ -183,7 +183,7 @@ class Plan:
         return padded([group_length(n, d, 0) for n, d in zip(space, self.rule.dilation)], 1)
 
     @cached_property
-    def place(self) -> dict[str, int]:
+    def location(self) -> dict[str, int]:
         """Numbers of all kernels that say where the queries are, :class:`geometry.Part`'s, and how
         the tensors lie."""
         rule = self.rule
@@ -194,7 +194,7 @@ class Plan:
         numbers = [*self.query.steps, *self.key.steps, *self.value.steps]
         for each in zip(*axes):
             numbers += each
-        return dict(zip(_PLACE, numbers))
+        return dict(zip(_LOCATION, numbers))
 
     def _programs(self, kind: str, tiles: Tiles, is_uneven: bool) -> tuple[int, dict[str, int]]:
         """How many programs there are, and the numbers that follow from how many tiles there are.
@@ -291,7 +291,7 @@ class Part(Plan):
     def _tiled(self, kind: str) -> Launch:
         plan, launch = self.plan, getattr(self.plan, kind)
         tiles, is_uneven = self.cuts[kind]
-        grid, numbers, descriptors = launch.grid, self.place, {}
+        grid, numbers, descriptors = launch.grid, self.location, {}
         if self.space != plan.space or (kind == "dkdv" and self.key_space != plan.key_space):
             programs, of_tiles = self._programs(kind, tiles, is_uneven)
             grid, numbers = (programs,), {**numbers, **of_tiles}
@@ -314,8 +314,8 @@ class Part(Plan):
         return portable.Part(plan, (*self.where, None))
 
 
-# What :attr:`Plan.place` has.
-_PLACE = (
+# What :attr:`Plan.location` has.
+_LOCATION = (
     *(f"{tensor}_{axis}" for tensor in "qkv" for axis in "b012h"),
     *(f"{name}{axis}" for name in ("N", "Q", "SQ", "SN", "O", "G") for axis in range(3)),
 )

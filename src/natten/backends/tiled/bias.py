@@ -32,12 +32,12 @@ def bias_of(grid: TileGrid, rpb: Tensor, rule: Neighborhood) -> Tensor:
 
 def _sum_positions(x: Tensor, dim: int, positions: Tensor) -> Tensor:
     """Sum ``x`` over queries, in ``dim``, that stand at one position."""
-    place = positions - positions[0]
-    count = int(place[-1]) + 1
-    if count == len(place):
+    row = positions - positions[0]
+    count = int(row[-1]) + 1
+    if count == len(row):
         return x
     shape = (*x.shape[:dim], count, *x.shape[dim + 1 :])
-    return x.new_zeros(shape).index_add_(dim, place.to(x.device), x)
+    return x.new_zeros(shape).index_add_(dim, row.to(x.device), x)
 
 
 def _sum_diagonals(x: Tensor, dim: int) -> Tensor:
