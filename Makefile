@@ -1,15 +1,17 @@
 # make demo: train a small classifier and draw what it attends.  make test: everything CI checks of
 # the code.  make programs: whole programs that use it.  make kernels: compile the GPU kernels,
-# without a GPU.  All make the environment first; TORCH= picks another build of PyTorch.
+# without a GPU.  These make the environment first; TORCH= picks another build of PyTorch.
+# make hub: a folder for Hugging Face's kernels, HUB=.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
 TRITONS := 3.7 3.8 newest
+HUB ?= hub
 # What goes with this PyTorch and no other.
 PINNED := $(if $(filter torch==2.13.0%,$(TORCH)),-r tests/pinned.txt)
 
-.PHONY: demo test programs lint wheel release-check kernels bench tables site
+.PHONY: demo test programs lint wheel release-check kernels bench tables site hub
 
 demo: $(VENV)/.demo
 	$(PY) examples/digits.py
@@ -18,8 +20,9 @@ test: $(VENV)/.dev
 	$(PY) -m pytest -n 2 --dist loadgroup --doctest-modules src/natten tests \
 		--ignore tests/programs --cov --cov-report=term --cov-fail-under=90
 
-programs: $(VENV)/.dev
+programs: $(VENV)/.dev $(VENV)/hub/.installed
 	$(PY) -m pytest tests/programs
+	PYTHONPATH=$(abspath $(VENV)/hub) $(PY) -m pytest tests/programs/test_hub.py
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff format --check .
@@ -60,6 +63,9 @@ tables: $(VENV)/.dev
 site: $(VENV)/.docs
 	$(PY) -m mkdocs build --strict
 
+hub:
+	$(PYTHON) .ci/hub.py $(HUB)
+
 # PyTorch goes first, so that nothing that depends on it picks another build.
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -74,4 +80,9 @@ $(VENV)/.demo $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(VENV)/bin/python pyproje
 $(VENV)/triton-%/.installed: | $(VENV)/bin/python
 	$(PY) -m pip install -q --no-deps --upgrade --target $(@D) \
 		"triton$(if $(filter newest,$*),,==$*.*)"
+	touch $@
+
+# Packages for tests/programs beside the environment's.
+$(VENV)/hub/.installed: tests/hub.txt | $(VENV)/bin/python
+	$(PY) -m pip install -q --no-warn-conflicts --no-compile --upgrade --target $(@D) -r $<
 	touch $@
