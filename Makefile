@@ -22,7 +22,8 @@ test: $(VENV)/.dev
 
 programs: $(VENV)/.dev $(VENV)/hub/.installed
 	$(PY) -m pytest tests/programs
-	PYTHONPATH=$(abspath $(VENV)/hub) $(PY) -m pytest tests/programs/test_hub.py
+	PYTHONPATH=$(abspath $(VENV)/hub) $(PY) -m pytest \
+		tests/programs/test_hub.py tests/programs/test_diffusers.py
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff format --check .

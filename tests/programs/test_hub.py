@@ -1,4 +1,4 @@
-"""The folder of ``make hub``: what Hugging Face's kernels loads."""
+"""The folder of ``make hub``: what kernels loads, and what diffusers does with it."""
 
 import runpy
 from pathlib import Path
@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, assert_close
 
 import natten
 
@@ -62,3 +62,23 @@ def test_every_variant_loads(backend, folder):
     assert module.__name__.endswith(f"_{backend}")
     x = torch.randn(1, 6, 1, 8)
     assert torch.equal(module.na1d(x, x, x, 3), natten.na1d(x, x, x, 3))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_decoder_of_ltx(folder, monkeypatch):
+    """LTX-2.5's, with diffusers' processor that asks the Hub for na3d, beside FlexAttention."""
+    decoder = pytest.importorskip("diffusers.models.autoencoders.ltx2_diffusion_decoder")
+    example = runpy.run_path(str(ROOT / "examples" / "ltx.py"))
+    model, latents = example["small_decoder"](), torch.randn(1, 4, 2, 3, 3)
+    flex = example["decode"](model, latents)
+    processor = decoder.LTX2VideoVaeNeighborhoodNattenProcessor()
+    assert processor._na3d is kernels.get_kernel("shi-labs/natten", version=1).na3d
+    calls = []
+    monkeypatch.setattr(
+        processor, "_na3d", lambda *a, na3d=processor._na3d, **b: calls.append(b) or na3d(*a, **b)
+    )
+    model.set_attn_processor(processor)
+    assert_close("decoder", flex, example["decode"](model, latents), 1e-5)
+    windows = [each["kernel_size"] for each in calls]
+    assert windows == [(3, 3, 3), (3, 3, 3), (3, 5, 5), (3, 5, 5), (5, 5, 5), (5, 5, 5)]
+    assert all(each.keys() == {"kernel_size", "scale", "backend"} for each in calls)
