@@ -25,3 +25,39 @@ def test_the_decoder_of_ltx_in_parts(capsys):
         assert_close(f"{frames} frames", whole, names["decode"](model, latents), 1e-5)
     with pytest.raises(ValueError, match="frames must be at least 1, got 0"):
         names["AttendInParts"](0)
+
+
+@pytest.mark.parametrize("text", [1, 7])
+@pytest.mark.parametrize("window", [(3, 1), ((4, 5), (2, 3)), ((6, 9), 1)])
+def test_windows_in_a_flux(window, text):
+    """Outputs and gradients equal those of dense attention with a mask."""
+    names, size = example("flux"), (6, 9)
+    model, inputs = names["small_flux"](), names["random_inputs"](size, text)
+    mask = names["dense_mask"](size, *window, text)
+    assert bool(mask.all()) == (window == ((6, 9), 1))
+
+    def run(**options):
+        model.zero_grad()
+        out = model(**inputs, **options).sample
+        out.square().sum().backward()
+        return out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    wanted, wanted_grads = run(joint_attention_kwargs={"attention_mask": mask})
+    model.set_attn_processor(names["WindowedAttention"](size, *window))
+    found, grads = run()
+    assert_close("output", wanted, found, 1e-5)
+    assert grads.keys() == wanted_grads.keys()
+    for name, grad in wanted_grads.items():
+        assert_close(name, grad, grads[name], 1e-4)
+
+
+def test_windows_in_a_flux_refuse_what_they_do_not_know(capsys):
+    names = example("flux")
+    assert names["main"]() == 0 and "17%" in capsys.readouterr().out
+    model, inputs = names["small_flux"](), names["random_inputs"]((6, 9), 5)
+    model.set_attn_processor(names["WindowedAttention"]((6, 8), 3))
+    with pytest.raises(ValueError, match=r"size is \(6, 8\), but the image has 54 tokens"):
+        model(**inputs)
+    mask = torch.ones(59, 59, dtype=torch.bool)
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(**inputs, joint_attention_kwargs={"attention_mask": mask})
