@@ -20,10 +20,12 @@ test: $(VENV)/.dev
 	$(PY) -m pytest -n 2 --dist loadgroup --doctest-modules src/natten tests \
 		--ignore tests/programs --cov --cov-report=term --cov-fail-under=90
 
-programs: $(VENV)/.dev $(VENV)/hub/.installed
+programs: $(VENV)/.dev $(VENV)/hub/.installed $(VENV)/transformers-4.53.3/.installed
 	$(PY) -m pytest tests/programs
+	PYTHONPATH=$(abspath $(VENV)/transformers-4.53.3) $(PY) -m pytest \
+		tests/programs/test_transformers.py
 	PYTHONPATH=$(abspath $(VENV)/hub) $(PY) -m pytest \
-		tests/programs/test_hub.py tests/programs/test_diffusers.py
+		tests/programs/test_transformers.py tests/programs/test_hub.py tests/programs/test_diffusers.py
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff format --check .
@@ -86,4 +88,8 @@ $(VENV)/triton-%/.installed: | $(VENV)/bin/python
 # Packages for tests/programs beside the environment's.
 $(VENV)/hub/.installed: tests/hub.txt | $(VENV)/bin/python
 	$(PY) -m pip install -q --no-warn-conflicts --no-compile --upgrade --target $(@D) -r $<
+	touch $@
+
+$(VENV)/transformers-%/.installed: | $(VENV)/bin/python
+	$(PY) -m pip install -q --no-deps --no-compile --upgrade --target $(@D) transformers==$*
 	touch $@
