@@ -27,7 +27,7 @@ class AttendInParts:
         self.frames = frames
 
     def __call__(self, attn: nn.Module, hidden_states: Tensor, block_mask: None = None) -> Tensor:
-        length, window = hidden_states.shape[1], attn.kernel_size[0]
+        length, window, project = hidden_states.shape[1], attn.kernel_size[0], attn.to_out[0]
         out = torch.empty_like(hidden_states)
         for begin in range(0, length, self.frames):
             end = min(begin + self.frames, length)
@@ -40,7 +40,7 @@ class AttendInParts:
                 query[:, begin - low : end - low], key, value,
                 kernel_size=attn.kernel_size, scale=1.0, query_offset=(begin - low, 0, 0),
             )  # fmt: skip
-            out[:, begin:end] = attn.to_out[0](part.flatten(-2))
+            out[:, begin:end] = project(part.flatten(-2))
         return out
 
 

@@ -90,6 +90,14 @@ def test_every_module_is_in_the_table_of_the_design():
     assert named == files | folders
 
 
+def test_the_page_on_decoding_has_the_processor_of_the_example():
+    text = (ROOT / "examples" / "ltx.py").read_text(encoding="utf-8")
+    (processor,) = re.findall(
+        r"^class AttendInParts:\n(?:(?: .*)?\n)*?(?=\n\n)", text, re.MULTILINE
+    )
+    assert processor in (ROOT / "docs" / "decoding.md").read_text(encoding="utf-8")
+
+
 def test_the_table_of_backends_is_what_they_say():
     """``python docs/backends.py`` writes it."""
     names = runpy.run_path(str(ROOT / "docs" / "backends.py"))
