@@ -1,7 +1,7 @@
 """The problems that are measured, by name.
 
-``GROUPS`` has the names of the cases in each group: "cuda" and "cpu" for the tables, and "strides",
-which compares strides of two layers.
+``GROUPS`` has the names of the cases in each group: "cuda" and "cpu" for the tables, "strides",
+which compares strides of two layers, and "ltx", the layers of a video decoder.
 """
 
 from __future__ import annotations
@@ -96,6 +96,16 @@ STRIDES = [
     *(Case(name, *each) for name, each in (_FLUX | _HUNYUAN).items()),
 ]
 
+# The five stages of LTX-2.5's video decoder, for 121 frames of 1088x1920 pixels. Dense attention
+# over all tokens of the last one would take minutes.
+LTX = [
+    Case("ltx-1", (18, 34, 60), 1, 32, 64, (3, 7, 7)),
+    Case("ltx-2", (18, 68, 120), 1, 16, 64, (3, 7, 7)),
+    Case("ltx-3", (35, 68, 120), 1, 8, 64, (3, 5, 5)),
+    Case("ltx-4", (69, 136, 240), 1, 8, 64, (3, 5, 5)),
+    Case("ltx-5", (121, 272, 480), 1, 4, 64, 11),
+]
+
 _MAIN = {
     "nat": ((56, 56), 4, 2, 32, 7, 1, 1, (0.25, 0.25)),
     "dinat": ((28, 28), 4, 4, 32, 7, 1, 4, (1.0, 1.0)),
@@ -135,10 +145,10 @@ CPU = [
 ]
 
 CASES = {
-    "cuda": {case.name: case for case in GPU + STRIDES},
+    "cuda": {case.name: case for case in GPU + STRIDES + LTX},
     "cpu": {case.name: case for case in CPU},
 }
 GROUPS = {
     name: [case.name for case in cases]
-    for name, cases in (("cuda", GPU), ("cpu", CPU), ("strides", STRIDES))
+    for name, cases in (("cuda", GPU), ("cpu", CPU), ("strides", STRIDES), ("ltx", LTX))
 }

@@ -16,17 +16,19 @@ from functools import partial
 from pathlib import Path
 
 import limits
-from cases import BF16, CASES, FP32, Case, by
+from cases import BF16, CASES, FP32, GROUPS, Case, by
 from records import RESULTS, read
 
 from natten.cli.tables import markdown
 from natten.draw.canvas import ATTENDED, INK, QUIET_INK, Key, Panel, Rect, Text, compose
+from natten.profiler import Problem
 from natten.profiler.report import BOTH, FORWARD
-from natten.simulator import DEVICES, simulate
+from natten.simulator import DEVICES, Device, simulate
 
 ROOT = Path(__file__).parents[1]
 FILES = (
     "README.md",
+    "docs/decoding.md",
     "docs/performance.md",
     "docs/simulator.md",
     "benchmarks/results/cpu.md",
@@ -188,23 +190,65 @@ def floor_table() -> list[str]:
     for name in times.cases:
         case = CASES["cuda"][name]
         problem = case.problem("cpu")
-        pairs = problem.needed_pairs * problem.batch * problem.heads
-        floors = {
-            "memory": problem.bytes() / device.bandwidth / 1e6,
-            "products": problem.flops() / device.tflops / 1e6,
-            "exponentials": pairs / device.exponentials / 1e6,
-        }
-        limit = max(floors, key=floors.__getitem__)
+        floor, limit = _floor(problem, device)
         ours = times.of(name, "natten", FORWARD, "graph")
         rows.append(
             [
                 name, f"{_kept(case):.1%}", f"{problem.bytes() / 1e6:.0f}",
                 f"{problem.flops() / 1e12:.3g}", waste.get(name, "not recorded"),
-                _us(floors[limit]), limit, _us(ours),
-                "" if ours is None else f"{ours / floors[limit]:.1f}",
+                _us(floor), limit, _us(ours), "" if ours is None else f"{ours / floor:.1f}",
             ]
         )  # fmt: skip
     return _table(rows)
+
+
+def _floor(problem: Problem, device: Device) -> tuple[float, str]:
+    """The least time of a forward pass in microseconds, and what sets it."""
+    pairs = problem.needed_pairs * problem.batch * problem.heads
+    floors = {
+        "memory": problem.bytes() / device.bandwidth / 1e6,
+        "products": problem.flops() / device.tflops / 1e6,
+        "exponentials": pairs / device.exponentials / 1e6,
+    }
+    limit = max(floors, key=floors.__getitem__)
+    return floors[limit], limit
+
+
+def ltx_table(gpu: str = "h200") -> list[str]:
+    """The stages of LTX-2.5's decoder, and the least time that each needs."""
+    rows = [["stage", "floor us", "natten us", "natten / floor", "computed / needed"]]
+    floors = {
+        name: _floor(CASES["cuda"][name].problem("cpu"), DEVICES[gpu])[0] for name in GROUPS["ltx"]
+    }
+    if not (RESULTS / f"ltx-{gpu}.csv").exists():
+        rows += [[_label(name), _us(floor), "", "", ""] for name, floor in floors.items()]
+        return [*_table(rows), "", "The times of these stages are not measured yet."]
+    times = Times(f"ltx-{gpu}")
+    waste = _waste(times)
+    for name, floor in floors.items():
+        ours = times.of(name, "natten", FORWARD, "graph")
+        rows.append([_label(name), _us(floor), _us(ours), f"{ours / floor:.1f}", waste[name]])
+    return [*_table(rows), "", f"{times.machine()}; forward, kernel times, medians of one run."]
+
+
+def decoding_table(gpu: str = "h200") -> list[str]:
+    """Time and memory of a layer of the decoder's last stage, whole and in parts."""
+    if not (RESULTS / f"ltx-{gpu}.csv").exists():
+        return ["They are not measured yet."]
+    times = Times(f"ltx-{gpu}")
+    rows = [["frames at once", "GB beside the input", "ms"]]
+    for each in times.records:
+        if each.backend.startswith("layer "):
+            case = CASES["cuda"][each.case]
+            gigabytes = 3 * case.problem("cpu").bytes() / 4 / 1e9  # of query, key and value
+            rows.append(
+                [
+                    each.backend.removeprefix("layer ").removesuffix(" frames"),
+                    f"{float(each.peak_over_inputs) * gigabytes:.1f}",
+                    f"{float(each.median_us) / 1e3:.0f}",
+                ]
+            )
+    return [*_table(rows), "", f"{times.machine()}; bfloat16, medians of one run."]
 
 
 def _waste(times: Times) -> dict[str, str]:
@@ -314,6 +358,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "gpu-h200": partial(gpu_table, "h200"),
     "portable-h200": partial(portable_table, "h200"),
     "flex-h200": partial(flex_table, "h200"),
+    "ltx": ltx_table,
+    "decoding": decoding_table,
 }
 
 

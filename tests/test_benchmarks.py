@@ -5,6 +5,9 @@ import importlib
 from pathlib import Path
 
 import pytest
+import torch
+
+import natten
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.csv"))
@@ -92,3 +95,27 @@ def test_runner_refuses_what_it_can_not_do(arguments, message, load, tmp_path, m
         load("run").main(arguments)
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_decoding_checks_before_it_measures(load):
+    decoding, case = load("decoding"), load("cases").Case("small", (7, 6, 8), 1, 2, 16, (3, 5, 5))
+    inputs = case.problem("cpu").inputs()
+    out = natten.na3d(**inputs, kernel_size=(3, 5, 5))
+    decoding.check(case, **inputs, out=out)
+    with pytest.raises(RuntimeError, match="small: wrong by"):
+        decoding.check(case, **inputs, out=natten.na3d(**inputs, kernel_size=5))
+
+
+def test_decoding_in_parts(load):
+    decoding = load("decoding")
+    layer, x = decoding.Layer(32, (5, 3, 3), head_dim=16), torch.randn(1, 12, 5, 6, 32)
+    whole = decoding.attend_whole(layer, x)
+    for frames in (1, 4, 5, 12):
+        assert decoding.error(decoding.AttendInParts(frames)(layer, x), whole) < 1e-5
+
+
+def test_decoding_needs_a_gpu(load, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        load("decoding").main(["--out", str(tmp_path / "x.csv")])
+    assert "no GPU" in capsys.readouterr().err and not list(tmp_path.iterdir())

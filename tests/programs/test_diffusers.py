@@ -1,5 +1,6 @@
 """The examples that use diffusers: models with random weights, and our attention in them."""
 
+import importlib
 import runpy
 
 import pytest
@@ -25,6 +26,19 @@ def test_the_decoder_of_ltx_in_parts(capsys):
         assert_close(f"{frames} frames", whole, names["decode"](model, latents), 1e-5)
     with pytest.raises(ValueError, match="frames must be at least 1, got 0"):
         names["AttendInParts"](0)
+
+
+def test_the_layer_that_is_measured_is_the_decoder_s(monkeypatch):
+    decoder = pytest.importorskip("diffusers.models.autoencoders.ltx2_diffusion_decoder")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    theirs = decoder.LTX2VideoVaeNeighborhoodAttention(64, (3, 5, 5), head_dim=32)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ours = importlib.import_module("decoding").Layer(64, (3, 5, 5), head_dim=32)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 4, 5, 6, 64)
+    for name, a, b in zip("qkv", theirs.project_qkv(x), ours.project_qkv(x), strict=True):
+        assert_close(name, a, b, 1e-6)
 
 
 @pytest.mark.parametrize("text", [1, 7])
