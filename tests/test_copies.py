@@ -14,7 +14,7 @@ import pytest
 import natten
 from natten._library import NAMESPACE, namespace
 
-PROGRAM = '''
+LOAD = '''
 import contextlib, importlib, importlib.util, io, json, sys, types
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -43,8 +43,19 @@ def load(name, folder):
     return module
 
 
+def load_all():
+    """The copies, by name; unless they are to be alone, the installed package is among them."""
+    mode, copies = sys.argv[1], json.loads(sys.argv[2])
+    if mode == "alone":
+        sys.meta_path.insert(0, Blocked)
+        return {name: load(name, folder) for name, folder in copies.items()}
+    import natten
+    return {name: load(name, folder) for name, folder in copies.items()} | {"natten": natten}
+'''
+
+USE = """
 def use(name, natten):
-    """Numbers, texts and names that do not depend on a package's name."""
+    '''Numbers, texts and names that do not depend on a package's name.'''
     torch.manual_seed(0)
     found = {}
     shapes = (1, 6, 7, 4, 8), (1, 6, 7, 2, 8), (1, 6, 7, 2, 4), (4, 5, 5)
@@ -93,26 +104,33 @@ def use(name, natten):
     return found, ours
 
 
-alone, copies = sys.argv[1] == "alone", json.loads(sys.argv[2])
-if alone:
-    sys.meta_path.insert(0, Blocked)
-else:
-    import natten
-loaded = {name: load(name, folder) for name, folder in copies.items()}
-if not alone:
-    loaded["natten"] = natten
-results = {name: use(name, module) for name, module in loaded.items()}
-if alone:
+results = {name: use(name, module) for name, module in load_all().items()}
+if sys.argv[1] == "alone":
     assert not [name for name in sys.modules if name.partition(".")[0] == "natten"]
 print(json.dumps(results))
-'''
+"""
+
+ON_GPU = """
+def use(natten):
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 1, 6, 9, 8, 2, 64, device="cuda").bfloat16().requires_grad_().unbind()
+    found = {}
+    for backend in (None, "triton"):
+        out = natten.na3d(*inputs, kernel_size=(3, 5, 5), backend=backend)
+        grads = torch.autograd.grad(out.sin().sum(), inputs)
+        found[str(backend)] = [x.tolist() for x in (out, *grads)]
+    return found
+
+
+print(json.dumps({name: use(module) for name, module in load_all().items()}))
+"""
 
 NAMES = "natten_copy", "kernels_of.natten", "1f30-c7"
 
 
-def run(mode: str, copies: dict[str, str]) -> dict:
-    """What each package found, and its operators in an exported program."""
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, mode, json.dumps(copies)]
+def run(program: str, mode: str, copies: dict[str, str]) -> dict:
+    """What each package found."""
+    command = [sys.executable, "-W", "ignore", "-c", LOAD + program, mode, json.dumps(copies)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -130,7 +148,7 @@ def copies(tmp_path: Path) -> dict[str, str]:
 
 
 def test_copies_work_beside_the_installed_package(copies):
-    results = run("beside", copies)
+    results = run(USE, "beside", copies)
     wanted, operators = results.pop("natten")
     assert operators == ["natten.attention.default"]
     for name, (found, operators) in results.items():
@@ -139,7 +157,15 @@ def test_copies_work_beside_the_installed_package(copies):
 
 
 def test_copies_need_no_installed_package(copies):
-    assert list(run("alone", copies)) == list(NAMES)
+    assert list(run(USE, "alone", copies)) == list(NAMES)
+
+
+@pytest.mark.gpu
+def test_copies_run_the_gpu_kernels(copies):
+    """All with the same bits, beside the installed package."""
+    results = run(ON_GPU, "beside", copies)
+    wanted = results.pop("natten")
+    assert len(results) == len(NAMES) and all(found == wanted for found in results.values())
 
 
 def test_names_of_operators():
