@@ -83,6 +83,8 @@ PARTS = [
     part((1, 40), (6, 40), (4, 9), query_offset=(5, 0), **TIME),
     part((5, 9, 11), (13, 15, 17), (3, 4, 5), dilation=(2, 3, 2), query_offset=(3, 5, 1)),
     part((6, 8, 9), (6, 8, 9), (5, 3, 12), boundary="truncate"),
+    part((7, 7, 9), (7, 7, 9), (1, 4, 6), dilation=(4, 1, 1)),
+    part((9, 9, 5), (9, 9, 5), (8, 1, 4), stride=(3, 1, 1), dilation=(1, 4, 1)),
 ]
 PART_IDS = [
     f"{'x'.join(map(str, q))}-of-{'x'.join(map(str, k))}-{i}" for i, (q, k, _) in enumerate(PARTS)

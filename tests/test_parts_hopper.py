@@ -143,12 +143,9 @@ def test_limits() -> None:
         return hopper.lacks(Problem("attention", *tensors, key_shape=keys))
 
     for queries, keys, rule in PARTS:
-        assert (said(queries, keys, rule) is None) == (max(rule.dilation) == 1)
+        assert said(queries, keys, rule) is None
     mixed = part((64, 32), (32, 32), 5, queries_per_key=(2, 1), dilation=(1, 2))
-    assert "parts of a layout with dilation" in str(said(*mixed))
-    whole = Neighborhood.create(1, 5, dilation=3)
-    assert "dilations that divide" in str(said((64,), (64,), whole))
-    assert said((63,), (63,), whole) is None
+    assert said(*mixed) is None
     assert "finer" in str(said(*part((64,), (32,), 5, queries_per_key=2, dilation=2)))
     assert "31 bits" in str(said(*part((64,), (2**30,), 5, query_offset=0)))
 

@@ -101,14 +101,15 @@ def walk_kernel(tile_id, WARPGROUP: tl.constexpr, ARGUMENTS: tl.constexpr):
     before, end, count, block = g.own_blocks(first, tile)
     assert 0 <= before < end <= count
     q = tl.full([tiling.ROWS, 16], 0, tl.bfloat16)
+    own, other = g.own_side(tile), g.other_side(tile)
     blocks = []
     for i in range(int(end) - int(before)):
         s = mask.compare(mask.scores(q, Keys(g.BLOCK), i, block, None), block)
         start, _ = g.block_start(block, tile.origin)
-        blocks.append((numbers(start), torch.from_numpy(s.handle.data) > -(2.0**99)))
+        visible = torch.from_numpy(s.handle.data) > -(2.0**99)
+        blocks.append((numbers(start), numbers(other.load_at(start)), visible))
         block = g.next_block(block, tile.blocks)
-    own, other = g.own_side(tile), g.other_side(tile)
-    FOUND.append((side(own), side(other), numbers(first), blocks))
+    FOUND.append((side(own), side(other), numbers(first), numbers(own.load_at(first)), blocks))
 
 
 def forward_mask(g: Any, tables: Any, *kind: Any) -> Any:
@@ -149,6 +150,19 @@ def tokens_of(
     return token, real
 
 
+def check_load(at: torch.Tensor, found: Any, first: torch.Tensor, view: descriptors.View) -> None:
+    """A box begins where its first token is; if there is none, within a view that begins before
+    the tensor, and within the tensor."""
+    length, _, bases, skipped = found
+    if (first < length).all():
+        assert torch.equal(at, first + skipped)
+    elif view.before:
+        assert ((at >= 0) & (at < torch.tensor(view.shape[1:4]))).all()
+        base = int((bases * torch.tensor(view.steps[1:4])).sum())
+        address = base * view.strides[0] + int((at * torch.tensor(view.strides[1:4])).sum())
+        assert address >= view.before
+
+
 def check(kind: str, queries: Any, keys: Any, rule: Neighborhood, tiles: Tiles, most: int) -> None:
     """Every partner of a token is visible in one block, and nothing else is."""
     of_keys = kind == "dkdv"
@@ -168,12 +182,14 @@ def check(kind: str, queries: Any, keys: Any, rule: Neighborhood, tiles: Tiles, 
     ):
         FOUND.clear()
         walk_kernel[(1,)](tile, warpgroup, arguments)
-        ((own, other, first, blocks),) = FOUND
+        ((own, other, first, loaded, blocks),) = FOUND
+        check_load(loaded, own, first, views[0])
         position = first + grid(*arguments["TILE"])
         rows, is_row = tokens_of(own, position, layouts[0], rule.dilation, views[0])
         visible = torch.zeros(len(rows), wanted.shape[1], dtype=torch.int64)
-        for start, unmasked in blocks:
+        for start, loaded, unmasked in blocks:
             assert (start >= 0).all()
+            check_load(loaded, other, start, views[1])
             position = start + grid(*arguments["BLOCK"])
             columns, is_column = tokens_of(other, position, layouts[1], rule.dilation, views[1])
             assert not unmasked[is_row][:, ~is_column].any()

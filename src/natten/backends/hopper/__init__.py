@@ -77,15 +77,11 @@ class Hopper(Backend):
         if any(r > 1 and d > 1 for r, d in zip(rule.queries_per_key, rule.dilation)):
             return "has no queries that are finer than keys along an axis with dilation"
         batch, *space, heads, _ = problem.shape
-        # Tiles of uneven dilation groups have read memory that is not theirs (H200, two problems of
-        # 300), so such groups are left to the portable kernels. Of a part, sizes are about right.
-        dilated = [(n, d) for n, d in zip(problem.key_shape, rule.dilation) if d > 1]
-        if dilated and not rule.is_self_attention:
-            return "has no parts of a layout with dilation"
-        if any(n % d for n, d in dilated):
-            return f"needs dilations that divide the token layout, {problem.key_shape}"
-        if batch * heads * max(math.prod(space), math.prod(problem.key_shape)) > MOST:
-            return "numbers the tokens of all heads with 31 bits"
+        for layout in (space, problem.key_shape):
+            # Where a dilation does not divide an axis, TMA sees more tokens.
+            tokens = (n + d if d > 1 else n for n, d in zip(layout, rule.dilation))
+            if batch * heads * math.prod(tokens) > MOST:
+                return "numbers the tokens of all heads with 31 bits"
         return None
 
     @cached_property

@@ -94,9 +94,10 @@ def _fetch_tiles(ctx):
         side = g.own_side(tile)
         bases = tma_bases(ctx.outer, tile.batch, side.bases, tile.head)
         gdc_wait()  # until the kernel before has ended; what comes first need not
-        ctx.tiles[0].produce(tile_iteration, ctx.outer, bases, side.at(g.first_of(tile, 0)))
+        first = side.load_at(g.first_of(tile, 0))
+        ctx.tiles[0].produce(tile_iteration, ctx.outer, bases, first)
         if g.WARPGROUPS == 2:
-            first = side.at(g.first_of(tile, 1))
+            first = side.load_at(g.first_of(tile, 1))
             ctx.tiles[1].produce(tile_iteration, ctx.outer, bases, first)
         tile_iteration += 1  # noqa: SIM113
 
@@ -124,7 +125,7 @@ def _fetch_blocks(ctx):
             block = (stage * 0, stage * 0, stage * 0)
             for _ in range(tile.blocks[0] * tile.blocks[1] * tile.blocks[2]):
                 start, _ = g.block_start(block, tile.origin)
-                ctx.blocks.produce(stage, ctx.inner, bases, side.at(start))
+                ctx.blocks.produce(stage, ctx.inner, bases, side.load_at(start))
                 block = g.next_block(block, tile.blocks)
                 stage += 1
     gdc_launch_dependents()  # the next kernel can be set up, and waits for this one's end

@@ -9,7 +9,10 @@ them.
 Where a dilation does not divide an axis, groups have ``n`` positions, and from one group on one
 less. The axis has one bound for all of them. So the view begins ``dilation`` tokens before the
 tensor: of a short group, positions count from there, as 1 to ``n - 1``; of the others, bases are
-``dilation`` tokens later, and positions count from 0. Nobody asks for position 0 of a short group.
+``dilation`` tokens later, and positions count from 0. Nobody asks for position 0 of a short group,
+and nobody loads a box that is wholly out of bounds: for such a box TMA looks at the view's first
+number, where there may be no memory (an illegal memory access on an H200). Boxes that are out of
+bounds in part, and stores beyond the end, are fine.
 """
 
 from __future__ import annotations

@@ -59,11 +59,11 @@ def _fetch_queries(ctx):
         tile = g.tile(tile_id)
         side, tensors = tile.group.queries, (ctx.query,)
         bases = tma_bases(tensors, tile.batch, side.bases, tile.head)
-        first = side.at(g.first_of(tile, 0))
+        first = side.load_at(g.first_of(tile, 0))
         gdc_wait()  # until the kernel before has ended; what comes first need not
         ctx.queries[0].produce(tile_iteration, tensors, bases, first)
         if g.WARPGROUPS == 2:
-            first = side.at(g.first_of(tile, 1))
+            first = side.load_at(g.first_of(tile, 1))
             ctx.queries[1].produce(tile_iteration, tensors, bases, first)
         tile_iteration += 1  # noqa: SIM113
 
@@ -89,7 +89,7 @@ def _fetch_blocks(ctx):
         block = (stage * 0, stage * 0, stage * 0)
         for _ in range(tile.blocks[0] * tile.blocks[1] * tile.blocks[2]):
             start, _ = g.block_start(block, tile.origin)
-            start = side.at(start)
+            start = side.load_at(start)
             ctx.keys.produce(stage, (ctx.key,), (k_base,), start)
             ctx.values.produce(stage, (ctx.value,), (v_base,), start)
             block = g.next_block(block, tile.blocks)

@@ -51,10 +51,12 @@ def _side(g, length, short, dilation):
     """Of an axis's dilation group ``g``: its positions, the group of its bases, and the positions
     that TMA counts before its first one (``descriptors.py``).
 
-    Groups have ``length`` positions; those from ``short`` on have one less.
+    Groups have ``length`` positions; those from ``short`` on have one less. One that has none is
+    loaded as the first group, and stored nowhere.
     """
     is_short = g >= short
     base = gl.where((short < dilation) & (g < short), g + dilation, g)
+    base = gl.where(is_short & (length == 1), dilation, base)
     return gl.where(is_short, length - 1, length), base, gl.where(is_short, 1, 0)
 
 
@@ -78,6 +80,18 @@ class Side:
             )
         else:
             return position
+
+    @gluon.jit
+    def load_at(self, position):
+        """As :meth:`at`, of a box to load; of one that is beyond the end, where the last position
+        is, for TMA then looks at where the view begins, which may be in front of all memory."""
+        if len(self.skipped) > 0:
+            position = (
+                gl.minimum(position[0], self.length[0] - 1),
+                gl.minimum(position[1], self.length[1] - 1),
+                gl.minimum(position[2], self.length[2] - 1),
+            )
+        return self.at(position)
 
 
 @aggregate
