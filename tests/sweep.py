@@ -211,7 +211,7 @@ def masked(inputs: Inputs, rng: random.Random) -> tuple[Inputs, Inputs]:
 def check(kind: Kind, rng: random.Random) -> dict[str, float]:
     """The error ratios of all results of a random problem of a kind."""
     space, key_space, rule = random_rule(kind, rng)
-    module: Any = runner_of(backends.named(BACKEND), rule)
+    module: Any = backends.named(BACKEND)
     if kind.operation == "unfused":
         return check_unfused(kind, module, space, key_space, rule, rng)
     batch, kv_heads = rng.choice([1, 2]), rng.choice([1, 2])
@@ -240,6 +240,8 @@ def check(kind: Kind, rng: random.Random) -> dict[str, float]:
     clean = inputs
     if kind.masked and module.masks:
         clean, inputs = masked(inputs, rng)
+    if kind.operation == "fused":
+        module = runner_of(module, Problem.of("attention", inputs, rule, scale))
     exact = Inputs(*(x if x is None or x.dtype == torch.bool else x.double() for x in clean))
     if kind.operation == "packed":
         leaves = [x.requires_grad_() for x in exact[:3]]
@@ -260,8 +262,8 @@ def check(kind: Kind, rng: random.Random) -> dict[str, float]:
     found, found_lse = module.forward(inputs, rule_, scale, **options)
     errors = {"out": ratio(out, found), "lse": ratio(lse, found_lse)}
     if BACKEND == "hopper":  # another backend runs the backward of wide heads, as in a call
-        backend = backends.choose(BACKEND, Problem.of("gradient", inputs, rule_, scale))
-        module = runner_of(backend, rule)
+        problem = Problem.of("gradient", inputs, rule_, scale)
+        module = runner_of(backends.choose(BACKEND, problem), problem)
     found_grads = module.backward(
         grad_out, grad_lse, inputs, found, found_lse, rule_, scale, **options
     )

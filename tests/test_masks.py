@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import natten
 from natten import ArgumentError, VarlenLayout, _warnings, functional
-from natten.backends import explain, runner_of
+from natten.backends import Problem, explain, runner_of
 from natten.backends.reference import relative_bias
 from natten.backends.tiled import grids
 from natten.errors import UnsupportedError
@@ -137,15 +137,19 @@ def problems(draw):
     return case, filled(inputs, math.nan)
 
 
+def tiled_runner(inputs, rule):
+    return runner_of(tiled, Problem.of("attention", inputs, rule))
+
+
 WAYS = {
     "reference": lambda inputs, rule: oracle.forward(inputs, rule, 0.4),
-    "tiled": lambda inputs, rule: runner_of(tiled, rule).forward(inputs, rule, 0.4),
+    "tiled": lambda inputs, rule: tiled_runner(inputs, rule).forward(inputs, rule, 0.4),
     "composed": lambda inputs, rule: composed_attention(inputs, rule, 0.4),
     "gathered": lambda inputs, rule: composed_attention(inputs, rule, 0.4, gathered=True),
 }
 GRADIENTS = {
     "reference": lambda rule, *args: oracle.backward(*args, rule, 0.4),
-    "tiled": lambda rule, *args: runner_of(tiled, rule).backward(*args, rule, 0.4),
+    "tiled": lambda rule, *args: tiled_runner(args[2], rule).backward(*args, rule, 0.4),
     "gathered": lambda rule, *args: gathered_gradient(*args[:3], rule, 0.4),
 }
 

@@ -15,7 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import natten
 from natten import ArgumentError, Neighborhood, fit_window, gather
-from natten.backends import runner_of
+from natten.backends import Problem, runner_of
 from natten.inputs import Gradients, Inputs
 from natten.neighborhood import query_range, window_mask
 from natten.operators import composed_attention, gathered_gradient
@@ -164,7 +164,7 @@ def test_backends_against_the_oracle(case, backend):
     torch.manual_seed(0)
     case = case._replace(rpb=case.rpb and backend is tiled)
     inputs, *grads = inputs_and_grads(case)
-    runner = runner_of(backend, case.rule)
+    runner = runner_of(backend, Problem.of("attention", inputs, case.rule))
     expected, found = (each.forward(inputs, case.rule, 0.4) for each in (oracle, runner))
     for name, a, b in zip(("out", "lse"), expected, found):
         assert_close(name, a, b, 1e-12)
@@ -191,12 +191,13 @@ def test_maps_against_the_oracle(case):
         "rpb_bias": (rpb, *layouts),
         "rpb_bias_transposed": (attn.sum(0), case.space),
     }
+    runner = runner_of(tiled, Problem("unfused", q.device, q.dtype, rule=rule))
     for name, args in calls.items():
         expected = getattr(oracle, name)(*args, rule)
         a, *others = args
         if name != "qk" and a is not rpb:
             a = a.masked_fill(~valid, math.nan)
-        assert_close(name, expected, getattr(runner_of(tiled, rule), name)(a, *others, rule), 1e-12)
+        assert_close(name, expected, getattr(runner, name)(a, *others, rule), 1e-12)
         heads = 0 if "rpb" in name else 1
         first = [
             x.movedim(-2, heads) if isinstance(x, torch.Tensor) and x is not rpb else x

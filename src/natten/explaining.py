@@ -91,20 +91,23 @@ def _lines(name: str, problem: backends.Problem, gradient: backends.Problem) -> 
     for candidate in backends.BACKENDS:
         reason = candidate.unsupported(problem)
         declined = candidate.unsupported if candidate.name == name else candidate.declined
-        is_padded = backends.runner_of(candidate, problem.rule) is not candidate
-        how = " with keys padded around" if is_padded else ""
         if candidate is forward and candidate is backward:
-            what = f"runs{how}"
+            what = f"runs{_how(candidate, problem)}"
         elif candidate is forward:
-            what = f"runs forward{how}, but {declined(gradient)}"
+            what = f"runs forward{_how(candidate, problem)}, but {declined(gradient)}"
         elif candidate is backward:
-            what = f"runs backward{how}"
+            what = f"runs backward{_how(candidate, gradient)}"
         elif reason is not None:
             what = reason
         elif name:
-            what = f"can run{how}, `backend` asks for {name}"
+            what = f"can run{_how(candidate, problem)}, `backend` asks for {name}"
         else:
             later = declined(problem) or "comes later in the order of preference"
-            what = f"can run{how}, {later}"
+            what = f"can run{_how(candidate, problem)}, {later}"
         lines.append(f"{candidate.name}: {what}")
     return "\n".join(lines)
+
+
+def _how(backend: backends.Backend, problem: backends.Problem) -> str:
+    """How a backend runs circular axes that it does not have."""
+    return " with keys padded around" if backend.pads(problem) else ""

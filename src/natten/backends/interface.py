@@ -59,6 +59,11 @@ class Problem(NamedTuple):
     additional: bool = False
     masked: bool = False
 
+    @property
+    def has_rings(self) -> bool:
+        """Whether windows go on at the other end of an axis."""
+        return isinstance(self.rule, Neighborhood) and "circular" in self.rule.boundary
+
     @classmethod
     def of(
         cls, operation: str, inputs: Inputs, rule: Rule | None = None, scale: float = 1.0
@@ -165,8 +170,8 @@ class Backend:
         bias: whether fused operators take a relative positional bias.
         plain: whether fused operators run plain attention.
         masks: whether fused operators take masks of keys.
-        circular: whether windows may go on at the other end of an axis. If not, keys and values are
-            padded around (:mod:`natten.backends.rings`).
+        circular: whether windows may go on at the other end of an axis. Where :meth:`pads` says
+            so, keys and values are padded around (:mod:`natten.backends.rings`).
         takes_tiles: whether fused operators take tile shapes.
     """
 
@@ -201,8 +206,6 @@ class Backend:
 
     def lacks(self, problem: Problem) -> str | None:
         """Why it can not run a problem, on any machine, or None."""
-        is_ring = problem.rule is not None and "circular" in problem.rule.boundary
-        problem = self._own(problem)
         dtype, fused = problem.dtype, problem.operation != "unfused"
         if problem.operation not in self.operations:
             return f"has no {OPERATIONS[problem.operation]}"
@@ -222,9 +225,9 @@ class Backend:
             return "has no masks of keys"
         if isinstance(problem.rule, Dense) and not self.plain:
             return "has kernels for neighborhoods only"
-        if problem.operation == "packed" and is_ring and not self.circular:
+        if problem.operation == "packed" and problem.has_rings and not self.circular:
             return "has no circular axes of packed documents"
-        return self.limits(problem)
+        return self.limits(self._own(problem))
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why it can not run a problem here, or None."""
@@ -236,12 +239,15 @@ class Backend:
         reason = self.unsupported(problem)
         return self.slower(self._own(problem)) if reason is None else reason
 
+    def pads(self, problem: Problem) -> bool:
+        """Whether it runs a problem's circular axes with keys and values that are padded around;
+        by default, unless it is ``circular``."""
+        return problem.has_rings and not self.circular
+
     def _own(self, problem: Problem) -> Problem:
-        """The problem that it runs: without circular axes, if it has none."""
+        """The problem that it runs: without circular axes, if it pads."""
         rule = problem.rule
-        if self.circular or isinstance(rule, Dense) or rule is None or not problem.key_shape:
-            return problem
-        if "circular" not in rule.boundary:
+        if not isinstance(rule, Neighborhood) or not problem.key_shape or not self.pads(problem):
             return problem
         rule, margins = rule.unrolled()
         return problem._replace(rule=rule, key_shape=padded_shape(problem.key_shape, margins))

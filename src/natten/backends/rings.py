@@ -14,15 +14,14 @@ from torch import Tensor
 
 from ..inputs import Gradients, Inputs
 from ..neighborhood import Neighborhood, Rule
-from .interface import Backend, Shape, padded_shape
+from .interface import Backend, Problem, Shape, padded_shape
 
 Margins = Sequence[tuple[int, int]]
 
 
-def runner_of(backend: Backend, rule: Rule | None) -> Backend:
+def runner_of(backend: Backend, problem: Problem) -> Backend:
     """The backend, or one around it that pads keys, for circular axes that it does not have."""
-    is_ring = isinstance(rule, Neighborhood) and "circular" in rule.boundary
-    return Rings(backend) if is_ring and not backend.circular else backend
+    return Rings(backend) if backend.pads(problem) else backend
 
 
 def padded(x: Tensor, margins: Margins) -> Tensor:

@@ -102,7 +102,7 @@ class Call:
         chosen = backends.choose(self.choice.backend, problem)
         if self.choice.backend not in ("", chosen.name):
             backends.warn_of_another(self.choice.backend, chosen, problem)
-        chosen = backends.runner_of(chosen, self.rule)
+        chosen = backends.runner_of(chosen, problem)
         run: Callable[..., Any] = chosen.forward if operation == "attention" else chosen.backward
         if self.choice.tiles and chosen.takes_tiles:
             run = partial(run, tiles=self.choice.tiles)

@@ -29,7 +29,7 @@ from .transforms import merge, refuse_forward_mode, refuse_nested_forward_mode, 
 def _unfused_backend(x: Tensor, rule: Neighborhood) -> backends.Backend:
     """The backend that runs the unfused maps."""
     problem = backends.Problem("unfused", x.device, x.dtype, rule=rule)
-    return backends.runner_of(backends.choose("", problem), rule)
+    return backends.runner_of(backends.choose("", problem), problem)
 
 
 def _real_qk(query: Tensor, key: Tensor, *packed: Any) -> Tensor:

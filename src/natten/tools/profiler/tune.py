@@ -41,7 +41,7 @@ def windows(problem: Problem, backend: str) -> tuple[Neighborhood, Shape, Shape]
     """
     key_shape, found = problem.shape, backends.named(backend)
     rule = problem.rule.without_full_rings(key_shape)
-    if found is not None and not found.circular and "circular" in rule.boundary:
+    if found is not None and found.pads(problem.question("attention")):
         rule, margins = rule.unrolled()
         key_shape = padded_shape(key_shape, margins)
     return rule, problem.queries, key_shape
