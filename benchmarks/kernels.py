@@ -74,6 +74,8 @@ HOPPER = [
     Variant("wide", (64, 64), 13, 256),
     Variant("two widths", (64, 64), 13, 128, value_dim=64),
     Variant("additional", (64, 64), 13, 64, num_additional=5),
+    Variant("NAT circular", (56, 56), 7, 32, boundary="circular"),
+    Variant("HDiT circular", (64, 64), 13, 64, boundary="circular"),
 ]
 
 # Targets, and bytes of shared memory that a program may have there.

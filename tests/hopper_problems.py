@@ -86,6 +86,24 @@ PARTS = [
     part((7, 7, 9), (7, 7, 9), (1, 4, 6), dilation=(4, 1, 1)),
     part((9, 9, 5), (9, 9, 5), (8, 1, 4), stride=(3, 1, 1), dilation=(1, 4, 1)),
 ]
-PART_IDS = [
-    f"{'x'.join(map(str, q))}-of-{'x'.join(map(str, k))}-{i}" for i, (q, k, _) in enumerate(PARTS)
-]
+RING = {"boundary": "circular"}
+RINGS = [
+    part((400,), (400,), 64, **RING),
+    part((256,), (256,), 250, **RING),  # pieces meet at both seams
+    part((384,), (384,), 90, stride=8, dilation=2, **RING),
+    part((20, 24), (20, 24), (5, 6), **RING),
+    part((16, 36), (16, 36), (9, 8), stride=(4, 3), dilation=(1, 2), **RING),
+    part((17, 20), (17, 20), 7, boundary=("truncate", "circular")),
+    part((9, 10, 12), (9, 10, 12), (3, 4, 5), boundary=("circular", "shift", "circular")),
+    part(
+        (3, 12, 14), (3, 12, 14), (2, 5, 3), is_causal=(True, False, False),
+        boundary=("shift", "circular", "circular"),
+    ),
+]  # fmt: skip
+
+
+def id_of(value: Any) -> str | None:
+    """The name of a part or a ring in tests."""
+    queries, keys, rule = value
+    layouts = ("x".join(map(str, each)) for each in (queries, keys))
+    return "-of-".join(layouts) + f"-{'x'.join(map(str, rule.kernel_size))}"

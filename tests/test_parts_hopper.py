@@ -1,4 +1,5 @@
-"""Hopper kernels of queries that are a part of the layout or finer than keys, and of cut windows.
+"""Hopper kernels of queries that are a part of the layout or finer than keys, of cut windows, and
+of rings.
 
 What they see of a layout is tested where Triton interprets them, interpreter/test_hopper_parts.py.
 """
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import hopper
-from hopper_problems import PARTS, part
+from hopper_problems import PARTS, RINGS, part
 
 pytest.importorskip("triton", "3.6")  # the first with Gluon for Hopper
 
@@ -138,9 +139,7 @@ def test_what_stands_for_a_part_stands_for_itself() -> None:
 
 def test_limits() -> None:
     def said(queries: Any, keys: Any, rule: Neighborhood) -> str | None:
-        shape = (1, *queries, 2, DIM)
-        tensors = torch.device("cpu"), torch.bfloat16, DIM, DIM, shape, rule, 0.1
-        return hopper.lacks(Problem("attention", *tensors, key_shape=keys))
+        return hopper.lacks(problem_of(queries, keys, rule))
 
     for queries, keys, rule in PARTS:
         assert said(queries, keys, rule) is None
@@ -148,6 +147,28 @@ def test_limits() -> None:
     assert said(*mixed) is None
     assert "finer" in str(said(*part((64,), (32,), 5, queries_per_key=2, dilation=2)))
     assert "31 bits" in str(said(*part((64,), (2**30,), 5, query_offset=0)))
+
+
+def problem_of(queries: Any, keys: Any, rule: Neighborhood, dim: int = DIM) -> Problem:
+    shape = (1, *queries, 2, dim)
+    tensors = torch.device("cpu"), torch.bfloat16, dim, dim, shape, rule, 0.1
+    return Problem("attention", *tensors, key_shape=keys)
+
+
+def pads(queries: Any, keys: Any, rule: Neighborhood, dim: int = DIM) -> bool:
+    return hopper.pads(problem_of(queries, keys, rule, dim))
+
+
+def test_rings_are_padded_only_where_they_must_be() -> None:
+    for each in RINGS:
+        assert not pads(*each)
+        assert hopper.lacks(problem_of(*each)) is None
+    ring = {"boundary": "circular"}
+    assert pads(*part((60,), (100,), 9, query_offset=5, **ring))
+    assert pads(*part((200,), (100,), 9, queries_per_key=2, **ring))
+    # A tile of 64 queries reaches over both ends, and no piece meets both.
+    assert pads(*part((101,), (101,), 99, **ring))
+    assert not pads(*part((64, 64), (64, 64), 13, **ring), dim=256)  # no backward kernel
 
 
 @pytest.mark.parametrize("heads_first", [False, True])
@@ -174,6 +195,7 @@ VARIANTS = {
     "dilated part": part((14, 27), (28, 30), 7, dilation=4, query_offset=(13, 1)),
     "truncated": part((56, 56), (56, 56), 7, boundary="truncate"),
     "finer": part((56, 56), (14, 14), 7, queries_per_key=4),
+    "ring": part((56, 56), (56, 56), 7, boundary="circular"),
 }
 
 

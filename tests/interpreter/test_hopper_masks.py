@@ -76,7 +76,17 @@ def geometry_of(arguments):
         field: tuple(tl.full([], arguments[f"{letter}{axis}"], tl.int32) for axis in range(3))
         for field, letter in fields.items()
     }
-    names = ("MODES", "TILE", "BLOCK", "SPLIT_AXIS", "WARPGROUPS", "DILATED", "QUERIES", "OF_KEYS")
+    names = (
+        "MODES",
+        "TILE",
+        "BLOCK",
+        "SPLIT_AXIS",
+        "WARPGROUPS",
+        "DILATED",
+        "QUERIES",
+        "PIECE",
+        "OF_KEYS",
+    )
     constants = {name: arguments[name] for name in names}
     numbers = {name: tl.full([], arguments[name], tl.int32) for name in ("num_tiles", "heads")}
     return Geometry(**per_axis, part=(), **numbers, **constants)

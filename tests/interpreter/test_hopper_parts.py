@@ -1,5 +1,6 @@
-"""Where the Hopper kernels' tiles and blocks of parts, finer queries and cut windows are, and what
-masks hide: the kernels' own code, beside the definition."""
+"""Parts, finer queries, cut windows and rings: where the Hopper kernels' tiles and blocks are, and
+what masks hide. It is the kernels' own code, beside the definition.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ import gluon  # noqa: F401  (before the kernels)
 import torch
 import triton
 import triton.language as tl
-from hopper_problems import PART_IDS, PARTS
+from hopper_problems import PARTS, RINGS, id_of
 
 from natten import tuning
 from natten.backends.hopper import backward, descriptors, geometry, masks
@@ -75,7 +76,7 @@ def geometry_of(arguments: dict[str, Any]) -> Any:
             **numbers(queries="Q", short_queries="SQ", short_keys="SN"),
             **numbers(offset="O", group="G", per_key="R"),
         )
-    names = ("MODES", "TILE", "BLOCK", "SPLIT_AXIS", "WARPGROUPS", "DILATED", "QUERIES")
+    names = ("MODES", "TILE", "BLOCK", "SPLIT_AXIS", "WARPGROUPS", "DILATED", "QUERIES", "PIECE")
     return geometry.Geometry(
         **numbers(length="N", window="K", stride="S", dilation="D", tiles="T"),
         part=(part,) if part else (),
@@ -107,7 +108,7 @@ def walk_kernel(tile_id, WARPGROUP: tl.constexpr, ARGUMENTS: tl.constexpr):
         s = mask.compare(mask.scores(q, Keys(g.BLOCK), i, block, None), block)
         start, _ = g.block_start(block, tile.origin)
         visible = torch.from_numpy(s.handle.data) > -(2.0**99)
-        blocks.append((numbers(start), numbers(other.load_at(start)), visible))
+        blocks.append((numbers(start), [numbers(x) for x in g.places(other, start)], visible))
         block = g.next_block(block, tile.blocks)
     FOUND.append((side(own), side(other), numbers(first), numbers(own.load_at(first)), blocks))
 
@@ -130,17 +131,17 @@ def grid(*sizes: int) -> torch.Tensor:
 
 
 def tokens_of(
-    found: Any, position: torch.Tensor, layout: Any, dilation: Any, view: descriptors.View
+    found: Any, at: torch.Tensor, layout: Any, dilation: Any, view: descriptors.View
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens at positions, and which of them there are; TMA must find just these."""
+    """The tokens where TMA looks, and which of them there are; it must find just these."""
     length, group, bases, skipped = found
+    position = at - skipped
     layout, dilation = torch.tensor(padded(layout, 1)), torch.tensor(padded(dilation, 1))
     token = position * dilation + group
     real = ((position >= 0) & (position < length)).all(1)
     assert (token[real] < layout).all()
     assert (length * dilation + group >= layout).all()  # the group has no more
     token = (token[:, 0] * layout[1] + token[:, 1]) * layout[2] + token[:, 2]
-    at = position + skipped
     inside = ((at >= 0) & (at < torch.tensor(view.shape[1:4]))).all(1)
     base = int((bases * torch.tensor(view.steps[1:4])).sum())
     assert 0 <= base < view.shape[0]
@@ -184,14 +185,17 @@ def check(kind: str, queries: Any, keys: Any, rule: Neighborhood, tiles: Tiles, 
         walk_kernel[(1,)](tile, warpgroup, arguments)
         ((own, other, first, loaded, blocks),) = FOUND
         check_load(loaded, own, first, views[0])
-        position = first + grid(*arguments["TILE"])
-        rows, is_row = tokens_of(own, position, layouts[0], rule.dilation, views[0])
+        at = first + own[3] + grid(*arguments["TILE"])
+        rows, is_row = tokens_of(own, at, layouts[0], rule.dilation, views[0])
         visible = torch.zeros(len(rows), wanted.shape[1], dtype=torch.int64)
-        for start, loaded, unmasked in blocks:
-            assert (start >= 0).all()
-            check_load(loaded, other, start, views[1])
-            position = start + grid(*arguments["BLOCK"])
-            columns, is_column = tokens_of(other, position, layouts[1], rule.dilation, views[1])
+        for start, places, unmasked in blocks:
+            if (start >= other[0]).any() and "circular" not in rule.boundary:
+                (place,) = places
+                check_load(place, other, start, views[1])
+                assert not unmasked[is_row].any()
+                continue
+            at = torch.cat([place + grid(*arguments["PIECE"]) for place in places])
+            columns, is_column = tokens_of(other, at, layouts[1], rule.dilation, views[1])
             assert not unmasked[is_row][:, ~is_column].any()
             visible.index_add_(1, columns[is_column], unmasked[:, is_column].long())
         assert torch.equal(visible[is_row], wanted[rows[is_row]].long())
@@ -204,9 +208,9 @@ def check(kind: str, queries: Any, keys: Any, rule: Neighborhood, tiles: Tiles, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("each", PARTS, ids=PART_IDS)
+@pytest.mark.parametrize("each", PARTS + RINGS, ids=id_of)
 def test_what_kernels_see_is_the_window(each: Any, kind: str) -> None:
     random.seed(0)
     found = ways(kind, *each)
     for tiles in random.sample(found, min(2, len(found))):
-        check(kind, *each, tiles, most=6)
+        check(kind, *each, tiles, most=4 if "circular" in each[2].boundary else 6)

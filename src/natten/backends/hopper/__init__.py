@@ -2,9 +2,9 @@
 
 The fastest way for fp16 and bf16 without relative positional bias; what it can not run,
 :meth:`Hopper.limits` says. Compile-time constants: dtype, head dims, which axes are causal or
-strided or truncated or have one token, tile shapes and the kind of mask, whether there are
-additional tokens, whether there is dilation, whether queries are a part of the layout, and whether
-they are finer than keys.
+strided, truncated or circular or have one token, tile shapes and the kind of mask, the pieces in
+which blocks of rings come, whether there are additional tokens, whether there is dilation, whether
+queries are a part of the layout, and whether they are finer than keys.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ... import _submodules
 from ...inputs import Gradients, Inputs
 from ...neighborhood import Neighborhood, Rule
 from .. import triton
-from ..interface import Backend, Problem, Shape, TileChooser
+from ..interface import KINDS, Backend, Problem, Shape, TileChooser
 from ..triton import releases
-from .tiles import MOST, native
+from .tiles import MOST, OWN, candidates, native, queries
 
 
 class Hopper(Backend):
@@ -37,6 +37,7 @@ class Hopper(Backend):
     value_dims = range(8, 257, 8)
     bias = False
     plain = False
+    circular = True
 
     def missing(self, problem: Problem) -> str | None:
         if os.environ.get("TRITON_INTERPRET") == "1":
@@ -61,9 +62,25 @@ class Hopper(Backend):
 
         return probe.verdict(version, device)
 
+    def pads(self, problem: Problem) -> bool:
+        """Whether a ring is too short for its windows and for tiles, or queries are a part."""
+        if not problem.has_rings:
+            return False
+        rule = problem.rule
+        assert isinstance(rule, Neighborhood)
+        space = problem.shape[1:-2]
+        if queries(rule, space) != OWN:
+            return True
+        dims = problem.head_dim, problem.value_dim
+        kinds = KINDS if self._has_gradient(*dims) else KINDS[:1]
+        return not all(candidates(kind, rule, space, problem.key_shape, *dims) for kind in kinds)
+
+    def _has_gradient(self, dim: int, value_dim: int) -> bool:
+        return native(dim) == native(value_dim) <= 128
+
     def limits(self, problem: Problem) -> str | None:
-        wide = native(problem.head_dim), native(problem.value_dim)
-        if problem.operation == "gradient" and (max(wide) > 128 or wide[0] != wide[1]):
+        dims = problem.head_dim, problem.value_dim
+        if problem.operation == "gradient" and not self._has_gradient(*dims):
             return (
                 "has backward kernels for heads of up to 128 channels, the value's, rounded up to "
                 "32, 64 or 128, like the key's"

@@ -95,10 +95,10 @@ def _fetch_tiles(ctx):
         bases = tma_bases(ctx.outer, tile.batch, side.bases, tile.head)
         gdc_wait()  # until the kernel before has ended; what comes first need not
         first = side.load_at(g.first_of(tile, 0))
-        ctx.tiles[0].produce(tile_iteration, ctx.outer, bases, first)
+        ctx.tiles[0].produce(tile_iteration, ctx.outer, bases, (first,))
         if g.WARPGROUPS == 2:
             first = side.load_at(g.first_of(tile, 1))
-            ctx.tiles[1].produce(tile_iteration, ctx.outer, bases, first)
+            ctx.tiles[1].produce(tile_iteration, ctx.outer, bases, (first,))
         tile_iteration += 1  # noqa: SIM113
 
 
@@ -118,14 +118,14 @@ def _fetch_blocks(ctx):
         if ctx.HAS_ADDITIONAL:
             bases = tma_bases(ctx.additional, tile.batch, side.group, first_head)
             for position in range(0, ctx.num_additional, volume(g.BLOCK)):
-                ctx.blocks.produce(stage, ctx.additional, bases, (0, 0, position))
+                ctx.blocks.produce(stage, ctx.additional, bases, ((0, 0, position),))
                 stage += 1
         for head in range(first_head, first_head + heads):
             bases = tma_bases(ctx.inner, tile.batch, side.bases, head)
             block = (stage * 0, stage * 0, stage * 0)
             for _ in range(tile.blocks[0] * tile.blocks[1] * tile.blocks[2]):
                 start, _ = g.block_start(block, tile.origin)
-                ctx.blocks.produce(stage, ctx.inner, bases, side.load_at(start))
+                ctx.blocks.produce(stage, ctx.inner, bases, g.places(side, start))
                 block = g.next_block(block, tile.blocks)
                 stage += 1
     gdc_launch_dependents()  # the next kernel can be set up, and waits for this one's end
@@ -290,7 +290,7 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
 def _buffers(tiles, grads, OWN_OUT: gl.constexpr):
     """Where a warpgroup's gradients wait to be stored: if need be, in the place of its tile."""
     if OWN_OUT:
-        return [allocate(grad, 1).index(0) for grad in grads]
+        return [allocate(grad, 1, 1).index(0) for grad in grads]
     else:
         return [buffer.index(0) for buffer in tiles.buffers[: len(grads)]]
 
@@ -324,7 +324,7 @@ def backward_kernel(
     STAGES: gl.constexpr, MASK: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
     REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, WARPGROUPS: gl.constexpr,
-    DILATED: gl.constexpr, QUERIES: gl.constexpr, OF_KEYS: gl.constexpr,
+    DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr, OF_KEYS: gl.constexpr,
 ):  # fmt: skip
     """One pass: dQ from tiles of queries, or with ``OF_KEYS`` dK and dV from tiles of keys.
 
@@ -343,7 +343,7 @@ def backward_kernel(
         length=(N0, N1, N2), window=(K0, K1, K2), stride=(S0, S1, S2), dilation=(D0, D1, D2),
         tiles=(T0, T1, T2), part=part, num_tiles=num_tiles, heads=heads, MODES=MODES, TILE=TILE,
         BLOCK=BLOCK, SPLIT_AXIS=SPLIT_AXIS, WARPGROUPS=WARPGROUPS, DILATED=DILATED,
-        QUERIES=QUERIES, OF_KEYS=OF_KEYS,
+        QUERIES=QUERIES, PIECE=PIECE, OF_KEYS=OF_KEYS,
     )  # fmt: skip
     of_queries = (
         TmaTensor(query, (q_b, q_0, q_1, q_2, q_h)),
@@ -365,12 +365,13 @@ def backward_kernel(
     if HAS_ADDITIONAL:
         steps = (additional_b, 0, 0, 0, 1)
         additional = (TmaTensor(additional_keys, steps), TmaTensor(additional_values, steps))
-    blocks = tma_pipeline(inner, STAGES, WARPGROUPS)
+    PIECES: gl.constexpr = volume(BLOCK) // volume(PIECE)
+    blocks = tma_pipeline(inner, STAGES, WARPGROUPS, PIECES)
     tables = column_tables(g, MASK, ENDS, BY_ROW, STEPS, TABLES)
-    tiles = (tma_pipeline(outer, 1, 1),)
+    tiles = (tma_pipeline(outer, 1, 1, 1),)
     masks = (_mask(g, tables, MASK, ENDS, BY_ROW, STEPS),)
     if WARPGROUPS == 2:
-        tiles += (tma_pipeline(outer, 1, 1),)
+        tiles += (tma_pipeline(outer, 1, 1, 1),)
         masks += (_mask(g, tables, MASK, ENDS, BY_ROW, STEPS),)
     D: gl.constexpr = grads[0].descriptor.block_type.shape[4]
     ctx = Context(

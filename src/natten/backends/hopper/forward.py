@@ -61,10 +61,10 @@ def _fetch_queries(ctx):
         bases = tma_bases(tensors, tile.batch, side.bases, tile.head)
         first = side.load_at(g.first_of(tile, 0))
         gdc_wait()  # until the kernel before has ended; what comes first need not
-        ctx.queries[0].produce(tile_iteration, tensors, bases, first)
+        ctx.queries[0].produce(tile_iteration, tensors, bases, (first,))
         if g.WARPGROUPS == 2:
             first = side.load_at(g.first_of(tile, 1))
-            ctx.queries[1].produce(tile_iteration, tensors, bases, first)
+            ctx.queries[1].produce(tile_iteration, tensors, bases, (first,))
         tile_iteration += 1  # noqa: SIM113
 
 
@@ -82,16 +82,16 @@ def _fetch_blocks(ctx):
         if ctx.HAS_ADDITIONAL:
             base = ctx.additional[0].tma_base(tile.batch, side.group, head)
             for position in range(0, ctx.num_additional, volume(g.BLOCK)):
-                start = (0, 0, position)
-                ctx.keys.produce(stage, ctx.additional[:1], (base,), start)
-                ctx.values.produce(stage, ctx.additional[1:], (base,), start)
+                places = ((0, 0, position),)
+                ctx.keys.produce(stage, ctx.additional[:1], (base,), places)
+                ctx.values.produce(stage, ctx.additional[1:], (base,), places)
                 stage += 1
         block = (stage * 0, stage * 0, stage * 0)
         for _ in range(tile.blocks[0] * tile.blocks[1] * tile.blocks[2]):
             start, _ = g.block_start(block, tile.origin)
-            start = side.load_at(start)
-            ctx.keys.produce(stage, (ctx.key,), (k_base,), start)
-            ctx.values.produce(stage, (ctx.value,), (v_base,), start)
+            places = g.places(side, start)
+            ctx.keys.produce(stage, (ctx.key,), (k_base,), places)
+            ctx.values.produce(stage, (ctx.value,), (v_base,), places)
             block = g.next_block(block, tile.blocks)
             stage += 1
     gdc_launch_dependents()  # the next kernel can be set up, and waits for this one's end
@@ -222,7 +222,7 @@ def _out_buffer(queries, out, OWN_OUT: gl.constexpr):
     """Where a warpgroup's outputs wait to be stored: if need be, in the place of its queries."""
     buffer = queries.buffers[0].index(0)
     if OWN_OUT:
-        buffer = allocate(out, 1).index(0)
+        buffer = allocate(out, 1, 1).index(0)
     return buffer
 
 
@@ -238,7 +238,7 @@ def forward_kernel(
     STAGES: gl.constexpr, MASK: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
     REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, WARPGROUPS: gl.constexpr,
-    DILATED: gl.constexpr, QUERIES: gl.constexpr,
+    DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr,
 ):  # fmt: skip
     """All tensors but ``lse`` are descriptors. Their steps are :class:`TmaTensor`'s: ``q_b`` from a
     batch entry to the next, ``q_0`` .. ``q_2`` from a token to the next, ``q_h`` from a head.
@@ -260,7 +260,7 @@ def forward_kernel(
         length=(N0, N1, N2), window=(K0, K1, K2), stride=(S0, S1, S2), dilation=(D0, D1, D2),
         tiles=(T0, T1, T2), part=part, num_tiles=num_tiles, heads=heads, MODES=MODES, TILE=TILE,
         BLOCK=BLOCK, SPLIT_AXIS=SPLIT_AXIS, WARPGROUPS=WARPGROUPS, DILATED=DILATED,
-        QUERIES=QUERIES, OF_KEYS=False,
+        QUERIES=QUERIES, PIECE=PIECE, OF_KEYS=False,
     )  # fmt: skip
     q = TmaTensor(query, (q_b, q_0, q_1, q_2, q_h))
     k = TmaTensor(key, (k_b, k_0, k_1, k_2, k_h))
@@ -270,11 +270,12 @@ def forward_kernel(
     if HAS_ADDITIONAL:
         steps = (additional_b, 0, 0, 0, 1)
         additional = (TmaTensor(additional_keys, steps), TmaTensor(additional_values, steps))
-    keys = tma_pipeline((k,), STAGES, WARPGROUPS)
-    values = tma_pipeline((v,), STAGES, WARPGROUPS)
-    queries = (tma_pipeline((q,), 1, 1),)
+    PIECES: gl.constexpr = volume(BLOCK) // volume(PIECE)
+    keys = tma_pipeline((k,), STAGES, WARPGROUPS, PIECES)
+    values = tma_pipeline((v,), STAGES, WARPGROUPS, PIECES)
+    queries = (tma_pipeline((q,), 1, 1, 1),)
     if WARPGROUPS == 2:
-        queries += (tma_pipeline((q,), 1, 1),)
+        queries += (tma_pipeline((q,), 1, 1, 1),)
     outs = [_out_buffer(each, o, OWN_OUT) for each in queries]
     tables = column_tables(g, MASK, ENDS, BY_ROW, STEPS, TABLES)
     ctx = Context(

@@ -9,6 +9,11 @@ key the queries that attend it.
 Queries that are not the keys' own tokens are a part of the layout, and perhaps finer than keys.
 They are numbered from the part's first, so partners of keys are numbers of them, too. A key that no
 query of the part attends has none; then a tile, or a warpgroup, has one block that is all masked.
+
+On a circular axis partners are counted before the modulo. A block may then be fetched in pieces,
+each of which is a box somewhere on the ring; its tokens follow one another piece by piece. Of a
+tile whose partners go on at the other end, blocks begin a little earlier, so that pieces meet at
+the seam.
 """
 
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
@@ -19,6 +24,7 @@ from .gluon_names import aggregate, from_triton, gl, gluon
 
 window = from_triton(windows.window)
 queries_of = from_triton(windows.queries_of)
+wrapped = from_triton(windows.wrapped)
 lpt_order = from_triton(windows.lpt_order)
 
 WARPS = gl.constexpr(tiles.WARPS)  # of a warpgroup
@@ -29,6 +35,14 @@ OWN, PART, FINER = map(gl.constexpr, tiles.QUERY_KINDS)
 def volume(shape):
     """Tokens of a shape of three axes."""
     return shape[0] * shape[1] * shape[2]
+
+
+@gluon.constexpr_function
+def piece_start(block, piece, number):
+    """Where a block's piece of that number begins inside the block."""
+    rows, columns = block[1] // piece[1], block[2] // piece[2]
+    at = number // (rows * columns), number // columns % rows, number % columns
+    return [i * size for i, size in zip(at, piece)]
 
 
 @gluon.constexpr_function
@@ -44,6 +58,17 @@ def _digit(number, base, ONE: gl.constexpr):
         return number * 0, number
     else:
         return number % base, number // base
+
+
+@gluon.jit
+def _coordinate(k, SIZES: gl.constexpr, AXIS: gl.constexpr):
+    """Coordinates along an axis of the ``k``-th ones in a grid of these sizes."""
+    if AXIS == 0:
+        return k // (SIZES[1] * SIZES[2])
+    elif AXIS == 1:
+        return k // SIZES[2] % SIZES[1]
+    else:
+        return k % SIZES[2]
 
 
 @gluon.jit
@@ -147,6 +172,7 @@ class Geometry:
     WARPGROUPS: gl.constexpr
     DILATED: gl.constexpr
     QUERIES: gl.constexpr
+    PIECE: gl.constexpr  # of a block, fetched at once
     OF_KEYS: gl.constexpr  # tiles are of keys, blocks of queries
 
     @gluon.jit
@@ -249,7 +275,14 @@ class Geometry:
         first = t * SIZE
         origin, _ = self.partners(group, first, AXIS)
         _, end = self.partners(group, first + SIZE - 1, AXIS)
-        blocks = (end - origin + self.BLOCK[AXIS] - 1) // self.BLOCK[AXIS]
+        BLOCK: gl.constexpr = self.BLOCK[AXIS]
+        if self.MODES[AXIS] >= windows.CIRCULAR:
+            n = self.length[AXIS]
+            seam = gl.where(origin < 0, 0, n)
+            PIECE: gl.constexpr = self.PIECE[AXIS]
+            at_seam = seam - (seam - origin + PIECE - 1) // PIECE * PIECE
+            origin = gl.where((origin < 0) | (end > n), at_seam, origin)
+        blocks = (end - origin + BLOCK - 1) // BLOCK
         if self.QUERIES != OWN:
             blocks = gl.maximum(blocks, 1)
         return first, origin, blocks
@@ -310,6 +343,40 @@ class Geometry:
         BLOCK: gl.constexpr = self.BLOCK
         start = origin[0] + j0 * BLOCK[0], origin[1] + j1 * BLOCK[1], origin[2] + j2 * BLOCK[2]
         return start, j2
+
+    @gluon.jit
+    def in_block(self, k, AXIS: gl.constexpr):
+        """Positions along an axis, inside a block, of its tokens ``k``."""
+        BLOCK: gl.constexpr = self.BLOCK
+        PIECE: gl.constexpr = self.PIECE
+        COUNTS: gl.constexpr = [BLOCK[0] // PIECE[0], BLOCK[1] // PIECE[1], BLOCK[2] // PIECE[2]]
+        at = _coordinate(k % volume(PIECE) if PIECE != BLOCK else k, PIECE, AXIS)
+        if COUNTS[AXIS] > 1:
+            at += _coordinate(k // volume(PIECE), COUNTS, AXIS) * PIECE[AXIS]
+        return at
+
+    @gluon.jit
+    def _piece_at(self, start, NUMBER: gl.constexpr, AXIS: gl.constexpr):
+        """Where the piece of that number of a block begins along an axis, modulo the ring."""
+        position = start[AXIS]
+        AT: gl.constexpr = piece_start(self.BLOCK, self.PIECE, NUMBER)[AXIS]
+        if AT > 0:
+            position += AT
+        if self.MODES[AXIS] >= windows.CIRCULAR:
+            position = wrapped(position, self.length[AXIS])
+        return position
+
+    @gluon.jit
+    def places(self, side, start):
+        """Where TMA finds the pieces of a block of a side's tokens, which begins at ``start``."""
+        PIECES: gl.constexpr = volume(self.BLOCK) // volume(self.PIECE)
+        found = ()
+        for i in gl.static_range(PIECES):
+            p0 = self._piece_at(start, i, 0)
+            p1 = self._piece_at(start, i, 1)
+            p2 = self._piece_at(start, i, 2)
+            found = found + (side.load_at((p0, p1, p2)),)
+        return found
 
     @gluon.jit
     def next_block(self, block, blocks):

@@ -153,11 +153,11 @@ class TileMask:
         start, _ = g.block_start(block, self.origin)
         c = gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))  # [N]
         if g.MODES[0] != UNIT or BLOCK[0] > 1:
-            s = _within(s, start[0] + c // (BLOCK[1] * BLOCK[2]), windows[0], windows[3])
+            s = _within(s, start[0] + g.in_block(c, 0), windows[0], windows[3])
         if g.MODES[1] != UNIT or BLOCK[1] > 1:
-            s = _within(s, start[1] + c // BLOCK[2] % BLOCK[1], windows[1], windows[4])
+            s = _within(s, start[1] + g.in_block(c, 1), windows[1], windows[4])
         if g.MODES[2] != UNIT or BLOCK[2] > 1:
-            s = _within(s, start[2] + c % BLOCK[2], windows[2], windows[5])
+            s = _within(s, start[2] + g.in_block(c, 2), windows[2], windows[5])
         return s
 
 
@@ -193,12 +193,12 @@ def _column_factor(
     c = gl.arange(0, STEPS * 16, gl.SliceLayout(0, LAYOUT))[None, :]  # [1, C]
     start = c - ENDS[1]
     if BY_ROW:
-        at = along_last * BLOCK[2] + k % BLOCK[2]
+        at = along_last * BLOCK[2] + g.in_block(k, 2)
         own2 = (at < start) | (at >= start + g.window[2])
     else:
-        own2 = k % BLOCK[2] == start
-    own1 = k // BLOCK[2] % BLOCK[1] == c - ENDS[0]
-    own0 = k // (BLOCK[1] * BLOCK[2]) == c
+        own2 = g.in_block(k, 2) == start
+    own1 = g.in_block(k, 1) == c - ENDS[0]
+    own0 = g.in_block(k, 0) == c
     own = gl.where(c < ENDS[0], own0, gl.where(c < ENDS[1], own1, own2 & (c < ENDS[2])))
     return gl.where(own, -ROOT, 0.0).to(gl.bfloat16)
 

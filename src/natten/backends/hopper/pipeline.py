@@ -40,33 +40,34 @@ def tma_bases(tensors, batch, group, head):
 
 
 @gluon.jit
-def allocate(tensor, STAGES: gl.constexpr):
-    """Shared memory for that many blocks of a tensor, ``[STAGES, 1, *block, channels]``."""
+def allocate(tensor, STAGES: gl.constexpr, PIECES: gl.constexpr):
+    """Shared memory for that many blocks of a tensor, ``[STAGES, PIECES, *piece, channels]``."""
     descriptor = tensor.descriptor
-    shape: gl.constexpr = [STAGES] + descriptor.block_type.shape
+    shape: gl.constexpr = [STAGES, PIECES] + descriptor.block_type.shape[1:]
     return gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
 
 
 @gluon.constexpr_function
 def rows_of(buffer):
-    """Tokens of a block ``[1, *block, channels]``."""
-    return buffer.shape[1] * buffer.shape[2] * buffer.shape[3]
+    """Tokens of a block ``[PIECES, *piece, channels]``."""
+    return buffer.shape[0] * buffer.shape[1] * buffer.shape[2] * buffer.shape[3]
 
 
 @gluon.constexpr_function
-def _bytes(tensors):
-    """Bytes of a block of each of the tensors."""
-    return sum(tensor.descriptor.block_type.nbytes for tensor in tensors)
+def _bytes(tensors, pieces):
+    """Bytes of that many pieces of each of the tensors."""
+    return pieces * sum(tensor.descriptor.block_type.nbytes for tensor in tensors)
 
 
 @aggregate
 class TmaPipeline:
     """Stages that are filled and emptied in turn; ``stage`` counts all that went through.
 
-    A stage has a buffer for a block of each of some tensors, which are fetched together.
+    A stage has a buffer for a block of each of some tensors, which are fetched together. A block
+    may be fetched in pieces, which follow one another in the buffer.
     """
 
-    buffers: gl.tuple  # per tensor, [STAGES, 1, *block, channels]
+    buffers: gl.tuple  # per tensor, [STAGES, PIECES, *piece, channels]
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     STAGES: gl.constexpr
@@ -79,23 +80,29 @@ class TmaPipeline:
         mbarrier.expect(self.full.index(index), BYTES)
 
     @gluon.jit
-    def producer_commit(self, stage, tensors, bases, start):
-        """Start to fetch each tensor's block whose first position is ``start``.
+    def producer_commit(self, stage, tensors, bases, places):
+        """Start to fetch each tensor's block, whose pieces are at ``places``.
 
         The stage is full when all has arrived.
         """
         index = stage % self.STAGES
         for WHICH in gl.static_range(len(tensors)):
             descriptor = tensors[WHICH].descriptor
-            buffer = self.buffers[WHICH].index(index).reshape(descriptor.block_type.shape)
-            at = [bases[WHICH], start[0], start[1], start[2], 0]
-            load_block(descriptor, at, self.full.index(index), buffer)
+            buffer = self.buffers[WHICH].index(index)  # [PIECES, *piece, channels]
+            for PIECE in gl.static_range(len(places)):
+                place = places[PIECE]
+                at = [bases[WHICH], place[0], place[1], place[2], 0]
+                if len(places) > 1:
+                    piece = buffer.slice(PIECE, 1)
+                else:
+                    piece = buffer.reshape(descriptor.block_type.shape)
+                load_block(descriptor, at, self.full.index(index), piece)
 
     @gluon.jit
-    def produce(self, stage, tensors, bases, start):
+    def produce(self, stage, tensors, bases, places):
         """Acquire and commit."""
-        self.producer_acquire(stage, _bytes(tensors))
-        self.producer_commit(stage, tensors, bases, start)
+        self.producer_acquire(stage, _bytes(tensors, len(places)))
+        self.producer_commit(stage, tensors, bases, places)
 
     @gluon.jit
     def consumer_wait(self, stage):
@@ -116,14 +123,16 @@ class TmaPipeline:
     @gluon.jit
     def matrix(self, stage, WHICH: gl.constexpr = 0):
         """A tensor's block as a matrix ``[tokens, channels]``."""
-        buffer = self.buffers[WHICH].index(stage % self.STAGES)  # [1, *block, channels]
+        buffer = self.buffers[WHICH].index(stage % self.STAGES)  # [PIECES, *piece, channels]
         return buffer.reshape([rows_of(buffer), buffer.shape[4]])
 
 
 @gluon.jit
-def tma_pipeline(tensors, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
-    """A pipeline of blocks of the tensors, which that many warpgroups consume."""
-    buffers = [allocate(tensor, STAGES) for tensor in tensors]
+def tma_pipeline(
+    tensors, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PIECES: gl.constexpr
+):  # fmt: skip
+    """A pipeline of blocks of the tensors, in pieces, which that many warpgroups consume."""
+    buffers = [allocate(tensor, STAGES, PIECES) for tensor in tensors]
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for index in gl.static_range(STAGES):

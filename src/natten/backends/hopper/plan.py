@@ -123,6 +123,8 @@ class Plan:
         rule, of_keys = self.rule, kind == "dkdv"
         work = tiling.work(kind, self.dim, self.value_dim)
         mask = tiling.mask(kind, rule, self.space, tiles, work)
+        piece = tiling.piece(kind, rule, self.space, tiles)
+        boxes = tiling.boxes(tiles, of_keys, piece)
         tile, block = tiling.tile_and_block(tiles, of_keys)
         warpgroups = tiling.warpgroups(tiles)
         registers, compute_registers, fetch_registers = tiling.registers(tiles, work)
@@ -161,6 +163,7 @@ class Plan:
             "FETCH_REGISTERS": fetch_registers,
             "DILATED": max(rule.dilation) > 1,
             "QUERIES": self.queries,
+            "PIECE": piece,
         }
         kernel = forward_kernel if kind == "forward" else backward_kernel
         if kind != "forward":
@@ -172,7 +175,7 @@ class Plan:
         return Launch(
             kernel, (programs,), numbers | constants,
             {
-                **self._of_queries(kind, tiles), **self._of_keys(kind, tiles),
+                **self._of_queries(kind, boxes), **self._of_keys(kind, boxes),
                 **self._additional(kind, tiles),
             },
             kept, num_warps=tiling.WARPS, maxnreg=registers, launch_pdl=_can_overlap(),

@@ -57,6 +57,11 @@ def native(channels: int) -> int:
     return next(each for each in HEAD_DIMS if each >= channels)
 
 
+def boxes(tiles: Tiles, of_keys: bool, piece: Shape) -> Tiles:
+    """What a kernel loads at once: its tiles, and pieces of its blocks."""
+    return tiles._replace(q_block=piece) if of_keys else tiles._replace(kv_block=piece)
+
+
 class Work(NamedTuple):
     """What a kind of kernel does with a head."""
 
@@ -126,6 +131,11 @@ class Mask(NamedTuple):
     tables: int = 1
 
 
+# The most pieces of a block, and the least tokens of a piece: shared memory has a pattern of eight
+# rows.
+PIECES, PIECE_ROWS = 8, 8
+
+
 class Axis(NamedTuple):
     """One way to cut an axis: what a warpgroup and a block cover, summed over the axis's tiles."""
 
@@ -136,21 +146,38 @@ class Axis(NamedTuple):
     fetched: int  # as ``blocks``, with those that a warpgroup hands back unread
     most: int  # blocks of one tile
     masked: bool
+    fits: bool = True  # else partners of a tile go around a ring at both ends
 
 
 def _cut(
-    first: torch.Tensor, last: torch.Tensor, count: int, tile: int, block: int, groups: int
+    first: torch.Tensor,
+    last: torch.Tensor,
+    count: int,
+    tile: int,
+    block: int,
+    groups: int,
+    ring: int | None,
+    piece: int,
 ) -> Axis:
     """Cut an axis, whose tokens have partners ``first .. last``, into ``count`` tiles.
 
-    ``groups``: warpgroups a tile. Each has a block, also where its tokens have no partners.
+    Args:
+        groups: warpgroups a tile. Each has a block, also where its tokens have no partners.
+        ring: positions of a circular axis. Where a tile's partners cross its seam, two pieces of
+            blocks meet.
+        piece: positions of a piece of a block.
     """
     if len(first) == 0:
         first = last = torch.zeros(1, dtype=torch.int64, device="cpu")
     end = len(first) - 1
     begin = torch.arange(count, device="cpu") * (tile * groups)
     low, high = first[begin.clamp(max=end)], last[(begin + tile * groups - 1).clamp(max=end)]
-    blocks, masked = 0, False
+    blocks, masked, fits = 0, False, True
+    if ring is not None:
+        before, after = low < 0, high > ring
+        seam = torch.where(before, 0, ring)
+        low = torch.where(before | after, seam + (low - seam) // piece * piece, low)
+        fits = ring % piece == 0 or not bool((before & after).any())
     for warpgroup in range(groups):
         head = (begin + warpgroup * tile).clamp(max=end)
         tail = (begin + warpgroup * tile + tile - 1).clamp(max=end)
@@ -160,7 +187,7 @@ def _cut(
         masked |= bool((before % block).any() or (after % block).any())
     fetched = (-((low - high) // block)).clamp(min=1)
     total = int(fetched.sum()) * groups
-    return Axis(tile, block, count, blocks, total, int(fetched.max()), masked)
+    return Axis(tile, block, count, blocks, total, int(fetched.max()), masked, fits)
 
 
 class _Cuts:
@@ -178,6 +205,10 @@ class _Cuts:
         )
         own = queries(rule, shape) == OWN
         self.groups = math.prod(rule.dilation) if own else 1
+        self.rings = [
+            n if boundary == "circular" else None
+            for n, boundary in zip(self.kv_lengths, rule.boundary)
+        ]
         self.partners = [
             [
                 reach(rule, axis, length, key_length, group, of_keys)
@@ -185,27 +216,60 @@ class _Cuts:
             ]
             for axis, (length, key_length) in enumerate(zip(shape, key_shape))
         ]
-        self.axis = cache(self._axis)
+        self.has_rings = any(ring is not None for ring in self.rings)
+        self.axis, self.sizes = cache(self._axis), cache(self._sizes)
 
-    def _axis(self, axis: int, tile: int, block: int, groups: int) -> Axis:
+    def _axis(self, axis: int, tile: int, block: int, groups: int, piece: int) -> Axis:
         if axis < self.missing:
             return Axis(1, 1, 1, 1, 1, 1, False)
         lengths = self.kv_lengths if self.of_keys else self.q_lengths
-        count = -(-lengths[axis - self.missing] // (tile * groups))
+        axis -= self.missing
+        count, ring = -(-lengths[axis] // (tile * groups)), self.rings[axis]
         cuts = [
-            _cut(*each, count, tile, block, groups) for each in self.partners[axis - self.missing]
+            _cut(*each, count, tile, block, groups, ring, piece) for each in self.partners[axis]
         ]
-        _, _, tiles, blocks, fetched, most, masked = zip(*cuts)
+        _, _, tiles, blocks, fetched, most, masked, fits = zip(*cuts)
         return Axis(
-            tile, block, sum(tiles), sum(blocks), sum(fetched), max(most), any(masked)
+            tile, block, sum(tiles), sum(blocks), sum(fetched), max(most), any(masked), all(fits)
         )  # fmt: skip
 
     def __call__(self, tiles: Tiles) -> tuple[Axis, ...]:
-        sizes = zip(*tile_and_block(tiles, self.of_keys))
-        return tuple(
-            self.axis(axis, tile, block, warpgroups(tiles) if axis == tiles.split_axis else 1)
-            for axis, (tile, block) in enumerate(sizes)
-        )
+        tile, block = tile_and_block(tiles, self.of_keys)
+        groups = self._groups(tiles)
+        return tuple(map(self.axis, range(3), tile, block, groups, self.piece(tiles)))
+
+    @staticmethod
+    def _groups(tiles: Tiles) -> list[int]:
+        """Warpgroups along each axis."""
+        return [warpgroups(tiles) if axis == tiles.split_axis else 1 for axis in range(3)]
+
+    def piece(self, tiles: Tiles) -> Shape:
+        """What of a block is fetched at once: on rings perhaps a piece, so that blocks begin only
+        little before a tile's first partner where pieces have to meet at the seam."""
+        tile, block = tile_and_block(tiles, self.of_keys)
+        if not self.has_rings:
+            return block
+        volume, best, found = math.prod(block), math.inf, block
+        least = max(PIECE_ROWS, volume // PIECES)
+        sizes = map(self.sizes, range(3), tile, block, self._groups(tiles))
+        for choice in itertools.product(*sizes):
+            (a, b, c), blocks = zip(*choice)
+            tokens = a * b * c
+            cost = math.prod(blocks) * in_pieces(volume // tokens)
+            if tokens >= least and cost < best:
+                best, found = cost, (a, b, c)
+        return found
+
+    def _sizes(self, axis: int, tile: int, block: int, groups: int) -> list[tuple[int, float]]:
+        """Sizes along an axis that a piece of a block may have, and the blocks of all tiles; no
+        size that a larger one equals."""
+        if axis < self.missing or self.rings[axis - self.missing] is None:
+            return [(block, self.axis(axis, tile, block, groups, block).blocks)]
+        found: dict[float, int] = {}
+        for i in range(block.bit_length()):
+            cut = self.axis(axis, tile, block, groups, block >> i)
+            found.setdefault(cut.blocks if cut.fits else math.inf, block >> i)
+        return [(size, blocks) for blocks, size in found.items()]
 
 
 @lru_cache(maxsize=64)
@@ -269,10 +333,10 @@ def mask_of(sliding: bool, axes: Sequence[Axis], tiles: Tiles, work: Work) -> Ma
 
 
 def slides(kind: str, rule: Neighborhood) -> bool:
-    """Whether partners along the last axis are a window that moves from token to token and never
-    shrinks."""
+    """Whether partners along the last axis are a window that moves from token to token, never
+    shrinks, and begins in the first block of its tile."""
     moves = rule.stride[-1] == 1 and not rule.is_causal[-1]
-    return kind != "dkdv" and moves and rule.boundary[-1] != "truncate"
+    return kind != "dkdv" and moves and rule.boundary[-1] == "shift"
 
 
 def mask(kind: str, rule: Neighborhood, shape: Shape, tiles: Tiles, work: Work) -> Mask:
@@ -282,6 +346,13 @@ def mask(kind: str, rule: Neighborhood, shape: Shape, tiles: Tiles, work: Work) 
     else:
         axes = _any_axes(kind, rule, tiles)
     return mask_of(slides(kind, rule), axes, tiles, work)
+
+
+def piece(kind: str, rule: Neighborhood, shape: Shape, tiles: Tiles) -> Shape:
+    """What of a block is fetched at once."""
+    if "circular" in rule.boundary:
+        return _cuts(kind, rule, shape, shape).piece(tiles)
+    return tile_and_block(tiles, kind == "dkdv")[1]
 
 
 def _any_axes(kind: str, rule: Neighborhood, tiles: Tiles) -> tuple[Axis, ...]:
@@ -350,9 +421,15 @@ def cycles(tiles: Tiles, mask: Mask, work: Work) -> tuple[float, float]:
     return block, _TILE_CYCLES + _TILE_LATENCY / at_once
 
 
-def _cost(axes: tuple[Axis, ...], tiles: Tiles, mask: Mask, work: Work) -> float:
+def in_pieces(pieces: int) -> float:
+    """What a block in so many pieces costs, of one that is fetched at once."""
+    return 1 + 0.01 * (pieces - 1)
+
+
+def _cost(axes: tuple[Axis, ...], tiles: Tiles, mask: Mask, work: Work, piece: Shape) -> float:
     """Cycles of a multiprocessor per batch entry, head and dilation group."""
     per_block, per_tile = cycles(tiles, mask, work)
+    per_block *= in_pieces(_columns(tiles, work) // math.prod(piece))
     count = math.prod(axis.tiles for axis in axes)
     blocks, fetched = (math.prod(each) for each in zip(*((a.blocks, a.fetched) for a in axes)))
     waited = IDLE * (fetched - blocks)
@@ -421,8 +498,8 @@ def _candidates(
     for tiles in cuttings(cuts.q_lengths, needs, kv_lengths):
         axes, found = cuts(tiles), mask(kind, rule, shape, tiles, needs)
         fitting = fitted(tiles, found, needs)
-        if fitting is not None:
-            costs[fitting] = _cost(axes, fitting, found, needs)
+        if fitting is not None and all(axis.fits for axis in axes):
+            costs[fitting] = _cost(axes, fitting, found, needs, cuts.piece(tiles))
     return sorted(costs, key=costs.__getitem__)
 
 
