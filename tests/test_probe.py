@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import hopper, tiled
+from helpers import hopper, reference
 
 from natten import tuning
 from natten.backends import Problem
@@ -86,10 +86,18 @@ def test_the_processes_run(tmp_path, monkeypatch):
 
 def test_right_and_wrong_kernels():
     cpu = torch.device("cpu")
-    probe.compare(tiled, cpu, torch.bfloat16)
-    backward = tiled.backward
+    tried = []
+
+    def forward(inputs, rule, scale):
+        tried.append(Problem.of("attention", inputs, rule, scale))
+        return reference.forward(inputs, rule, scale)
+
+    backward = reference.backward
+    probe.compare(SimpleNamespace(forward=forward, backward=backward), cpu, torch.bfloat16)
+    rings = [each for each in tried if each.has_rings]
+    assert rings and not any(map(hopper.pads, rings))  # the kernels have these themselves
     wrong = SimpleNamespace(
-        forward=tiled.forward,
+        forward=reference.forward,
         backward=lambda *args: backward(*args)._replace(key=torch.zeros_like(args[2].key)),
     )
     with pytest.raises(ArithmeticError, match=r"key of .* is off by 1"):
