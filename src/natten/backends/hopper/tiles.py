@@ -133,7 +133,7 @@ class Mask(NamedTuple):
 
 # The most pieces of a block, and the least tokens of a piece: shared memory has a pattern of eight
 # rows.
-PIECES, PIECE_ROWS = 8, 8
+PIECES, PIECE_ROWS = 4, 8
 
 
 class Axis(NamedTuple):
@@ -423,7 +423,7 @@ def cycles(tiles: Tiles, mask: Mask, work: Work) -> tuple[float, float]:
 
 def in_pieces(pieces: int) -> float:
     """What a block in so many pieces costs, of one that is fetched at once."""
-    return 1 + 0.01 * (pieces - 1)
+    return 1 + 0.02 * (pieces - 1)
 
 
 def _cost(axes: tuple[Axis, ...], tiles: Tiles, mask: Mask, work: Work, piece: Shape) -> float:
