@@ -1,0 +1,180 @@
+"""What travels between ranks: messages with gradients, on PyTorch's functional collectives.
+
+Sending is a linear map whose transpose sends back, so that derivatives of every order are made of
+the same two functions. A message is on its way between the two, and whatever is computed there
+hides it, in the backward as in the forward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+@contextmanager
+def named_failures(name: str) -> Iterator[None]:
+    """Errors of collectives say which function they belong to."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"natten.distributed.{name}: a rank does not answer. It failed, or its call is not like "
+            f"this one: {error}"
+        ) from error
+
+
+class _Trip:
+    """A message: how many numbers go to each rank of a group, and come from it.
+
+    Groups are known by their names, because graphs must not keep a group that a program has ended.
+    """
+
+    def __init__(self, name: str, group: str, sent: list[int], received: list[int]) -> None:
+        self.name, self.group, self.sent, self.received = name, group, sent, received
+        self.returning: tuple[Tensor, _Trip] | None = None  # its gradient, while it travels
+
+    def back(self) -> _Trip:
+        """The way back."""
+        return _Trip(self.name, self.group, self.received, self.sent)
+
+
+class _Start(torch.autograd.Function):
+    """Send a message, which has arrived after :class:`_Finish`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        with named_failures(trip.name):
+            return torch.ops._c10d_functional.all_to_all_single(
+                x.contiguous(), trip.received, trip.sent, trip.group
+            )
+
+    @staticmethod
+    def backward(ctx: Any, stand_in: Tensor) -> tuple[Tensor, None]:
+        returning, ctx.trip.returning = ctx.trip.returning, None
+        return _Finish.apply(*returning), None
+
+
+class _Finish(torch.autograd.Function):
+    """Wait for a message."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        with named_failures(trip.name):
+            return torch.ops._c10d_functional.wait_tensor(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        back = ctx.trip.back()
+        ctx.trip.returning = _Start.apply(grad, back), back
+        # What travels has another size than autograd expects here, so that it goes by the trip.
+        return grad, None
+
+
+def send(
+    name: str,
+    group: dist.ProcessGroup,
+    sent: Sequence[Sequence[Tensor]],
+    shapes: Sequence[Sequence[Shape]],
+    of: Sequence[Tensor],
+) -> Callable[[], tuple[list[list[Tensor]], Tensor]]:
+    """Send tensors to every rank of a group. All ranks call it together.
+
+    Args:
+        name: the public function, for messages of errors.
+        group: the ranks.
+        sent: for each rank, tensors that go there.
+        shapes: for each rank, shapes of what comes from there.
+        of: the tensors that are sent in parts. The message has the first one's dtype. If one of them
+            requires a gradient, the gradient of the message comes back even if nothing is sent.
+
+    Returns:
+        A function that waits, and returns the tensors from each rank, and the message that they
+        are parts of.
+    """
+    counts = [[math.prod(shape) for shape in from_rank] for from_rank in shapes]
+    flat = [x.to(of[0].dtype).reshape(-1) for x in (*(x[:0] for x in of), *chain(*sent))]
+    lengths = [sum(x.numel() for x in to_rank) for to_rank in sent]
+    trip = _Trip(name, group.group_name, lengths, [sum(c) for c in counts])
+    travelling = _Start.apply(torch.cat(flat), trip)
+
+    def arrived() -> tuple[list[list[Tensor]], Tensor]:
+        received = _Finish.apply(travelling, trip)
+        parts = iter(received.split([n for from_rank in counts for n in from_rank]))
+        tensors = [[next(parts).view(s) for s in from_rank] for from_rank in shapes]
+        return tensors, received
+
+    return arrived
+
+
+class _Replicated(torch.autograd.Function):
+    """A tensor that all ranks have; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(x: Tensor, name: str, group: str) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.name, ctx.group = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Summed.apply(grad, ctx.name, ctx.group), None, None
+
+
+class _Summed(torch.autograd.Function):
+    """The sum of every rank's tensor."""
+
+    @staticmethod
+    def forward(x: Tensor, name: str, group: str) -> Tensor:
+        with named_failures(name):
+            found = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group)
+            return torch.ops._c10d_functional.wait_tensor(found)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.name, ctx.group = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Summed.apply(grad, ctx.name, ctx.group), None, None
+
+
+def replicated(x: Tensor | None, name: str, group: dist.ProcessGroup) -> Any:
+    """``x``, which every rank has; its gradient is summed over the group before it returns."""
+    return None if x is None else _Replicated.apply(x, name, group.group_name)
+
+
+class _Tied(torch.autograd.Function):
+    """Outputs as they are, whose gradient also reaches tensors that they do not depend on.
+
+    A rank that needs nothing of a message still has to take part when its gradient goes back.
+    """
+
+    @staticmethod
+    def forward(out: Tensor, lse: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        return out.view_as(out), lse.view_as(lse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, ...]:
+        return grad_out, grad_lse, *(torch.zeros_like(x) for x in ctx.saved_tensors)
+
+
+def tied(out: Tensor, lse: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output and LSE, whose backward also reaches ``others``."""
+    return _Tied.apply(out, lse, *(x for x in others if x is not None))

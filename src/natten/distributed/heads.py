@@ -1,0 +1,99 @@
+"""All tokens of some heads: heads are spread over the ranks while attention runs.
+
+Every rank sends each other one the heads that it is to have, and gets its own queries' results
+back. That is two all-to-all exchanges, as Jacobs et al., "DeepSpeed Ulysses" (2023), describe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..functional import attend
+from ..inputs import Inputs
+from .collectives import replicated, send
+from .shards import Coordinates, Segment, Sharding, gather
+
+
+def attend_by_heads(
+    name: str, group: dist.ProcessGroup, ranks: tuple[Coordinates, ...], sharding: Sharding,
+    inputs: Inputs, options: Sequence[Any],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and LSE of a rank's queries; arguments as in :func:`.halo.attend_with_halo`."""
+    size, rank = group.size(), group.rank()
+    rpb = replicated(inputs.rpb, name, group)
+    additional = [replicated(x, name, group) for x in inputs.differentiable[4:]]
+    fine = sharding.rule.queries_per_key
+    tokens = [inputs.query, inputs.key, inputs.value]
+    sent = [[x.chunk(size, -2)[to] for x in tokens] for to in range(size)]
+    shapes = []
+    for at in ranks:
+        keys = tuple(sizes[i] for sizes, i in zip(sharding.sizes, at))
+        queries = tuple(r * n for r, n in zip(fine, keys))
+        batch = len(inputs.query)
+        shapes.append(
+            [
+                (batch, *space, x.shape[-2] // size, x.shape[-1])
+                for x, space in zip(tokens, (queries, keys, keys))
+            ]
+        )
+        if inputs.key_mask is not None:
+            shapes[-1].append((len(inputs.key_mask), *keys))
+    if inputs.key_mask is not None:
+        for to_rank in sent:
+            to_rank.append(inputs.key_mask)
+    received, _ = send(name, group, sent, shapes, tokens)()
+
+    def whole(tensors: Sequence[Tensor], fine: Sequence[int]) -> Tensor:
+        """All tokens, from the tokens of every rank."""
+        segments = [_segments(sizes, r) for sizes, r in zip(sharding.sizes, fine)]
+        box = tuple((0, r * sum(sizes)) for sizes, r in zip(sharding.sizes, fine))
+        return gather(dict(zip(ranks, tensors)), segments, box)
+
+    query, *others = zip(*received)
+    key, value, *masks = (whole(each, (1,) * len(fine)) for each in others)
+    key_mask = masks[0].to(torch.bool) if masks else None
+
+    def own_heads(x: Tensor | None, dim: int) -> Tensor | None:
+        return None if x is None else x.chunk(size, dim)[rank]
+
+    part = Inputs(
+        whole(query, fine), key, value, own_heads(rpb, 0),
+        *(own_heads(x, -2) for x in additional), key_mask, inputs.additional_mask,
+    )  # fmt: skip
+    out, lse = attend(part, sharding.rule, *options)
+    return (
+        _back(name, group, ranks, sharding, out, inputs.query, -2),
+        _back(name, group, ranks, sharding, lse, inputs.query, -1),
+    )
+
+
+def _segments(sizes: Sequence[int], r: int) -> list[Segment]:
+    found, at = [], 0
+    for rank, n in enumerate(sizes):
+        found.append(Segment(at, rank, (0, r * n)))
+        at += r * n
+    return found
+
+
+def _back(
+    name: str, group: dist.ProcessGroup, ranks: tuple[Coordinates, ...], sharding: Sharding,
+    x: Tensor, query: Tensor, dim: int,
+) -> Tensor:  # fmt: skip
+    """A result ``x [batch, *space, heads, ...]`` of all tokens and some heads, for a rank's tokens
+    and all heads."""
+    sent = []
+    for at in ranks:
+        part = x
+        for axis, (i, r) in enumerate(zip(at, sharding.rule.queries_per_key)):
+            first, last = sharding.own(axis, i)
+            part = part.narrow(1 + axis, r * first, r * (last - first))
+        sent.append([part])
+    own = query.shape[1:-2]
+    shape = (len(x), *own, *x.shape[1 + len(own) :])
+    received, _ = send(name, group, sent, [[shape]] * group.size(), [x])()
+    return torch.cat([each for (each,) in received], dim)

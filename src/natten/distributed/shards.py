@@ -1,0 +1,326 @@
+"""Which keys the queries of a shard attend, and who has them.
+
+The axes of a token layout are split over ranks; an axis that is not split lies on one rank. A
+rank's queries attend a box of keys: its own and a halo, which other ranks have. That box, widened
+as :func:`key_part` says, is a layout of its own in which the same queries, now a part of it
+(``query_offset``), have the same windows as in the whole. So each rank calls the ordinary operator.
+
+Along a ring that is split, tokens are counted from before the first one, as far as windows reach
+(:meth:`natten.neighborhood.Neighborhood.unrolled`); they are those of the other end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import accumulate, product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..neighborhood import Neighborhood, group_length
+
+Span = tuple[int, int]  # first and one-past-last token
+Box = tuple[Span, ...]  # one span for each axis
+
+
+class Segment(NamedTuple):
+    """Neighboring tokens of an axis that one rank has.
+
+    Attributes:
+        at: where they begin among the tokens that are wanted.
+        owner: the rank along the axis that has them.
+        own: which of its tokens they are.
+    """
+
+    at: int
+    owner: int
+    own: Span
+
+    @property
+    def length(self) -> int:
+        return self.own[1] - self.own[0]
+
+
+class Piece(NamedTuple):
+    """Queries of a rank that run together, and the keys that they need.
+
+    Attributes:
+        queries: counted from the rank's first.
+        keys: counted from the first key that the rank needs.
+        rule: the windows of these queries among these keys.
+    """
+
+    queries: Box
+    keys: Box
+    rule: Neighborhood
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """A token layout on several ranks.
+
+    Attributes:
+        rule: the windows of the whole layout, all of whose queries are given.
+        sizes: for each axis, how many keys each rank along it has.
+    """
+
+    rule: Neighborhood
+    sizes: tuple[tuple[int, ...], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The token layout of all keys."""
+        return tuple(map(sum, self.sizes))
+
+    def is_split(self, axis: int) -> bool:
+        """Whether several ranks have tokens of the axis."""
+        return len(self.sizes[axis]) > 1
+
+    def own(self, axis: int, rank: int) -> Span:
+        """The keys that a rank has along an axis."""
+        ends = (0, *accumulate(self.sizes[axis]))
+        return ends[rank], ends[rank + 1]
+
+    @cached_property
+    def unrolled(self) -> tuple[Neighborhood, tuple[Span, ...]]:
+        """The rule without rings that are split, and the tokens to add before and after them."""
+        names = self.rule.boundary
+        rings = [self.is_split(i) and name == "circular" for i, name in enumerate(names)]
+        others = tuple("shift" if name == "circular" else name for name in names)
+        unrolled, margins = replace(
+            self.rule,
+            boundary=tuple(a if ring else b for a, b, ring in zip(names, others, rings)),
+        ).unrolled()
+        kept = tuple(other if ring else name for name, other, ring in zip(names, others, rings))
+        return replace(unrolled, boundary=kept), margins
+
+    def needed(self, axis: int, rank: int) -> Span:
+        """The keys, in the unrolled axis, that a rank's queries need."""
+        rule, margins = self.unrolled
+        before, after = margins[axis]
+        first, last = self.own(axis, rank)
+        if not self.is_split(axis) or first == last:
+            return first, last
+        length = before + self.shape[axis] + after
+        return key_part(rule, axis, length, (first + before, last + before))
+
+    def segments(self, axis: int, rank: int) -> tuple[Segment, ...]:
+        """Who has the keys that a rank needs along an axis, in their order."""
+        first, last = self.needed(axis, rank)
+        before, _ = self.unrolled[1][axis]
+        length, found, at = self.shape[axis], [], first
+        while at < last:
+            token = (at - before) % length
+            owner = next(r for r in range(len(self.sizes[axis])) if token < self.own(axis, r)[1])
+            start, end = self.own(axis, owner)
+            end = min(end, token + last - at)
+            found.append(Segment(at - first, owner, (token - start, end - start)))
+            at += end - token
+        return tuple(found)
+
+
+def key_part(rule: Neighborhood, axis: int, length: int, tokens: Span) -> Span:
+    """The keys of an axis that queries at ``tokens`` need, such that they are a layout of its own.
+
+    Positions, strides and dilation groups fall as in the whole if it begins at a multiple of
+    stride times dilation. No window is moved or cut that was not before, because all windows
+    and their leaders lie inside, and it is no smaller than a window.
+
+    Args:
+        rule: windows; the axis is not circular.
+        axis: the axis, which has ``length`` keys.
+        tokens: keys at which the queries stand, at least one.
+    """
+    low, high = _reach(rule, axis, length, tokens)
+    period = rule.stride[axis] * rule.dilation[axis]
+    first, last = int(low.min()), int(high.max())
+    if rule.boundary[axis] == "truncate":
+        return first, last
+    window = rule.kernel_size[axis] * rule.dilation[axis]
+    last = min(max(last, first + window), length)
+    first = min(first, (last - window) // period * period)
+    return first, last
+
+
+def _reach(rule: Neighborhood, axis: int, length: int, tokens: Span) -> tuple[Tensor, Tensor]:
+    """First and one-past-last key that each of the tokens needs, at whole strides."""
+    d, s = rule.dilation[axis], rule.stride[axis]
+    token = torch.arange(*tokens)
+    position, group = token // d, token % d
+    n = group_length(length, d, group)
+    start, end = rule.windows(axis, position, n)
+    # The last of the tokens that share a window comes after the window's leader.
+    after = ((position // s + 1) * s).minimum(n).maximum(end)
+    low = start.minimum(position) * d // (s * d) * (s * d)
+    return low, (after * d).clamp(max=length)
+
+
+class HaloPlan(NamedTuple):
+    """What a rank sends, receives and computes.
+
+    Attributes:
+        core: the rank's queries but those of the border, None if it has no queries.
+        is_inner: whether the core needs the rank's own keys only.
+        border: for each axis, the slabs before and after what is left by the axes before it.
+        segments: for each axis, who has the keys that the rank needs. Their product is a grid.
+        here: where in the grid the rank's own keys are, and which they are.
+        sent: for each rank, boxes of this rank's keys.
+        received: for each rank, where in the grid that which it sends belongs, in the same order.
+        moves: whether any rank sends anything.
+    """
+
+    core: Piece | None
+    is_inner: bool
+    border: tuple[tuple[Piece | None, Piece | None], ...]
+    segments: tuple[tuple[Segment, ...], ...]
+    here: tuple[tuple[tuple[int, ...], Box], ...]
+    sent: tuple[tuple[Box, ...], ...]
+    received: tuple[tuple[tuple[int, ...], ...], ...]
+    moves: bool
+
+    @property
+    def uses_message(self) -> bool:
+        """Whether any of the rank's queries needs what others send."""
+        return self.core is not None and (not self.is_inner or any(map(any, self.border)))
+
+
+Coordinates = tuple[int, ...]  # of a rank, along each axis
+
+# Inner queries run while keys travel. Below this share of a rank's queries that hides little, and
+# more calls cost more.
+_WORTH_SPLITTING = 0.25
+
+
+@lru_cache(maxsize=256)
+def halo_plan(sharding: Sharding, ranks: tuple[Coordinates, ...], rank: int) -> HaloPlan:
+    """The plan of one rank.
+
+    Args:
+        sharding: the layout.
+        ranks: the coordinates of each rank.
+        rank: which of them.
+    """
+    me = ranks[rank]
+    needs = [needs_of(sharding, at) for at in ranks]
+    segments = _segments(sharding, me)
+    grid = list(zip(product(*(range(len(each)) for each in segments)), needs[rank]))
+    here = tuple((index, box) for index, (owner, box) in grid if owner == me)
+    sent = tuple(
+        tuple(box for owner, box in need if owner == me and at != me)
+        for at, need in zip(ranks, needs)
+    )
+    received = tuple(
+        tuple(index for index, (owner, _) in grid if owner == at and at != me) for at in ranks
+    )
+    moves = any(owner != at for at, need in zip(ranks, needs) for owner, _ in need)
+    return HaloPlan(*_pieces(sharding, me), segments, here, sent, received, moves)
+
+
+def _segments(sharding: Sharding, at: Coordinates) -> tuple[tuple[Segment, ...], ...]:
+    return tuple(sharding.segments(axis, rank) for axis, rank in enumerate(at))
+
+
+@lru_cache(maxsize=4096)
+def needs_of(sharding: Sharding, at: Coordinates) -> list[tuple[Coordinates, Box]]:
+    """Who has the keys that a rank needs, and which of its keys they are."""
+    found = []
+    for segments in product(*_segments(sharding, at)):
+        found.append((tuple(s.owner for s in segments), tuple(s.own for s in segments)))
+    return found
+
+
+def _pieces(
+    sharding: Sharding, at: Coordinates
+) -> tuple[Piece | None, bool, tuple[tuple[Piece | None, Piece | None], ...]]:
+    """Core, whether it is an inner one, and border of a rank's queries."""
+    own = tuple(sharding.own(axis, rank) for axis, rank in enumerate(at))
+    if any(first == last for first, last in own):
+        return None, False, ()
+    inner = tuple(_inner(sharding, axis, span) for axis, span in enumerate(own))
+    share = 1.0
+    for (first, last), (begin, end) in zip(own, inner):
+        share *= (end - begin) / (last - first)
+    if share < _WORTH_SPLITTING:
+        return _piece(sharding, at, own), False, ()
+    border, rest = [], list(own)
+
+    def slab(axis: int, span: Span) -> Piece | None:
+        box = (*rest[:axis], span, *rest[axis + 1 :])
+        return _piece(sharding, at, box) if span[0] < span[1] else None
+
+    for axis, ((first, last), (begin, end)) in enumerate(zip(own, inner)):
+        border.append((slab(axis, (first, begin)), slab(axis, (end, last))))
+        rest[axis] = begin, end
+    return _piece(sharding, at, inner), True, tuple(border)
+
+
+def _inner(sharding: Sharding, axis: int, own: Span) -> Span:
+    """The tokens of a rank at which queries need none but the rank's own keys."""
+    if not sharding.is_split(axis):
+        return own
+    rule, margins = sharding.unrolled
+    before, after = margins[axis]
+    length = before + sharding.shape[axis] + after
+    first, last = own[0] + before, own[1] + before
+    low, high = _reach(rule, axis, length, (first, last))
+    short = (low < first).nonzero().flatten()
+    begin = first + (int(short[-1]) + 1 if len(short) else 0)
+    long = (high[begin - first :] > last).nonzero().flatten()
+    end = begin + int(long[0]) if len(long) else last
+    if begin < end:
+        low_end, high_end = key_part(rule, axis, length, (begin, end))
+        if first <= low_end and high_end <= last:
+            return begin - before, end - before
+    return own[0], own[0]
+
+
+def _piece(sharding: Sharding, at: Coordinates, tokens: Box) -> Piece:
+    """The queries at ``tokens``, which are counted in the whole layout."""
+    rule, margins = sharding.unrolled
+    queries, keys, offset = [], [], []
+    for axis, (first, last) in enumerate(tokens):
+        r, own = rule.queries_per_key[axis], sharding.own(axis, at[axis])[0]
+        queries.append(((first - own) * r, (last - own) * r))
+        if not sharding.is_split(axis):
+            keys.append((first, last))
+            offset.append(0)
+            continue
+        before, after = margins[axis]
+        length = before + sharding.shape[axis] + after
+        begin, end = key_part(rule, axis, length, (first + before, last + before))
+        needed = sharding.needed(axis, at[axis])[0]
+        keys.append((begin - needed, end - needed))
+        offset.append((first + before - begin) * r)
+    return Piece(tuple(queries), tuple(keys), rule.moved(offset))
+
+
+def gather(
+    pieces: dict[tuple[int, ...], Tensor], segments: Sequence[Sequence[Segment]], box: Box
+) -> Tensor:
+    """The tokens of ``box`` from a grid of pieces, a view where one piece has all of them.
+
+    Args:
+        pieces: ``[batch, *space, ...]`` by their index along each axis.
+        segments: along each axis, where pieces begin and how long they are.
+        box: what is wanted.
+    """
+
+    def gathered(index: tuple[int, ...], spans: tuple[Span, ...]) -> Tensor:
+        axis = len(index)
+        if axis == len(segments):
+            x = pieces[index]
+            for dim, (first, last) in enumerate(spans, start=1):
+                x = x.narrow(dim, first, last - first)
+            return x
+        parts = []
+        for i, segment in enumerate(segments[axis]):
+            first = max(box[axis][0] - segment.at, 0)
+            last = min(box[axis][1] - segment.at, segment.length)
+            if first < last:
+                parts.append(gathered((*index, i), (*spans, (first, last))))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1 + axis)
+
+    return gathered((), ())
