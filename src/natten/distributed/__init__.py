@@ -111,8 +111,10 @@ def neighborhood_attention_generic(
         query, key, value, rpb, additional_keys, additional_values, key_mask, additional_mask
     )
     window = (kernel_size, stride, dilation, is_causal, boundary, queries_per_key)
-    out, lse = attend_sharded(inputs, window, scale, backend, mesh, shard, sizes, method)
-    return (out, lse) if return_lse else out
+    out, lse = attend_sharded(
+        inputs, window, scale, backend, mesh, shard, sizes, method, return_lse
+    )
+    return out if lse is None or not return_lse else (out, lse)
 
 
 GENERIC = signature_of(neighborhood_attention_generic)

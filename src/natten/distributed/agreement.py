@@ -48,13 +48,15 @@ def agree(
         raise error
     for rank, (wrong, *_) in enumerate(calls):
         if wrong is not None:
-            raise ArgumentError(f"natten.distributed.{name}: rank {rank} of the group says: {wrong}")
+            raise ArgumentError(
+                f"natten.distributed.{name}: rank {rank} of the group says: {wrong}"
+            )
     _, first_name, first = calls[0]
     for rank, (_, other_name, other) in enumerate(calls):
         if other_name != first_name:
             raise ArgumentError(
-                f"natten.distributed: rank 0 of the group calls {first_name}, and rank {rank} calls "
-                f"{other_name}."
+                f"natten.distributed: rank 0 of the group calls {first_name}, and rank {rank} "
+                f"calls {other_name}."
             )
         for what in first:
             if first[what] != other[what]:

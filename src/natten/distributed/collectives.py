@@ -27,8 +27,8 @@ def named_failures(name: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"natten.distributed.{name}: a rank does not answer. It failed, or its call is not like "
-            f"this one: {error}"
+            f"natten.distributed.{name}: a rank does not answer. It failed, or its call is not "
+            f"like this one: {error}"
         ) from error
 
 
@@ -95,8 +95,8 @@ def send(
         group: the ranks.
         sent: for each rank, tensors that go there.
         shapes: for each rank, shapes of what comes from there.
-        of: the tensors that are sent in parts. The message has the first one's dtype. If one of them
-            requires a gradient, the gradient of the message comes back even if nothing is sent.
+        of: the tensors that are sent in parts. The message has the first one's dtype. If one of
+            them requires a gradient, that of the message comes back even if nothing is sent.
 
     Returns:
         A function that waits, and returns the tensors from each rank, and the message that they

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..functional import attend
 from ..inputs import Inputs, compute_dtype
-from .collectives import replicated, send, tied
+from .collectives import send, tied
 from .shards import Box, Coordinates, HaloPlan, Piece, Sharding, gather, halo_plan
 
 Grid = dict[tuple[int, ...], Sequence[Tensor]]  # keys, values and perhaps a mask, by index
@@ -19,7 +19,7 @@ Grid = dict[tuple[int, ...], Sequence[Tensor]]  # keys, values and perhaps a mas
 
 def attend_with_halo(
     name: str, group: dist.ProcessGroup, ranks: tuple[Coordinates, ...], sharding: Sharding,
-    inputs: Inputs, options: Sequence[Any],
+    inputs: Inputs, options: Sequence[Any], with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and LSE of a rank's queries.
 
@@ -29,10 +29,10 @@ def attend_with_halo(
         sharding: the whole layout.
         inputs: the rank's tensors; those without tokens of the layout are the same on every rank.
         options: what :func:`natten.functional.attend` takes after the rule.
+        with_lse: without effect, as the LSE costs nothing.
     """
     plan = halo_plan(sharding, ranks, group.rank())
     own = [x for x in (inputs.key, inputs.value, inputs.key_mask) if x is not None]
-    shared = [replicated(x, name, group) for x in inputs.differentiable[3:]]
     grid: Grid = {at: [_part(x, box) for x in own] for at, box in plan.here}
 
     def run(piece: Piece) -> tuple[Tensor, Tensor]:
@@ -40,9 +40,9 @@ def attend_with_halo(
             gather({at: tensors[i] for at, tensors in grid.items()}, plan.segments, piece.keys)
             for i in range(len(own))
         ]
-        key, value, key_mask = keys if len(keys) == 3 else (*keys, None)
-        query = _part(inputs.query, piece.queries)
-        part = Inputs(query, key, value, *shared, key_mask, inputs.additional_mask)
+        part = inputs._replace(query=_part(inputs.query, piece.queries), key=keys[0], value=keys[1])
+        if inputs.key_mask is not None:
+            part = part._replace(key_mask=keys[2])
         return attend(part, piece.rule, *options)
 
     arrived = _send_keys(name, group, plan, own) if plan.moves else None
@@ -61,7 +61,7 @@ def attend_with_halo(
             results = [*before, (out, lse), *after]
             out, lse = (torch.cat(parts, dim) for parts in zip(*results))
     if plan.core is None:
-        out, lse = tied(out, lse, *own[:2], *shared)
+        out, lse = tied(out, lse, *inputs.differentiable)
     if arrived is not None and not plan.uses_message:
         out, lse = tied(out, lse, message)
     return out, lse

@@ -15,18 +15,19 @@ from torch import Tensor
 
 from ..functional import attend
 from ..inputs import Inputs
-from .collectives import replicated, send
+from .collectives import send, tied
 from .shards import Coordinates, Segment, Sharding, gather
 
 
 def attend_by_heads(
     name: str, group: dist.ProcessGroup, ranks: tuple[Coordinates, ...], sharding: Sharding,
-    inputs: Inputs, options: Sequence[Any],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and LSE of a rank's queries; arguments as in :func:`.halo.attend_with_halo`."""
+    inputs: Inputs, options: Sequence[Any], with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Output and LSE of a rank's queries; arguments as in :func:`.halo.attend_with_halo`.
+
+    The LSE takes a message of its own, so that it is None unless it is wanted.
+    """
     size, rank = group.size(), group.rank()
-    rpb = replicated(inputs.rpb, name, group)
-    additional = [replicated(x, name, group) for x in inputs.differentiable[4:]]
     fine = sharding.rule.queries_per_key
     tokens = [inputs.query, inputs.key, inputs.value]
     sent = [[x.chunk(size, -2)[to] for x in tokens] for to in range(size)]
@@ -62,14 +63,15 @@ def attend_by_heads(
         return None if x is None else x.chunk(size, dim)[rank]
 
     part = Inputs(
-        whole(query, fine), key, value, own_heads(rpb, 0),
-        *(own_heads(x, -2) for x in additional), key_mask, inputs.additional_mask,
+        whole(query, fine), key, value, own_heads(inputs.rpb, 0),
+        own_heads(inputs.additional_keys, -2), own_heads(inputs.additional_values, -2),
+        key_mask, inputs.additional_mask,
     )  # fmt: skip
     out, lse = attend(part, sharding.rule, *options)
-    return (
-        _back(name, group, ranks, sharding, out, inputs.query, -2),
-        _back(name, group, ranks, sharding, lse, inputs.query, -1),
-    )
+    own_out = _back(name, group, ranks, sharding, out, inputs.query, -2)
+    if not with_lse:
+        return own_out, None
+    return tied(own_out, _back(name, group, ranks, sharding, lse, inputs.query, -1))
 
 
 def _segments(sizes: Sequence[int], r: int) -> list[Segment]:

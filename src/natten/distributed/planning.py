@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 
 from ..inputs import Inputs
@@ -20,9 +19,7 @@ def halo_tokens(sharding: Sharding, ranks: tuple[Coordinates, ...]) -> tuple[int
     return tuple(found)
 
 
-def fewer_bytes(
-    inputs: Inputs, sharding: Sharding, ranks: tuple[Coordinates, ...]
-) -> str:
+def fewer_bytes(inputs: Inputs, sharding: Sharding, ranks: tuple[Coordinates, ...]) -> str:
     """The method in which the rank that gets most gets fewer bytes; heads have to be divisible."""
     heads, kv_heads = inputs.query.shape[-2], inputs.key.shape[-2]
     if kv_heads % len(ranks):

@@ -20,10 +20,10 @@ from .._checks import (
 from .._numbers import entries, integer
 from ..backends import check_name
 from ..errors import ArgumentError
-from ..functional import attend
 from ..inputs import Inputs
 from ..neighborhood import Neighborhood
 from .agreement import agree
+from .collectives import replicated
 from .halo import attend_with_halo
 from .heads import attend_by_heads
 from .meshes import Ranks, ranks_of
@@ -42,14 +42,18 @@ def attend_sharded(
     shard: Mapping[int, int | str],
     sizes: Mapping[int, Sequence[int]] | None = None,
     method: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Output and LSE of a rank's queries.
+    with_lse: bool = True,
+    sum_shared: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Output and LSE of a rank's queries; the LSE may be None if it is not wanted.
 
     Args:
         inputs: the rank's tensors, in autocast's dtype.
         window: a rule, or the arguments of :meth:`Neighborhood.create`, for the whole layout.
         scale, backend, mesh, shard, sizes, method: as in
             :func:`natten.distributed.neighborhood_attention_generic`.
+        with_lse: whether the LSE is wanted.
+        sum_shared: whether gradients of what every rank has are summed before they return.
     """
     check_tensors(query=inputs.query)
     axes = _split_axes(inputs.query.dim() - 3, mesh, shard)
@@ -60,15 +64,19 @@ def attend_sharded(
     try:
         sharding = _sharding(inputs, window, axes, ranks, sizes)
         factor = _check(inputs, sharding, scale, backend, method, ranks)
-        kind = _kind(inputs, sharding, factor, backend, method)
+        kind = _kind(inputs, sharding, factor, backend, method, with_lse)
     except ArgumentError as wrong:
         error = wrong
     agree(name, ranks.group, kind, error)
     coordinates = _along_axes(ranks, axes, sharding)
     if method == "auto":
         method = fewer_bytes(inputs, sharding, coordinates)
+    shared = ("rpb", "additional_keys", "additional_values") if sum_shared else ()
+    inputs = inputs._replace(
+        **{x: replicated(getattr(inputs, x), name, ranks.group) for x in shared}
+    )
     run = METHODS[method]
-    return run(name, ranks.group, coordinates, sharding, inputs, (factor, None, backend))
+    return run(name, ranks.group, coordinates, sharding, inputs, (factor, None, backend), with_lse)
 
 
 def _split_axes(rank: int, mesh: Any, shard: Any) -> dict[int, int]:
@@ -120,7 +128,7 @@ def _sharding(
     rule = window if isinstance(window, Neighborhood) else Neighborhood.create(rank, *window)
     given = _sizes(sizes, axes)
     me = ranks.coordinates[ranks.group.rank()]
-    found = [(n,) for n in key.shape[1:-2]]
+    found: list[tuple[int, ...]] = [(n,) for n in key.shape[1:-2]]
     for i, axis in enumerate(axes):
         count = 1 + max(at[i] for at in ranks.coordinates)
         local = key.shape[1 + axis]
@@ -180,9 +188,7 @@ def _check(
     check_rpb(rpb, query, sharding.rule, heads=query.shape[-2])
     check_name(backend)
     if method not in ("auto", *METHODS):
-        raise ArgumentError(
-            f"`method` must be one of {('auto', *METHODS)}, got {method!r}."
-        )
+        raise ArgumentError(f"`method` must be one of {('auto', *METHODS)}, got {method!r}.")
     count = ranks.group.size()
     if method == "heads" and key.shape[-2] % count:
         raise ArgumentError(
@@ -193,7 +199,7 @@ def _check(
 
 
 def _kind(
-    inputs: Inputs, sharding: Sharding, scale: float, backend: Any, method: str
+    inputs: Inputs, sharding: Sharding, scale: float, backend: Any, method: str, with_lse: bool
 ) -> dict[str, Any]:
     """What has to be the same on every rank."""
     kind: dict[str, Any] = {
@@ -203,6 +209,7 @@ def _kind(
         "scale": scale,
         "backend": backend,
         "method": method,
+        "return_lse": with_lse,
         "torch.is_grad_enabled()": torch.is_grad_enabled(),
     }
     rank = sharding.rule.rank
