@@ -66,12 +66,18 @@ class Pool:
         self._folder.cleanup()
 
 
+def _store(path: str, size: int, timeout: float) -> dist.FileStore:
+    store = dist.FileStore(path, size)
+    store.set_timeout(timedelta(seconds=timeout))
+    return store
+
+
 def _serve(end: Any, rank: int, size: int, store: str, timeout: float) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(store, size),
+        store=_store(store, size, timeout),
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=timeout),

@@ -33,6 +33,7 @@ NAMES = (
     "_assert_async",
     "ops.aten._scaled_dot_product_flash_attention_for_cpu",
     "ops.aten._scaled_dot_product_flash_attention_for_cpu_backward",
+    "distributed.distributed_c10d._get_default_store",
 )
 
 

@@ -171,6 +171,17 @@ def _overload(name: str) -> Any:
 cpu_attention = _overload("_scaled_dot_product_flash_attention_for_cpu")
 cpu_attention_backward = _overload("_scaled_dot_product_flash_attention_for_cpu_backward")
 
+# --- several ranks ------------------------------------------------------------------------------
+
+#: The store through which the default process group was made; where nobody can say, ranks do not
+#: compare their calls.
+default_store: Callable[[], Any] = _private(
+    "distributed.distributed_c10d._get_default_store", lambda: None
+)
+
+#: PyTorch's functional collectives, in every release since 2.3.
+collectives: Any = torch.ops._c10d_functional
+
 if TYPE_CHECKING:
     from torch._ops import OpOverload
 else:  # the type of what ``torch.ops`` holds, for annotations

@@ -1,20 +1,36 @@
-"""Ranks agree about a call before they exchange anything else, so that a mistake does not hang."""
+"""Ranks agree about a call before they exchange anything else, so that a mistake does not hang.
+
+They do so by the store through which the process group was made, not by a collective: a rank whose
+call is wrong says so there and need not wait for anybody.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
+from .._torch import default_store
 from ..errors import ArgumentError
 from .collectives import named_failures
 
-# Kinds of calls that a group has agreed about. Its ranks add them together, and so forget them
-# together.
-_agreed: WeakKeyDictionary[dist.ProcessGroup, set[Hashable]] = WeakKeyDictionary()
-_MOST = 4096
+
+class _Agreed:
+    """Kinds of calls that a group has agreed about, and how often it has compared calls.
+
+    Its ranks change both together.
+    """
+
+    def __init__(self) -> None:
+        self.kinds: set[Hashable] = set()
+        self.comparisons = 0
+
+
+_agreed: WeakKeyDictionary[dist.ProcessGroup, _Agreed] = WeakKeyDictionary()
+_MOST = 4096  # kinds
 
 
 def agree(
@@ -22,9 +38,8 @@ def agree(
 ) -> None:
     """Return if every rank of a group makes the same call; otherwise raise on all of them.
 
-    Only the first call of a kind is compared. It takes one collective of Python objects. What is
-    wrong with one rank's call is told to the others if the group has agreed about nothing yet.
-    Later it is raised at once, because the others may be past comparing.
+    Only the first call of a kind is compared. What is wrong with one rank's call is told to the
+    others, who hear of it if theirs is the first call of a kind, too.
 
     Args:
         name: the public function, for messages.
@@ -35,35 +50,30 @@ def agree(
     Raises:
         ArgumentError: two ranks differ, or another rank's call is wrong.
     """
-    known, key = _agreed.setdefault(group, set()), tuple(kind.items())
-    if error is not None and known:
-        raise error
-    if key in known:
+    agreed, key = _agreed.setdefault(group, _Agreed()), tuple(kind.items())
+    if error is None and key in agreed.kinds:
         return
-    told = None if error is None else str(error)
-    calls: list[Any] = [None] * group.size()
-    with named_failures(name):
-        dist.all_gather_object(calls, (told, name, kind), group=group)
+    agreed.comparisons += 1
+    store, members = default_store(), dist.get_process_group_ranks(group)
+    keys = [f"natten/{members}/{agreed.comparisons}/{i}" for i in members]
+    own = {"": str(error)} if error is not None else {what: str(x) for what, x in kind.items()}
+    if store is not None:
+        store.set(keys[group.rank()], json.dumps({"function": name, **own}))
     if error is not None:
         raise error
-    for rank, (wrong, *_) in enumerate(calls):
-        if wrong is not None:
+    with named_failures(name):
+        calls = [] if store is None else [json.loads(store.get(each)) for each in keys]
+    for rank, call in enumerate(calls):
+        if "" in call:
             raise ArgumentError(
-                f"natten.distributed.{name}: rank {rank} of the group says: {wrong}"
+                f"natten.distributed.{name}: rank {rank} of the group says: {call['']}"
             )
-    _, first_name, first = calls[0]
-    for rank, (_, other_name, other) in enumerate(calls):
-        if other_name != first_name:
-            raise ArgumentError(
-                f"natten.distributed: rank 0 of the group calls {first_name}, and rank {rank} "
-                f"calls {other_name}."
-            )
-        for what in first:
-            if first[what] != other[what]:
+        for what, value in calls[0].items():
+            if call.get(what) != value:
                 raise ArgumentError(
                     f"natten.distributed.{name}: `{what}` must be the same on every rank of the "
-                    f"group, got {first[what]} on rank 0 and {other[what]} on rank {rank}."
+                    f"group, got {value} on rank 0 and {call.get(what)} on rank {rank}."
                 )
-    if len(known) >= _MOST:
-        known.clear()
-    known.add(key)
+    if len(agreed.kinds) >= _MOST:
+        agreed.kinds.clear()
+    agreed.kinds.add(key)

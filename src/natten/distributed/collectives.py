@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch import collectives
+
 Shape = tuple[int, ...]
 
 
@@ -54,7 +56,7 @@ class _Start(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, trip: _Trip) -> Tensor:
         ctx.trip = trip
         with named_failures(trip.name):
-            return torch.ops._c10d_functional.all_to_all_single(
+            return collectives.all_to_all_single(
                 x.contiguous(), trip.received, trip.sent, trip.group
             )
 
@@ -71,7 +73,7 @@ class _Finish(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, trip: _Trip) -> Tensor:
         ctx.trip = trip
         with named_failures(trip.name):
-            return torch.ops._c10d_functional.wait_tensor(x)
+            return collectives.wait_tensor(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -139,8 +141,8 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, name: str, group: str) -> Tensor:
         with named_failures(name):
-            found = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group)
-            return torch.ops._c10d_functional.wait_tensor(found)
+            found = collectives.all_reduce(x.contiguous(), "sum", group)
+            return collectives.wait_tensor(found)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -55,6 +55,18 @@ def attend_sharded(
         with_lse: whether the LSE is wanted.
         sum_shared: whether gradients of what every rank has are summed before they return.
     """
+    arguments = (
+        inputs, window, scale, backend, mesh, shard, sizes, method, with_lse, sum_shared,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():  # the graph breaks here, as messages are Python's affair
+        return torch.compiler.disable(_attend_sharded)(*arguments)
+    return _attend_sharded(*arguments)
+
+
+def _attend_sharded(
+    inputs: Inputs, window: Any, scale: Any, backend: Any, mesh: Any, shard: Any, sizes: Any,
+    method: str, with_lse: bool, sum_shared: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     check_tensors(query=inputs.query)
     axes = _split_axes(inputs.query.dim() - 3, mesh, shard)
     ranks = ranks_of(mesh, tuple(axes.values()))
