@@ -24,6 +24,16 @@ def _give_memory_back():
         torch.cuda.empty_cache()  # other processes test on the same GPU
 
 
+@pytest.fixture(scope="session")
+def two_ranks():
+    """Two ranks of a gloo group, for tests of the group "distributed", which share a process."""
+    from ranks import Pool
+
+    pool = Pool(2)
+    yield pool
+    pool.close()
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

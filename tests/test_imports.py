@@ -28,6 +28,7 @@ LAYERS = (
     "backends",
     "gather operators",
     "unfused varlen functional modules",
+    "distributed",
     "explaining export flops tools",
     "tools.cli tools.profiler.__main__",
     # The names of old eras.

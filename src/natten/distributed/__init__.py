@@ -19,9 +19,10 @@ from .._ranks import of_rank
 from .._tracing import unscriptable
 from ..inputs import Inputs
 from ..neighborhood import Boundary, Causal, Dimension
+from .planning import Plan, plan
 from .sharded import attend_sharded
 
-__all__ = ["na1d", "na2d", "na3d", "neighborhood_attention_generic"]
+__all__ = ["Plan", "na1d", "na2d", "na3d", "neighborhood_attention_generic", "plan"]
 
 Method = Literal["auto", "halo", "heads"]
 

@@ -26,8 +26,8 @@ from .agreement import agree
 from .collectives import replicated
 from .halo import attend_with_halo
 from .heads import attend_by_heads
+from .loads import fewer_bytes
 from .meshes import Ranks, ranks_of
-from .planning import fewer_bytes
 from .shards import Sharding
 
 METHODS = {"halo": attend_with_halo, "heads": attend_by_heads}
