@@ -86,7 +86,7 @@ class Plan:
         ranks, shape = _by(map(len, self.sizes)), _by(map(sum, self.sizes))
         title = f"{shape} keys on {ranks} ranks, window {_by(self.rule.kernel_size)}, {self.layer}"
         names = [f"{m.method} (auto)" if m.method == self.auto else m.method for m in self.methods]
-        columns = [("the most of a rank", *names)]
+        columns = [("most of a rank", *names)]
         for rows in zip(*map(_rows, self.methods)):
             columns.append((rows[0][0], *(cell for _, cell in rows)))
         return "\n".join([title, "", *_table(columns)])

@@ -27,6 +27,7 @@ from ..simulator import (
     simulate,
     simulate_strides,
 )
+from . import ranks
 from .options import add_layer_arguments, output, positive, window_of, write
 from .tables import duration, print_table
 
@@ -41,6 +42,8 @@ EPILOG = """examples:
     natten simulate -i 30 48 80 -w 18 24 24 --q-tile 4 8 8 --kv-tile 2 8 8 --aligned
   the frames of a video that come last, with those before them as keys:
     natten simulate -i 12 48 80 -w 8 24 24 -c true 0 0 --query-offset 8 0 0 -n 24
+  the same video on four GPUs, two along each of the last two axes:
+    natten simulate -i 30 48 80 -w 18 24 24 -n 24 --ranks 1 2 2
   another device, from its data sheet:
     natten simulate -i 32768 -w 2048 --tflops 2250 --bandwidth 8 --exponentials 4.4
 """
@@ -79,6 +82,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --near: show at most this many windows; default: 12",
     )
+    several = parser.add_argument_group("several ranks")
+    several.add_argument(
+        "--ranks", nargs="+", type=positive, metavar="N",
+        help="show what this many ranks along the first axes move, hold and gain, not strides",
+    )  # fmt: skip
+    several.add_argument(
+        "--link", type=float, default=450, metavar="X",
+        help="10^9 bytes a second that a rank sends, and receives; default: 450",
+    )  # fmt: skip
+    several.add_argument(
+        "--latency", type=float, default=20, metavar="X",
+        help="microseconds until a message's first byte arrives; default: 20",
+    )  # fmt: skip
     what.add_argument("--all", action="store_true", help="show every stride, or every best window")
     what.add_argument(
         "--json", nargs="?", const="-", type=output, metavar="FILE",
@@ -106,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
         "aligned": args.aligned,
     }
     wish = simulate(shape, rule.kernel_size, rule.stride, **options)
+    if args.ranks is not None:
+        return ranks.run(args, rule, wish)
     if args.near is None:
         every = simulate_strides(shape, rule.kernel_size, **options)
         rows = every if args.all else _worth_showing(every, wish)
