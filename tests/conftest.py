@@ -35,7 +35,8 @@ def two_ranks():
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
+    gpus = torch.cuda.device_count()
+    for marker, needed in (("gpu", 1), ("multigpu", 2)):
         for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+            if marker in item.keywords and gpus < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU{'s' * (needed > 1)}"))

@@ -28,13 +28,14 @@ class Failures(AssertionError):
 
 
 class Pool:
-    """``size`` ranks of a gloo group on this machine.
+    """``size`` ranks of a group on this machine; with the backend "nccl" each has a GPU.
 
     ``pool(function, *args)`` calls ``function(*args)`` on every rank and returns what they return.
     The function is at the top of a module that ranks can import.
     """
 
-    def __init__(self, size: int, timeout: float = 60) -> None:
+    def __init__(self, size: int, timeout: float = 60, backend: str = "gloo") -> None:
+        self.size = size
         context = mp.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
@@ -43,7 +44,7 @@ class Pool:
         for rank in range(size):
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve, args=(there, rank, size, store, timeout), daemon=True
+                target=_serve, args=(there, rank, size, store, timeout, backend), daemon=True
             )
             process.start()
             self._ends.append(here)
@@ -72,11 +73,13 @@ def _store(path: str, size: int, timeout: float) -> dist.FileStore:
     return store
 
 
-def _serve(end: Any, rank: int, size: int, store: str, timeout: float) -> None:
+def _serve(end: Any, rank: int, size: int, store: str, timeout: float, backend: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         store=_store(store, size, timeout),
         rank=rank,
         world_size=size,
