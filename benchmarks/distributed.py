@@ -520,7 +520,6 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(dist.get_rank())
     large = {case.name: case for case in (SMALL if args.small else CASES)}
     small = {case.name: case for case in SMALL}
-    rows = []
     for name in chosen:
         dtype = BF16 if device.type == "cuda" else torch.float32
         check(replace(small[name], dtype=dtype), device, args.link, args.latency)
@@ -528,22 +527,21 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{len(chosen)} cases agree with one rank.")
         show(HEADER)
         show([*["---"] * 6, *["--:"] * (len(HEADER) - 6)])
-    for name, scaling in itertools.product(chosen, scalings):
-        case, weak = large[name], scaling == "weak"
-        if args.emulate:
-            found = (r for n in args.emulate for r in emulated(case, n, weak, args, device))
-        else:
-            found = scaled(case, weak, args, device)
-        for row in found:
-            rows.append(row)
-            if is_first:
-                show(row)
-    if args.out and is_first:
-        where = about(device)
-        with open(args.out, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([*(each.rstrip("_") for each in Row._fields), *where])
-            writer.writerows([*row, *where.values()] for row in rows)
+    where = about(device)
+    with open(args.out if args.out and is_first else os.devnull, "w", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*(each.rstrip("_") for each in Row._fields), *where])
+        for name, scaling in itertools.product(chosen, scalings):
+            case, weak = large[name], scaling == "weak"
+            if args.emulate:
+                found = (r for n in args.emulate for r in emulated(case, n, weak, args, device))
+            else:
+                found = scaled(case, weak, args, device)
+            for row in found:
+                writer.writerow([*row, *where.values()])
+                file.flush()  # a run may be cut off
+                if is_first:
+                    show(row)
     if started:
         dist.destroy_process_group()
     return 0
