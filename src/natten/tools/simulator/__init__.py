@@ -20,9 +20,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -49,7 +49,13 @@ _SAME = 1e-9  # relative difference below which two times are one
 _LATER = (
     1e-12  # a tiling's position adds this to its cost, so that the first of equal ones is taken
 )
-_CHUNK = 64  # how many windows are counted position by position at a time
+_AT_A_TIME = 1 << 17  # how many tiles or positions, times windows, are counted at a time
+# What takes about half a minute on one core.
+MOST_COMBINATIONS = 1 << 20  # of strides, or of windows, that are predicted at once
+_MOST_COUNTED = 1 << 28  # tiles of an axis, for each of its strides or windows
+_MOST_TOKENS = 1 << 24  # of an axis
+
+Step = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -230,6 +236,11 @@ class Layer:
             rank, kernel_size, stride, dilation, is_causal, boundary, queries_per_key, query_offset
         )
         queries = query_layout(rule, lengths, query_shape)
+        if max(*lengths, *queries) > _MOST_TOKENS:
+            raise ArgumentError(
+                f"`shape` must have at most {_MOST_TOKENS} keys and queries on every axis to be "
+                f"counted, got {lengths} keys and {queries} queries."
+            )
         if aligned and not (rule.is_self_attention and "circular" not in rule.boundary):
             raise ArgumentError(
                 "`aligned` is for kernels that reorder the tokens of queries and keys alike, so "
@@ -286,13 +297,7 @@ class Layer:
         They are known by the first and the one-past-last number of their queries, and by how many
         keys they have.
         """
-        length, d = self.shape[axis], self.rule.dilation[axis]
-        found: Counter[tuple[int, int, int]] = Counter()
-        for group in range(min(d, length)):
-            first, last = query_range(self.rule, axis, self.queries[axis], group)
-            if first < last:
-                found[first, last, group_length(length, d, group)] += 1
-        return found
+        return _groups(self.rule, axis, self.shape[axis], self.queries[axis])
 
     def _suits_hopper(self) -> bool:
         """Whether the ``hopper`` backend has kernels for this layer that the model knows: those of
@@ -325,14 +330,28 @@ class Layer:
         return times[bound_by] / 1e6, bound_by
 
 
+@lru_cache(maxsize=64)
+def _groups(
+    rule: Neighborhood, axis: int, length: int, queries: int
+) -> dict[tuple[int, int, int], int]:
+    d, found = rule.dilation[axis], Counter[tuple[int, int, int]]()
+    for group in range(min(d, length)):
+        first, last = query_range(rule, axis, queries, group)
+        if first < last:
+            found[first, last, group_length(length, d, group)] += 1
+    return found
+
+
 def _integers(name: str, value: Any, count: int | None = None) -> Shape:
     """``value`` as integers of at least 1: ``count`` of them, or one to three."""
     given = entries(value)
     numbers = tuple(integer(e) for e in ((value,) if given is None else given))
     known = all(number is not None and number >= 1 for number in numbers)
     if not known or len(numbers) not in ((1, 2, 3) if count is None else (count,)):
-        wanted = "one to three" if count is None else f"{count}, one per axis,"
-        raise ArgumentError(f"`{name}` must be {wanted} integers of at least 1, got {value!r}.")
+        wanted, each = ("one to three", "") if count is None else (count, ", one per axis")
+        raise ArgumentError(
+            f"`{name}` must be {wanted} integers of at least 1{each}, got {value!r}."
+        )
     return numbers
 
 
@@ -373,27 +392,71 @@ def simulate(
     """
     layer = Layer.create(shape, kernel_size, stride, dilation, is_causal, **options)
     windows = zip(layer.rule.kernel_size, layer.rule.stride)
-    return _predict(layer, [[[window]] for window in windows])[0]
+    return _predict(layer, [[[window]] for window in windows], lambda name: None)[0]
 
 
 def simulate_strides(
-    shape: int | Sequence[int], kernel_size: int | Sequence[int], **options: Any
+    shape: int | Sequence[int],
+    kernel_size: int | Sequence[int],
+    *,
+    step: Step = lambda name: None,
+    **options: Any,
 ) -> list[Prediction]:
     """Predict every stride, finest first: the fewer queries share a window, the finer.
 
-    Takes the arguments of :func:`simulate` without ``stride``. A circular axis has only strides
-    that divide it.
+    Windows that have more than a million strides, or axes so long that counting them for every
+    stride takes minutes, have only those that are powers of two or the whole window, along as many
+    axes as that takes. A circular axis has only strides that divide it.
+
+    Args:
+        shape, kernel_size, options: as in :func:`simulate`, without ``stride``.
+        step: a function that is called with what is being done, now and then.
 
     Example:
         >>> len(simulate_strides((16, 44, 80), (16, 8, 12)))
         1536
     """
     layer = Layer.create(shape, kernel_size, **options)
+    sizes = layer.rule.kernel_size
+    every: list[Sequence[int]] = [range(1, k + 1) for k in sizes]
+    tried = _affordable(layer, every, lambda axis: _powers(sizes[axis]))
     strides = [
-        [[(k, s)] for s in range(1, k + 1) if _fitted(layer, axis, k, s) == s]
-        for axis, k in enumerate(layer.rule.kernel_size)
+        [[(k, s)] for s in strides if _fitted(layer, axis, k, s) == s]
+        for axis, (k, strides) in enumerate(zip(sizes, tried))
     ]
-    return sorted(_predict(layer, strides), key=lambda p: (math.prod(p.stride), p.time_us))
+    return sorted(_predict(layer, strides, step), key=lambda p: (math.prod(p.stride), p.time_us))
+
+
+def _powers(most: int) -> list[int]:
+    """The powers of two up to ``most``, and ``most``."""
+    return sorted({*(1 << i for i in range(most.bit_length())), most})
+
+
+def _affordable(
+    layer: Layer,
+    choices: list[Sequence[int]],
+    fewer: Callable[[int], Sequence[int]],
+    alternatives: int = 1,
+) -> list[Sequence[int]]:
+    """The choices of each axis, or fewer of them along axes that have too many.
+
+    Args:
+        layer: what is predicted.
+        choices: strides, or windows, of each axis.
+        fewer: some of the choices of an axis, which is given by its number.
+        alternatives: how often each choice is counted.
+    """
+    tilings = layer.kernel().tilings
+    found = []
+    for axis, each in enumerate(choices):
+        cuts = {(tiling.q_block[axis], tiling.kv_block[axis]) for tiling in tilings}
+        tiles = sum(layer.queries[axis] / q for q, _ in cuts)
+        tiles += layer.queries[axis] if _sums_positions(layer, axis) else 0
+        found.append(fewer(axis) if len(each) * alternatives * tiles > _MOST_COUNTED else each)
+    for axis in sorted(range(layer.rank), key=lambda axis: -len(found[axis])):
+        if math.prod(map(len, found)) > MOST_COMBINATIONS:
+            found[axis] = fewer(axis)
+    return found
 
 
 def recommended_strides(predictions: Sequence[Prediction]) -> list[Prediction]:
@@ -422,16 +485,19 @@ def recommend(
     is_causal: bool | Sequence[bool] = False,
     *,
     near: float = 0.25,
+    step: Step = lambda name: None,
     **options: Any,
 ) -> list[Prediction]:
     """Windows and strides near a wish that are Pareto-best in kept pairs and predicted time.
 
     Windows differ from the wish by at most the fraction ``near`` on each axis. The strides tried
     are the wish, powers of two, and the sizes of given tiles. None exceeds the wish or half the
-    window, whichever is larger.
+    window, whichever is larger. Where there are more than a million windows, 32 sizes are tried
+    along as many axes as that takes.
 
     Args:
         near: how far from ``kernel_size`` a window may be, as a fraction.
+        step: a function that is called with what is being done, now and then.
         shape, kernel_size, stride, dilation, is_causal, options: as in :func:`simulate`.
 
     Returns:
@@ -447,26 +513,33 @@ def recommend(
     if fraction is None or not 0 <= fraction < 1:
         raise ArgumentError(f"`near` must be a number of at least 0 and below 1, got {near!r}.")
     layer = Layer.create(shape, kernel_size, stride, dilation, is_causal, **options)
-    options_per_axis = []
-    rule = layer.rule
-    for axis, (length, d, k) in enumerate(zip(layer.shape, rule.dilation, rule.kernel_size)):
-        wish = rule.stride[axis]
-        sizes = {wish, *(1 << i for i in range(k.bit_length()))}
-        sizes |= {tile[axis] for tile in (layer.q_tile, layer.kv_tile) if tile is not None}
+    rule, windows = layer.rule, []
+    for length, d, k, boundary in zip(layer.shape, rule.dilation, rule.kernel_size, rule.boundary):
         low, high = math.ceil(k * (1 - fraction)), int(k * (1 + fraction))
-        if rule.boundary[axis] != "truncate":
-            high = min(high, length // d)
+        windows.append(range(low, (high if boundary == "truncate" else min(high, length // d)) + 1))
+
+    def fewer(axis: int) -> Sequence[int]:
+        every = windows[axis]
+        return sorted({*every[:: math.ceil(len(every) / 32)], rule.kernel_size[axis]})
+
+    options_per_axis = []
+    most = max(k.bit_length() for k in rule.kernel_size) + 1  # strides of a window, about
+    for axis, sizes in enumerate(_affordable(layer, [*windows], fewer, most)):
+        wish, k = rule.stride[axis], rule.kernel_size[axis]
+        tiles = {tile[axis] for tile in (layer.q_tile, layer.kv_tile) if tile is not None}
+        strides = sorted({wish, *(1 << i for i in range(k.bit_length())), *tiles})
         options_per_axis.append(
             [
                 [
                     (window, _fitted(layer, axis, window, min(s, window, max(wish, window // 2))))
-                    for s in sorted(sizes)
+                    for s in strides
                 ]
-                for window in range(low, high + 1)
+                for window in sizes
             ]
         )
     front: list[Prediction] = []
-    for prediction in sorted(_predict(layer, options_per_axis), key=lambda p: (p.time_us, -p.kept)):
+    found = _predict(layer, options_per_axis, step)
+    for prediction in sorted(found, key=lambda p: (p.time_us, -p.kept)):
         if not front or prediction.kept > front[-1].kept * (1 + _SAME):
             front.append(prediction)
     return front
@@ -483,20 +556,30 @@ def _fitted(layer: Layer, axis: int, kernel_size: int, stride: int) -> int:
 # --- counting ---
 
 
-def _needed(
-    position: Tensor, n: int, kernel_size: Tensor, stride: Tensor, is_causal: bool, boundary: str
-) -> Tensor:
-    """Pairs of queries at ``position [queries]`` and ``n`` keys, for each window ``[windows, 1]``.
+def _sums_positions(layer: Layer, axis: int) -> bool:
+    """Whether the windows of an axis differ in size, so that each query is looked at."""
+    return layer.rule.is_causal[axis] or layer.rule.boundary[axis] == "truncate"
 
-    These are the pairs that attend each other.
-    """
-    if not is_causal and boundary != "truncate":
-        return len(position) * kernel_size[:, 0]
-    sums = []
-    for k, s in zip(kernel_size.split(_CHUNK), stride.split(_CHUNK)):
-        start, end = window_bounds(position, n, k, s, is_causal, boundary)
-        sums.append((end - start).sum(-1))
-    return torch.cat(sums)
+
+def _needed(layer: Layer, axis: int, windows: Sequence[tuple[int, int]]) -> Tensor:
+    """Pairs of a query and a key that attend each other, for every ``(kernel_size, stride)``."""
+    rule = layer.rule
+    kernel, stride = torch.tensor(windows, device="cpu")[:, :, None].unbind(1)
+    needed = torch.zeros(len(windows), dtype=torch.float64, device="cpu")
+    for (begin, end, n), groups in layer.groups(axis).items():
+        if not _sums_positions(layer, axis):
+            needed += groups * (end - begin) * kernel[:, 0]
+            continue
+        position = torch.arange(begin, end, device="cpu") // rule.queries_per_key[axis]
+        most = max(1, _AT_A_TIME // len(position))
+        sums = []
+        for k, s in zip(kernel.split(most), stride.split(most)):
+            first, last = window_bounds(
+                position, n, k, s, rule.is_causal[axis], rule.boundary[axis]
+            )  # fmt: skip
+            sums.append((last - first).sum(-1))
+        needed += groups * torch.cat(sums)
+    return needed
 
 
 def _bounds(
@@ -517,46 +600,65 @@ def _count(
     layer: Layer,
     axis: int,
     windows: Sequence[tuple[int, int]],
+    needed: Tensor,
     q_block: int,
     kv_block: int,
     warpgroups: int,
 ) -> Axis:
-    """Count what one axis contributes, for every ``(kernel_size, stride)`` of ``windows``."""
-    is_causal, boundary = layer.rule.is_causal[axis], layer.rule.boundary[axis]
+    """Count what one axis contributes, for every ``(kernel_size, stride)`` of ``windows``.
+
+    Args:
+        layer, axis, windows: what is counted.
+        needed: what :func:`_needed` says of them.
+        q_block, kv_block, warpgroups: the tiles, as in :class:`Tiling`.
+    """
+    most = max(1, _AT_A_TIME * q_block // layer.queries[axis])
+    if len(windows) > most:
+        parts = [
+            _count(
+                layer, axis, windows[i : i + most], needed[i : i + most], q_block, kv_block,
+                warpgroups,
+            )
+            for i in range(0, len(windows), most)
+        ]  # fmt: skip
+        names = (name for name in Axis._fields if name != "q_blocks")
+        joined: dict[str, Any] = {
+            name: torch.cat([getattr(part, name) for part in parts]) for name in names
+        }
+        return parts[0]._replace(**joined)
     r = layer.rule.queries_per_key[axis]
     kernel, stride = torch.tensor(windows, device="cpu")[:, :, None].unbind(1)
-    needed = visited = full = most = fetched = torch.zeros(
-        len(windows), dtype=torch.float64, device="cpu"
-    )
+    visited = full = most_visited = fetched = torch.zeros_like(needed)
     q_blocks = 0
     tile = q_block * warpgroups
     for (begin, end, n), groups in layer.groups(axis).items():
-        position = torch.arange(begin, end, device="cpu") // r
-        last = len(position) - 1
-        bounds = partial(_bounds, n=n, kernel=kernel, stride=stride, rule=layer.rule, axis=axis)
-        first = torch.arange(0, last + 1, tile, device="cpu")  # of each tile
+
+        def bounds(query: Tensor, begin: int = begin, end: int = end, n: int = n) -> Any:
+            position = (begin + query).clamp(max=end - 1) // r
+            return _bounds(position, n, kernel, stride, layer.rule, axis)
+
+        first = torch.arange(0, end - begin, tile, device="cpu")  # of each tile
         q_blocks += groups * len(first) * warpgroups
-        needed = needed + groups * _needed(position, n, kernel, stride, is_causal, boundary)
-        origin, _ = bounds(position[first])
-        _, tile_end = bounds(position[(first + tile - 1).clamp(max=last)])
+        origin, _ = bounds(first)
+        _, tile_end = bounds(first + tile - 1)
         fetched = fetched + groups * warpgroups * (-((origin - tile_end) // kv_block)).sum(-1)
         for warpgroup in range(warpgroups):
             own = first + warpgroup * q_block
-            low, first_end = bounds(position[own.clamp(max=last)])
-            last_start, high = bounds(position[(own + q_block - 1).clamp(max=last)])
+            low, first_end = bounds(own)
+            last_start, high = bounds(own + q_block - 1)
             count = tiling.count_blocks(
                 low, last_start, first_end, high, kv_block,
                 torch.zeros_like(low) if layer.aligned else origin,
             )  # fmt: skip
             visited = visited + groups * count.visited
             full = full + groups * count.full
-            most = torch.maximum(most, count.most)
-    slides = (stride[:, 0] == 1) & (not is_causal) & (r == 1)
-    return Axis(needed, visited, full, most, fetched, slides, q_blocks)
+            most_visited = torch.maximum(most_visited, count.most)
+    slides = (stride[:, 0] == 1) & (not layer.rule.is_causal[axis]) & (r == 1)
+    return Axis(needed, visited, full, most_visited, fetched, slides, q_blocks)
 
 
 def _predict(
-    layer: Layer, options: Sequence[Sequence[Sequence[tuple[int, int]]]]
+    layer: Layer, options: Sequence[Sequence[Sequence[tuple[int, int]]]], step: Step
 ) -> list[Prediction]:
     """Predict every combination of one option per axis, each with its cheapest tiles.
 
@@ -564,6 +666,7 @@ def _predict(
         options: for each axis, a list of options. An option is a list of alternatives
             ``(kernel_size, stride)``, of which the cheapest counts; all options of an axis have
             the same number of alternatives.
+        step: is called with what is being done.
     """
     kernel = layer.kernel()
     device, rank, all_pairs = layer.device, layer.rank, layer.all_pairs
@@ -573,6 +676,8 @@ def _predict(
     ]
     size = outer(sizes)  # tokens of each window: costs are compared per token of the window
     largest = float(size.max())
+    windows_of = [tuple(itertools.chain(*axis)) for axis in options]
+    needed_of = [_needed(layer, axis, windows) for axis, windows in enumerate(windows_of)]
 
     @cache
     def cheapest(
@@ -581,7 +686,7 @@ def _predict(
         """Each option's cheapest alternative: counts, indices, and the fewest blocks per token."""
         alternatives = len(options[axis][0])
         counts = _count(
-            layer, axis, tuple(itertools.chain(*options[axis])), q_block, kv_block, warpgroups
+            layer, axis, windows_of[axis], needed_of[axis], q_block, kv_block, warpgroups
         )
         cost = counts.visited + device.masking * (counts.visited - counts.full)
         chosen = cost.view(-1, alternatives).argmin(1)
@@ -596,6 +701,7 @@ def _predict(
 
     bounds = []
     for number, tiles in enumerate(kernel.tilings):
+        step(f"counting the blocks of tile {number + 1} of {len(kernel.tilings)}")
         axes, _, fewest = zip(*cut(tiles))
         q_blocks = math.prod(axis.q_blocks for axis in axes) / largest
         bounds.append(kernel.least(number, math.prod(fewest), q_blocks))
@@ -606,6 +712,7 @@ def _predict(
     for number in sorted(range(len(bounds)), key=bounds.__getitem__):
         if bounds[number] > float((best / size).max()):
             break
+        step(f"comparing tiles for {len(combinations)} combinations")
         axes, *_ = zip(*cut(kernel.tilings[number]))
         cost = kernel.cost(number, axes) * (1 + _LATER * number)
         better = cost < best
@@ -626,9 +733,11 @@ def _predict(
             columns[name][of_tiling] = column[of_tiling]
 
     dense_us, _ = layer.time_us(float(all_pairs))
-    predictions = []
+    predictions: list[Prediction] = []
     rows = zip(combinations, chosen.tolist(), *(each.tolist() for each in columns.values()))
     for combination, number, needed, visited, full, most, overhead in rows:
+        if len(predictions) % 10_000 == 0:
+            step(f"prediction {len(predictions)} of {len(combinations)}")
         tiles = kernel.tilings[number]
         kernel_size, stride = zip(*(axis[i] for axis, i in zip(windows[number], combination)))
         pairs = visited * tiles.pairs
