@@ -16,7 +16,7 @@ from natten.backends.interface import KINDS
 from natten.backends.tiled import grids
 from natten.errors import ArgumentError
 from natten.neighborhood import Neighborhood, window_mask
-from natten.profiler import Problem, choose_backend, count_steps, measure, tune
+from natten.profiler import Problem, choose_backend, count_steps, dense, measure, tune
 from natten.profiler.measure import Timing
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def test_a_part_is_measured():
     dense = problem.dense_inputs()
     assert dense["query"].shape == (2, 4, 100, 8) and dense["value"].shape == (2, 2, 75, 4)
     report = profiler.profile(problem, backward=True, warmup=0)
-    assert [row.attention for row in report.rows] == ["natten tiled", "dense sdpa"] * 2
+    assert [row.attention for row in report.rows] == ["dense sdpa", "natten tiled"] * 2
     assert report.kept == problem.needed_pairs / 7500 and report.notes == []
     # The backend pads the keys around, so it computes the windows of a longer layout.
     rule, margins = problem.rule.unrolled()
@@ -189,10 +189,61 @@ def test_dense_attention_that_can_not_run_is_a_note(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no such kernel\nat all")
 
-    monkeypatch.setattr(profiler.F, "scaled_dot_product_attention", broken)
+    monkeypatch.setattr(dense.F, "scaled_dot_product_attention", broken)
     report = profiler.profile(small(), warmup=0)
     assert report.notes == ["dense sdpa, forward: no such kernel"]
     assert [(row.attention, row.speedup) for row in report.rows] == [("natten tiled", None)]
+
+
+def test_cost_of_dense_attention(monkeypatch):
+    """It is that of a part, times as many pairs."""
+    rule = Neighborhood.create(1, 3)
+    problem = Problem((1 << 15,), rule, batch=2, heads=2, dim=8, value_dim=8)
+    seen = []
+    monkeypatch.setattr(dense, "dense_call", lambda part, *_: seen.append(part) or (lambda: None))
+    ticks = iter([1.0, 3.0])
+    monkeypatch.setattr(dense.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(measure, "kernel_times", lambda *_: [])
+    found = dense.cost(problem, "sdpa", backward=False)
+    (part,) = seen
+    assert (part.batch, part.heads, part.queries, part.shape) == (1, 2, (128,), (4096,))
+    assert found == (2.0 * 2 * (1 << 30) / (128 * 4096), problem.bytes())
+    math_kernel = measure.Kernel("aten::_scaled_dot_product_attention_math", 1, 1.0)
+    monkeypatch.setattr(measure, "kernel_times", lambda *_: [math_kernel])
+    ticks = iter([1.0, 3.0])
+    assert dense.cost(problem, "sdpa", backward=False).bytes == problem.bytes() + 4 * (8 << 30)
+
+
+def test_dense_attention_with_scores_in_memory_is_known():
+    """PyTorch's kernels for CPUs have one head dim."""
+    rule = Neighborhood.create(1, 3)
+    kept = [
+        dense.cost(Problem((64,), rule, dim=8, value_dim=value), "sdpa", False).bytes
+        - Problem((64,), rule, dim=8, value_dim=value).bytes()
+        for value in (8, 4)
+    ]
+    assert kept == [0, 2 * 64 * 64 * 4]
+
+
+def test_what_takes_too_long_is_left_out(monkeypatch):
+    problem, rows = small(), []
+    assert dense.too_much(problem, "sdpa", False, 2) is None
+    monkeypatch.setattr(dense, "cost", lambda *_: dense.Cost(10.0, 1000))
+    assert dense.too_much(problem, "sdpa", False, 2) == "would take about 10 s a call"
+    assert dense.too_much(problem, "sdpa", False, 0) is None  # 30 s in all
+    report = profiler.profile(problem, warmup=2, measured=rows.append)
+    assert report.notes == ["dense sdpa, forward, is left out: it would take about 10 s a call."]
+    assert [row.attention for row in report.rows] == ["natten tiled"] and rows == report.rows
+    monkeypatch.setattr(dense, "cost", lambda *_: dense.Cost(0.0, 1 << 60))
+    assert "GB of memory, of which" in dense.too_much(problem, "sdpa", False, 2)
+    assert len(profiler.profile(problem, warmup=0, dense=True).rows) == 2
+
+
+def test_a_problem_that_memory_can_not_hold(monkeypatch):
+    monkeypatch.setattr(profiler, "free_memory", lambda device: 24 * 10**9)
+    huge = Problem((1 << 26, 1 << 26), Neighborhood.create(2, 3))
+    with pytest.raises(ArgumentError, match=r"`shape`.*GB, and 24 are free"):
+        profiler.profile(huge)
 
 
 def test_compiled(monkeypatch):
@@ -255,10 +306,15 @@ def test_clocks():
         lambda: calls.append(torch.get_num_threads()) or time.sleep(2e-3), CPU, 3, seconds=0.02
     )
     assert 2e3 <= timing.median_us < 2e4 and timing.spread_us >= 0
+    assert min(timing.samples_us) <= timing.median_us <= max(timing.samples_us)
+    assert Timing.of([3.0]) == Timing(3.0, 0.0, (3.0,))
     assert len(calls) > 3 and set(calls) == {threads}
     kernels = measure.kernel_times(lambda: torch.ones(64, 64) @ torch.ones(64, 64), CPU)
     assert "aten::mm" in {kernel.name for kernel in kernels}
     assert all(a.time_us >= b.time_us for a, b in itertools.pairwise(kernels))
+    counted = []
+    several = measure.kernel_times(lambda: counted.append(torch.ones(64, 64).exp()), CPU, 4)
+    assert len(counted) == 5 and {k.name: k.calls for k in several}["aten::exp"] == 1
 
 
 def test_clocks_of_gpus_are_tritons(monkeypatch):
@@ -266,9 +322,9 @@ def test_clocks_of_gpus_are_tritons(monkeypatch):
     asked, calls, gpu = [], [], torch.device("cuda", 1)
 
     def clock(name):
-        def bench(function, quantiles, **options):
-            asked.append((name, quantiles, options))
-            return [0.004, 0.005, 0.007]
+        def bench(function, return_mode, **options):
+            asked.append((name, return_mode, options))
+            return [0.007, 0.004, 0.005, 0.004, 0.008]
 
         monkeypatch.setattr(testing, name, bench)
 
@@ -276,9 +332,11 @@ def test_clocks_of_gpus_are_tritons(monkeypatch):
     clock("do_bench_cudagraph")
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     for timed in (measure.eager_time, measure.graph_time):
-        assert timed(lambda: calls.append(1), gpu, 2) == pytest.approx(Timing(5.0, 3.0))
+        timing = timed(lambda: calls.append(1), gpu, 2)
+        assert timing[:2] == pytest.approx((5.0, 3.0))
+        assert timing.samples_us == pytest.approx((7.0, 4.0, 5.0, 4.0, 8.0))
     assert len(calls) == 4 and [name for name, *_ in asked] == ["do_bench", "do_bench_cudagraph"]
-    assert {quantiles for _, quantiles, _ in asked} == {(0.25, 0.5, 0.75)}
+    assert {return_mode for _, return_mode, _ in asked} == {"all"}
     assert asked[0][2] == {"rep": 200}
 
 

@@ -43,3 +43,13 @@ def versions() -> dict[str, str]:
         "triton": version_of("triton"),
         "cuda": torch.version.cuda or "none",
     }
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that programs may still take, None if the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]  # in kB
+    return 1024 * int(found[0]) if found else None

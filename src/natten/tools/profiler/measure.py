@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,24 +14,35 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
 Function = Callable[[], Any]
-QUARTILES = (0.25, 0.5, 0.75)
 
 
 class Timing(NamedTuple):
     """The median time of a call in microseconds, and the range of the middle half of times.
 
-    What is timed are single calls, or blocks of calls where one is short.
+    What is timed are single calls, or blocks of calls where one is short. ``samples_us`` has all
+    of these times, per call.
     """
 
     median_us: float
     spread_us: float
+    samples_us: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, samples_us: Sequence[float]) -> Timing:
+        """The timing that these samples make."""
+        samples = [*samples_us] if len(samples_us) > 1 else [*samples_us] * 2
+        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(median, high - low, tuple(samples_us))
 
 
 class Kernel(NamedTuple):
-    """A kernel (on a CPU an operator): how often it ran in one call, and its total time."""
+    """A kernel (on a CPU an operator): how often it ran in a call, and its total time there.
+
+    Both are means where several calls were recorded.
+    """
 
     name: str
-    calls: int
+    calls: float
     time_us: float
 
 
@@ -54,13 +66,13 @@ def eager_time(
         from triton.testing import do_bench
 
         with torch.cuda.device(device):
-            return _quartiles(do_bench(function, rep=1e3 * seconds, quantiles=QUARTILES))
+            return _timing(do_bench(function, rep=1e3 * seconds, return_mode="all"))
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     # The timer's statistics are tensors; a device context would make each of our calls slower.
     has_data = torch.get_default_device().type != "meta"
     with contextlib.nullcontext() if has_data else torch.device("cpu"):
         found = timer.blocked_autorange(min_run_time=seconds)
-        return Timing(1e6 * found.median, 1e6 * found.iqr)
+        return Timing.of([1e6 * time for time in found.times])
 
 
 def graph_time(function: Function, device: torch.device, warmup: int) -> Timing:
@@ -77,12 +89,11 @@ def graph_time(function: Function, device: torch.device, warmup: int) -> Timing:
     for _ in range(warmup):
         function()
     with torch.cuda.device(device):
-        return _quartiles(do_bench_cudagraph(function, quantiles=QUARTILES))
+        return _timing(do_bench_cudagraph(function, return_mode="all"))
 
 
-def _quartiles(milliseconds: Sequence[float]) -> Timing:
-    low, median, high = milliseconds
-    return Timing(1e3 * median, 1e3 * (high - low))
+def _timing(milliseconds: Sequence[float]) -> Timing:
+    return Timing.of([1e3 * time for time in milliseconds])
 
 
 @contextlib.contextmanager
@@ -101,25 +112,34 @@ def _silent_stderr() -> Iterator[None]:
         os.close(null)
 
 
-def kernel_times(function: Function, device: torch.device) -> list[Kernel]:
-    """The kernels of one call, slowest first, from PyTorch's profiler."""
+def kernel_times(function: Function, device: torch.device, calls: int = 1) -> list[Kernel]:
+    """The kernels of a call, slowest first, from PyTorch's profiler.
+
+    Args:
+        function: what to call.
+        device: where its kernels run.
+        calls: how many calls are recorded, of which the result is the mean.
+    """
     function()
     gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     profiler = profile(activities=activities)
     with _silent_stderr():
         profiler.start()
-    function()
-    if gpu:
-        torch.cuda.synchronize(device)
-    with _silent_stderr():
-        profiler.stop()
+    try:
+        for _ in range(calls):
+            function()
+        if gpu:
+            torch.cuda.synchronize(device)
+    finally:  # a process that ends while it records crashes
+        with _silent_stderr():
+            profiler.stop()
     wanted = DeviceType.CUDA if gpu else DeviceType.CPU
     kernels = [
         Kernel(
             event.key,
-            event.count,
-            event.self_device_time_total if gpu else event.self_cpu_time_total,
+            event.count / calls,
+            (event.self_device_time_total if gpu else event.self_cpu_time_total) / calls,
         )
         for event in profiler.key_averages()
         if event.device_type == wanted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,6 +133,28 @@ class Problem:
         keys = (self.num_keys + self.num_additional) * self.kv_heads * channels  # and values
         passes = 3 if backward else 1  # the backward reads everything again and writes gradients
         return passes * self.batch * (queries + keys) * self.dtype.itemsize
+
+    def as_dict(self) -> dict[str, Any]:
+        """The problem for JSON."""
+        rule = self.rule
+        return {
+            "shape": self.shape,
+            "kernel_size": rule.kernel_size,
+            "stride": rule.stride,
+            "dilation": rule.dilation,
+            "is_causal": rule.is_causal,
+            "boundary": rule.boundary,
+            "queries_per_key": rule.queries_per_key,
+            "query_offset": rule.query_offset,
+            "query_shape": self.queries,
+            "batch": self.batch,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "dim": self.dim,
+            "value_dim": self.value_dim,
+            "num_additional": self.num_additional,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
     def inputs(self, requires_grad: bool = False) -> dict[str, Tensor]:
         """Random arguments of ``neighborhood_attention_generic``, heads-last."""

@@ -51,7 +51,8 @@ class Report:
         problem: what was measured.
         backend: the backend that ran.
         rows: the times.
-        kernels: for each pass, the kernels of one call of ours, slowest first.
+        kernels: for each pass, the kernels of a call of ours, slowest first.
+        recorded: for each pass, the calls of which ``kernels`` is the mean.
         computed_over_needed: for each kind of kernel, pairs computed per pair needed; 1 means that
             nothing is wasted.
         notes: sentences that the reader should know.
@@ -61,6 +62,7 @@ class Report:
     backend: str
     rows: list[Row] = field(default_factory=list)
     kernels: dict[str, list[Kernel]] = field(default_factory=dict)
+    recorded: dict[str, int] = field(default_factory=dict)
     computed_over_needed: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -71,27 +73,9 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """The report for JSON."""
-        problem, rule = self.problem, self.problem.rule
         return {
-            "problem": {
-                "shape": problem.shape,
-                "kernel_size": rule.kernel_size,
-                "stride": rule.stride,
-                "dilation": rule.dilation,
-                "is_causal": rule.is_causal,
-                "boundary": rule.boundary,
-                "queries_per_key": rule.queries_per_key,
-                "query_offset": rule.query_offset,
-                "query_shape": problem.queries,
-                "batch": problem.batch,
-                "heads": problem.heads,
-                "kv_heads": problem.kv_heads,
-                "dim": problem.dim,
-                "value_dim": problem.value_dim,
-                "num_additional": problem.num_additional,
-                "dtype": str(problem.dtype).removeprefix("torch."),
-            },
-            "device": device_name(problem.device),
+            "problem": self.problem.as_dict(),
+            "device": device_name(self.problem.device),
             "versions": versions(),
             "backend": self.backend,
             "kept": self.kept,
@@ -103,6 +87,7 @@ class Report:
                     "kind": row.kind,
                     "median_us": row.timing.median_us,
                     "spread_us": row.timing.spread_us,
+                    "samples_us": row.timing.samples_us,
                     "tflops": row.tflops,
                     "gbytes": row.gbytes,
                     "speedup": row.speedup,
@@ -114,6 +99,7 @@ class Report:
                 name: [kernel._asdict() for kernel in kernels]
                 for name, kernels in self.kernels.items()
             },
+            "recorded_calls": self.recorded,
             "notes": self.notes,
         }
 
