@@ -450,15 +450,15 @@ def test_without_matplotlib_what_is_suggested_is_taken(draw, refused, taken, tmp
     [
         ("-i 6 -w 7", "7 * 1 > 6"),
         ("-i 6 -w 3 -o window.bmp", ".svg or .png"),
-        ("-i 6 -w 3 -q 6", "`query`"),
+        ("-i 6 -w 3 -q 6", "`--query`"),
         ("tiles -i 6 -w 3 --q-tile 2", "`--kv-tile`"),
         ("walk -i 6 -w 3 --q-tile 2", "`--q-tile` is for mask and tiles, not for walk"),
         ("mask -i 6 -w 3 -q 2", "`--query` is for window and tiles, not for mask"),
-        ("circle -i 6 -w 3", "invalid choice"),
-        ("-i 6 -w 3 --boundary mirror", "invalid choice: 'mirror'"),
+        ("circle -i 6 -w 3", "kind: expected one of window, mask, tiles, walk"),
+        ("-i 6 -w 3 --boundary mirror", "--boundary: expected one of shift"),
         ("-i 6 -w 3 --query-offset 1 2", "`--query-offset` must have 1 entry"),
-        ("-i 6 6 -w 3 --query-offset 1 --query-shape 6", "`query_offset` plus"),
-        ("-i 6 6 -w 3 --query-shape 3", "`query_offset` is for queries that are a part"),
+        ("-i 6 6 -w 3 --query-offset 1 --query-shape 6", "`--query-offset` plus `--query-shape`"),
+        ("-i 6 6 -w 3 --query-shape 3", "`--query-offset` is for queries that are a part"),
     ],
 )
 def test_command_refuses(line, message, tmp_path, monkeypatch, capsys):

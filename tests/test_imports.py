@@ -30,7 +30,7 @@ LAYERS = (
     "unfused varlen functional modules",
     "distributed",
     "explaining export flops tools",
-    "tools.cli tools.profiler.__main__",
+    "tools.cli tools.profiler.__main__ __main__",
     # The names of old eras.
     "legacy compat",
     # `natten` itself.

@@ -1,17 +1,9 @@
-"""Draw what a query attends, the attention mask, how tiles cover it, or a walk over the queries.
-
-window   the tokens, one query, and what it attends; three axes become slices
-mask     one row per query and one column per key, for at most 1024 tokens
-tiles    one tile of queries, and the blocks of keys that a kernel visits for it
-walk     an animation of one query after the other: a GIF, or an HTML page that follows the pointer
-
-Pictures are SVG or, with matplotlib (pip install matplotlib), PNG.
-"""
+"""What ``natten draw`` does: it writes a picture and says where."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+import importlib.util
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -22,31 +14,9 @@ from ...errors import ArgumentError
 from ...neighborhood import Neighborhood
 from .. import draw
 from ..layouts import by, words
-from .options import add_window_arguments, not_negative, positive, window_of
+from .outputs import STDOUT, write
+from .window import window_of
 
-EPILOG = """examples:
-  a 5x5 window near a corner:
-    natten draw -i 11 11 -w 5 --query 1 9
-  the queries that share a window, as PNG:
-    natten draw -i 12 12 -w 6 -s 3 -o shared.png
-  causal along time, dilated in space:
-    natten draw -i 4 9 9 -w 3 3 3 --dilation 1 2 2 -c true false false
-  the mask of a dilated 1-D window:
-    natten draw mask -i 48 -w 7 --dilation 2
-  the same pairs as a kernel computes them:
-    natten draw mask -i 16 16 -w 7 --q-tile 4 4 --kv-tile 2 4
-  one tile and its blocks:
-    natten draw tiles -i 24 24 -w 9 --q-tile 4 8 --kv-tile 4 4
-  windows at the end of a ring:
-    natten draw -i 12 12 -w 5 --boundary circular --query 0 11
-  the last three frames of a video, the first axis causal and cut where it starts:
-    natten draw -i 6 8 8 -w 4 3 3 -c true 0 0 --boundary truncate shift shift --query-offset 3 0 0
-  queries twice as fine as keys:
-    natten draw -i 8 8 -w 3 --queries-per-key 2
-  an animation, and a page to point at:
-    natten draw walk -i 8 8 -w 3 -o walk.gif
-    natten draw walk -i 12 12 -w 5 -s 2 -o walk.html
-"""
 KINDS: dict[str, Callable[..., Any]] = {
     "window": draw.draw_neighborhood,
     "mask": draw.draw_mask,
@@ -55,31 +25,6 @@ KINDS: dict[str, Callable[..., Any]] = {
 }
 # The kinds of picture that have an option; with any other kind it is an error.
 USES = {"query": ("window", "tiles"), "q_tile": ("mask", "tiles"), "kv_tile": ("mask", "tiles")}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``natten draw``; the window's have the names that the profiler uses."""
-    parser.epilog = EPILOG
-    parser.add_argument(
-        "kind", nargs="?", default="window", choices=KINDS, help="what to draw; default: window"
-    )
-    add_window_arguments(parser, "window")
-    picture = parser.add_argument_group("picture")
-    picture.add_argument(
-        "-q", "--query", nargs="+", type=not_negative, metavar="X",
-        help="position of the query, one number per axis; default: the middle",
-    )  # fmt: skip
-    for option, what in (("--q-tile", "queries in a tile"), ("--kv-tile", "keys in a block")):
-        picture.add_argument(
-            option, nargs="+", type=positive, metavar="N", help=f"{what}, one size per axis"
-        )
-    picture.add_argument("--title", default="", help="a line above")
-    picture.add_argument("--no-legend", action="store_true", help="leave the colors unexplained")
-    picture.add_argument(
-        "-o", "--output", metavar="FILE",
-        help="where to write: .svg or .png; walk: .gif or .html; default: natten-KIND.svg or .gif; "
-        "- writes the default's format to standard output",
-    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,15 +53,16 @@ def run(args: argparse.Namespace) -> int:
         KINDS[args.kind], tuple(args.input_size), *window, query_shape=queries, title=title,
         **options,
     )  # fmt: skip
-    default = f"natten-{args.kind}.{'gif' if args.kind == 'walk' else 'svg'}"
-    if args.output == "-":
+    moving = "gif" if importlib.util.find_spec("matplotlib") else "html"
+    default = f"natten-{args.kind}.{moving if args.kind == 'walk' else 'svg'}"
+    if args.output == STDOUT:
         with tempfile.TemporaryDirectory() as folder:
             draw_to(path=Path(folder, default))
-            sys.stdout.buffer.write(Path(folder, default).read_bytes())
+            write(STDOUT, Path(folder, default).read_bytes())
     else:
-        path = Path(args.output or default)
-        draw_to(path=path)
-        print(f"wrote {path}")
+        target = Path(args.output or default)  # its folder is made with it
+        draw_to(path=target)
+        print(f"wrote {target}")
     return 0
 
 

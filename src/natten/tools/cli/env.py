@@ -1,7 +1,4 @@
-"""Versions, devices and backends, with the reason each backend is or is not available.
-
-Paste what this prints into an issue.
-"""
+"""What ``natten env`` does: it prints versions, devices and backends."""
 
 from __future__ import annotations
 
@@ -15,28 +12,20 @@ import torch
 
 from ... import backends, tuning
 from ..profiler.machine import cpu_name, version_of, versions
+from .outputs import STDOUT, write
 
-EPILOG = """examples:
-  natten env
-  natten env --json
-"""
 DTYPES = (torch.bfloat16, torch.float32)
 # Prefixes of the variables that change what runs. Other variables are not printed.
 PREFIXES = ("NATTEN_", "TRITON_", "TORCHINDUCTOR_", "CUDA_VISIBLE", "OMP_NUM", "XDG_CACHE_HOME")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``natten env``."""
-    parser.epilog = EPILOG
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
-
-
 def run(args: argparse.Namespace) -> int:
     """Print the environment."""
     found = environment()
-    if args.json:
-        print(json.dumps(found, indent=2))
-        return 0
+    if args.json is not None:
+        write(args.json, json.dumps(found, indent=2))
+        if args.json == STDOUT:
+            return 0
     for section, entries in found.items():
         print(f"{section}:" + ("" if entries else " none"))
         for name, value in entries.items():
