@@ -12,7 +12,7 @@ from ...distributed.planning import plan
 from ...errors import ArgumentError
 from ...neighborhood import Neighborhood
 from ..simulator import Prediction
-from .options import write
+from .outputs import STDOUT, write
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
@@ -33,10 +33,6 @@ def run(args: argparse.Namespace, rule: Neighborhood, whole: Prediction) -> int:
         raise ArgumentError(
             f"`--itemsize` must be one of {list(DTYPES)} with `--ranks`, got {args.itemsize}."
         )
-    for name, least in (("link", "above 0"), ("latency", "of at least 0")):
-        rate = getattr(args, name)
-        if not (0 <= rate < math.inf) or (rate == 0 and name == "link"):
-            raise ArgumentError(f"`--{name}` must be a number {least}, got {rate}.")
     fine = math.prod(rule.queries_per_key)
     pairs = whole.kept * fine * math.prod(shape) ** 2 * args.batch_size * args.heads
     found = plan(
@@ -48,7 +44,7 @@ def run(args: argparse.Namespace, rule: Neighborhood, whole: Prediction) -> int:
     )  # fmt: skip
     if args.json is not None:
         write(args.json, json.dumps(found.as_dict(), indent=2))
-        if args.json == "-":
+        if args.json == STDOUT:
             return 0
     print(
         f"{found}\n\nA rank computes at the rate of the whole layout's roofline, "

@@ -18,6 +18,7 @@ from ..simulator import (
     simulate,
     simulate_strides,
 )
+from . import ranks
 from .outputs import STDOUT, write
 from .tables import duration, print_table, progress, say
 from .window import window_of
@@ -43,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
         "aligned": args.aligned,
     }
     wish = simulate(shape, rule.kernel_size, rule.stride, **options)
+    if args.ranks is not None:
+        return ranks.run(args, rule, wish)
     with progress() as status:
         if args.near is None:
             every = simulate_strides(shape, rule.kernel_size, step=status, **options)

@@ -30,6 +30,8 @@ EPILOG = """examples:
         --aligned
   the frames of a video that come last, with those before them as keys:
     natten simulate -i 12x48x80 -w 8x24x24 -c 1,0,0 --query-offset 8x0x0 -n 24
+  the same video on four GPUs, two along each of the last two axes:
+    natten simulate -i 30x48x80 -w 18x24x24 -n 24 --ranks 1x2x2
   another device, from its data sheet:
     natten simulate -i 32768 -w 2048 --tflops 2250 --bandwidth 8 \\
         --exponentials 4.4
@@ -65,6 +67,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     device.add_argument(
         "--itemsize", type=positive, default=2, metavar="N", help="bytes of a number; default: 2"
     )
+    several = parser.add_argument_group("several ranks")
+    add_per_axis(
+        several, "--ranks", type=positive,
+        help="show what this many ranks along the first axes move, hold and gain, not strides",
+    )  # fmt: skip
+    several.add_argument(
+        "--link", type=positive_real, default=450, metavar="X",
+        help="10^9 bytes a second that a rank sends, and receives; default: 450",
+    )  # fmt: skip
+    several.add_argument(
+        "--latency", type=positive_real, default=20, metavar="X",
+        help="microseconds until a message's first byte arrives; default: 20",
+    )  # fmt: skip
     what = parser.add_argument_group("what is shown")
     what.add_argument(
         "--near", type=float, metavar="X",
