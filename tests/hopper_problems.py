@@ -89,7 +89,11 @@ PARTS = [
 RING = {"boundary": "circular"}
 RINGS = [
     part((400,), (400,), 64, **RING),
-    part((256,), (256,), 250, **RING),  # pieces meet at both seams
+    part((256,), (256,), 250, **RING),  # pieces meet at both ends
+    # Tiles at one end whose blocks, begun earlier to meet there, would cross the other end, too.
+    part((148,), (148,), 100, **RING),
+    part((24, 8), (24, 8), (4, 3), stride=(3, 1), dilation=(4, 1), **RING),
+    part((10, 9, 10), (10, 9, 10), (2, 9, 4), stride=(2, 1, 1), dilation=(1, 1, 2), **RING),
     part((384,), (384,), 90, stride=8, dilation=2, **RING),
     part((20, 24), (20, 24), (5, 6), **RING),
     part((16, 36), (16, 36), (9, 8), stride=(4, 3), dilation=(1, 2), **RING),

@@ -146,7 +146,7 @@ class Axis(NamedTuple):
     fetched: int  # as ``blocks``, with those that a warpgroup hands back unread
     most: int  # blocks of one tile
     masked: bool
-    fits: bool = True  # else partners of a tile go around a ring at both ends
+    fits: bool = True  # else a tile's blocks cross both ends of a ring, and pieces meet at one
 
 
 def _cut(
@@ -177,7 +177,8 @@ def _cut(
         before, after = low < 0, high > ring
         seam = torch.where(before, 0, ring)
         low = torch.where(before | after, seam + (low - seam) // piece * piece, low)
-        fits = ring % piece == 0 or not bool((before & after).any())
+        # Also where blocks cross the first seam only because they begin earlier.
+        fits = ring % piece == 0 or not bool(((low < 0) & after).any())
     for warpgroup in range(groups):
         head = (begin + warpgroup * tile).clamp(max=end)
         tail = (begin + warpgroup * tile + tile - 1).clamp(max=end)
