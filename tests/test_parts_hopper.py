@@ -149,6 +149,28 @@ def test_limits() -> None:
     assert "31 bits" in str(said(*part((64,), (2**30,), 5, query_offset=0)))
 
 
+def test_uneven_groups_load_no_box_without_channels() -> None:
+    """TMA's boxes have 64 channels. One that has none of a head's is wholly out of bounds."""
+    empty = range(136, 193, 8)
+    assert [dim for dim in hopper.head_dims if tiling.has_empty_box(dim)] == list(empty)
+    ring = part((60,), (60,), 19, dilation=3, boundary="circular")  # with padded keys, a part
+    uneven = [
+        part((2,), (42,), 1, dilation=3, query_offset=26),
+        part((41,), (41,), 5, dilation=3),
+        ring,
+    ]
+    even = [part((42,), (42,), 5, dilation=3), part((20,), (42,), 5, query_offset=7)]
+    for dim in empty:
+        for each in uneven:
+            assert "129 to 192 channels" in str(hopper.lacks(problem_of(*each, dim)))
+            values = problem_of(*each)._replace(value_dim=dim)
+            assert "129 to 192 channels" in str(hopper.lacks(values))
+        assert all(hopper.lacks(problem_of(*each, dim)) is None for each in even)
+    assert pads(*ring)
+    for dim in (128, 200):
+        assert all(hopper.lacks(problem_of(*each, dim)) is None for each in uneven)
+
+
 def problem_of(queries: Any, keys: Any, rule: Neighborhood, dim: int = DIM) -> Problem:
     shape = (1, *queries, 2, dim)
     tensors = torch.device("cpu"), torch.bfloat16, dim, dim, shape, rule, 0.1

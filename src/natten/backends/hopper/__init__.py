@@ -23,7 +23,7 @@ from ...neighborhood import Neighborhood, Rule
 from .. import triton
 from ..interface import KINDS, Backend, Problem, Shape, TileChooser
 from ..triton import releases
-from .tiles import MOST, OWN, candidates, native, queries
+from .tiles import MOST, OWN, candidates, has_empty_box, native, queries
 
 
 class Hopper(Backend):
@@ -94,6 +94,13 @@ class Hopper(Backend):
         if any(r > 1 and d > 1 for r, d in zip(rule.queries_per_key, rule.dilation)):
             return "has no queries that are finer than keys along an axis with dilation"
         batch, *space, heads, _ = problem.shape
+        # Of groups that differ in length, TMA must load no box that is empty (``descriptors.py``).
+        may_differ = max(rule.dilation) > 1 and queries(rule, space) != OWN
+        if may_differ and any(map(has_empty_box, dims)):
+            return (
+                "has no kernels for heads of 129 to 192 channels with dilation where queries are a "
+                "part of the layout or it does not divide the token layout"
+            )
         for layout in (space, problem.key_shape):
             # Where a dilation does not divide an axis, TMA sees more tokens.
             tokens = (n + d if d > 1 else n for n, d in zip(layout, rule.dilation))

@@ -12,7 +12,8 @@ tensor: of a short group, positions count from there, as 1 to ``n - 1``; of the 
 ``dilation`` tokens later, and positions count from 0. Nobody asks for position 0 of a short group,
 and nobody loads a box that is wholly out of bounds: for such a box TMA looks at the view's first
 number, where there may be no memory (an illegal memory access on an H200). Boxes that are out of
-bounds in part, and stores beyond the end, are fine.
+bounds in part, and stores beyond the end, are fine. Channels come in boxes of 128 bytes: heads of
+which one would be empty have no uneven groups (:meth:`Hopper.limits`).
 """
 
 from __future__ import annotations

@@ -57,6 +57,11 @@ def native(channels: int) -> int:
     return next(each for each in HEAD_DIMS if each >= channels)
 
 
+def has_empty_box(channels: int) -> bool:
+    """Whether TMA, which loads boxes of 64 channels, finds none of a head's in one of them."""
+    return native(channels) - channels >= 64
+
+
 def boxes(tiles: Tiles, of_keys: bool, piece: Shape) -> Tiles:
     """What a kernel loads at once: its tiles, and pieces of its blocks."""
     return tiles._replace(q_block=piece) if of_keys else tiles._replace(kv_block=piece)
