@@ -54,8 +54,8 @@ def agree(
     if error is None and key in agreed.kinds:
         return
     agreed.comparisons += 1
-    store, members = default_store(), dist.get_process_group_ranks(group)
-    keys = [f"natten/{members}/{agreed.comparisons}/{i}" for i in members]
+    store, place = default_store(), f"natten/{group.group_name}/{agreed.comparisons}"
+    keys = [f"{place}/{rank}" for rank in range(group.size())]
     own = {"": str(error)} if error is not None else {what: str(x) for what, x in kind.items()}
     if store is not None:
         store.set(keys[group.rank()], json.dumps({"function": name, **own}))
