@@ -23,7 +23,8 @@ ROOT = Path(natten.__file__).parent
 # Modules, or folders of them, from bottom to top. A module imports from its own layer and below.
 LAYERS = (
     "errors version softmax inputs caches tuning"
-    " _hints _library _keywords _logging _numbers _ranks _submodules _torch _tracing _warnings",
+    " _dtensors _hints _library _keywords _logging _numbers _ranks _submodules _torch _tracing"
+    " _warnings",
     "neighborhood tiling documents sequences nested _checks",
     "backends",
     "gather operators",

@@ -3,7 +3,7 @@
 import sys as _sys
 import typing as _typing
 
-from . import _logging, _submodules, compat, flops, functional, legacy
+from . import _dtensors, _logging, _submodules, compat, flops, functional, legacy
 from .errors import ArgumentError
 from .functional import (
     attention,
@@ -32,6 +32,14 @@ from .neighborhood import Neighborhood, fit_window
 from .varlen import VarlenLayout
 from .version import __version__
 
+
+def _run_dtensors() -> object:
+    from .distributed import dtensors
+
+    return dtensors
+
+
+_dtensors.runner = _run_dtensors
 _logging.get_logger()
 _shortcut = _submodules.Shortcut(__name__, "tools", ("cli", "draw", "profiler", "simulator"))
 _sys.meta_path.insert(0, _shortcut)  # ahead of the finder that would import files once more

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 import torch
 from torch import Tensor
 
-from . import operators, tuning
+from . import _dtensors, operators, tuning
 from ._checks import (
     autocast_tensors,
     check_additional,
@@ -242,6 +242,9 @@ def attend(
         options: the arguments of :func:`check_call_of` after the window.
     """
     plain = operators.is_plain_call(inputs)
+    if not plain and _dtensors.has_dtensor(inputs):
+        found: tuple[Tensor, Tensor] = _dtensors.runner().attend(inputs, window, *options)
+        return found
     kind, part = _kind_and_part(inputs, window, options) if plain else (None, None)
     # Compiled code does not look at what is kept, or it would be compiled again for all that is.
     kept: Any = None if kind is None else _calls.get(kind)
@@ -463,8 +466,11 @@ def attention(
         cumulative_seqlen_KV, max_seqlen_Q, max_seqlen_KV, backend, q_tile_size, kv_tile_size,
         backward_q_tile_size, backward_kv_tile_size, key_mask,
     )  # fmt: skip
-    if lengths is None:
-        out, lse = call(inputs, operators.is_plain_call(inputs))
+    plain = operators.is_plain_call(inputs)
+    if not plain and _dtensors.has_dtensor(inputs):
+        out, lse = _dtensors.runner().attend_densely(inputs, lengths, call)
+    elif lengths is None:
+        out, lse = call(inputs, plain)
     else:
         out, lse = operators.sequence_attention(inputs, lengths, call)
     return (out, lse) if return_lse else out

@@ -388,7 +388,7 @@ class NeighborhoodAttentionGeneric(nn.Module):
                 after = [n for each in reversed(missing) for n in (0, each)]
                 x = F.pad(x, (0, 0, *after))
                 if key_mask is None and self.pad_mask:
-                    key_mask = torch.ones((1, *space), dtype=torch.bool, device=x.device)
+                    key_mask = x.new_ones((1, *space), dtype=torch.bool)
                 if key_mask is not None:
                     key_mask = F.pad(key_mask, after, value=not self.pad_mask)
         elif self.oversize == "clamp":
@@ -403,8 +403,9 @@ class NeighborhoodAttentionGeneric(nn.Module):
     ) -> Inputs:  # fmt: skip
         """Queries, keys and values of ``x``, and keys and values of additional tokens."""
 
-        def project(x: Tensor) -> Sequence[Tensor]:
-            return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        def project(x: Tensor) -> Tensor:
+            found: Tensor = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+            return found
 
         keys, values = hints.get("additional_keys"), hints.get("additional_values")
         if additional_tokens is not None:
@@ -412,8 +413,8 @@ class NeighborhoodAttentionGeneric(nn.Module):
                 masked = ~additional_mask[..., None]
                 additional_tokens = additional_tokens.masked_fill(masked, 0.0)
             # Queries, too, because only the whole projection works if it is wrapped or quantized.
-            _, keys, values = project(additional_tokens)
-        q, k, v, keys, values = autocast_tensors(*project(x), keys, values)
+            keys, values = project(additional_tokens).narrow(-3, 1, 2).unbind(-3)
+        q, k, v, keys, values = autocast_tensors(*project(x).unbind(-3), keys, values)
         return Inputs(q, k, v, rpb, keys, values, key_mask, additional_mask)
 
     @property

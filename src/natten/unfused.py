@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import operators
+from . import _dtensors, operators
 from ._checks import (
     autocast_tensors,
     check_masks,
@@ -87,6 +87,9 @@ def scores(
 ) -> Tensor:  # fmt: skip
     """What ``na*d_qk`` returns, of dense tensors; ``window`` is as that of the fused ``attend``."""
     check_tensors(query=query, key=key)
+    tensors = query, key, rpb, additional_keys, key_mask, additional_mask
+    if _dtensors.has_dtensor(tensors):
+        return cast(Tensor, _dtensors.runner().scores(*tensors[:2], window, *tensors[2:]))
     rule = _rule(query, window)
     query, key, additional_keys = autocast_tensors(query, key, additional_keys)
     space, key_space = _space(query, "query"), _space(key, "key")
@@ -124,6 +127,9 @@ def weighted_sum(
 ) -> Tensor:  # fmt: skip
     """What ``na*d_av`` returns, of dense tensors; ``window`` is as that of the fused ``attend``."""
     check_tensors(attn=attn, value=value)
+    if _dtensors.has_dtensor((attn, value, additional_values)):
+        found = _dtensors.runner().weighted_sum(attn, value, window, additional_values)
+        return cast(Tensor, found)
     rule = _rule(value, window)
     attn, value, additional_values = autocast_tensors(attn, value, additional_values)
     space, key_space = _space(attn, "attn"), _space(value, "value")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 import torch
 from torch import Tensor
 
-from . import operators
+from . import _dtensors, operators
 from ._checks import (
     autocast_tensors,
     check_hints,
@@ -267,6 +267,10 @@ def varlen_generic(
     _check_masks(key, additional_keys, key_mask, additional_mask)
     factor, name = check_scale(scale, query.shape[-1]), check_name(backend)
     additional = additional_keys, additional_values, key_mask, additional_mask
+    packed = Inputs(query, key, value, rpb, *additional)
+    if _dtensors.has_dtensor(packed):
+        out, lse = _dtensors.runner().attend_documents(packed, layout, rule, lengths, factor, name)
+        return (out, lse) if return_lse else out
     keys, values, *masks = (None if x is None else x[None] for x in additional)
     out, lse = operators.document_attention(
         Inputs(query[None], key[None], value[None], rpb, keys, values, *masks), layout.shapes,
