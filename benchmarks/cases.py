@@ -6,7 +6,7 @@ which compares strides of two layers, and "ltx", the layers of a video decoder.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,7 +22,7 @@ class Case:
     """One problem.
 
     ``target`` limits our time on a CPU as a fraction of dense time, for forward and for
-    forward+backward.
+    forward+backward. ``about`` says what has such a layer.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Case:
     is_causal: bool | tuple[bool, ...] = False
     dtype: torch.dtype = BF16
     target: tuple[float, float] | None = None
+    about: str = field(default="", compare=False)
 
     def describe(self, usual: torch.dtype) -> str:
         """The problem in words; the dtype is named only if it is not the usual one."""
@@ -69,21 +70,25 @@ def by(sizes: tuple[int, ...]) -> str:
     return "x".join(map(str, sizes))
 
 
+_SHARED = "the same; groups of neighboring queries share a window"
 GPU = [
-    Case("1d", (32768,), 1, 1, 128, 2048),
-    Case("1d-s256", (32768,), 1, 1, 128, 2048, 256),
-    Case("nat", (56, 56), 64, 2, 32, 7),
-    Case("nat-fp16", (56, 56), 64, 2, 32, 7, dtype=FP16),
-    Case("nat-d64", (56, 56), 64, 2, 64, 7),
-    Case("dinat", (28, 28), 64, 4, 32, 7, 1, 4),
-    Case("hdit", (64, 64), 16, 8, 64, 13),
-    Case("video", (16, 32, 32), 2, 12, 64, (7, 11, 11)),
-    Case("causal", (30, 32, 32), 1, 24, 128, (30, 16, 16), is_causal=(True, False, False)),
-    Case("flux", (256, 256), 1, 24, 128, 80),
-    Case("flux-s16", (256, 256), 1, 24, 128, 80, 16),
-    Case("hunyuan", (30, 48, 80), 1, 24, 128, (18, 24, 24)),
-    Case("hunyuan-s", (30, 48, 80), 1, 24, 128, (18, 24, 24), (16, 8, 8)),
-]
+    Case("1d", (32768,), 1, 1, 128, 2048, about="a long sequence, one head"),
+    Case("1d-s256", (32768,), 1, 1, 128, 2048, 256, about=_SHARED),
+    Case("nat", (56, 56), 64, 2, 32, 7, about="the first stage of NAT-tiny"),
+    Case("nat-fp16", (56, 56), 64, 2, 32, 7, dtype=FP16, about="the same in float16"),
+    Case("nat-d64", (56, 56), 64, 2, 64, 7, about="the same with 64 channels a head"),
+    Case("dinat", (28, 28), 64, 4, 32, 7, 1, 4, about="the second stage of DiNAT-tiny"),
+    Case("hdit", (64, 64), 16, 8, 64, 13, about="an hourglass diffusion transformer"),
+    Case("video", (16, 32, 32), 2, 12, 64, (7, 11, 11), about="a small video model"),
+    Case(
+        "causal", (30, 32, 32), 1, 24, 128, (30, 16, 16), is_causal=(True, False, False),
+        about="a video model that is causal in time",
+    ),
+    Case("flux", (256, 256), 1, 24, 128, 80, about="FLUX, an image of 4096x4096 pixels"),
+    Case("flux-s16", (256, 256), 1, 24, 128, 80, 16, about=_SHARED),
+    Case("hunyuan", (30, 48, 80), 1, 24, 128, (18, 24, 24), about="HunyuanVideo"),
+    Case("hunyuan-s", (30, 48, 80), 1, 24, 128, (18, 24, 24), (16, 8, 8), about=_SHARED),
+]  # fmt: skip
 
 # Two layers with every kind of stride, to be compared with the simulator's order.
 _FLUX = {f"flux-s{s}": ((256, 256), 1, 24, 128, 80, s) for s in (2, 4, 8, 40, 80)}

@@ -29,13 +29,18 @@ ROOT = Path(__file__).parents[1]
 FILES = (
     "README.md",
     "docs/decoding.md",
+    "docs/index.md",
     "docs/performance.md",
     "docs/simulator.md",
     "benchmarks/results/cpu.md",
     "benchmarks/results/h100.md",
     "benchmarks/results/h200.md",
 )
-CHART = "docs/images/speed.svg"
+# Charts, and their cases; None: all that other implementations were measured on.
+CHARTS: dict[str, tuple[str, ...] | None] = {
+    "docs/images/speed.svg": None,
+    "docs/images/speed-short.svg": ("1d", "nat", "video", "flux", "hunyuan"),
+}
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 README_CPU = ("nat", "dinat", "hdit", "1d", "video", "nat-bf16")
@@ -82,7 +87,7 @@ def _kind(backend: str) -> tuple[str]:
 def cpu_table(names: Sequence[str] | None = None) -> list[str]:
     """Ours beside dense attention on a CPU; for all cases also with targets and memory."""
     times, whole = Times("cpu"), names is None
-    rows = [["case", "dense ms, forward / forward+backward", "natten ms", "natten / dense"]]
+    rows = [["case", "dense ms, forward / forward+backward", "natten ms", "dense / natten"]]
     rows[0] += ["target", "peak extra memory over inputs"] if whole else []
     memory = {r.case: r.peak_over_inputs for r in times.records if r.peak_over_inputs}
     for name in names or times.cases:
@@ -91,10 +96,11 @@ def cpu_table(names: Sequence[str] | None = None) -> list[str]:
             [times.of(name, backend, pass_, "eager") for pass_ in (FORWARD, BOTH)]
             for backend in ("natten", "dense")
         )
-        row = [case.describe(FP32), _pair(dense, _ms), _pair(ours, _ms), _pair_over(ours, dense)]
+        row = [case.describe(FP32), _pair(dense, _ms), _pair(ours, _ms)]
+        row += [_pair_over(dense, ours, "{:.2f}x")]
         if whole:
             target = case.target
-            row += [f"{target[0]:.2f} / {target[1]:.2f}" if target else ""]
+            row += [f"{1 / target[0]:.2f}x / {1 / target[1]:.2f}x" if target else ""]
             row += [f"{memory[name]}x" if name in memory else ""]
         rows.append(row)
     return [*_table(rows), "", f"{times.machine()}; float32 unless said, medians of one run."]
@@ -163,18 +169,73 @@ def flex_table(gpu: str = GPU) -> list[str]:
 
 
 def short_gpu_table() -> list[str]:
-    """Kernel times on a GPU, and how much faster they are than dense attention's."""
-    times = Times(GPU)
-    rows = [["case", "natten us, forward / forward+backward", "dense / natten"]]
-    for name in times.cases:
-        dense, ours = (
-            [times.of(name, backend, pass_, "graph") for pass_ in (FORWARD, BOTH)]
+    """Kernel times on a GPU, and how much faster than dense attention it is than others are."""
+    ours, peers = Times(GPU), Times(PEERS)
+    rows = [
+        [
+            "case", "what has such a layer", "natten us, forward / forward+backward",
+            "dense / natten", "dense / upstream, forward", "dense / FlexAttention, forward",
+        ]
+    ]  # fmt: skip
+    for name in ours.cases:
+        case = CASES["cuda"][name]
+        dense, times = (
+            [ours.of(name, backend, pass_, "graph") for pass_ in (FORWARD, BOTH)]
             for backend in ("dense", "natten")
         )
-        layout, window = _short(CASES["cuda"][name])
-        label = f"{name}: {layout}, {window}"
-        rows.append([label, _pair(ours, _us), _pair_over(dense, ours, "{:.1f}x")])
-    return [*_table(rows), "", f"{times.machine()}; bfloat16 unless said, medians of one run."]
+        layout, window = _short(case)
+        others = [_speedup(peers, name, backend) for backend in (UPSTREAM, FLEX)]
+        rows.append(
+            [
+                f"{name}: {layout}, {window}", case.about, _pair(times, _us),
+                _pair_over(dense, times, "{:.1f}x"),
+                *("" if each is None else f"{each:.1f}x" for each in others),
+            ]
+        )  # fmt: skip
+    machines = f"natten: {ours.machine()}; the others: {peers.machine()}"
+    table = markdown(rows[0], rows[1:], left=2)
+    return [*table, "", f"{machines}; bfloat16 unless said, medians of one run."]
+
+
+# What each can do: the first column is ours.
+_COMPARISON = """
+a token attends | a window around itself | a window around itself
+    | the keys that a function of yours allows
+    | the tokens of its block; every second layer moves the blocks | every token
+work grows with | tokens times window | tokens times window | visited blocks of 128x128 pairs
+    | tokens times block | the square of the tokens
+layouts | 1-D, 2-D, 3-D | 1-D, 2-D, 3-D | 1-D; you put pixels in the order of tiles | 2-D, 3-D | any
+windows at a border | shift, are cut, or go around | shift | do what you write
+    | are padded and masked | there are none
+dilation, stride, causality per axis | yes | yes | what you write | no | no
+relative positional bias | yes | to 0.17 | yes | yes | as a tensor of all pairs
+masks of keys | yes | no | yes | yes | as a tensor of all pairs
+attention weights as a tensor | yes | to 0.17 | no | yes | no
+queries that are a part of the layout, or finer than keys | yes | no | yes | no | yes
+on a CPU | forward and backward | forward, experimental | forward | yes | yes
+on a GPU | NVIDIA, compute capability 8.0 and newer
+    | NVIDIA, 5.0 and newer, with kernels for Blackwell | where Triton runs | any | any
+to install | one wheel for all, no build | a wheel for each PyTorch and CUDA, or a build
+    | in PyTorch | plain PyTorch | in PyTorch
+"""
+
+
+def comparison_table() -> list[str]:
+    """What ours, other implementations and other kinds of attention can do, and their speed."""
+    header = [
+        "", "natten", "[upstream NATTEN](https://github.com/SHI-Labs/NATTEN) 0.21",
+        "[FlexAttention](https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html)",
+        "[Swin](https://arxiv.org/abs/2103.14030)'s windows", "dense attention (SDPA)",
+    ]  # fmt: skip
+    lines = _COMPARISON.strip().replace("\n    ", " ").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+    peers, speeds = Times(PEERS), []
+    for times, backend in ((Times(GPU), "natten"), (peers, UPSTREAM), (peers, FLEX)):
+        found = [_speedup(times, name, backend) for name in peers.cases]
+        known = [each for each in found if each is not None]
+        speeds.append(f"{min(known):.1f}x to {max(known):.1f}x in {len(known)} cases")
+    rows.append(["times as fast as dense, forward, H100", *speeds, "not measured", "1"])
+    return markdown(header, rows, left=len(header))
 
 
 def floor_table() -> list[str]:
@@ -344,6 +405,7 @@ def stride_table() -> list[str]:
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
+    "comparison": comparison_table,
     "cpu-short": lambda: cpu_table(README_CPU),
     "cpu": cpu_table,
     "gpu-short": short_gpu_table,
@@ -364,8 +426,12 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 }
 
 
-def chart() -> str:
-    """A bar chart of forward speed over dense attention, each on its own machine."""
+def chart(names: Sequence[str] | None) -> str:
+    """A bar chart of forward speed over dense attention, each on its own machine.
+
+    Args:
+        names: of cases; None for all that other implementations were measured on.
+    """
     ours, peers = Times(GPU), Times(PEERS)
     device = ours.records[0].device
     bars = (
@@ -375,7 +441,7 @@ def chart() -> str:
     )
     found = {
         name: [_speedup(times, name, backend) for times, backend, *_ in bars]
-        for name in peers.cases
+        for name in names or peers.cases
         if _speedup(ours, name, "natten") is not None
     }
     left, right, height, group = 230, 560, 13, 3 * 15 + 16
@@ -453,7 +519,8 @@ def generate() -> dict[str, str]:
         return f"{match.group(1)}{body}\n{match.group(3)}"
 
     texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
-    return {name: TABLE.sub(fill, text) for name, text in texts.items()} | {CHART: chart()}
+    charts = {name: chart(cases) for name, cases in CHARTS.items()}
+    return {name: TABLE.sub(fill, text) for name, text in texts.items()} | charts
 
 
 def main(arguments: list[str] | None = None) -> int:

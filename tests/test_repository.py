@@ -92,3 +92,11 @@ def test_the_package_names_the_authors_and_papers_of_the_citation():
     assert [{"name": authors}] == citation["authors"]
     urls = re.findall(r'^"[^"]+" = "(https?://[^"]+)"$', text, re.M)
     assert urls == [paper["url"] for paper in citation["references"]]
+
+
+def test_the_readme_cites_the_papers_of_the_citation():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for paper in read(ROOT / "CITATION.cff")["references"]:
+        authors = [f"{each['family-names']}, {each['given-names']}" for each in paper["authors"]]
+        for value in (paper["title"], " and ".join(authors), str(paper["year"]), paper["url"]):
+            assert re.search(rf"= \{{{re.escape(value)}\}},?$", text, re.M), value
