@@ -4,6 +4,7 @@ Examples in docstrings run, too, by pytest's ``--doctest-modules``. Blocks marke
 output, or commands that install something.
 """
 
+import inspect
 import re
 import runpy
 import shlex
@@ -22,6 +23,7 @@ SITE = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")), *SITE]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+REFERENCE = runpy.run_path(str(ROOT / "docs" / "reference.py"))
 LINK = re.compile(r"\]\(([^)#]+?)(?:#[^)]*)?\)")
 
 
@@ -72,12 +74,62 @@ def test_links_between_files_exist(page):
     local = [target for target in targets if "://" not in target]
     assert [target for target in local if not (page.parent / target).exists()] == []
     if page in SITE:  # the site holds only docs/
-        assert [target for target in local if target.startswith("..")] == []
+        paths = [(page.parent / target).resolve() for target in local]
+        assert [path for path in paths if not path.is_relative_to(ROOT / "docs")] == []
 
 
 def test_every_page_is_in_the_navigation():
-    listed = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
-    assert sorted(listed) == [page.name for page in SITE]
+    text = (ROOT / "mkdocs.yml").read_text("utf-8")
+    listed = re.findall(r": ([\w/-]+\.md)$", text, re.MULTILINE)
+    assert sorted(listed) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in SITE)
+
+
+SECTIONS = [
+    pytest.param(path, members.split(), id=path)
+    for page in sorted(REFERENCE["PAGES"].glob("*.md"))
+    for path, members in REFERENCE["DIRECTIVE"].findall(page.read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.parametrize("path, members", SECTIONS)
+def test_the_api_has_every_argument(path, members):
+    found, section = REFERENCE["find"](path), REFERENCE["section"](path, members)
+    headings = re.findall(r"^#+ (.*)$", section, re.MULTILINE)
+    assert headings[0] == found.__name__ and not any("__" in each for each in headings)
+    assert headings[1:] == [f"{found.__name__}.{name}" for name in members] or not members
+    for call in (found, *(getattr(found, name) for name in members)):
+        for name, parameter in inspect.signature(call).parameters.items():
+            if name != "self" and parameter.annotation != "NoReturn":
+                assert re.search(rf"^\| `\**{name}` \| .*\w.* \|$", section, re.MULTILINE), name
+
+
+def test_the_api_has_every_public_name():
+    names = {each.values[0].rpartition(".")[2] for each in SECTIONS}
+    assert set(natten.__all__) - names == {"ArgumentError", "__version__"}
+    for module in (natten.functional, natten.distributed, natten.draw):
+        assert set(module.__all__) <= names
+
+
+def test_types_of_the_api_are_links():
+    section = REFERENCE["section"]("natten.functional.na2d")
+    (row,) = re.findall(r"^\| `kernel_size` \| (.*?) \|", section, re.MULTILINE)
+    assert row == "[`Dimension`](neighborhood.md#dimension)"
+    text = (REFERENCE["PAGES"] / "neighborhood.md").read_text(encoding="utf-8")
+    for name in ("Dimension", "Causal"):
+        assert str(getattr(natten.neighborhood, name)).replace("collections.abc.", "") in text
+
+
+def test_the_api_does_not_take_an_argument_without_a_meaning(monkeypatch):
+    def function(known, other):
+        """Text.
+
+        Args:
+            known: what it is.
+        """
+
+    monkeypatch.setattr(natten.functional, "na1d", function)
+    with pytest.raises(ValueError, match="`other`"):
+        REFERENCE["section"]("natten.functional.na1d")
 
 
 def test_every_module_is_in_the_table_of_the_design():

@@ -41,7 +41,7 @@ class NeighborhoodAttentionGeneric(nn.Module):
 
     Args:
         na_dim: number of token axes, 1 to 3.
-        embed_dim: channels of input and output; ``dim`` is its older name.
+        embed_dim: channels of input and output.
         num_heads: attention heads; the number divides ``embed_dim``.
         kernel_size: tokens in the window, one number for all axes or one per axis.
         stride: how many queries share a window.
@@ -50,9 +50,9 @@ class NeighborhoodAttentionGeneric(nn.Module):
         qkv_bias: whether the first projection has a bias.
         qk_scale: factor on the scores; None means ``head_dim ** -0.5``.
         proj_drop: dropout probability after the last projection.
-        rel_pos_bias: whether to learn a relative positional bias ``rpb``; None means no. ``bias``
-            is its older name. Backends without bias are passed over, so it may change which backend
-            runs the layer and how fast; :func:`natten.backends.explain` says which one.
+        rel_pos_bias: whether to learn a relative positional bias ``rpb``; None means no. Backends
+            without bias are passed over, so it may change which backend runs the layer and how
+            fast; :func:`natten.backends.explain` says which one.
         attn_drop: dropout probability of the attention weights. If it is above 0, training takes
             the unfused operators, which store the weights and run on other backends.
         boundary: what windows do at the ends of an axis, ``"shift"``, ``"truncate"`` or
@@ -64,6 +64,7 @@ class NeighborhoodAttentionGeneric(nn.Module):
         pad_mask: whether the tokens that ``"pad"`` adds are masked. By default they are attended,
             as they were there.
         keep: what ``"clamp"`` keeps where not both fit, the ``"dilation"`` or the ``"window"``.
+        dim, bias: older names of ``embed_dim`` and ``rel_pos_bias``.
         kernel_size_d, dilation_d: window and dilation of the first of three axes, as in 0.15.
         use_experimental_ops: accepted, without effect.
 

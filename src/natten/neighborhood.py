@@ -114,6 +114,11 @@ class Neighborhood:
     ) -> Neighborhood:
         """Spread the arguments over ``rank`` axes and check them.
 
+        Args:
+            rank: number of axes, 1 to 3.
+            kernel_size, stride, dilation, is_causal, boundary, queries_per_key, query_offset: as in
+                :func:`natten.neighborhood_attention_generic`; None means the default.
+
         Raises:
             ArgumentError: an argument has the wrong type, length or value.
         """
@@ -130,7 +135,12 @@ class Neighborhood:
     def fitted(
         self, shape: Sequence[int], keep: Literal["dilation", "window"] = "dilation"
     ) -> Neighborhood:
-        """The largest windows up to these that fit the token layout ``shape``."""
+        """The largest windows up to these that fit a token layout.
+
+        Args:
+            shape: the token layout.
+            keep: what is kept where not both of window and dilation fit, as in :func:`fit_window`.
+        """
         fitted = fit_window(
             shape, self.kernel_size, self.stride, self.dilation, keep=keep, boundary=self.boundary
         )
@@ -166,7 +176,15 @@ class Neighborhood:
         return any(self.is_causal) or "truncate" in self.boundary
 
     def check(self, shape: Sequence[int], key_shape: Sequence[int]) -> None:
-        """Raise ArgumentError unless windows and queries of layout ``shape`` fit the keys'."""
+        """Check that windows and queries fit the token layout of the keys.
+
+        Args:
+            shape: token layout of the queries.
+            key_shape: token layout of the keys.
+
+        Raises:
+            ArgumentError: they do not fit.
+        """
         rank = self.rank
         for layout in (shape, key_shape):
             if len(layout) != rank:
@@ -289,7 +307,10 @@ class Neighborhood:
     ) -> Tensor:
         """Whether each query attends each slot of its window; slots that are cut off come last.
 
-        ``shape`` is the token layout of the queries, and of the keys unless ``key_shape`` is given.
+        Args:
+            shape: token layout of the queries.
+            key_shape: token layout of the keys; None means that of the queries.
+            device: of the result.
 
         Returns:
             bool ``[*shape, window tokens]``; slots are in row-major order, the first attended token
@@ -303,11 +324,16 @@ class Neighborhood:
         key_shape: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """The key in each slot of each query's window, int64 ``[*shape, window tokens]``.
+        """The key in each slot of each query's window.
 
-        ``shape`` is the token layout of the queries, and of the keys unless ``key_shape`` is given.
+        Args:
+            shape: token layout of the queries.
+            key_shape: token layout of the keys; None means that of the queries.
+            device: of the result.
 
-        Keys are counted in row-major order; a slot that is not attended holds some key.
+        Returns:
+            int64 ``[*shape, window tokens]``. Keys are counted in row-major order; a slot that is
+            not attended holds some key.
         """
         return self._slots(shape, key_shape, device)[0]
 
@@ -476,7 +502,17 @@ def window_mask(
     key_shape: Sequence[int],
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Which query attends which key, bool ``[queries, keys]``; tokens are in row-major order."""
+    """Which query attends which key.
+
+    Args:
+        rule: the windows.
+        shape: token layout of the queries.
+        key_shape: token layout of the keys.
+        device: of the result.
+
+    Returns:
+        bool ``[queries, keys]``; tokens are in row-major order.
+    """
     mask = torch.ones(1, 1, dtype=torch.bool, device=device)
     for axis, (length, key_length) in enumerate(zip(shape, key_shape)):
         d = rule.dilation[axis]

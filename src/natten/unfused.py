@@ -290,7 +290,19 @@ def _qk_with_bias(
     return _qk(query, key, kernel_size, dilation, additional_keys, is_causal, bias)
 
 
-_QK_BIAS = """``na{rank}d_qk`` with the relative positional bias as its third argument."""
+_QK_BIAS = """``na{rank}d_qk`` with the relative positional bias as its third argument.
+
+    Args:
+        query, key: ``[batch, heads, {space}, head_dim]``.
+        bias: relative positional bias ``[heads, 2 * kernel_size - 1, ...]``, or None.
+        kernel_size, dilation, additional_keys, is_causal: as in ``na{rank}d_qk``.
+
+    Returns:
+        ``[batch, heads, {space}, window tokens + num_additional]``, as ``na{rank}d_qk``.
+
+    Raises:
+        ArgumentError: an argument has a type, shape, dtype, device or value that is not allowed.
+    """
 
 na1d_qk_with_bias = of_rank(1, "na1d_qk_with_bias", _qk_with_bias, _QK_BIAS, nested=True)
 na2d_qk_with_bias = of_rank(2, "na2d_qk_with_bias", _qk_with_bias, _QK_BIAS, nested=True)

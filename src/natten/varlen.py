@@ -49,6 +49,14 @@ class VarlenLayout:
             is a 1-D layout. Documents may be empty.
         device: the device of :attr:`offsets`.
 
+    Attributes:
+        shapes: the token layouts, a tuple of tuples.
+        rank: number of axes.
+        lengths: tokens of each document.
+        total_tokens: tokens of all documents.
+        offsets: where each document starts, and where the last one ends, int32
+            ``[documents + 1]``.
+
     Raises:
         ArgumentError: ``shapes`` is something else. A tuple of numbers is refused, because it could
             be the layout of one document.
@@ -98,7 +106,16 @@ class VarlenLayout:
 
     @classmethod
     def from_tensor_list(cls, tensors: Sequence[Tensor]) -> tuple[VarlenLayout, Tensor]:
-        """The layout of documents ``[*space, heads, head_dim]``, and the packed documents.
+        """The layout of documents, and the packed documents.
+
+        Args:
+            tensors: the documents, ``[*space, heads, head_dim]`` each.
+
+        Returns:
+            The layout, and ``[tokens, heads, head_dim]``.
+
+        Raises:
+            ArgumentError: there is no tensor.
 
         Example:
             >>> documents = torch.zeros(4, 6, 2, 8), torch.zeros(3, 3, 2, 8)
@@ -142,7 +159,17 @@ class VarlenLayout:
         return len(set(self.shapes)) == 1
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Pack documents ``[*space, ...]`` into one tensor ``[tokens, ...]``."""
+        """Pack documents into one tensor.
+
+        Args:
+            tensors: the documents, ``[*space, ...]`` each, of these layouts in this order.
+
+        Returns:
+            ``[tokens, ...]``.
+
+        Raises:
+            ArgumentError: they have other layouts.
+        """
         if len(tensors) != len(self):
             raise ArgumentError(f"`tensors` must be {len(self)} documents, got {len(tensors)}.")
         for x, shape in zip(tensors, self.shapes):
@@ -153,7 +180,17 @@ class VarlenLayout:
         return torch.cat([x.flatten(0, self.rank - 1) for x in tensors])
 
     def unpack(self, packed: Tensor) -> list[Tensor]:
-        """Undo :meth:`pack`; the documents are views of the packed tensor."""
+        """Undo :meth:`pack`.
+
+        Args:
+            packed: all documents, ``[tokens, ...]``.
+
+        Returns:
+            The documents, ``[*space, ...]`` each; they are views of the packed tensor.
+
+        Raises:
+            ArgumentError: it has another number of tokens.
+        """
         self.check("packed", packed)
         return [
             part.unflatten(0, shape) for part, shape in zip(packed.split(self.lengths), self.shapes)
@@ -355,8 +392,8 @@ _VARLEN = """{rank}-D neighborhood attention inside each document of a packed te
         key_mask: bool ``[tokens]``, True where a key may be attended, as in ``na{rank}d``.
         additional_mask: bool ``[total]``, the same of additional tokens.
         backend: None, or the name of a backend, as in ``na{rank}d``.
-        tile shapes and what else ``na{rank}d`` takes for kernels: accepted, without effect.
         return_lse: also return the LSE.
+        hints: tile shapes and what else ``na{rank}d`` takes for kernels; without effect.
 
     Returns:
         ``[tokens, heads, value_dim]``; with ``return_lse`` also the LSE ``[tokens, heads]``.

@@ -127,7 +127,11 @@ class Problem:
         return 2 * self.batch * self.heads * pairs * per_pair
 
     def bytes(self, backward: bool = False) -> int:
-        """Bytes of inputs and output, each moved once; with ``backward`` also of the gradients."""
+        """Bytes of inputs and output, each moved once.
+
+        Args:
+            backward: add the backward pass, which reads all again and writes the gradients.
+        """
         channels = self.dim + self.value_dim
         queries = self.num_queries * self.heads * channels  # and outputs
         keys = (self.num_keys + self.num_additional) * self.kv_heads * channels  # and values
@@ -157,7 +161,11 @@ class Problem:
         }
 
     def inputs(self, requires_grad: bool = False) -> dict[str, Tensor]:
-        """Random arguments of ``neighborhood_attention_generic``, heads-last."""
+        """Random arguments of :func:`natten.neighborhood_attention_generic`, heads-last.
+
+        Args:
+            requires_grad: whether they require a gradient.
+        """
         sizes = {
             "query": (*self.queries, self.heads, self.dim),
             "key": (*self.shape, self.kv_heads, self.dim),
@@ -174,7 +182,11 @@ class Problem:
         }
 
     def dense_inputs(self, requires_grad: bool = False) -> dict[str, Tensor]:
-        """Random arguments of ``scaled_dot_product_attention`` over all tokens, heads-first."""
+        """Random arguments of ``scaled_dot_product_attention`` over all tokens, heads-first.
+
+        Args:
+            requires_grad: whether they require a gradient.
+        """
         keys = self.num_keys + self.num_additional
         sizes = {
             "query": (self.heads, self.num_queries, self.dim),

@@ -17,6 +17,7 @@ Source of the idea: "Generalized Neighborhood Attention" (arXiv 2504.16922).
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections import Counter
@@ -368,10 +369,10 @@ def simulate(
     Args:
         shape: token layout of the keys, one to three axis lengths.
         kernel_size, stride, dilation, is_causal, boundary, queries_per_key, query_offset: as in
-            ``na1d``, ``na2d`` and ``na3d``; all from ``boundary`` on by keyword.
+            ``na1d``, ``na2d`` and ``na3d``.
         query_shape: token layout of the queries; None means all from ``query_offset`` on.
         device: a :class:`Device`, or the name of one of ``DEVICES``: "h100", "h200", "a100", "cpu".
-        batch, heads, head_dim: of the attention layer; 1, 1 and 128.
+        batch, heads, head_dim: of the attention layer.
         itemsize: bytes of a number, 2 for half precision.
         q_tile, kv_tile: tile of queries and block of keys, one size per axis. Without them, these
             are what the device's backend chooses. If the device has no backend that can run the
@@ -393,6 +394,11 @@ def simulate(
     layer = Layer.create(shape, kernel_size, stride, dilation, is_causal, **options)
     windows = zip(layer.rule.kernel_size, layer.rule.stride)
     return _predict(layer, [[[window]] for window in windows], lambda name: None)[0]
+
+
+simulate.__signature__ = inspect.signature(Layer.create).replace(  # type: ignore[attr-defined]
+    return_annotation="Prediction"
+)
 
 
 def simulate_strides(
