@@ -12,7 +12,7 @@ from natten.draw import (
     draw_tiles,
     draw_walk,
 )
-from natten.draw.canvas import compose
+from natten.draw.canvas import ATTENDED, INK, PARTLY, QUERY, Panel, Rect, Text, compose
 from natten.draw.window import LEGEND, layout, window_panel
 
 IMAGES = Path(__file__).parent / "images"
@@ -31,6 +31,31 @@ def borders() -> str:
     return compose(panels, LEGEND[:2]).svg()
 
 
+LAYERS = (
+    ("legacy, compat", "names of older eras", QUERY),
+    ("tools/cli", "the command", ATTENDED),
+    ("tools, export, flops, explaining", "simulator, profiler, pictures", ATTENDED),
+    ("distributed", "layouts over several ranks", ATTENDED),
+    ("functional, varlen, unfused, modules", "the public functions and layers", ATTENDED),
+    ("operators, gather", "operators and their derivatives", ATTENDED),
+    ("backends", "hopper, triton, sdpa, tiled, reference", ATTENDED),
+    ("neighborhood, tiling, documents, sequences, nested, _checks", "the rules", PARTLY),
+    ("inputs, errors, softmax, caches, tuning, _library, _torch, ...", "the base", PARTLY),
+)
+
+
+def layers() -> str:
+    """The layers of the package, one on another."""
+    width, height = 640, 40
+    parts: list[Rect | Text] = []
+    for number, (modules, what, color) in enumerate(LAYERS):
+        y = number * (height + 6)
+        parts += [Rect(0, y, 8, height, color, 3), Text(20, y + 17, modules, 13, INK, 700)]
+        parts += [Text(20, y + 34, what)]
+    title = "Layers of the package; each imports from itself and from those below"
+    return compose([Panel(parts, width, len(LAYERS) * (height + 6) - 6, title)]).svg()
+
+
 def pictures() -> dict[str, str]:
     """The SVG documents by file name."""
     return {
@@ -44,6 +69,7 @@ def pictures() -> dict[str, str]:
             legend=True,
             caption="kernel_size=3, dilation=(1, 2, 2), is_causal=(True, False, False)",
         ),
+        "layers.svg": layers(),
         "borders.svg": borders(),
         "part.svg": draw_neighborhood(
             (8, 12), 5, is_causal=(True, False), query_offset=(5, 0), query=(1, 4), legend=True,

@@ -63,9 +63,9 @@ def test_commands_run(line, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_say_what_they_are(page):
-    """A block without a known name would not run; ``mermaid`` is a drawing."""
+    """A block without a known name would not run."""
     kinds = re.findall(r"^ *```(.*)\n(?:.*\n)*?^ *```$", page.read_text("utf-8"), re.MULTILINE)
-    assert set(kinds) <= {"python", "sh", "text", "mermaid"}
+    assert set(kinds) <= {"python", "sh", "text"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
