@@ -30,6 +30,7 @@ FILES = (
     "README.md",
     "docs/decoding.md",
     "docs/index.md",
+    "docs/models.md",
     "docs/performance.md",
     "docs/simulator.md",
     "benchmarks/results/cpu.md",
@@ -238,6 +239,31 @@ def comparison_table() -> list[str]:
     return markdown(header, rows, left=len(header))
 
 
+def model_table(names: Sequence[str]) -> list[str]:
+    """A layer beside dense attention on a GPU, and beside other implementations."""
+    ours, peers = Times(GPU), Times(PEERS)
+    rows = [
+        [
+            "case", "dense cuDNN us, forward / forward+backward", "natten us", "dense / natten",
+            "dense / upstream, forward", "dense / FlexAttention, forward",
+        ]
+    ]  # fmt: skip
+    for name in names:
+        dense, times = (
+            [ours.of(name, backend, pass_, "graph") for pass_ in (FORWARD, BOTH)]
+            for backend in ("dense", "natten")
+        )
+        others = (_speedup(peers, name, backend) for backend in (UPSTREAM, FLEX))
+        rows.append(
+            [
+                _label(name), _pair(dense, _us), _pair(times, _us),
+                _pair_over(dense, times, "{:.1f}x"),
+                *("" if each is None else f"{each:.1f}x" for each in others),
+            ]
+        )  # fmt: skip
+    return [*_table(rows), "", f"{ours.machine()}; the others: {peers.machine()}."]
+
+
 def floor_table() -> list[str]:
     """The least time that each GPU case needs, and how much longer ours takes."""
     times, device = Times(GPU), DEVICES[GPU]
@@ -422,6 +448,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "portable-h200": partial(portable_table, "h200"),
     "flex-h200": partial(flex_table, "h200"),
     "ltx": ltx_table,
+    "model-1d": partial(model_table, ("1d", "1d-s256")),
+    "model-flux": partial(model_table, ("flux", "flux-s16")),
+    "model-hunyuan": partial(model_table, ("hunyuan", "hunyuan-s")),
+    "model-nat": partial(model_table, ("nat",)),
     "decoding": decoding_table,
 }
 

@@ -157,6 +157,14 @@ def test_the_table_of_backends_is_what_they_say():
     assert names["page"](text) == text and names["table"]() in text
 
 
+def test_the_outputs_of_commands_are_what_they_print():
+    """``python docs/outputs.py`` writes them."""
+    names = runpy.run_path(str(ROOT / "docs" / "outputs.py"))
+    text = names["PAGE"].read_text(encoding="utf-8")
+    assert text.count("<!-- output -->") == len(names["_OUTPUT"].findall(text)) >= 5
+    assert names["page"](text) == text
+
+
 def test_what_the_promise_of_stability_names_is_there():
     text = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
     named = re.findall(r"`natten\.([a-z_.]+)`", text)
