@@ -112,6 +112,7 @@ _PAGE = """<!doctype html>
 <title>$title</title>
 <style>
   body { margin: 2rem; font: 14px system-ui, sans-serif; color: $ink; background: $card }
+  svg { max-width: 100%; height: auto }
   svg rect { transition: fill 80ms }
   p { color: $quiet }
 </style>
