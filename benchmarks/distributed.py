@@ -247,8 +247,8 @@ def exchanges(split: Split, rank: int, method: str) -> list[tuple[Splits, Splits
         return [inward, outward]
     steps = split.steps(rank)
     sent = [
-        2 * each * sum(math.prod(last - first for first, last in box) for box in boxes)
-        for boxes in steps.sent
+        2 * each * sum(math.prod(last - first for first, last in steps.own[i]) for i in numbers)
+        for numbers in steps.sent
     ]
     received = [
         2 * each * sum(math.prod(s[i].length for s, i in zip(steps.segments, at)) for at in places)

@@ -20,6 +20,7 @@ from torch import Tensor
 from .._torch import collectives
 
 Shape = tuple[int, ...]
+Box = tuple[tuple[int, int], ...]  # first and one-past-last token along each axis
 
 
 @contextmanager
@@ -117,6 +118,55 @@ def send(
         return tensors, received
 
     return arrived
+
+
+class _Parts(torch.autograd.Function):
+    """Boxes of tokens, as views; what their gradients are added up in is made once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, boxes: Sequence[Box]) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.boxes = x.shape, boxes
+        return tuple(_narrowed(x, box) for box in boxes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _Added.apply(ctx.shape, ctx.boxes, *grads), None
+
+
+class _Added(torch.autograd.Function):
+    """The transpose of :class:`_Parts`: a tensor in which each box was added to zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, shape: Shape, boxes: Sequence[Box], *parts: Tensor) -> Tensor:
+        ctx.boxes = boxes
+        out = parts[0].new_zeros(shape)
+        for part, box in zip(parts, boxes):
+            _narrowed(out, box).add_(part)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return None, None, *_Parts.apply(grad, ctx.boxes)
+
+
+def _narrowed(x: Tensor, box: Box) -> Tensor:
+    for dim, (first, last) in enumerate(box, start=1):
+        x = x.narrow(dim, first, last - first)
+    return x
+
+
+def parts_of(x: Tensor, boxes: Sequence[Box]) -> Sequence[Tensor]:
+    """The tokens of each box of ``x [batch, *space, ...]``.
+
+    Slices of autograd would each have a gradient of the size of ``x``, once for every axis.
+    """
+    whole = tuple((0, n) for n in x.shape[1 : 1 + len(boxes[0])]) if boxes else ()
+    if all(box == whole for box in boxes):
+        return [x] * len(boxes)
+    if not x.is_floating_point():
+        return [_narrowed(x, box) for box in boxes]
+    found: Sequence[Tensor] = _Parts.apply(x, boxes)
+    return found
 
 
 class _Replicated(torch.autograd.Function):

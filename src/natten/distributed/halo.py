@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,10 +13,10 @@ from torch import Tensor
 
 from ..functional import attend
 from ..inputs import Inputs, compute_dtype
-from .collectives import send, tied
-from .shards import Box, Coordinates, HaloPlan, Piece, Sharding, gather, halo_plan
+from .collectives import parts_of, send, tied
+from .shards import Box, Coordinates, HaloPlan, Index, Piece, Sharding, gather, halo_plan
 
-Grid = dict[tuple[int, ...], Sequence[Tensor]]  # keys, values and perhaps a mask, by index
+Keys = Sequence[Tensor]  # keys, values, and a mask if there is one
 
 
 def attend_with_halo(
@@ -32,27 +34,33 @@ def attend_with_halo(
         with_lse: without effect, as the LSE costs nothing.
     """
     plan = halo_plan(sharding, ranks, group.rank())
-    own = [x for x in (inputs.key, inputs.value, inputs.key_mask) if x is not None]
-    grid: Grid = {at: [_part(x, box) for x in own] for at, box in plan.here}
+    whole = [x for x in (inputs.key, inputs.value, inputs.key_mask) if x is not None]
+    own = list(zip(*(parts_of(x, plan.own) for x in whole)))
+    pieces = [each for each in (plan.core, *chain(*plan.border)) if each is not None]
+    queries = dict(zip(pieces, parts_of(inputs.query, [piece.queries for piece in pieces])))
+    there: dict[Index, Keys] = {}
 
     def run(piece: Piece) -> tuple[Tensor, Tensor]:
-        keys = [
-            gather({at: tensors[i] for at, tensors in grid.items()}, plan.segments, piece.keys)
-            for i in range(len(own))
-        ]
-        part = inputs._replace(query=_part(inputs.query, piece.queries), key=keys[0], value=keys[1])
+        def find(i: int, index: Index, spans: Box) -> Tensor:
+            number = plan.here.get((index, spans))
+            if number is not None:
+                return own[number][i]
+            (part,) = parts_of(there[index][i], [spans])
+            return part
+
+        keys = [gather(partial(find, i), plan.segments, piece.keys) for i in range(len(whole))]
+        part = inputs._replace(query=queries[piece], key=keys[0], value=keys[1])
         if inputs.key_mask is not None:
             part = part._replace(key_mask=keys[2])
         return attend(part, piece.rule, *options)
 
-    arrived = _send_keys(name, group, plan, own) if plan.moves else None
+    arrived = _send_keys(name, group, plan, own, whole) if plan.moves else None
     if plan.core is None:
         out, lse = _no_queries(inputs)
     elif plan.is_inner:
         out, lse = run(plan.core)  # while keys travel
     if arrived is not None:
-        tensors, message = arrived()
-        grid.update(tensors)
+        there, message = arrived()
     if plan.core is not None and not plan.is_inner:
         out, lse = run(plan.core)
     for dim, slabs in reversed(list(enumerate(plan.border, start=1))):
@@ -67,35 +75,29 @@ def attend_with_halo(
     return out, lse
 
 
-def _part(x: Tensor, box: Box) -> Tensor:
-    """The tokens of a box of ``x [batch, *space, ...]``, as a view."""
-    for dim, (first, last) in enumerate(box, start=1):
-        x = x.narrow(dim, first, last - first)
-    return x
-
-
 def _send_keys(
-    name: str, group: dist.ProcessGroup, plan: HaloPlan, own: Sequence[Tensor]
-) -> Callable[[], tuple[Grid, Tensor]]:
+    name: str, group: dist.ProcessGroup, plan: HaloPlan, own: Sequence[Keys], whole: Keys
+) -> Callable[[], tuple[dict[Index, Keys], Tensor]]:
     """Send the rank's keys to those that need them, in one message of the keys' dtype.
 
     Returns:
-        A function that waits for those of the others, and returns them with their message.
+        A function that waits for those of the others, and returns them by their places in the
+        grid, and the message that they are parts of.
     """
-    sent = [[_part(x, box) for box in boxes for x in own] for boxes in plan.sent]
+    sent = [[x for number in numbers for x in own[number]] for numbers in plan.sent]
     shapes = []
     for indices in plan.received:
         sizes = [[s[i].length for s, i in zip(plan.segments, at)] for at in indices]
-        shapes.append([(len(x), *n, *x.shape[1 + len(n) :]) for n in sizes for x in own])
-    finish = send(name, group, sent, shapes, own)
+        shapes.append([(len(x), *n, *x.shape[1 + len(n) :]) for n in sizes for x in whole])
+    finish = send(name, group, sent, shapes, whole)
 
-    def arrived() -> tuple[Grid, Tensor]:
+    def arrived() -> tuple[dict[Index, Keys], Tensor]:
         from_ranks, message = finish()
-        grid: Grid = {}
+        found: dict[Index, Keys] = {}
         for indices, tensors in zip(plan.received, from_ranks):
             parts = iter(tensors)
-            grid.update((at, [next(parts).to(x.dtype) for x in own]) for at in indices)
-        return grid, message
+            found.update((at, [next(parts).to(x.dtype) for x in whole]) for at in indices)
+        return found, message
 
     return arrived
 

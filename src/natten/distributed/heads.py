@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..functional import attend
 from ..inputs import Inputs
-from .collectives import send, tied
+from .collectives import parts_of, send, tied
 from .shards import Coordinates, Segment, Sharding, gather
 
 
@@ -53,7 +53,8 @@ def attend_by_heads(
         """All tokens, from the tokens of every rank."""
         segments = [_segments(sizes, r) for sizes, r in zip(sharding.sizes, fine)]
         box = tuple((0, r * sum(sizes)) for sizes, r in zip(sharding.sizes, fine))
-        return gather(dict(zip(ranks, tensors)), segments, box)
+        of_ranks = dict(zip(ranks, tensors))
+        return gather(lambda index, _: of_ranks[index], segments, box)
 
     query, *others = zip(*received)
     key, value, *masks = (whole(each, (1,) * len(fine)) for each in others)
@@ -88,13 +89,12 @@ def _back(
 ) -> Tensor:  # fmt: skip
     """A result ``x [batch, *space, heads, ...]`` of all tokens and some heads, for a rank's tokens
     and all heads."""
-    sent = []
+    boxes = []
     for at in ranks:
-        part = x
-        for axis, (i, r) in enumerate(zip(at, sharding.rule.queries_per_key)):
-            first, last = sharding.own(axis, i)
-            part = part.narrow(1 + axis, r * first, r * (last - first))
-        sent.append([part])
+        spans = (sharding.own(axis, i) for axis, i in enumerate(at))
+        fine = sharding.rule.queries_per_key
+        boxes.append(tuple((r * first, r * last) for r, (first, last) in zip(fine, spans)))
+    sent = [[part] for part in parts_of(x, boxes)]
     own = query.shape[1:-2]
     shape = (len(x), *own, *x.shape[1 + len(own) :])
     received, _ = send(name, group, sent, [[shape]] * group.size(), [x])()

@@ -153,7 +153,7 @@ def halo_loads(
     matrices = layer.batch * layer.heads
     for rank, (at, extra) in enumerate(zip(ranks, halo_tokens(sharding, ranks))):
         steps = halo_plan(sharding, ranks, rank)
-        sent = layer.key * sum(_volume(box) for boxes in steps.sent for box in boxes)
+        sent = layer.key * sum(_volume(steps.own[i]) for numbers in steps.sent for i in numbers)
         received = layer.key * extra
         border = [slab for slabs in steps.border for slab in slabs if slab is not None]
         pieces = [*border, *([] if steps.core is None else [steps.core])]

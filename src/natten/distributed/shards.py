@@ -11,7 +11,7 @@ Along a ring that is split, tokens are counted from before the first one, as far
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, product
@@ -24,6 +24,7 @@ from ..neighborhood import Neighborhood, group_length
 
 Span = tuple[int, int]  # first and one-past-last token
 Box = tuple[Span, ...]  # one span for each axis
+Index = tuple[int, ...]  # into a grid of segments
 
 
 class Segment(NamedTuple):
@@ -166,8 +167,9 @@ class HaloPlan(NamedTuple):
         is_inner: whether the core needs the rank's own keys only.
         border: for each axis, the slabs before and after what is left by the axes before it.
         segments: for each axis, who has the keys that the rank needs. Their product is a grid.
-        here: where in the grid the rank's own keys are, and which they are.
-        sent: for each rank, boxes of this rank's keys.
+        own: boxes of the rank's own keys that are sent or attended.
+        here: which of them are some tokens of a place in the grid.
+        sent: for each rank, which of them go there.
         received: for each rank, where in the grid that which it sends belongs, in the same order.
         moves: whether any rank sends anything.
     """
@@ -176,9 +178,10 @@ class HaloPlan(NamedTuple):
     is_inner: bool
     border: tuple[tuple[Piece | None, Piece | None], ...]
     segments: tuple[tuple[Segment, ...], ...]
-    here: tuple[tuple[tuple[int, ...], Box], ...]
-    sent: tuple[tuple[Box, ...], ...]
-    received: tuple[tuple[tuple[int, ...], ...], ...]
+    own: tuple[Box, ...]
+    here: dict[tuple[Index, Box], int]
+    sent: tuple[tuple[int, ...], ...]
+    received: tuple[tuple[Index, ...], ...]
     moves: bool
 
     @property
@@ -207,16 +210,28 @@ def halo_plan(sharding: Sharding, ranks: tuple[Coordinates, ...], rank: int) -> 
     needs = [needs_of(sharding, at) for at in ranks]
     segments = _segments(sharding, me)
     grid = list(zip(product(*(range(len(each)) for each in segments)), needs[rank]))
-    here = tuple((index, box) for index, (owner, box) in grid if owner == me)
-    sent = tuple(
-        tuple(box for owner, box in need if owner == me and at != me)
-        for at, need in zip(ranks, needs)
-    )
     received = tuple(
         tuple(index for index, (owner, _) in grid if owner == at and at != me) for at in ranks
     )
     moves = any(owner != at for at, need in zip(ranks, needs) for owner, _ in need)
-    return HaloPlan(*_pieces(sharding, me), segments, here, sent, received, moves)
+    own: list[Box] = []
+    sent = []
+    for at, need in zip(ranks, needs):
+        boxes = [box for owner, box in need if owner == me and at != me]
+        sent.append(tuple(range(len(own), len(own) + len(boxes))))
+        own += boxes
+    core, is_inner, border = _pieces(sharding, me)
+    starts = {index: [first for first, _ in box] for index, (owner, box) in grid if owner == me}
+    here: dict[tuple[Index, Box], int] = {}
+    for piece in (core, *(slab for slabs in border for slab in slabs)):
+        for wanted in product(*_overlaps(segments, piece.keys)) if piece is not None else ():
+            index, spans = zip(*wanted)
+            if index in starts and (index, spans) not in here:
+                here[index, spans] = len(own)
+                own.append(tuple((a + i, b + i) for i, (a, b) in zip(starts[index], spans)))
+    return HaloPlan(
+        core, is_inner, border, segments, tuple(own), here, tuple(sent), received, moves
+    )
 
 
 def _segments(sharding: Sharding, at: Coordinates) -> tuple[tuple[Segment, ...], ...]:
@@ -298,29 +313,31 @@ def _piece(sharding: Sharding, at: Coordinates, tokens: Box) -> Piece:
 
 
 def gather(
-    pieces: dict[tuple[int, ...], Tensor], segments: Sequence[Sequence[Segment]], box: Box
+    find: Callable[[Index, Box], Tensor], segments: Sequence[Sequence[Segment]], box: Box
 ) -> Tensor:
-    """The tokens of ``box`` from a grid of pieces, a view where one piece has all of them.
+    """The tokens of ``box`` from a grid of pieces, as they are where one piece has all of them.
 
     Args:
-        pieces: ``[batch, *space, ...]`` by their index along each axis.
+        find: gives some tokens ``[batch, *space, ...]`` of the piece of an index.
         segments: along each axis, where pieces begin and how long they are.
         box: what is wanted.
     """
+    wanted = _overlaps(segments, box)
 
-    def gathered(index: tuple[int, ...], spans: tuple[Span, ...]) -> Tensor:
+    def gathered(index: Index, spans: Box) -> Tensor:
         axis = len(index)
-        if axis == len(segments):
-            x = pieces[index]
-            for dim, (first, last) in enumerate(spans, start=1):
-                x = x.narrow(dim, first, last - first)
-            return x
-        parts = []
-        for i, segment in enumerate(segments[axis]):
-            first = max(box[axis][0] - segment.at, 0)
-            last = min(box[axis][1] - segment.at, segment.length)
-            if first < last:
-                parts.append(gathered((*index, i), (*spans, (first, last))))
+        if axis == len(wanted):
+            return find(index, spans)
+        parts = [gathered((*index, i), (*spans, span)) for i, span in wanted[axis]]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1 + axis)
 
     return gathered((), ())
+
+
+def _overlaps(segments: Sequence[Sequence[Segment]], box: Box) -> list[list[tuple[int, Span]]]:
+    """Along each axis, which segments have tokens of ``box``, and which of theirs they are."""
+    found = []
+    for each, (first, last) in zip(segments, box):
+        spans = [(max(first - s.at, 0), min(last - s.at, s.length)) for s in each]
+        found.append([(i, span) for i, span in enumerate(spans) if span[0] < span[1]])
+    return found
