@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -407,6 +408,29 @@ def bounds_table() -> list[str]:
     return _table(rows)
 
 
+def distributed_table(name: str) -> list[str]:
+    """Layouts on several GPUs, or their shards one after another on one of them."""
+    with open(RESULTS / "distributed" / f"{name}.csv", encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    is_emulated = any("emulated" in each["scaling"] for each in found)
+    titles = ["case", "scaling", "GPUs", "method", "pass", "one GPU us", "compute us"]
+    titles += ["messages us", "together us", "efficiency", "shards / one" if is_emulated else "plan"]
+    rows = [titles]
+    for each in found:
+        last = each["sum_over_one" if is_emulated else "expected"]
+        times = (each[f"{x}_us"] for x in ("one", "compute", "messages", "together"))
+        rows.append(
+            [
+                each["case"], each["scaling"].removesuffix(", emulated"), each["ranks"],
+                each["method"], each["pass"], *(_us(float(x)) for x in times),
+                f"{float(each['efficiency']):.2f}", f"{float(last):.2f}",
+            ]
+        )  # fmt: skip
+    about = ", ".join(found[0][x] for x in ("device", "versions"))
+    about += f", commit {found[0]['commit']}, {found[0]['date']}"
+    return [*_table(rows), "", f"{about}; eager times of the slowest rank, medians."]
+
+
 def stride_table() -> list[str]:
     """Measured beside predicted times of strides, fastest first."""
     if not (RESULTS / "strides.csv").exists():
@@ -447,6 +471,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "gpu-h200": partial(gpu_table, "h200"),
     "portable-h200": partial(portable_table, "h200"),
     "flex-h200": partial(flex_table, "h200"),
+    "distributed": partial(distributed_table, "h200-x2"),
+    "emulated": partial(distributed_table, "h200-emulated"),
     "ltx": ltx_table,
     "model-1d": partial(model_table, ("1d", "1d-s256")),
     "model-flux": partial(model_table, ("flux", "flux-s16")),
