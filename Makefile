@@ -1,7 +1,7 @@
-# make demo: train a small classifier and draw what it attends.  make test: everything CI checks of
-# the code.  make programs: whole programs that use it.  make kernels: compile the GPU kernels,
-# without a GPU.  These make the environment first; TORCH= picks another build of PyTorch.
-# make hub: a folder for Hugging Face's kernels, HUB=.
+# make demo: train a small classifier and draw what it attends.  make weather: train a forecast of an
+# ocean and draw it.  make test: everything CI checks of the code.  make programs: whole programs that
+# use it.  make kernels: compile the GPU kernels, without a GPU.  These make the environment first;
+# TORCH= picks another build of PyTorch.  make hub: a folder for Hugging Face's kernels, HUB=.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -11,10 +11,13 @@ HUB ?= hub
 # What goes with this PyTorch and no other.
 PINNED := $(if $(filter torch==2.13.0%,$(TORCH)),-r tests/pinned.txt)
 
-.PHONY: demo test programs lint wheel release-check kernels bench tables site hub
+.PHONY: demo weather test programs lint wheel release-check kernels bench tables site hub
 
 demo: $(VENV)/.demo
 	$(PY) examples/digits.py
+
+weather: $(VENV)/.demo
+	$(PY) examples/weather.py
 
 test: $(VENV)/.dev
 	$(PY) -m pytest -n 2 --dist loadgroup --doctest-modules src/natten tests \

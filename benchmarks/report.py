@@ -414,7 +414,12 @@ def distributed_table(name: str) -> list[str]:
         found = list(csv.DictReader(file))
     is_emulated = any("emulated" in each["scaling"] for each in found)
     titles = ["case", "scaling", "GPUs", "method", "pass", "one GPU us", "compute us"]
-    titles += ["messages us", "together us", "efficiency", "shards / one" if is_emulated else "plan"]
+    titles += [
+        "messages us",
+        "together us",
+        "efficiency",
+        "shards / one" if is_emulated else "plan",
+    ]
     rows = [titles]
     for each in found:
         last = each["sum_over_one" if is_emulated else "expected"]
