@@ -287,6 +287,31 @@ def test_keys_travel_while_inner_queries_run_and_nothing_is_as_large_as_the_whol
         assert largest <= own + halo < 4 * own
 
 
+# What waits for a GPU, because the host reads what it has computed.
+READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
+
+
+def reads(method):
+    """Which operators of a step read data, once ranks have agreed and plans are made."""
+    mesh = mesh_of(4)
+    problem = one(
+        (32, 5), (7, 9, 8, 8), kernel_size=(5, 3), boundary=("circular", "shift"), heads=8,
+        heads_kv=4, has_bias=True, is_masked=True, additional=2, method=method,
+    )  # fmt: skip
+    local = problem.local(mesh, problem.tensors("cpu"))
+    problem.run(mesh, local)
+    with Recorder() as step:
+        out, lse = problem.run(mesh, local)
+        (out.sum() + lse.sum()).backward()
+    assert any(name.endswith("all_to_all_single") for name in step.names)
+    return READS.intersection(step.names)
+
+
+@pytest.mark.parametrize("method", ["halo", "heads"])
+def test_the_host_reads_nothing(ranks, method):
+    assert ranks(reads, method) == [set()] * 4
+
+
 # --- mistakes ---
 
 
