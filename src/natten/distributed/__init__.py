@@ -94,7 +94,7 @@ def neighborhood_attention_generic(
         RuntimeError: another rank does not take part, within the process group's timeout.
 
     Example:
-        >>> import tempfile, torch.distributed as dist
+        >>> import tempfile, torch, torch.distributed as dist
         >>> store = dist.FileStore(tempfile.mktemp(), 1)
         >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         >>> mesh = dist.init_device_mesh("cpu", (1,))
