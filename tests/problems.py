@@ -18,8 +18,8 @@ def axes(draw, largest=14):
         k = draw(st.integers(1, length + 3))
         s = draw(st.integers(1, k))
     elif boundary == "circular":
-        s = draw(st.integers(1, 3))
-        length = s * d * draw(st.integers(1, 3))
+        s = draw(st.integers(1, min(3, largest // d)))
+        length = s * d * draw(st.integers(1, min(3, largest // (s * d))))
         k = draw(st.integers(s, length // d))
     else:
         d = min(d, length)
