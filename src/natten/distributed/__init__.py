@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .._checks import autocast_tensors
 from .._keywords import check_call, signature_of
 from .._ranks import of_rank
+from .._submodules import getter
 from .._tracing import unscriptable
 from ..inputs import Inputs
 from ..neighborhood import Boundary, Causal, Dimension
@@ -130,3 +131,5 @@ _FUSED = """Fused {rank}-D neighborhood attention over a layout that is split ov
 na1d = of_rank(1, "na1d", neighborhood_attention_generic, _FUSED)
 na2d = of_rank(2, "na2d", neighborhood_attention_generic, _FUSED)
 na3d = of_rank(3, "na3d", neighborhood_attention_generic, _FUSED)
+
+__getattr__ = getter(__name__)
