@@ -41,7 +41,9 @@ def volume(shape):
 def piece_start(block, piece, number):
     """Where a block's piece of that number begins inside the block."""
     rows, columns = block[1] // piece[1], block[2] // piece[2]
-    at = number // (rows * columns), number // columns % rows, number % columns
+    row = number // columns
+    # Triton 3.8 has no remainder of a number by one of its constants.
+    at = row // rows, row - row // rows * rows, number - row * columns
     return [i * size for i, size in zip(at, piece)]
 
 
