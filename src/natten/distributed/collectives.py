@@ -169,24 +169,8 @@ def parts_of(x: Tensor, boxes: Sequence[Box]) -> Sequence[Tensor]:
     return found
 
 
-class _Replicated(torch.autograd.Function):
-    """A tensor that all ranks have; its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(x: Tensor, name: str, group: str) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.name, ctx.group = inputs
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Summed.apply(grad, ctx.name, ctx.group), None, None
-
-
 class _Summed(torch.autograd.Function):
-    """The sum of every rank's tensor."""
+    """The sum of every rank's tensor, which is its own transpose."""
 
     @staticmethod
     def forward(x: Tensor, name: str, group: str) -> Tensor:
@@ -201,6 +185,14 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _Summed.apply(grad, ctx.name, ctx.group), None, None
+
+
+class _Replicated(_Summed):
+    """A tensor that all ranks have; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(x: Tensor, name: str, group: str) -> Tensor:
+        return x.view_as(x)
 
 
 def replicated(x: Tensor | None, name: str, group: dist.ProcessGroup) -> Any:

@@ -28,6 +28,7 @@ from ..varlen import VarlenLayout, varlen_generic
 from .agreement import agree
 from .meshes import ranks_of
 from .sharded import attend_sharded
+from .shards import chunk_sizes
 
 # What a mesh dimension may split: an axis of tokens by its number, or what is named.
 Part = int | str
@@ -91,12 +92,6 @@ class Split(NamedTuple):
             x.contiguous(), self.mesh, self.placements(dims), run_check=False,
             shape=torch.Size(shape), stride=tuple(strides),
         )  # fmt: skip
-
-
-def chunk_sizes(n: int, ranks: int) -> list[int]:
-    """How many of ``n`` entries each rank has by DTensor's rule, which is that of torch.chunk."""
-    most = -(-n // ranks)
-    return [max(0, min(most, n - most * i)) for i in range(ranks)]
 
 
 def _sizes(n: int, mesh: DeviceMesh, dims: Sequence[int]) -> list[int]:

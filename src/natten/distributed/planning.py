@@ -15,7 +15,7 @@ from ..errors import ArgumentError
 from ..inputs import compute_dtype
 from ..neighborhood import Boundary, Causal, Dimension, Neighborhood
 from .loads import Layer, Load, fewer_bytes_of, halo_loads, heads_loads
-from .shards import Sharding
+from .shards import Sharding, chunk_sizes
 
 
 @dataclass(frozen=True)
@@ -251,8 +251,7 @@ def _split(length: int, value: Any, axis: int) -> tuple[int, ...]:
     """The keys of each rank along an axis."""
     given, count = entries(value), integer(value)
     if given is None and count is not None and count >= 1:
-        chunk = -(-length // count)
-        return tuple(max(min(chunk, length - i * chunk), 0) for i in range(count))
+        return tuple(chunk_sizes(length, count))
     numbers = tuple(map(integer, given or ()))
     if not numbers or None in numbers or min(numbers) < 0 or sum(numbers) != length:
         raise ArgumentError(

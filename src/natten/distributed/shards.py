@@ -123,6 +123,12 @@ class Sharding:
         return tuple(found)
 
 
+def chunk_sizes(n: int, ranks: int) -> list[int]:
+    """How many of ``n`` entries each rank has by DTensor's rule, which is that of torch.chunk."""
+    most = -(-n // ranks)
+    return [max(0, min(most, n - most * i)) for i in range(ranks)]
+
+
 def key_part(rule: Neighborhood, axis: int, length: int, tokens: Span) -> Span:
     """The keys of an axis that queries at ``tokens`` need, such that they are a layout of its own.
 
