@@ -1,7 +1,7 @@
 """How kernels cut a layer into tiles of queries and blocks of keys, and what that costs them.
 
 There are two models: kernels of which only the sizes of tiles and blocks are known, and our Hopper
-kernels, whose own estimate says what they choose. :mod:`natten.simulator` counts blocks for both.
+kernels, whose own estimate says what they choose. :mod:`.counting` counts blocks for both.
 """
 
 from __future__ import annotations
