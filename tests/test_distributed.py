@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from natten import Neighborhood, distributed
+from natten.distributed import collectives
 from natten.distributed.shards import Sharding, halo_plan
 from natten.neighborhood import window_mask
 
@@ -89,6 +90,41 @@ def test_a_halo_is_what_windows_reach():
         [(0, (0, 10)), (1, (0, 1))],
     ]
     assert plan.core.queries == ((2, 6), (0, 9))  # the last column needs the rank on the right
+
+
+# --- copies ---
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.bool])
+@pytest.mark.parametrize("channels", [1, 3, 4, 8, 24])
+def test_copies_keep_every_bit(dtype, channels):
+    """Whether words can be larger than numbers or not, and wherever tokens begin."""
+    bits = torch.randint(0, 256, (2, 24, channels * dtype.itemsize), dtype=torch.uint8)
+    x = bits > 99 if dtype == torch.bool else bits.view(dtype)
+    for first in range(4):
+        parts = x[:, first : first + 9], x[:, 5:], x
+        found, expected = collectives.joined(parts, 1), torch.cat(parts, 1)
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        (((0, 3), (0, 4)), ((3, 5), (0, 4))),  # each token once
+        (((0, 3), (0, 4)), ((2, 5), (1, 4))),  # some twice, some never
+        (((1, 4), (1, 3)), ((1, 1), (0, 4))),  # one is empty
+    ],
+)
+def test_gradients_of_boxes(boxes):
+    x = torch.randn(2, 5, 4, 3, dtype=torch.float64, requires_grad=True)
+
+    def run(x):
+        parts = collectives.parts_of(x, boxes)
+        joined = collectives.joined([part.flatten(1, 2) for part in parts], 1)
+        return joined.square(), collectives._Packed.apply(x.dtype, *parts).sin()
+
+    torch.autograd.gradcheck(run, x)
+    torch.autograd.gradgradcheck(run, x)
 
 
 # --- the numbers of one device ---

@@ -7,13 +7,12 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..functional import attend
 from ..inputs import Inputs, compute_dtype
-from .collectives import parts_of, send, tied
+from .collectives import joined, parts_of, send, tied
 from .shards import Box, Coordinates, HaloPlan, Index, Piece, Sharding, gather, halo_plan
 
 Keys = Sequence[Tensor]  # keys, values, and a mask if there is one
@@ -67,7 +66,7 @@ def attend_with_halo(
         before, after = ([] if slab is None else [run(slab)] for slab in slabs)
         if before or after:
             results = [*before, (out, lse), *after]
-            out, lse = (torch.cat(parts, dim) for parts in zip(*results))
+            out, lse = (joined(parts, dim) for parts in zip(*results))
     if plan.core is None:
         out, lse = tied(out, lse, *inputs.differentiable)
     if arrived is not None and not plan.uses_message:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..functional import attend
 from ..inputs import Inputs
-from .collectives import parts_of, send, tied
+from .collectives import joined, parts_of, send, tied
 from .shards import Coordinates, Segment, Sharding, gather
 
 
@@ -98,4 +98,4 @@ def _back(
     own = query.shape[1:-2]
     shape = (len(x), *own, *x.shape[1 + len(own) :])
     received, _ = send(name, group, sent, [[shape]] * group.size(), [x])()
-    return torch.cat([each for (each,) in received], dim)
+    return joined([each for (each,) in received], dim)

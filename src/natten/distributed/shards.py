@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..neighborhood import Neighborhood, group_length
+from .collectives import joined
 
 Span = tuple[int, int]  # first and one-past-last token
 Box = tuple[Span, ...]  # one span for each axis
@@ -335,7 +336,7 @@ def gather(
         if axis == len(wanted):
             return find(index, spans)
         parts = [gathered((*index, i), (*spans, span)) for i, span in wanted[axis]]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1 + axis)
+        return joined(parts, 1 + axis)
 
     return gathered((), ())
 
