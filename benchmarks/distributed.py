@@ -6,15 +6,18 @@
 
 First, every case in a small size has to agree with the same call on one rank. Then ``one`` is the
 time of the case's layout on one rank. With strong scaling this layout is split; with weak scaling
-every rank has one of its size. ``compute`` is what a rank computes without messages, ``messages``
-what it sends and gets alone, ``together`` a call. Times are eager ones, in microseconds: medians,
-of the slowest rank. ``hidden`` is the share of the messages' time that a call does not take longer
-than its compute, and ``expected`` is the efficiency by `natten.distributed.plan`, for the measured
-``one`` and the links that are given. A row without times needs more memory than the GPU has.
+every rank has one of its size. ``together`` is a call, ``compute`` the same call whose messages are
+left out, copies and all, and ``messages`` exchanges of the same sizes alone. Times are eager ones,
+in microseconds: medians, of the slowest rank. The four are measured in turn, as a GPU's clock
+changes when it is warm. ``hidden`` is the share of the messages' time by which a call does not take
+longer than its compute, and ``expected`` is the efficiency by `natten.distributed.plan`, for the
+measured ``one`` and the links that are given. A row without times needs more memory than the GPU
+has.
 
-``--emulate`` needs one rank: the shards of as many ranks run one after another without messages,
-whose time is the plan's. ``sum/one`` is the time of all shards together over that of ``one``: what
-halos and smaller tiles cost. ``NCCL_NVLS_ENABLE=0`` leaves NVLink multicast off.
+``--emulate`` needs one rank: the shards of as many ranks run one after another, without messages,
+whose time is the plan's, and without the copies that messages need. ``sum/one`` is the time of all
+shards together over that of ``one``: what halos and smaller tiles cost. ``NCCL_NVLS_ENABLE=0``
+leaves NVLink multicast off.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -167,9 +171,9 @@ def split_of(case: Case, count: int, weak: bool, link: float, latency: float) ->
 # --- what is timed -------------------------------------------------------------------------------
 
 
-def random(shape: tuple[int, ...], case: Case, device: torch.device, heads: int = 0) -> Tensor:
+def random(shape: tuple[int, ...], case: Case, device: torch.device) -> Tensor:
     """Random tokens ``[batch, *shape, heads, dim]`` that need a gradient."""
-    sizes = case.batch, *shape, heads or case.heads, case.dim
+    sizes = case.batch, *shape, case.heads, case.dim
     return torch.randn(sizes, dtype=case.dtype, device=device, requires_grad=True)
 
 
@@ -198,24 +202,16 @@ def one_rank(case: Case, device: torch.device, pass_: str) -> Call:
     return in_pass(lambda *x: attend(rule, *x), inputs, pass_)
 
 
-def compute(split: Split, rank: int, method: str, device: torch.device, pass_: str) -> list[Call]:
-    """What a rank computes, without messages: first what it does while they travel."""
-    case = split.case
-    if method == "heads":
-        heads = case.heads // split.count
-        inputs = [random(case.shape, case, device, heads) for _ in range(3)]
-        return [in_pass(lambda *x: attend(split.rule, *x), inputs, pass_)]
+def compute(split: Split, rank: int, device: torch.device, pass_: str) -> Iterator[Call]:
+    """What a rank computes with the method "halo": first what it does while messages travel."""
     steps = split.steps(rank)
-    border = [slab for slabs in steps.border for slab in slabs if slab is not None]
-    calls = []
-    for piece in [steps.core, *border]:
+    for piece in [steps.core, *(slab for slabs in steps.border for slab in slabs if slab)]:
         assert piece is not None  # every rank has queries
         layouts = ([last - first for first, last in box] for box in (piece.queries, piece.keys))
-        query, key = (random(tuple(layout), case, device) for layout in layouts)
+        query, key = (random(tuple(layout), split.case, device) for layout in layouts)
         value = torch.randn_like(key, requires_grad=True)
         rule = piece.rule
-        calls.append(in_pass(lambda *x, rule=rule: attend(rule, *x), [query, key, value], pass_))
-    return calls
+        yield in_pass(lambda *x, rule=rule: attend(rule, *x), [query, key, value], pass_)
 
 
 def messages(split: Split, rank: int, method: str, device: torch.device, pass_: str) -> Call:
@@ -278,6 +274,28 @@ def together(split: Split, method: str) -> Callable[..., Tensor]:
     return call
 
 
+class Silent:
+    """Collectives that send nothing."""
+
+    @staticmethod
+    def all_to_all_single(x: Tensor, received: Splits, sent: Splits, group: Any) -> Tensor:
+        return x.new_empty(sum(received))
+
+    @staticmethod
+    def wait_tensor(x: Tensor) -> Tensor:
+        return x
+
+
+def without_messages(call: Call) -> Call:
+    """The call, in which nothing travels."""
+
+    def silent() -> None:
+        with patch("natten.distributed.collectives.collectives", Silent):
+            call()
+
+    return silent
+
+
 # --- clocks --------------------------------------------------------------------------------------
 
 
@@ -293,22 +311,28 @@ def slowest(number: float, device: torch.device) -> float:
     return found.item()
 
 
-def time_us(call: Call, device: torch.device, seconds: float) -> float:
-    """The median time of a call, of the slowest rank. All ranks make as many calls."""
+def times_us(calls: Sequence[Call], device: torch.device, seconds: float) -> list[float]:
+    """The median times of calls that are made in turn, of the slowest rank.
 
-    def timed(calls: int) -> float:
+    All ranks make as many calls, those of one kind together for ``seconds / BLOCKS``.
+    """
+
+    def timed(call: Call, count: int) -> float:
         dist.barrier()
         synchronize(device)
         start = time.perf_counter()
-        for _ in range(calls):
+        for _ in range(count):
             call()
         synchronize(device)
-        return (time.perf_counter() - start) / calls
+        return (time.perf_counter() - start) / count
 
-    for _ in range(2):  # kernels are compiled, and plans made
-        once = slowest(timed(1), device)
-    calls = max(1, round(seconds / BLOCKS / once))
-    return 1e6 * slowest(statistics.median(timed(calls) for _ in range(BLOCKS)), device)
+    counts = []
+    for call in calls:
+        for _ in range(2):  # kernels are compiled, and plans made
+            once = slowest(timed(call, 1), device)
+        counts.append(max(2, round(seconds / BLOCKS / once)))
+    rounds = [list(map(timed, calls, counts)) for _ in range(BLOCKS)]
+    return [1e6 * slowest(statistics.median(times), device) for times in zip(*rounds)]
 
 
 def peak_bytes(call: Call, device: torch.device) -> float:
@@ -319,15 +343,18 @@ def peak_bytes(call: Call, device: torch.device) -> float:
     return slowest(torch.cuda.max_memory_allocated(device) - before, device)
 
 
-def fits(planned: float, pass_: str, device: torch.device) -> bool:
-    """Whether a GPU has the memory for a pass whose forward holds ``planned`` bytes.
+def fits(case: Case, planned: float, pass_: str, device: torch.device) -> bool:
+    """Whether a GPU has the memory for a pass whose forward holds ``planned`` bytes, and for the
+    same on one rank.
 
-    A backward holds about as much again for gradients.
+    One rank holds queries, keys, values and output. A backward needs about as much again for the
+    gradients, and what it saves of the forward.
     """
     if device.type != "cuda":
         return True
+    one = 4 * case.batch * math.prod(case.shape) * case.heads * case.dim * case.dtype.itemsize
     room = torch.cuda.get_device_properties(device).total_memory
-    return (1.0 if pass_ == FORWARD else 2.2) * planned < 0.95 * room
+    return (1.0 if pass_ == FORWARD else 2.4) * (planned + one) < 0.95 * room
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -391,38 +418,34 @@ def scaled(case: Case, weak: bool, args: argparse.Namespace, device: torch.devic
     split = split_of(case, dist.get_world_size(), weak, args.link, args.latency)
     rank = dist.get_rank()
     scaling = "weak" if weak else "strong"
-    for pass_ in args.passes:
-        one_us = time_us(one_rank(case, device, pass_), device, args.seconds)
+    for pass_, method in itertools.product(args.passes, split.methods()):
+        planned = max(load.memory for load in split.plan(1.0)[method].loads)
+        head = case.name, scaling, str(split.count), by(split.grid), method, pass_
+        memory = {"planned_mb": planned / 1e6} if pass_ == FORWARD else {}
+        if not fits(case, planned, pass_, device):
+            yield Row(*head, **numbers(planned_mb=planned / 1e6))
+            continue
+        inputs = [random(split.local(rank), case, device) for _ in range(3)]
+        call = in_pass(together(split, method), inputs, pass_)
+        calls = [
+            one_rank(case, device, pass_), without_messages(call),
+            messages(split, rank, method, device, pass_), call,
+        ]  # fmt: skip
+        one_us, compute_us, messages_us, together_us = times_us(calls, device, args.seconds)
         share = one_us if weak else one_us / split.count
-        for method in split.methods():
-            planned = max(load.memory for load in split.plan(1.0)[method].loads)
-            head = case.name, scaling, str(split.count), by(split.grid), method, pass_
-            memory = {"planned_mb": planned / 1e6} if pass_ == FORWARD else {}
-            if not fits(planned, pass_, device):
-                yield Row(*head, **numbers(planned_mb=planned / 1e6))
-                continue
-            calls = compute(split, rank, method, device, pass_)
-            compute_us = time_us(lambda calls=calls: [c() for c in calls], device, args.seconds)
-            del calls
-            alone = messages(split, rank, method, device, pass_)
-            messages_us = time_us(alone, device, args.seconds)
-            del alone
-            inputs = [random(split.local(rank), case, device) for _ in range(3)]
-            call = in_pass(together(split, method), inputs, pass_)
-            together_us = time_us(call, device, args.seconds)
-            hidden = (compute_us + messages_us - together_us) / messages_us
-            if device.type == "cuda":
-                memory["peak_mb"] = (peak_bytes(call, device) + 3 * inputs[0].nbytes) / 1e6
-            del call, inputs
-            yield Row(
-                *head,
-                **numbers(
-                    one_us=one_us, compute_us=compute_us, messages_us=messages_us,
-                    together_us=together_us, hidden=min(max(hidden, 0), 1),
-                    efficiency=share / together_us,
-                    expected=expected(split, method, share, pass_)[1], **memory,
-                ),
-            )  # fmt: skip
+        hidden = (compute_us + messages_us - together_us) / messages_us
+        if device.type == "cuda":
+            memory["peak_mb"] = (peak_bytes(call, device) + 3 * inputs[0].nbytes) / 1e6
+        del call, calls, inputs
+        yield Row(
+            *head,
+            **numbers(
+                one_us=one_us, compute_us=compute_us, messages_us=messages_us,
+                together_us=together_us, hidden=min(max(hidden, 0), 1),
+                efficiency=share / together_us, expected=expected(split, method, share, pass_)[1],
+                **memory,
+            ),
+        )  # fmt: skip
 
 
 def emulated(
@@ -431,7 +454,7 @@ def emulated(
     """The rows of a case on ranks that are not there, one after another."""
     split = split_of(case, count, weak, args.link, args.latency)
     for pass_ in args.passes:
-        one_us = time_us(one_rank(case, device, pass_), device, args.seconds)
+        (one_us,) = times_us([one_rank(case, device, pass_)], device, args.seconds)
         share = one_us if weak else one_us / count
         for method in split.methods():
             message_us, by_plan = expected(split, method, share, pass_)
@@ -441,8 +464,12 @@ def emulated(
                 steps = split.steps(rank)
                 kind = (steps.core, steps.border) if method == "halo" else method
                 if kind not in known:
-                    calls = compute(split, rank, method, device, pass_)
-                    times = [time_us(call, device, args.seconds) for call in calls]
+                    if method == "halo":
+                        calls = list(compute(split, rank, device, pass_))
+                    else:
+                        part = replace(case, shape=split.case.shape, heads=case.heads // count)
+                        calls = [one_rank(part, device, pass_)]
+                    times = times_us(calls, device, args.seconds)
                     hides = times[0] if method == "halo" and steps.is_inner else 0.0
                     known[kind] = sum(times), sum(times) + max(message_us - hides, 0)
                     del calls
