@@ -253,6 +253,16 @@ def parts_of(x: Tensor, boxes: Sequence[Box]) -> Sequence[Tensor]:
     return found
 
 
+def together(parts: Sequence[Tensor], boxes: Sequence[Box], space: Shape) -> Tensor:
+    """The inverse of :func:`parts_of`: tokens ``[batch, *space, ...]`` of boxes that have each
+    token once."""
+    if len(parts) == 1:
+        return parts[0]
+    x = parts[0]
+    found: Tensor = _Added.apply((len(x), *space, *x.shape[1 + len(space) :]), tuple(boxes), *parts)
+    return found
+
+
 class _Summed(torch.autograd.Function):
     """The sum of every rank's tensor, which is its own transpose."""
 

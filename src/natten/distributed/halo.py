@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..functional import attend
 from ..inputs import Inputs, compute_dtype
-from .collectives import joined, parts_of, send, tied
+from .collectives import parts_of, send, tied, together
 from .shards import Box, Coordinates, HaloPlan, Index, Piece, Sharding, gather, halo_plan
 
 Keys = Sequence[Tensor]  # keys, values, and a mask if there is one
@@ -54,19 +54,15 @@ def attend_with_halo(
         return attend(part, piece.rule, *options)
 
     arrived = _send_keys(name, group, plan, own, whole) if plan.moves else None
-    if plan.core is None:
-        out, lse = _no_queries(inputs)
-    elif plan.is_inner:
-        out, lse = run(plan.core)  # while keys travel
-    if arrived is not None:
+    results = [run(plan.core)] if plan.core is not None and plan.is_inner else []
+    if arrived is not None:  # the inner queries run while keys travel
         there, message = arrived()
-    if plan.core is not None and not plan.is_inner:
-        out, lse = run(plan.core)
-    for dim, slabs in reversed(list(enumerate(plan.border, start=1))):
-        before, after = ([] if slab is None else [run(slab)] for slab in slabs)
-        if before or after:
-            results = [*before, (out, lse), *after]
-            out, lse = (joined(parts, dim) for parts in zip(*results))
+    results += [run(piece) for piece in pieces[len(results) :]]
+    if results:
+        boxes = [piece.queries for piece in pieces]
+        out, lse = (together(each, boxes, inputs.query.shape[1:-2]) for each in zip(*results))
+    else:
+        out, lse = _no_queries(inputs)
     if plan.core is None:
         out, lse = tied(out, lse, *inputs.differentiable)
     if arrived is not None and not plan.uses_message:
