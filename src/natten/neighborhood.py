@@ -273,6 +273,15 @@ class Neighborhood:
         found.__dict__.update(self.__dict__, query_offset=_offset_of(offset, self.rank))
         return found
 
+    def of_axis(self, axis: int) -> Neighborhood:
+        """The rule of one axis alone, of a layout of one axis."""
+        one = slice(axis, axis + 1)
+        return Neighborhood(
+            self.kernel_size[one], self.stride[one], self.dilation[one], self.is_causal[one],
+            self.boundary[one], self.queries_per_key[one],
+            None if self.query_offset is None else self.query_offset[one],
+        )  # fmt: skip
+
     def key_tokens(self, axis: int, query: Tensor) -> Tensor:
         """The key tokens at which queries of an axis stand."""
         offset, r = self.offset[axis], self.queries_per_key[axis]
@@ -482,6 +491,10 @@ class Dense:
     queries_per_key: tuple[int, ...] = (1,)
     offset: tuple[int, ...] = (0,)
     boundary: tuple[str, ...] = ("truncate",)
+
+    def of_axis(self, axis: int) -> Dense:
+        """The same as :meth:`Neighborhood.of_axis`: there is one axis."""
+        return self
 
     def key_tokens(self, axis: int, query: Tensor) -> Tensor:
         """The same as :meth:`Neighborhood.key_tokens`, perhaps beyond the last key."""

@@ -73,13 +73,23 @@ def lookup(key: str) -> Any | None:
         return None
 
 
-def choose(key: str, candidates: Sequence[Tiles]) -> Tiles:
-    """The candidate that is remembered for ``key``, else the first one.
+def choose(
+    key: str, candidates: Callable[[], Sequence[Tiles]], usual: Callable[[], Tiles]
+) -> Tiles:
+    """The tiles that are remembered for ``key``, else the usual ones.
 
     The remembered tiles need not be a candidate, because another version may have written them.
+
+    Args:
+        key: as in :func:`lookup`.
+        candidates: makes all tiles that can run.
+        usual: makes the usual ones.
     """
-    known = _tuples(lookup(key))
-    return next((tiles for tiles in candidates if tiles == known), candidates[0])
+    known = lookup(key)
+    if known is None:
+        return usual()
+    known = _tuples(known)
+    return next((tiles for tiles in candidates() if tiles == known), None) or usual()
 
 
 def remember(key: str, tiles: Any, forget: bool = True) -> Path:

@@ -150,7 +150,7 @@ def check(kind, rule, shape, tiles):
     """Every partner of a token is visible in one block, and nothing else is."""
     arguments = launch_of(kind, rule, shape, tiles)
     ids = some_tiles([arguments[f"T{axis}"] for axis in range(3)])
-    most = math.prod(axis.most for axis in tiling._cuts(kind, rule, shape, shape)(tiles))
+    most = math.prod(axis.most for axis in tiling.cuts(kind == "dkdv", rule, shape, shape)(tiles))
     sizes = arguments["WARPGROUPS"] * len(ids), most
     scores = torch.full((*sizes, tiling.ROWS, math.prod(arguments["BLOCK"])), -math.inf)
     starts = torch.full((*sizes, 3), 1 << 20, dtype=torch.int32)  # where there is no block

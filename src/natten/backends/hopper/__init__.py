@@ -23,7 +23,7 @@ from ...neighborhood import Neighborhood, Rule
 from .. import triton
 from ..interface import KINDS, Backend, Problem, Shape, TileChooser
 from ..triton import releases
-from .tiles import MOST, OWN, candidates, has_empty_box, native, queries
+from .tiles import MOST, OWN, has_empty_box, has_tiles, native, queries
 
 
 class Hopper(Backend):
@@ -73,7 +73,7 @@ class Hopper(Backend):
             return True
         dims = problem.head_dim, problem.value_dim
         kinds = KINDS if self._has_gradient(*dims) else KINDS[:1]
-        return not all(candidates(kind, rule, space, problem.key_shape, *dims) for kind in kinds)
+        return not all(has_tiles(kind, rule, space, problem.key_shape, *dims) for kind in kinds)
 
     def _has_gradient(self, dim: int, value_dim: int) -> bool:
         return native(dim) == native(value_dim) <= 128

@@ -19,7 +19,7 @@ the seam.
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
 
 from ..triton import windows
-from . import tiles
+from . import cuts
 from .gluon_names import aggregate, from_triton, gl, gluon
 
 window = from_triton(windows.window)
@@ -27,8 +27,8 @@ queries_of = from_triton(windows.queries_of)
 wrapped = from_triton(windows.wrapped)
 lpt_order = from_triton(windows.lpt_order)
 
-WARPS = gl.constexpr(tiles.WARPS)  # of a warpgroup
-OWN, PART, FINER = map(gl.constexpr, tiles.QUERY_KINDS)
+WARPS = gl.constexpr(cuts.WARPS)  # of a warpgroup
+OWN, PART, FINER = map(gl.constexpr, cuts.QUERY_KINDS)
 
 
 @gluon.constexpr_function
@@ -50,7 +50,7 @@ def piece_start(block, piece, number):
 @gluon.constexpr_function
 def mma_layout(columns):
     """Layout of what a warpgroup's products give, ``[ROWS, columns]``, 16 rows a warp."""
-    return gl.NVMMADistributedLayout([3, 0], [tiles.WARPS, 1], [16, columns, 16])
+    return gl.NVMMADistributedLayout([3, 0], [cuts.WARPS, 1], [16, columns, 16])
 
 
 @gluon.jit

@@ -7,48 +7,34 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
-
-import torch
 
 from ... import tuning
 from ...documents import roomy
-from ...neighborhood import Neighborhood, group_length
-from ...tiling import padded, reach
+from ...neighborhood import Neighborhood
+from ...tiling import padded
 from ..interface import Shape, Tiles
 from ..triton.tiles import SHARED_MEMORY
+from .cuts import (
+    MISSING,
+    OWN,
+    WARPS,
+    Axis,
+    cuts,
+    in_pieces,
+    queries,
+    tile_and_block,
+    warpgroups,
+)
 
 ROWS = 64  # tokens of a warpgroup
-WARPS = 4  # of a warpgroup
 HEAD_DIMS = (32, 64, 128, 256)  # channels that there are kernels for
 MOST = 2**31 - 1  # coordinates of TMA are 32 bits
 
 MASK_KINDS = NONE, COMPARE, PRODUCT = 0, 1, 2
-
-# Queries are the keys' own tokens, a part of the layout, or a part where some are finer than keys.
-# Where a dilation does not divide an axis, groups differ in length; then they are a part, too.
-QUERY_KINDS = OWN, PART, FINER = 0, 1, 2
-
-
-def queries(rule: Neighborhood, shape: Sequence[int]) -> int:
-    """Which of ``QUERY_KINDS`` the queries are."""
-    if any(r > 1 for r in rule.queries_per_key):
-        return FINER
-    ragged = any(n % d for n, d in zip(shape, rule.dilation))
-    return PART if rule.query_offset is not None or ragged else OWN
-
-
-def warpgroups(tiles: Tiles) -> int:
-    """How many of a program compute: one or two."""
-    return tiles.num_warps // WARPS
-
-
-def tile_and_block(tiles: Tiles, of_keys: bool) -> tuple[Shape, Shape]:
-    """What a warpgroup holds, and what it walks over."""
-    return (tiles.kv_block, tiles.q_block) if of_keys else (tiles.q_block, tiles.kv_block)
 
 
 @cache
@@ -136,153 +122,6 @@ class Mask(NamedTuple):
     tables: int = 1
 
 
-# The most pieces of a block, and the least tokens of a piece: shared memory has a pattern of eight
-# rows.
-PIECES, PIECE_ROWS = 4, 8
-
-
-class Axis(NamedTuple):
-    """One way to cut an axis: what a warpgroup and a block cover, summed over the axis's tiles."""
-
-    tile: int
-    block: int
-    tiles: int
-    blocks: int  # with partners, of all warpgroups if the axis is split, else of one
-    fetched: int  # as ``blocks``, with those that a warpgroup hands back unread
-    most: int  # blocks of one tile
-    masked: bool
-    fits: bool = True  # else a tile's blocks cross both ends of a ring, and pieces meet at one
-
-
-def _cut(
-    first: torch.Tensor,
-    last: torch.Tensor,
-    count: int,
-    tile: int,
-    block: int,
-    groups: int,
-    ring: int | None,
-    piece: int,
-) -> Axis:
-    """Cut an axis, whose tokens have partners ``first .. last``, into ``count`` tiles.
-
-    Args:
-        groups: warpgroups a tile. Each has a block, also where its tokens have no partners.
-        ring: positions of a circular axis. Where a tile's partners cross its seam, two pieces of
-            blocks meet.
-        piece: positions of a piece of a block.
-    """
-    if len(first) == 0:
-        first = last = torch.zeros(1, dtype=torch.int64, device="cpu")
-    end = len(first) - 1
-    begin = torch.arange(count, device="cpu") * (tile * groups)
-    low, high = first[begin.clamp(max=end)], last[(begin + tile * groups - 1).clamp(max=end)]
-    blocks, masked, fits = 0, False, True
-    if ring is not None:
-        before, after = low < 0, high > ring
-        seam = torch.where(before, 0, ring)
-        low = torch.where(before | after, seam + (low - seam) // piece * piece, low)
-        # Also where blocks cross the first seam only because they begin earlier.
-        fits = ring % piece == 0 or not bool(((low < 0) & after).any())
-    for warpgroup in range(groups):
-        head = (begin + warpgroup * tile).clamp(max=end)
-        tail = (begin + warpgroup * tile + tile - 1).clamp(max=end)
-        before, after = first[head] - low, last[tail] - low
-        blocks += int((-(-after // block) - before // block).clamp(min=1).sum())
-        masked |= bool((first[tail] > first[head]).any() or (last[tail] > last[head]).any())
-        masked |= bool((before % block).any() or (after % block).any())
-    fetched = (-((low - high) // block)).clamp(min=1)
-    total = int(fetched.sum()) * groups
-    return Axis(tile, block, count, blocks, total, int(fetched.max()), masked, fits)
-
-
-class _Cuts:
-    """The axes of a problem, cut for given tiles; what is counted is of ``groups`` sets of them.
-
-    Where queries are the keys' own tokens, all dilation groups are alike, and one is cut. Otherwise
-    an axis counts its tiles in all of its dilation groups.
-    """
-
-    def __init__(self, of_keys: bool, rule: Neighborhood, shape: Shape, key_shape: Shape) -> None:
-        self.of_keys, self.missing = of_keys, 3 - len(shape)
-        self.q_lengths, self.kv_lengths = (
-            [group_length(n, d, 0) for n, d in zip(each, rule.dilation)]
-            for each in (shape, key_shape)
-        )
-        own = queries(rule, shape) == OWN
-        self.groups = math.prod(rule.dilation) if own else 1
-        self.rings = [
-            n if boundary == "circular" else None
-            for n, boundary in zip(self.kv_lengths, rule.boundary)
-        ]
-        self.partners = [
-            [
-                reach(rule, axis, length, key_length, group, of_keys)
-                for group in range(1 if own else rule.dilation[axis])
-            ]
-            for axis, (length, key_length) in enumerate(zip(shape, key_shape))
-        ]
-        self.has_rings = any(ring is not None for ring in self.rings)
-        self.axis, self.sizes = cache(self._axis), cache(self._sizes)
-
-    def _axis(self, axis: int, tile: int, block: int, groups: int, piece: int) -> Axis:
-        if axis < self.missing:
-            return Axis(1, 1, 1, 1, 1, 1, False)
-        lengths = self.kv_lengths if self.of_keys else self.q_lengths
-        axis -= self.missing
-        count, ring = -(-lengths[axis] // (tile * groups)), self.rings[axis]
-        cuts = [
-            _cut(*each, count, tile, block, groups, ring, piece) for each in self.partners[axis]
-        ]
-        _, _, tiles, blocks, fetched, most, masked, fits = zip(*cuts)
-        return Axis(
-            tile, block, sum(tiles), sum(blocks), sum(fetched), max(most), any(masked), all(fits)
-        )  # fmt: skip
-
-    def __call__(self, tiles: Tiles) -> tuple[Axis, ...]:
-        tile, block = tile_and_block(tiles, self.of_keys)
-        groups = self._groups(tiles)
-        return tuple(map(self.axis, range(3), tile, block, groups, self.piece(tiles)))
-
-    @staticmethod
-    def _groups(tiles: Tiles) -> list[int]:
-        """Warpgroups along each axis."""
-        return [warpgroups(tiles) if axis == tiles.split_axis else 1 for axis in range(3)]
-
-    def piece(self, tiles: Tiles) -> Shape:
-        """What of a block is fetched at once: on rings perhaps a piece, so that blocks begin only
-        little before a tile's first partner where pieces have to meet at the seam."""
-        tile, block = tile_and_block(tiles, self.of_keys)
-        if not self.has_rings:
-            return block
-        volume, best, found = math.prod(block), math.inf, block
-        least = max(PIECE_ROWS, volume // PIECES)
-        sizes = map(self.sizes, range(3), tile, block, self._groups(tiles))
-        for choice in itertools.product(*sizes):
-            (a, b, c), blocks = zip(*choice)
-            tokens = a * b * c
-            cost = math.prod(blocks) * in_pieces(volume // tokens)
-            if tokens >= least and cost < best:
-                best, found = cost, (a, b, c)
-        return found
-
-    def _sizes(self, axis: int, tile: int, block: int, groups: int) -> list[tuple[int, float]]:
-        """Sizes along an axis that a piece of a block may have, and the blocks of all tiles; no
-        size that a larger one equals."""
-        if axis < self.missing or self.rings[axis - self.missing] is None:
-            return [(block, self.axis(axis, tile, block, groups, block).blocks)]
-        found: dict[float, int] = {}
-        for i in range(block.bit_length()):
-            cut = self.axis(axis, tile, block, groups, block >> i)
-            found.setdefault(cut.blocks if cut.fits else math.inf, block >> i)
-        return [(size, blocks) for blocks, size in found.items()]
-
-
-@lru_cache(maxsize=64)
-def _cuts(kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape) -> _Cuts:
-    return _Cuts(kind == "dkdv", rule, shape, key_shape)
-
-
 @lru_cache(maxsize=1024)
 def _model(rule: Neighborhood, shape: Shape, key_shape: Shape) -> tuple[Neighborhood, Shape, Shape]:
     """The problem for which tiles are chosen, which stands for many parts of a layout.
@@ -348,7 +187,7 @@ def slides(kind: str, rule: Neighborhood) -> bool:
 def mask(kind: str, rule: Neighborhood, shape: Shape, tiles: Tiles, work: Work) -> Mask:
     """How tiles are masked."""
     if queries(rule, shape) == OWN:
-        axes = _cuts(kind, rule, shape, shape)(tiles)
+        axes = cuts(kind == "dkdv", rule, shape, shape)(tiles)
     else:
         axes = _any_axes(kind, rule, tiles)
     return mask_of(slides(kind, rule), axes, tiles, work)
@@ -357,14 +196,14 @@ def mask(kind: str, rule: Neighborhood, shape: Shape, tiles: Tiles, work: Work) 
 def piece(kind: str, rule: Neighborhood, shape: Shape, tiles: Tiles) -> Shape:
     """What of a block is fetched at once."""
     if "circular" in rule.boundary:
-        return _cuts(kind, rule, shape, shape).piece(tiles)
+        return cuts(kind == "dkdv", rule, shape, shape).piece(tiles)
     return tile_and_block(tiles, kind == "dkdv")[1]
 
 
 def _any_axes(kind: str, rule: Neighborhood, tiles: Tiles) -> tuple[Axis, ...]:
     """Of axes that are cut, what decides masks, for parts of every offset and length."""
     of_keys, missing = kind == "dkdv", 3 - rule.rank
-    axes = [Axis(1, 1, 1, 1, 1, 1, False)] * missing
+    axes = [MISSING] * missing
     sizes = list(zip(*tile_and_block(tiles, of_keys)))[missing:]
     for (tile, block), k, r in zip(sizes, rule.kernel_size, rule.queries_per_key):
         positions = -(-(tile - 1) // r) + 1  # of keys, where a warpgroup's queries stand
@@ -427,19 +266,12 @@ def cycles(tiles: Tiles, mask: Mask, work: Work) -> tuple[float, float]:
     return block, _TILE_CYCLES + _TILE_LATENCY / at_once
 
 
-def in_pieces(pieces: int) -> float:
-    """What a block in so many pieces costs, of one that is fetched at once."""
-    return 1 + 0.02 * (pieces - 1)
-
-
-def _cost(axes: tuple[Axis, ...], tiles: Tiles, mask: Mask, work: Work, piece: Shape) -> float:
+def _cost(axes: tuple[Axis, ...], tiles: Tiles, per_block: float, per_tile: float) -> float:
     """Cycles of a multiprocessor per batch entry, head and dilation group."""
-    per_block, per_tile = cycles(tiles, mask, work)
-    per_block *= in_pieces(_columns(tiles, work) // math.prod(piece))
-    count = math.prod(axis.tiles for axis in axes)
-    blocks, fetched = (math.prod(each) for each in zip(*((a.blocks, a.fetched) for a in axes)))
-    waited = IDLE * (fetched - blocks)
-    return (blocks + waited) * per_block + count * warpgroups(tiles) * per_tile
+    (a, b, c), groups = axes, warpgroups(tiles)
+    blocks, fetched = a.blocks * b.blocks * c.blocks, a.fetched * b.fetched * c.fetched
+    count = a.tiles * b.tiles * c.tiles
+    return (blocks + IDLE * (fetched - blocks)) * per_block + count * groups * per_tile
 
 
 def key(
@@ -478,7 +310,10 @@ def choose(
 
 @tuning.cached
 def _choose(*problem: Any) -> Tiles:
-    return tuning.choose(key(*problem), candidates(*problem))
+    every, cheapest = partial(candidates, *problem), partial(_cheapest, *problem[:-1])
+    found = tuning.choose(key(*problem), every, cheapest)
+    assert found is not None
+    return found
 
 
 def candidates(
@@ -494,42 +329,163 @@ def candidates(
     return _candidates(kind, *_model(rule, shape, key_shape), native(dim), native(value_dim))
 
 
-@lru_cache(maxsize=64)
-def _candidates(
+def has_tiles(
     kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape, dim: int, value_dim: int
-) -> list[Tiles]:
-    cuts, needs = _cuts(kind, rule, shape, key_shape), work(kind, dim, value_dim)
-    costs: dict[Tiles, float] = {}
-    kv_lengths = None if queries(rule, shape) == OWN else cuts.kv_lengths
-    for tiles in cuttings(cuts.q_lengths, needs, kv_lengths):
-        axes, found = cuts(tiles), mask(kind, rule, shape, tiles, needs)
-        fitting = fitted(tiles, found, needs)
-        if fitting is not None and all(axis.fits for axis in axes):
-            costs[fitting] = _cost(axes, fitting, found, needs, cuts.piece(tiles))
-    return sorted(costs, key=costs.__getitem__)
+) -> bool:
+    """Whether there are tiles at all; some rings are too short."""
+    model = _model(rule, shape, key_shape)
+    return _cheapest(kind, *model, native(dim), native(value_dim)) is not None
 
 
-def cuttings(
-    q_lengths: Sequence[int], work: Work, kv_lengths: Sequence[int] | None = None
-) -> list[Tiles]:
+@lru_cache(maxsize=64)
+def _candidates(*problem: Any) -> list[Tiles]:
+    return _Search(*problem).every()
+
+
+@lru_cache(maxsize=1024)
+def _cheapest(*problem: Any) -> Tiles | None:
+    found = _Search(*problem).cheapest()
+    return found and found[1]
+
+
+class _Ways:
+    """How a kind of kernel may run, for heads of some width: what does not depend on a layout."""
+
+    def __init__(self, kind: str, dim: int, value_dim: int) -> None:
+        self.work = work(kind, dim, value_dim)
+        self.programs = cache(self._programs)
+        self._priced: dict[Any, tuple[int, float, float] | None] = {}
+
+    def _programs(self, columns: int, rank: int) -> tuple[list[_Program], float, float]:
+        """Of blocks of so many tokens, the programs that have the registers, and the fewest cycles
+        of a block and of a warpgroup's tile."""
+        found, prices = [], []
+        for program in _programs(rank):
+            tiles = Tiles((1, 1, columns), (1, 1, columns), *program)
+            if _has_registers(tiles, self.work):
+                found.append(program)
+                stages, _ = self.work.smem_options[0]
+                prices.append(cycles(tiles._replace(num_stages=stages), Mask(), self.work))
+        return found, *map(min, zip(*prices))
+
+    def priced(self, tiles: Tiles, mask: Mask) -> tuple[int, float, float] | None:
+        """The stages that fit, and the :func:`cycles` of a block and a tile; None if none fit."""
+        key = _columns(tiles, self.work), tiles.num_warps, tiles.resident_programs, mask
+        if key not in self._priced:
+            fitting = fitted(tiles, mask, self.work)
+            self._priced[key] = fitting and (
+                fitting.num_stages,
+                *cycles(fitting, mask, self.work),
+            )
+        return self._priced[key]
+
+
+_ways = cache(_Ways)
+
+
+class _Search:
+    """Tiles for a problem, by what they cost: cycles of a multiprocessor per batch entry, head and
+    dilation group."""
+
+    def __init__(
+        self,
+        kind: str,
+        rule: Neighborhood,
+        shape: Shape,
+        key_shape: Shape,
+        dim: int,
+        value_dim: int,
+    ) -> None:
+        self.of_keys, self.ways = kind == "dkdv", _ways(kind, dim, value_dim)
+        self.cuts = cuts(self.of_keys, rule, shape, key_shape)
+        self.kind, self.rule, self.slides = kind, rule, slides(kind, rule)
+        self.is_own = queries(rule, shape) == OWN
+        kv_lengths = None if self.is_own else self.cuts.kv_lengths
+        self.tiles, self.blocks = _tiles_and_blocks(self.cuts.q_lengths, self.ways.work, kv_lengths)
+
+    def every(self) -> list[Tiles]:
+        """All tiles that fit, cheapest first."""
+        costs: dict[Tiles, float] = {}
+        for tile, block in itertools.product(self.tiles, self.blocks):
+            costs.update((tiles, cost) for cost, tiles in self._fitting(tile, block))
+        return sorted(costs, key=costs.__getitem__)
+
+    def cheapest(self) -> tuple[float, Tiles] | None:
+        """The first of :meth:`every` and its cost, None if nothing fits: tiles are looked at in the
+        order of a lower bound, up to one that is above what was found."""
+        bounds = self._bounds()
+        best, found, at = math.inf, None, -1
+        for i in sorted(range(len(bounds)), key=bounds.__getitem__):
+            if bounds[i] > best:
+                break
+            tile, block = divmod(i, len(self.blocks))
+            for cost, tiles in self._fitting(self.tiles[tile], self.blocks[block]):
+                if cost < best or (cost == best and i < at):
+                    best, found, at = cost, tiles, i
+        return found and (best, found)
+
+    def _bounds(self) -> list[float]:
+        """What each tile with each block costs at least, as if each warpgroup had blocks and a
+        program of its own, and no mask."""
+        least = []
+        for block in self.blocks:
+            _, per_block, per_tile = self.ways.programs(math.prod(block), self.rule.rank)
+            # Sums are rounded, and a bound must stay one.
+            least.append((*block, 0.999999 * per_block, 0.999999 * per_tile))
+        bounds = []
+        sizes = [sorted(set(each)) for each in zip(*self.blocks)]
+        for tile in self.tiles:
+            x, y, z = [
+                {block: self.cuts.least_blocks(axis, tile[axis], block) for block in sizes[axis]}
+                for axis in range(3)
+            ]
+            count = self.cuts.count(tile)
+            bounds += [x[a] * y[b] * z[c] * block + count * each for a, b, c, block, each in least]
+        return bounds
+
+    def _fitting(self, tile: Shape, block: Shape) -> Iterator[tuple[float, Tiles]]:
+        """What the ways to run a tile with a block cost, of those that fit."""
+        programs, *_ = self.ways.programs(math.prod(block), self.rule.rank)
+        both = (block, tile) if self.of_keys else (tile, block)
+        return filter(None, (self._priced(Tiles(*both, *program)) for program in programs))
+
+    def _priced(self, tiles: Tiles) -> tuple[float, Tiles] | None:
+        piece = self.cuts.piece(tiles)
+        axes = self.cuts.in_pieces(tiles, piece)
+        of_mask = axes if self.is_own else _any_axes(self.kind, self.rule, tiles)
+        work = self.ways.work
+        priced = self.ways.priced(tiles, mask_of(self.slides, of_mask, tiles, work))
+        if priced is None or not all(axis.fits for axis in axes):
+            return None
+        stages, per_block, per_tile = priced
+        per_block *= in_pieces(_columns(tiles, work) // math.prod(piece))
+        return _cost(axes, tiles, per_block, per_tile), tiles._replace(num_stages=stages)
+
+
+def _tiles_and_blocks(
+    q_lengths: Sequence[int], work: Work, kv_lengths: Sequence[int] | None
+) -> tuple[list[Shape], list[Shape]]:
+    """Shapes of tiles and of blocks; arguments as of :func:`cuttings`."""
+    shapes = _shapes if kv_lengths is None else _shapes_of_part
+    of_tile, of_block = tuple(q_lengths), tuple(kv_lengths or q_lengths)
+    if work.of_keys:
+        of_tile, of_block = of_block, of_tile
+    blocks = [shape for columns in work.block_sizes for shape in shapes(columns, of_block)]
+    return sorted(shapes(ROWS, of_tile), key=max), blocks
+
+
+def cuttings(q_lengths: Sequence[int], work: Work) -> list[Tiles]:
     """Tiles that fit the registers, to be :func:`fitted`; of equal cost, the first is better.
 
     Args:
         q_lengths: queries of a dilation group, per axis.
         work: of the kernel.
-        kv_lengths: keys of a dilation group, of a part of a layout.
     """
-    of_keys, shapes = work.of_keys, _shapes if kv_lengths is None else _shapes_of_part
-    of_tile, of_block = q_lengths, kv_lengths or q_lengths
-    if of_keys:
-        of_tile, of_block = of_block, of_tile
-    blocks = [shape for columns in work.block_sizes for shape in shapes(columns, of_block)]
     fitting = []
-    for tile in sorted(shapes(ROWS, of_tile), key=max):
-        for block in blocks:
-            queries, keys = (block, tile) if of_keys else (tile, block)
-            every = (Tiles(queries, keys, *how) for how in _programs(len(q_lengths)))
-            fitting += [tiles for tiles in every if _has_registers(tiles, work)]
+    for tile, block in itertools.product(*_tiles_and_blocks(q_lengths, work, None)):
+        queries, keys = (block, tile) if work.of_keys else (tile, block)
+        every = (Tiles(queries, keys, *program) for program in _programs(len(q_lengths)))
+        fitting += [tiles for tiles in every if _has_registers(tiles, work)]
     return fitting
 
 
@@ -542,25 +498,31 @@ def fitted(tiles: Tiles, mask: Mask, work: Work) -> Tiles | None:
     return None
 
 
-def _programs(rank: int) -> list[tuple[int, int, int, int]]:
+_Program = tuple[int, int, int, int]
+
+
+@cache
+def _programs(rank: int) -> list[_Program]:
     """Warps, stages, axis of the split, programs of a multiprocessor: two warpgroups that share
     blocks, or one alone."""
     pairs = [(2 * WARPS, 2, axis, 1) for axis in range(3 - rank, 3)]
     return pairs + [(WARPS, 2, 3 - rank, programs) for programs in (2, 3, 4)]
 
 
-def _shapes(volume: int, lengths: Sequence[int]) -> list[Shape]:
+@lru_cache(maxsize=1024)
+def _shapes(volume: int, lengths: Shape) -> list[Shape]:
     """Three-axis powers of two of a volume, none twice its axis; if there is none, a row."""
     powers = [1 << i for i in range(volume.bit_length())]
     sizes = [[p for p in powers if p == 1 or p < 2 * n] for n in padded(lengths, 1)]
-    fitting = [s for s in itertools.product(*sizes) if math.prod(s) == volume]
-    return fitting or [(1, 1, volume)]
+    pairs = itertools.product(*sizes[:2])
+    shapes: list[Shape] = [(a, b, volume // (a * b)) for a, b in pairs if a * b <= volume]
+    return [shape for shape in shapes if shape[2] in sizes[2]] or [(1, 1, volume)]
 
 
-def _shapes_of_part(volume: int, lengths: Sequence[int]) -> list[Shape]:
+def _shapes_of_part(volume: int, lengths: Shape) -> list[Shape]:
     """As :func:`_shapes`; if there is none, all axes may be exceeded, as little as need be."""
     while math.prod(1 << (2 * n - 1).bit_length() - 1 for n in lengths) < volume:
-        lengths = [2 * n for n in lengths]
+        lengths = tuple(2 * n for n in lengths)
     return _shapes(volume, lengths)
 
 
@@ -568,13 +530,13 @@ def computed_pairs(
     kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape, tiles: Tiles
 ) -> int:
     """Query-key pairs that a kernel computes per batch entry and head, wasted ones included."""
-    cuts = _cuts(kind, rule, shape, key_shape)
-    blocks = math.prod(axis.blocks for axis in cuts(tiles)) * cuts.groups
+    found = cuts(kind == "dkdv", rule, shape, key_shape)
+    blocks = math.prod(axis.blocks for axis in found(tiles)) * found.groups
     return blocks * math.prod(tiles.q_block + tiles.kv_block)
 
 
 def excess(kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape, tiles: Tiles) -> float:
     """How many blocks more than usual the tile has that has most."""
-    axes = _cuts(kind, *_model(rule, shape, key_shape))(tiles)
+    axes = cuts(kind == "dkdv", *_model(rule, shape, key_shape))(tiles)
     count = math.prod(axis.tiles for axis in axes) * warpgroups(tiles)
     return math.prod(axis.most for axis in axes) - math.prod(a.blocks for a in axes) / count

@@ -8,21 +8,25 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, partial
+from operator import itemgetter, sub
+from typing import Any, NamedTuple
 
 import torch
 
 from ... import tuning
 from ...documents import roomy
 from ...neighborhood import Dense, Neighborhood, Rule, queries_before
-from ...tiling import group_kinds, reach
+from ...tiling import group_kinds, padded, reach
 from ..interface import Shape, Tiles
 
 _log = logging.getLogger("natten")
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+_LEAST_ROWS = 16  # of a product
 
 # Costs beside products, in products of 64 x 32 rows with 64 channels: of a visited block, of a
 # program, and of a block of the forward where two warpgroups wait for it.
@@ -64,14 +68,6 @@ def _gpu(index: int) -> Gpu:
     major, minor = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(index)
     count = torch.cuda.get_device_properties(index).multi_processor_count
     return Gpu(10 * major + minor, shared, count)
-
-
-class _AxisTiles(NamedTuple):
-    """An axis cut into tiles of ``size``: how many, and the blocks they visit by block size."""
-
-    size: int
-    tiles: int
-    visited: dict[int, int]
 
 
 def padded_channels(channels: int) -> int:
@@ -141,23 +137,46 @@ def _shared(
     return tile + blocks + (scores if kind != "dkdv" or itemsize > 2 else 0) + 1024
 
 
-def _spans(start: torch.Tensor, end: torch.Tensor, size: int) -> torch.Tensor:
-    """How many positions each tile of ``size`` reaches, given what each position reaches."""
-    first = torch.arange(0, len(start), size, device="cpu")
-    return end[(first + size - 1).clamp(max=len(start) - 1)] - start[first]
+class _AxisTiles(NamedTuple):
+    """An axis cut into tiles of ``size``: how many, and the blocks they visit by block size."""
+
+    size: int
+    tiles: int
+    visited: dict[int, int]
 
 
-def _axis(rule: Rule, axis: int, length: int, key_length: int, of_keys: bool) -> list[_AxisTiles]:
-    """The ways to cut an axis; ``of_keys``: tiles are of keys, blocks of queries."""
-    start, end = reach(rule, axis, length, key_length, 0, of_keys)
-    found = []
-    for size in _SIZES:
-        if size > 16 and size >= 2 * len(start):
-            break
-        spans = _spans(start, end, size)
-        visited = {s: int((-(-spans // s)).sum()) for s in _SIZES}
-        found.append(_AxisTiles(size, len(spans), visited))
-    return found
+_NO_AXIS = _AxisTiles(1, 1, dict.fromkeys(_SIZES, 1))
+
+
+@lru_cache(maxsize=256)
+def _reach(
+    rule: Rule, length: int, key_length: int, group: int, of_keys: bool
+) -> tuple[list[int], list[int]]:
+    """First and one-past-last partner of each token of one axis; ``of_keys``: of keys."""
+    start, end = reach(rule, 0, length, key_length, group, of_keys)
+    return start.tolist(), end.tolist()
+
+
+def _spans(start: list[int], end: list[int], size: int) -> Counter[int]:
+    """How many positions each tile of ``size`` reaches, given what each position reaches; tiles
+    that reach as many are counted."""
+    stops = end[size - 1 :: size] + (end[-1:] if len(end) % size else [])
+    return Counter(map(sub, stops, start[::size]))
+
+
+def _visited(spans: Counter[int], size: int) -> int:
+    """How many blocks of ``size`` tiles visit."""
+    return sum(count * -(-span // size) for span, count in spans.items())
+
+
+@lru_cache(maxsize=1024)
+def _axis(rule: Rule, length: int, key_length: int, of_keys: bool, size: int) -> _AxisTiles | None:
+    """One axis, cut into tiles of ``size``; None if they are much longer than it is."""
+    start, end = _reach(rule, length, key_length, 0, of_keys)
+    if size > 16 and size >= 2 * len(start):
+        return None
+    spans = _spans(start, end, size)
+    return _AxisTiles(size, spans.total(), {s: _visited(spans, s) for s in _SIZES})
 
 
 # Windows are not counted as longer, nor parts: tiles have at most 128 rows.
@@ -195,9 +214,6 @@ def typical(rule: Rule, shape: Shape, key_shape: Shape) -> tuple[Rule, Shape, Sh
     return own, shape, key_shape
 
 
-_NO_AXIS = [_AxisTiles(1, 1, dict.fromkeys(_SIZES, 1))]
-
-
 def key(
     kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int,
     bias: bool = False,
@@ -230,7 +246,9 @@ def choose(
         if found is not None:
             return found
         _log.debug("the %s kernel has no tiles %s and %s", kind, asked_q_block, asked_kv_block)
-    return tuning.choose(key(*problem), candidates(*problem))
+    model = typical(rule, shape, key_shape)
+    cheapest = partial(_cheapest, kind, *model, dim, value_dim, itemsize, bias, gpu())
+    return tuning.choose(key(*problem), partial(candidates, *problem), cheapest)
 
 
 def _is_asked(tile: Shape, asked: Shape) -> bool:
@@ -247,47 +265,113 @@ def candidates(
 
 
 @lru_cache(maxsize=64)
-def _candidates(
-    kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int,
-    bias: bool, gpu: Gpu,
-) -> list[Tiles]:  # fmt: skip
-    of_keys = kind == "dkdv"
-    most_rows, most_cols = _limits(kind, dim, value_dim, itemsize, bias, gpu)
-    channels = padded_channels(dim) + padded_channels(value_dim)
-    axes = [_NO_AXIS] * (3 - len(shape)) + [
-        _axis(rule, axis, length, key_length, of_keys)
-        for axis, (length, key_length) in enumerate(zip(shape, key_shape))
-    ]
+def _candidates(*problem: Any) -> list[Tiles]:
+    return _Search(*problem).every()
+
+
+@lru_cache(maxsize=1024)
+def _cheapest(*problem: Any) -> Tiles:
+    _, tiles = _Search(*problem).cheapest()
+    return tiles
+
+
+class _Search:
+    """Tiles for a problem, by what they cost.
+
+    There are thousands, so costs are plain numbers: as many objects would have Python look for
+    garbage.
+    """
+
+    def __init__(
+        self, kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int,
+        itemsize: int, bias: bool, gpu: Gpu,
+    ) -> None:  # fmt: skip
+        self.kind, self.rank = kind, len(shape)
+        most_rows, most_cols = _limits(kind, dim, value_dim, itemsize, bias, gpu)
+        self.axes = list(zip(map(rule.of_axis, range(self.rank)), shape, key_shape))
+        self.shapes = _shapes(_LEAST_ROWS, most_rows, self.rank)
+        self.ways = _ways(kind, most_rows, most_cols, self.rank, dim, value_dim, itemsize, gpu)
+
+    def every(self) -> list[Tiles]:
+        """All tiles that fit, cheapest first."""
+        every = []
+        for tile, ways, costs in self._costs():
+            every += [(cost, tile, way) for way, cost in zip(ways, costs)]
+        every.sort(key=itemgetter(0))
+        return [way.tiles(self.kind, tile) for _, tile, way in every]
+
+    def cheapest(self) -> tuple[float, Tiles]:
+        """The first of :meth:`every` and its cost."""
+        tile, ways, costs = min(self._costs(), key=lambda each: min(each[2]))
+        at = costs.index(min(costs))
+        return costs[at], ways[at].tiles(self.kind, tile)
+
+    def _costs(self) -> Iterator[tuple[Shape, Sequence[_Way], list[float]]]:
+        """Shapes of tiles, the ways to run them, and what these cost."""
+        for rows, tile in self.shapes:
+            sizes = tile[3 - self.rank :]
+            cut = [_axis(*each, self.kind == "dkdv", n) for each, n in zip(self.axes, sizes)]
+            if None not in cut:
+                x, y, z = padded(cut, _NO_AXIS)
+                programs = x.tiles * y.tiles * z.tiles * _PROGRAM_COST
+                x, y, z = x.visited, y.visited, z.visited
+                ways = self.ways[rows]
+                costs = [x[a] * y[b] * z[c] * each + programs for (a, b, c), _, _, each in ways]
+                yield tile, ways, costs
+
+
+class _Way(NamedTuple):
+    """How tiles may run."""
+
+    block: Shape
+    num_warps: int
+    num_stages: int
+    per_block: float  # cost
+
+    def tiles(self, kind: str, tile: Shape) -> Tiles:
+        """These of a kind of kernel, with a shape of what stays."""
+        both = (self.block, tile) if kind == "dkdv" else (tile, self.block)
+        return Tiles(*both, self.num_warps, self.num_stages)
+
+
+@lru_cache(maxsize=64)
+def _ways(
+    kind: str, most_rows: int, most_cols: int, rank: int, dim: int, value_dim: int, itemsize: int,
+    gpu: Gpu,
+) -> dict[int, list[_Way]]:  # fmt: skip
+    """The ways that fit, by the rows of a tile. Where none fits, all: Triton says what is missing.
+
+    Blocks have ``most_cols`` columns, or half as many.
+    """
+    dims = padded_channels(dim), padded_channels(value_dim)
 
     def fits(rows: int, cols: int, stages: int) -> bool:
-        dims = padded_channels(dim), padded_channels(value_dim)
         return _shared(kind, rows, cols, *dims, itemsize, stages, gpu) <= gpu.shared
 
-    costs: dict[Tiles, float] = {}
-    fitting = []
-    for cut in itertools.product(*axes):
-        tile = tuple(axis.size for axis in cut)
-        rows = math.prod(tile)
-        if not 16 <= rows <= most_rows:
-            continue
-        programs = math.prod(axis.tiles for axis in cut)
-        for other in _blocks(most_cols, len(shape)):
-            cols = math.prod(other)
-            visited = math.prod(axis.visited[size] for axis, size in zip(cut, other))
-            products = max(rows, 32) * max(cols, 32) / (64 * 32) * channels / 128
-            num_warps = 8 if rows >= 128 else 4  # eight are two warpgroups of 64 rows each
-            num_stages = _stages(kind, rows, cols, channels, itemsize)
-            while num_stages > 1 and not fits(rows, cols, num_stages):
-                num_stages -= 1
-            q_block, kv_block = (other, tile) if of_keys else (tile, other)
-            tiles = Tiles(q_block, kv_block, num_warps, num_stages)
-            two_warpgroups = kind == "forward" and num_warps == 8
-            per_block = products + _BLOCK_COST + _TWO_WARPGROUPS_COST * two_warpgroups
-            costs[tiles] = visited * per_block + programs * _PROGRAM_COST
-            if fits(rows, cols, num_stages):
-                fitting.append(tiles)
-    # Where none fits, Triton says how much is missing.
-    return sorted(fitting or costs, key=lambda tiles: costs[tiles])
+    every, fitting = defaultdict(list), defaultdict(list)
+    rows_of_tiles = sorted({rows for rows, _ in _shapes(_LEAST_ROWS, most_rows, rank)})
+    blocks = _shapes(max(_LEAST_ROWS, most_cols // 2), most_cols, rank)
+    for rows, (cols, block) in itertools.product(rows_of_tiles, blocks):
+        products = max(rows, 32) * max(cols, 32) / (64 * 32) * sum(dims) / 128
+        num_warps = 8 if rows >= 128 else 4  # eight are two warpgroups of 64 rows each
+        num_stages = _stages(kind, rows, cols, sum(dims), itemsize)
+        while num_stages > 1 and not fits(rows, cols, num_stages):
+            num_stages -= 1
+        two_warpgroups = kind == "forward" and num_warps == 8
+        per_block = products + _BLOCK_COST + _TWO_WARPGROUPS_COST * two_warpgroups
+        way = _Way(block, num_warps, num_stages, per_block)
+        every[rows].append(way)
+        if fits(rows, cols, num_stages):
+            fitting[rows].append(way)
+    return fitting or every
+
+
+@lru_cache(maxsize=64)
+def _shapes(least: int, most: int, rank: int) -> list[tuple[int, Shape]]:
+    """Three-axis shapes of powers of two with ``least`` to ``most`` tokens, and these numbers."""
+    sizes = [_SIZES if axis >= 3 - rank else (1,) for axis in range(3)]
+    counted = ((math.prod(shape), shape) for shape in itertools.product(*sizes))
+    return [(count, shape) for count, shape in counted if least <= count <= most]
 
 
 def computed_pairs(kind: str, rule: Rule, shape: Shape, key_shape: Shape, tiles: Tiles) -> int:
@@ -304,15 +388,7 @@ def computed_pairs(kind: str, rule: Rule, shape: Shape, key_shape: Shape, tiles:
         if isinstance(rule, Neighborhood) and not rule.is_self_attention:
             kinds = [(group, 1) for group in range(d)]
         for group, groups in kinds:
-            spans = _spans(*reach(rule, axis, length, key_length, group, of_keys), tile[i])
-            visited += groups * int((-(-spans // other[i])).sum())
+            reached = _reach(rule.of_axis(axis), length, key_length, group, of_keys)
+            visited += groups * _visited(_spans(*reached, tile[i]), other[i])
         pairs *= visited
     return pairs
-
-
-@lru_cache(maxsize=64)
-def _blocks(most: int, rank: int) -> list[Shape]:
-    """Three-axis shapes of powers of two with ``most`` rows, or half as many."""
-    sizes = [_SIZES if axis >= 3 - rank else (1,) for axis in range(3)]
-    counts = {most, max(16, most // 2)}
-    return [shape for shape in itertools.product(*sizes) if math.prod(shape) in counts]

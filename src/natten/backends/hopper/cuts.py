@@ -1,0 +1,289 @@
+"""How axes are cut into tiles and blocks: how many there are, and what they cover.
+
+Axes are cut independently of each other, so what is counted along them multiplies. Most tiles of an
+axis look alike, and are counted once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from operator import sub
+from typing import NamedTuple
+
+from ...neighborhood import Neighborhood, group_length
+from ...tiling import reach
+from ..interface import Shape, Tiles
+
+WARPS = 4  # of a warpgroup
+
+# Queries are the keys' own tokens, a part of the layout, or a part where some are finer than keys.
+# Where a dilation does not divide an axis, groups differ in length; then they are a part, too.
+QUERY_KINDS = OWN, PART, FINER = 0, 1, 2
+
+# The most pieces of a block, and the least tokens of a piece: shared memory has a pattern of eight
+# rows.
+PIECES, PIECE_ROWS = 4, 8
+
+
+def queries(rule: Neighborhood, shape: Sequence[int]) -> int:
+    """Which of ``QUERY_KINDS`` the queries are."""
+    if any(r > 1 for r in rule.queries_per_key):
+        return FINER
+    ragged = any(n % d for n, d in zip(shape, rule.dilation))
+    return PART if rule.query_offset is not None or ragged else OWN
+
+
+def warpgroups(tiles: Tiles) -> int:
+    """How many of a program compute: one or two."""
+    return tiles.num_warps // WARPS
+
+
+def tile_and_block(tiles: Tiles, of_keys: bool) -> tuple[Shape, Shape]:
+    """What a warpgroup holds, and what it walks over."""
+    return (tiles.kv_block, tiles.q_block) if of_keys else (tiles.q_block, tiles.kv_block)
+
+
+def in_pieces(pieces: int) -> float:
+    """What a block in so many pieces costs, of one that is fetched at once."""
+    return 1 + 0.02 * (pieces - 1)
+
+
+class Axis(NamedTuple):
+    """One way to cut an axis: what a warpgroup and a block cover, summed over the axis's tiles."""
+
+    tile: int
+    block: int
+    tiles: int
+    blocks: int  # with partners, of all warpgroups if the axis is split, else of one
+    fetched: int  # as ``blocks``, with those that a warpgroup hands back unread
+    most: int  # blocks of one tile
+    masked: bool
+    fits: bool = True  # else a tile's blocks cross both ends of a ring, and pieces meet at one
+
+
+MISSING = Axis(1, 1, 1, 1, 1, 1, False)  # an axis that a layout does not have
+
+
+class _Alike(NamedTuple):
+    """Tiles of one size along an axis; those that look alike are counted."""
+
+    # By what a tile looks like: where it is before the seam of a ring that its partners cross, None
+    # if they cross none; then first and one-past-last partner of each warpgroup, from the tile's
+    # first partner on.
+    counts: dict[tuple[int | None, tuple[tuple[int, int], ...]], int]
+    slides: bool  # tokens of a warpgroup differ in their partners
+    # Of tiles that cross the end of a ring: the first partner, and that before the seam.
+    at_end: list[tuple[int, int]]
+
+
+class AxisCuts:
+    """An axis of a problem, whose tokens have partners ``first .. last`` in each of its groups.
+
+    What is kept are few objects: many would have Python look for garbage in the middle of a call.
+
+    Args:
+        length: tokens of the longest group.
+        partners: of each group.
+        ring: positions of a circular axis. Where a tile's partners cross its seam, two pieces of
+            blocks meet.
+    """
+
+    def __init__(
+        self, length: int, partners: Iterable[tuple[list[int], list[int]]], ring: int | None
+    ) -> None:
+        self.length, self.ring = length, ring
+        self.partners = [each if each[0] else ([0], [0]) for each in partners]
+        self._alike: dict[tuple[int, int], _Alike] = {}
+        self._cuts: dict[tuple[int, int, int, int], Axis] = {}
+        self._least: dict[tuple[int, int], int] = {}
+
+    def cut(self, tile: int, block: int, groups: int, piece: int) -> Axis:
+        """Cut into tiles of ``groups`` warpgroups, each of ``tile`` tokens, and into blocks.
+
+        Args:
+            groups: each has a block, also where its tokens have no partners.
+            piece: positions of a piece of a block.
+        """
+        found = self._cuts.get((tile, block, groups, piece))
+        if found is None:
+            found = self._cut(tile, block, groups, piece)
+            self._cuts[tile, block, groups, piece] = found
+        return found
+
+    def tiles(self, tile: int, groups: int) -> int:
+        """How many tiles there are."""
+        return len(self.partners) * -(-self.length // (tile * groups))
+
+    def least_blocks(self, tile: int, block: int) -> int:
+        """The fewest blocks that all warpgroups have: as if each began with its first partner."""
+        found = self._least.get((tile, block))
+        if found is None:
+            found = 0
+            for (_, ((_, after),)), count in self._look(tile, 1).counts.items():
+                found += count * max(-(-after // block), 1)
+            self._least[tile, block] = found
+        return found
+
+    def sizes(self, tile: int, block: int, groups: int) -> list[tuple[int, float]]:
+        """Sizes that a piece of a block may have, and the blocks of all tiles; no size that a
+        larger one equals."""
+        if self.ring is None:
+            return [(block, self.cut(tile, block, groups, block).blocks)]
+        found: dict[float, int] = {}
+        for i in range(block.bit_length()):
+            cut = self.cut(tile, block, groups, block >> i)
+            found.setdefault(cut.blocks if cut.fits else math.inf, block >> i)
+        return [(size, blocks) for blocks, size in found.items()]
+
+    def _cut(self, tile: int, block: int, groups: int, piece: int) -> Axis:
+        counts, masked, at_end = self._look(tile, groups)
+        blocks = fetched = most = 0
+        for (seam, bounds), count in counts.items():
+            earlier = 0 if seam is None else seam % piece
+            end = earlier
+            for before, after in bounds:
+                before, end = before + earlier, after + earlier
+                blocks += count * max(-(-end // block) - before // block, 1)
+                masked = masked or before % block > 0 or end % block > 0
+            of_tile = max(-(-end // block), 1)
+            fetched += count * of_tile * groups
+            most = max(most, of_tile)
+        # Blocks may cross the first seam, too, because they begin earlier.
+        fits = self.ring is None or self.ring % piece == 0
+        fits = fits or all(first >= seam % piece for first, seam in at_end)
+        return Axis(tile, block, self.tiles(tile, groups), blocks, fetched, most, masked, fits)
+
+    def _look(self, tile: int, groups: int) -> _Alike:
+        found = self._alike.get((tile, groups))
+        if found is None:
+            found = self._alike[tile, groups] = self._looked(tile, groups)
+        return found
+
+    def _looked(self, tile: int, groups: int) -> _Alike:
+        counts: Counter[tuple[int | None, tuple[tuple[int, int], ...]]] = Counter()
+        slides, at_end = False, []
+        of_axis = -(-self.length // (tile * groups)) * groups
+        for first, last in self.partners:
+            begin, end = _strided(first, 0, tile, of_axis), _strided(last, tile - 1, tile, of_axis)
+            slides = slides or begin != _strided(first, tile - 1, tile, of_axis)
+            slides = slides or end != _strided(last, 0, tile, of_axis)
+            low, high = begin[::groups], end[groups - 1 :: groups]
+            seams: Iterable[int | None] = itertools.repeat(None)
+            if self.ring is not None:
+                seams = [_before_seam(*each, self.ring) for each in zip(low, high)]
+                pairs = zip(low, high, seams)
+                at_end += [(a, s) for a, b, s in pairs if s is not None and b > self.ring]
+            bounds = [
+                zip(map(sub, begin[i::groups], low), map(sub, end[i::groups], low))
+                for i in range(groups)
+            ]
+            counts.update(zip(seams, zip(*bounds)))
+        return _Alike(counts, slides, at_end)
+
+
+def _strided(values: list[int], start: int, step: int, count: int) -> list[int]:
+    """``count`` values, ``step`` apart; past the end, the last one."""
+    found = values[start::step][:count]
+    return found + values[-1:] * (count - len(found))
+
+
+def _before_seam(low: int, high: int, ring: int) -> int | None:
+    """Where the partners ``low .. high`` begin, relative to the seam that they cross."""
+    if low < 0:
+        return low
+    return low - ring if high > ring else None
+
+
+@lru_cache(maxsize=256)
+def _axis_cuts(
+    rule: Neighborhood, length: int, key_length: int, groups: int, of_keys: bool
+) -> AxisCuts:
+    """Of a rule of one axis, of which so many dilation groups are cut."""
+    (d,) = rule.dilation
+    partners = (reach(rule, 0, length, key_length, group, of_keys) for group in range(groups))
+    ring = group_length(key_length, d, 0) if rule.boundary == ("circular",) else None
+    tokens = group_length(key_length if of_keys else length, d, 0)
+    return AxisCuts(tokens, [(a.tolist(), b.tolist()) for a, b in partners], ring)
+
+
+class Cuts:
+    """The axes of a problem, cut for given tiles; what is counted is of ``groups`` sets of them.
+
+    Where queries are the keys' own tokens, all dilation groups are alike, and one is cut. Otherwise
+    an axis counts its tiles in all of its dilation groups.
+    """
+
+    def __init__(self, of_keys: bool, rule: Neighborhood, shape: Shape, key_shape: Shape) -> None:
+        self.of_keys, self.missing = of_keys, 3 - len(shape)
+        self.q_lengths, self.kv_lengths = (
+            [group_length(n, d, 0) for n, d in zip(each, rule.dilation)]
+            for each in (shape, key_shape)
+        )
+        own = queries(rule, shape) == OWN
+        self.groups = math.prod(rule.dilation) if own else 1
+        self.axes = [
+            _axis_cuts(rule.of_axis(axis), *lengths, 1 if own else rule.dilation[axis], of_keys)
+            for axis, lengths in enumerate(zip(shape, key_shape))
+        ]
+        self.has_rings = "circular" in rule.boundary
+
+    def axis(self, axis: int, tile: int, block: int, groups: int, piece: int) -> Axis:
+        """Cut one of three axes."""
+        if axis < self.missing:
+            return MISSING
+        return self.axes[axis - self.missing].cut(tile, block, groups, piece)
+
+    def least_blocks(self, axis: int, tile: int, block: int) -> int:
+        """The fewest blocks along one of three axes."""
+        if axis < self.missing:
+            return 1
+        return self.axes[axis - self.missing].least_blocks(tile, block)
+
+    def count(self, tile: Shape) -> int:
+        """How many tiles there are for a single warpgroup."""
+        return math.prod(axis.tiles(n, 1) for axis, n in zip(self.axes, tile[self.missing :]))
+
+    def __call__(self, tiles: Tiles) -> tuple[Axis, ...]:
+        return self.in_pieces(tiles, self.piece(tiles))
+
+    def in_pieces(self, tiles: Tiles, piece: Shape) -> tuple[Axis, ...]:
+        """Cut three axes, with blocks in such pieces."""
+        tile, block = tile_and_block(tiles, self.of_keys)
+        return tuple(map(self.axis, range(3), tile, block, self._groups(tiles), piece))
+
+    @staticmethod
+    def _groups(tiles: Tiles) -> list[int]:
+        """Warpgroups along each axis."""
+        return [warpgroups(tiles) if axis == tiles.split_axis else 1 for axis in range(3)]
+
+    def piece(self, tiles: Tiles) -> Shape:
+        """What of a block is fetched at once: on rings perhaps a piece, so that blocks begin only
+        little before a tile's first partner where pieces have to meet at the seam."""
+        tile, block = tile_and_block(tiles, self.of_keys)
+        if not self.has_rings:
+            return block
+        volume, best, found = math.prod(block), math.inf, block
+        least = max(PIECE_ROWS, volume // PIECES)
+        sizes = map(self._sizes, range(3), tile, block, self._groups(tiles))
+        for choice in itertools.product(*sizes):
+            (a, b, c), blocks = zip(*choice)
+            tokens = a * b * c
+            cost = math.prod(blocks) * in_pieces(volume // tokens)
+            if tokens >= least and cost < best:
+                best, found = cost, (a, b, c)
+        return found
+
+    def _sizes(self, axis: int, tile: int, block: int, groups: int) -> list[tuple[int, float]]:
+        if axis < self.missing:
+            return [(block, 1)]
+        return self.axes[axis - self.missing].sizes(tile, block, groups)
+
+
+@lru_cache(maxsize=64)
+def cuts(of_keys: bool, rule: Neighborhood, shape: Shape, key_shape: Shape) -> Cuts:
+    """The :class:`Cuts` of a problem, with tiles of queries or ``of_keys``."""
+    return Cuts(of_keys, rule, shape, key_shape)

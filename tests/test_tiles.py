@@ -1,0 +1,129 @@
+"""How the tiles of GPU kernels are chosen: what is counted, and which ones are the cheapest."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+
+from natten.backends.interface import KINDS
+from natten.neighborhood import Dense, Neighborhood
+from natten.tiling import reach
+
+hopper = pytest.importorskip("natten.backends.hopper.tiles")
+triton = pytest.importorskip("natten.backends.triton.tiles")
+cuts = pytest.importorskip("natten.backends.hopper.cuts")
+
+Problem = tuple[Neighborhood, tuple[int, ...], tuple[int, ...]]
+
+
+def drawn(draw: random.Random) -> Problem:
+    """A rule, and layouts of queries and of keys; now and then the queries are a part."""
+    rank = draw.choice((1, 2, 3))
+    axes = []
+    for _ in range(rank):
+        boundary, d = draw.choice(("shift", "truncate", "circular")), draw.choice((1, 1, 1, 2, 3))
+        n = draw.randint(1, (200, 40, 16)[rank - 1]) * d
+        k = draw.randint(1, min(n // d, 13))
+        s = draw.choice((1, 1, draw.randint(1, k)))
+        n = -(-n // (s * d)) * s * d if boundary == "circular" else n + draw.choice((0, 0, 1))
+        axes.append((n, k, s, d, boundary != "circular" and draw.random() < 0.2, boundary))
+    shape, *parameters = zip(*axes)
+    offset = None
+    keys = shape
+    if "circular" not in parameters[-1] and draw.random() < 0.3:
+        offset = tuple(draw.randint(0, n - 1) for n in shape)
+        shape = tuple(draw.randint(1, n - o) for n, o in zip(shape, offset))
+    return Neighborhood.create(rank, *parameters, 1, offset), shape, keys
+
+
+def counted(
+    first: list[int], last: list[int], tile: int, block: int, groups: int, piece: int, ring: int
+) -> tuple[int, int, int, bool]:
+    """What :class:`cuts.Axis` says, tile by tile; ``ring``: 0 if there is none."""
+    blocks = fetched = most = 0
+    masked = False
+    for begin in range(0, len(first), tile * groups):
+        tokens = range(begin, begin + tile * groups)
+        partners = [(first[min(i, len(first) - 1)], last[min(i, len(first) - 1)]) for i in tokens]
+        low, high = partners[0][0], partners[-1][1]
+        if ring and (low < 0 or high > ring):  # pieces meet at the seam
+            seam = 0 if low < 0 else ring
+            low = next(x for x in range(low, low - piece, -1) if (seam - x) % piece == 0)
+        own = [partners[i : i + tile] for i in range(0, tile * groups, tile)]
+        for each in own:
+            visited = {(x - low) // block for a, b in each for x in range(a, b)}
+            blocks += max(len(visited), 1)
+            masked |= len(set(each)) > 1
+            masked |= any((a - low) % block or (b - low) % block for a, b in each)
+        count = max(-(-(high - low) // block), 1)
+        fetched, most = fetched + count * groups, max(most, count)
+    return blocks, fetched, most, masked
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_axes_are_counted_tile_by_tile(seed: int) -> None:
+    draw = random.Random(seed)
+    rule, shape, key_shape = drawn(draw)
+    axis = draw.randrange(rule.rank)
+    rule, length, key_length = rule.of_axis(axis), shape[axis], key_shape[axis]
+    (d,) = rule.dilation
+    for of_keys in (False, True):
+        first, last = (x.tolist() for x in reach(rule, 0, length, key_length, 0, of_keys))
+        if not first:
+            continue
+        ring = -(-key_length // d) if rule.boundary == ("circular",) else 0
+        found = cuts.AxisCuts(len(first), [(first, last)], ring or None)
+        for _ in range(4):
+            tile, block = 2 ** draw.randint(0, 6), 2 ** draw.randint(0, 6)
+            groups = draw.choice((1, 2))
+            piece = block >> draw.randint(0, block.bit_length() - 1) if ring else block
+            cut = found.cut(tile, block, groups, piece)
+            expected = counted(first, last, tile, block, groups, piece, ring)
+            assert (cut.blocks, cut.fetched, cut.most, cut.masked) == expected
+            assert cut.tiles == -(-len(first) // (tile * groups))
+            assert found.least_blocks(tile, block) <= cut.blocks
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_search_finds_the_cheapest_of_all(seed: int) -> None:
+    draw = random.Random(seed)
+    rule, shape, key_shape = drawn(draw)
+    dim = draw.choice((32, 64, 128))
+    for kind in KINDS:
+        search = hopper._Search(kind, *hopper._model(rule, shape, key_shape), dim, dim)
+        found = search.cheapest()
+        assert [found[1]] == search.every()[:1] if found else not search.every()
+        sizes = dim, dim, draw.choice((2, 4)), False, triton.gpu_of(90)
+        search = triton._Search(kind, *triton.typical(rule, shape, key_shape), *sizes)
+        _, tiles = search.cheapest()
+        assert tiles == search.every()[0]
+
+
+def test_the_search_prices_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule, shape = Neighborhood.create(3, 5), (21, 34, 55)
+    price, priced = hopper._Search._priced, []
+
+    def counting(self: Any, tiles: Any) -> Any:
+        priced.append(tiles)
+        return price(self, tiles)
+
+    monkeypatch.setattr(hopper._Search, "_priced", counting)
+    for kind in KINDS:
+        search = hopper._Search(kind, rule, shape, shape, 64, 64)
+        search.cheapest()
+        few = len(priced)
+        priced.clear()
+        assert few < len(search.every()) / 20
+        priced.clear()
+
+
+def test_plain_attention_has_tiles() -> None:
+    for kind in KINDS:
+        for causal in (False, True):
+            problem = (Dense(causal), (300,), (200,), 64, 64, 2)
+            found = triton.candidates(kind, *problem)
+            assert triton.choose(kind, *problem) == found[0]
+            assert all(16 <= math.prod(each.q_block) <= 128 for each in found)
