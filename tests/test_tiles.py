@@ -127,3 +127,43 @@ def test_plain_attention_has_tiles() -> None:
             found = triton.candidates(kind, *problem)
             assert triton.choose(kind, *problem) == found[0]
             assert all(16 <= math.prod(each.q_block) <= 128 for each in found)
+
+
+@pytest.mark.parametrize("tiles", [hopper, triton], ids=["hopper", "triton"])
+def test_layouts_of_many_sizes_share_tiles(tiles: Any) -> None:
+    rest = () if tiles is hopper else (2, False, triton.gpu_of(90))
+    rule, draw = Neighborhood.create(2, 7), random.Random(0)
+    sizes = [(draw.randint(14, 90), draw.randint(14, 90)) for _ in range(60)]
+    for kind in KINDS:
+        chosen = {}
+        for shape in sizes:
+            chosen[shape] = found = tiles.choose(kind, rule, shape, shape, 32, 32, 2)
+            assert found == tiles.candidates(kind, rule, shape, shape, 32, 32, 2)[0]
+            search = tiles._Search(kind, rule, shape, shape, 32, 32, *rest)
+            (least, _), (cost, same) = search.cheapest(), search.priced(found)
+            tokens = math.prod(shape)
+            assert same == found and cost <= least * (1.35 if tokens < 1536 else 1.05)
+        assert len(set(chosen.values())) <= 2
+        tiles._usual.cache_clear()  # the same in another order, with nothing kept
+        triton._shared_tiles.cache_clear()
+        for shape in sizes[::-1]:
+            assert tiles._usual(kind, rule, shape, shape, 32, 32, *rest) == chosen[shape]
+
+
+@pytest.mark.parametrize(
+    ("rule", "shape"),
+    [
+        (Neighborhood.create(2, 13), (91, 180)),  # a large layout
+        (Neighborhood.create(2, 10), (14, 14)),  # windows of half of it
+        (Neighborhood.create(2, 7, query_offset=(3, 5)), (20, 30)),
+    ],
+    ids=["large", "near", "part"],
+)
+def test_others_have_the_cheapest_tiles(rule: Neighborhood, shape: tuple[int, ...]) -> None:
+    key_shape = shape if rule.query_offset is None else (40, 40)
+    for kind in KINDS:
+        search = hopper._Search(kind, *hopper._model(rule, shape, key_shape), 32, 32)
+        assert hopper.choose(kind, rule, shape, key_shape, 32, 32) == search.cheapest()[1]
+        model = triton.typical(rule, shape, key_shape)
+        search = triton._Search(kind, *model, 32, 32, 2, False, triton.gpu_of(90))
+        assert triton.choose(kind, rule, shape, key_shape, 32, 32, 2) == search.cheapest()[1]

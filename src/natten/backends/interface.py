@@ -144,7 +144,7 @@ class TileChooser(Protocol):
         self, kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape, dim: int,
         value_dim: int, itemsize: int,
     ) -> Sequence[Tiles]:  # fmt: skip
-        """Tiles that the kernel can run, cheapest first by estimate."""
+        """Tiles that the kernel can run: the usual ones, then the others by estimate."""
 
     def choose(
         self, kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape, dim: int,

@@ -17,7 +17,7 @@ from ...documents import roomy
 from ...neighborhood import Neighborhood
 from ...tiling import padded
 from ..interface import Shape, Tiles
-from ..triton.tiles import SHARED_MEMORY
+from ..triton.tiles import SHARED_MEMORY, usual
 from .cuts import (
     MISSING,
     OWN,
@@ -299,7 +299,8 @@ def choose(
     value_dim: int,
     itemsize: int = 2,
 ) -> Tiles:
-    """The tiles that were measured to be fastest, else those estimated to be cheapest.
+    """The tiles that were measured to be fastest, else those estimated to be cheapest, or nearly
+    so (:func:`natten.backends.triton.tiles.usual`).
 
     Args:
         kind: of kernel, one of ``interface.KINDS``.
@@ -310,8 +311,8 @@ def choose(
 
 @tuning.cached
 def _choose(*problem: Any) -> Tiles:
-    every, cheapest = partial(candidates, *problem), partial(_cheapest, *problem[:-1])
-    found = tuning.choose(key(*problem), every, cheapest)
+    every, of_model = partial(candidates, *problem), partial(_usual, *problem[:-1])
+    found = tuning.choose(key(*problem), every, of_model)
     assert found is not None
     return found
 
@@ -325,7 +326,8 @@ def candidates(
     value_dim: int,
     itemsize: int = 2,
 ) -> list[Tiles]:
-    """Tiles that fit the registers and shared memory, cheapest first by estimate."""
+    """Tiles that fit the registers and shared memory: what :func:`choose` takes if no others were
+    measured, then the others, cheapest first by estimate."""
     return _candidates(kind, *_model(rule, shape, key_shape), native(dim), native(value_dim))
 
 
@@ -334,18 +336,19 @@ def has_tiles(
 ) -> bool:
     """Whether there are tiles at all; some rings are too short."""
     model = _model(rule, shape, key_shape)
-    return _cheapest(kind, *model, native(dim), native(value_dim)) is not None
+    return _usual(kind, *model, native(dim), native(value_dim)) is not None
 
 
 @lru_cache(maxsize=64)
 def _candidates(*problem: Any) -> list[Tiles]:
-    return _Search(*problem).every()
+    first = _usual(*problem)
+    rest = (tiles for tiles in _Search(*problem).every() if tiles != first)
+    return [] if first is None else [first, *rest]
 
 
 @lru_cache(maxsize=1024)
-def _cheapest(*problem: Any) -> Tiles | None:
-    found = _Search(*problem).cheapest()
-    return found and found[1]
+def _usual(*problem: Any) -> Tiles | None:
+    return usual(_Search, *problem)
 
 
 class _Ways:
@@ -423,6 +426,11 @@ class _Search:
                 if cost < best or (cost == best and i < at):
                     best, found, at = cost, tiles, i
         return found and (best, found)
+
+    def priced(self, tiles: Tiles) -> tuple[float, Tiles] | None:
+        """What tiles cost, with the stages that fit; None if none do, or an axis is too short."""
+        tile, block = tile_and_block(tiles, self.of_keys)
+        return self._priced(tiles) if tile in self.tiles and block in self.blocks else None
 
     def _bounds(self) -> list[float]:
         """What each tile with each block costs at least, as if each warpgroup had blocks and a

@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from operator import itemgetter, sub
@@ -228,7 +228,8 @@ def choose(
     kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int,
     bias: bool = False, asked_q_block: Shape = (), asked_kv_block: Shape = (),
 ) -> Tiles:  # fmt: skip
-    """The tiles asked for, else those measured to be fastest, else those estimated to be cheapest.
+    """The tiles asked for, else those measured to be fastest, else those estimated to be cheapest
+    or nearly so (:func:`usual`).
 
     Args:
         kind: of kernel, one of ``interface.KINDS``.
@@ -247,8 +248,8 @@ def choose(
             return found
         _log.debug("the %s kernel has no tiles %s and %s", kind, asked_q_block, asked_kv_block)
     model = typical(rule, shape, key_shape)
-    cheapest = partial(_cheapest, kind, *model, dim, value_dim, itemsize, bias, gpu())
-    return tuning.choose(key(*problem), partial(candidates, *problem), cheapest)
+    of_model = partial(_usual, kind, *model, dim, value_dim, itemsize, bias, gpu())
+    return tuning.choose(key(*problem), partial(candidates, *problem), of_model)
 
 
 def _is_asked(tile: Shape, asked: Shape) -> bool:
@@ -259,20 +260,76 @@ def candidates(
     kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int, itemsize: int,
     bias: bool = False,
 ) -> list[Tiles]:  # fmt: skip
-    """Tiles that fit the current GPU's registers and shared memory, cheapest first by estimate."""
+    """Tiles that fit the current GPU's registers and shared memory: what :func:`choose` takes if no
+    others were measured, then the others, cheapest first by estimate."""
     problem = typical(rule, shape, key_shape)
     return _candidates(kind, *problem, dim, value_dim, itemsize, bias, gpu())
 
 
 @lru_cache(maxsize=64)
 def _candidates(*problem: Any) -> list[Tiles]:
-    return _Search(*problem).every()
+    first = _usual(*problem)
+    return [first, *(tiles for tiles in _Search(*problem).every() if tiles != first)]
 
 
 @lru_cache(maxsize=1024)
-def _cheapest(*problem: Any) -> Tiles:
-    _, tiles = _Search(*problem).cheapest()
-    return tiles
+def _usual(*problem: Any) -> Tiles:
+    found = usual(_Search, *problem)
+    assert found is not None
+    return found
+
+
+# A kernel is compiled for its tiles, which takes longer than many calls of a small layout. So that
+# layouts of all sizes need few kernels, tiles that those of a rule share may cost more than the
+# cheapest, by such a part of it, in layouts of fewer tokens.
+_MORE_FOR_SHARED = ((1536, 0.35), (4096, 0.05), (8192, 0.035))
+
+
+def usual(
+    search: Callable[..., Any], kind: str, rule: Rule, shape: Shape, key_shape: Shape, *sizes: Any
+) -> Tiles | None:
+    """The tiles that are taken unless others were measured; None if none fit.
+
+    Which ones follows from the problem alone, not from what ran before.
+
+    Args:
+        search: makes of a problem an object as :class:`_Search`.
+        kind, rule, shape, key_shape, sizes: the problem.
+    """
+    found = search(kind, rule, shape, key_shape, *sizes)
+    cheapest = found.cheapest()
+    more = _more_for_shared(rule, shape)
+    if cheapest and more:
+        assert isinstance(rule, Neighborhood)
+        shared = _shared_tiles(search, kind, replace(rule, dilation=(1,) * rule.rank), *sizes)
+        other = min(filter(None, map(found.priced, shared)), default=cheapest)
+        if other[0] <= cheapest[0] * (1 + more):
+            cheapest = other
+    return cheapest and cheapest[1]
+
+
+def _more_for_shared(rule: Rule, shape: Shape) -> float:
+    """By what part of the cheapest tiles' cost others may cost more in a layout; 0 of a part, whose
+    tiles are those of a rounded size, and of windows that nearly fill a layout: with its size, they
+    change, too."""
+    tokens = math.prod(shape)
+    if isinstance(rule, Dense) or not rule.is_self_attention or 2 * rule.window_tokens > tokens:
+        return 0.0
+    return next((more for most, more in _MORE_FOR_SHARED if tokens < most), 0.0)
+
+
+@lru_cache(maxsize=64)
+def _shared_tiles(
+    search: Callable[..., Any], kind: str, rule: Neighborhood, *sizes: Any
+) -> tuple[Tiles, ...]:
+    """The cheapest tiles of layouts in which one axis is long, of each axis."""
+    found = []
+    for long in range(rule.rank):
+        windows = [12 if axis == long else 3 for axis in range(rule.rank)]
+        axes = zip(windows, rule.kernel_size, rule.stride)
+        shape = tuple(-(-count * k // s) * s for count, k, s in axes)
+        found.append(search(kind, rule, shape, shape, *sizes).cheapest())
+    return tuple(each[1] for each in found if each is not None)
 
 
 class _Search:
@@ -306,9 +363,20 @@ class _Search:
         at = costs.index(min(costs))
         return costs[at], ways[at].tiles(self.kind, tile)
 
-    def _costs(self) -> Iterator[tuple[Shape, Sequence[_Way], list[float]]]:
-        """Shapes of tiles, the ways to run them, and what these cost."""
-        for rows, tile in self.shapes:
+    def priced(self, tiles: Tiles) -> tuple[float, Tiles] | None:
+        """What tiles cost; None if an axis is too short for them."""
+        tile, block = tiles.q_block, tiles.kv_block
+        if self.kind == "dkdv":
+            tile, block = block, tile
+        for _, ways, costs in self._costs([(math.prod(tile), tile)]):
+            return next((c, tiles) for way, c in zip(ways, costs) if way.block == block)
+        return None
+
+    def _costs(
+        self, shapes: Sequence[tuple[int, Shape]] | None = None
+    ) -> Iterator[tuple[Shape, Sequence[_Way], list[float]]]:
+        """Shapes of tiles, all if none are given, the ways to run them, and what these cost."""
+        for rows, tile in self.shapes if shapes is None else shapes:
             sizes = tile[3 - self.rank :]
             cut = [_axis(*each, self.kind == "dkdv", n) for each, n in zip(self.axes, sizes)]
             if None not in cut:
