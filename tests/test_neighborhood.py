@@ -97,6 +97,33 @@ def test_against_brute_force(axis):
     assert all(v.tolist() == sorted(v.tolist(), reverse=True) for v in valid)
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_attended_keys_are_between_two_positions(data):
+    """None is missing, and there is a query for the first and for the last."""
+    draw, number = data.draw, st.integers
+    boundary = draw(st.sampled_from(["shift", "truncate"]))
+    length, d, r = draw(number(1, 24)), draw(number(1, 4)), draw(number(1, 3))
+    most = length // d if boundary == "shift" else 9
+    k = draw(number(1, max(1, most)))
+    length = max(length, d if boundary == "shift" else 1)
+    offset = draw(number(0, r * length - 1))
+    count = draw(number(1, r * length - offset))
+    stride, causal = draw(number(1, k)), draw(st.booleans())
+    rule = Neighborhood.create(1, k, stride, d, causal, boundary, r, offset)
+    rule.check((count,), (length,))
+    found = window_mask(rule, (count,), (length,)).any(0).nonzero().flatten() // d
+    first, end = rule.attended(0, count, length)
+    assert first <= int(found.min()) and int(found.max()) < end
+    if d == 1:
+        assert (first, end) == (int(found.min()), int(found.max()) + 1)
+
+
+def test_every_key_of_a_ring_is_attended():
+    rule = Neighborhood.create(1, 3, dilation=2, boundary="circular", query_offset=1)
+    assert rule.attended(0, 1, 10) == (0, 5)
+
+
 def test_slots_are_row_major():
     rule = Neighborhood.create(2, (2, 3))
     assert rule.window_tokens_of((4, 5), (4, 5))[2, 2].tolist() == [6, 7, 8, 11, 12, 13]

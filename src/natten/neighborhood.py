@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ Dimension = int | Sequence[int]
 Causal = bool | Sequence[bool]
 BoundaryName = Literal["shift", "truncate", "circular"]
 Boundary = BoundaryName | Sequence[BoundaryName] | Sequence[str]
+
+Position = TypeVar("Position", int, Tensor)  # of keys inside of a dilation group
 
 # What a window does at the ends of an axis. Operators take these by number.
 BOUNDARIES = ("shift", "truncate", "circular")
@@ -289,7 +291,7 @@ class Neighborhood:
         query = query if self.query_offset is None else query + offset
         return query if r == 1 else query // r
 
-    def windows(self, axis: int, position: Tensor, n: int | Tensor) -> tuple[Tensor, Tensor]:
+    def windows(self, axis: int, position: Position, n: int | Tensor) -> tuple[Position, Position]:
         """First and one-past-last key position of queries.
 
         On a circular axis they are those before the modulo: from ``-kernel_size`` on and below
@@ -297,16 +299,36 @@ class Neighborhood:
 
         Args:
             axis: the axis.
-            position: int64, positions of the queries' key tokens inside their dilation groups.
+            position: int64, positions of the queries' key tokens inside their dilation groups; or
+                one position, a number.
             n: the number of positions in their groups; one number, or one per query.
 
         Returns:
-            Two int64 tensors shaped like ``position``.
+            Two int64 tensors shaped like ``position``; or two numbers.
         """
         return window_bounds(
             position, n, self.kernel_size[axis], self.stride[axis], self.is_causal[axis],
             self.boundary[axis],
         )  # fmt: skip
+
+    def attended(self, axis: int, length: int, key_length: int) -> tuple[int, int]:
+        """First and one-past-last position, in any dilation group, of keys that some query attends.
+
+        Of the keys between them, some may have no query, too: those of a dilation group that has
+        none, for one.
+
+        Args:
+            axis: the axis.
+            length, key_length: how many queries and keys it has, at least one.
+        """
+        if self.boundary[axis] == "circular":
+            return 0, group_length(key_length, self.dilation[axis], 0)
+        d, r, offset = self.dilation[axis], self.queries_per_key[axis], self.offset[axis]
+        low, high = offset // r // d, (offset + length - 1) // r // d
+        # Windows move on from query to query; the last groups may have a position less.
+        sizes = {n for n in (key_length // d, -(-key_length // d)) if n > 0}
+        first = min(self.windows(axis, min(low, n - 1), n)[0] for n in sizes)
+        return first, max(self.windows(axis, min(high, n - 1), n)[1] for n in sizes)
 
     def attended_slots(
         self,
@@ -383,26 +405,34 @@ class Neighborhood:
 
 
 def window_bounds(
-    position: Tensor,
+    position: Position,
     n: int | Tensor,
     kernel_size: int | Tensor,
     stride: int | Tensor,
     is_causal: bool,
     boundary: str = "shift",
-) -> tuple[Tensor, Tensor]:
-    """First and one-past-last key position of queries of one axis; arguments are broadcast."""
+) -> tuple[Position, Position]:
+    """First and one-past-last key position of queries of one axis; tensors are broadcast."""
     k, s = kernel_size, stride
     if is_causal:
-        leader = (position // s * s + s - 1).clamp(max=n - 1)
-        return (leader - k + 1).clamp(min=0), position + 1
-    leader = (position // s * s + s // 2).clamp(max=n - 1)
+        leader = _at_most(position // s * s + s - 1, n - 1)
+        return _at_least(leader - k + 1, 0), position + 1
+    leader = _at_most(position // s * s + s // 2, n - 1)
     start = leader - k // 2
     if boundary == "circular":
         return start, start + k
     if boundary == "truncate":
-        return start.clamp(min=0), (start + k).clamp(max=n)
-    start = start.clamp(min=0).clamp(max=n - k)
+        return _at_least(start, 0), _at_most(start + k, n)
+    start = _at_most(_at_least(start, 0), n - k)
     return start, start + k
+
+
+def _at_least(x: Any, low: Any) -> Any:
+    return max(x, low) if isinstance(x, int) else x.clamp(min=low)
+
+
+def _at_most(x: Any, high: Any) -> Any:
+    return min(x, high) if isinstance(x, int) else x.clamp(max=high)
 
 
 _UNCHANGING = frozenset((int, bool, str, type(None)))
