@@ -174,13 +174,16 @@ def ratio(expected: Tensor, actual: Tensor, value_dim: int = 1) -> float:
 
 def poison() -> None:
     """Let the memory that a call allocates hold NaN."""
-    new_empty = Tensor.new_empty
 
-    def poisoned(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x = new_empty(self, *args, **kwargs)
-        return x.fill_(math.nan) if x.is_floating_point() else x
+    def poisoned(allocate: Any) -> Any:
+        def allocated(*args: Any, **kwargs: Any) -> Tensor:
+            x: Tensor = allocate(*args, **kwargs)
+            return x.fill_(math.nan) if x.is_floating_point() else x
 
-    Tensor.new_empty = poisoned  # type: ignore[method-assign]
+        return allocated
+
+    Tensor.new_empty = poisoned(Tensor.new_empty)  # type: ignore[method-assign]
+    torch.empty_like = poisoned(torch.empty_like)
 
 
 def tensor(rng: random.Random, dtype: torch.dtype, *shape: int) -> Tensor:
