@@ -95,6 +95,22 @@ def test_another_part_is_other_numbers() -> None:
     assert sum(is_shared) > len(is_shared) // 2
 
 
+def test_keys_that_no_query_attends_have_no_tiles() -> None:
+    """Their gradients are zeros; the kernel has half of the tiles for half of the queries."""
+    queries, keys, rule = part((28, 56), (56, 56), 7, query_offset=(28, 0))
+    whole = plan_of(keys, keys, Neighborhood.create(2, 7)).dkdv
+    half = plan_of(queries, keys, rule)
+    rows = half.dkdv.arguments["TILE"][1]
+    assert whole.arguments["T1"] == 56 // rows
+    assert half.dkdv.arguments["F1"] == 25 // rows * rows and half.dkdv.arguments["F2"] == 0
+    assert half.dkdv.arguments["T1"] == -(-56 // rows) - 25 // rows
+    assert half.dkdv.arguments["num_tiles"] <= 0.6 * whole.arguments["num_tiles"]
+    assert half.unattended == [(1, 0, 25)]
+    dilated = plan_of(*part((4, 30), (28, 30), (3, 5), dilation=(4, 1), query_offset=(13, 0)))
+    assert dilated.unattended == [(1, 0, 8), (1, 24, 4)]
+    assert plan_of(*part((10, 20), (10, 20), 5, query_offset=0)).unattended == []
+
+
 def assert_same(a: Any, b: Any) -> None:
     """Two launches are the same but for the addresses of tensors."""
     assert (a.arguments, a.grid, a.options) == (b.arguments, b.grid, b.options)

@@ -40,12 +40,13 @@ def drawn(draw: random.Random) -> Problem:
 
 
 def counted(
-    first: list[int], last: list[int], tile: int, block: int, groups: int, piece: int, ring: int
-) -> tuple[int, int, int, bool]:
+    first: list[int], last: list[int], begins: range, tile: int, block: int, groups: int,
+    piece: int, ring: int,
+) -> tuple[int, int, int, bool]:  # fmt: skip
     """What :class:`cuts.Axis` says, tile by tile; ``ring``: 0 if there is none."""
     blocks = fetched = most = 0
     masked = False
-    for begin in range(0, len(first), tile * groups):
+    for begin in begins:
         tokens = range(begin, begin + tile * groups)
         partners = [(first[min(i, len(first) - 1)], last[min(i, len(first) - 1)]) for i in tokens]
         low, high = partners[0][0], partners[-1][1]
@@ -75,15 +76,18 @@ def test_axes_are_counted_tile_by_tile(seed: int) -> None:
         if not first:
             continue
         ring = -(-key_length // d) if rule.boundary == ("circular",) else 0
-        found = cuts.AxisCuts(len(first), [(first, last)], ring or None)
+        span = rule.attended(0, length, key_length) if of_keys else (0, len(first))
+        found = cuts.AxisCuts(span, [(first, last)], ring or None)
         for _ in range(4):
             tile, block = 2 ** draw.randint(0, 6), 2 ** draw.randint(0, 6)
             groups = draw.choice((1, 2))
             piece = block >> draw.randint(0, block.bit_length() - 1) if ring else block
             cut = found.cut(tile, block, groups, piece)
-            expected = counted(first, last, tile, block, groups, piece, ring)
+            size = tile * groups
+            begins = range(span[0] // size * size, span[1], size)
+            expected = counted(first, last, begins, tile, block, groups, piece, ring)
             assert (cut.blocks, cut.fetched, cut.most, cut.masked) == expected
-            assert cut.tiles == -(-len(first) // (tile * groups))
+            assert cut.tiles == len(begins)
             assert found.least_blocks(tile, block) <= cut.blocks
 
 

@@ -75,6 +75,7 @@ def geometry_of(arguments: dict[str, Any]) -> Any:
         part = geometry.Part(
             **numbers(queries="Q", short_queries="SQ", short_keys="SN"),
             **numbers(offset="O", group="G", per_key="R"),
+            first_key=numbers(first="F")["first"] if "F0" in arguments else (),
         )
     names = ("MODES", "TILE", "BLOCK", "SPLIT_AXIS", "WARPGROUPS", "DILATED", "QUERIES", "PIECE")
     return geometry.Geometry(
@@ -201,8 +202,12 @@ def check(kind: str, queries: Any, keys: Any, rule: Neighborhood, tiles: Tiles, 
         assert torch.equal(visible[is_row], wanted[rows[is_row]].long())
         seen[rows[is_row]] = True
         walked += len(blocks)
+    unattended = torch.zeros(layouts[0], dtype=torch.bool)
+    for axis, start, count in plan.unattended if of_keys else ():
+        unattended.narrow(axis - 1, start, count).fill_(True)
+    assert not wanted[unattended.flatten()].any()
     if every:
-        assert seen.all()
+        assert (seen | unattended.flatten()).all()
         pairs = walked * tiling.ROWS * math.prod(arguments["BLOCK"])
         assert tiling.computed_pairs(kind, rule, queries, keys, tiles) == pairs
 

@@ -319,7 +319,7 @@ def backward_kernel(
     g_b, g_0, g_1, g_2, g_h, l_b, l_0, l_1, l_2, l_h, d_b, d_0, d_1, additional_b,
     N0, N1, N2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2,
     Q0, Q1, Q2, SQ0, SQ1, SQ2, SN0, SN1, SN2, O0, O1, O2, G0, G1, G2, R0, R1, R2,
-    num_tiles, heads, heads_per_kv, num_additional, scale_log2,
+    F0, F1, F2, num_tiles, heads, heads_per_kv, num_additional, scale_log2,
     MODES: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, SPLIT_AXIS: gl.constexpr,
     STAGES: gl.constexpr, MASK: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
@@ -329,7 +329,7 @@ def backward_kernel(
     """One pass: dQ from tiles of queries, or with ``OF_KEYS`` dK and dV from tiles of keys.
 
     All tensors are descriptors. Numbers are as in the forward kernel; the gradients that a pass
-    stores have the steps ``d``.
+    stores have the steps ``d``, and tiles of keys begin at ``F``.
     """
     part = ()
     if QUERIES != OWN:
@@ -337,6 +337,7 @@ def backward_kernel(
             Part(
                 queries=(Q0, Q1, Q2), short_queries=(SQ0, SQ1, SQ2), short_keys=(SN0, SN1, SN2),
                 offset=(O0, O1, O2), group=(G0, G1, G2), per_key=(R0, R1, R2),
+                first_key=(F0, F1, F2),
             ),
         )  # fmt: skip
     g = Geometry(

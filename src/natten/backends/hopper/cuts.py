@@ -47,6 +47,23 @@ def tile_and_block(tiles: Tiles, of_keys: bool) -> tuple[Shape, Shape]:
     return (tiles.kv_block, tiles.q_block) if of_keys else (tiles.q_block, tiles.kv_block)
 
 
+def tile_sizes(tiles: Tiles, of_keys: bool) -> Shape:
+    """Per axis, what a program's warpgroups hold together."""
+    tile, _ = tile_and_block(tiles, of_keys)
+    groups = warpgroups(tiles)
+    return tuple(n * groups if axis == tiles.split_axis else n for axis, n in enumerate(tile))
+
+
+def tiled(
+    rule: Neighborhood, shape: Sequence[int], key_shape: Sequence[int], of_keys: bool
+) -> list[tuple[int, int]]:
+    """Per axis, between which positions of a dilation group there are tiles: all queries are in
+    one, and of keys those that some query attends."""
+    if of_keys:
+        return [rule.attended(axis, *each) for axis, each in enumerate(zip(shape, key_shape))]
+    return [(0, group_length(n, d, 0)) for n, d in zip(shape, rule.dilation)]
+
+
 def in_pieces(pieces: int) -> float:
     """What a block in so many pieces costs, of one that is fetched at once."""
     return 1 + 0.02 * (pieces - 1)
@@ -86,16 +103,17 @@ class AxisCuts:
     What is kept are few objects: many would have Python look for garbage in the middle of a call.
 
     Args:
-        length: tokens of the longest group.
+        span: between which tokens of a group there are tiles.
         partners: of each group.
         ring: positions of a circular axis. Where a tile's partners cross its seam, two pieces of
             blocks meet.
     """
 
     def __init__(
-        self, length: int, partners: Iterable[tuple[list[int], list[int]]], ring: int | None
-    ) -> None:
-        self.length, self.ring = length, ring
+        self, span: tuple[int, int], partners: Iterable[tuple[list[int], list[int]]],
+        ring: int | None,
+    ) -> None:  # fmt: skip
+        self.span, self.ring = span, ring
         self.partners = [each if each[0] else ([0], [0]) for each in partners]
         self._alike: dict[tuple[int, int], _Alike] = {}
         self._cuts: dict[tuple[int, int, int, int], Axis] = {}
@@ -116,7 +134,12 @@ class AxisCuts:
 
     def tiles(self, tile: int, groups: int) -> int:
         """How many tiles there are."""
-        return len(self.partners) * -(-self.length // (tile * groups))
+        return len(self.partners) * len(self._numbers(tile * groups))
+
+    def _numbers(self, size: int) -> range:
+        """The numbers of a group's tiles of that size, counted from the group's first token."""
+        first, end = self.span
+        return range(first // size, -(-end // size))
 
     def least_blocks(self, tile: int, block: int) -> int:
         """The fewest blocks that all warpgroups have: as if each began with its first partner."""
@@ -166,11 +189,13 @@ class AxisCuts:
     def _looked(self, tile: int, groups: int) -> _Alike:
         counts: Counter[tuple[int | None, tuple[tuple[int, int], ...]]] = Counter()
         slides, at_end = False, []
-        of_axis = -(-self.length // (tile * groups)) * groups
+        numbers = self._numbers(tile * groups)
+        at, of_axis = numbers.start * tile * groups, len(numbers) * groups
+        tail = at + tile - 1
         for first, last in self.partners:
-            begin, end = _strided(first, 0, tile, of_axis), _strided(last, tile - 1, tile, of_axis)
-            slides = slides or begin != _strided(first, tile - 1, tile, of_axis)
-            slides = slides or end != _strided(last, 0, tile, of_axis)
+            begin, end = _strided(first, at, tile, of_axis), _strided(last, tail, tile, of_axis)
+            slides = slides or begin != _strided(first, tail, tile, of_axis)
+            slides = slides or end != _strided(last, at, tile, of_axis)
             low, high = begin[::groups], end[groups - 1 :: groups]
             seams: Iterable[int | None] = itertools.repeat(None)
             if self.ring is not None:
@@ -206,8 +231,8 @@ def _axis_cuts(
     (d,) = rule.dilation
     partners = (reach(rule, 0, length, key_length, group, of_keys) for group in range(groups))
     ring = group_length(key_length, d, 0) if rule.boundary == ("circular",) else None
-    tokens = group_length(key_length if of_keys else length, d, 0)
-    return AxisCuts(tokens, [(a.tolist(), b.tolist()) for a, b in partners], ring)
+    (span,) = tiled(rule, (length,), (key_length,), of_keys)
+    return AxisCuts(span, [(a.tolist(), b.tolist()) for a, b in partners], ring)
 
 
 class Cuts:

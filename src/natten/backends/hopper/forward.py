@@ -254,6 +254,7 @@ def forward_kernel(
             Part(
                 queries=(Q0, Q1, Q2), short_queries=(SQ0, SQ1, SQ2), short_keys=(SN0, SN1, SN2),
                 offset=(O0, O1, O2), group=(G0, G1, G2), per_key=(R0, R1, R2),
+                first_key=(),
             ),
         )  # fmt: skip
     g = Geometry(

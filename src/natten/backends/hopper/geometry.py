@@ -7,8 +7,9 @@ warpgroup's tokens follow one another. Partners of a query are the keys of its w
 key the queries that attend it.
 
 Queries that are not the keys' own tokens are a part of the layout, and perhaps finer than keys.
-They are numbered from the part's first, so partners of keys are numbers of them, too. A key that no
-query of the part attends has none; then a tile, or a warpgroup, has one block that is all masked.
+They are numbered from the part's first, so partners of keys are numbers of them, too. There are
+tiles of those keys only among which some query attends some, along each axis. If no query attends
+a tile's or a warpgroup's keys even so, it has one block that is all masked.
 
 On a circular axis partners are counted before the modulo. A block may then be fetched in pieces,
 each of which is a box somewhere on the ring; its tokens follow one another piece by piece. Of a
@@ -152,6 +153,7 @@ class Part:
     offset: gl.tuple  # queries of the first query's group before it
     group: gl.tuple  # the first query's dilation group
     per_key: gl.tuple  # queries per key
+    first_key: gl.tuple  # where tiles of keys begin
 
 
 @aggregate
@@ -275,6 +277,8 @@ class Geometry:
         if self.OF_KEYS and AXIS == 2:
             t = lpt_order(t, self.tiles[2], self.window[2], SIZE, self.MODES)
         first = t * SIZE
+        if self.OF_KEYS and self.QUERIES != OWN:
+            first += self.part[0].first_key[AXIS]
         origin, _ = self.partners(group, first, AXIS)
         _, end = self.partners(group, first + SIZE - 1, AXIS)
         BLOCK: gl.constexpr = self.BLOCK[AXIS]

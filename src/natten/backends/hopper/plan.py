@@ -22,6 +22,7 @@ from ..triton.primitives import LOG2E
 from ..triton.windows import modes
 from . import tiles as tiling
 from .backward import backward_kernel
+from .cuts import tile_sizes, tiled
 from .descriptors import Describe, View, contiguous_strides, contiguous_view, describe, view
 from .forward import forward_kernel
 from .lse_delta import lse_delta_kernel
@@ -186,6 +187,22 @@ class Plan:
         return padded([group_length(n, d, 0) for n, d in zip(space, self.rule.dilation)], 1)
 
     @cached_property
+    def _attended(self) -> Sequence[tuple[int, int]]:
+        """Between which positions of a dilation group there are tiles of keys, per axis."""
+        return padded(tiled(self.rule, self.space, self.key_space, True), (0, 1))
+
+    @cached_property
+    def unattended(self) -> list[tuple[int, int, int]]:
+        """Keys that may be in no tile, because no query attends them: an axis of their tensor, the
+        first of them, and how many there are."""
+        found = []
+        axes = zip(self._attended[3 - self.rule.rank :], self.key_space, self.rule.dilation)
+        for axis, ((first, end), n, d) in enumerate(axes, 1):
+            found += [(axis, 0, first * d)] if first else []
+            found += [(axis, end * d, n - end * d)] if end * d < n else []
+        return found
+
+    @cached_property
     def location(self) -> dict[str, int]:
         """Numbers of all kernels that say where the queries are, :class:`geometry.Part`'s, and how
         the tensors lie."""
@@ -204,13 +221,12 @@ class Plan:
 
         As many programs as run at once take tiles in turn, or each tile has one of its own.
         """
-        of_keys, groups = kind == "dkdv", tiling.warpgroups(tiles)
+        of_keys = kind == "dkdv"
         space, heads = (self.key_space, self.kv_heads) if of_keys else (self.space, self.heads)
-        tile, _ = tiling.tile_and_block(tiles, of_keys)
-        counts = [
-            -(-n // (size * (groups if axis == tiles.split_axis else 1)))
-            for axis, (n, size) in enumerate(zip(self._positions(space), tile))
-        ]
+        sizes = tile_sizes(tiles, of_keys)
+        spans = self._attended if of_keys else [(0, n) for n in self._positions(space)]
+        firsts = [first // size * size for (first, _), size in zip(spans, sizes)]
+        counts = [-(-(end - first) // size) for (_, end), first, size in zip(spans, firsts, sizes)]
         num_tiles = math.prod(counts) * math.prod(self.rule.dilation) * self.batch * heads
         # What a kernel stores is contiguous, so its bases are rows.
         rows = contiguous_strides((self.batch, *padded(space, 1), heads))[:3]
@@ -222,6 +238,7 @@ class Plan:
             numbers |= _steps("g", self._contiguous(*of_queries, self.value_dim).steps)
             numbers |= _steps("l", self._contiguous(*of_queries, 4).steps)
             numbers |= _steps("d", rows)
+            numbers |= per_axis("F", firsts)
         if is_uneven:
             return num_tiles, numbers
         return min(num_tiles, _processors(self.device) * tiles.resident_programs), numbers
@@ -295,7 +312,7 @@ class Part(Plan):
         plan, launch = self.plan, getattr(self.plan, kind)
         tiles, is_uneven = self.cuts[kind]
         grid, numbers, descriptors = launch.grid, self.location, {}
-        if self.space != plan.space or (kind == "dkdv" and self.key_space != plan.key_space):
+        if kind == "dkdv" or self.space != plan.space:
             programs, of_tiles = self._programs(kind, tiles, is_uneven)
             grid, numbers = (programs,), {**numbers, **of_tiles}
         # Views of tensors that lie alike are one object.
