@@ -5,11 +5,13 @@
 
 Tensors are so small that the GPU waits for the host, and calls do not wait for the GPU. The other
 rows are for comparison: ``x + 1``, an autograd function that does nothing, and PyTorch's attention
-over the same number of tokens.
+over the same number of tokens. Parts of a layout are timed as a stream sees them: again and again
+the same, with another offset each time, another number of keys, or both.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
@@ -28,6 +30,7 @@ from natten.backends import explain
 from natten.cli.tables import markdown
 
 SHAPE, WINDOW = (1, 16, 16, 2, 32), 7
+LONGEST = 128  # keys along the first axis of a part's layout
 WARMUP, ROUNDS, CALLS = 2, 25, 60  # each round has CALLS calls; the first WARMUP do not count
 
 
@@ -58,6 +61,28 @@ def step(call: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, thread
         torch.autograd.grad(call(*inputs), inputs, grad)
 
 
+def parts(name: str, query: Tensor) -> dict[str, list[Callable[[], Any]]]:
+    """The rows of a backend's parts of a layout, of which the first repeats, without gradients."""
+    space, offsets = query.shape[1], range(LONGEST - query.shape[1])
+    keys = query.repeat(1, LONGEST // space, 1, 1, 1)
+
+    def row(steps: list[tuple[int, int]]) -> list[Callable[[], Any]]:
+        turns = itertools.cycle([(offset, keys[:, :length]) for offset, length in steps])
+
+        def call() -> None:
+            offset, key = next(turns)
+            na2d(query, key, key, WINDOW, query_offset=(offset, 0), backend=name)
+
+        return [call]
+
+    return {
+        "a part": row([(0, LONGEST)]),
+        "another offset": row([(offset, LONGEST) for offset in offsets]),
+        "another length": row([(0, LONGEST - offset) for offset in offsets]),
+        "both": row([(offset, space + offset) for offset in offsets]),
+    }
+
+
 def columns(
     call: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor
 ) -> list[Callable[[], Any]]:
@@ -80,6 +105,8 @@ def main() -> int:
         if f"{name}: runs" in explain(grad, kernel_size=WINDOW, backend=name):
             call = partial(na2d, kernel_size=WINDOW, backend=name)
             rows[f"`{name}`"] = columns(call, inputs, grad)
+            own = parts(name, inputs[0].detach())
+            rows |= {f"`{name}`, {each}": row for each, row in own.items()}
     rows["nothing"] = columns(Nothing.apply, inputs, grad)
     dense_grad = grad.flatten(1, 2).transpose(1, 2)
     rows["PyTorch's attention"] = columns(scaled_dot_product_attention, dense, dense_grad)
