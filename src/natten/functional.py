@@ -257,7 +257,7 @@ def attend(
         assert not isinstance(window, Neighborhood)
         if part[2] != part[3]:
             check_value_layout(inputs.key, inputs.value)
-        call = call.moved(window[_OFFSET], inputs)
+        call = call.moved(window[_OFFSET], inputs, part[1:] != known[1:])
         if part[1] != known[1]:
             warn_of_heads_first(inputs.query)
         if _is_builtin(window[_OFFSET]):

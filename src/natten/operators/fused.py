@@ -80,13 +80,15 @@ class Call:
         run = self._chosen.get("gradient") or self._choose("gradient", inputs)
         return run(grad_out, grad_lse, inputs, out, lse, self.rule, self.scale)
 
-    def moved(self, offset: Any, inputs: Inputs) -> Call:
+    def moved(self, offset: Any, inputs: Inputs, is_resized: bool) -> Call:
         """The call of another part of a layout: of other queries, those from ``offset`` on, and of
-        tensors that differ in their token layouts only."""
+        tensors that differ in their token layouts only, and do so only if it ``is_resized``."""
         given = cast(Neighborhood, self.given).moved(offset)
         shape, key_shape = inputs.query.shape[1:-2], inputs.key.shape[1:-2]
         given.check(shape, key_shape)
         rule = simplified(given, inputs)
+        if not is_resized:
+            return Call(rule, self.scale, self.choice, given, self._chosen, self._choices)
         # What :func:`backends.interface.roomy_part` looks at, and the rule's simplest form.
         kind = rule.boundary, roomy_layout(shape), roomy_layout(key_shape)
         chosen = self._choices.setdefault(kind, {})

@@ -230,10 +230,9 @@ def _out_buffer(queries, out, OWN_OUT: gl.constexpr):
 def forward_kernel(
     query, key, value, out, additional_keys, additional_values, lse,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    o_b, o_0, o_1, additional_b,
-    N0, N1, N2, K0, K1, K2, S0, S1, S2, D0, D1, D2, T0, T1, T2,
-    Q0, Q1, Q2, SQ0, SQ1, SQ2, SN0, SN1, SN2, O0, O1, O2, G0, G1, G2, R0, R1, R2,
-    num_tiles, heads, heads_per_kv, num_additional, scale_log2,
+    N0, N1, N2, Q0, Q1, Q2, SN0, SN1, SN2, SQ0, SQ1, SQ2, O0, O1, O2, G0, G1, G2,
+    T0, T1, T2, num_tiles, o_b, o_0, o_1, additional_b, K0, K1, K2, S0, S1, S2, D0, D1, D2,
+    R0, R1, R2, heads, heads_per_kv, num_additional, scale_log2,
     MODES: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, SPLIT_AXIS: gl.constexpr,
     STAGES: gl.constexpr, MASK: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import tuning
-from ...neighborhood import Neighborhood, group_length
+from ...neighborhood import Neighborhood
 from ...tiling import padded
 from ..interface import Shape, Tiles
 from ..triton import plan as portable
@@ -131,11 +131,12 @@ class Plan:
         registers, compute_registers, fetch_registers = tiling.registers(tiles, work)
         heads = self.kv_heads if of_keys else self.heads
         self.cuts[kind] = tiles, self._is_uneven(kind, tiles)
-        programs, of_tiles = self._programs(kind, *self.cuts[kind])
+        programs, of_tiles = self._programs(kind)
         num_additional = 0 if of_keys else self.num_additional
+        kernel = forward_kernel if kind == "forward" else backward_kernel
+        first = *self.location, *of_tiles, *self._of_stored(kind)
         numbers = {
-            **self.location,
-            **of_tiles,
+            **dict(zip(kernel.arg_names[len(kernel.tensors) :], first)),
             "additional_b": self.num_additional * self.kv_heads,
             **per_axis("K", rule.kernel_size),
             **per_axis("S", rule.stride),
@@ -166,7 +167,6 @@ class Plan:
             "QUERIES": self.queries,
             "PIECE": piece,
         }
-        kernel = forward_kernel if kind == "forward" else backward_kernel
         if kind != "forward":
             constants["OF_KEYS"] = of_keys
         kept = compiled(
@@ -182,66 +182,65 @@ class Plan:
             kept, num_warps=tiling.WARPS, maxnreg=registers, launch_pdl=_can_overlap(),
         )  # fmt: skip
 
-    def _positions(self, space: Shape) -> Sequence[int]:
-        """Tokens of the longest dilation group, per axis."""
-        return padded([group_length(n, d, 0) for n, d in zip(space, self.rule.dilation)], 1)
-
-    @cached_property
-    def _attended(self) -> Sequence[tuple[int, int]]:
-        """Between which positions of a dilation group there are tiles of keys, per axis."""
-        return padded(tiled(self.rule, self.space, self.key_space, True), (0, 1))
+    def _tiled_span(self, of_keys: bool) -> Sequence[tuple[int, int]]:
+        """Between which positions of a dilation group there are tiles, per axis."""
+        return padded(tiled(self.rule, self.space, self.key_space, of_keys), (0, 1))
 
     @cached_property
     def unattended(self) -> list[tuple[int, int, int]]:
         """Keys that may be in no tile, because no query attends them: an axis of their tensor, the
         first of them, and how many there are."""
         found = []
-        axes = zip(self._attended[3 - self.rule.rank :], self.key_space, self.rule.dilation)
+        spans = tiled(self.rule, self.space, self.key_space, True)
+        axes = zip(spans, self.key_space, self.rule.dilation)
         for axis, ((first, end), n, d) in enumerate(axes, 1):
             found += [(axis, 0, first * d)] if first else []
             found += [(axis, end * d, n - end * d)] if end * d < n else []
         return found
 
-    @cached_property
-    def location(self) -> dict[str, int]:
-        """Numbers of all kernels that say where the queries are, :class:`geometry.Part`'s, and how
-        the tensors lie."""
-        rule = self.rule
-        axes = [(1, 1, 1, 1, 0, 0)] * (3 - rule.rank)
-        for length, n, o, d in zip(self.space, self.key_space, rule.offset, rule.dilation):
-            positions = -(-n // d), -(-length // d)
-            axes.append((*positions, length % d or d, n % d or d, o // d, o % d))
-        numbers = [*self.query.steps, *self.key.steps, *self.value.steps]
-        for each in zip(*axes):
-            numbers += each
-        return dict(zip(_LOCATION, numbers))
+    @property
+    def location(self) -> tuple[int, ...]:
+        """The first numbers of all kernels: how tensors lie, how long axes are, where the queries
+        are."""
+        offset = self.rule.offset
+        before = [o // d for o, d in zip(offset, self.rule.dilation)]
+        group = [o % d for o, d in zip(offset, self.rule.dilation)]
+        none = (0,) * (3 - len(before))
+        steps = *self.query.steps, *self.key.steps, *self.value.steps
+        lengths = _lengths(self.space, self.key_space, self.rule.dilation)
+        return *steps, *lengths, *none, *before, *none, *group
 
-    def _programs(self, kind: str, tiles: Tiles, is_uneven: bool) -> tuple[int, dict[str, int]]:
-        """How many programs there are, and the numbers that follow from how many tiles there are.
+    def _programs(self, kind: str) -> tuple[int, tuple[int, ...]]:
+        """How many programs there are, and the numbers that say which tiles: how many along each
+        axis, how many in all, and of keys, where they begin.
 
         As many programs as run at once take tiles in turn, or each tile has one of its own.
         """
-        of_keys = kind == "dkdv"
-        space, heads = (self.key_space, self.kv_heads) if of_keys else (self.space, self.heads)
+        of_keys, (tiles, is_uneven) = kind == "dkdv", self.cuts[kind]
+        heads = self.kv_heads if of_keys else self.heads
         sizes = tile_sizes(tiles, of_keys)
-        spans = self._attended if of_keys else [(0, n) for n in self._positions(space)]
-        firsts = [first // size * size for (first, _), size in zip(spans, sizes)]
-        counts = [-(-(end - first) // size) for (_, end), first, size in zip(spans, firsts, sizes)]
+        firsts, counts = [], []
+        for (first, end), size in zip(self._tiled_span(of_keys), sizes):
+            first = first // size * size
+            firsts.append(first)
+            counts.append(-(-(end - first) // size))
         num_tiles = math.prod(counts) * math.prod(self.rule.dilation) * self.batch * heads
-        # What a kernel stores is contiguous, so its bases are rows.
-        rows = contiguous_strides((self.batch, *padded(space, 1), heads))[:3]
-        numbers = {**per_axis("T", counts), "num_tiles": num_tiles}
-        if kind == "forward":
-            numbers |= _steps("o", rows)
-        else:
-            of_queries = self.space, self.heads
-            numbers |= _steps("g", self._contiguous(*of_queries, self.value_dim).steps)
-            numbers |= _steps("l", self._contiguous(*of_queries, 4).steps)
-            numbers |= _steps("d", rows)
-            numbers |= per_axis("F", firsts)
+        numbers = *counts, num_tiles, *(firsts if kind != "forward" else ())
         if is_uneven:
             return num_tiles, numbers
         return min(num_tiles, _processors(self.device) * tiles.resident_programs), numbers
+
+    def _of_stored(self, kind: str) -> tuple[int, ...]:
+        """Numbers that follow: how the tensors lie that kernels made, all of them contiguous."""
+        space, heads = (self.space, self.heads)
+        if kind == "dkdv":
+            space, heads = self.key_space, self.kv_heads
+        # Of what a kernel stores, bases are rows.
+        rows = contiguous_strides((self.batch, *padded(space, 1), heads))[:3]
+        if kind == "forward":
+            return rows
+        made = (self._contiguous(self.space, self.heads, n).steps for n in (self.value_dim, 4))
+        return *next(made), *next(made), *rows
 
     def _is_uneven(self, kind: str, tiles: Tiles) -> bool:
         """Whether the longest tile has so many blocks that each tile has its own program."""
@@ -303,19 +302,28 @@ class Part(Plan):
     little more than a call that was made before, and no kernel is compiled.
     """
 
-    def __init__(self, plan: Plan, rule: Neighborhood, where: tuple[Any, ...]) -> None:
+    def __init__(
+        self, plan: Plan, rule: Neighborhood, where: tuple[Any, ...], like: Part | None = None
+    ) -> None:
         self.__dict__.update(plan.kept)
         self.plan, self.where = plan, where
-        self._lay(rule, *where[1:])
+        if like is not None and like.where[1:] == where[1:]:  # tensors lie as those of ``like``
+            self.rule, self.shapes, self.strides = rule, like.shapes, like.strides
+            self.space, self.key_space = like.space, like.key_space
+            self.query, self.key, self.value = like.query, like.key, like.value
+        else:
+            self._lay(rule, *where[1:])
 
     def _tiled(self, kind: str) -> Launch:
         plan, launch = self.plan, getattr(self.plan, kind)
-        tiles, is_uneven = self.cuts[kind]
         grid, numbers, descriptors = launch.grid, self.location, {}
         if kind == "dkdv" or self.space != plan.space:
-            programs, of_tiles = self._programs(kind, tiles, is_uneven)
-            grid, numbers = (programs,), {**numbers, **of_tiles}
+            programs, of_tiles = self._programs(kind)
+            grid, numbers = (programs,), (*numbers, *of_tiles)
+            if self.space != plan.space or self.key_space != plan.key_space:
+                numbers += self._of_stored(kind)
         # Views of tensors that lie alike are one object.
+        tiles, _ = self.cuts[kind]
         if self.query is not plan.query:
             descriptors = self._of_queries(kind, tiles)
         if self.key is not plan.key or self.value is not plan.value:
@@ -324,8 +332,11 @@ class Part(Plan):
 
     @cached_property
     def lse_delta(self) -> dict[bool, Launch]:
-        grid, numbers = (-(-self._rows // 16),), {"rows": self._rows}
-        return {given: launch.moved(grid, numbers) for given, launch in self.plan.lse_delta.items()}
+        rows = self._rows
+        return {
+            given: launch.moved((-(-rows // 16),), (rows,))
+            for given, launch in self.plan.lse_delta.items()
+        }
 
     @cached_property
     def portable(self) -> portable.Part:
@@ -334,16 +345,16 @@ class Part(Plan):
         return portable.Part(plan, (*self.where, None))
 
 
-# What :attr:`Plan.location` has.
-_LOCATION = (
-    *(f"{tensor}_{axis}" for tensor in "qkv" for axis in "b012h"),
-    *(f"{name}{axis}" for name in ("N", "Q", "SQ", "SN", "O", "G") for axis in range(3)),
-)
-
-
-def _steps(name: str, steps: Sequence[int]) -> dict[str, int]:
-    """Arguments ``name_b``, ``name_0`` to ``name_2`` and ``name_h``, or the first of them."""
-    return {f"{name}_{axis}": step for axis, step in zip("b012h", steps)}
+@lru_cache(maxsize=1024)
+def _lengths(space: Shape, key_space: Shape, dilation: Shape) -> tuple[int, ...]:
+    """Of keys and of queries, positions of the longest dilation group per axis; then of both, from
+    which group on there is one less."""
+    numbers: list[int] = []
+    for layout in (key_space, space):
+        numbers += padded([-(-n // d) for n, d in zip(layout, dilation)], 1)
+    for layout in (key_space, space):
+        numbers += padded([n % d or d for n, d in zip(layout, dilation)], 1)
+    return tuple(numbers)
 
 
 def _exact_thrice(x: float) -> float:
@@ -415,5 +426,5 @@ def plan_for(
             plan = made.get(sizes)
             if plan is None:
                 plan = made[sizes] = Plan(rule, *others, shapes, strides, num_additional)
-        part = made["part"] = Part(plan, rule, where)
+        part = made["part"] = Part(plan, rule, where, part)
     return part

@@ -135,9 +135,8 @@ def dq_kernel(
     query, key, value, rpb, additional_keys, additional_values, documents,
     out, lse, grad_out, grad_lse, lse_delta, grad_query, key_mask, additional_mask,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    m_b, m_0, m_1, m_2, a_b, a_0,
-    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, P0, P1, P2, K0, K1, K2, S0, S1, S2, D0, D1, D2,
-    T0, T1, T2, heads, per_kv, num_additional, scale,
+    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, P0, P1, P2, T0, T1, T2, m_b, m_0, m_1, m_2, a_b, a_0,
+    K0, K1, K2, S0, S1, S2, D0, D1, D2, heads, per_kv, num_additional, scale,
     MODES: tl.constexpr, PER_KEY: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
     ALIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, HAS_RPB: tl.constexpr, HAS_ADDITIONAL: tl.constexpr,
@@ -208,9 +207,8 @@ def _share(n, AXIS: tl.constexpr):
 def dkdv_kernel(
     query, key, value, rpb, documents, grad_out, lse_delta, grad_key, grad_value, key_mask,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    m_b, m_0, m_1, m_2,
-    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, P0, P1, P2, K0, K1, K2, S0, S1, S2, D0, D1, D2,
-    T0, T1, T2, kv_heads, per_kv, scale,
+    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, P0, P1, P2, T0, T1, T2, m_b, m_0, m_1, m_2,
+    K0, K1, K2, S0, S1, S2, D0, D1, D2, kv_heads, per_kv, scale,
     MODES: tl.constexpr, PER_KEY: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
     ALIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, HAS_RPB: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
@@ -342,8 +340,8 @@ def dkdv_kernel(
 )
 def additional_kernel(
     query, additional_keys, additional_values, grad_out, lse_delta, grad_keys, grad_values,
-    additional_mask, q_b, q_0, q_1, q_2, q_h, a_b, a_0, L0, L1, L2, kv_heads, per_kv,
-    num_additional, per_split, scale, M: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr,
+    additional_mask, q_b, q_0, q_1, q_2, q_h, L0, L1, L2, per_split, a_b, a_0, kv_heads, per_kv,
+    num_additional, scale, M: tl.constexpr, N: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_ADDITIONAL_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -395,9 +393,9 @@ def _fine(dilation, R: tl.constexpr):
 def rpb_grad_kernel(
     query, key, value, rpb, grad_out, lse_delta, sums, key_mask,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    m_b, m_0, m_1, m_2,
-    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, P0, P1, P2, K0, K1, K2, S0, S1, S2, D0, D1, D2,
-    heads, per_kv, batches, O0, O1, O2, B1, B2, first_head, scale,
+    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, P0, P1, P2, m_b, m_0, m_1, m_2,
+    K0, K1, K2, S0, S1, S2, D0, D1, D2, heads, per_kv, batches, O0, O1, O2, B1, B2, first_head,
+    scale,
     MODES: tl.constexpr, PER_KEY: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
     ALIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PRECISION: tl.constexpr,
@@ -492,7 +490,7 @@ def rpb_grad_kernel(
 
 @kernel(triton.jit, tensors="sums grad_rpb")
 def rpb_grad_sum_kernel(
-    sums, grad_rpb, K0, K1, K2, O0, O1, O2, B1, B2, first_head, blocks, splits, offsets,
+    sums, grad_rpb, splits, K0, K1, K2, O0, O1, O2, B1, B2, first_head, blocks, offsets,
     Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The bias's gradient ``[heads, offsets]`` from what :func:`rpb_grad_kernel` made."""

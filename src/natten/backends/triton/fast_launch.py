@@ -24,8 +24,6 @@ from .releases import CHECKED, release
 
 Tensors = Mapping[str, Tensor | None]
 Addresses = Sequence[int | None]
-Launcher = Callable[[Addresses, Tensors], None]
-Arguments = Callable[[Sequence[Any], Tensors, int], tuple[Any, ...]]  # of the function in C
 KEPT = 256  # addresses, per launch and per descriptor
 
 
@@ -38,22 +36,40 @@ class Describe(Protocol):
 
 
 Described = Mapping[str, Describe | None]
-# Of a grid, of numbers and constants, and of what describes the tensors.
-Compiled = Callable[[tuple[int, ...], Sequence[Any], Described], Launcher]
 
 
-def launchers(compiled: Any, describe: Described) -> Compiled:
-    """What makes functions that launch a kernel on the current device, always the same.
+class Launch(Protocol):
+    """What a launch of a kernel is made of, beside its tensors; they are always of the same shapes.
+
+    Attributes:
+        grid: how many programs there are along three axes.
+        values: numbers and constants, in their order.
+        tensors: the kernel's tensors, which are its first parameters, in their order, and what
+            makes a descriptor of each, or None.
+        kept: what the function in C was given, by the tensors' addresses.
+    """
+
+    grid: tuple[int, ...]
+    values: tuple[Any, ...]
+    tensors: Described
+    kept: Bounded
+
+
+Launcher = Callable[[Launch, Addresses, Tensors], None]
+# Of a launch, its tensors and the stream: what the function in C takes.
+Arguments = Callable[[Launch, Addresses, Tensors, int], tuple[Any, ...]]
+
+
+def launcher(compiled: Any, describe: Described) -> Launcher:
+    """A function that launches a kernel on the current device, always the same.
 
     Args:
         compiled: what Triton compiled; it has run on the device.
-        describe: the kernel's tensors, which are its first parameters, in their order, and what
-            makes a descriptor of each, or None.
+        describe: as :attr:`Launch.tensors` of all its launches, but for what makes the descriptors.
 
     Returns:
-        A function of the numbers of programs along three axes, of numbers and constants, and of
-        what makes descriptors of the same tensors. It makes a function of the tensors: of their
-        addresses, in order, and of themselves, by name.
+        A function of a launch and its tensors: of their addresses, in order, and of themselves, by
+        name.
     """
     is_checked = release(triton.__version__) in CHECKED
     try:
@@ -65,45 +81,39 @@ def launchers(compiled: Any, describe: Described) -> Compiled:
     hooks, device = knobs.runtime, driver.active.get_current_device()
     stream = driver.active.get_current_stream
 
-    def launcher(grid: tuple[int, ...], last: Sequence[Any], describe: Described) -> Launcher:
-        def slow(addresses: Addresses, tensors: Tensors) -> None:
-            compiled[grid](*described(describe, tensors).values(), *last)
+    def slow(what: Launch, addresses: Addresses, tensors: Tensors) -> None:
+        compiled[what.grid](*described(what.tensors, tensors).values(), *what.values)
 
-        if short is None:
-            return slow
-        launch, make = short
-        arguments = make(grid, last, describe)
+    if short is None:
+        return slow
+    launch, arguments = short
 
-        def fast(addresses: Addresses, tensors: Tensors) -> None:
-            try:
-                hooked = hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls
-            except AttributeError:  # a function in the place of a chain of functions
-                hooked = True
-            if hooked:
-                slow(addresses, tensors)
-            else:
-                launch(*arguments(addresses, tensors, stream(device)))
+    def fast(what: Launch, addresses: Addresses, tensors: Tensors) -> None:
+        try:
+            hooked = hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls
+        except AttributeError:  # a function in the place of a chain of functions
+            hooked = True
+        if hooked:
+            slow(what, addresses, tensors)
+        else:
+            launch(*arguments(what, addresses, tensors, stream(device)))
 
-        if is_checked:
-            return fast
+    if is_checked:
+        return fast
 
-        def agrees(addresses: Addresses, tensors: Tensors) -> bool:
-            passed = _passed(compiled.run, lambda: slow(addresses, tensors))
-            try:
-                return _agree(passed, arguments(addresses, tensors, stream(device)))
-            except Exception:
-                return False
+    def agrees(what: Launch, addresses: Addresses, tensors: Tensors) -> bool:
+        passed = _passed(compiled.run, lambda: slow(what, addresses, tensors))
+        try:
+            return _agree(passed, arguments(what, addresses, tensors, stream(device)))
+        except Exception:
+            return False
 
-        return _once_compared(agrees, fast, slow)
-
-    return launcher
+    return _once_compared(agrees, fast, slow)
 
 
-def _short_way(
-    compiled: Any, describe: Described
-) -> tuple[Callable[..., None], Callable[..., Arguments]] | None:
-    """Triton's function in C, and what makes its arguments of what :func:`launchers` says; None
-    where Triton itself has to launch."""
+def _short_way(compiled: Any, describe: Described) -> tuple[Callable[..., None], Arguments] | None:
+    """Triton's function in C and what makes its arguments; None where Triton itself has to
+    launch."""
     own = compiled.run
     metas = getattr(compiled.metadata, "tensordesc_meta", None) or ()
     count = sum(make is not None for make in describe.values())
@@ -118,30 +128,25 @@ def _short_way(
     complete = _complete(compiled)
     launch = getattr(*_place(own))
     if not count:
-        return launch, lambda grid, last, _: complete(grid, last)
-    flat = _flattener(own, metas, describe)
-    return launch, lambda grid, last, describe: _kept(complete(grid, last), flat(describe))
+        return launch, lambda what, addresses, _, stream: complete(what, addresses, stream)
+    return launch, _kept(complete, _flattener(own, metas, describe))
 
 
-def _complete(compiled: Any) -> Callable[[Sequence[int], Sequence[Any]], Arguments]:
-    """What makes all arguments of the function in C: of grid and numbers, then of those that differ
-    from launch to launch."""
+def _complete(compiled: Any) -> Callable[[Launch, Sequence[Any], int], tuple[Any, ...]]:
+    """What makes all arguments of the function in C of a launch, of what tensors become there, and
+    of the stream."""
     own = compiled.run
     between: tuple[Any, ...]
     start = compiled.function, own.launch_cooperative_grid, own.launch_pdl
     # What is None: memory for scratch, twice, and metadata of the launch for two hooks.
     if release(triton.__version__) <= (3, 6):
         between = (*start, None, None, compiled.packed_metadata, None, None, None)
-        return lambda grid, last: (
-            lambda flat, tensors, stream: (*grid, stream, *between, *flat, *last)
-        )
+        return lambda what, flat, stream: (*what.grid, stream, *between, *flat, *what.values)
     between = (
         *start, compiled.packed_metadata, None, None, None, None, None,
         own.arg_annotations, own.kernel_signature,
     )  # fmt: skip
-    return lambda grid, last: (
-        lambda flat, tensors, stream: (*grid, stream, *between, (*flat, *last))
-    )
+    return lambda what, flat, stream: (*what.grid, stream, *between, (*flat, *what.values))
 
 
 def _place(own: Any) -> tuple[Any, str]:
@@ -192,17 +197,17 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _once_compared(
-    agrees: Callable[[Addresses, Tensors], bool], fast: Launcher, slow: Launcher
+    agrees: Callable[[Launch, Addresses, Tensors], bool], fast: Launcher, slow: Launcher
 ) -> Launcher:
     """A launcher that is ``fast`` from the second launch on, if the first one ``agrees``."""
     chosen: Launcher | None = None
 
-    def run(addresses: Addresses, tensors: Tensors) -> None:
+    def run(what: Launch, addresses: Addresses, tensors: Tensors) -> None:
         nonlocal chosen
         if chosen is None:
-            chosen = fast if agrees(addresses, tensors) else slow
+            chosen = fast if agrees(what, addresses, tensors) else slow
         else:
-            chosen(addresses, tensors)
+            chosen(what, addresses, tensors)
 
     return run
 
@@ -219,19 +224,23 @@ def described(describe: Described, tensors: Tensors) -> dict[str, Any]:
     return found
 
 
-def _kept(complete: Arguments, flat: Callable[[Addresses, Tensors], Sequence[Any]]) -> Arguments:
+def _kept(
+    complete: Callable[[Launch, Sequence[Any], int], tuple[Any, ...]],
+    flat: Callable[[Described, Addresses, Tensors], Sequence[Any]],
+) -> Arguments:
     """``complete`` of what ``flat`` makes of tensors, which depends on their addresses alone.
 
     All of it is kept, because memory is allocated where memory was freed.
     """
-    kept = Bounded(KEPT)
 
-    def arguments(addresses: Sequence[Any], tensors: Tensors, stream: int) -> tuple[Any, ...]:
+    def arguments(
+        what: Launch, addresses: Addresses, tensors: Tensors, stream: int
+    ) -> tuple[Any, ...]:
         key = stream, *addresses
-        found = kept.get(key)
+        found: tuple[Any, ...] | None = what.kept.get(key)
         if found is None:
-            found = complete(flat(addresses, tensors), tensors, stream)
-            kept.keep(key, found)
+            found = complete(what, flat(what.tensors, addresses, tensors), stream)
+            what.kept.keep(key, found)
         return found
 
     return arguments
@@ -239,9 +248,8 @@ def _kept(complete: Arguments, flat: Callable[[Addresses, Tensors], Sequence[Any
 
 def _flattener(
     own: Any, metas: Sequence[Any], describe: Described
-) -> Callable[[Described], Callable[[Addresses, Tensors], list[Any]]]:
-    """What makes, of what describes a kernel's tensors, a function of the tensors: those arguments
-    that the function in C takes.
+) -> Callable[[Described, Addresses, Tensors], list[Any]]:
+    """What makes, of tensors and what describes them, those arguments that the function in C takes.
 
     What a descriptor becomes there, a tensor map with shape and strides, depends on the address
     alone. It is kept, too, for when only some tensors are where others were.
@@ -250,21 +258,18 @@ def _flattener(
     unused = (None,) * (len(inspect.signature(encode).parameters) - 2)  # from Triton 3.8 on
     meta = dict(zip((name for name, make in describe.items() if make is not None), metas))
 
-    def flattened(describe: Described) -> Callable[[Addresses, Tensors], list[Any]]:
-        def flat(addresses: Addresses, tensors: Tensors) -> list[Any]:
-            found: list[Any] = []
-            for address, (name, make) in zip(addresses, describe.items()):
-                x = tensors[name]
-                if make is None or x is None:
-                    found.append(address)
-                    continue
-                known = make.maps.get(address)
-                if known is None:
-                    known = encode(make(x), meta[name], *unused)
-                    make.maps.keep(address, known)
-                found += known
-            return found
+    def flat(describe: Described, addresses: Addresses, tensors: Tensors) -> list[Any]:
+        found: list[Any] = []
+        for address, (name, make) in zip(addresses, describe.items()):
+            x = tensors[name]
+            if make is None or x is None:
+                found.append(address)
+                continue
+            known = make.maps.get(address)
+            if known is None:
+                known = encode(make(x), meta[name], *unused)
+                make.maps.keep(address, known)
+            found += known
+        return found
 
-        return flat
-
-    return flattened
+    return flat

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ... import tuning
 from ...tiling import padded
-from .fast_launch import Compiled, Describe, Launcher, described, launchers
+from ...tuning import Bounded
+from .fast_launch import KEPT, Describe, Described, Launcher, described, launcher
 
 _log = logging.getLogger("natten")
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -109,31 +110,37 @@ class Launch:
             raise TypeError(f"{kernel.__name__}: missing {missing}, unknown {unknown}")
         self.kernel = kernel
         self.grid = (*grid, 1, 1)[:3]
-        self.arguments = {name: arguments[name] for name in names}
-        self.tensors = {name: descriptors.get(name) for name in kernel.tensors}
+        self.values = tuple([arguments[name] for name in names])
+        self.tensors: Described = {name: descriptors.get(name) for name in kernel.tensors}
         self._in_order = itemgetter(*kernel.tensors)
         # Descriptors are made of tensors that 16 bytes divide.
         self._may_be_unaligned = not descriptors
         # Triton 3.10 fuses products and sums only where it is asked to.
         self.options = {"enable_fp_fusion": True, **options}
-        self.compiled: Launcher | None = None
         self._kernels = [] if kernels is None else kernels
-        self._made: list[Compiled] = []  # shared by launches that were moved
+        self._launchers: list[Launcher] = []  # one at most, shared by launches that were moved
+        self.kept = Bounded(KEPT)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Numbers and constants by name."""
+        return dict(zip(self.kernel.arg_names[len(self.kernel.tensors) :], self.values))
 
     def moved(
         self,
         grid: Iterable[int],
-        numbers: Mapping[str, Any],
+        numbers: Sequence[Any],
         descriptors: Mapping[str, Describe] = _NOTHING,
     ) -> Launch:
-        """The same kernel with another grid, other numbers and descriptors of other tensors, for
-        which nothing is compiled."""
+        """The same kernel with another grid, other ``numbers`` in the place of as many first ones,
+        and descriptors of other tensors. Nothing is compiled for it."""
         found = object.__new__(Launch)
         found.__dict__.update(self.__dict__)
         found.grid = (*grid, 1, 1)[:3]
-        found.arguments = {**self.arguments, **numbers}
-        found.tensors = {**self.tensors, **descriptors}
-        found.compiled = None
+        found.values = (*numbers, *self.values[len(numbers) :])
+        if descriptors:
+            found.tensors = {**self.tensors, **descriptors}
+        found.kept = Bounded(KEPT)
         return found
 
     # Not __call__: calling an object by keywords copies them once more.
@@ -146,15 +153,12 @@ class Launch:
         # Triton compiles for addresses that 16 divides, which only views can lack.
         aligned = filter(None, addresses[: self.kernel.num_aligned])
         unaligned = self._may_be_unaligned and math.gcd(16, *aligned) < 16
-        if self.compiled is None and self._kernels:
-            if not self._made:
-                self._made.append(launchers(self._kernels[0], self.tensors))
-            numbers = tuple(self.arguments.values())
-            self.compiled = self._made[0](self.grid, numbers, self.tensors)
-        if unaligned or self.compiled is None:
+        if not self._launchers and self._kernels:
+            self._launchers.append(launcher(self._kernels[0], self.tensors))
+        if unaligned or not self._launchers:
             self._compile(tensors, not unaligned)
         else:
-            self.compiled(addresses, tensors)
+            self._launchers[0](self, addresses, tensors)
 
     def _compile(self, tensors: Mapping[str, Tensor | None], keep: bool) -> None:
         """Launch through Triton, which compiles at the first call; ``keep`` what it compiled."""
@@ -187,7 +191,15 @@ class Split:
     def arguments(self) -> Mapping[str, Any]:
         return self.launch.arguments
 
-    def moved(self, grid: Iterable[int], numbers: Mapping[str, Any]) -> Split:
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.launch.grid
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        return self.launch.values
+
+    def moved(self, grid: Iterable[int], numbers: Sequence[Any]) -> Split:
         """As :meth:`Launch.moved`."""
         return Split(self.launch.moved(grid, numbers), self.sums, self.shares)
 

@@ -325,15 +325,9 @@ def _of_key_mask(strides: Sequence[int]) -> dict[str, int]:
     return dict(zip(("m_b", "m_0", "m_1", "m_2"), (batch, *padded(space, 0))))
 
 
-# Numbers of all kernels that depend on where a part is, how large it is, and how its tensors lie.
-_NUMBERS_OF_PART = (
-    *(name for letter in "qkv" for name in strides_of(letter, range(6))),
-    *per_axis("L", ()), *per_axis("KEY_L", ()), *per_axis("P", ()),
-)  # fmt: skip
-
-
 class Part:
-    """The plan of a part of a layout: that of another part, whose kernels have other numbers.
+    """The plan of a part of a layout: that of another part, whose kernels have other numbers. Those
+    that differ are a kernel's first ones.
 
     So what a new offset, a longer cache of keys or a part of another size costs on the host is
     little more than a call that was made before, and no kernel is compiled. ``where`` are the
@@ -350,9 +344,9 @@ class Part:
         for batch, *space, heads, _ in strides:
             numbers += (batch, *none, *space, heads)
         numbers += (*one, *self.space, *one, *self.key_space, *none, *offset)
-        self._numbers = dict(zip(_NUMBERS_OF_PART, numbers))
-        if mask_strides is not None:
-            self._numbers |= _of_key_mask(mask_strides)
+        # The strides ``q``, ``k`` and ``v``, then ``L``, ``KEY_L`` and ``P``.
+        self._numbers = numbers
+        self._mask_strides = () if mask_strides is None else _of_key_mask(mask_strides).values()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.plan, name)
@@ -360,12 +354,14 @@ class Part:
     def _moved(self, launch: Any, kind: str) -> Any:
         """A kernel with a program per tile."""
         plan, of_keys = self.plan, kind == "dkdv"
-        if self.space == plan.space and not of_keys:
-            return launch.moved(launch.grid, self._numbers)
-        name, space = ("KV_BLOCK", self.key_space) if of_keys else ("Q_BLOCK", self.space)
-        programs, counts = plan.programs(kind, launch.arguments[name], space)
-        shared = launch.shares(programs) if isinstance(launch, Split) else ()
-        return launch.moved((programs, *shared), {**self._numbers, **per_axis("T", counts)})
+        space, own = (self.key_space, plan.key_space) if of_keys else (self.space, plan.space)
+        if space == own:
+            grid, counts = launch.grid, launch.values[len(self._numbers) :][:3]
+        else:
+            tile = launch.arguments["KV_BLOCK" if of_keys else "Q_BLOCK"]
+            programs, counts = plan.programs(kind, tile, space)
+            grid = programs, *(launch.shares(programs) if isinstance(launch, Split) else ())
+        return launch.moved(grid, (*self._numbers, *counts, *self._mask_strides))
 
     @cached_property
     def forward(self) -> Launch:
@@ -387,19 +383,18 @@ class Part:
     def additional(self) -> tuple[int, Launch]:
         _, launch = self.plan.additional
         splits, per_split = self.plan.splits_of_additional(self.space)
-        numbers = {name: self._numbers[name] for name in launch.arguments if name in self._numbers}
-        return splits, launch.moved((*launch.grid[:2], splits), {**numbers, "per_split": per_split})
+        numbers = *self._numbers[:5], *padded(self.space, 1), per_split  # strides of queries
+        return splits, launch.moved((*launch.grid[:2], splits), numbers)
 
     @cached_property
     def rpb(self) -> tuple[tuple[int, ...], list[tuple[Launch, Launch]]]:
         (_, heads, blocks, *pairs), launches = self.plan.rpb
         tile = launches[0][0].arguments["Q_BLOCK"]
         splits = self.plan.splits_of_rpb(tile, self.space, blocks * heads)
-        moved = []
+        numbers, moved = (*self._numbers, *self._mask_strides), []
         for each, add_up in launches:
             grid = blocks, splits, each.grid[2]
-            own = each.moved(grid, self._numbers), add_up.moved(add_up.grid, {"splits": splits})
-            moved.append(own)
+            moved.append((each.moved(grid, numbers), add_up.moved(add_up.grid, (splits,))))
         return (splits, heads, blocks, *pairs), moved
 
 

@@ -377,7 +377,7 @@ def _map_launch(
     programs = math.prod(counts) * math.prod(rule.dilation) * batch * heads
     grid = programs, 1 if name == "qk" else -(-dim // block_d)
     if "launch" in made:
-        return made["launch"].moved(grid, arguments)
+        return made["launch"].moved(grid, [arguments[name] for name in made["launch"].arguments])
     warps = 8 if block_d > 32 else 4
     made["launch"] = Launch(each.kernel, grid, arguments, num_warps=warps, num_stages=2)
     return made["launch"]
