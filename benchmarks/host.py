@@ -6,7 +6,7 @@
 Tensors are so small that the GPU waits for the host, and calls do not wait for the GPU. The other
 rows are for comparison: ``x + 1``, an autograd function that does nothing, and PyTorch's attention
 over the same number of tokens. Parts of a layout are timed as a stream sees them: again and again
-the same, with another offset each time, another number of keys, or both.
+the same or three in turn; with another offset each time, another number of keys, or both.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def parts(name: str, query: Tensor) -> dict[str, list[Callable[[], Any]]]:
 
     return {
         "a part": row([(0, LONGEST)]),
+        "three parts in turn": row([(0, LONGEST), (16, LONGEST), (5, LONGEST - 9)]),
         "another offset": row([(offset, LONGEST) for offset in offsets]),
         "another length": row([(0, LONGEST - offset) for offset in offsets]),
         "both": row([(offset, space + offset) for offset in offsets]),

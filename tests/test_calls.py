@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import assert_close, reference, tiled
 
-from natten import functional, na1d, na2d, na3d, tuning
+from natten import functional, na1d, na2d, na3d, operators, tuning
 from natten.errors import ArgumentError, UnsupportedError
 
 
@@ -246,6 +246,31 @@ def test_new_tiles_are_new_decisions():
         assert not functional._calls
         na2d(*inputs(), 3)
     assert not functional._calls
+
+
+def test_parts_that_take_turns_are_kept(monkeypatch):
+    q, k, v = inputs(1, 20, 2, 4)
+
+    def part(offset, count):
+        return na1d(q[:, offset : offset + count], k, v, 5, query_offset=offset)
+
+    parts = [(0, 6), (6, 8), (14, 6)]
+    expected = [part(*each) for each in parts]
+    move = Mock()
+    monkeypatch.setattr(operators.Call, "moved", move)
+    for _ in range(2):
+        for each, out in zip(parts, expected):
+            assert torch.equal(part(*each), out)
+    assert not move.called
+    monkeypatch.undo()
+    whole = na1d(q, k, v, 5)
+    for offset in range(20):
+        assert_close("out", whole[:, offset : offset + 1], single(q, k, v, offset), 1e-5)
+    assert all(len(each) <= functional._KEPT_PARTS for each in functional._calls.values())
+
+
+def single(q, k, v, offset):
+    return na1d(q[:, offset : offset + 1], k, v, 5, query_offset=offset)
 
 
 def test_few_calls_are_kept():

@@ -343,6 +343,20 @@ def test_another_part_compiles_nothing(
     assert not compile_one.called and len(launched) == kernels * (1 + len(PARTS))
 
 
+@pytest.mark.parametrize("backend", [portable, hopper], ids=["triton", "hopper"])
+def test_parts_that_take_turns_are_kept(
+    backend: Backend, launched: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in PARTS:
+        part(backend, *each)
+    move = Mock()
+    monkeypatch.setattr(Launch, "moved", move)
+    for _ in range(2):
+        for each in PARTS:
+            part(backend, *each)
+    assert not move.called
+
+
 def test_gradients_of_keys_without_queries_are_zeros(
     launched: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -225,10 +225,21 @@ WINDOW = (
 )  # fmt: skip
 _OFFSET = WINDOW.index("query_offset")
 
-# Calls repeat, and checking each of them again would take longer than a small kernel runs. Each is
-# kept with its part of a layout, if it has one.
+
+class _Calls(tuning.Bounded):
+    """Calls of a kind, by the part of a layout that each has, None if it has none."""
+
+    last: tuple[Any, operators.Call]  # a part and its call, the newest ones
+
+    def keep(self, part: Any, call: operators.Call) -> None:
+        super().keep(part, call)
+        self.last = part, call
+
+
+# Calls repeat, and checking each of them again would take longer than a small kernel runs. Of a
+# kind, a few parts of a layout may take turns.
 _calls = tuning.Kept()
-_NO_CALL: tuple[Any, Any] = None, None
+_KEPT_PARTS = 16
 
 
 def attend(
@@ -243,26 +254,30 @@ def attend(
     """
     plain = operators.is_plain_call(inputs)
     if not plain and _dtensors.has_dtensor(inputs):
-        found: tuple[Tensor, Tensor] = _dtensors.runner().attend(inputs, window, *options)
-        return found
+        results: tuple[Tensor, Tensor] = _dtensors.runner().attend(inputs, window, *options)
+        return results
     kind, part = _kind_and_part(inputs, window, options) if plain else (None, None)
     # Compiled code does not look at what is kept, or it would be compiled again for all that is.
-    kept: Any = None if kind is None else _calls.get(kind)
-    call, known = kept or _NO_CALL
-    if call is None:
+    kept: _Calls | None = None if kind is None else _calls.get(kind)
+    if kept is None:
         call = check_call_of(inputs, window, *options)
         if kind is not None and _is_known(window) and _is_builtin(options):
-            _calls.keep(kind, (call, part))
-    elif part is not None and part != known:  # a cache or a part moves from call to call
-        assert not isinstance(window, Neighborhood)
+            kept = _Calls(_KEPT_PARTS)
+            kept.keep(part, call)
+            _calls.keep(kind, kept)
+        return call(inputs, plain)
+    known = kept.get(part)
+    if known is None:  # a cache or a part moves from call to call
+        assert part is not None and not isinstance(window, Neighborhood)
+        before, last = kept.last
         if part[2] != part[3]:
             check_value_layout(inputs.key, inputs.value)
-        call = call.moved(window[_OFFSET], inputs, part[1:] != known[1:])
-        if part[1] != known[1]:
+        known = last.moved(window[_OFFSET], inputs, part[1:] != before[1:])
+        if part[1] != before[1]:
             warn_of_heads_first(inputs.query)
         if _is_builtin(window[_OFFSET]):
-            _calls[kind] = call, part
-    return call(inputs, plain)
+            kept.keep(part, known)
+    return known(inputs, plain)
 
 
 def _kind_and_part(

@@ -417,14 +417,17 @@ def plan_for(
         "hopper", *portable.windows_of(rule), *others, batch, heads, dim, key.shape[-2],
         value.shape[-1], num_additional,
     )  # fmt: skip
-    where, part = (rule.query_offset, shapes, strides), made.get("part")
-    if part is None or part.where != where:
-        if part is not None and part.shapes == shapes:
-            plan = part.plan
+    where = rule.query_offset, shapes, strides
+    part: Part | None = made["parts"].get(where)
+    if part is None:
+        last: Part | None = made.get("last")
+        if last is not None and last.shapes == shapes:
+            plan = last.plan
         else:  # nothing that kernels are compiled for depends on more than these sizes
             sizes = tiling.model_sizes(rule, query.shape[1:-2], key.shape[1:-2])
-            plan = made.get(sizes)
-            if plan is None:
-                plan = made[sizes] = Plan(rule, *others, shapes, strides, num_additional)
-        part = made["part"] = Part(plan, rule, where, part)
+            if sizes not in made:
+                made[sizes] = Plan(rule, *others, shapes, strides, num_additional)
+            plan = made[sizes]
+        part = made["last"] = Part(plan, rule, where, last)
+        made["parts"].keep(where, part)
     return part

@@ -19,6 +19,7 @@ from ... import tuning
 from ...documents import Documents
 from ...neighborhood import Dense, Neighborhood, Rule, queries_before
 from ...tiling import padded
+from ...tuning import Bounded
 from ..interface import Shape
 from . import tiles as tiling
 from .backward import (
@@ -398,11 +399,15 @@ class Part:
         return (splits, heads, blocks, *pairs), moved
 
 
+# Parts of a kind that take turns: inner queries of a rank and those at its border, say.
+KEPT_PARTS = 16
+
+
 @tuning.cached
 def common(*kind: Any) -> dict[Any, Any]:
-    """What parts have in common that differ in where they are: a dictionary, which begins empty.
-    ``kind`` says what else they are."""
-    return {}
+    """What parts share that differ in where they are, a dictionary; ``kind`` says what else they
+    are. It begins with its ``"parts"``, by where they are, of which there are none yet."""
+    return {"parts": Bounded(KEPT_PARTS)}
 
 
 def windows_of(rule: Neighborhood) -> tuple[Any, ...]:
@@ -463,14 +468,16 @@ def plan_for(
         math.gcd(16, *strides[0][:-1], *strides[1][:-1], *strides[2][:-1]), *others,
         key_mask is not None, additional_mask,
     )  # fmt: skip
-    where, part = (rule.query_offset, shapes, strides, key_mask), made.get("part")
+    where = rule.query_offset, shapes, strides, key_mask
+    part: Part | None = made["parts"].get(where)
     if part is None:
-        made["plan"] = Plan(
-            rule, scale, query.device, query.dtype, shapes, strides, *others,
-            (key_mask, additional_mask),
-        )  # fmt: skip
-    if part is None or part.where != where:
-        part = made["part"] = Part(made["plan"], where)
+        if "plan" not in made:
+            made["plan"] = Plan(
+                rule, scale, query.device, query.dtype, shapes, strides, *others,
+                (key_mask, additional_mask),
+            )  # fmt: skip
+        part = Part(made["plan"], where)
+        made["parts"].keep(where, part)
     return part
 
 
