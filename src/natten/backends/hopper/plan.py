@@ -57,6 +57,8 @@ class Plan:
         self.rule, self.shapes, self.strides = rule, shapes, strides
         self.space, self.key_space = shapes[0][1:-2], shapes[1][1:-2]
         self.query, self.key, self.value = [view(*x, rule.dilation) for x in zip(shapes, strides)]
+        steps = *self.query.steps, *self.key.steps, *self.value.steps
+        self.steps_and_lengths = *steps, *_lengths(self.space, self.key_space, rule.dilation)
 
     def _units(self) -> list[int]:
         """Per axis, 1 if there is one token now and always."""
@@ -202,13 +204,12 @@ class Plan:
     def location(self) -> tuple[int, ...]:
         """The first numbers of all kernels: how tensors lie, how long axes are, where the queries
         are."""
-        offset = self.rule.offset
-        before = [o // d for o, d in zip(offset, self.rule.dilation)]
-        group = [o % d for o, d in zip(offset, self.rule.dilation)]
-        none = (0,) * (3 - len(before))
-        steps = *self.query.steps, *self.key.steps, *self.value.steps
-        lengths = _lengths(self.space, self.key_space, self.rule.dilation)
-        return *steps, *lengths, *none, *before, *none, *group
+        before, group = [0, 0, 0], [0, 0, 0]
+        for axis, (o, d) in enumerate(
+            zip(self.rule.offset, self.rule.dilation), 3 - self.rule.rank
+        ):
+            before[axis], group[axis] = divmod(o, d)
+        return *self.steps_and_lengths, *before, *group
 
     def _programs(self, kind: str) -> tuple[int, tuple[int, ...]]:
         """How many programs there are, and the numbers that say which tiles: how many along each
@@ -311,6 +312,7 @@ class Part(Plan):
             self.rule, self.shapes, self.strides = rule, like.shapes, like.strides
             self.space, self.key_space = like.space, like.key_space
             self.query, self.key, self.value = like.query, like.key, like.value
+            self.steps_and_lengths = like.steps_and_lengths
         else:
             self._lay(rule, *where[1:])
 
