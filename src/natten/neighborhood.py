@@ -325,10 +325,13 @@ class Neighborhood:
             return 0, group_length(key_length, self.dilation[axis], 0)
         d, r, offset = self.dilation[axis], self.queries_per_key[axis], self.offset[axis]
         low, high = offset // r // d, (offset + length - 1) // r // d
-        # Windows move on from query to query; the last groups may have a position less.
-        sizes = {n for n in (key_length // d, -(-key_length // d)) if n > 0}
-        first = min(self.windows(axis, min(low, n - 1), n)[0] for n in sizes)
-        return first, max(self.windows(axis, min(high, n - 1), n)[1] for n in sizes)
+        n = -(-key_length // d)
+        # Windows move on from query to query.
+        first, end = self.windows(axis, low, n)[0], self.windows(axis, high, n)[1]
+        if key_length % d and n > 1:  # there are groups with a position less
+            first = min(first, self.windows(axis, min(low, n - 2), n - 1)[0])
+            end = max(end, self.windows(axis, min(high, n - 2), n - 1)[1])
+        return first, end
 
     def attended_slots(
         self,

@@ -184,17 +184,17 @@ class Plan:
             kept, num_warps=tiling.WARPS, maxnreg=registers, launch_pdl=_can_overlap(),
         )  # fmt: skip
 
-    def _tiled_span(self, of_keys: bool) -> Sequence[tuple[int, int]]:
-        """Between which positions of a dilation group there are tiles, per axis."""
-        return padded(tiled(self.rule, self.space, self.key_space, of_keys), (0, 1))
+    @cached_property
+    def _key_spans(self) -> list[tuple[int, int]]:
+        """Between which positions of a dilation group there are tiles of keys, per axis."""
+        return tiled(self.rule, self.space, self.key_space, True)
 
     @cached_property
     def unattended(self) -> list[tuple[int, int, int]]:
         """Keys that may be in no tile, because no query attends them: an axis of their tensor, the
         first of them, and how many there are."""
         found = []
-        spans = tiled(self.rule, self.space, self.key_space, True)
-        axes = zip(spans, self.key_space, self.rule.dilation)
+        axes = zip(self._key_spans, self.key_space, self.rule.dilation)
         for axis, ((first, end), n, d) in enumerate(axes, 1):
             found += [(axis, 0, first * d)] if first else []
             found += [(axis, end * d, n - end * d)] if end * d < n else []
@@ -220,8 +220,11 @@ class Plan:
         of_keys, (tiles, is_uneven) = kind == "dkdv", self.cuts[kind]
         heads = self.kv_heads if of_keys else self.heads
         sizes = tile_sizes(tiles, of_keys)
+        spans = self._key_spans
+        if not of_keys:
+            spans = tiled(self.rule, self.space, self.key_space, False)
         firsts, counts = [], []
-        for (first, end), size in zip(self._tiled_span(of_keys), sizes):
+        for (first, end), size in zip(padded(spans, (0, 1)), sizes):
             first = first // size * size
             firsts.append(first)
             counts.append(-(-(end - first) // size))
