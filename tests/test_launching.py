@@ -203,8 +203,12 @@ def test_a_map_is_encoded_once_per_address(
     monkeypatch.setattr(driver.active.utils, ENCODE, encode)
     q, out = (torch.empty(1, 12, 16, 2, 64, dtype=torch.bfloat16) for _ in range(2))
     lse = q.new_empty(1, 12, 16, 2, dtype=torch.float32)
-    # Four by Triton's own first launch, then one for each tensor, as blocks of all are alike.
-    for x, encoded in ((q, 4), (q, 6), (q, 6), (q.clone(), 7), (q, 7)):
+    launch = hopper_plan.plan_for(q, q, q, None, RULE, 0.125).forward
+    blocks = {tuple(make.block) for make in launch.tensors.values() if make is not None}
+    # Four by Triton's own first launch, then one for the output, and of the query, which is also
+    # key and value, one for each shape of blocks.
+    every = 5 + len(blocks)
+    for x, encoded in ((q, 4), (q, every), (q, every), (q.clone(), every + 1), (q, every + 1)):
         run_forward(x, q, out, lse)
         assert encode.call_count == encoded
 
