@@ -1,5 +1,6 @@
 """The tiled backend beyond its default choices: tile sizes, poison, views, memory, bits."""
 
+import itertools
 import math
 import random
 import weakref
@@ -11,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import natten
 from natten import caches, tiling
+from natten.backends.sdpa import costs
 from natten.backends.tiled import grids
 from natten.inputs import Inputs, compute_dtype
+from natten.neighborhood import Neighborhood
 
 LARGE = [
     Case((700,), (31,), batch=1, heads=4, kv_heads=2, dim=32, value_dim=12, num_additional=5),
@@ -257,3 +260,22 @@ def test_peak_memory_of_forward_and_backward(kind):
             out = natten.na1d_av(attn, first[2], window)
         torch.autograd.grad(out.sum(), inputs)
     assert 2 * q.nbytes < peak.most < 6 * 3 * q.nbytes
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_cheapest_tiling_is_found(seed):
+    """A bound leaves out most of them."""
+    rng = random.Random(seed)
+    rank = rng.choice((1, 2, 3))
+    shape = tuple(rng.randint(7, (300, 60, 20)[rank - 1]) for _ in range(rank))
+    rule = Neighborhood.create(rank, 7, is_causal=rng.random() < 0.3)
+    matrices, dim = rng.choice((1, 8, 64)), rng.choice((16, 64))
+    options = costs._options(rule, shape, shape)
+
+    def cost(axes):
+        return costs.FORWARD.of(axes, math.prod(shape), matrices, dim, 0)
+
+    found, tiling_found = tiling.cheapest(options, cost, costs.FORWARD.floor(matrices, dim))
+    every = itertools.product(*([tiling.axis_cost(runs) for runs in axis] for axis in options))
+    assert found == min(map(cost, every))
+    assert found == cost([tiling.axis_cost(runs) for runs in tiling_found])

@@ -40,12 +40,31 @@ class Run(NamedTuple):
     query_size: int
     key_start: int
     key_size: int
-    # [query_size] each, inside the block of keys:
-    lower: Tensor  # where each query's window starts,
-    upper: Tensor  # one past where it ends,
-    positions: Tensor  # and where the query stands, perhaps outside
+    # Of each query, inside the block of keys:
+    starts: tuple[int, ...]  # where its window starts,
+    ends: tuple[int, ...]  # one past where it ends,
+    stands: tuple[int, ...]  # and where the query stands, perhaps outside
     full: bool  # every query attends every key of the block, so no mask is needed
     triangular: bool  # the first query attends the first key, and each query one key more
+
+    @property
+    def lower(self) -> Tensor:
+        """``starts``, int64 ``[query_size]``."""
+        return torch.tensor(self.starts, dtype=torch.int64, device="cpu")
+
+    @property
+    def upper(self) -> Tensor:
+        """``ends``, int64 ``[query_size]``."""
+        return torch.tensor(self.ends, dtype=torch.int64, device="cpu")
+
+    @property
+    def positions(self) -> Tensor:
+        """``stands``, int64 ``[query_size]``."""
+        return torch.tensor(self.stands, dtype=torch.int64, device="cpu")
+
+    def bytes(self) -> int:
+        """About how many bytes it takes."""
+        return 512 + 24 * self.query_size
 
 
 class TileCost(NamedTuple):
@@ -182,47 +201,74 @@ def count_blocks(
     return BlockCount(visited.sum(-1), full.sum(-1), visited.amax(-1))
 
 
+class _Windows(NamedTuple):
+    """The windows of a group of queries."""
+
+    group: QueryGroup
+    before: Tensor  # how far after its query a window starts, int64 [queries]
+    after: Tensor  # and ends
+    # Windows and where queries stand, in numbers of Python, because runs are many and short.
+    start: list[int]
+    end: list[int]
+    positions: list[int]
+
+
+@kept(lambda every: sum(512 + 128 * len(each.start) for each in every))
+def _windows(rule: Rule, length: int, key_length: int) -> list[_Windows]:
+    """Of each group of queries of a rule's only axis."""
+    found = []
+    for group in query_groups(rule, 0, length, key_length):
+        positions = group.positions
+        start, end = rule.windows(0, positions, group.n_keys)
+        lists = start.tolist(), end.tolist(), positions.tolist()
+        found.append(_Windows(group, start - positions, end - positions, *lists))
+    return found
+
+
 def axis_runs(rule: Rule, axis: int, length: int, key_length: int, tile: int) -> list[Run]:
     """Cut an axis of ``length`` queries and ``key_length`` keys into tiles of ``tile`` queries."""
     runs: list[Run] = []
-    for group in query_groups(rule, axis, length, key_length):
-        n = len(group.positions)
-        start, end = rule.windows(axis, group.positions, group.n_keys)
-        remainder = n // tile * tile  # where the last, smaller tile starts
-        for first, last, size in ((0, remainder, tile), (remainder, n, n - remainder)):
-            if first < last:
-                runs += _merge_tiles(group, first, size, start[first:last], end[first:last])
+    for windows in _windows(rule.of_axis(axis), length, key_length):
+        n = len(windows.start)
+        count = n // tile
+        if count:
+            runs += _merge_tiles(windows, 0, tile, count)
+        if n % tile:  # the last, smaller tile
+            runs += _merge_tiles(windows, count * tile, n % tile, 1)
     return runs
 
 
-def _merge_tiles(group: QueryGroup, first: int, size: int, start: Tensor, end: Tensor) -> list[Run]:
-    """Runs of the tiles of ``size`` queries from ``first`` on, given their windows."""
-    start, end = start.view(-1, size), end.view(-1, size)  # [tiles, size]
-    kv_start = start.amin(1)  # [tiles]
-    positions = group.positions[first : first + start.numel()].view(-1, size)
-    shape = torch.cat([each - positions[:, :1] for each in (start, end, positions)], dim=1)
-    # Tiles of a run are as many positions apart as the first two, and they are apart.
-    key_step = max(1, int(positions[1, 0] - positions[0, 0])) if len(positions) > 1 else size
-    changed = (shape[1:] != shape[:-1]).any(1) | (positions[:, 0].diff() != key_step)
-    changes = changed.nonzero().flatten() + 1
-    edges = [0, *changes.tolist(), len(kv_start)]
-    heads = torch.tensor(edges[:-1], device="cpu")  # the first tile of each run
-    lower, upper = start[heads] - kv_start[heads, None], end[heads] - kv_start[heads, None]
-    stands = positions[heads] - kv_start[heads, None]
-    key_size = upper.amax(1)
-    from_first = (lower == 0).all(1)
-    one_more_each = torch.arange(1, size + 1, device="cpu").minimum(key_size[:, None])
-    full = (from_first & (upper == key_size[:, None]).all(1)).tolist()
-    triangular = (from_first & (upper == one_more_each).all(1)).tolist()
-    key_sizes, key_starts = key_size.tolist(), kv_start[heads].tolist()
-    return [
-        Run(
-            group.group, group.key_group, group.groups, group.apart, b - a, size, key_step,
-            first + size * a, size, key_starts[i], key_sizes[i],
-            lower[i].clone(), upper[i].clone(), stands[i].clone(), full[i], triangular[i],
+def _merge_tiles(windows: _Windows, first: int, size: int, count: int) -> list[Run]:
+    """Runs of ``count`` tiles of ``size`` queries from ``first`` on."""
+    group, before, after, start, end, positions = windows
+    key_step, changes = size, []
+    if count > 1:
+        # Tiles look alike if each query does so to the one that stands there in the next tile.
+        key_step = max(1, positions[first + size] - positions[first])
+        here = slice(first, first + size * (count - 1))
+        there = slice(first + size, first + size * count)
+        changed = (before[here] != before[there]) | (after[here] != after[there])
+        changed |= group.positions[there] - group.positions[here] != key_step
+        changes = (1 + changed.nonzero().flatten() // size).unique_consecutive().tolist()
+    runs = []
+    for a, b in itertools.pairwise([0, *changes, count]):
+        own = slice(first + size * a, first + size * (a + 1))
+        key_start = min(start[own])
+        starts, ends, stands = (
+            tuple([x - key_start for x in each[own]]) for each in (start, end, positions)
         )
-        for i, (a, b) in enumerate(itertools.pairwise(edges))
-    ]  # fmt: skip
+        key_size = max(ends)
+        from_first = max(starts) == 0
+        one_more_each = tuple([min(i, key_size) for i in range(1, size + 1)])
+        full, triangular = min(ends) == key_size, ends == one_more_each
+        runs.append(
+            Run(
+                group.group, group.key_group, group.groups, group.apart, b - a, size, key_step,
+                own.start, size, key_start, key_size, starts, ends, stands,
+                from_first and full, from_first and triangular,
+            )
+        )  # fmt: skip
+    return runs
 
 
 def window_runs(rule: Rule, axis: int, length: int, key_length: int, between: bool) -> list[Run]:
@@ -233,18 +279,18 @@ def window_runs(rule: Rule, axis: int, length: int, key_length: int, between: bo
     the tiles at the two ends have one size and are one run.
     """
     runs: list[Run] = []
-    for group in query_groups(rule, axis, length, key_length):
-        n = len(group.positions)
-        start, end = rule.windows(axis, group.positions, group.n_keys)
-        changes = ((start[1:] != start[:-1]) | (end[1:] != end[:-1])).nonzero().flatten() + 1
-        edges = [0, *changes.tolist(), n]
+    for windows in _windows(rule.of_axis(axis), length, key_length):
+        n = len(windows.start)
+        pairs = itertools.pairwise(zip(windows.start, windows.end))
+        changes = [i for i, (a, b) in enumerate(pairs, 1) if a != b]
+        edges = [0, *changes, n]
         if not between and len(edges) > 3:
             size = min(edges[1], n - edges[-2])
             edges = [0, size, n - size, n]
         own: list[Run] = []
         for size, tiles in itertools.groupby(itertools.pairwise(edges), lambda ab: ab[1] - ab[0]):
-            first, *_, last = (edge for tile in tiles for edge in tile)
-            own += _merge_tiles(group, first, size, start[first:last], end[first:last])
+            starts = [first for first, _ in tiles]
+            own += _merge_tiles(windows, starts[0], size, len(starts))
         runs += own if between else _merge_ends(own)
     return runs
 
@@ -303,9 +349,19 @@ def _candidates(rule: Rule, axis: int, length: int) -> list[int]:
 Tiling = tuple[tuple[Run, ...], ...]  # the runs of each axis; one run of each makes a set of tiles
 
 
+class Floor(NamedTuple):
+    """What tiles cost at least."""
+
+    product: float  # per query-key pair
+    key: float  # per key of a tile
+    tile: float
+    run: float
+
+
 def cheapest(
     options: Sequence[Sequence[list[Run]]],
     cost: Callable[[Sequence[TileCost]], float],
+    floor: Floor,
     triangles: bool = False,
 ) -> tuple[float, Tiling]:
     """The cost of the cheapest tiling, and that tiling.
@@ -313,34 +369,44 @@ def cheapest(
     Args:
         options: for each axis, the ways to cut it; the first is taken if all cost infinitely much.
         cost: the cost of one way for every axis; infinite if tiles are too large.
+        floor: bounds that cost from below, so that few ways have to be looked at.
         triangles: as in :func:`axis_cost`.
     """
-    described = [[(axis_cost(runs, triangles), tuple(runs)) for runs in axis] for axis in options]
-    best_cost, best = math.inf, tuple(axis[0][1] for axis in described)
-    for choice in itertools.product(*described):
-        found = cost([each for each, _ in choice])
-        if found < best_cost:
-            best_cost, best = found, tuple(runs for _, runs in choice)
-    return best_cost, best
+    costs = [[axis_cost(runs, triangles) for runs in axis] for axis in options]
+    sums = [(1, 1, 1, 1)]
+    for axis in costs:
+        counts = [(each.products, each.keys, each.tiles, each.runs) for each in axis]
+        sums = [(p * a, k * b, t * c, r * d) for p, k, t, r in sums for a, b, c, d in counts]
+    # Sums are rounded, and a bound must stay one.
+    by = [0.999999 * each for each in floor]
+    bounds = [p * by[0] + k * by[1] + t * by[2] + r * by[3] for p, k, t, r in sums]
+    ways = list(itertools.product(*(range(len(axis)) for axis in options)))
+    best, at = math.inf, 0
+    for i in sorted(range(len(ways)), key=bounds.__getitem__):
+        if bounds[i] > best:
+            break
+        found = cost([axis[way] for axis, way in zip(costs, ways[i])])
+        if found < best or (found == best and i < at):
+            best, at = found, i
+    return best, tuple(tuple(axis[way]) for axis, way in zip(options, ways[at]))
 
 
-def _bytes(options: list[list[list[Run]]]) -> int:
-    runs = [run for axis in options for choice in axis for run in choice]
-    return sum(512 + 3 * run.lower.nbytes for run in runs)
+def _bytes(options: list[list[Run]]) -> int:
+    return sum(run.bytes() for runs in options for run in runs)
 
 
 @kept(_bytes)
+def _uniform(rule: Rule, length: int, key_length: int) -> list[list[Run]]:
+    sizes = _candidates(rule, 0, length)
+    return [axis_runs(rule, 0, length, key_length, size) for size in sizes]
+
+
 def uniform(
     rule: Rule, shape: tuple[int, ...], key_shape: tuple[int, ...]
 ) -> list[list[list[Run]]]:
     """For each axis, its runs of tiles of one size, for every size that is worth trying."""
-    return [
-        [
-            axis_runs(rule, axis, length, key_length, size)
-            for size in _candidates(rule, axis, length)
-        ]
-        for axis, (length, key_length) in enumerate(zip(shape, key_shape))
-    ]
+    lengths = zip(shape, key_shape)
+    return [_uniform(rule.of_axis(axis), *each) for axis, each in enumerate(lengths)]
 
 
 def tiles(
@@ -359,12 +425,14 @@ def tiles(
         if math.prod(each.largest for each in axes) > _MAX_SCORES:
             return math.inf
         return (
-            matrices
-            * math.prod(each.products for each in axes)
-            * (PRODUCT + PRODUCT_DIM * head_dim)
-            + matrices * math.prod(each.keys for each in axes) * 2 * head_dim * COPY
-            + matrices * math.prod(each.tiles for each in axes) * _TILE
-            + math.prod(each.runs for each in axes) * _RUN
+            floor.product * math.prod(each.products for each in axes)
+            + floor.key * math.prod(each.keys for each in axes)
+            + floor.tile * math.prod(each.tiles for each in axes)
+            + floor.run * math.prod(each.runs for each in axes)
         )
 
-    return cheapest(uniform(rule, shape, key_shape), cost)
+    floor = Floor(
+        matrices * (PRODUCT + PRODUCT_DIM * head_dim), matrices * 2 * head_dim * COPY,
+        matrices * _TILE, _RUN,
+    )  # fmt: skip
+    return cheapest(uniform(rule, shape, key_shape), cost, floor)

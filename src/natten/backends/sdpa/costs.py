@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ...caches import kept
 from ...neighborhood import Dense, Rule, group_length
-from ...tiling import Run, TileCost, axis_runs, cheapest, uniform, window_runs
+from ...tiling import Floor, Run, TileCost, axis_runs, cheapest, uniform, window_runs
 from ..tiled.grids import Plan
 
 MASK = 1 << 22  # the largest number of pairs of a tile that needs a mask; 16 MB in float32
@@ -59,6 +59,11 @@ class Costs(NamedTuple):
             + matrices * (keys * self.key + copied)
             + (self.alone if all(each.tiles == 1 for each in axes) else calls * self.run)
         )
+
+    def floor(self, matrices: int, dim: int) -> Floor:
+        """What tiles cost at least."""
+        per_pair = matrices * self.product_dim * dim * _of_rows(math.inf)
+        return Floor(per_pair, matrices * self.key, 0.0, min(self.alone, self.run))
 
 
 def _of_rows(rows: float) -> float:
@@ -113,6 +118,7 @@ def plan_for(
     found = cheapest(
         _options(rule, shape, key_shape),
         lambda axes: costs.of(axes, math.prod(shape), matrices, dim, threads if backward else 0),
+        costs.floor(matrices, dim),
         triangles=len(shape) == 1 and not additional,
     )
     return Plan.of(*found, rule)

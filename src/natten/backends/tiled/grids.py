@@ -196,8 +196,8 @@ class Plan(NamedTuple):
     def bytes(self) -> int:
         """About how many bytes the plan takes."""
         axes = {id(run): run for grid in self.grids for run in grid.runs}
-        tensors = sum(3 * run.lower.nbytes for run in axes.values())
-        return tensors + 1024 * (len(axes) + (1 + GEOMETRIES) * len(self.grids))
+        runs = sum(run.bytes() for run in axes.values())
+        return runs + 1024 * (1 + GEOMETRIES) * len(self.grids)
 
 
 @kept(Plan.bytes)
