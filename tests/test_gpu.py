@@ -297,6 +297,28 @@ def test_new_sizes_compile_nothing():
     assert len(set(counts)) == 1
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_was_compiled_ahead_is_launched(bias, monkeypatch):
+    """With tensors that hold data nothing is compiled again, and numbers are right."""
+    from triton.runtime.jit import JITFunction
+
+    heads, window, tensors = 3, (3, 9), leaves(1, 24, 40, 3, 48)
+    if bias:
+        tensors += leaves(heads, 5, 17, dtype=torch.float32, count=1)
+    names = "query", "key", "value", "rpb"
+    meta = [torch.empty_like(x, device="meta").requires_grad_() for x in tensors]
+    natten.compile_ahead([{**dict(zip(names, meta)), "kernel_size": window}])
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda *_: pytest.fail("compiles again"))
+
+    def function(*args):
+        leaves = [x.detach().requires_grad_() for x in args]
+        out = na2d(**dict(zip(names, leaves)), kernel_size=window)
+        return out, *torch.autograd.grad(out.float().square().sum(), leaves)
+
+    for a, b in zip(*on_both(function, *(x.detach().cpu() for x in tensors))):
+        assert_close(f"bias {bias}", a, b.cpu(), 2e-2)
+
+
 def test_autotuner_keeps_the_fastest(tmp_path, monkeypatch):
     monkeypatch.setenv("NATTEN_CACHE", str(tmp_path))
     q, k, v = leaves(1, 40, 40, 2, 32)

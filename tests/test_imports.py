@@ -22,7 +22,7 @@ ROOT = Path(natten.__file__).parent
 
 # Modules, or folders of them, from bottom to top. A module imports from its own layer and below.
 LAYERS = (
-    "errors version softmax inputs caches tuning"
+    "errors version softmax inputs caches compiling tuning"
     " _dtensors _hints _library _keywords _logging _numbers _ranks _submodules _torch _tracing"
     " _warnings",
     "neighborhood tiling documents sequences nested _checks",
@@ -30,7 +30,7 @@ LAYERS = (
     "gather operators",
     "unfused varlen functional modules",
     "distributed",
-    "explaining export flops tools",
+    "explaining ahead export flops tools",
     "tools.cli tools.profiler.__main__ __main__",
     # The names of old eras.
     "legacy compat",

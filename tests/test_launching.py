@@ -26,13 +26,15 @@ from triton.backends.nvidia import driver as nvidia
 from triton.experimental import gluon
 from triton.runtime import _allocation, driver
 
-from natten import tuning
+from natten import backends, compiling, tuning
 from natten.backends import Backend
 from natten.backends.hopper import plan as hopper_plan
 from natten.backends.triton.launch import Launch, kernel, per_axis, strides_of
 from natten.backends.triton.releases import release
 from natten.inputs import Inputs
 from natten.neighborhood import Neighborhood, window_mask
+from natten.operators.fused import Call
+from natten.operators.schema import ANY
 
 NEW = release(triton.__version__) > (3, 6)  # one function in C for all kernels
 # Where the function in C takes metadata of the launch and two hooks.
@@ -415,3 +417,74 @@ def numbers(args: tuple[Any, ...]) -> list[Any]:
     """The grid, and the numbers of a kernel."""
     given = args[-1] if NEW else args
     return [*args[:3], *(x for x in given if isinstance(x, (int, float)) and abs(x) < 2**32)]
+
+
+# --- compiled ahead ---
+
+
+def backward_of(call: Call, inputs: Inputs) -> None:
+    out, lse = call.forward(inputs)
+    call.backward(out, None, inputs, out, lse)
+
+
+@pytest.mark.parametrize("backend", [portable, hopper], ids=["triton", "hopper"])
+def test_what_was_compiled_ahead_is_launched(
+    backend: Backend, launched: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By layout, dtypes and strides; other tensors of a call compile kernels of their own."""
+    monkeypatch.setattr(compiling, "_known", {})
+    monkeypatch.setattr(backends, "choose", lambda name, problem: backend)
+    q, k, v = (torch.empty(1, 12, 16, 2, 64, dtype=torch.bfloat16) for _ in range(3))
+    inputs, gpu = Inputs(q, k, v), torch.device("cuda", 0)
+    futures = [
+        future
+        for operation in ("attention", "gradient")
+        for future in Call(RULE, 0.125, ANY).compile(operation, inputs, gpu)
+    ]
+    assert len(futures) == (3 if backend is portable else 4) and not launched
+    for each in futures:
+        each.result()
+    compile_one = Mock()
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "_do_compile", compile_one)
+    backward_of(Call(RULE, 0.125, ANY), inputs)
+    assert not compile_one.called and len(launched) == len(futures)
+    assert len(compiling._known) == len(futures)
+
+
+def test_a_new_forward_compiles_the_gradient(
+    launched: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In threads and once, where it is needed."""
+    monkeypatch.setattr(compiling, "_known", {})
+    monkeypatch.setattr(backends, "choose", lambda name, problem: portable)
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        Call, "compile", lambda self, operation, *others: compiled.append(operation)
+    )
+    without, needed = (
+        torch.empty(1, 12, 16, 2, 64, dtype=torch.bfloat16, requires_grad=needed)
+        for needed in (False, True)
+    )
+    for q in (needed, needed.detach(), needed):
+        with torch.no_grad():
+            Call(RULE, 0.125, ANY).forward(Inputs(q, without, without))
+        assert compiled == ["gradient"]
+
+
+def test_a_new_gradient_compiles_all_of_it(
+    launched: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the forward did not, as in compiled code; with the LSE's gradient if there is one."""
+    monkeypatch.setattr(compiling, "_known", {})
+    monkeypatch.setattr(backends, "choose", lambda name, problem: portable)
+    compiled: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(Call, "compile", lambda self, *given: compiled.append(given))
+    q = torch.empty(1, 12, 16, 2, 64, dtype=torch.bfloat16)
+    inputs, cpu = Inputs(q, q, q), torch.device("cpu")
+    for _ in range(2):
+        backward_of(Call(RULE, 0.125, ANY), inputs)
+    call = Call(RULE, 0.125, ANY)
+    out, lse = call.forward(inputs)
+    for _ in range(2):
+        call.backward(out, lse, inputs, out, lse)
+    assert compiled == [("gradient", inputs, cpu, False), ("gradient", inputs, cpu, True)]

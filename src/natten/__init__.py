@@ -4,6 +4,7 @@ import sys as _sys
 import typing as _typing
 
 from . import _dtensors, _logging, _submodules, compat, flops, functional, legacy
+from .ahead import compile_ahead
 from .errors import ArgumentError
 from .functional import (
     attention,
@@ -61,6 +62,7 @@ __all__ = [
     "VarlenLayout",
     "__version__",
     "attention",
+    "compile_ahead",
     "fit_window",
     "merge_attentions",
     "na1d",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -54,14 +55,22 @@ def explain(
     value = key if value is None else value
     if kernel_size is None and not args:
         return _explain_attention(query, key, value, kwargs)
-    given = (query, key, value, kernel_size, *args)
-    options = dict(check_call("explain", GENERIC, given, kwargs).arguments)
+    return _lines_of(*checked("explain", (query, key, value, kernel_size, *args), kwargs))
+
+
+def checked(name: str, given: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Call, Inputs]:
+    """The call and the tensors of a fused operator's arguments, for a function called ``name``.
+
+    Raises:
+        ArgumentError: the call raises it.
+    """
+    options = dict(check_call(name, GENERIC, given, kwargs).arguments)
     names = "query", "key", "value", "additional_keys", "additional_values"
     q, k, v, *additional = autocast_tensors(*(options.pop(name, None) for name in names))
     masks = (options.pop(name, None) for name in ("key_mask", "additional_mask"))
     inputs = Inputs(q, k, v, options.pop("rpb", None), *additional, *masks)
     window = tuple(options.pop(name, GENERIC.parameters[name].default) for name in WINDOW)
-    return _lines_of(check_call_of(inputs, window, **options), inputs)
+    return check_call_of(inputs, window, **options), inputs
 
 
 def _explain_attention(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> str:

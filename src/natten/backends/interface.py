@@ -173,6 +173,7 @@ class Backend:
         circular: whether windows may go on at the other end of an axis. Where :meth:`pads` says
             so, keys and values are padded around (:mod:`natten.backends.rings`).
         takes_tiles: whether fused operators take tile shapes.
+        compiles: whether it launches kernels that are compiled when they first run.
     """
 
     name: str
@@ -186,6 +187,7 @@ class Backend:
     masks: bool = False
     circular: bool = False
     takes_tiles: bool = False
+    compiles: bool = False
 
     # --- what it can run ---
 

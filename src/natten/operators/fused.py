@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
@@ -11,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .. import _tracing, backends
+from .. import _tracing, backends, compiling
 from .._library import differentiate, implement, ops
 from .._torch import in_forward_mode, plain_apply
 from ..documents import roomy_layout
@@ -70,15 +72,68 @@ class Call:
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Output and LSE."""
-        run = self._chosen.get("attention") or self._choose("attention", inputs)
+        run = self._chosen.get("attention")
+        if run is None:
+            return self._first_forward(inputs)
         return run(inputs, self.rule, self.scale)
+
+    def _first_forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        run = self._choose("attention", inputs)
+        if not any(x is not None and x.requires_grad for x in inputs):
+            return run(inputs, self.rule, self.scale)
+        with self._gradient_meanwhile(inputs):
+            return run(inputs, self.rule, self.scale)
+
+    def _gradient_meanwhile(
+        self, inputs: Inputs, has_grad_lse: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
+        """Inside, threads compile the gradient's kernels if a launch has to compile its own."""
+        device = inputs.query.device
+        return compiling.before_a_new_kernel(
+            lambda: self.compile("gradient", inputs, device, has_grad_lse)
+        )
+
+    def compile(
+        self, operation: str, inputs: Inputs, device: torch.device, has_grad_lse: bool = False
+    ) -> list[Future[None]]:
+        """Begin to compile the kernels of "attention" or of its "gradient", in threads.
+
+        Args:
+            operation: which of the two.
+            inputs: tensors of the kind that the call will have; their data are not read.
+            device: where the call will be.
+            has_grad_lse: whether the LSE will have a gradient.
+
+        Returns:
+            What to wait for.
+        """
+        problem = backends.Problem.of(operation, inputs, self.rule, self.scale)
+        problem = problem._replace(device=device)
+        chosen = backends.choose(self.choice.backend, problem)
+        if not chosen.compiles or device.type != "cuda":  # interpreted kernels are not compiled
+            return []
+        run = self._runner(operation, chosen, problem)
+        inputs = Inputs(*map(_without_data, inputs))
+        with compiling.recorded() as jobs:
+            if operation == "attention":
+                run(inputs, self.rule, self.scale)
+            else:
+                out, lse = fake_attention(*inputs)
+                grad_lse = lse if has_grad_lse else None
+                run(out, grad_lse, inputs, out, lse, self.rule, self.scale)
+        return compiling.start(device, jobs)
 
     def backward(
         self, grad_out: Tensor, grad_lse: Tensor | None, inputs: Inputs, out: Tensor, lse: Tensor
     ) -> Gradients:
         """Gradients of the inputs."""
-        run = self._chosen.get("gradient") or self._choose("gradient", inputs)
-        return run(grad_out, grad_lse, inputs, out, lse, self.rule, self.scale)
+        arguments = grad_out, grad_lse, inputs, out, lse, self.rule, self.scale
+        run = self._chosen.get("gradient")
+        if run is not None:
+            return run(*arguments)
+        run = self._choose("gradient", inputs)
+        with self._gradient_meanwhile(inputs, grad_lse is not None):
+            return run(*arguments)
 
     def moved(self, offset: Any, inputs: Inputs, is_resized: bool) -> Call:
         """The call of another part of a layout: of other queries, those from ``offset`` on, and of
@@ -104,12 +159,25 @@ class Call:
         chosen = backends.choose(self.choice.backend, problem)
         if self.choice.backend not in ("", chosen.name):
             backends.warn_of_another(self.choice.backend, chosen, problem)
+        run = self._chosen[operation] = self._runner(operation, chosen, problem)
+        return run
+
+    def _runner(
+        self, operation: str, chosen: backends.Backend, problem: backends.Problem
+    ) -> Callable[..., Any]:
+        """The function of a backend for an operation."""
         chosen = backends.runner_of(chosen, problem)
         run: Callable[..., Any] = chosen.forward if operation == "attention" else chosen.backward
         if self.choice.tiles and chosen.takes_tiles:
             run = partial(run, tiles=self.choice.tiles)
-        self._chosen[operation] = run
         return run
+
+
+def _without_data(x: Any) -> Any:
+    """A tensor that lies in memory as ``x`` does and has no data; None for None."""
+    if x is None:
+        return None
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 def simplified(rule: Any, inputs: Inputs) -> Any:

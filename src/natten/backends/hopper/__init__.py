@@ -38,6 +38,7 @@ class Hopper(Backend):
     bias = False
     plain = False
     circular = True
+    compiles = True
 
     def missing(self, problem: Problem) -> str | None:
         if os.environ.get("TRITON_INTERPRET") == "1":

@@ -54,6 +54,7 @@ class Triton(Backend):
     circular = True
     masks = True
     takes_tiles = True
+    compiles = True
 
     def missing(self, problem: Problem) -> str | None:
         return missing(problem)

@@ -10,8 +10,8 @@ import contextlib
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import lru_cache, partial
 from operator import itemgetter
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import tuning
+from ... import compiling, tuning
 from ...tiling import padded
 from ...tuning import Bounded
 from .fast_launch import KEPT, Describe, Described, Launcher, described, launcher
@@ -54,6 +54,7 @@ def kernel(
         ]
         made = jit(do_not_specialize=[*by_byte, *numbers])(function)
         made.tensors, made.num_aligned = names, len(names) - len(by_byte)
+        made.numbers = frozenset(numbers)
         return made
 
     return decorate
@@ -165,9 +166,34 @@ class Launch:
         if tensors.keys() != self.tensors.keys():
             raise TypeError(f"{self.kernel.__name__} takes {[*self.tensors]}, not {[*tensors]}")
         named = described(self.tensors, tensors)
-        compiled = self.kernel[self.grid](**named, **self.arguments, **self.options)
+        arguments = {**named, **self.arguments, **self.options}
+        if compiling.is_recording():
+            compile_one = partial(self.kernel.warmup, grid=self.grid, **arguments)
+            compiling.record(compiling.Job(self._compiled_for(named), compile_one))
+            return
+        if keep:  # threads compile for tensors whose addresses 16 divides
+            compiling.await_kernel(self._compiled_for(named))
+        compiled = self.kernel[self.grid](**arguments)
         if keep and compiled is not None:  # the interpreter compiles nothing
             self._kernels.append(compiled)
+
+    def _compiled_for(self, named: Mapping[str, Any]) -> Hashable:
+        """What decides which kernel Triton compiles, of tensors whose addresses 16 divides."""
+        numbers = self.kernel.numbers
+        return (
+            self.kernel,
+            *map(_kind, named.values()),
+            *(_kind(x) if name in numbers else x for name, x in self.arguments.items()),
+            *self.options.items(),
+        )
+
+
+def _kind(x: Any) -> Hashable:
+    """What a kernel is compiled for of a tensor, a descriptor or a number."""
+    if isinstance(x, int):
+        return -(2**31) <= x < 2**31
+    tensor = getattr(x, "base", x)  # of a descriptor
+    return getattr(tensor, "dtype", None), *getattr(x, "block_shape", ())
 
 
 class Split:
@@ -223,6 +249,10 @@ class Trials:
         self.chosen, *_ = launches.values()
 
     def run(self, **tensors: Any) -> None:
+        if compiling.is_recording():
+            for launch in [*self.launches.values()] or [self.chosen]:
+                launch.run(**tensors)
+            return
         if self.launches and not torch.cuda.is_current_stream_capturing():
             times = tuning.times(
                 self.key, self.launches, lambda each: _time(self.launches[each], tensors)

@@ -1,0 +1,131 @@
+"""Compiling kernels before they are launched, several at once.
+
+A call on tensors without data says which kernels it launches: :func:`recorded` keeps the launches,
+which then run nothing. Threads compile them (:func:`start`). Triton holds Python's lock for a
+quarter to a half of that, so a few threads are enough. A launch of a kernel that a thread is
+compiling waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Job(NamedTuple):
+    """A kernel to be compiled: what identifies it, and what compiles it for the current device."""
+
+    key: Hashable
+    compile: Callable[[], Any]
+
+
+_record: ContextVar[list[Job] | None] = ContextVar("natten_record", default=None)
+_before_new: ContextVar[Callable[[], Any] | None] = ContextVar("natten_before_new", default=None)
+# Kernels that were compiled or are being compiled, by device and key.
+_known: dict[Hashable, Future[None]] = {}
+_lock = threading.Lock()
+
+
+def is_recording() -> bool:
+    """Whether launches are kept and run nothing, in this thread and now."""
+    return _record.get() is not None
+
+
+def record(job: Job) -> None:
+    """Keep a launch's kernel."""
+    jobs = _record.get()
+    assert jobs is not None
+    jobs.append(job)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Job]]:
+    """Inside, launches on tensors without data run nothing; their kernels come into the list."""
+    jobs: list[Job] = []
+    token = _record.set(jobs)
+    try:
+        yield jobs
+    finally:
+        _record.reset(token)
+
+
+@contextlib.contextmanager
+def before_a_new_kernel(function: Callable[[], Any]) -> Iterator[None]:
+    """Inside, ``function`` is called once, before the first launch whose kernel is new."""
+    token = _before_new.set(function)
+    try:
+        yield
+    finally:
+        _before_new.reset(token)
+
+
+def start(device: torch.device, jobs: Iterable[Job]) -> list[Future[None]]:
+    """Begin to compile kernels for a GPU; those that are known are not compiled again.
+
+    Returns:
+        What to wait for, the same object for the same kernel. It has the exception of one that
+        fails.
+    """
+    futures = []
+    with _lock:
+        for key, compile_one in jobs:
+            name = _index(device), key
+            if name not in _known:
+                _known[name] = _pool().submit(_compile, name, device, compile_one)
+            futures.append(_known[name])
+    return futures
+
+
+def await_kernel(key: Hashable) -> None:
+    """Before a launch on the current device: wait for the thread that compiles its kernel.
+
+    If it failed there, the launch compiles it and raises what there is to raise.
+    """
+    name = _index(None), key
+    with _lock:
+        future = _known.get(name)
+        if future is None:
+            done: Future[None] = Future()
+            done.set_result(None)
+            _known[name] = done
+    if future is not None:
+        wait([future])
+    elif (function := _before_new.get()) is not None:
+        _before_new.set(None)
+        # What it begins is only to save time: whatever is wrong is raised by who needs it.
+        with contextlib.suppress(Exception):
+            function()
+
+
+def _compile(name: Hashable, device: torch.device, compile_one: Callable[[], Any]) -> None:
+    """What a thread does; a thread has a current device of its own."""
+    try:
+        with torch.cuda.device(device) if torch.cuda.is_available() else contextlib.nullcontext():
+            compile_one()
+    except BaseException:
+        with _lock:  # not known: who asks for it next may have more luck
+            _known.pop(name, None)
+        raise
+
+
+def _index(device: torch.device | None) -> int:
+    """The number of a GPU, by default of the current one."""
+    if device is not None and device.index is not None:
+        return device.index
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
+@lru_cache(maxsize=1)
+def _pool() -> ThreadPoolExecutor:
+    """As many threads as there are processors for this process, which are enough at 16."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not of every system
+    processors = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return ThreadPoolExecutor(min(16, processors), thread_name_prefix="natten-compile")
