@@ -271,7 +271,7 @@ def floor_table() -> list[str]:
     rows = [
         [
             "case", "kept", "MB moved", "TFLOP needed", "computed / needed", "floor us", "set by",
-            "natten us", "natten / floor",
+            "natten us", "floor / natten",
         ]
     ]  # fmt: skip
     waste = _waste(times)
@@ -284,7 +284,7 @@ def floor_table() -> list[str]:
             [
                 name, f"{_kept(case):.1%}", f"{problem.bytes() / 1e6:.0f}",
                 f"{problem.flops() / 1e12:.3g}", waste.get(name, "not recorded"),
-                _us(floor), limit, _us(ours), "" if ours is None else f"{ours / floor:.1f}",
+                _us(floor), limit, _us(ours), "" if ours is None else f"{floor / ours:.2f}",
             ]
         )  # fmt: skip
     return _table(rows)
@@ -304,7 +304,7 @@ def _floor(problem: Problem, device: Device) -> tuple[float, str]:
 
 def ltx_table(gpu: str = "h200") -> list[str]:
     """The stages of LTX-2.5's decoder, and the least time that each needs."""
-    rows = [["stage", "floor us", "natten us", "natten / floor", "computed / needed"]]
+    rows = [["stage", "floor us", "natten us", "floor / natten", "computed / needed"]]
     floors = {
         name: _floor(CASES["cuda"][name].problem("cpu"), DEVICES[gpu])[0] for name in GROUPS["ltx"]
     }
@@ -316,7 +316,7 @@ def ltx_table(gpu: str = "h200") -> list[str]:
     for name, floor in floors.items():
         ours = times.of(name, "natten", FORWARD, "graph")
         pairs = f"{float(waste[name].removeprefix('forward=')):.1f}"
-        rows.append([_label(name), _us(floor), _us(ours), f"{ours / floor:.1f}", pairs])
+        rows.append([_label(name), _us(floor), _us(ours), f"{floor / ours:.2f}", pairs])
     return [*_table(rows), "", f"{times.machine()}; forward, kernel times, medians of one run."]
 
 
@@ -418,17 +418,17 @@ def distributed_table(name: str) -> list[str]:
         "messages us",
         "together us",
         "efficiency",
-        "shards / one" if is_emulated else "plan",
+        "one / shards" if is_emulated else "plan",
     ]
     rows = [titles]
     for each in found:
-        last = each["sum_over_one" if is_emulated else "expected"]
+        last = 1 / float(each["sum_over_one"]) if is_emulated else float(each["expected"])
         times = (each[f"{x}_us"] for x in ("one", "compute", "messages", "together"))
         rows.append(
             [
                 each["case"], each["scaling"].removesuffix(", emulated"), each["ranks"],
                 each["method"], each["pass"], *(_us(float(x)) for x in times),
-                f"{float(each['efficiency']):.2f}", f"{float(last):.2f}",
+                f"{float(each['efficiency']):.2f}", f"{last:.2f}",
             ]
         )  # fmt: skip
     about = ", ".join(found[0][x] for x in ("device", "versions"))
