@@ -1,12 +1,13 @@
 """The problems that are measured, by name.
 
 ``GROUPS`` has the names of the cases in each group: "cuda" and "cpu" for the tables, "strides",
-which compares strides of two layers, and "ltx", the layers of a video decoder.
+which compares strides of two layers, and "ltx", the layers of a video decoder. ``SPECTRUM`` are the
+problems of many users, which ``spectrum.py`` measures.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -22,7 +23,8 @@ class Case:
     """One problem.
 
     ``target`` limits our time on a CPU as a fraction of dense time, for forward and for
-    forward+backward. ``about`` says what has such a layer.
+    forward+backward. ``about`` says what has such a layer. ``kv_heads`` and ``value_dim`` are
+    those of the query where they are None. Only ``spectrum.py`` measures a ``bias``.
     """
 
     name: str
@@ -37,6 +39,10 @@ class Case:
     dtype: torch.dtype = BF16
     target: tuple[float, float] | None = None
     about: str = field(default="", compare=False)
+    kv_heads: int | None = None
+    value_dim: int | None = None
+    num_additional: int = 0
+    bias: bool = False
 
     def describe(self, usual: torch.dtype) -> str:
         """The problem in words; the dtype is named only if it is not the usual one."""
@@ -44,12 +50,16 @@ class Case:
         parts = [
             f"{len(self.shape)}-D {by(self.shape)}",
             f"batch {self.batch}",
-            f"{self.heads} head" + "s" * (self.heads > 1),
-            f"d {self.dim}",
+            f"{self.heads} head"
+            + "s" * (self.heads > 1)
+            + (f" ({self.kv_heads} of keys)" if self.kv_heads else ""),
+            f"d {self.dim}" + (f", {self.value_dim} of values" if self.value_dim else ""),
             f"window {by(rule.kernel_size)}",
             f"stride {by(rule.stride)}" if max(rule.stride) > 1 else "",
             f"dilation {by(rule.dilation)}" if max(rule.dilation) > 1 else "",
             "causal along the first axis" if rule.is_causal[0] else "",
+            f"{self.num_additional} additional tokens" if self.num_additional else "",
+            "bias" if self.bias else "",
             str(self.dtype).removeprefix("torch.") if self.dtype is not usual else "",
         ]
         return ", ".join(part for part in parts if part)
@@ -60,9 +70,20 @@ class Case:
             len(self.shape), self.kernel_size, self.stride, self.dilation, self.is_causal
         )
         return Problem(
-            self.shape, rule, self.batch, self.heads, self.heads, self.dim, self.dim,
-            dtype=self.dtype, device=torch.device(device),
+            self.shape, rule, self.batch, self.heads, self.kv_heads or self.heads, self.dim,
+            self.value_dim or self.dim, self.num_additional, self.dtype, torch.device(device),
         )  # fmt: skip
+
+    def inputs(self, device: str, requires_grad: bool = False) -> dict[str, torch.Tensor]:
+        """Random tensors of a call, by the names of its arguments; on "meta" they have no data."""
+        problem = self.problem(device)
+        inputs = problem.inputs(requires_grad)
+        if self.bias:
+            sizes = (2 * size - 1 for size in problem.rule.kernel_size)
+            inputs["rpb"] = torch.randn(
+                self.heads, *sizes, device=device, dtype=self.dtype, requires_grad=requires_grad
+            )
+        return inputs
 
 
 def by(sizes: tuple[int, ...]) -> str:
@@ -110,6 +131,72 @@ LTX = [
     Case("ltx-4", (69, 136, 240), 1, 8, 64, (3, 5, 5)),
     Case("ltx-5", (121, 272, 480), 1, 4, 64, 11),
 ]
+
+# Problems that users have, from papers, model code and issues; FLUX and HunyuanVideo are in GPU.
+_CAUSAL_TIME = (True, False, False)
+SPECTRUM = {
+    case.name: case
+    for case in (
+        Case("nat-s1-rpb", (56, 56), 64, 2, 32, 7, bias=True),
+        Case("nat-s2", (28, 28), 64, 4, 32, 7),
+        Case("nat-s4", (7, 7), 64, 16, 32, 7),
+        Case("nat-s3-rpb", (14, 14), 64, 8, 32, 7, bias=True),
+        Case("nat-fp32", (56, 56), 64, 2, 32, 7, dtype=FP32),
+        Case("dinat-s1", (56, 56), 64, 2, 32, 7, 1, 8),
+        Case("dinatL-384", (96, 96), 8, 6, 32, 11),
+        Case("hdit-128", (128, 128), 4, 4, 64, 7),
+        Case("stylenat-256", (256, 256), 4, 2, 32, 7),
+        Case("stylenat-512-d16", (512, 512), 2, 4, 16, 7),
+        Case("w3", (128, 128), 4, 8, 64, 3),
+        Case("blocked8", (64, 64), 16, 8, 64, 8, 8),
+        Case("w13-s4", (64, 64), 16, 8, 64, 13, 4),
+        Case("near-full", (64, 64), 4, 16, 64, 60),
+        Case("full", (64, 64), 4, 16, 64, 64),
+        Case("cosmos-a", (24, 44, 80), 1, 32, 128, (24, 4, 16), 1, (1, 11, 5)),
+        Case("cosmos-c", (24, 44, 80), 1, 32, 128, (24, 12, 24), (1, 4, 8)),
+        Case("wan", (21, 45, 80), 1, 40, 128, (9, 17, 25)),
+        Case("wan-s", (21, 45, 80), 1, 40, 128, (9, 15, 24), (3, 5, 8)),
+        Case("wan-extra", (21, 45, 80), 1, 40, 128, (9, 17, 25), num_additional=512),
+        Case("ltx-vae", (9, 64, 96), 1, 16, 64, (3, 7, 7)),
+        Case("weather", (13, 91, 180), 1, 8, 48, (5, 7, 7)),
+        Case("mri", (48, 48, 48), 1, 8, 32, 5),
+        Case("causal-t", (16, 32, 32), 2, 12, 64, (16, 11, 11), is_causal=_CAUSAL_TIME),
+        Case("anyup", (224, 224), 1, 4, 32, 9, 1, 8, value_dim=384),
+        Case("gqa-2d", (64, 64), 4, 32, 128, 17, kv_heads=8),
+        Case("d96", (64, 64), 8, 8, 96, 13),
+        Case("d72", (64, 64), 8, 16, 72, 13),
+        Case("d256", (64, 64), 4, 8, 256, 13),
+        Case("d20", (64, 64), 8, 8, 20, 13),
+        Case("fp32-d64", (64, 64), 8, 8, 64, 13, dtype=FP32),
+        Case("fp16-rpb", (64, 64), 8, 8, 64, 13, dtype=FP16, bias=True),
+        Case("audio-64", (16384,), 4, 8, 64, 65),
+        Case("lm-1k", (8192,), 4, 32, 128, 1024, is_causal=True),
+        Case("lm-128", (8192,), 8, 16, 64, 128, is_causal=True),
+        Case("one-head", (128, 128), 1, 1, 64, 15),
+        Case("flux-w31-txt", (128, 128), 1, 24, 128, 31, num_additional=512),
+        Case("hunyuan-w9", (30, 45, 80), 1, 24, 128, (7, 9, 9)),
+        Case("k-row", (60, 100), 4, 12, 64, (1, 25)),
+        Case("dv-512", (64, 64), 2, 8, 64, 9, value_dim=512),
+        *(case for case in GPU if case.name in ("nat", "hdit", "video", "causal")),
+        Case("ltx-11", (61, 136, 240), 1, 4, 64, 11),
+        next(replace(case, name="ltx-full") for case in LTX if case.name == "ltx-5"),
+    )
+}
+# The same layers with a dilation that divides the layout and with one that does not; groups are
+# about as long, because what tiles waste at the end of an axis depends on that.
+UNEVEN = {
+    case.name: case
+    for case in (
+        Case("dil8-even", (56, 56), 64, 2, 32, 7, 1, 8),
+        Case("dil8-uneven", (57, 57), 64, 2, 32, 7, 1, 8),
+        Case("dil3-even", (63, 63), 16, 4, 64, 9, 1, 3),
+        Case("dil3-uneven", (64, 64), 16, 4, 64, 9, 1, 3),
+        Case("dil2-3d-even", (16, 50, 82), 1, 12, 128, (6, 9, 9), 1, (1, 2, 2)),
+        Case("dil2-3d-uneven", (16, 49, 81), 1, 12, 128, (6, 9, 9), 1, (1, 2, 2)),
+        Case("dil-cosmos-even", (24, 66, 95), 1, 16, 128, (24, 4, 16), 1, (1, 11, 5)),
+        Case("dil-cosmos-uneven", (24, 64, 93), 1, 16, 128, (24, 4, 16), 1, (1, 11, 5)),
+    )
+}
 
 _MAIN = {
     "nat": ((56, 56), 4, 2, 32, 7, 1, 1, (0.25, 0.25)),

@@ -10,18 +10,32 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import limits
+import spectrum
 from cases import BF16, CASES, FP32, GROUPS, Case, by
 from records import RESULTS, read
 
 from natten.cli.tables import markdown
-from natten.draw.canvas import ATTENDED, INK, QUIET_INK, Key, Panel, Rect, Text, compose
+from natten.draw.canvas import (
+    ATTENDED,
+    BORDER,
+    INK,
+    QUERY,
+    QUIET_INK,
+    Key,
+    Panel,
+    Rect,
+    Text,
+    compose,
+)  # fmt: skip
 from natten.profiler import Problem
 from natten.profiler.report import BOTH, FORWARD
 from natten.simulator import DEVICES, Device, simulate
@@ -38,17 +52,14 @@ FILES = (
     "benchmarks/results/h100.md",
     "benchmarks/results/h200.md",
 )
-# Charts, and their cases; None: all that other implementations were measured on.
-CHARTS: dict[str, tuple[str, ...] | None] = {
-    "docs/images/speed.svg": None,
-    "docs/images/speed-short.svg": ("1d", "nat", "video", "flux", "hunyuan"),
-}
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 README_CPU = ("nat", "dinat", "hdit", "1d", "video", "nat-bf16")
 UPSTREAM, FLEX = "upstream hopper-fna", "flex attention"
 PEERS = "peers-h100"
 GPU = "h100"  # the name of its results, and of the simulator's device
+SPECTRUM = "spectrum-h200"
+NAMED = 0.2  # of the spectrum's problems, those below are named in the picture
 
 
 class Times:
@@ -320,6 +331,71 @@ def ltx_table(gpu: str = "h200") -> list[str]:
     return [*_table(rows), "", f"{times.machine()}; forward, kernel times, medians of one run."]
 
 
+def spectrum_table() -> list[str]:
+    """The problems of users beside the least time that each could take."""
+    if not _is_measured(SPECTRUM):
+        return ["They are not measured yet."]
+    times = Times(SPECTRUM)
+    shares, waste, rows = spectrum.shares(times.records), _waste(times), [
+        [
+            "problem", "backend", "floor us, forward / backward", "natten us",
+            "floor / natten", "dense / natten, forward / forward+backward", "computed / needed",
+        ]
+    ]  # fmt: skip
+    for name in times.cases:
+        case, passes = spectrum.known(name), ("forward", "backward")
+        dense, ours = (
+            [times.of(name, backend, pass_, "graph") for pass_ in (FORWARD, BOTH)]
+            for backend in ("dense", "natten")
+        )
+        floors = [spectrum.floor_us(case, pass_) for pass_ in passes]
+        found = [shares[pass_].get(name) for pass_ in passes]
+        taken = [None if x is None else floor / x for floor, x in zip(floors, found)]
+        backends = [r.backend for r in times.records if r.case == name and "natten" in r.backend]
+        rows.append(
+            [
+                f"{name}: {case.describe(BF16)}", backends[-1].removeprefix("natten "),
+                _pair(floors, _us), _pair(taken, _us),
+                " / ".join("-" if x is None else f"{x:.2f}" for x in found),
+                _pair_over(dense, ours, "{:.1f}x"), waste.get(name, ""),
+            ]
+        )  # fmt: skip
+    return [*_table(rows), "", f"{times.machine()}; bfloat16 unless said, medians of one run."]
+
+
+def spectrum_summary(images: str) -> list[str]:
+    """The picture of the spectrum, and what it says; ``images`` is its folder, from the page."""
+    if not _is_measured(SPECTRUM):
+        return ["They are not measured yet."]
+    times = Times(SPECTRUM)
+    shares = spectrum.shares(times.records)
+    parts = []
+    for pass_, found in shares.items():
+        good = sum(share >= 0.5 for share in found.values())
+        mean = statistics.geometric_mean(found.values())
+        parts.append(f"{mean:.2f} {pass_} ({good} of {len(found)} problems reach 0.50)")
+    slower = [
+        name
+        for name in times.cases
+        for dense, ours in [[times.of(name, who, FORWARD, "graph") for who in ("dense", "natten")]]
+        if dense is not None and ours is not None and dense < ours
+    ]
+    compared = sum(times.of(name, "dense", FORWARD, "graph") is not None for name in times.cases)
+    return [
+        f"![Floor over time of each problem, forward and backward]({images}/spectrum.svg)",
+        "",
+        f"Floor / natten, geometric mean: {', '.join(parts)}. Forward, dense attention is faster "
+        f"in {len(slower)} of the {compared} problems where it was measured"
+        f"{': ' + ', '.join(slower) if slower else ''}.",
+        "",
+        f"{times.machine()}; kernel times, medians of one run.",
+    ]
+
+
+def _is_measured(name: str) -> bool:
+    return (RESULTS / f"{name}.csv").exists()
+
+
 def decoding_table(gpu: str = "h200") -> list[str]:
     """Time and memory of a layer of the decoder's last stage, whole and in parts."""
     if not (RESULTS / f"ltx-{gpu}.csv").exists():
@@ -484,6 +560,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "model-hunyuan": partial(model_table, ("hunyuan", "hunyuan-s")),
     "model-nat": partial(model_table, ("nat",)),
     "decoding": decoding_table,
+    "spectrum": spectrum_table,
+    "spectrum-readme": partial(spectrum_summary, "docs/images"),
+    "spectrum-docs": partial(spectrum_summary, "images"),
 }
 
 
@@ -526,6 +605,89 @@ def chart(names: Sequence[str] | None) -> str:
     parts.append(Text(left + scale - 22, top + 8, "dense = 1", 10))
     panel = Panel(parts, left + right + 50, top + 10, title)
     return compose([panel], [Key(color, False, label) for _, _, color, label in bars]).svg()
+
+
+def spectrum_chart() -> str:
+    """A dot per problem and pass: its floor, and the floor over the time. Low ones have names."""
+    shares = spectrum.shares(Times(SPECTRUM).records)
+    colors = {"hopper": ATTENDED, "triton": QUERY}
+    width, height, left, top = 380, 380, 44, 30
+    low, high = (1.0, 1e5), (0.025, 1.0)  # microseconds; the least and the largest share
+
+    def x_of(floor: float) -> float:
+        return left + width * math.log(floor / low[0]) / math.log(low[1] / low[0])
+
+    def y_of(share: float) -> float:
+        return top + height * math.log(high[1] / share) / math.log(high[1] / high[0])
+
+    panels, backends = [], _backends(SPECTRUM)
+    for pass_, found in shares.items():
+        title = f"{pass_.capitalize()}: the floor over the time"
+        parts: list[Rect | Text] = [Text(0, 13, title, 14, INK, 700)]
+        for share in (1.0, 0.5, 0.2, 0.1, 0.05):
+            parts.append(Rect(left, y_of(share), width, 1, BORDER))
+            parts.append(Text(left - 32, y_of(share) + 4, f"{share:g}", 11))
+        for exponent in range(6):
+            label = ("1 us", "10 us", "100 us", "1 ms", "10 ms", "100 ms")[exponent]
+            parts.append(Text(x_of(10**exponent) - 14, top + height + 18, label, 11))
+        dots = {
+            name: (x_of(spectrum.floor_us(spectrum.known(name), pass_)), y_of(share))
+            for name, share in found.items()
+        }
+        parts += [
+            Rect(x - 4, y - 4, 8, 8, colors[backends[name, pass_]], 4)
+            for name, (x, y) in dots.items()
+        ]
+        labels: list[Text] = []
+        for name in sorted(found, key=found.__getitem__):
+            if found[name] < NAMED:
+                labels.append(_label_at(*dots[name], name, labels, [*dots.values()]))
+        parts += labels
+        parts.append(Text(left + width - 130, top + height + 34, "floor of the problem", 11))
+        panels.append(Panel(parts, left + width + 40, top + height + 40, title))
+    keys = [Key(color, False, f"backend {name}") for name, color in colors.items()]
+    return compose(panels, keys).svg()
+
+
+def _label_at(
+    x: float, y: float, name: str, labels: Sequence[Text], dots: Sequence[tuple[float, float]]
+) -> Text:
+    """The name of a dot, beside it where neither another name nor another dot is."""
+    label = Text(0, 0, name, 10, INK)
+    sides = [(7.0, 4.0), (-5 - label.width, 4.0)]
+    sides += [(dx, dy) for dy in (16.0, -8.0) for dx in (-label.width / 2, 0.0, -label.width)]
+
+    def is_free(at: Text) -> bool:
+        right, top = at.x + at.width, at.y - at.size
+        return not any(
+            abs(at.y - other.y) < at.size and at.x < other.x + other.width and other.x < right
+            for other in labels
+        ) and not any(at.x - 4 < dx < right + 4 and top - 4 < dy < at.y + 4 for dx, dy in dots)
+
+    found = [label._replace(x=x + dx, y=y + dy) for dx, dy in sides]
+    return next(filter(is_free, found), found[0])
+
+
+def _backends(name: str) -> dict[tuple[str, str], str]:
+    """The backend of a case's pass, "forward" or "backward"."""
+    found = {}
+    for each in read(name):
+        if each.backend.startswith("natten "):
+            backends = each.backend.removeprefix("natten ").split("+")
+            pass_, backend = (
+                (FORWARD, backends[0]) if each.pass_ == FORWARD else ("backward", backends[-1])
+            )
+            found[each.case, pass_] = backend
+    return found
+
+
+# Pictures, and what makes them of the results that are there.
+CHARTS: dict[str, Callable[[], str]] = {
+    "docs/images/speed.svg": partial(chart, None),
+    "docs/images/speed-short.svg": partial(chart, ("1d", "nat", "video", "flux", "hunyuan")),
+}
+if _is_measured(SPECTRUM):
+    CHARTS["docs/images/spectrum.svg"] = spectrum_chart
 
 
 def _speedup(times: Times, case: str, backend: str) -> float | None:
@@ -580,7 +742,7 @@ def generate() -> dict[str, str]:
         return f"{match.group(1)}{body}\n{match.group(3)}"
 
     texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
-    charts = {name: chart(cases) for name, cases in CHARTS.items()}
+    charts = {name: draw() for name, draw in CHARTS.items()}
     return {name: TABLE.sub(fill, text) for name, text in texts.items()} | charts
 
 

@@ -33,7 +33,13 @@ def test_stale_table_is_found(load, monkeypatch, capsys):
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_results(path, load):
     records = load("records").read(path.stem)
-    known = {*load("cases").CASES["cpu" if path.stem == "cpu" else "cuda"], "anyup"}  # parts.py's
+    if path.stem.startswith("spectrum"):
+        known = load("cases").SPECTRUM.keys()
+    else:
+        known = {
+            *load("cases").CASES["cpu" if path.stem == "cpu" else "cuda"],
+            "anyup",
+        }  # parts.py's
     keys = [(each.case, each.backend, each.pass_, each.time) for each in records]
     assert len(set(keys)) == len(keys)
     for each in records:
@@ -95,6 +101,152 @@ def test_runner_refuses_what_it_can_not_do(arguments, message, load, tmp_path, m
         load("run").main(arguments)
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+# --- the spectrum ---
+
+
+def test_floors(load):
+    """By hand: bytes, products and exponentials are the longest of these in turn."""
+    spectrum, cases = load("spectrum"), load("cases")
+    moved = cases.Case("moved", (1000,), 1, 4, 64, 1)  # 4 tensors of 1000 x 4 x 64 numbers
+    assert spectrum.floor_us(moved) == pytest.approx(4 * 256e3 * 2 / 4.2e6)
+    assert spectrum.floor_us(moved, "backward") == pytest.approx(3.5 * 4 * 256e3 * 2 / 4.2e6)
+    products = cases.Case("products", (4096,), 1, 4, 128, 4096)
+    needed = 4 * 4096**2 * 4 * 128
+    assert spectrum.floor_us(products) == pytest.approx(needed / 790e6)
+    single = cases.Case("single", (4096,), 1, 4, 128, 4096, dtype=torch.float32)
+    assert spectrum.floor_us(single) == pytest.approx(needed / 400e6)
+    exponentials = cases.Case("exponentials", (4096,), 1, 4, 16, 4096)
+    assert spectrum.floor_us(exponentials) == pytest.approx(4 * 4096**2 / (132 * 16 * 1.75e3))
+    both = sum(spectrum.floor_us(products, pass_) for pass_ in ("forward", "backward"))
+    assert spectrum.floor_us(products, "forward+backward") == pytest.approx(both)
+    # Fewer key heads move less, additional tokens are needed pairs of every query.
+    shared = cases.Case("shared", (1000,), 1, 4, 64, 1, kv_heads=1)
+    assert spectrum.floor_us(shared) == pytest.approx(2.5 * 256e3 * 2 / 4.2e6)
+    more = cases.Case("more", (4096,), 1, 4, 128, 4096, num_additional=4096)
+    assert spectrum.floor_us(more) == pytest.approx(2 * needed / 790e6)
+
+
+def test_problems_of_the_spectrum(load):
+    cases = load("cases")
+    assert len(cases.SPECTRUM) == 46 and not set(cases.SPECTRUM) & set(cases.UNEVEN)
+    for name, case in (cases.SPECTRUM | cases.UNEVEN).items():
+        assert case.name == name
+        assert case.problem("cpu").needed_pairs > 0
+        assert ("rpb" in case.inputs("meta")) == case.bias
+        if case.bias:
+            assert "bias" in case.describe(case.dtype)
+
+
+def test_uneven_dilations_have_partners(load):
+    for case in load("cases").UNEVEN.values():
+        rule = case.problem("cpu").rule
+        divides = all(n % d == 0 for n, d in zip(case.shape, rule.dilation))
+        assert divides == case.name.endswith("-even") and max(rule.dilation) > 1
+
+
+def test_random_problems(load):
+    """They are problems, the same ones each time, and of many kinds."""
+    spectrum = load("spectrum")
+    found = [spectrum.random_case(5, number) for number in range(150)]
+    assert found[7] == spectrum.case_of("random-5-7") == spectrum.random_case(5, 7)
+    assert found[7] != spectrum.random_case(6, 7)
+    for case in found:
+        problem = case.problem("cpu")
+        assert problem.needed_pairs > 0 and problem.bytes() < 4e9
+        assert not (case.bias and case.num_additional)
+    rules = [case.problem("cpu").rule for case in found]
+    assert {rule.rank for rule in rules} == {1, 2, 3}
+    for what in ("stride", "dilation"):
+        assert 0.1 < sum(max(getattr(rule, what)) > 1 for rule in rules) / len(rules) < 0.3
+    assert any(case.bias for case in found) and any(case.kv_heads for case in found)
+    for name in ("random-5", "random-5-x", "random--1-2", "nothing"):
+        assert spectrum.case_of(name) is None
+
+
+def test_spectrum_on_a_cpu(load, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("natten.profiler.measure.eager_time", once)
+    path = tmp_path / "small.csv"
+    names = "nat-s3-rpb,gqa-2d,wan-extra,anyup"
+    arguments = ["--device", "cpu", "--cases", names, "--small", "--threads", "1"]
+    assert load("spectrum").main([*arguments, "--out", str(path)]) == 0
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == load("records").COLUMNS
+    assert [row["case"] for row in rows[::4]] == names.split(",")
+    for row in rows:
+        assert row["backend"].startswith("natten" if rows.index(row) % 2 == 0 else "dense sdpa")
+    assert "floor" not in capsys.readouterr().out  # that is a GPU's
+
+
+def once(function, device, warmup, seconds=0):
+    function()
+    return natten.profiler.measure.Timing(5.0, 0.0)
+
+
+def test_long_dense_attention_is_left_out(load, monkeypatch, capsys):
+    spectrum = load("spectrum")
+    monkeypatch.setattr("natten.profiler.measure.eager_time", once)
+    monkeypatch.setattr(spectrum, "DENSE_MS", 0.0)
+    case = spectrum.small(load("cases").SPECTRUM["nat"])
+    (record,) = spectrum.measure_case(case, "cpu", ["forward"], True)
+    assert record.backend.startswith("natten")
+    assert "nat, forward: dense attention is left out: it would take" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--device", "cpu"], "--out"),
+        (["--device", "cpu", "--cases", "nothing", "--out", "x"], "nothing"),
+        (["--device", "cpu", "--passes", "backward", "--out", "x"], "backward"),
+        (["--device", "cpu", "--random", "0", "--out", "x"], "--random"),
+        (["--device", "cpu", "--random", "2", "--cases", "nat", "--out", "x"], "--random"),
+        (["--device", "cpu", "--threads", "0", "--out", "x"], "--threads"),
+        (["--device", "cpu", "--out", "no/such/folder.csv"], "no/such/folder"),
+        (["--device", "cuda", "--out", "x"], "no GPU"),
+    ],
+)
+def test_spectrum_refuses_what_it_can_not_do(
+    arguments, message, load, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        load("spectrum").main(arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_report_of_the_spectrum(load, tmp_path, monkeypatch):
+    """Time is 1.25 floors forward, four backward; dense is half as fast."""
+    records, spectrum, report = load("records"), load("spectrum"), load("report")
+    rows = []
+    for name, backends in {"nat": "hopper", "d256": "hopper+triton", "d20": "triton"}.items():
+        case = spectrum.known(name)
+        forward = 1.25 * spectrum.floor_us(case)
+        both = forward + 4 * spectrum.floor_us(case, "backward")
+        for who, factor in ((f"natten {backends}", 1), ("dense cudnn", 2)):
+            for pass_, time in (("forward", forward), ("forward+backward", both)):
+                who_ran = who.partition("+")[0] if pass_ == "forward" else who
+                row = records.Record(name, who_ran, pass_, "graph", f"{factor * time:.6f}")
+                rows.append(row._replace(device="a GPU", versions="some"))
+    records.write(tmp_path / "spectrum-h200.csv", rows)
+    for module in (records, report):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    shares = spectrum.shares(rows)
+    assert shares["forward"] == pytest.approx(dict.fromkeys(("nat", "d256", "d20"), 0.8))
+    assert shares["backward"] == pytest.approx(dict.fromkeys(("nat", "d256", "d20"), 0.25))
+    table = "\n".join(report.spectrum_table())
+    assert table.count("| 0.80 / 0.25 | 2.0x / 2.0x |") == 3 and "| hopper+triton |" in table
+    text = "\n".join(report.spectrum_summary("images"))
+    assert "0.80 forward (3 of 3 problems reach 0.50), 0.25 backward (0 of 3" in text
+    assert "faster in 0 of the 3" in text
+    picture = report.spectrum_chart()
+    assert picture.count(report.QUERY) >= 3 and "d256" not in picture  # the triton dots; no names
+    monkeypatch.setattr(report, "NAMED", 0.3)
+    assert "d256" in report.spectrum_chart()
 
 
 def test_decoding_checks_before_it_measures(load):
