@@ -130,7 +130,7 @@ def _model(rule: Neighborhood, shape: Shape, key_shape: Shape) -> tuple[Neighbor
     rounded up, and keys that no window of the part's middle reaches are left out. So a new offset
     or a longer cache of keys has the same tiles, and the same compiled kernels.
     """
-    if queries(rule, shape) == OWN:
+    if rule.is_self_attention:
         return rule, shape, key_shape
     shape, key_shape = zip(*model_sizes(rule, shape, key_shape))
     offset = []
@@ -186,7 +186,7 @@ def slides(kind: str, rule: Neighborhood) -> bool:
 
 def mask(kind: str, rule: Neighborhood, shape: Shape, tiles: Tiles, work: Work) -> Mask:
     """How tiles are masked."""
-    if queries(rule, shape) == OWN:
+    if rule.is_self_attention:
         axes = cuts(kind == "dkdv", rule, shape, shape)(tiles)
     else:
         axes = _any_axes(kind, rule, tiles)
@@ -402,8 +402,7 @@ class _Search:
         self.of_keys, self.ways = kind == "dkdv", _ways(kind, dim, value_dim)
         self.cuts = cuts(self.of_keys, rule, shape, key_shape)
         self.kind, self.rule, self.slides = kind, rule, slides(kind, rule)
-        self.is_own = queries(rule, shape) == OWN
-        kv_lengths = None if self.is_own else self.cuts.kv_lengths
+        kv_lengths = None if queries(rule, shape) == OWN else self.cuts.kv_lengths
         self.tiles, self.blocks = _tiles_and_blocks(self.cuts.q_lengths, self.ways.work, kv_lengths)
 
     def every(self) -> list[Tiles]:
@@ -460,7 +459,8 @@ class _Search:
     def _priced(self, tiles: Tiles) -> tuple[float, Tiles] | None:
         piece = self.cuts.piece(tiles)
         axes = self.cuts.in_pieces(tiles, piece)
-        of_mask = axes if self.is_own else _any_axes(self.kind, self.rule, tiles)
+        is_whole = self.rule.is_self_attention
+        of_mask = axes if is_whole else _any_axes(self.kind, self.rule, tiles)
         work = self.ways.work
         priced = self.ways.priced(tiles, mask_of(self.slides, of_mask, tiles, work))
         if priced is None or not all(axis.fits for axis in axes):
