@@ -29,7 +29,7 @@ from natten.backends.triton import tiles as tiling
 from natten.backends.triton.fast_launch import described
 from natten.backends.triton.launch import Launch
 from natten.inputs import Inputs
-from natten.neighborhood import Neighborhood
+from natten.neighborhood import Dense, Neighborhood, Rule
 
 
 class Variant(NamedTuple):
@@ -50,6 +50,7 @@ class Variant(NamedTuple):
     queries_per_key: int | tuple[int, ...] = 1
     part: tuple[int, ...] = ()  # the layout of queries that are a part
     masked: bool = False
+    plain: bool = False  # attention of all keys, or causal; part: the queries' length
 
 
 class Kernel(NamedTuple):
@@ -88,11 +89,18 @@ def _backend(name: str) -> Backend:
     return found
 
 
-def _inputs(variant: Variant) -> tuple[Neighborhood, Tensor, Tensor, Tensor]:
-    rule = Neighborhood.create(
+def _rule(variant: Variant) -> Rule:
+    if variant.plain:
+        assert isinstance(variant.causal, bool)
+        return Dense(variant.causal)
+    return Neighborhood.create(
         len(variant.shape), variant.window, variant.stride, variant.dilation, variant.causal,
         variant.boundary, variant.queries_per_key, 1 if variant.part else None,
     )  # fmt: skip
+
+
+def _inputs(variant: Variant) -> tuple[Rule, Tensor, Tensor, Tensor]:
+    rule = _rule(variant)
     fine = tuple(r * n for r, n in zip(rule.queries_per_key, variant.shape))
     each = (variant.part or fine, variant.dim), (variant.shape, variant.dim)
     q, k, v = (

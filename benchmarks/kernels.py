@@ -76,6 +76,9 @@ HOPPER = [
     Variant("additional", (64, 64), 13, 64, num_additional=5),
     Variant("NAT circular", (56, 56), 7, 32, boundary="circular"),
     Variant("HDiT circular", (64, 64), 13, 64, boundary="circular"),
+    Variant("plain", (4096,), (), 128, plain=True),
+    Variant("plain causal", (4096,), (), 128, causal=True, plain=True),
+    Variant("plain causal 64", (1000,), (), 64, causal=True, part=(700,), plain=True),
 ]
 
 # Targets, and bytes of shared memory that a program may have there.

@@ -36,7 +36,6 @@ def table() -> str:
             for name, title in OPERATIONS.items()
         ),
         ("relative positional bias", [said(each.bias) for each in BACKENDS]),
-        ("plain attention", [said(each.plain) for each in BACKENDS]),
         ("circular axes", ["yes" if each.circular else "with padded keys" for each in BACKENDS]),
         ("tile shapes as arguments", [said(each.takes_tiles) for each in BACKENDS]),
     ]

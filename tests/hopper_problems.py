@@ -8,7 +8,7 @@ import torch
 
 from natten.backends.hopper import tiles as tiling
 from natten.backends.interface import Tiles
-from natten.neighborhood import Neighborhood
+from natten.neighborhood import Dense, Neighborhood
 
 # shape, window, stride, dilation, causal
 PROBLEMS: list[tuple[Any, ...]] = [
@@ -40,7 +40,7 @@ def each_way(kind: str, rule: Neighborhood, shape: Any, dim: int = 64) -> list[T
     """The best tiles of each kind of program and mask."""
     found = {}
     for tiles in tiling.candidates(kind, rule, shape, shape, dim, dim):
-        mask = tiling.mask(kind, rule, shape, tiles, tiling.work(kind, dim, dim))
+        mask = tiling.mask(kind, rule, shape, shape, tiles, tiling.work(kind, dim, dim))
         found.setdefault((tiles.num_warps, mask.kind, mask.by_row, mask.steps), tiles)
     return list(found.values())
 
@@ -106,8 +106,18 @@ RINGS = [
 ]  # fmt: skip
 
 
+# Of plain attention: queries, keys, the rule.
+PLAIN = [
+    ((length,), (key_length,), Dense(causal))
+    for causal in (False, True)
+    for length, key_length in ((384, 384), (1, 1), (197, 197), (1, 300), (500, 70), (130, 700))
+]
+
+
 def id_of(value: Any) -> str | None:
-    """The name of a part or a ring in tests."""
+    """The name of a part, a ring or plain attention in tests."""
     queries, keys, rule = value
-    layouts = ("x".join(map(str, each)) for each in (queries, keys))
-    return "-of-".join(layouts) + f"-{'x'.join(map(str, rule.kernel_size))}"
+    name = "-of-".join("x".join(map(str, each)) for each in (queries, keys))
+    if isinstance(rule, Dense):
+        return name + ("-causal" if rule.causal else "-dense")
+    return f"{name}-{'x'.join(map(str, rule.kernel_size))}"

@@ -73,7 +73,7 @@ def kinds(backend: str) -> list[Kind]:
     if backend == "hopper":
         dims = [(32, 32), (64, 64), (128, 128), (48, 48), (96, 72)]
         dims += [(256, 256), (32, 128), (160, 136), (136, 200), (248, 64)]  # portable backward
-        dtypes, operations = dtypes[:2], ["fused"]
+        dtypes, operations = dtypes[:2], ["fused"] * 4 + ["dense", "fused"]
     found = []
     for i, (dim, value_dim) in zip(range(64), itertools.cycle(dims)):
         operation = operations[i // len(dims) % len(operations)]

@@ -50,7 +50,7 @@ def test_tiles_fit_and_cover(problem: Any, kind: str) -> None:
     for dim in (32, 64, 128, 256)[: 4 if kind == "forward" else 3]:
         work = tiling.work(kind, dim, dim)
         for tiles in each_way(kind, rule, shape, dim):
-            mask = tiling.mask(kind, rule, shape, tiles, work)
+            mask = tiling.mask(kind, rule, shape, shape, tiles, work)
             tile, _ = tiling.tile_and_block(tiles, work.of_keys)
             assert math.prod(tile) == tiling.ROWS
             assert mask.ends[-1] <= 16 * mask.steps or mask.kind != tiling.PRODUCT

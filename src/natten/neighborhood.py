@@ -525,6 +525,11 @@ class Dense:
     offset: tuple[int, ...] = (0,)
     boundary: tuple[str, ...] = ("truncate",)
 
+    @property
+    def rank(self) -> int:
+        """The same as :attr:`Neighborhood.rank`."""
+        return 1
+
     def of_axis(self, axis: int) -> Dense:
         """The same as :meth:`Neighborhood.of_axis`: there is one axis."""
         return self
@@ -537,6 +542,10 @@ class Dense:
         """The same as :meth:`Neighborhood.windows`, for ``n`` keys."""
         end = (position + 1).clamp(max=n) if self.causal else torch.zeros_like(position) + n
         return torch.zeros_like(position), end
+
+    def attended(self, axis: int, length: int, key_length: int) -> tuple[int, int]:
+        """The same as :meth:`Neighborhood.attended`."""
+        return 0, min(length, key_length) if self.causal else key_length
 
 
 Rule = Neighborhood | Dense

@@ -60,13 +60,16 @@ def walk(g, mask, tile, warpgroup, scores, starts, first_tokens):
     assert 0 <= before < end <= count
     q = tl.full([tiling.ROWS, 16], 0, tl.bfloat16)
     for i in range(int(end) - int(before)):
-        s = of_tile.compare(of_tile.scores(q, Keys(g.BLOCK), i, block, None), block)
+        s = of_tile.compare(of_tile.scores(q, Keys(g.BLOCK), i, block, None), block, i == 0)
         at = (i * tiling.ROWS + rows[:, None]) * math.prod(g.BLOCK) + columns[None, :]
         tl.store(scores + at, s)
         start, _ = g.block_start(block, tile.origin)
         for axis in range(3):
             tl.store(starts + 3 * i + axis, start[axis])
         block = g.next_block(block, tile.blocks)
+
+
+NUMBERS = "num_tiles", "heads", "heads_at_once"
 
 
 def geometry_of(arguments):
@@ -88,7 +91,7 @@ def geometry_of(arguments):
         "OF_KEYS",
     )
     constants = {name: arguments[name] for name in names}
-    numbers = {name: tl.full([], arguments[name], tl.int32) for name in ("num_tiles", "heads")}
+    numbers = {name: tl.full([], arguments[name], tl.int32) for name in NUMBERS}
     return Geometry(**per_axis, part=(), **numbers, **constants)
 
 

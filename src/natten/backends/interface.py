@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..documents import Documents, roomy_layout
 from ..inputs import Gradients, Inputs
-from ..neighborhood import Dense, Neighborhood, Rule
+from ..neighborhood import Neighborhood, Rule
 
 # What the operations of a problem are called.
 OPERATIONS = {
@@ -168,7 +168,6 @@ class Backend:
         dtypes: None for every floating-point dtype.
         head_dims, value_dims: None for all.
         bias: whether fused operators take a relative positional bias.
-        plain: whether fused operators run plain attention.
         masks: whether fused operators take masks of keys.
         circular: whether windows may go on at the other end of an axis. Where :meth:`pads` says
             so, keys and values are padded around (:mod:`natten.backends.rings`).
@@ -183,7 +182,6 @@ class Backend:
     head_dims: range | None = None
     value_dims: range | None = None
     bias: bool = True
-    plain: bool = True
     masks: bool = False
     circular: bool = False
     takes_tiles: bool = False
@@ -225,8 +223,6 @@ class Backend:
             return "has no relative positional bias"
         if problem.masked and not self.masks:
             return "has no masks of keys"
-        if isinstance(problem.rule, Dense) and not self.plain:
-            return "has kernels for neighborhoods only"
         if problem.operation == "packed" and problem.has_rings and not self.circular:
             return "has no circular axes of packed documents"
         return self.limits(self._own(problem))

@@ -36,7 +36,6 @@ class Hopper(Backend):
     head_dims = range(8, 257, 8)
     value_dims = range(8, 257, 8)
     bias = False
-    plain = False
     circular = True
     compiles = True
 
@@ -91,7 +90,6 @@ class Hopper(Backend):
         if problem.rule is None:
             return None
         rule = problem.rule
-        assert isinstance(rule, Neighborhood)
         if any(r > 1 and d > 1 for r, d in zip(rule.queries_per_key, rule.dilation)):
             return "has no queries that are finer than keys along an axis with dilation"
         batch, *space, heads, _ = problem.shape

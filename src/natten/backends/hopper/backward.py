@@ -24,7 +24,7 @@ from .gluon_names import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .masks import COMPARE, MASKED, Mask, TileMask, column_tables, multiply
+from .masks import COMPARE, FIRST, MASKED, Mask, TileMask, column_tables, multiply
 from .pipeline import TmaPipeline, TmaTensor, allocate, rows_of, tma_bases, tma_pipeline
 
 # Tensors of a pipeline: query or key; the gradient of the output or value; and with queries four
@@ -132,7 +132,9 @@ def _fetch_blocks(ctx):
 
 
 @gluon.jit
-def _step(ctx, tile, block, stage, acc, acc_v, ds, LATE: gl.constexpr):
+def _step(
+    ctx, tile, block, stage, acc, acc_v, ds, LATE: gl.constexpr, IS_FIRST: gl.constexpr
+):  # fmt: skip
     """Make dS of the block in a stage; if ``LATE``, add ``ds`` of the block before meanwhile.
 
     ``acc`` is dQ or dK, ``acc_v`` dV, ``[M, D]``.
@@ -154,7 +156,7 @@ def _step(ctx, tile, block, stage, acc, acc_v, ds, LATE: gl.constexpr):
         lse, delta = tile.lse_delta  # [M, 1]
         dp = multiply(tile.gv, gv, ctx.SCORES)  # dP = dO V^T, [M, N]
         s = warpgroup_mma_wait(2 if LATE else 1, deps=[s])
-    s = tile.mask.compare(s, block)
+    s = tile.mask.compare(s, block, IS_FIRST)
     p = gl.exp2(s * ctx.scale_log2 - lse)  # [M, N]
     if OF_KEYS:
         dp = multiply(tile.gv, gv, ctx.SCORES)
@@ -218,16 +220,22 @@ def _walk(ctx, tile, first, operands, stage, acc, acc_v):
     for i in range(before):
         blocks.consumer_skip(stage + i)
     if ctx.LATE:
-        acc, acc_v, ds = _step(ctx, operands, block, stage + before, acc, acc_v, 0, False)
+        acc, acc_v, ds = _step(ctx, operands, block, stage + before, acc, acc_v, 0, False, True)
         for i in range(before + 1, end):
             if g.OF_KEYS:
                 acc_v = warpgroup_mma_wait(0, deps=[acc_v])
             block = g.next_block(block, tile.blocks)
-            acc, acc_v, ds = _step(ctx, operands, block, stage + i, acc, acc_v, ds, True)
+            acc, acc_v, ds = _step(ctx, operands, block, stage + i, acc, acc_v, ds, True, False)
         acc, acc_v = _add(ctx, acc, acc_v, ds, stage + end - 1)
     else:
+        if operands.mask.mask.KIND == FIRST:
+            at = stage + before
+            acc, acc_v, ds = _step(ctx, operands, block, at, acc, acc_v, 0, False, True)
+            acc, acc_v = _add(ctx, acc, acc_v, ds, at)
+            block = g.next_block(block, tile.blocks)
+            before += 1
         for i in range(before, end):
-            acc, acc_v, ds = _step(ctx, operands, block, stage + i, acc, acc_v, 0, False)
+            acc, acc_v, ds = _step(ctx, operands, block, stage + i, acc, acc_v, 0, False, False)
             acc, acc_v = _add(ctx, acc, acc_v, ds, stage + i)
             block = g.next_block(block, tile.blocks)
     for i in range(end, count):
@@ -319,7 +327,7 @@ def backward_kernel(
     N0, N1, N2, Q0, Q1, Q2, SN0, SN1, SN2, SQ0, SQ1, SQ2, O0, O1, O2, G0, G1, G2,
     T0, T1, T2, num_tiles, F0, F1, F2, g_b, g_0, g_1, g_2, g_h, l_b, l_0, l_1, l_2, l_h,
     d_b, d_0, d_1, additional_b, K0, K1, K2, S0, S1, S2, D0, D1, D2, R0, R1, R2,
-    heads, heads_per_kv, num_additional, scale_log2,
+    heads, heads_per_kv, heads_at_once, num_additional, scale_log2,
     MODES: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, SPLIT_AXIS: gl.constexpr,
     STAGES: gl.constexpr, MASK: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
@@ -342,9 +350,9 @@ def backward_kernel(
         )  # fmt: skip
     g = Geometry(
         length=(N0, N1, N2), window=(K0, K1, K2), stride=(S0, S1, S2), dilation=(D0, D1, D2),
-        tiles=(T0, T1, T2), part=part, num_tiles=num_tiles, heads=heads, MODES=MODES, TILE=TILE,
-        BLOCK=BLOCK, SPLIT_AXIS=SPLIT_AXIS, WARPGROUPS=WARPGROUPS, DILATED=DILATED,
-        QUERIES=QUERIES, PIECE=PIECE, OF_KEYS=OF_KEYS,
+        tiles=(T0, T1, T2), part=part, num_tiles=num_tiles, heads=heads,
+        heads_at_once=heads_at_once, MODES=MODES, TILE=TILE, BLOCK=BLOCK, SPLIT_AXIS=SPLIT_AXIS,
+        WARPGROUPS=WARPGROUPS, DILATED=DILATED, QUERIES=QUERIES, PIECE=PIECE, OF_KEYS=OF_KEYS,
     )  # fmt: skip
     of_queries = (
         TmaTensor(query, (q_b, q_0, q_1, q_2, q_h)),

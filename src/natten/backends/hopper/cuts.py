@@ -14,14 +14,15 @@ from functools import lru_cache
 from operator import sub
 from typing import NamedTuple
 
-from ...neighborhood import Neighborhood, group_length
+from ...neighborhood import Dense, Rule, group_length
 from ...tiling import reach
 from ..interface import Shape, Tiles
 
 WARPS = 4  # of a warpgroup
 
 # Queries are the keys' own tokens, a part of the layout, or a part where some are finer than keys.
-# Where a dilation does not divide an axis, groups differ in length; then they are a part, too.
+# Where a dilation does not divide an axis, groups differ in length; then they are a part, too. So
+# are those of plain attention, which have a length of their own.
 QUERY_KINDS = OWN, PART, FINER = 0, 1, 2
 
 # The most pieces of a block, and the least tokens of a piece: shared memory has a pattern of eight
@@ -29,8 +30,10 @@ QUERY_KINDS = OWN, PART, FINER = 0, 1, 2
 PIECES, PIECE_ROWS = 4, 8
 
 
-def queries(rule: Neighborhood, shape: Sequence[int]) -> int:
+def queries(rule: Rule, shape: Sequence[int]) -> int:
     """Which of ``QUERY_KINDS`` the queries are."""
+    if isinstance(rule, Dense):
+        return PART
     if any(r > 1 for r in rule.queries_per_key):
         return FINER
     ragged = any(n % d for n, d in zip(shape, rule.dilation))
@@ -55,7 +58,7 @@ def tile_sizes(tiles: Tiles, of_keys: bool) -> Shape:
 
 
 def tiled(
-    rule: Neighborhood, shape: Sequence[int], key_shape: Sequence[int], of_keys: bool
+    rule: Rule, shape: Sequence[int], key_shape: Sequence[int], of_keys: bool
 ) -> list[tuple[int, int]]:
     """Per axis, between which positions of a dilation group there are tiles: all queries are in
     one, and of keys those that some query attends."""
@@ -224,9 +227,7 @@ def _before_seam(low: int, high: int, ring: int) -> int | None:
 
 
 @lru_cache(maxsize=256)
-def _axis_cuts(
-    rule: Neighborhood, length: int, key_length: int, groups: int, of_keys: bool
-) -> AxisCuts:
+def _axis_cuts(rule: Rule, length: int, key_length: int, groups: int, of_keys: bool) -> AxisCuts:
     """Of a rule of one axis, of which so many dilation groups are cut."""
     (d,) = rule.dilation
     partners = (reach(rule, 0, length, key_length, group, of_keys) for group in range(groups))
@@ -242,7 +243,7 @@ class Cuts:
     an axis counts its tiles in all of its dilation groups.
     """
 
-    def __init__(self, of_keys: bool, rule: Neighborhood, shape: Shape, key_shape: Shape) -> None:
+    def __init__(self, of_keys: bool, rule: Rule, shape: Shape, key_shape: Shape) -> None:
         self.of_keys, self.missing = of_keys, 3 - len(shape)
         self.q_lengths, self.kv_lengths = (
             [group_length(n, d, 0) for n, d in zip(each, rule.dilation)]
@@ -309,6 +310,6 @@ class Cuts:
 
 
 @lru_cache(maxsize=64)
-def cuts(of_keys: bool, rule: Neighborhood, shape: Shape, key_shape: Shape) -> Cuts:
+def cuts(of_keys: bool, rule: Rule, shape: Shape, key_shape: Shape) -> Cuts:
     """The :class:`Cuts` of a problem, with tiles of queries or ``of_keys``."""
     return Cuts(of_keys, rule, shape, key_shape)

@@ -173,7 +173,7 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
         keys.consumer_release(stage + before)
         if ctx.OWN_OUT:  # after the last scores the next tile's queries can come
             queries.consumer_release(tile_iteration, before + 1 == end)
-        s = mask.compare(s, block)
+        s = mask.compare(s, block, True)
         p, row_max, row_sum, rescale = _softmax(ctx, s, row_max, row_sum)
         if ctx.HAS_ADDITIONAL:
             acc = _scaled(acc, rescale)
@@ -186,7 +186,7 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
             keys.consumer_release(stage + i)
             if ctx.OWN_OUT:
                 queries.consumer_release(tile_iteration, i + 1 == end)
-            s = mask.compare(s, block)
+            s = mask.compare(s, block, False)
             p, row_max, row_sum, rescale = _softmax(ctx, s, row_max, row_sum)
             acc = warpgroup_mma_wait(0, deps=[acc])
             values.consumer_release(stage + i - 1)
@@ -232,7 +232,7 @@ def forward_kernel(
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     N0, N1, N2, Q0, Q1, Q2, SN0, SN1, SN2, SQ0, SQ1, SQ2, O0, O1, O2, G0, G1, G2,
     T0, T1, T2, num_tiles, o_b, o_0, o_1, additional_b, K0, K1, K2, S0, S1, S2, D0, D1, D2,
-    R0, R1, R2, heads, heads_per_kv, num_additional, scale_log2,
+    R0, R1, R2, heads, heads_per_kv, heads_at_once, num_additional, scale_log2,
     MODES: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, SPLIT_AXIS: gl.constexpr,
     STAGES: gl.constexpr, MASK: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
@@ -258,9 +258,9 @@ def forward_kernel(
         )  # fmt: skip
     g = Geometry(
         length=(N0, N1, N2), window=(K0, K1, K2), stride=(S0, S1, S2), dilation=(D0, D1, D2),
-        tiles=(T0, T1, T2), part=part, num_tiles=num_tiles, heads=heads, MODES=MODES, TILE=TILE,
-        BLOCK=BLOCK, SPLIT_AXIS=SPLIT_AXIS, WARPGROUPS=WARPGROUPS, DILATED=DILATED,
-        QUERIES=QUERIES, PIECE=PIECE, OF_KEYS=False,
+        tiles=(T0, T1, T2), part=part, num_tiles=num_tiles, heads=heads,
+        heads_at_once=heads_at_once, MODES=MODES, TILE=TILE, BLOCK=BLOCK, SPLIT_AXIS=SPLIT_AXIS,
+        WARPGROUPS=WARPGROUPS, DILATED=DILATED, QUERIES=QUERIES, PIECE=PIECE, OF_KEYS=False,
     )  # fmt: skip
     q = TmaTensor(query, (q_b, q_0, q_1, q_2, q_h))
     k = TmaTensor(key, (k_b, k_0, k_1, k_2, k_h))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...inputs import Gradients, Inputs
-from ...neighborhood import Neighborhood, Rule
+from ...neighborhood import Rule
 from ..triton.fused import additional_gradients
 from ..triton.launch import contiguous, on_device
 from .descriptors import readable
@@ -17,13 +17,15 @@ from .plan import plan_for
 
 def forward(inputs: Inputs, rule: Rule, scale: float) -> tuple[Tensor, Tensor]:
     """Output ``[batch, *space, heads, value_dim]`` and LSE ``[batch, *space, heads]``."""
-    assert isinstance(rule, Neighborhood) and inputs.rpb is None
+    assert inputs.rpb is None
     query = inputs.query
     *rows, _ = query.shape
     out = query.new_empty(*rows, inputs.value.shape[-1])
     lse = query.new_empty(*rows, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
+    if inputs.key.numel() == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
     query, key, value = [readable(x, rule.dilation) for x in inputs[:3]]
     additional_keys, additional_values = _additional(inputs)
     found = plan_for(query, key, value, additional_keys, rule, scale)
@@ -45,8 +47,8 @@ def backward(
     scale: float,
 ) -> Gradients:
     """Gradients of the inputs; there is no bias."""
-    assert isinstance(rule, Neighborhood) and inputs.rpb is None
-    if inputs.query.numel() == 0:
+    assert inputs.rpb is None
+    if inputs.query.numel() == 0 or inputs.key.numel() == 0:
         return Gradients.zeros(inputs)
     grad_query, grad_key, grad_value = [
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:3]

@@ -88,6 +88,18 @@ def _side(g, length, short, dilation):
     return gl.where(is_short, length - 1, length), base, gl.where(is_short, 1, 0)
 
 
+@gluon.constexpr_function
+def _is_plain(mode):
+    """Whether an axis is that of plain attention."""
+    return mode in (windows.FULL.value, windows.FULL_CAUSAL.value)
+
+
+@gluon.constexpr_function
+def _from_the_end(modes, of_keys):
+    """Whether the last block of keys comes first: of plain attention, it is the partial one."""
+    return modes[2] in (windows.FULL.value, windows.FULL_CAUSAL.value) and not of_keys
+
+
 @aggregate
 class Side:
     """The queries or the keys of a dilation group; tuples have an entry per axis."""
@@ -139,7 +151,7 @@ class Tile:
     head: gl.tensor
     group: Group
     first: gl.tuple  # its first token, of all warpgroups
-    origin: gl.tuple  # the first partner of that token, where blocks begin
+    origin: gl.tuple  # where the first block begins: mostly the first partner of that token
     blocks: gl.tuple  # how many there are
 
 
@@ -169,6 +181,7 @@ class Geometry:
     part: gl.tuple  # a Part, unless queries are the keys' OWN tokens
     num_tiles: gl.tensor  # of all batch entries, heads and dilation groups
     heads: gl.tensor  # that have tiles
+    heads_at_once: gl.tensor  # of plain attention: that have tiles in turn
     MODES: gl.constexpr
     TILE: gl.constexpr  # of one warpgroup
     BLOCK: gl.constexpr
@@ -195,7 +208,9 @@ class Geometry:
             n, n_queries = group.keys.length[AXIS], group.queries.length[AXIS]
             offset = group.offset[AXIS]
             if self.OF_KEYS:
-                first, end = queries_of(gl.minimum(i, n - 1), n, n, K, S, MODE)
+                is_plain: gl.constexpr = _is_plain(MODE)
+                positions = n_queries if is_plain else n
+                first, end = queries_of(gl.minimum(i, n - 1), positions, n, K, S, MODE)
                 if self.QUERIES == FINER:
                     per_key = self.part[0].per_key[AXIS]
                     first, end = first * per_key, end * per_key
@@ -276,6 +291,8 @@ class Geometry:
         SIZE: gl.constexpr = self.TILE[AXIS] * (self.WARPGROUPS if self.SPLIT_AXIS == AXIS else 1)
         if self.OF_KEYS and AXIS == 2:
             t = lpt_order(t, self.tiles[2], self.window[2], SIZE, self.MODES)
+        elif self.MODES[AXIS] == windows.FULL_CAUSAL:
+            t = self.tiles[2] - 1 - t  # later queries attend more keys
         first = t * SIZE
         if self.OF_KEYS and self.QUERIES != OWN:
             first += self.part[0].first_key[AXIS]
@@ -291,13 +308,21 @@ class Geometry:
         blocks = (end - origin + BLOCK - 1) // BLOCK
         if self.QUERIES != OWN:
             blocks = gl.maximum(blocks, 1)
+        if AXIS == 2 and _from_the_end(self.MODES, self.OF_KEYS):
+            origin += (blocks - 1) * BLOCK
         return first, origin, blocks
 
     @gluon.jit
     def tile(self, tile_id):
         """The tile of that number."""
         UNIT: gl.constexpr = windows.UNIT
-        t2, rest = _digit(tile_id, self.tiles[2], self.MODES[2] == UNIT)
+        if _is_plain(self.MODES[2]):
+            # Tiles of a length follow one another, of as many heads as the L2 cache has room for.
+            size = self.tiles[2] * self.heads_at_once
+            t2 = tile_id % size // self.heads_at_once
+            rest = tile_id // size * self.heads_at_once + tile_id % self.heads_at_once
+        else:
+            t2, rest = _digit(tile_id, self.tiles[2], self.MODES[2] == UNIT)
         t1, rest = _digit(rest, self.tiles[1], self.MODES[1] == UNIT)
         t0, rest = _digit(rest, self.tiles[0], self.MODES[0] == UNIT)
         g2, rest = _digit(rest, self.dilation[2], not self.DILATED)
@@ -346,6 +371,8 @@ class Geometry:
             j0, j1, j2 = block[1], block[2], block[0]
         else:
             j0, j1, j2 = block[1], block[0], block[2]
+        if _from_the_end(self.MODES, self.OF_KEYS):
+            j2 = -j2
         BLOCK: gl.constexpr = self.BLOCK
         start = origin[0] + j0 * BLOCK[0], origin[1] + j1 * BLOCK[1], origin[2] + j2 * BLOCK[2]
         return start, j2
@@ -412,8 +439,12 @@ class Geometry:
         count = tile.blocks[0] * tile.blocks[1] * tile.blocks[2]
         layer = count // tile.blocks[self.SPLIT_AXIS]
         start, end, _, _ = self.reach(tile.group, first, self.SPLIT_AXIS)
-        before = (start - tile.origin[self.SPLIT_AXIS]) // SIZE
-        after = (end - tile.origin[self.SPLIT_AXIS] + SIZE - 1) // SIZE
+        if _from_the_end(self.MODES, self.OF_KEYS):
+            last = tile.origin[2] + SIZE
+            before, after = (last - end) // SIZE, (last - start + SIZE - 1) // SIZE
+        else:
+            before = (start - tile.origin[self.SPLIT_AXIS]) // SIZE
+            after = (end - tile.origin[self.SPLIT_AXIS] + SIZE - 1) // SIZE
         if self.QUERIES != OWN:
             before = gl.minimum(before, tile.blocks[self.SPLIT_AXIS] - 1)
             after = gl.maximum(after, before + 1)

@@ -3,7 +3,7 @@
 With ``PRODUCT``, a mask is one more step of the product that gives the scores: per axis, one factor
 says which positions of the block a row must not see, the other which position a column has, and
 their product is 0 or about -2^100. Where that takes too many columns, ``COMPARE`` looks at every
-score of a partial block.
+score of a partial block. With ``FIRST``, only a tile's first block is partial.
 """
 
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
@@ -13,7 +13,7 @@ from .geometry import WARPS, Geometry, Group, volume
 from .gluon_names import aggregate, fence_async_shared, gl, gluon, warpgroup_mma
 from .tiles import MASK_KINDS
 
-NONE, COMPARE, PRODUCT = map(gl.constexpr, MASK_KINDS)
+NONE, COMPARE, PRODUCT, FIRST = map(gl.constexpr, MASK_KINDS)
 
 # What a masked score is lowered to or by, up to three times. Finite, and its multiples by the scale
 # are exact (the host sees to it), so that a row that has seen only masked columns has weights of
@@ -57,7 +57,7 @@ class Mask:
         factor, windows = (), ()
         if self.KIND == PRODUCT:
             factor = self._masked_bounds(tile, first, gl.DotOperandLayout(0, SCORES, 2))
-        if self.KIND == COMPARE:
+        if self.KIND == COMPARE or self.KIND == FIRST:
             starts, ends = g.windows(tile.group, g.tokens(first, SCORES))  # [M] each
             windows = starts + ends
             if len(self.bounds) > 0:
@@ -95,7 +95,7 @@ class TileMask:
     first: gl.tuple  # the warpgroup's first token
     origin: gl.tuple  # where the tile's blocks begin
     factor: gl.tuple  # of PRODUCT: the rows' factor is 0 for a block from .. to, [M, C] each
-    windows: gl.tuple  # of COMPARE: starts of the rows' windows per axis, then ends, [M] each
+    windows: gl.tuple  # of compares: starts of the rows' windows per axis, then ends, [M] each
 
     @gluon.jit
     def scores(self, q, keys, stage, block, SCORES: gl.constexpr):
@@ -124,11 +124,13 @@ class TileMask:
         return rows, tables.index(along_last if tables.shape[0] > 1 else 0)
 
     @gluon.jit
-    def compare(self, s, block):
-        """Scores ``[M, N]`` of a block, masked by ``COMPARE`` if it is partial."""
-        if self.mask.KIND == COMPARE:  # noqa: SIM102 (decided when compiling)
+    def compare(self, s, block, IS_FIRST: gl.constexpr):
+        """Scores ``[M, N]`` of a block, masked by compare if it is partial."""
+        if self.mask.KIND == COMPARE:
             if not self._is_full(block):
                 s = self._compared(s, block)
+        elif self.mask.KIND == FIRST and IS_FIRST:
+            s = self._compared(s, block)
         return s
 
     @gluon.jit

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import tuning
-from ...neighborhood import Neighborhood
+from ...neighborhood import Dense, Neighborhood, Rule
 from ...tiling import padded
 from ..interface import Shape, Tiles
 from ..triton import plan as portable
@@ -33,7 +33,7 @@ class Plan:
 
     def __init__(
         self,
-        rule: Neighborhood,
+        rule: Rule,
         scale: float,
         device: torch.device,
         dtype: torch.dtype,
@@ -52,7 +52,7 @@ class Plan:
         self.modes = modes(rule, self._units())
         self.kept = dict(self.__dict__)  # without kernels
 
-    def _lay(self, rule: Neighborhood, shapes: Sequence[Shape], strides: Sequence[Shape]) -> None:
+    def _lay(self, rule: Rule, shapes: Sequence[Shape], strides: Sequence[Shape]) -> None:
         """Where the queries are, how large the layouts are, and how the tensors lie."""
         self.rule, self.shapes, self.strides = rule, shapes, strides
         self.space, self.key_space = shapes[0][1:-2], shapes[1][1:-2]
@@ -62,7 +62,7 @@ class Plan:
 
     def _units(self) -> list[int]:
         """Per axis, 1 if there is one token now and always."""
-        if self.queries == tiling.OWN:
+        if self.queries == tiling.OWN or isinstance(self.rule, Dense):
             return list(self.space)
         # A window of more than one key is of a cache that grows.
         return [max(each) for each in zip(self.space, self.key_space, self.rule.kernel_size)]
@@ -112,20 +112,22 @@ class Plan:
 
     def _tiled(self, kind: str) -> Launch | Trials:
         """A kernel with its tiles, or those among which the first call chooses."""
-        problem = (
-            kind, self.rule, self.space, self.key_space, self.dim, self.value_dim,
-            self.dtype.itemsize,
-        )  # fmt: skip
+        problem = self._problem(kind)
         count = tuning.wanted(backward=kind != "forward")
         if count > 1 and tuning.lookup(name := tiling.key(*problem)) is None:
             candidates = tiling.candidates(*problem)[:count]
             return Trials(name, {tiles: self._launch(kind, tiles) for tiles in candidates})
         return self._launch(kind, tiling.choose(*problem))
 
+    def _problem(self, kind: str) -> tuple[Any, ...]:
+        """What decides the tiles of a kernel."""
+        sizes = self.space, self.key_space, self.dim, self.value_dim, self.dtype.itemsize
+        return (kind, self.rule, *sizes)
+
     def _launch(self, kind: str, tiles: Tiles) -> Launch:
         rule, of_keys = self.rule, kind == "dkdv"
         work = tiling.work(kind, self.dim, self.value_dim)
-        mask = tiling.mask(kind, rule, self.space, tiles, work)
+        mask = tiling.mask(kind, rule, self.space, self.key_space, tiles, work)
         piece = tiling.piece(kind, rule, self.space, tiles)
         boxes = tiling.boxes(tiles, of_keys, piece)
         tile, block = tiling.tile_and_block(tiles, of_keys)
@@ -140,12 +142,13 @@ class Plan:
         numbers = {
             **dict(zip(kernel.arg_names[len(kernel.tensors) :], first)),
             "additional_b": self.num_additional * self.kv_heads,
-            **per_axis("K", rule.kernel_size),
-            **per_axis("S", rule.stride),
+            **per_axis("K", () if isinstance(rule, Dense) else rule.kernel_size),
+            **per_axis("S", () if isinstance(rule, Dense) else rule.stride),
             **per_axis("D", rule.dilation),
             **per_axis("R", rule.queries_per_key),
             "heads": heads,
             "heads_per_kv": self.heads // self.kv_heads,
+            "heads_at_once": self._heads_at_once(work),
             "num_additional": num_additional,
             "scale_log2": _exact_thrice(self.scale * LOG2E.value),
         }
@@ -245,6 +248,18 @@ class Plan:
             return rows
         made = (self._contiguous(self.space, self.heads, n).steps for n in (self.value_dim, 4))
         return *next(made), *next(made), *rows
+
+    def _heads_at_once(self, work: tiling.Work) -> int:
+        """Of plain attention: how many heads have tiles in turn, whose blocks the cache holds."""
+        if not isinstance(self.rule, Dense):
+            return 1
+        per_kv = self.heads // self.kv_heads
+        if work.of_keys:
+            count, tokens, shared = self.batch * self.kv_heads, self.space[0] * per_kv, 1
+        else:
+            count, tokens, shared = self.batch * self.heads, self.key_space[0], per_kv
+        most = max(1, _CACHED * shared // (2 * tokens * work.block_channels))
+        return next(n for n in range(min(most, count), 0, -1) if count % n == 0)
 
     def _is_uneven(self, kind: str, tiles: Tiles) -> bool:
         """Whether the longest tile has so many blocks that each tile has its own program."""
@@ -368,6 +383,9 @@ def _exact_thrice(x: float) -> float:
     return float(struct.unpack("<f", struct.pack("<I", bits & ~3))[0])
 
 
+# Bytes of blocks that stay in the L2 cache, of 50 MB, while other tensors pass.
+_CACHED = 2**24
+
 # A program that takes tiles in turn begins the next one while it ends the last, but may get long
 # ones only. So where the longest has that many blocks more than usual, programs take one tile each
 # (measured: hopper-log.md).
@@ -407,7 +425,7 @@ def plan_for(
     key: Tensor,
     value: Tensor,
     additional_keys: Tensor | None,
-    rule: Neighborhood,
+    rule: Rule,
     scale: float,
 ) -> Plan:
     """The plan of a call; tensors are readable by TMA."""
@@ -415,7 +433,7 @@ def plan_for(
     strides = query.stride(), key.stride(), value.stride()
     others = scale, query.device, query.dtype
     num_additional = 0 if additional_keys is None else additional_keys.shape[1]
-    if not portable.has_shared_kernels(rule):
+    if isinstance(rule, Dense) or not portable.has_shared_kernels(rule):
         return _plan(rule, *others, shapes, strides, num_additional)
     batch, *_, heads, dim = query.shape
     made = portable.common(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ... import tuning
 from ...inputs import Gradients, Inputs
-from ...neighborhood import Neighborhood, window_mask
+from ...neighborhood import Dense, Neighborhood, Rule, window_mask
 from ..interface import Backend
 
 _RIGHT = "right"
@@ -90,27 +90,31 @@ def compare(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
     """
     torch.manual_seed(0)
     shapes: list[tuple[int, ...]] = [(200,), (24, 40), (18, 8, 10)]
+    problems: list[tuple[tuple[int, ...], Rule]] = []
     for space in shapes:
         rank = len(space)
         for causal, boundary in ((False, "shift"), (True, "shift"), (False, "circular")):
             if rank == 3 and boundary == "circular":  # too short for its windows
                 continue
             window, dilation = (9, 7, 5)[-rank:], (2, 1, 2)[-rank:]
-            rule = Neighborhood.create(rank, window, 1, dilation, causal, boundary)
-            query, key, value = (
-                torch.randn(1, *space, heads, 64, device=device, dtype=dtype) for heads in (2, 1, 1)
+            problems.append(
+                (space, Neighborhood.create(rank, window, 1, dilation, causal, boundary))
             )
-            inputs = Inputs(query, key, value)
-            grads = torch.randn_like(query), torch.randn(query.shape[:-1], device=device)
-            wanted = _dense(inputs, rule, grads)
-            for _ in range(3):  # the first launches compile and compare
-                out, lse = backend.forward(inputs, rule, 0.125)
-                found = backend.backward(*grads, inputs, out, lse, rule, 0.125)
-                what = f"{space}, causal={causal}, boundary={boundary}"
-                _check((out, lse, *found[:3]), wanted, what)
+    problems += [((200,), Dense(causal)) for causal in (False, True)]
+    for space, rule in problems:
+        query, key, value = (
+            torch.randn(1, *space, heads, 64, device=device, dtype=dtype) for heads in (2, 1, 1)
+        )
+        inputs = Inputs(query, key, value)
+        grads = torch.randn_like(query), torch.randn(query.shape[:-1], device=device)
+        wanted = _dense(inputs, rule, grads)
+        for _ in range(3):  # the first launches compile and compare
+            out, lse = backend.forward(inputs, rule, 0.125)
+            found = backend.backward(*grads, inputs, out, lse, rule, 0.125)
+            _check((out, lse, *found[:3]), wanted, f"{space}, {rule}")
 
 
-def _dense(inputs: Inputs, rule: Neighborhood, grads: tuple[Tensor, Tensor]) -> list[Tensor]:
+def _dense(inputs: Inputs, rule: Rule, grads: tuple[Tensor, Tensor]) -> list[Tensor]:
     """Output, LSE and gradients in float64, over all pairs of tokens."""
     leaves = [x.double().requires_grad_() for x in inputs[:3]]
     space, heads = inputs.query.shape[1:-2], inputs.query.shape[-2]

@@ -13,8 +13,8 @@ from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 from ... import tuning
-from ...documents import roomy
-from ...neighborhood import Neighborhood
+from ...documents import roomy, roomy_layout
+from ...neighborhood import Dense, Neighborhood, Rule
 from ...tiling import padded
 from ..interface import Shape, Tiles
 from ..triton.tiles import SHARED_MEMORY, usual
@@ -34,7 +34,8 @@ ROWS = 64  # tokens of a warpgroup
 HEAD_DIMS = (32, 64, 128, 256)  # channels that there are kernels for
 MOST = 2**31 - 1  # coordinates of TMA are 32 bits
 
-MASK_KINDS = NONE, COMPARE, PRODUCT = 0, 1, 2
+# Scores are not masked, by compare, by a product, or by compare in the first block only.
+MASK_KINDS = NONE, COMPARE, PRODUCT, FIRST = 0, 1, 2, 3
 
 
 @cache
@@ -123,13 +124,15 @@ class Mask(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _model(rule: Neighborhood, shape: Shape, key_shape: Shape) -> tuple[Neighborhood, Shape, Shape]:
+def _model(rule: Rule, shape: Shape, key_shape: Shape) -> tuple[Rule, Shape, Shape]:
     """The problem for which tiles are chosen, which stands for many parts of a layout.
 
-    It is one dilation group with the part in its middle, so that offsets do not matter. Lengths are
-    rounded up, and keys that no window of the part's middle reaches are left out. So a new offset
-    or a longer cache of keys has the same tiles, and the same compiled kernels.
+    Lengths are rounded up. Of a part, it is one dilation group with the part in its middle, so that
+    offsets do not matter, and keys that no window of the part's middle reaches are left out. So a
+    new offset or a longer cache of keys has the same tiles, and the same compiled kernels.
     """
+    if isinstance(rule, Dense):
+        return rule, roomy_layout(shape), roomy_layout(key_shape)
     if rule.is_self_attention:
         return rule, shape, key_shape
     shape, key_shape = zip(*model_sizes(rule, shape, key_shape))
@@ -177,15 +180,29 @@ def mask_of(sliding: bool, axes: Sequence[Axis], tiles: Tiles, work: Work) -> Ma
     return Mask(PRODUCT, ends, by_row, 1 if sum(widths) <= 16 else 2, tables)
 
 
-def slides(kind: str, rule: Neighborhood) -> bool:
+def slides(kind: str, rule: Rule) -> bool:
     """Whether partners along the last axis are a window that moves from token to token, never
     shrinks, and begins in the first block of its tile."""
+    if isinstance(rule, Dense):
+        return False
     moves = rule.stride[-1] == 1 and not rule.is_causal[-1]
     return kind != "dkdv" and moves and rule.boundary[-1] == "shift"
 
 
-def mask(kind: str, rule: Neighborhood, shape: Shape, tiles: Tiles, work: Work) -> Mask:
+def plain_mask(rule: Dense, key_length: int, tiles: Tiles, work: Work) -> Mask:
+    """How tiles of plain attention are masked."""
+    columns = _columns(tiles, work)
+    if rule.causal:  # the keys of a warpgroup's own positions are in one block, which is first
+        return Mask(FIRST if columns % ROWS == 0 else COMPARE)
+    # Queries beyond the last are zeros, and so is what they add to gradients of keys.
+    is_cut = not work.of_keys and key_length % columns > 0
+    return Mask(FIRST) if is_cut else Mask()
+
+
+def mask(kind: str, rule: Rule, shape: Shape, key_shape: Shape, tiles: Tiles, work: Work) -> Mask:
     """How tiles are masked."""
+    if isinstance(rule, Dense):
+        return plain_mask(rule, key_shape[0], tiles, work)
     if rule.is_self_attention:
         axes = cuts(kind == "dkdv", rule, shape, shape)(tiles)
     else:
@@ -193,7 +210,7 @@ def mask(kind: str, rule: Neighborhood, shape: Shape, tiles: Tiles, work: Work) 
     return mask_of(slides(kind, rule), axes, tiles, work)
 
 
-def piece(kind: str, rule: Neighborhood, shape: Shape, tiles: Tiles) -> Shape:
+def piece(kind: str, rule: Rule, shape: Shape, tiles: Tiles) -> Shape:
     """What of a block is fetched at once."""
     if "circular" in rule.boundary:
         return cuts(kind == "dkdv", rule, shape, shape).piece(tiles)
@@ -276,7 +293,7 @@ def _cost(axes: tuple[Axis, ...], tiles: Tiles, per_block: float, per_tile: floa
 
 def key(
     kind: str,
-    rule: Neighborhood,
+    rule: Rule,
     shape: Shape,
     key_shape: Shape,
     dim: int,
@@ -292,7 +309,7 @@ def key(
 
 def choose(
     kind: str,
-    rule: Neighborhood,
+    rule: Rule,
     shape: Shape,
     key_shape: Shape,
     dim: int,
@@ -319,7 +336,7 @@ def _choose(*problem: Any) -> Tiles:
 
 def candidates(
     kind: str,
-    rule: Neighborhood,
+    rule: Rule,
     shape: Shape,
     key_shape: Shape,
     dim: int,
@@ -393,7 +410,7 @@ class _Search:
     def __init__(
         self,
         kind: str,
-        rule: Neighborhood,
+        rule: Rule,
         shape: Shape,
         key_shape: Shape,
         dim: int,
@@ -459,15 +476,20 @@ class _Search:
     def _priced(self, tiles: Tiles) -> tuple[float, Tiles] | None:
         piece = self.cuts.piece(tiles)
         axes = self.cuts.in_pieces(tiles, piece)
-        is_whole = self.rule.is_self_attention
-        of_mask = axes if is_whole else _any_axes(self.kind, self.rule, tiles)
-        work = self.ways.work
-        priced = self.ways.priced(tiles, mask_of(self.slides, of_mask, tiles, work))
+        priced = self.ways.priced(tiles, self._mask(tiles, axes))
         if priced is None or not all(axis.fits for axis in axes):
             return None
         stages, per_block, per_tile = priced
-        per_block *= in_pieces(_columns(tiles, work) // math.prod(piece))
+        per_block *= in_pieces(_columns(tiles, self.ways.work) // math.prod(piece))
         return _cost(axes, tiles, per_block, per_tile), tiles._replace(num_stages=stages)
+
+    def _mask(self, tiles: Tiles, axes: Sequence[Axis]) -> Mask:
+        """How tiles are masked that cut the axes so."""
+        rule, work = self.rule, self.ways.work
+        if isinstance(rule, Dense):
+            return plain_mask(rule, self.cuts.kv_lengths[0], tiles, work)
+        of_mask = axes if rule.is_self_attention else _any_axes(self.kind, rule, tiles)
+        return mask_of(self.slides, of_mask, tiles, work)
 
 
 def _tiles_and_blocks(
@@ -534,16 +556,14 @@ def _shapes_of_part(volume: int, lengths: Shape) -> list[Shape]:
     return _shapes(volume, lengths)
 
 
-def computed_pairs(
-    kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape, tiles: Tiles
-) -> int:
+def computed_pairs(kind: str, rule: Rule, shape: Shape, key_shape: Shape, tiles: Tiles) -> int:
     """Query-key pairs that a kernel computes per batch entry and head, wasted ones included."""
     found = cuts(kind == "dkdv", rule, shape, key_shape)
     blocks = math.prod(axis.blocks for axis in found(tiles)) * found.groups
     return blocks * math.prod(tiles.q_block + tiles.kv_block)
 
 
-def excess(kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape, tiles: Tiles) -> float:
+def excess(kind: str, rule: Rule, shape: Shape, key_shape: Shape, tiles: Tiles) -> float:
     """How many blocks more than usual the tile has that has most."""
     axes = cuts(kind == "dkdv", *_model(rule, shape, key_shape))(tiles)
     count = math.prod(axis.tiles for axis in axes) * warpgroups(tiles)

@@ -1,0 +1,158 @@
+"""Plain attention by the Hopper kernels: choices and plans on the CPU, results on a GPU.
+
+What the kernels see of queries and keys is in interpreter/test_hopper_parts.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from helpers import hopper, reference
+from hopper_problems import PLAIN, id_of
+
+pytest.importorskip("triton", "3.6")  # the first with Gluon for Hopper
+
+from natten import tuning
+from natten.backends import Problem
+from natten.backends.hopper import plan as planning
+from natten.backends.hopper import tiles as tiling
+from natten.backends.interface import KINDS
+from natten.inputs import Inputs
+from natten.neighborhood import Dense
+
+
+def plan_of(
+    length: int, key_length: int, causal: bool, batch: int = 1, heads: int = 4, kv_heads: int = 4
+) -> planning.Plan:
+    """The plan of a problem on tensors without data."""
+    q, k = (
+        torch.empty(batch, n, h, 64, dtype=torch.bfloat16, device="meta")
+        for n, h in ((length, heads), (key_length, kv_heads))
+    )
+    return planning.plan_for(q, k, k, None, Dense(causal), 1.0)
+
+
+def test_it_runs_plain_attention() -> None:
+    problem = Problem(
+        "attention", torch.device("cpu"), torch.bfloat16, 64, 64, (1, 100, 2, 64), Dense(), 0.1,
+        key_shape=(70,),
+    )  # fmt: skip
+    assert hopper.lacks(problem) is None
+    assert hopper.lacks(problem._replace(operation="gradient")) is None
+    assert "31 bits" in str(hopper.lacks(problem._replace(shape=(1, 2**29, 4, 64))))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_are_where_they_have_to_be(kind: str) -> None:
+    def mask(length: int, key_length: int, causal: bool) -> int:
+        return int(getattr(plan_of(length, key_length, causal), kind).arguments["MASK"])
+
+    assert mask(1024, 1024, False) == mask(1000, 1024, False) == tiling.NONE
+    assert mask(1024, 1000, False) == (tiling.NONE if kind == "dkdv" else tiling.FIRST)
+    assert mask(1024, 1024, True) == mask(1000, 70, True) == tiling.FIRST
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_whose_blocks_stay_in_the_cache_have_tiles_in_turn(kind: str) -> None:
+    def at_once(length: int, key_length: int, kv_heads: int = 8) -> int:
+        plan = plan_of(length, key_length, True, 3, 8, kv_heads)
+        return int(getattr(plan, kind).arguments["heads_at_once"])
+
+    count = 24 if kind != "dkdv" else 3
+    assert at_once(256, 256) == 24
+    assert at_once(256, 256, 1) == count
+    assert at_once(2**17, 2**17) == 1
+    # Keys and values of a head that is shared are there once, its queries for each that shares it.
+    shared, own = at_once(2**14, 2**14, 1), at_once(2**14, 2**14)
+    assert shared > own if kind != "dkdv" else shared < own
+    for n in (shared, own):
+        assert 24 % n == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_keys() -> None:
+    q, k = (torch.randn(2, n, 4, 64, device="cuda", dtype=torch.bfloat16) for n in (5, 0))
+    inputs = Inputs(q, k, k)
+    out, lse = hopper.forward(inputs, Dense(), 1.0)
+    assert not out.any() and (lse == -torch.inf).all()
+    assert not any(x.any() for x in hopper.backward(out, None, inputs, out, lse, Dense(), 1.0)[:3])
+
+
+# heads, heads of keys, head dim, value dim, gradient of the LSE, dtype
+TENSORS = [
+    (2, 2, 64, 64, False, torch.bfloat16),
+    (4, 2, 128, 128, True, torch.float16),
+    (3, 1, 32, 24, True, torch.bfloat16),
+    (4, 2, 72, 96, True, torch.bfloat16),
+    (2, 1, 256, 200, False, torch.float16),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("each", PLAIN, ids=id_of)
+@pytest.mark.parametrize("tensors", TENSORS)
+def test_results(each: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output, LSE and gradients by all tiles, with one program and with many; every run the same.
+
+    PyTorch fills what is not initialized with NaN.
+    """
+    (length,), (key_length,), rule = each
+    heads, kv_heads, dim, value_dim, has_grad_lse, dtype = tensors
+    torch.manual_seed(0)
+
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, device="cuda", dtype=dtype)
+
+    q, k = random(2, length, heads, dim), random(2, key_length, kv_heads, dim)
+    inputs = Inputs(q, k, random(2, key_length, kv_heads, value_dim))
+    problem = Problem.of("attention", inputs, rule, dim**-0.5)
+    if (reason := hopper.unsupported(problem)) is not None:
+        pytest.skip(reason)
+    has_gradient = hopper.lacks(problem._replace(operation="gradient")) is None
+    grad_out = random(2, length, heads, value_dim)
+    grad_lse = torch.randn(2, length, heads, device="cuda") if has_grad_lse else None
+    double = [None if x is None else x.double() for x in (grad_out, grad_lse, *inputs)]
+    exact_inputs, scale = Inputs(*double[2:]), dim**-0.5
+    exact = reference.forward(exact_inputs, rule, scale)
+    expected = list(exact)
+    if has_gradient:
+        expected += reference.backward(*double[:2], exact_inputs, *exact, rule, scale)[:3]
+
+    def run() -> list[torch.Tensor]:
+        out, lse = hopper.forward(inputs, rule, scale)
+        if not has_gradient:
+            return [out, lse]
+        grads = hopper.backward(grad_out, grad_lse, inputs, out, lse, rule, scale)
+        return [out, lse, *(x for x in grads[:3] if x is not None)]
+
+    layout = (rule, (length,), (key_length,), dim, value_dim)
+    kinds = KINDS if has_gradient else KINDS[:1]
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for choice in itertools.zip_longest(*(tiling.candidates(x, *layout) for x in kinds)):
+            results = []
+            for processors in (132, 1):  # with one, a program takes many tiles
+                monkeypatch.setattr(planning, "_processors", lambda _, n=processors: n)
+                with contextlib.ExitStack() as stack:
+                    for kind, tiles in zip(kinds, choice):
+                        if tiles is not None:
+                            name = tiling.key(kind, *layout, 2)
+                            stack.enter_context(tuning.trial(name, list(tiles)))
+                    results += [run() for _ in range(2)]
+            found, *others = results
+            for name, right, x, *same in zip("olqkv", expected, found, *others):
+                assert all(torch.equal(x, y) for y in same), name
+                error = (x - right).square().mean().sqrt()
+                # A gradient that cancels to nothing keeps the rounding errors of its inputs.
+                size = right.square().mean().sqrt().clamp(min=0.1)
+                limit = 1e-4 if name == "l" else 2e-2 if dtype == torch.bfloat16 else 4e-3
+                assert error < limit * size, name
+    finally:
+        torch.use_deterministic_algorithms(False)
