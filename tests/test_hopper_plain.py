@@ -1,4 +1,5 @@
-"""Plain attention by the Hopper kernels: choices and plans on the CPU, results on a GPU.
+"""Plain attention by the Hopper kernels, and what else runs as such: choices and plans on the CPU,
+results on a GPU.
 
 What the kernels see of queries and keys is in interpreter/test_hopper_parts.py.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -21,8 +23,9 @@ from natten.backends import Problem
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
 from natten.backends.interface import KINDS
+from natten.backends.triton.launch import Launch
 from natten.inputs import Inputs
-from natten.neighborhood import Dense
+from natten.neighborhood import Dense, Neighborhood
 
 
 def plan_of(
@@ -156,3 +159,79 @@ def test_results(each: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -> No
                 assert error < limit * size, name
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def additional_plan(space: Any, heads: int, num_additional: int) -> planning.Plan:
+    """The plan of windows with additional tokens, on tensors without data."""
+    q, more = (
+        torch.empty(1, *layout, heads, 128, dtype=torch.bfloat16, device="meta")
+        for layout in (space, (num_additional,))
+    )
+    return planning.plan_for(q, q, q, more, Neighborhood.create(len(space), 3), 1.0)
+
+
+def test_who_makes_the_gradients_of_additional_tokens() -> None:
+    def tiles(space: Any, heads: int, num_additional: int) -> int | None:
+        launch = additional_plan(space, heads, num_additional).dkdv_of_additional
+        if launch is None:
+            return None
+        assert isinstance(launch, Launch)
+        arguments = launch.arguments
+        assert (arguments["Q2"], arguments["N2"]) == (math.prod(space), num_additional)
+        assert arguments["MASK"] == tiling.NONE
+        return int(arguments["num_tiles"])
+
+    assert tiles((128, 128), 24, 512) == 24 * 4
+    assert tiles((9, 17, 31), 24, 500) == 24 * 4
+    # Fewer tokens than a tile has, and fewer tiles than a GPU has processors.
+    assert tiles((128, 128), 24, 5) is tiles((128, 128), 1, 128) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_additional", [1, 70, 300])
+@pytest.mark.parametrize(
+    ("space", "key_space", "options"),
+    [
+        ((200,), (200,), {}),
+        ((9, 14), (18, 14), {"query_offset": (3, 0)}),
+        ((24, 20), (8, 5), {"queries_per_key": (3, 4)}),
+        ((6, 9, 10), (6, 9, 10), {"dilation": (1, 2, 3)}),
+    ],
+)
+def test_gradients_of_additional_tokens(
+    space: Any, key_space: Any, options: Any, num_additional: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the kernel of dK and dV, from queries that lie apart, too."""
+    rule = Neighborhood.create(len(space), 3, **options)
+    for heads, kv_heads, dim, value_dim, dtype in (
+        (2, 2, 64, 64, torch.bfloat16),
+        (4, 1, 128, 72, torch.float16),
+    ):
+
+        def random(*sizes: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.randn(sizes, device="cuda", dtype=dtype)
+
+        q = random(2, *(n + 1 for n in space), heads, dim)[(slice(None), *map(slice, space))]
+        layouts = (key_space, dim), (key_space, value_dim)
+        k, v = (random(2, *layout, kv_heads, n) for layout, n in layouts)
+        more = [random(2, num_additional, kv_heads, n) for n in (dim, value_dim)]
+        inputs, scale = Inputs(q, k, v, None, *more), dim**-0.5
+        out, lse = hopper.forward(inputs, rule, scale)
+        grads = random(*out.shape), random(*lse.shape, dtype=torch.float32)
+        exact_inputs = Inputs(*(None if x is None else x.double() for x in inputs))
+        exact = reference.forward(exact_inputs, rule, scale)
+        double = [x.double() for x in grads]
+        expected = reference.backward(*double, exact_inputs, *exact, rule, scale)
+        for portable_time in (0.0, math.inf):
+            tuning._forget_choices()
+            monkeypatch.setattr(planning, "_PORTABLE_TIME", portable_time)
+            found, again = (
+                hopper.backward(*grads, inputs, out, lse, rule, scale) for _ in range(2)
+            )
+            for name in ("additional_keys", "additional_values"):
+                a, right = getattr(found, name), getattr(expected, name)
+                assert torch.equal(a, getattr(again, name))
+                error = (a - right).square().mean().sqrt()
+                limit = 2e-2 if dtype == torch.bfloat16 else 4e-3
+                assert error < limit * right.square().mean().sqrt(), (name, portable_time)

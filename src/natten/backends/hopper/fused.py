@@ -12,7 +12,7 @@ from ...neighborhood import Rule
 from ..triton.fused import additional_gradients
 from ..triton.launch import contiguous, on_device
 from .descriptors import readable
-from .plan import plan_for
+from .plan import Plan, plan_for
 
 
 def forward(inputs: Inputs, rule: Rule, scale: float) -> tuple[Tensor, Tensor]:
@@ -80,13 +80,30 @@ def backward(
         )  # fmt: skip
         grad_additional: Sequence[Tensor | None]
         if additional_keys is not None and additional_values is not None:
-            grad_additional = additional_gradients(
-                found.portable, query, additional_keys, additional_values, grad_out, lse_delta
+            grad_additional = _additional_gradients(
+                found, query, additional_keys, additional_values, grad_out, lse_delta
             )
         else:  # not there, or empty
             given = inputs.additional_keys, inputs.additional_values
             grad_additional = [None if x is None else x.new_zeros(x.shape) for x in given]
     return Gradients(grad_query, grad_key, grad_value, None, *grad_additional)
+
+
+def _additional_gradients(
+    found: Plan, query: Tensor, keys: Tensor, values: Tensor, grad_out: Tensor, lse_delta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of additional keys and values, which every query attends."""
+    dkdv = found.dkdv_of_additional
+    if dkdv is None:
+        return additional_gradients(found.portable, query, keys, values, grad_out, lse_delta)
+    query, grad_out, lse_delta = (x.flatten(1, -3) for x in (query, grad_out, lse_delta))
+    grad_keys, grad_values = torch.empty_like(keys), torch.empty_like(values)
+    dkdv.run(
+        query=query, key=keys, value=values, grad_out=grad_out, lse_delta=lse_delta,
+        additional_keys=None, additional_values=None,
+        grad_query=None, grad_key=grad_keys, grad_value=grad_values,
+    )  # fmt: skip
+    return grad_keys, grad_values
 
 
 def _additional(inputs: Inputs) -> tuple[Tensor, Tensor] | tuple[None, None]:

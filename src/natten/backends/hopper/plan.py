@@ -83,6 +83,28 @@ class Plan:
     def dkdv(self) -> Launch | Trials:
         return self._tiled("dkdv")
 
+    @cached_property
+    def dkdv_of_additional(self) -> Launch | Trials | None:
+        """Of additional tokens, which are the keys of plain attention of all queries; None where
+        the portable kernel is faster: it has smaller tiles, and splits the queries."""
+        query = torch.empty_strided(self.shapes[0], self.strides[0], device="meta").flatten(1, -3)
+        keys, values = (
+            (self.batch, self.num_additional, self.kv_heads, dim)
+            for dim in (self.dim, self.value_dim)
+        )
+        plan = _plan(
+            Dense(), self.scale, self.device, self.dtype, (query.shape, keys, values),
+            (query.stride(), contiguous_strides(keys), contiguous_strides(values)), 0,
+        )  # fmt: skip
+        tiles = tiling.choose(*plan._problem("dkdv"))
+        size = math.prod(tile_sizes(tiles, True))
+        # With each query, a processor computes the pairs of so many tokens.
+        processors, heads = _processors(self.device), self.batch * self.kv_heads
+        programs, resident = heads * -(-self.num_additional // size), tiles.resident_programs
+        ours = -(-programs // (processors * resident)) * resident * size
+        theirs = heads * -(-self.num_additional // 16) * 16 / processors
+        return plan.dkdv if ours < _PORTABLE_TIME * theirs else None
+
     @property
     def _rows(self) -> int:
         """Queries of all heads."""
@@ -382,6 +404,10 @@ def _exact_thrice(x: float) -> float:
     (bits,) = struct.unpack("<I", struct.pack("<f", x))
     return float(struct.unpack("<f", struct.pack("<I", bits & ~3))[0])
 
+
+# How much longer the portable kernel takes for a pair of a query and an additional token, where all
+# processors have work (measured: hopper-log.md).
+_PORTABLE_TIME = 8.0
 
 # Bytes of blocks that stay in the L2 cache, of 50 MB, while other tensors pass.
 _CACHED = 2**24
