@@ -1,8 +1,8 @@
 """The problems that are measured, by name.
 
 ``GROUPS`` has the names of the cases in each group: "cuda" and "cpu" for the tables, "strides",
-which compares strides of two layers, and "ltx", the layers of a video decoder. ``SPECTRUM`` are the
-problems of many users, which ``spectrum.py`` measures.
+which compares strides of two layers, and "ltx", the layers of a video decoder. ``PLAIN`` has cases
+of plain attention. ``SPECTRUM`` are the problems of many users, which ``spectrum.py`` measures.
 """
 
 from __future__ import annotations
@@ -89,6 +89,23 @@ class Case:
 def by(sizes: tuple[int, ...]) -> str:
     """``8x16`` for ``(8, 16)``."""
     return "x".join(map(str, sizes))
+
+
+@dataclass(frozen=True)
+class PlainCase:
+    """Plain attention of sequences of one length."""
+
+    name: str
+    batch: int
+    length: int
+    heads: int
+    dim: int
+    causal: bool = False
+
+    def describe(self) -> str:
+        """The problem in words."""
+        sizes = f"batch {self.batch}, {self.length} tokens, {self.heads} heads, d {self.dim}"
+        return sizes + ", causal" * self.causal
 
 
 _SHARED = "the same; groups of neighboring queries share a window"
@@ -235,6 +252,20 @@ CPU = [
     *(Case(n, *each, dtype=FP32, target=(1.05, 1.05)) for n, each in _NEAR.items()),
     Case("near-2d-bf16", *_NEAR["near-2d"]),
 ]
+
+PLAIN = {
+    case.name: case
+    for case in (
+        PlainCase("plain-4k", 4, 4096, 16, 128),
+        PlainCase("plain-4k-causal", 4, 4096, 16, 128, True),
+        PlainCase("plain-16k", 1, 16384, 24, 128),
+        PlainCase("plain-1k", 8, 1024, 16, 64),
+        PlainCase("plain-1k-causal", 8, 1024, 16, 64, True),
+        PlainCase("plain-vit", 64, 197, 12, 64),
+        PlainCase("plain-d72", 16, 1024, 16, 72),
+        PlainCase("plain-8k-causal", 2, 8192, 8, 64, True),
+    )
+}
 
 CASES = {
     "cuda": {case.name: case for case in GPU + STRIDES + LTX},

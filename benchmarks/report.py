@@ -20,7 +20,7 @@ from pathlib import Path
 
 import limits
 import spectrum
-from cases import BF16, CASES, FP32, GROUPS, Case, by
+from cases import BF16, CASES, FP32, GROUPS, PLAIN, Case, by
 from records import RESULTS, read
 
 from natten.cli.tables import markdown
@@ -140,6 +140,20 @@ def gpu_table(gpu: str = GPU) -> list[str]:
         ratios = _pair_over(dense, graph, "{:.1f}x"), _pair_over(ideal, graph)
         rows.append([_label(name), *columns, *ratios])
     return [*_table(rows), "", f"{times.machine()}; bfloat16 unless said, medians of one run."]
+
+
+def plain_table() -> list[str]:
+    """Plain attention beside cuDNN's."""
+    times = Times("plain-h200")
+    rows = [["plain attention", "cuDNN us, forward / backward", "natten us", "cuDNN / natten"]]
+    for name in times.cases:
+        dense, ours = (
+            [times.of(name, backend, pass_, "graph") for pass_ in ("forward", "backward")]
+            for backend in ("dense", "natten")
+        )
+        columns = _pair(dense, _us), _pair(ours, _us), _pair_over(dense, ours)
+        rows.append([PLAIN[name].describe(), *columns])
+    return [*_table(rows), "", f"{times.machine()}; bfloat16, kernel times, medians in turn."]
 
 
 def portable_table(gpu: str = GPU) -> list[str]:
@@ -563,6 +577,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "spectrum": spectrum_table,
     "spectrum-readme": partial(spectrum_summary, "docs/images"),
     "spectrum-docs": partial(spectrum_summary, "images"),
+    "plain": plain_table,
 }
 
 

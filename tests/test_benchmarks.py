@@ -1,6 +1,7 @@
 """Results have one schema, tables and charts are current, and the runner runs."""
 
 import csv
+import dataclasses
 import importlib
 from pathlib import Path
 
@@ -33,11 +34,13 @@ def test_stale_table_is_found(load, monkeypatch, capsys):
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_results(path, load):
     records = load("records").read(path.stem)
+    cases = load("cases")
     if path.stem.startswith("spectrum"):
-        known = load("cases").SPECTRUM.keys()
+        known = cases.SPECTRUM.keys()
     else:
         known = {
-            *load("cases").CASES["cpu" if path.stem == "cpu" else "cuda"],
+            *cases.CASES["cpu" if path.stem == "cpu" else "cuda"],
+            *cases.PLAIN,
             "anyup",
         }  # parts.py's
     keys = [(each.case, each.backend, each.pass_, each.time) for each in records]
@@ -271,3 +274,14 @@ def test_decoding_needs_a_gpu(load, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         load("decoding").main(["--out", str(tmp_path / "x.csv")])
     assert "no GPU" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_plain_attention_is_checked_before_it_is_measured(load):
+    plain, case = load("plain"), load("cases").PlainCase("small", 2, 9, 2, 16, causal=True)
+    *inputs, grad = (torch.randn(2, 9, 2, 16) for _ in range(4))
+    ours = plain.natten(case, *inputs)
+    out, _ = plain.check(case, ours, ours, grad)[0]
+    assert torch.equal(out, natten.attention(*inputs, is_causal=True))
+    dense = plain.natten(dataclasses.replace(case, causal=False), *inputs)
+    with pytest.raises(RuntimeError, match="small: output differs by"):
+        plain.check(case, ours, dense, grad)
