@@ -255,3 +255,18 @@ def test_tiles_are_cut_where_windows_change():
     assert [(r.query_size, r.repeats, r.full) for r in each] == [
         (31, 1, True), (1, 3, True), (30, 1, True),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_plain_attention_has_the_same_bits_on_every_run(causal):
+    """Also with several threads, whose order changes from run to run."""
+    q, k, v = (torch.randn(2, n, h, 32) for n, h in ((150, 4), (170, 2), (170, 2)))
+    grads, rule = (torch.randn_like(q), torch.randn(q.shape[:-1])), Dense(causal)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first, *others = (run(sdpa, (q, k, v), rule, grads) for _ in range(8))
+    finally:
+        torch.set_num_threads(threads)
+    for name, x in first.items():
+        assert x is None or all(torch.equal(x, other[name]) for other in others), name
