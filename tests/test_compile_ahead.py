@@ -73,6 +73,24 @@ def test_failures_are_raised_and_forgotten() -> None:
     await_kernel("a")  # the launch compiles it, and raises
 
 
+def test_kernels_are_loaded_ahead() -> None:
+    """None are those that a launch loads; what raises, raises when it is launched."""
+    loaded: list[str] = []
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        @property
+        def run(self) -> None:
+            loaded.append(self.name)
+            if self.name == "b":
+                raise RuntimeError("too much shared memory")
+
+    compiling.load(GPU, [Kernel("a"), None, Kernel("b"), Kernel("c")])
+    assert sorted(loaded) == ["a", "b", "c"]
+
+
 def test_launches_are_recorded_in_one_thread_only() -> None:
     job = Job("a", pytest.fail)
     with recorded() as jobs:

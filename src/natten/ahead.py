@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from . import compiling
 from .errors import ArgumentError
 from .explaining import checked
 
@@ -19,8 +20,9 @@ def compile_ahead(
     """Compile the GPU kernels of calls, several at once, before the first of these calls.
 
     A service that does so before it answers requests, or a training run before its first step,
-    waits once and not at every new kind of call. Threads compile the kernels. Triton keeps them on
-    disk, where a later process finds them. Calls on a CPU have nothing to compile.
+    waits once and not at every new kind of call. Threads compile the kernels and load them to the
+    GPU. Triton keeps them on disk, where a later process finds them. Calls on a CPU have nothing to
+    compile.
 
     Args:
         calls: for each call of :func:`natten.na1d`, :func:`natten.na2d`, :func:`natten.na3d` or
@@ -46,7 +48,7 @@ def compile_ahead(
         0
     """
     where = _place(device)
-    futures: list[Future[None]] = []
+    futures: list[Future[Any]] = []
     with torch.cuda.device(where) if where.type == "cuda" else contextlib.nullcontext():
         for number, arguments in enumerate(calls):
             if not isinstance(arguments, Mapping):
@@ -61,8 +63,7 @@ def compile_ahead(
                 futures += call.compile("gradient", inputs, where, has_grad_lse)
     kernels = set(futures)
     wait(kernels)
-    for each in kernels:
-        each.result()
+    compiling.load(where, [each.result() for each in kernels])
     return len(kernels)
 
 

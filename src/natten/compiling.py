@@ -2,8 +2,8 @@
 
 A call on tensors without data says which kernels it launches: :func:`recorded` keeps the launches,
 which then run nothing. Threads compile them (:func:`start`). Triton holds Python's lock for a
-quarter to a half of that, so a few threads are enough. A launch of a kernel that a thread is
-compiling waits for it.
+sixth to a half of that, so a few threads do as much as many, which would only wait for the lock.
+A launch of a kernel that a thread is compiling waits for it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class Job(NamedTuple):
 _record: ContextVar[list[Job] | None] = ContextVar("natten_record", default=None)
 _before_new: ContextVar[Callable[[], Any] | None] = ContextVar("natten_before_new", default=None)
 # Kernels that were compiled or are being compiled, by device and key.
-_known: dict[Hashable, Future[None]] = {}
+_known: dict[Hashable, Future[Any]] = {}
 _lock = threading.Lock()
+THREADS = 6  # at most
 
 
 def is_recording() -> bool:
@@ -67,12 +68,12 @@ def before_a_new_kernel(function: Callable[[], Any]) -> Iterator[None]:
         _before_new.reset(token)
 
 
-def start(device: torch.device, jobs: Iterable[Job]) -> list[Future[None]]:
+def start(device: torch.device, jobs: Iterable[Job]) -> list[Future[Any]]:
     """Begin to compile kernels for a GPU; those that are known are not compiled again.
 
     Returns:
-        What to wait for, the same object for the same kernel. It has the exception of one that
-        fails.
+        What to wait for, the same object for the same kernel. It has what Triton compiled, or the
+        exception of one that fails; None of one that a launch compiled.
     """
     futures = []
     with _lock:
@@ -93,7 +94,7 @@ def await_kernel(key: Hashable) -> None:
     with _lock:
         future = _known.get(name)
         if future is None:
-            done: Future[None] = Future()
+            done: Future[Any] = Future()
             done.set_result(None)
             _known[name] = done
     if future is not None:
@@ -105,11 +106,30 @@ def await_kernel(key: Hashable) -> None:
             function()
 
 
-def _compile(name: Hashable, device: torch.device, compile_one: Callable[[], Any]) -> None:
-    """What a thread does; a thread has a current device of its own."""
+def load(device: torch.device, kernels: Iterable[Any]) -> None:
+    """Load kernels to a GPU and build what launches them, for which Triton 3.6 takes a compiler of
+    C. Otherwise the first launch does that; it is also what raises an error of that.
+
+    While a graph is captured, nothing may be loaded.
+    """
+
+    def load_one(kernel: Any) -> None:
+        with _on(device), contextlib.suppress(Exception):
+            kernel.run  # noqa: B018
+
+    wait([_pool().submit(load_one, kernel) for kernel in kernels if kernel is not None])
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A thread has a current device of its own."""
+    return torch.cuda.device(device) if torch.cuda.is_available() else contextlib.nullcontext()
+
+
+def _compile(name: Hashable, device: torch.device, compile_one: Callable[[], Any]) -> Any:
+    """What a thread does."""
     try:
-        with torch.cuda.device(device) if torch.cuda.is_available() else contextlib.nullcontext():
-            compile_one()
+        with _on(device):
+            return compile_one()
     except BaseException:
         with _lock:  # not known: who asks for it next may have more luck
             _known.pop(name, None)
@@ -125,7 +145,7 @@ def _index(device: torch.device | None) -> int:
 
 @lru_cache(maxsize=1)
 def _pool() -> ThreadPoolExecutor:
-    """As many threads as there are processors for this process, which are enough at 16."""
+    """The threads, not more than there are processors for this process."""
     affinity = getattr(os, "sched_getaffinity", None)  # not of every system
     processors = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return ThreadPoolExecutor(min(16, processors), thread_name_prefix="natten-compile")
+    return ThreadPoolExecutor(min(THREADS, processors), thread_name_prefix="natten-compile")

@@ -95,7 +95,7 @@ class Call:
 
     def compile(
         self, operation: str, inputs: Inputs, device: torch.device, has_grad_lse: bool = False
-    ) -> list[Future[None]]:
+    ) -> list[Future[Any]]:
         """Begin to compile the kernels of "attention" or of its "gradient", in threads.
 
         Args:
