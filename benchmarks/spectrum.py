@@ -1,9 +1,9 @@
 """Time the problems that users have beside the least time that each could take.
 
     python benchmarks/spectrum.py --device cuda --out benchmarks/results/spectrum-h200.csv
-    python benchmarks/spectrum.py --device cuda --random 40 --seed 1 --no-dense --out random.csv
+    python benchmarks/spectrum.py --device cuda --random 40 --seed 1 --dense-ms 0 --out random.csv
     python benchmarks/spectrum.py --device cuda --cases nat,d20 --out some.csv
-    python benchmarks/spectrum.py --device cuda --cases uneven --no-dense --out uneven.csv
+    python benchmarks/spectrum.py --device cuda --cases uneven --dense-ms 0 --out uneven.csv
     python benchmarks/spectrum.py --device cpu --cases nat,mri --small --out small.csv
 
 The problems are ``SPECTRUM`` of ``cases.py``, or are drawn at random from ranges that people use:
@@ -53,7 +53,7 @@ GRADIENT, GRADIENT_EXPONENTIALS = 3.5, 2
 
 # From here on a call is timed as it is, three times or once; a graph would say the same.
 LONG_MS, VERY_LONG_MS = 20.0, 150.0
-DENSE_MS = 1500.0  # dense attention that is estimated to take longer is left out
+DENSE_MS = 1500  # dense attention that is estimated to take longer is left out
 DENSE_RATE = {BF16: 450e12, FP16: 450e12, FP32: 25e12}  # of its products, to estimate that
 
 
@@ -161,17 +161,28 @@ def window_of(case: Case) -> dict[str, Any]:
     return {name: getattr(rule, name) for name in names}
 
 
-def times(call: Callable[[], Any], device: torch.device) -> dict[str, measure.Timing]:
-    """Median and spread of a call, for each kind of time."""
+def times(call: Callable[[], Any], device: torch.device, eager: bool) -> dict[str, measure.Timing]:
+    """Median and spread of a call: of its kernels, and if asked for of a call from Python."""
     if device.type != "cuda":
         return {"eager": measure.eager_time(call, device, 1, seconds=0.1)}
     call()
-    found = _events(call, 1)
-    if found[0] >= 1e3 * LONG_MS:
-        timing = measure.Timing.of(found + _events(call, 2 * (found[0] < 1e3 * VERY_LONG_MS)))
-        return {"graph": timing, "eager": timing}
-    graph = measure.graph_time(call, device, 1)
-    return {"graph": graph, "eager": measure.eager_time(call, device, 1, seconds=0.1)}
+    samples = _events(call, 1)
+    if samples[0] >= 1e3 * LONG_MS:
+        samples += _events(call, 2 * (samples[0] < 1e3 * VERY_LONG_MS))
+        timing = measure.Timing.of(samples)
+        return {"graph": timing, "eager": timing} if eager else {"graph": timing}
+    found = {"graph": _graph_time(call)}
+    if eager:
+        found["eager"] = measure.eager_time(call, device, 1, seconds=0.1)
+    return found
+
+
+def _graph_time(call: Callable[[], Any]) -> measure.Timing:
+    """As :func:`measure.graph_time`, of graphs that take 5 ms and not 20."""
+    from triton.testing import do_bench_cudagraph
+
+    samples = do_bench_cudagraph(call, rep=5, return_mode="all")
+    return measure.Timing.of([1e3 * time for time in samples])
 
 
 def _events(call: Callable[[], Any], count: int) -> list[float]:
@@ -187,8 +198,13 @@ def _events(call: Callable[[], Any], count: int) -> list[float]:
     return found
 
 
-def dense_times(case: Case, device: str, backward: bool) -> tuple[str, dict[str, measure.Timing]]:
+def dense_times(
+    case: Case, device: str, backward: bool, most_ms: float, eager: bool
+) -> tuple[str, dict[str, measure.Timing]]:
     """The first of PyTorch's dense kernels that runs, and its times.
+
+    Args:
+        most_ms: estimated time of a call from which on it is left out.
 
     Raises:
         RuntimeError: none runs, or it would take too long; the message says which.
@@ -196,18 +212,26 @@ def dense_times(case: Case, device: str, backward: bool) -> tuple[str, dict[str,
     problem = case.problem(device)
     rate = DENSE_RATE[case.dtype]
     estimate = 1e3 * problem.flops(problem.all_pairs, backward) / rate
-    if estimate > DENSE_MS:
+    if estimate > most_ms:
         raise RuntimeError(f"dense attention is left out: it would take about {estimate:,.0f} ms")
     for name in DENSE if device == "cuda" else [PLAIN_DENSE]:
         try:
-            return name, times(dense_call(problem, name, backward), problem.device)
+            return name, times(dense_call(problem, name, backward), problem.device, eager)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
     raise RuntimeError(f"dense attention does not run: {reason}")
 
 
-def measure_case(case: Case, device: str, passes: Sequence[str], dense: bool) -> Iterator[Record]:
-    """Measure a problem, with one record per time."""
+def measure_case(
+    case: Case, device: str, passes: Sequence[str], dense_ms: float, eager: bool
+) -> Iterator[Record]:
+    """Measure a problem, with one record per time.
+
+    Args:
+        case, device, passes: what to measure.
+        dense_ms: milliseconds that a call of dense attention may take; none is made at 0.
+        eager: whether to time calls from Python, too.
+    """
     problem = case.problem(device)
     needed, free = problem.bytes(backward=BOTH in passes), free_memory(problem.device)
     if free is not None and needed > free:
@@ -224,10 +248,10 @@ def measure_case(case: Case, device: str, passes: Sequence[str], dense: bool) ->
         if not case.bias:  # tiles with a bias are others
             computed = computed_over_needed(problem, forward, gradient if backward else None)
             waste = " ".join(f"{kernel}={ratio:.3f}" for kernel, ratio in computed.items())
-        found = {ours: times(natten_call(case, device, backward), problem.device)}
-        if dense:
+        found = {ours: times(natten_call(case, device, backward), problem.device, eager)}
+        if dense_ms:
             try:
-                name, timed = dense_times(case, device, backward)
+                name, timed = dense_times(case, device, backward, dense_ms, eager)
                 found[f"dense {name}"] = timed
             except RuntimeError as error:
                 print(f"{case.name}, {pass_}: {error}", file=sys.stderr)
@@ -307,9 +331,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--random", type=int, metavar="N", help="N problems at random instead")
     parser.add_argument("--seed", type=int, default=0, help="of these")
     parser.add_argument("--passes", default=f"{FORWARD},{BOTH}", help="comma-separated")
-    parser.add_argument("--no-dense", action="store_true", help="time ours only")
+    parser.add_argument(
+        "--dense-ms", type=int, default=DENSE_MS, metavar="MS",
+        help="leave out dense attention that takes longer; 0: all of it (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--no-eager", action="store_true", help="time kernels only")
     parser.add_argument("--small", action="store_true", help="few tokens, to try this program")
     parser.add_argument("--compile-only", action="store_true", help="compile, measure nothing")
+    parser.add_argument("--no-compile", action="store_true", help="kernels are on disk already")
     parser.add_argument("--threads", type=int, default=2, help="of a CPU")
     parser.add_argument("--out", type=Path, help="the CSV file to write")
     args = parser.parse_args(arguments)
@@ -330,6 +359,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--device cuda: PyTorch sees no GPU here")
     if args.threads < 1:
         parser.error(f"--threads must be at least 1, got {args.threads}")
+    if args.dense_ms < 0:
+        parser.error(f"--dense-ms must be at least 0, got {args.dense_ms}")
     torch.set_num_threads(args.threads)
     cases = [small(case) if args.small else case for case in found.values() if case is not None]
     if args.compile_only:
@@ -341,14 +372,14 @@ def main(arguments: list[str] | None = None) -> int:
         write(args.out, [])
     except OSError as error:
         parser.error(f"--out: {error}")
-    if args.device == "cuda" and not args.small:
+    if args.device == "cuda" and not args.small and not args.no_compile:
         start = time.time()
         compile_in_processes(names, BOTH in passes)
         print(f"compiled in {time.time() - start:.0f} s", flush=True)
     records, failed = [], []
     for case in cases:
         try:
-            for record in measure_case(case, args.device, passes, not args.no_dense):
+            for record in measure_case(case, args.device, passes, args.dense_ms, not args.no_eager):
                 write(args.out, [record], new=False)
                 records.append(record)
                 text = f"{record.median_us:>12} us"

@@ -191,9 +191,8 @@ def once(function, device, warmup, seconds=0):
 def test_long_dense_attention_is_left_out(load, monkeypatch, capsys):
     spectrum = load("spectrum")
     monkeypatch.setattr("natten.profiler.measure.eager_time", once)
-    monkeypatch.setattr(spectrum, "DENSE_MS", 0.0)
     case = spectrum.small(load("cases").SPECTRUM["nat"])
-    (record,) = spectrum.measure_case(case, "cpu", ["forward"], True)
+    (record,) = spectrum.measure_case(case, "cpu", ["forward"], 1e-9, True)
     assert record.backend.startswith("natten")
     assert "nat, forward: dense attention is left out: it would take" in capsys.readouterr().err
 
@@ -207,6 +206,7 @@ def test_long_dense_attention_is_left_out(load, monkeypatch, capsys):
         (["--device", "cpu", "--random", "0", "--out", "x"], "--random"),
         (["--device", "cpu", "--random", "2", "--cases", "nat", "--out", "x"], "--random"),
         (["--device", "cpu", "--threads", "0", "--out", "x"], "--threads"),
+        (["--device", "cpu", "--dense-ms", "-1", "--out", "x"], "--dense-ms"),
         (["--device", "cpu", "--out", "no/such/folder.csv"], "no/such/folder"),
         (["--device", "cuda", "--out", "x"], "no GPU"),
     ],
