@@ -121,6 +121,9 @@ def test_a_new_kernel_calls_once() -> None:
         await_kernel("last")
 
 
+LENGTHS = torch.tensor([9])
+
+
 def meta(*shape: int, **options: Any) -> torch.Tensor:
     return torch.empty(*shape, device="meta", **options)
 
@@ -153,6 +156,11 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"kernel_size": 3}, "query"),
         ({"kernal_size": 3}, "did you mean `kernel_size`"),
         ({"query": meta(1, 9, 1, 8), "kernel_size": 30}, "kernel_size"),
+        ({"query": meta(1, 9, 9, 1, 8)}, "`query` must be .batch, length, heads, head_dim"),
+        (
+            {"query": meta(1, 9, 1, 8), **dict.fromkeys(("seqlens_Q", "seqlens_KV"), LENGTHS)},
+            "packed",
+        ),
     ],
 )
 def test_calls_are_checked(one_gpu: None, call: Any, message: str) -> None:
@@ -179,11 +187,11 @@ def test_kernels_of_calls(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(compiling, "start", compile_none)
     biased = {**good(requires_grad=True), "rpb": meta(2, 9, 9)}
     calls = [good(), good(requires_grad=True), biased, {**good(), "backend": "tiled"}]
-    natten.compile_ahead(calls)
+    natten.compile_ahead([*calls, dict.fromkeys(("query", "key", "value"), meta(1, 9, 1, 32))])
     passes = ["lse_delta_kernel", "backward_kernel", "backward_kernel"]
     portable = ["dq_kernel", "dkdv_kernel", "rpb_grad_kernel", "rpb_grad_sum_kernel"]
     forward = ["forward_kernel"]
-    assert compiled == [forward, forward, passes, forward, portable]
+    assert compiled == [forward, forward, passes, forward, portable, forward]
 
 
 def test_a_gradient_of_the_lse(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

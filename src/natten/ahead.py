@@ -10,8 +10,12 @@ from typing import Any
 import torch
 
 from . import compiling
+from ._keywords import check_call
 from .errors import ArgumentError
 from .explaining import checked
+from .functional import ATTENTION, check_attention
+from .inputs import Inputs
+from .operators import Call
 
 
 def compile_ahead(
@@ -25,12 +29,13 @@ def compile_ahead(
     compile.
 
     Args:
-        calls: for each call of :func:`natten.na1d`, :func:`natten.na2d`, :func:`natten.na3d` or
-            :func:`natten.neighborhood_attention_generic` a mapping of its arguments by name. Of
-            tensors, shapes, strides and dtypes are read and no data, so that they may be on the
-            device "meta", where they take no memory. If one of them requires a gradient, the
-            kernels of gradients are compiled, too; with ``return_lse`` those in which the LSE has
-            one. Under autocast, query, key and value have the dtype to which it casts.
+        calls: for each call of :func:`natten.na1d`, :func:`natten.na2d`, :func:`natten.na3d`,
+            :func:`natten.neighborhood_attention_generic` or, without a ``kernel_size``,
+            :func:`natten.attention` a mapping of its arguments by name. Of tensors, shapes, strides
+            and dtypes are read and no data, so that they may be on the device "meta", where they
+            take no memory. If one of them requires a gradient, the kernels of gradients are
+            compiled, too; with ``return_lse`` those in which the LSE has one. Under autocast,
+            query, key and value have the dtype to which it casts.
         device: where the calls will be. None is the current GPU, or the CPU where there is no GPU.
 
     Returns:
@@ -56,7 +61,7 @@ def compile_ahead(
                     f"`calls` must hold mappings of arguments by name, got {type(arguments)} as "
                     f"number {number}."
                 )
-            call, inputs = checked("compile_ahead", (), arguments)
+            call, inputs = _checked(arguments)
             futures += call.compile("attention", inputs, where)
             if any(x is not None and x.requires_grad for x in inputs):
                 has_grad_lse = bool(arguments.get("return_lse"))
@@ -65,6 +70,21 @@ def compile_ahead(
     wait(kernels)
     compiling.load(where, [each.result() for each in kernels])
     return len(kernels)
+
+
+def _checked(arguments: Mapping[str, Any]) -> tuple[Call, Inputs]:
+    """The call of these arguments, and its tensors.
+
+    Raises:
+        ArgumentError: the call raises it, or has packed sequences.
+    """
+    if not arguments.keys() <= ATTENTION.parameters.keys():
+        return checked("compile_ahead", (), arguments)
+    options = check_call("compile_ahead", ATTENTION, (), arguments).arguments
+    inputs, lengths, call = check_attention(**options)
+    if lengths is not None:
+        raise ArgumentError("`calls` must not have packed sequences, whose lengths are data.")
+    return call, inputs
 
 
 def _place(device: Any) -> torch.device:
