@@ -185,7 +185,8 @@ def test_kernels_of_calls(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> Non
         return []
 
     monkeypatch.setattr(compiling, "start", compile_none)
-    biased = {**good(requires_grad=True), "rpb": meta(2, 9, 9)}
+    single = dict.fromkeys(("query", "key", "value"), meta(1, 16, 16, 2, 32, requires_grad=True))
+    biased = {**single, "kernel_size": 5, "rpb": meta(2, 9, 9)}  # of float32: the portable kernels
     calls = [good(), good(requires_grad=True), biased, {**good(), "backend": "tiled"}]
     natten.compile_ahead([*calls, dict.fromkeys(("query", "key", "value"), meta(1, 9, 1, 32))])
     passes = ["lse_delta_kernel", "backward_kernel", "backward_kernel"]
