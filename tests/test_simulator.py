@@ -394,7 +394,8 @@ def test_the_tiles_are_those_that_the_hopper_backend_estimates_to_be_cheapest(la
         rule = Neighborhood.create(len(shape), kernel_size, stride, dilation, is_causal)
         _, chosen = hopper._Search("forward", rule, shape, shape, dim, dim).cheapest()
         computed = hopper.computed_pairs("forward", rule, shape, shape, chosen)
-        mask = hopper.mask("forward", rule, shape, chosen, hopper.work("forward", dim, dim))
+        work = hopper.work("forward", dim, dim)
+        mask = hopper.mask("forward", rule, shape, shape, chosen, work)
         found = every[stride]
         missing = 3 - len(shape)
         groups = hopper.warpgroups(chosen)
