@@ -105,6 +105,31 @@ def test_the_autotuner_keeps_the_fastest(
     assert cut_of(planning.plan_for(q, q, q, None, rule, 1.0).dkdv) == cut_of(best)
 
 
+@pytest.mark.parametrize(
+    ("shape", "heads", "dim", "at_once"),
+    [
+        ((13, 91, 180), 8, 48, 4),  # four heads have three lines of 128 bytes
+        ((13, 91, 180), 8, 64, 1),  # each has one
+        ((13, 91, 180), 8, 32, 1),  # two have one
+        ((13, 91, 180), 6, 72, 2),  # eight heads would have nine lines
+        ((64, 64), 16, 48, 1),  # the layout stays in the cache
+    ],
+)
+def test_heads_that_share_lines_of_the_cache_run_at_once(
+    shape: Any, heads: int, dim: int, at_once: int
+) -> None:
+    rule = Neighborhood.create(len(shape), 5)
+    q = torch.empty(1, *shape, heads, dim, dtype=torch.bfloat16, device="meta")
+    for kind in KINDS:
+        arguments = getattr(planning.plan_for(q, q, q, None, rule, 1.0), kind).arguments
+        assert (arguments["heads_at_once"], arguments["HEADS_FIRST"]) == (at_once, at_once > 1)
+    apart = torch.empty(1, heads, *shape, dim, dtype=torch.bfloat16, device="meta").movedim(1, -2)
+    assert (
+        planning.plan_for(apart, apart, apart, None, rule, 1.0).forward.arguments["heads_at_once"]
+        == 1
+    )
+
+
 PLAIN = Problem(
     "attention", torch.device("cpu"), torch.bfloat16, 64, 64, (1, 16, 16, 2, 64),
     Neighborhood.create(2, 5, 1, 1, False), 0.1,

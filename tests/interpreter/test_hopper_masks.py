@@ -88,6 +88,7 @@ def geometry_of(arguments):
         "DILATED",
         "QUERIES",
         "PIECE",
+        "HEADS_FIRST",
         "OF_KEYS",
     )
     constants = {name: arguments[name] for name in names}
@@ -191,10 +192,13 @@ def test_tiles_cover_every_token_once(problem, kind):
     shape, *parameters = problem
     rule = rule_of(shape, *parameters)
     ways = {(x.num_warps, x.split_axis): x for x in each_way(kind, rule, shape, DIM)}
-    for tiles in ways.values():
-        arguments = launch_of(kind, rule, shape, tiles, batch=2, heads=3)
+    for number, tiles in enumerate(ways.values()):
+        arguments = launch_of(kind, rule, shape, tiles, batch=2, heads=4)
+        assert not arguments["HEADS_FIRST"]
+        at_once = (1, 2, 4)[number % 3]
+        arguments |= {"HEADS_FIRST": at_once > 1, "heads_at_once": at_once}
         lengths = [arguments[f"N{axis}"] for axis in range(3)]
-        covered = torch.zeros(2, 3, *padded(rule.dilation, 1), *lengths, dtype=torch.int32)
+        covered = torch.zeros(2, 4, *padded(rule.dilation, 1), *lengths, dtype=torch.int32)
         count = arguments["num_tiles"]
         for warpgroup in range(arguments["WARPGROUPS"]):
             size = 1 << (count - 1).bit_length()
@@ -205,4 +209,8 @@ def test_tiles_cover_every_token_once(problem, kind):
             real = (tokens < torch.tensor(lengths)).all(-1)
             at = torch.cat([place[:, None].expand(-1, tokens.shape[1], -1), tokens], -1)[real]
             covered.index_put_(at.unbind(-1), torch.tensor(1, dtype=torch.int32), accumulate=True)
+            heads = place[:, 1].view(-1, at_once)
+            assert torch.equal(heads - heads[:, :1], torch.arange(at_once).expand_as(heads))
+            elsewhere = torch.cat([place[:, [0, 2, 3, 4]], first], 1).view(-1, at_once, 7)
+            assert (elsewhere == elsewhere[:, :1]).all()
         assert (covered == 1).all()

@@ -78,7 +78,10 @@ def geometry_of(arguments: dict[str, Any]) -> Any:
             first_key=numbers(first="F")["first"] if "F0" in arguments else (),
         )
     numbers_of_tiles = "num_tiles", "heads", "heads_at_once"
-    names = ("MODES", "TILE", "BLOCK", "SPLIT_AXIS", "WARPGROUPS", "DILATED", "QUERIES", "PIECE")
+    names = (
+        "MODES", "TILE", "BLOCK", "SPLIT_AXIS", "WARPGROUPS", "DILATED", "QUERIES", "PIECE",
+        "HEADS_FIRST",
+    )  # fmt: skip
     return geometry.Geometry(
         **numbers(length="N", window="K", stride="S", dilation="D", tiles="T"),
         part=(part,) if part else (),

@@ -332,7 +332,8 @@ def backward_kernel(
     STAGES: gl.constexpr, MASK: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
     REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, WARPGROUPS: gl.constexpr,
-    DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr, OF_KEYS: gl.constexpr,
+    DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr, HEADS_FIRST: gl.constexpr,
+    OF_KEYS: gl.constexpr,
 ):  # fmt: skip
     """One pass: dQ from tiles of queries, or with ``OF_KEYS`` dK and dV from tiles of keys.
 
@@ -352,7 +353,8 @@ def backward_kernel(
         length=(N0, N1, N2), window=(K0, K1, K2), stride=(S0, S1, S2), dilation=(D0, D1, D2),
         tiles=(T0, T1, T2), part=part, num_tiles=num_tiles, heads=heads,
         heads_at_once=heads_at_once, MODES=MODES, TILE=TILE, BLOCK=BLOCK, SPLIT_AXIS=SPLIT_AXIS,
-        WARPGROUPS=WARPGROUPS, DILATED=DILATED, QUERIES=QUERIES, PIECE=PIECE, OF_KEYS=OF_KEYS,
+        WARPGROUPS=WARPGROUPS, DILATED=DILATED, QUERIES=QUERIES, PIECE=PIECE,
+        HEADS_FIRST=HEADS_FIRST, OF_KEYS=OF_KEYS,
     )  # fmt: skip
     of_queries = (
         TmaTensor(query, (q_b, q_0, q_1, q_2, q_h)),

@@ -237,7 +237,7 @@ def forward_kernel(
     STAGES: gl.constexpr, MASK: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
     REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, WARPGROUPS: gl.constexpr,
-    DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr,
+    DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr, HEADS_FIRST: gl.constexpr,
 ):  # fmt: skip
     """All tensors but ``lse`` are descriptors. Their steps are :class:`TmaTensor`'s: ``q_b`` from a
     batch entry to the next, ``q_0`` .. ``q_2`` from a token to the next, ``q_h`` from a head.
@@ -260,7 +260,8 @@ def forward_kernel(
         length=(N0, N1, N2), window=(K0, K1, K2), stride=(S0, S1, S2), dilation=(D0, D1, D2),
         tiles=(T0, T1, T2), part=part, num_tiles=num_tiles, heads=heads,
         heads_at_once=heads_at_once, MODES=MODES, TILE=TILE, BLOCK=BLOCK, SPLIT_AXIS=SPLIT_AXIS,
-        WARPGROUPS=WARPGROUPS, DILATED=DILATED, QUERIES=QUERIES, PIECE=PIECE, OF_KEYS=False,
+        WARPGROUPS=WARPGROUPS, DILATED=DILATED, QUERIES=QUERIES, PIECE=PIECE,
+        HEADS_FIRST=HEADS_FIRST, OF_KEYS=False,
     )  # fmt: skip
     q = TmaTensor(query, (q_b, q_0, q_1, q_2, q_h))
     k = TmaTensor(key, (k_b, k_0, k_1, k_2, k_h))

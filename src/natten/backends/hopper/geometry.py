@@ -181,7 +181,7 @@ class Geometry:
     part: gl.tuple  # a Part, unless queries are the keys' OWN tokens
     num_tiles: gl.tensor  # of all batch entries, heads and dilation groups
     heads: gl.tensor  # that have tiles
-    heads_at_once: gl.tensor  # of plain attention: that have tiles in turn
+    heads_at_once: gl.tensor  # of which tiles at one place follow one another, with HEADS_FIRST
     MODES: gl.constexpr
     TILE: gl.constexpr  # of one warpgroup
     BLOCK: gl.constexpr
@@ -190,6 +190,7 @@ class Geometry:
     DILATED: gl.constexpr
     QUERIES: gl.constexpr
     PIECE: gl.constexpr  # of a block, fetched at once
+    HEADS_FIRST: gl.constexpr  # tiles at one place come before those at the next
     OF_KEYS: gl.constexpr  # tiles are of keys, blocks of queries
 
     @gluon.jit
@@ -316,18 +317,17 @@ class Geometry:
     def tile(self, tile_id):
         """The tile of that number."""
         UNIT: gl.constexpr = windows.UNIT
-        if _is_plain(self.MODES[2]):
-            # Tiles of a length follow one another, of as many heads as the L2 cache has room for.
-            size = self.tiles[2] * self.heads_at_once
-            t2 = tile_id % size // self.heads_at_once
-            rest = tile_id // size * self.heads_at_once + tile_id % self.heads_at_once
-        else:
-            t2, rest = _digit(tile_id, self.tiles[2], self.MODES[2] == UNIT)
+        rest = tile_id
+        if self.HEADS_FIRST:  # with plain attention, tiles of a length follow one another
+            rest = tile_id // self.heads_at_once
+        t2, rest = _digit(rest, self.tiles[2], self.MODES[2] == UNIT)
         t1, rest = _digit(rest, self.tiles[1], self.MODES[1] == UNIT)
         t0, rest = _digit(rest, self.tiles[0], self.MODES[0] == UNIT)
         g2, rest = _digit(rest, self.dilation[2], not self.DILATED)
         g1, rest = _digit(rest, self.dilation[1], not self.DILATED)
         g0, rest = _digit(rest, self.dilation[0], not self.DILATED)
+        if self.HEADS_FIRST:
+            rest = rest * self.heads_at_once + tile_id % self.heads_at_once
         group = self._group((g0, g1, g2))
         first0, origin0, blocks0 = self._along(group, t0, 0)
         first1, origin1, blocks1 = self._along(group, t1, 1)

@@ -156,6 +156,7 @@ class Plan:
         warpgroups = tiling.warpgroups(tiles)
         registers, compute_registers, fetch_registers = tiling.registers(tiles, work)
         heads = self.kv_heads if of_keys else self.heads
+        heads_at_once = self._heads_at_once(work)
         self.cuts[kind] = tiles, self._is_uneven(kind, tiles)
         programs, of_tiles = self._programs(kind)
         num_additional = 0 if of_keys else self.num_additional
@@ -170,7 +171,7 @@ class Plan:
             **per_axis("R", rule.queries_per_key),
             "heads": heads,
             "heads_per_kv": self.heads // self.kv_heads,
-            "heads_at_once": self._heads_at_once(work),
+            "heads_at_once": heads_at_once,
             "num_additional": num_additional,
             "scale_log2": _exact_thrice(self.scale * LOG2E.value),
         }
@@ -193,6 +194,7 @@ class Plan:
             "DILATED": max(rule.dilation) > 1,
             "QUERIES": self.queries,
             "PIECE": piece,
+            "HEADS_FIRST": isinstance(rule, Dense) or heads_at_once > 1,
         }
         if kind != "forward":
             constants["OF_KEYS"] = of_keys
@@ -272,16 +274,26 @@ class Plan:
         return *next(made), *next(made), *rows
 
     def _heads_at_once(self, work: tiling.Work) -> int:
-        """Of plain attention: how many heads have tiles in turn, whose blocks the cache holds."""
-        if not isinstance(self.rule, Dense):
-            return 1
+        """Of how many heads tiles at one place follow one another.
+
+        Of plain attention, as many as the cache holds blocks of. Of windows, those that share lines
+        of the cache, where it would lose the lines from one head to the next; not of parts, so that
+        a longer one runs the same kernels.
+        """
         per_kv = self.heads // self.kv_heads
-        if work.of_keys:
-            count, tokens, shared = self.batch * self.kv_heads, self.space[0] * per_kv, 1
-        else:
-            count, tokens, shared = self.batch * self.heads, self.key_space[0], per_kv
-        most = max(1, _CACHED * shared // (2 * tokens * work.block_channels))
-        return next(n for n in range(min(most, count), 0, -1) if count % n == 0)
+        if isinstance(self.rule, Dense):
+            if work.of_keys:
+                count, tokens, shared = self.batch * self.kv_heads, self.space[0] * per_kv, 1
+            else:
+                count, tokens, shared = self.batch * self.heads, self.key_space[0], per_kv
+            most = max(1, _CACHED * shared // (2 * tokens * work.block_channels))
+            return next(n for n in range(min(most, count), 0, -1) if count % n == 0)
+        side_by_side = self.strides[1][-2] == self.dim and self.strides[2][-2] == self.value_dim
+        is_lost = tiling.overflows_cache(self.key_space, self.dim, self.value_dim)
+        if self.queries != tiling.OWN or not side_by_side or not is_lost:
+            return 1
+        heads = self.kv_heads if work.of_keys else self.heads
+        return math.gcd(heads, tiling.heads_of_lines(self.dim))
 
     def _is_uneven(self, kind: str, tiles: Tiles) -> bool:
         """Whether the longest tile has so many blocks that each tile has its own program."""

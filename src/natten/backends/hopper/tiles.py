@@ -49,6 +49,32 @@ def has_empty_box(channels: int) -> bool:
     return native(channels) - channels >= 64
 
 
+_LINE = 128  # bytes of a line of the L2 cache
+
+
+def heads_of_lines(channels: int) -> int:
+    """Of how many heads side by side every line is theirs alone."""
+    return _LINE // math.gcd(2 * channels, _LINE)
+
+
+@cache
+def split_lines(channels: int) -> float:
+    """In how many lines of the L2 cache a head's channels lie, on average over heads side by side;
+    0 where none begins amid a line and ends in another one."""
+    size, heads = 2 * channels, heads_of_lines(channels)
+    if size % _LINE == 0 or _LINE % size == 0:
+        return 0.0
+    first_and_last = ((i * size // _LINE, (i * size + size - 1) // _LINE) for i in range(heads))
+    return sum(last - first + 1 for first, last in first_and_last) / heads
+
+
+def overflows_cache(key_shape: Shape, dim: int, value_dim: int) -> bool:
+    """Whether keys and values of a head that lie across lines of the L2 cache take more of it than
+    the half of 50 MB; then heads that share lines have to run at once."""
+    lines = split_lines(dim) + split_lines(value_dim)
+    return math.prod(key_shape) * lines * _LINE > 25e6
+
+
 def boxes(tiles: Tiles, of_keys: bool, piece: Shape) -> Tiles:
     """What a kernel loads at once: its tiles, and pieces of its blocks."""
     return tiles._replace(q_block=piece) if of_keys else tiles._replace(kv_block=piece)
