@@ -94,12 +94,14 @@ class Work(NamedTuple):
     column_cycles: float  # of a column's scores beside products
     block_latency: float  # cycles until a block's scores are made, if nothing else runs
     two_stage_cycles: float  # that a block waits for the next one's buffer if there are only two
+    split_lines: float  # lines of the cache, of a token of a block, if it lies across them
     block_sizes: Shape  # columns
     smem_options: tuple[tuple[int, bool], ...]  # stages, whether outputs have their own: best first
 
 
 def work(kind: str, dim: int, value_dim: int) -> Work:
     """Of a kind of kernel; gradients need equal dims. A query has 16 bytes of LSE and delta."""
+    lines = split_lines(dim) + split_lines(value_dim)
     dim, value_dim = native(dim), native(value_dim)
     both = dim + value_dim
     if kind == "forward":
@@ -117,6 +119,7 @@ def work(kind: str, dim: int, value_dim: int) -> Work:
             column_cycles=8.0,
             block_latency=1200.0,
             two_stage_cycles=0.0,
+            split_lines=lines,
             block_sizes=(64, 32) if max(dim, value_dim) > 128 else (128, 64),
             smem_options=tuple(smem_options),
         )
@@ -132,7 +135,8 @@ def work(kind: str, dim: int, value_dim: int) -> Work:
         product_channels=(4 if of_keys else 3) * dim,
         column_cycles=12.0,
         block_latency=2000.0 if of_keys else 1600.0,
-        two_stage_cycles=400.0,
+        two_stage_cycles=400.0 if dim <= 64 else 700.0,
+        split_lines=lines,
         block_sizes=(64,) if of_keys or dim > 64 else (128, 64),
         # A block is held while the next one's scores are made.
         smem_options=tuple(itertools.product((4, 3, 2), (True, False))),
@@ -290,9 +294,10 @@ def _has_registers(tiles: Tiles, work: Work) -> bool:
     return max(acc, scores) + 30 <= start and acc + scores * work.score_registers + 40 <= most
 
 
-# Cycles of a multiprocessor: of a block and of a tile, beside products and waiting; and until the
-# first block of a tile is there, if nothing else runs.
-_BLOCK_CYCLES, _TILE_CYCLES, _TILE_LATENCY = 100.0, 500.0, 3000.0
+# Cycles of a multiprocessor: of a block and of a tile, beside products and waiting; until the first
+# block of a tile is there, if nothing else runs; and of a line of the cache where tokens lie across
+# lines, which was fitted to times of an H200 (benchmarks/results/tiles/h200.csv).
+_BLOCK_CYCLES, _TILE_CYCLES, _TILE_LATENCY, _LINE_CYCLES = 100.0, 500.0, 3000.0, 1.5
 # What a block costs that a warpgroup hands back, of one that it computes: the other works alone.
 IDLE = 0.15
 
@@ -305,6 +310,8 @@ def cycles(tiles: Tiles, mask: Mask, work: Work) -> tuple[float, float]:
     channels = work.product_channels + 16 * mask.steps * (mask.kind == PRODUCT)
     per_column = work.column_cycles * (1.3 if mask.kind == COMPARE else 1)
     block = columns * channels / 32 + columns * per_column + _BLOCK_CYCLES
+    # Warpgroups of one program share what is fetched.
+    block += columns * work.split_lines * _LINE_CYCLES / warpgroups(tiles)
     block += work.block_latency / at_once + work.two_stage_cycles * (tiles.num_stages == 2)
     return block, _TILE_CYCLES + _TILE_LATENCY / at_once
 
@@ -330,7 +337,7 @@ def key(
     rule, shape, key_shape = _model(rule, shape, key_shape)
     layouts = (shape,) if shape == key_shape else (shape, key_shape)
     sizes = "-".join("x".join(map(str, each)) for each in layouts)
-    return f"hopper-{kind}-{sizes}-{rule}-{native(dim)}-{native(value_dim)}"
+    return f"hopper-{kind}-{sizes}-{rule}-{dim}-{value_dim}"
 
 
 def choose(
@@ -349,7 +356,7 @@ def choose(
         kind: of kernel, one of ``interface.KINDS``.
     """
     model = _model(rule, shape, key_shape)
-    return _choose(kind, *model, native(dim), native(value_dim), itemsize)
+    return _choose(kind, *model, dim, value_dim, itemsize)
 
 
 @tuning.cached
@@ -371,7 +378,7 @@ def candidates(
 ) -> list[Tiles]:
     """Tiles that fit the registers and shared memory: what :func:`choose` takes if no others were
     measured, then the others, cheapest first by estimate."""
-    return _candidates(kind, *_model(rule, shape, key_shape), native(dim), native(value_dim))
+    return _candidates(kind, *_model(rule, shape, key_shape), dim, value_dim)
 
 
 def has_tiles(
@@ -379,7 +386,7 @@ def has_tiles(
 ) -> bool:
     """Whether there are tiles at all; some rings are too short."""
     model = _model(rule, shape, key_shape)
-    return _usual(kind, *model, native(dim), native(value_dim)) is not None
+    return _usual(kind, *model, dim, value_dim) is not None
 
 
 @lru_cache(maxsize=64)
@@ -395,10 +402,15 @@ def _usual(*problem: Any) -> Tiles | None:
 
 
 class _Ways:
-    """How a kind of kernel may run, for heads of some width: what does not depend on a layout."""
+    """How a kind of kernel may run, for heads of some width: what does not depend on a layout.
 
-    def __init__(self, kind: str, dim: int, value_dim: int) -> None:
+    ``one_by_one``: heads that share lines of the cache run one after another.
+    """
+
+    def __init__(self, kind: str, dim: int, value_dim: int, one_by_one: bool) -> None:
         self.work = work(kind, dim, value_dim)
+        if not one_by_one:
+            self.work = self.work._replace(split_lines=0.0)
         self.programs = cache(self._programs)
         self._priced: dict[Any, tuple[int, float, float] | None] = {}
 
@@ -442,7 +454,9 @@ class _Search:
         dim: int,
         value_dim: int,
     ) -> None:
-        self.of_keys, self.ways = kind == "dkdv", _ways(kind, dim, value_dim)
+        self.of_keys = kind == "dkdv"
+        at_once = isinstance(rule, Dense) or overflows_cache(key_shape, dim, value_dim)
+        self.ways = _ways(kind, dim, value_dim, not at_once)
         self.cuts = cuts(self.of_keys, rule, shape, key_shape)
         self.kind, self.rule, self.slides = kind, rule, slides(kind, rule)
         kv_lengths = None if queries(rule, shape) == OWN else self.cuts.kv_lengths
