@@ -6,16 +6,18 @@
 Tensors are so small that the GPU waits for the host, and calls do not wait for the GPU. The other
 rows are for comparison: ``x + 1``, an autograd function that does nothing, and PyTorch's attention
 over the same number of tokens. Parts of a layout are timed as a stream sees them: again and again
-the same or three in turn; with another offset each time, another number of keys, or both.
+the same or three in turn; with another offset each time, another number of keys, or both. In the
+rows "a new size", no call has a layout that was there before; their kernels are compiled.
 """
 
 from __future__ import annotations
 
 import itertools
+import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,6 +33,7 @@ from natten.cli.tables import markdown
 
 SHAPE, WINDOW = (1, 16, 16, 2, 32), 7
 LONGEST = 128  # keys along the first axis of a part's layout
+SIZES = range(14, 91)  # of both axes, where each call has a new layout: more than there are calls
 WARMUP, ROUNDS, CALLS = 2, 25, 60  # each round has CALLS calls; the first WARMUP do not count
 
 
@@ -84,6 +87,31 @@ def parts(name: str, query: Tensor) -> dict[str, list[Callable[[], Any]]]:
     }
 
 
+def new_sizes(call: Callable[..., Tensor]) -> list[Callable[[], Any] | None]:
+    """The row of layouts of which each is new, without gradients and with backward in one
+    thread."""
+    batch, *_, heads, dim = SHAPE
+    width = batch * heads * dim
+    every = torch.randn(4, SIZES[-1] ** 2 * width, device="cuda", dtype=torch.bfloat16)
+    layouts = list(itertools.product(SIZES, repeat=2))
+    random.Random(0).shuffle(layouts)
+
+    def tensors(layouts: list[tuple[int, ...]]) -> Iterator[list[Tensor]]:
+        for a, b in layouts:
+            yield [x[: a * b * width].view(batch, a, b, heads, dim) for x in every]
+
+    plain, with_gradients = tensors(layouts[::2]), tensors(layouts[1::2])
+
+    def forward() -> None:
+        call(*next(plain)[:3])
+
+    def backward() -> None:
+        *inputs, grad = next(with_gradients)
+        step(call, [x.requires_grad_() for x in inputs], grad, False)
+
+    return [forward, None, backward]
+
+
 def columns(
     call: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor
 ) -> list[Callable[[], Any]]:
@@ -101,17 +129,23 @@ def main() -> int:
     *inputs, grad = (torch.randn(SHAPE, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     inputs = [x.requires_grad_() for x in inputs]
     dense = [x.detach().flatten(1, 2).transpose(1, 2).requires_grad_() for x in inputs]
-    rows: dict[str, list[Callable[[], Any]]] = {"`x + 1`": [lambda: grad + 1]}
+    rows: dict[str, Sequence[Callable[[], Any] | None]] = {"`x + 1`": [lambda: grad + 1]}
     for name in ("hopper", "triton"):
         if f"{name}: runs" in explain(grad, kernel_size=WINDOW, backend=name):
             call = partial(na2d, kernel_size=WINDOW, backend=name)
             rows[f"`{name}`"] = columns(call, inputs, grad)
+            rows[f"`{name}`, a new size"] = new_sizes(call)
             own = parts(name, inputs[0].detach())
             rows |= {f"`{name}`, {each}": row for each, row in own.items()}
     rows["nothing"] = columns(Nothing.apply, inputs, grad)
     dense_grad = grad.flatten(1, 2).transpose(1, 2)
     rows["PyTorch's attention"] = columns(scaled_dot_product_attention, dense, dense_grad)
-    cells = {(name, i): call for name, calls in rows.items() for i, call in enumerate(calls)}
+    cells = {
+        (name, i): call
+        for name, calls in rows.items()
+        for i, call in enumerate(calls)
+        if call is not None
+    }
     times: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
     for number in range(WARMUP + ROUNDS):  # in turn, because a machine's speed drifts
         for cell, call in cells.items():
