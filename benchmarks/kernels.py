@@ -80,6 +80,9 @@ HOPPER = [
     Variant("plain", (4096,), (), 128, plain=True),
     Variant("plain causal", (4096,), (), 128, causal=True, plain=True),
     Variant("plain causal 64", (1000,), (), 64, causal=True, part=(700,), plain=True),
+    Variant("NAT bias", (56, 56), 7, 32, bias=True),
+    Variant("HDiT bias", (64, 64), 13, 64, dtype=FP16, bias=True),
+    Variant("wan bias", (21, 45, 80), (9, 17, 25), 128, bias=True),
 ]
 
 # Targets, and bytes of shared memory that a program may have there.
@@ -107,8 +110,10 @@ KNOWN: dict[tuple[str, str], dict[str, int]] = {
     },
     # dK and dV have two sums.
     ("gfx942", "dkdv"): {"FLUX": 86},
-    # Triton 3.8.
-    ("90a", "backward dK dV"): {"FLUX": 1},
+    # "FLUX" with Triton 3.8. A bias takes four registers of a thread for addresses.
+    ("90a", "backward dK dV"): {"FLUX": 1, "wan bias": 16},
+    ("90a", "backward dQ"): {"HDiT bias": 2},
+    ("90a", "bias_gradient"): {"HDiT bias": 9},
 }
 # Kernels whose products are known to wait for one another: with three axes ptxas copies the sums
 # of dK and dV between the loops of partial and of full blocks. Faster all the same than what

@@ -78,7 +78,6 @@ def kinds(backend: str) -> list[Kind]:
     for i, (dim, value_dim) in zip(range(64), itertools.cycle(dims)):
         operation = operations[i // len(dims) % len(operations)]
         rank = 1 if operation == "dense" else i % 3 + 1
-        plain = operation != "fused" or backend == "hopper"
         dtype = dtypes[i // 3 % len(dtypes)]
         widest = 1 << (max(dim, value_dim) - 1).bit_length()
         strided = tuple(rng.random() < 0.5 for _ in range(rank))
@@ -87,7 +86,7 @@ def kinds(backend: str) -> list[Kind]:
             Kind(
                 operation, rank, dtype, dim, value_dim, strided, causal,
                 rng.choice([0, rank - 1]) if rank > 1 and rng.random() < 0.2 else None,
-                not plain and rng.random() < 0.4,
+                operation == "fused" and rng.random() < 0.4,
                 operation == "fused" and rng.random() < 0.3,
                 operation in ("fused", "dense") and (i + i // len(dims)) % 4 == 0,
                 TILES[max(16, min(64, 16384 // widest // dtype.itemsize))][rank],

@@ -188,11 +188,15 @@ def test_kernels_of_calls(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> Non
     single = dict.fromkeys(("query", "key", "value"), meta(1, 16, 16, 2, 32, requires_grad=True))
     biased = {**single, "kernel_size": 5, "rpb": meta(2, 9, 9)}  # of float32: the portable kernels
     calls = [good(), good(requires_grad=True), biased, {**good(), "backend": "tiled"}]
-    natten.compile_ahead([*calls, dict.fromkeys(("query", "key", "value"), meta(1, 9, 1, 32))])
+    calls += [dict.fromkeys(("query", "key", "value"), meta(1, 9, 1, 32))]
+    natten.compile_ahead([*calls, {**good(requires_grad=True), "rpb": meta(2, 9, 9)}])
     passes = ["lse_delta_kernel", "backward_kernel", "backward_kernel"]
     portable = ["dq_kernel", "dkdv_kernel", "rpb_grad_kernel", "rpb_grad_sum_kernel"]
     forward = ["forward_kernel"]
-    assert compiled == [forward, forward, passes, forward, portable, forward]
+    assert compiled[:6] == [forward, forward, passes, forward, portable, forward]
+    table, gradient = ["bias_table_kernel"], ["bias_gradient_kernel", "rpb_grad_sum_kernel"]
+    assert compiled[6] == table + forward
+    assert [name for name in compiled[7] if name not in table] == passes + gradient
 
 
 def test_a_gradient_of_the_lse(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,8 @@ PLAIN = Problem(
     [
         ({"scale": -1.0}, "scaled"),
         ({"shape": (1, 2**15, 2**15, 16, 64)}, "31 bits"),
+        ({"bias": True, "rule": Neighborhood.create(2, 2**14, boundary="truncate")}, "31 bits"),
+        ({"bias": True, "rule": Neighborhood.create(2, 5, queries_per_key=(2, 1))}, "finer"),
     ],
 )
 def test_unsupported_says_why(change: dict[str, Any], reason: str) -> None:
@@ -283,16 +285,25 @@ def test_products_and_copies_are_asynchronous(monkeypatch: pytest.MonkeyPatch) -
             assert waits[0] < fetches[0] and any(waits[0] < at < waits[1] for at in fetches)
 
 
-# heads, heads of keys, head dim, value dim, additional tokens, dtype
+# heads, heads of keys, head dim, value dim, additional tokens, dtype, dtype of a bias
 TENSORS = [
-    (2, 2, 64, 64, 0, torch.bfloat16),
-    (4, 2, 128, 128, 3, torch.float16),
-    (2, 1, 32, 256, 130, torch.bfloat16),
-    (2, 2, 256, 256, 0, torch.float16),
-    (4, 2, 96, 72, 5, torch.bfloat16),
-    (1, 1, 8, 40, 0, torch.float16),
-    (2, 1, 136, 200, 0, torch.bfloat16),
+    (2, 2, 64, 64, 0, torch.bfloat16, None),
+    (4, 2, 128, 128, 3, torch.float16, None),
+    (2, 1, 32, 256, 130, torch.bfloat16, None),
+    (2, 2, 256, 256, 0, torch.float16, torch.float16),
+    (4, 2, 96, 72, 5, torch.bfloat16, torch.float32),
+    (1, 1, 8, 40, 0, torch.float16, None),
+    (2, 1, 136, 200, 0, torch.bfloat16, None),
+    (3, 1, 32, 32, 0, torch.bfloat16, torch.bfloat16),
 ]
+
+
+def bias_of(rule: Neighborhood, heads: int, dtype: torch.dtype | None) -> torch.Tensor | None:
+    """A random bias on the GPU, if it has a dtype."""
+    if dtype is None:
+        return None
+    sizes = [2 * k - 1 for k in rule.kernel_size]
+    return torch.randn(heads, *sizes, device="cuda", dtype=dtype)
 
 
 @pytest.mark.gpu
@@ -301,7 +312,7 @@ TENSORS = [
 @pytest.mark.parametrize("tensors", TENSORS)
 def test_forward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shape, *parameters = problem
-    heads, kv_heads, dim, value_dim, num_additional, dtype = tensors
+    heads, kv_heads, dim, value_dim, num_additional, dtype, bias_dtype = tensors
     rule, scale = rule_of(shape, *parameters), dim**-0.5
     torch.manual_seed(0)
     packed = torch.randn(2, *shape, heads * dim + kv_heads * (dim + value_dim), device="cuda")
@@ -315,7 +326,8 @@ def test_forward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) ->
     reason = hopper.unsupported(problem)
     if reason is not None:
         pytest.skip(reason)
-    inputs = Inputs(q, k, v, None, *(additional if num_additional else ()))
+    rpb = bias_of(rule, heads, bias_dtype)
+    inputs = Inputs(q, k, v, rpb, *(additional if num_additional else ()))
     double = [None if x is None else x.double() for x in inputs]
     expected, expected_lse = reference.forward(Inputs(*double), rule, scale)
     for tiles in each_way("forward", rule, shape, max(dim, value_dim)):
@@ -333,13 +345,14 @@ def test_forward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) ->
         assert (lse - expected_lse).abs().max() < 1e-4
 
 
-# heads, heads of keys, head dim, value dim, additional tokens, gradient of the LSE, dtype
+# As above, with whether the LSE has a gradient.
 GRADIENTS = [
-    (2, 2, 64, 64, 0, False, torch.bfloat16),
-    (4, 2, 128, 128, 3, True, torch.float16),
-    (3, 1, 32, 32, 130, True, torch.bfloat16),
-    (4, 2, 96, 72, 5, True, torch.bfloat16),
-    (1, 1, 24, 8, 0, False, torch.float16),
+    (2, 2, 64, 64, 0, False, torch.bfloat16, None),
+    (4, 2, 128, 128, 3, True, torch.float16, None),
+    (3, 1, 32, 32, 130, True, torch.bfloat16, torch.float32),
+    (4, 2, 96, 72, 5, True, torch.bfloat16, torch.bfloat16),
+    (1, 1, 24, 8, 0, False, torch.float16, None),
+    (2, 2, 64, 64, 0, False, torch.float16, torch.float16),
 ]
 
 
@@ -349,7 +362,7 @@ GRADIENTS = [
 @pytest.mark.parametrize("tensors", GRADIENTS)
 def test_backward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shape, *parameters = problem
-    heads, kv_heads, dim, value_dim, num_additional, has_grad_lse, dtype = tensors
+    heads, kv_heads, dim, value_dim, num_additional, has_grad_lse, dtype, bias_dtype = tensors
     rule, scale = rule_of(shape, *parameters), dim**-0.5
     torch.manual_seed(0)
 
@@ -359,7 +372,8 @@ def test_backward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -
     q, k = (random(2, *shape, n, dim) for n in (heads, kv_heads))
     v = random(2, *shape, kv_heads, value_dim)
     additional = [random(2, num_additional, kv_heads, n) for n in (dim, value_dim)]
-    inputs = Inputs(q, k, v, None, *(additional if num_additional else ()))
+    rpb = bias_of(rule, heads, bias_dtype)
+    inputs = Inputs(q, k, v, rpb, *(additional if num_additional else ()))
     out, lse = hopper.forward(inputs, rule, scale)
     grad_out, grad_lse = random(*out.shape), torch.randn_like(lse) if has_grad_lse else None
     double = [None if x is None else x.double() for x in (grad_out, grad_lse, *inputs)]

@@ -63,7 +63,7 @@ def test_gradient_of_the_bias_head_by_head(monkeypatch):
     """Where the sums of all heads have no room."""
     case = CASES[2]
     inputs = case.inputs(torch.float32)
-    monkeypatch.setattr(plan, "_MOST_SUMS", 1)
+    monkeypatch.setattr(plan, "MOST_SUMS", 1)
     tuning._forget_choices()
     try:
         check(inputs, case.rule)

@@ -18,7 +18,7 @@ import triton.language as tl
 from hopper_problems import PROBLEMS, each_way, name_of, partners, rule_of
 
 from natten import tuning
-from natten.backends.hopper import backward, masks
+from natten.backends.hopper import backward, bias, masks
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
 from natten.backends.hopper.geometry import Geometry
@@ -49,18 +49,18 @@ class Keys:
         return tl.full([self.rows, 16], 0, tl.bfloat16)
 
 
-def walk(g, mask, tile, warpgroup, scores, starts, first_tokens):
+def walk(g, mask, bias, tile, warpgroup, scores, starts, first_tokens):
     """Store the scores of a warpgroup's blocks, and where its tokens and its blocks begin."""
     first = g.first_of(tile, warpgroup)
     for axis in range(3):
         tl.store(first_tokens + axis, first[axis])
-    of_tile = mask.of_tile(tile, first, None)
+    of_tile, biases = mask.of_tile(tile, first, None), bias.of_tile(tile, first, tile.head)
     rows, columns = tl.arange(0, tiling.ROWS), tl.arange(0, math.prod(g.BLOCK))
     before, end, count, block = g.own_blocks(first, tile)
     assert 0 <= before < end <= count
     q = tl.full([tiling.ROWS, 16], 0, tl.bfloat16)
     for i in range(int(end) - int(before)):
-        s = of_tile.compare(of_tile.scores(q, Keys(g.BLOCK), i, block, None), block, i == 0)
+        s = of_tile.compare(of_tile.scores(q, Keys(g.BLOCK), i, block, biases, None), block, i == 0)
         at = (i * tiling.ROWS + rows[:, None]) * math.prod(g.BLOCK) + columns[None, :]
         tl.store(scores + at, s)
         start, _ = g.block_start(block, tile.origin)
@@ -97,19 +97,23 @@ def geometry_of(arguments):
 
 
 @triton.jit
-def masks_kernel(tile_ids, scores, starts, first_tokens, count, most, ARGUMENTS: tl.constexpr):
+def masks_kernel(
+    tile_ids, scores, starts, first_tokens, tables, count, most, ARGUMENTS: tl.constexpr
+):
     """Walk the blocks of some tiles, as one program of the kernels does."""
     g = geometry_of(ARGUMENTS)
+    table = [ARGUMENTS[name] for name in ("bias_size", "bias_middle", "BIAS_STRIDES")]
+    biases = bias.bias_of(g, tables, *table)
     kind = [ARGUMENTS[name] for name in ("MASK", "ENDS", "BY_ROW", "STEPS")]
-    tables = masks.column_tables(g, *kind, ARGUMENTS["TABLES"])
+    columns = masks.column_tables(g, *kind, ARGUMENTS["TABLES"])
     size = math.prod(g.BLOCK) * tiling.ROWS
-    own_masks = [ARGUMENTS["make_mask"](g, tables, *kind) for _ in range(g.WARPGROUPS)]
+    own_masks = [ARGUMENTS["make_mask"](g, columns, *kind) for _ in range(g.WARPGROUPS)]
     for i in range(count):
         tile = g.tile(tl.load(tile_ids + i))
         for warpgroup in range(g.WARPGROUPS):
             at = i * g.WARPGROUPS + warpgroup
             walk(
-                g, own_masks[warpgroup], tile, warpgroup,
+                g, own_masks[warpgroup], biases, tile, warpgroup,
                 scores + at * most * size, starts + at * most * 3, first_tokens + at * 3,
             )  # fmt: skip
 
@@ -139,30 +143,34 @@ def some_tiles(counts):
     return torch.tensor([(a * counts[1] + b) * counts[2] + c for a, b, c in sorted(tiles)])
 
 
-def launch_of(kind, rule, shape, tiles, batch=1, heads=1):
-    """The arguments of a kernel, and how it makes its masks."""
+def launch_of(kind, rule, shape, tiles, batch=1, heads=1, scale=1.0, bias_dtype=None):
+    """A launch, and its arguments with how the kernel makes its masks."""
     q = torch.empty(batch, *shape, heads, DIM, dtype=torch.bfloat16)
     with tuning.trial(tiling.key(kind, rule, shape, shape, DIM, DIM, 2), list(tiles)):
-        launch = getattr(planning.plan_for(q, q, q, None, rule, 1.0), kind)
+        launch = getattr(planning.plan_for(q, q, q, None, rule, scale, bias_dtype), kind)
     if kind != "forward":
-        return launch.arguments | {"make_mask": backward._mask}
+        return launch, launch.arguments | {"make_mask": backward._mask}
     more = {"OF_KEYS": False, "make_mask": lambda g, tables, *x: masks.Mask(g, tables, (), *x)}
-    return launch.arguments | more
+    return launch, launch.arguments | more
 
 
-def check(kind, rule, shape, tiles):
-    """Every partner of a token is visible in one block, and nothing else is."""
-    arguments = launch_of(kind, rule, shape, tiles)
+def check(kind, rule, shape, tiles, rpb=None):
+    """Every partner of a token is visible in one block, and nothing else is; with its bias."""
+    bias_dtype, tables = None if rpb is None else rpb.dtype, None
+    launch, arguments = launch_of(kind, rule, shape, tiles, scale=0.5, bias_dtype=bias_dtype)
+    if rpb is not None:
+        tables = torch.full(launch.shape, math.nan)
+        launch.make.run(rpb=rpb, tables=tables)
     ids = some_tiles([arguments[f"T{axis}"] for axis in range(3)])
     most = math.prod(axis.most for axis in tiling.cuts(kind == "dkdv", rule, shape, shape)(tiles))
     sizes = arguments["WARPGROUPS"] * len(ids), most
     scores = torch.full((*sizes, tiling.ROWS, math.prod(arguments["BLOCK"])), -math.inf)
     starts = torch.full((*sizes, 3), 1 << 20, dtype=torch.int32)  # where there is no block
     first = torch.zeros(sizes[0], 3, dtype=torch.int32)
-    masks_kernel[(1,)](ids, scores, starts, first, len(ids), most, ARGUMENTS=arguments)
+    masks_kernel[(1,)](ids, scores, starts, first, tables, len(ids), most, ARGUMENTS=arguments)
     tokens = first[:, None] + grid(*arguments["TILE"])  # [tiles, rows, 3]
     at = starts[:, :, None] + grid(*arguments["BLOCK"])  # [tiles, blocks, columns, 3]
-    expected, needed = torch.tensor(True), torch.tensor(1)
+    expected, needed, offsets = torch.tensor(True), torch.tensor(1), []
     for axis in range(3):
         missing, n = 3 - len(shape), arguments[f"N{axis}"]
         start, stop = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
@@ -173,17 +181,26 @@ def check(kind, rule, shape, tiles):
         position = at[..., axis][:, :, None]
         expected = expected & (low <= position) & (position < high)
         needed = needed * (stop - start)[i]
+        if axis >= missing:
+            apart = position - tokens[..., axis][:, None, :, None]  # of a key from its query
+            offsets.append((-apart if kind == "dkdv" else apart) + rule.kernel_size[axis - missing])
     assert torch.equal(scores > -(2.0**99), expected)
+    if rpb is not None:
+        real = tokens < torch.tensor([arguments[f"N{axis}"] for axis in range(3)])
+        seen = expected & real.all(-1)[:, None, :, None]
+        index = [offset.expand(seen.shape)[seen] - 1 for offset in offsets]
+        assert torch.equal(scores[seen], rpb[0][tuple(index)] * 2)
     assert torch.equal(expected.sum((1, 3)), needed)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("problem", SMALL, ids=name_of)
-def test_masks_are_the_windows(problem, kind):
+def test_masks_are_the_windows_and_scores_have_the_bias(problem, kind):
     shape, *parameters = problem
     rule = rule_of(shape, *parameters)
-    for tiles in each_way(kind, rule, shape, DIM):
-        check(kind, rule, shape, tiles)
+    rpb = torch.randn(1, *(2 * k - 1 for k in rule.kernel_size))
+    for i, tiles in enumerate(each_way(kind, rule, shape, DIM)):
+        check(kind, rule, shape, tiles, rpb if i % 2 == 0 else None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -193,7 +210,7 @@ def test_tiles_cover_every_token_once(problem, kind):
     rule = rule_of(shape, *parameters)
     ways = {(x.num_warps, x.split_axis): x for x in each_way(kind, rule, shape, DIM)}
     for number, tiles in enumerate(ways.values()):
-        arguments = launch_of(kind, rule, shape, tiles, batch=2, heads=4)
+        _, arguments = launch_of(kind, rule, shape, tiles, batch=2, heads=4)
         assert not arguments["HEADS_FIRST"]
         at_once = (1, 2, 4)[number % 3]
         arguments |= {"HEADS_FIRST": at_once > 1, "heads_at_once": at_once}

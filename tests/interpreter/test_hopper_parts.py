@@ -20,23 +20,24 @@ import triton.language as tl
 from hopper_problems import PARTS, PLAIN, RINGS, id_of
 
 from natten import tuning
-from natten.backends.hopper import backward, descriptors, geometry, masks
+from natten.backends.hopper import backward, bias, descriptors, geometry, masks
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
 from natten.backends.interface import KINDS, Tiles
-from natten.neighborhood import Dense, Rule, window_mask
+from natten.backends.reference import relative_bias
+from natten.neighborhood import Dense, Neighborhood, Rule, window_mask
 from natten.tiling import padded
 
 DIM = 64  # of heads
 
 
-def plan_of(queries: Any, keys: Any, rule: Rule) -> planning.Plan:
+def plan_of(queries: Any, keys: Any, rule: Rule, has_bias: bool) -> planning.Plan:
     """The plan of a problem on tensors without data."""
     q, k = (
         torch.empty(1, *layout, 2, DIM, dtype=torch.bfloat16, device="meta")
         for layout in (queries, keys)
     )
-    return planning.plan_for(q, k, k, None, rule, 1.0)
+    return planning.plan_for(q, k, k, None, rule, 0.5, torch.float32 if has_bias else None)
 
 
 def ways(kind: str, queries: Any, keys: Any, rule: Rule) -> list[Tiles]:
@@ -95,25 +96,29 @@ FOUND: list[Any] = []  # what the program below saw
 
 
 @triton.jit
-def walk_kernel(tile_id, WARPGROUP: tl.constexpr, ARGUMENTS: tl.constexpr):
+def walk_kernel(tile_id, bias_tables, WARPGROUP: tl.constexpr, ARGUMENTS: tl.constexpr):
     """Walk a warpgroup's blocks of a tile as the kernels do."""
     g = geometry_of(ARGUMENTS)
+    biases = bias.bias_of(
+        g, bias_tables, *(ARGUMENTS[name] for name in ("bias_size", "bias_middle", "BIAS_STRIDES"))
+    )
     kind = [ARGUMENTS[name] for name in ("MASK", "ENDS", "BY_ROW", "STEPS")]
     tables = masks.column_tables(g, *kind, ARGUMENTS["TABLES"])
     make = backward._mask if "OF_KEYS" in ARGUMENTS else forward_mask
     tile = g.tile(tile_id)
     first = g.first_of(tile, WARPGROUP)
     mask = make(g, tables, *kind).of_tile(tile, first, None)
+    biases = biases.of_tile(tile, first, tile.head)
     before, end, count, block = g.own_blocks(first, tile)
     assert 0 <= before < end <= count
     q = tl.full([tiling.ROWS, 16], 0, tl.bfloat16)
     own, other = g.own_side(tile), g.other_side(tile)
     blocks = []
     for i in range(int(end) - int(before)):
-        s = mask.compare(mask.scores(q, Keys(g.BLOCK), i, block, None), block, i == 0)
+        s = mask.compare(mask.scores(q, Keys(g.BLOCK), i, block, biases, None), block, i == 0)
         start, _ = g.block_start(block, tile.origin)
-        visible = torch.from_numpy(s.handle.data) > -(2.0**99)
-        blocks.append((numbers(start), [numbers(x) for x in g.places(other, start)], visible))
+        scores = torch.from_numpy(s.handle.data)
+        blocks.append((numbers(start), [numbers(x) for x in g.places(other, start)], scores))
         block = g.next_block(block, tile.blocks)
     FOUND.append((side(own), side(other), numbers(first), numbers(own.load_at(first)), blocks))
 
@@ -170,19 +175,27 @@ def check_load(at: torch.Tensor, found: Any, first: torch.Tensor, view: descript
 
 
 def check(kind: str, queries: Any, keys: Any, rule: Rule, tiles: Tiles, most: int) -> None:
-    """Every partner of a token is visible in one block, and nothing else is.
+    """Every partner of a token is visible in one block, with its bias, and nothing else is.
 
     Of plain attention, gradients of keys also see queries beyond the last, which are zeros.
     """
     of_keys = kind == "dkdv"
+    has_bias = isinstance(rule, Neighborhood) and max(rule.queries_per_key) == 1
     name = tiling.key(kind, rule, queries, keys, DIM, DIM, 2)
     with tuning.trial(name, list(tiles)):
-        plan = plan_of(queries, keys, rule)
-        arguments: Any = getattr(plan, kind).arguments
+        plan = plan_of(queries, keys, rule, has_bias)
+        launch: Any = getattr(plan, kind)
+        arguments = launch.arguments
     wanted = window_mask(rule, queries, keys)
+    tables, added = None, torch.zeros(wanted.shape)
+    if isinstance(rule, Neighborhood) and has_bias:
+        rpb = torch.randn(2, *(2 * k - 1 for k in rule.kernel_size))
+        tables = torch.full(launch.shape, math.nan)
+        launch.make.run(rpb=rpb, tables=tables)
+        added = relative_bias(rule, queries, keys, rpb)[0] / 0.5
     layouts, views = (queries, keys), (plan.query, plan.key)
     if of_keys:
-        wanted, layouts, views = wanted.T, layouts[::-1], views[::-1]
+        wanted, added, layouts, views = wanted.T, added.T, layouts[::-1], views[::-1]
     is_plain = isinstance(rule, Dense)
     ids = range(arguments["num_tiles"] // arguments["heads"])  # of the first head
     if is_plain:  # heads have tiles in turn
@@ -193,13 +206,14 @@ def check(kind: str, queries: Any, keys: Any, rule: Rule, tiles: Tiles, most: in
         ids if every else random.sample(ids, most), range(arguments["WARPGROUPS"])
     ):
         FOUND.clear()
-        walk_kernel[(1,)](tile, warpgroup, arguments)
+        walk_kernel[(1,)](tile, tables, warpgroup, arguments)
         ((own, other, first, loaded, blocks),) = FOUND
         check_load(loaded, own, first, views[0])
         at = first + own[3] + grid(*arguments["TILE"])
         rows, is_row = tokens_of(own, at, layouts[0], rule.dilation, views[0])
         visible = torch.zeros(len(rows), wanted.shape[1], dtype=torch.int64)
-        for start, places, unmasked in blocks:
+        for start, places, scores in blocks:
+            unmasked = scores > -(2.0**99)
             if (start >= other[0]).any() and "circular" not in rule.boundary:
                 (place,) = places
                 check_load(place, other, start, views[1])
@@ -209,6 +223,9 @@ def check(kind: str, queries: Any, keys: Any, rule: Rule, tiles: Tiles, most: in
             columns, is_column = tokens_of(other, at, layouts[1], rule.dilation, views[1])
             assert (is_plain and of_keys) or not unmasked[is_row][:, ~is_column].any()
             visible.index_add_(1, columns[is_column], unmasked[:, is_column].long())
+            at, pairs = columns[is_column], unmasked[is_row][:, is_column]
+            expected = added[rows[is_row]][:, at]
+            assert torch.equal(scores[is_row][:, is_column][pairs], expected[pairs])
         assert torch.equal(visible[is_row], wanted[rows[is_row]].long())
         seen[rows[is_row]] = True
         walked += len(blocks)

@@ -1,10 +1,10 @@
 """Hopper kernels (sm_90) in Gluon: TMA blocks, wgmma, warp specialisation.
 
-The fastest way for fp16 and bf16 without relative positional bias; what it can not run,
-:meth:`Hopper.limits` says. Compile-time constants: dtype, head dims, which axes are causal or
-strided, truncated or circular or have one token, tile shapes and the kind of mask, the pieces in
-which blocks of rings come, whether there are additional tokens, whether there is dilation, whether
-queries are a part of the layout, and whether they are finer than keys.
+The fastest way for fp16 and bf16; what it can not run, :meth:`Hopper.limits` says. Compile-time
+constants: dtype, head dims, which axes are causal or strided, truncated or circular or have one
+token, tile shapes and the kind of mask, the pieces in which blocks of rings come, whether there are
+additional tokens, whether there is dilation, whether queries are a part of the layout, whether they
+are finer than keys, and the strides of a bias's tables, which follow from windows and tile shapes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ class Hopper(Backend):
     dtypes = (torch.float16, torch.bfloat16)
     head_dims = range(8, 257, 8)
     value_dims = range(8, 257, 8)
-    bias = False
     circular = True
     compiles = True
 
@@ -92,6 +91,12 @@ class Hopper(Backend):
         rule = problem.rule
         if any(r > 1 and d > 1 for r, d in zip(rule.queries_per_key, rule.dilation)):
             return "has no queries that are finer than keys along an axis with dilation"
+        if problem.bias and isinstance(rule, Neighborhood):
+            if max(rule.queries_per_key) > 1:
+                return "has no relative positional bias where queries are finer than keys"
+            # A table has the pairs of a tile and its blocks, too, and a power of two along an axis.
+            if 2 * math.prod([2 * k + 384 for k in rule.kernel_size]) > MOST:
+                return "numbers a head's relative positional biases with 31 bits"
         batch, *space, heads, _ = problem.shape
         # Of groups that differ in length, TMA must load no box that is empty (``descriptors.py``).
         may_differ = max(rule.dilation) > 1 and queries(rule, space) != OWN

@@ -11,6 +11,7 @@ dQ += dS K, or dK += dS^T Q and dV += P^T dO.
 
 from ..triton.launch import kernel
 from ..triton.primitives import LN2
+from .bias import Bias, bias_of
 from .geometry import OWN, WARPS, Geometry, Part, mma_layout, volume
 from .gluon_names import (
     aggregate,
@@ -39,6 +40,7 @@ class Context:
 
     geometry: Geometry
     masks: gl.tuple
+    bias: Bias
     outer: gl.tuple  # tensors of tiles: of queries, or of keys
     inner: gl.tuple  # tensors of blocks: of keys, or of queries
     additional: gl.tuple  # keys and values, like those of blocks
@@ -50,6 +52,7 @@ class Context:
     blocks: TmaPipeline
     buffers: gl.tuple  # for each of the gradients, [1, *tile, D]
     HAS_ADDITIONAL: gl.constexpr
+    HAS_BIAS: gl.constexpr
     OWN_OUT: gl.constexpr  # gradients do not take the place of their tiles
     LATE: gl.constexpr  # dS of a block is added while the next one is made
     SCORES: gl.constexpr  # layout of [M, N]
@@ -67,7 +70,7 @@ class Operands:
 
 
 @gluon.jit
-def _row_lse_delta(tiles, tile_iteration, SCORES: gl.constexpr):
+def row_lse_delta(tiles, tile_iteration, SCORES: gl.constexpr):
     """LSE and delta of queries that are rows, ``[M, 1]`` each."""
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     buffer = tiles.buffers[LSE_DELTA].index(tile_iteration % tiles.STAGES)  # [1, *tile, 4]
@@ -133,7 +136,7 @@ def _fetch_blocks(ctx):
 
 @gluon.jit
 def _step(
-    ctx, tile, block, stage, acc, acc_v, ds, LATE: gl.constexpr, IS_FIRST: gl.constexpr
+    ctx, tile, bias, block, stage, acc, acc_v, ds, LATE: gl.constexpr, IS_FIRST: gl.constexpr
 ):  # fmt: skip
     """Make dS of the block in a stage; if ``LATE``, add ``ds`` of the block before meanwhile.
 
@@ -143,7 +146,7 @@ def _step(
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ctx.ACC, 2)
     blocks = ctx.blocks
     DTYPE: gl.constexpr = tile.gv.dtype
-    s = tile.mask.scores(tile.qk, blocks, stage, block, ctx.SCORES)  # S = Q K^T, [M, N]
+    s = tile.mask.scores(tile.qk, blocks, stage, block, bias, ctx.SCORES)  # S = Q K^T, [M, N]
     gv = blocks.matrix(stage, GV)  # [N, D]
     if LATE:
         qk = blocks.matrix(stage - 1, QK)  # [N, D]
@@ -213,29 +216,35 @@ def _add_additional(ctx, tile, acc, stage):
 
 
 @gluon.jit
-def _walk(ctx, tile, first, operands, stage, acc, acc_v):
+def _walk(ctx, tile, first, operands, bias, stage, acc, acc_v):
     """Sum over a warpgroup's blocks; the tile's first one is in that stage."""
     g, blocks = ctx.geometry, ctx.blocks
     before, end, count, block = g.own_blocks(first, tile)
     for i in range(before):
         blocks.consumer_skip(stage + i)
     if ctx.LATE:
-        acc, acc_v, ds = _step(ctx, operands, block, stage + before, acc, acc_v, 0, False, True)
+        acc, acc_v, ds = _step(
+            ctx, operands, bias, block, stage + before, acc, acc_v, 0, False, True
+        )
         for i in range(before + 1, end):
             if g.OF_KEYS:
                 acc_v = warpgroup_mma_wait(0, deps=[acc_v])
             block = g.next_block(block, tile.blocks)
-            acc, acc_v, ds = _step(ctx, operands, block, stage + i, acc, acc_v, ds, True, False)
+            acc, acc_v, ds = _step(
+                ctx, operands, bias, block, stage + i, acc, acc_v, ds, True, False
+            )
         acc, acc_v = _add(ctx, acc, acc_v, ds, stage + end - 1)
     else:
         if operands.mask.mask.KIND == FIRST:
             at = stage + before
-            acc, acc_v, ds = _step(ctx, operands, block, at, acc, acc_v, 0, False, True)
+            acc, acc_v, ds = _step(ctx, operands, bias, block, at, acc, acc_v, 0, False, True)
             acc, acc_v = _add(ctx, acc, acc_v, ds, at)
             block = g.next_block(block, tile.blocks)
             before += 1
         for i in range(before, end):
-            acc, acc_v, ds = _step(ctx, operands, block, stage + i, acc, acc_v, 0, False, False)
+            acc, acc_v, ds = _step(
+                ctx, operands, bias, block, stage + i, acc, acc_v, 0, False, False
+            )
             acc, acc_v = _add(ctx, acc, acc_v, ds, stage + i)
             block = g.next_block(block, tile.blocks)
     for i in range(end, count):
@@ -252,6 +261,8 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
     DTYPE: gl.constexpr = ctx.grads[0].descriptor.dtype
     tile_iteration = 0
     stage = 0  # of the tile's first block
+    if ctx.HAS_BIAS:
+        gdc_wait()  # until the kernel before, which made the tables, has ended
     for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
         first = g.first_of(tile, WARPGROUP)
@@ -264,14 +275,16 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
         lse_delta = ()
         if not g.OF_KEYS:
             # Rows that are no query have zeros, and gradients that nobody reads.
-            lse_delta = _row_lse_delta(tiles, tile_iteration, ctx.SCORES)
+            lse_delta = row_lse_delta(tiles, tile_iteration, ctx.SCORES)
         operands = Operands(mask, qk, gv, lse_delta)
         if ctx.HAS_ADDITIONAL:
             acc, stage = _add_additional(ctx, operands, acc, stage)
         count = tile.blocks[0] * tile.blocks[1] * tile.blocks[2]
         # Of keys: the query heads that share a key head follow one another.
-        for _ in range(ctx.heads_per_kv if g.OF_KEYS else 1):
-            acc, acc_v = _walk(ctx, tile, first, operands, stage, acc, acc_v)
+        for i in range(ctx.heads_per_kv if g.OF_KEYS else 1):
+            head = tile.head * ctx.heads_per_kv + i if g.OF_KEYS else tile.head
+            bias = ctx.bias.of_tile(tile, first, head)
+            acc, acc_v = _walk(ctx, tile, first, operands, bias, stage, acc, acc_v)
             stage += count
         if ctx.OWN_OUT:
             tiles.consumer_release(tile_iteration)
@@ -318,27 +331,27 @@ def _mask(
 @kernel(
     gluon.jit,
     tensors="query key value grad_out lse_delta additional_keys additional_values "
-    "grad_query grad_key grad_value",
+    "grad_query grad_key grad_value bias_tables",
 )
 def backward_kernel(
     query, key, value, grad_out, lse_delta, additional_keys, additional_values,
-    grad_query, grad_key, grad_value,
+    grad_query, grad_key, grad_value, bias_tables,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     N0, N1, N2, Q0, Q1, Q2, SN0, SN1, SN2, SQ0, SQ1, SQ2, O0, O1, O2, G0, G1, G2,
     T0, T1, T2, num_tiles, F0, F1, F2, g_b, g_0, g_1, g_2, g_h, l_b, l_0, l_1, l_2, l_h,
     d_b, d_0, d_1, additional_b, K0, K1, K2, S0, S1, S2, D0, D1, D2, R0, R1, R2,
-    heads, heads_per_kv, heads_at_once, num_additional, scale_log2,
+    heads, heads_per_kv, heads_at_once, num_additional, scale_log2, bias_size, bias_middle,
     MODES: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, SPLIT_AXIS: gl.constexpr,
     STAGES: gl.constexpr, MASK: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
     REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, WARPGROUPS: gl.constexpr,
     DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr, HEADS_FIRST: gl.constexpr,
-    OF_KEYS: gl.constexpr,
+    BIAS_STRIDES: gl.constexpr, OF_KEYS: gl.constexpr,
 ):  # fmt: skip
     """One pass: dQ from tiles of queries, or with ``OF_KEYS`` dK and dV from tiles of keys.
 
-    All tensors are descriptors. Numbers are as in the forward kernel; the gradients that a pass
-    stores have the steps ``d``, and tiles of keys begin at ``F``.
+    All tensors but ``bias_tables`` are descriptors. Numbers are as in the forward kernel; the
+    gradients that a pass stores have the steps ``d``, and tiles of keys begin at ``F``.
     """
     part = ()
     if QUERIES != OWN:
@@ -386,10 +399,12 @@ def backward_kernel(
         masks += (_mask(g, tables, MASK, ENDS, BY_ROW, STEPS),)
     D: gl.constexpr = grads[0].descriptor.block_type.shape[4]
     ctx = Context(
-        geometry=g, masks=masks, outer=outer, inner=inner, additional=additional, grads=grads,
+        geometry=g, masks=masks,
+        bias=bias_of(g, bias_tables, bias_size, bias_middle, BIAS_STRIDES),
+        outer=outer, inner=inner, additional=additional, grads=grads,
         num_additional=num_additional, heads_per_kv=heads_per_kv, scale_log2=scale_log2,
         tiles=tiles, blocks=blocks, buffers=[_buffers(each, grads, OWN_OUT) for each in tiles],
-        HAS_ADDITIONAL=HAS_ADDITIONAL, OWN_OUT=OWN_OUT,
+        HAS_ADDITIONAL=HAS_ADDITIONAL, HAS_BIAS=len(BIAS_STRIDES) > 0, OWN_OUT=OWN_OUT,
         # Adding late takes registers, which two sums of 128 channels leave none of.
         LATE=not OF_KEYS or D < 128,
         SCORES=mma_layout(volume(BLOCK)), ACC=mma_layout(D),

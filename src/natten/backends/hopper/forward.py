@@ -9,6 +9,7 @@ and values come block by block; a warpgroup hands back unread what its queries d
 
 from ..triton.launch import kernel
 from ..triton.primitives import LN2
+from .bias import Bias, bias_of
 from .geometry import OWN, WARPS, Geometry, Part, mma_layout, volume
 from .gluon_names import (
     aggregate,
@@ -24,6 +25,8 @@ from .gluon_names import (
 from .masks import MASKED, Mask, column_tables, multiply
 from .pipeline import TmaPipeline, TmaTensor, allocate, tma_bases, tma_pipeline
 
+ROUNDING = gl.constexpr(2.0**-22)  # of a product of two numbers, and a little more
+
 
 @aggregate
 class Context:
@@ -31,6 +34,7 @@ class Context:
 
     geometry: Geometry
     mask: Mask
+    bias: Bias
     query: TmaTensor
     key: TmaTensor
     value: TmaTensor
@@ -45,6 +49,7 @@ class Context:
     values: TmaPipeline
     outs: gl.tuple  # buffers of outputs, [1, 1, *tile, DV]
     HAS_ADDITIONAL: gl.constexpr
+    HAS_BIAS: gl.constexpr
     OWN_OUT: gl.constexpr  # outputs do not take the place of their queries
     SCORES: gl.constexpr  # layout of [M, N]
     ACC: gl.constexpr  # layout of [M, DV]
@@ -101,7 +106,12 @@ def _fetch_blocks(ctx):
 def _softmax(ctx, s, row_max, row_sum):
     """Weights of scores ``[M, N]`` as a left operand, new maximum and sum, and what earlier sums
     are rescaled by, all ``[M]``."""
-    new_max = gl.maximum(row_max, gl.max(s, 1) * ctx.scale_log2)  # [M]
+    new_max = gl.max(s, 1) * ctx.scale_log2  # [M]
+    if ctx.HAS_BIAS:
+        # Scores of a large negative bias are far from zero, and so are the rounding errors of their
+        # maximum: above all of its scores, no weight is infinite.
+        new_max += gl.abs(new_max) * ROUNDING
+    new_max = gl.maximum(row_max, new_max)
     p = gl.exp2(s * ctx.scale_log2 - new_max[:, None])  # [M, N]
     rescale = gl.exp2(row_max - new_max)  # [M]
     row_sum = row_sum * rescale + gl.sum(p, 1)  # [M]
@@ -141,12 +151,15 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
     ROWS: gl.constexpr = gl.SliceLayout(1, ctx.SCORES)
     tile_iteration = 0
     stage = 0  # of the tile's first block
+    if ctx.HAS_BIAS:
+        gdc_wait()  # until the kernel before, which made the tables, has ended
     for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
         first = g.first_of(tile, WARPGROUP)
         before, end, count, block = g.own_blocks(first, tile)
         i0, i1, i2 = g.tokens(first, ctx.SCORES)  # [M]
         mask = ctx.mask.of_tile(tile, first, ctx.SCORES)
+        bias = ctx.bias.of_tile(tile, first, tile.head)
 
         acc = gl.zeros([M, DV], gl.float32, ctx.ACC)  # [M, DV]
         row_max = gl.full([M], float("-inf"), gl.float32, ROWS)  # [M]
@@ -168,7 +181,7 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
                 stage += 1
 
         _skip(ctx, stage, 0, before)
-        s = mask.scores(q, keys, stage + before, block, ctx.SCORES)  # [M, N]
+        s = mask.scores(q, keys, stage + before, block, bias, ctx.SCORES)  # [M, N]
         s = warpgroup_mma_wait(0, deps=[s])
         keys.consumer_release(stage + before)
         if ctx.OWN_OUT:  # after the last scores the next tile's queries can come
@@ -180,7 +193,7 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
         # While the softmax of a block is computed, the values of the block before it are added.
         for i in range(before + 1, end):
             block = g.next_block(block, tile.blocks)
-            s = mask.scores(q, keys, stage + i, block, ctx.SCORES)
+            s = mask.scores(q, keys, stage + i, block, bias, ctx.SCORES)
             acc = _add(ctx, acc, p, stage + i - 1)
             s = warpgroup_mma_wait(1, deps=[s])
             keys.consumer_release(stage + i)
@@ -197,7 +210,10 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
         _skip(ctx, stage, end, count)
 
         store_wait(0)  # the tile before has left the buffer
-        out = _scaled(acc, 1.0 / row_sum)  # O = acc / row_sum, [M, DV]
+        inverse = 1.0 / row_sum  # [M]
+        if ctx.HAS_BIAS:  # of -inf, which may leave nothing to attend
+            inverse = gl.where(row_sum > 0, inverse, 0.0)
+        out = _scaled(acc, inverse)  # O = acc / row_sum, [M, DV]
         out_buffer.reshape([M, DV]).store(out.to(ctx.out.descriptor.dtype))
         fence_async_shared()
         side = tile.group.queries
@@ -226,26 +242,30 @@ def _out_buffer(queries, out, OWN_OUT: gl.constexpr):
     return buffer
 
 
-@kernel(gluon.jit, tensors="query key value out additional_keys additional_values lse")
+@kernel(gluon.jit, tensors="query key value out additional_keys additional_values lse bias_tables")
 def forward_kernel(
-    query, key, value, out, additional_keys, additional_values, lse,
+    query, key, value, out, additional_keys, additional_values, lse, bias_tables,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     N0, N1, N2, Q0, Q1, Q2, SN0, SN1, SN2, SQ0, SQ1, SQ2, O0, O1, O2, G0, G1, G2,
     T0, T1, T2, num_tiles, o_b, o_0, o_1, additional_b, K0, K1, K2, S0, S1, S2, D0, D1, D2,
     R0, R1, R2, heads, heads_per_kv, heads_at_once, num_additional, scale_log2,
+    bias_size, bias_middle,
     MODES: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, SPLIT_AXIS: gl.constexpr,
     STAGES: gl.constexpr, MASK: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
     REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, WARPGROUPS: gl.constexpr,
     DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr, HEADS_FIRST: gl.constexpr,
+    BIAS_STRIDES: gl.constexpr,
 ):  # fmt: skip
-    """All tensors but ``lse`` are descriptors. Their steps are :class:`TmaTensor`'s: ``q_b`` from a
-    batch entry to the next, ``q_0`` .. ``q_2`` from a token to the next, ``q_h`` from a head.
+    """All tensors but ``lse`` and ``bias_tables`` are descriptors. Their steps are
+    :class:`TmaTensor`'s: ``q_b`` from a batch entry to the next, ``q_0`` .. ``q_2`` from a token to
+    the next, ``q_h`` from a head.
 
     The other numbers are :class:`Geometry`'s, per axis: positions ``N`` of a dilation group, window
     ``K``, stride ``S``, dilation ``D``, tiles ``T``. What follows is :class:`Part`'s: queries
     ``Q``, from which groups on there is one query (``SQ``) or key (``SN``) less, queries before the
-    part ``O``, the first query's group ``G``, queries per key ``R``.
+    part ``O``, the first query's group ``G``, queries per key ``R``. Of :class:`Bias` are the
+    numbers ``bias_size`` and ``bias_middle``, and the strides, which are () without a bias.
     """
     part = ()
     if QUERIES != OWN:
@@ -281,10 +301,11 @@ def forward_kernel(
     tables = column_tables(g, MASK, ENDS, BY_ROW, STEPS, TABLES)
     ctx = Context(
         geometry=g, mask=Mask(g, tables, (), MASK, ENDS, BY_ROW, STEPS),
+        bias=bias_of(g, bias_tables, bias_size, bias_middle, BIAS_STRIDES),
         query=q, key=k, value=v, out=o, lse=lse, additional=additional,
         num_additional=num_additional, heads_per_kv=heads_per_kv, scale_log2=scale_log2,
         queries=queries, keys=keys, values=values, outs=outs,
-        HAS_ADDITIONAL=HAS_ADDITIONAL, OWN_OUT=OWN_OUT,
+        HAS_ADDITIONAL=HAS_ADDITIONAL, HAS_BIAS=len(BIAS_STRIDES) > 0, OWN_OUT=OWN_OUT,
         SCORES=mma_layout(volume(BLOCK)), ACC=mma_layout(out.block_type.shape[4]),
     )  # fmt: skip
     # Triton has no variable for a list of functions, so the roles are put together in place.

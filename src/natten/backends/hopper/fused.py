@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...inputs import Gradients, Inputs
 from ...neighborhood import Rule
-from ..triton.fused import additional_gradients
+from ..triton.fused import additional_gradients, rpb_gradient
 from ..triton.launch import contiguous, on_device
 from .descriptors import readable
 from .plan import Plan, plan_for
@@ -17,7 +18,6 @@ from .plan import Plan, plan_for
 
 def forward(inputs: Inputs, rule: Rule, scale: float) -> tuple[Tensor, Tensor]:
     """Output ``[batch, *space, heads, value_dim]`` and LSE ``[batch, *space, heads]``."""
-    assert inputs.rpb is None
     query = inputs.query
     *rows, _ = query.shape
     out = query.new_empty(*rows, inputs.value.shape[-1])
@@ -28,11 +28,12 @@ def forward(inputs: Inputs, rule: Rule, scale: float) -> tuple[Tensor, Tensor]:
         return out.zero_(), lse.fill_(float("-inf"))
     query, key, value = [readable(x, rule.dilation) for x in inputs[:3]]
     additional_keys, additional_values = _additional(inputs)
-    found = plan_for(query, key, value, additional_keys, rule, scale)
+    bias = _bias(inputs)
+    found = plan_for(query, key, value, additional_keys, rule, scale, _dtype(inputs.rpb))
     with on_device(query):
         found.forward.run(
             query=query, key=key, value=value, out=out, additional_keys=additional_keys,
-            additional_values=additional_values, lse=lse,
+            additional_values=additional_values, lse=lse, **bias,
         )  # fmt: skip
     return out, lse
 
@@ -46,8 +47,7 @@ def backward(
     rule: Rule,
     scale: float,
 ) -> Gradients:
-    """Gradients of the inputs; there is no bias."""
-    assert inputs.rpb is None
+    """Gradients of the inputs."""
     if inputs.query.numel() == 0 or inputs.key.numel() == 0:
         return Gradients.zeros(inputs)
     grad_query, grad_key, grad_value = [
@@ -58,7 +58,8 @@ def backward(
     grad_out = readable(grad_out.contiguous(), rule.dilation)
     grad_lse = None if grad_lse is None else contiguous(grad_lse)
     additional_keys, additional_values = _additional(inputs)
-    found = plan_for(query, key, value, additional_keys, rule, scale)
+    bias = _bias(inputs)
+    found = plan_for(query, key, value, additional_keys, rule, scale, _dtype(inputs.rpb))
     with on_device(query):
         for axis, first, count in found.unattended:
             for grad in (grad_key, grad_value):
@@ -71,12 +72,12 @@ def backward(
         found.dq.run(
             query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,
             additional_keys=additional_keys, additional_values=additional_values,
-            grad_query=grad_query, grad_key=None, grad_value=None,
+            grad_query=grad_query, grad_key=None, grad_value=None, **bias,
         )  # fmt: skip
         found.dkdv.run(
             query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,
             additional_keys=None, additional_values=None,
-            grad_query=None, grad_key=grad_key, grad_value=grad_value,
+            grad_query=None, grad_key=grad_key, grad_value=grad_value, **bias,
         )  # fmt: skip
         grad_additional: Sequence[Tensor | None]
         if additional_keys is not None and additional_values is not None:
@@ -86,7 +87,21 @@ def backward(
         else:  # not there, or empty
             given = inputs.additional_keys, inputs.additional_values
             grad_additional = [None if x is None else x.new_zeros(x.shape) for x in given]
-    return Gradients(grad_query, grad_key, grad_value, None, *grad_additional)
+        grad_rpb = None
+        if inputs.rpb is not None:
+            named = {"query": query, "key": key, "value": value, "rpb": bias["rpb"]}
+            named |= {"grad_out": grad_out, "lse_delta": lse_delta}
+            grad_rpb = (
+                rpb_gradient(found.portable, **named)
+                if found.bias_gradient is None
+                else found.bias_gradient.run(**named)
+            )
+    return Gradients(grad_query, grad_key, grad_value, grad_rpb, *grad_additional)
+
+
+def _bias(inputs: Inputs) -> dict[str, Any]:
+    """Arguments of kernels that read the bias."""
+    return {"bias_tables": None} if inputs.rpb is None else {"rpb": contiguous(inputs.rpb)}
 
 
 def _additional_gradients(
@@ -101,7 +116,7 @@ def _additional_gradients(
     dkdv.run(
         query=query, key=keys, value=values, grad_out=grad_out, lse_delta=lse_delta,
         additional_keys=None, additional_values=None,
-        grad_query=None, grad_key=grad_keys, grad_value=grad_values,
+        grad_query=None, grad_key=grad_keys, grad_value=grad_values, bias_tables=None,
     )  # fmt: skip
     return grad_keys, grad_values
 
@@ -112,3 +127,7 @@ def _additional(inputs: Inputs) -> tuple[Tensor, Tensor] | tuple[None, None]:
     if keys is None or values is None or keys.shape[1] == 0:
         return None, None
     return readable(keys.contiguous(), (1,)), readable(values.contiguous(), (1,))
+
+
+def _dtype(x: Tensor | None) -> torch.dtype | None:
+    return None if x is None else x.dtype

@@ -32,6 +32,15 @@ def multiply(a, b, LAYOUT: gl.constexpr):
     return warpgroup_mma(a, b.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
+@gluon.jit
+def _multiply(a, b, bias, LAYOUT: gl.constexpr):
+    """As :func:`multiply`, from a bias on if there is one."""
+    if len(bias) > 0:
+        return warpgroup_mma(a, b.permute((1, 0)), bias[0], is_async=True)
+    else:
+        return multiply(a, b, LAYOUT)
+
+
 @aggregate
 class Mask:
     """How a warpgroup masks scores, the same for all tiles.
@@ -98,17 +107,19 @@ class TileMask:
     windows: gl.tuple  # of compares: starts of the rows' windows per axis, then ends, [M] each
 
     @gluon.jit
-    def scores(self, q, keys, stage, block, SCORES: gl.constexpr):
-        """Start ``S = Q K^T`` of a block, once it is there, masked by a ``PRODUCT``."""
+    def scores(self, q, keys, stage, block, bias, SCORES: gl.constexpr):
+        """Start ``S = Q K^T`` of a block, once it is there, with its bias, masked by a
+        ``PRODUCT``."""
+        start = bias.of_block(block, SCORES)  # [M, N], if there is a bias
         if self.mask.KIND == PRODUCT:
             rows, columns = self._factors(block)  # [M, C], [N, C]
             keys.consumer_wait(stage)
             k = keys.matrix(stage)  # [N, D]
-            s = multiply(rows, columns, SCORES)
+            s = _multiply(rows, columns, start, SCORES)
             s = warpgroup_mma(q, k.permute((1, 0)), s, is_async=True)
         else:
             keys.consumer_wait(stage)
-            s = multiply(q, keys.matrix(stage), SCORES)
+            s = _multiply(q, keys.matrix(stage), start, SCORES)
         return s
 
     @gluon.jit

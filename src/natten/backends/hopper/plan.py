@@ -20,8 +20,11 @@ from ..triton import plan as portable
 from ..triton.launch import Launch, Trials, per_axis
 from ..triton.primitives import LOG2E
 from ..triton.windows import modes
+from . import bias_plan
 from . import tiles as tiling
 from .backward import backward_kernel
+from .bias_gradient import bias_gradient_kernel
+from .bias_plan import Biased, BiasGradient
 from .cuts import tile_sizes, tiled
 from .descriptors import Describe, View, contiguous_strides, contiguous_view, describe, view
 from .forward import forward_kernel
@@ -40,9 +43,10 @@ class Plan:
         shapes: Sequence[Shape],
         strides: Sequence[Shape],
         num_additional: int,
+        bias_dtype: torch.dtype | None = None,
     ) -> None:
         self.scale, self.device, self.dtype = scale, device, dtype
-        self.num_additional = num_additional
+        self.num_additional, self.bias_dtype = num_additional, bias_dtype
         self.batch, *_, self.heads, self.dim = shapes[0]
         self.kv_heads, self.value_dim = shapes[2][-2:]
         self._lay(rule, shapes, strides)
@@ -72,15 +76,15 @@ class Plan:
         return contiguous_view((self.batch, *space, heads, channels), self.rule.dilation)
 
     @cached_property
-    def forward(self) -> Launch | Trials:
+    def forward(self) -> Launch | Biased | Trials:
         return self._tiled("forward")
 
     @cached_property
-    def dq(self) -> Launch | Trials:
+    def dq(self) -> Launch | Biased | Trials:
         return self._tiled("dq")
 
     @cached_property
-    def dkdv(self) -> Launch | Trials:
+    def dkdv(self) -> Launch | Biased | Trials:
         return self._tiled("dkdv")
 
     @cached_property
@@ -103,7 +107,9 @@ class Plan:
         programs, resident = heads * -(-self.num_additional // size), tiles.resident_programs
         ours = -(-programs // (processors * resident)) * resident * size
         theirs = heads * -(-self.num_additional // 16) * 16 / processors
-        return plan.dkdv if ours < _PORTABLE_TIME * theirs else None
+        dkdv = plan.dkdv
+        assert not isinstance(dkdv, Biased)
+        return dkdv if ours < _PORTABLE_TIME * theirs else None
 
     @property
     def _rows(self) -> int:
@@ -132,7 +138,7 @@ class Plan:
             None, self.num_additional or None, None, (), False,
         )  # fmt: skip
 
-    def _tiled(self, kind: str) -> Launch | Trials:
+    def _tiled(self, kind: str) -> Launch | Biased | Trials:
         """A kernel with its tiles, or those among which the first call chooses."""
         problem = self._problem(kind)
         count = tuning.wanted(backward=kind != "forward")
@@ -146,7 +152,7 @@ class Plan:
         sizes = self.space, self.key_space, self.dim, self.value_dim, self.dtype.itemsize
         return (kind, self.rule, *sizes)
 
-    def _launch(self, kind: str, tiles: Tiles) -> Launch:
+    def _launch(self, kind: str, tiles: Tiles) -> Launch | Biased:
         rule, of_keys = self.rule, kind == "dkdv"
         work = tiling.work(kind, self.dim, self.value_dim)
         mask = tiling.mask(kind, rule, self.space, self.key_space, tiles, work)
@@ -162,11 +168,14 @@ class Plan:
         num_additional = 0 if of_keys else self.num_additional
         kernel = forward_kernel if kind == "forward" else backward_kernel
         first = *self.location, *of_tiles, *self._of_stored(kind)
+        kernel_size, stride = (
+            ((), ()) if isinstance(rule, Dense) else (rule.kernel_size, rule.stride)
+        )
         numbers = {
             **dict(zip(kernel.arg_names[len(kernel.tensors) :], first)),
             "additional_b": self.num_additional * self.kv_heads,
-            **per_axis("K", () if isinstance(rule, Dense) else rule.kernel_size),
-            **per_axis("S", () if isinstance(rule, Dense) else rule.stride),
+            **per_axis("K", kernel_size),
+            **per_axis("S", stride),
             **per_axis("D", rule.dilation),
             **per_axis("R", rule.queries_per_key),
             "heads": heads,
@@ -174,6 +183,8 @@ class Plan:
             "heads_at_once": heads_at_once,
             "num_additional": num_additional,
             "scale_log2": _exact_thrice(self.scale * LOG2E.value),
+            "bias_size": 0,
+            "bias_middle": 0,
         }
         constants = {
             "MODES": self.modes,
@@ -195,14 +206,20 @@ class Plan:
             "QUERIES": self.queries,
             "PIECE": piece,
             "HEADS_FIRST": isinstance(rule, Dense) or heads_at_once > 1,
+            "BIAS_STRIDES": (),
         }
+        table = None
+        if self.bias_dtype is not None:
+            table = self._table(kernel_size, tiles, of_keys, piece)
+            numbers |= {"bias_size": table.size, "bias_middle": table.middle}
+            constants["BIAS_STRIDES"] = table.strides
         if kind != "forward":
             constants["OF_KEYS"] = of_keys
         kept = compiled(
             kind, self.device, self.dtype, tiling.native(self.dim), tiling.native(self.value_dim),
             registers, *constants.values(),
         )  # fmt: skip
-        return Launch(
+        launch = Launch(
             kernel, (programs,), numbers | constants,
             {
                 **self._of_queries(kind, boxes), **self._of_keys(kind, boxes),
@@ -210,6 +227,70 @@ class Plan:
             },
             kept, num_warps=tiling.WARPS, maxnreg=registers, launch_pdl=_can_overlap(),
         )  # fmt: skip
+        if table is None:
+            return launch
+        return Biased(launch, table, kernel_size, self.heads, self.scale, is_reversed=of_keys)
+
+    def _table(
+        self, kernel_size: Shape, tiles: Tiles, of_keys: bool, piece: Shape
+    ) -> bias_plan.Table:
+        """The table of the bias for a kernel's tiles."""
+        _, block = tiling.tile_and_block(tiles, of_keys)
+        # On a ring blocks may begin up to a piece earlier.
+        boundary = padded(self.rule.boundary, "shift")
+        earlier = [n if each == "circular" else 1 for n, each in zip(piece, boundary)]
+        return bias_plan.table(kernel_size, tile_sizes(tiles, of_keys), block, earlier)
+
+    @cached_property
+    def bias_gradient(self) -> BiasGradient | None:
+        """The gradient of the bias; None if it is left to the portable backend."""
+        rule, heads = self.rule, self.heads
+        is_own = self.queries == tiling.OWN and "circular" not in rule.boundary
+        if isinstance(rule, Dense) or not is_own:
+            return None
+        cut = bias_plan.cut(rule, self.space)
+        sets = self.batch * math.prod(rule.dilation)
+        programs = bias_plan.programs_of(self.dim, self.value_dim)
+        splits = bias_plan.splits_of(cut, sets, heads, programs * _processors(self.device))
+        if splits == 0:
+            return None
+        stages = bias_plan.stages_of(self.dim, self.value_dim)
+        tiles = Tiles(cut.tile, cut.block, tiling.WARPS, stages)
+        # Blocks are on a grid that begins anywhere before the first partner.
+        table = bias_plan.table(rule.kernel_size, cut.tile, cut.block, earlier=cut.block)
+        kernel = bias_gradient_kernel
+        first = *self.steps_and_lengths[:18], *self._of_stored("dq")[:10]
+        numbers = {
+            **dict(zip(kernel.arg_names[len(kernel.tensors) :], first)),
+            **per_axis("K", rule.kernel_size),
+            **per_axis("S", rule.stride),
+            **per_axis("D", rule.dilation),
+            **per_axis("A", cut.apart),
+            "B1": cut.blocks[1],
+            "B2": cut.blocks[2],
+            "batches": self.batch,
+            "heads_per_kv": heads // self.kv_heads,
+            "scale_log2": _exact_thrice(self.scale * LOG2E.value),
+            "bias_size": table.size,
+            "bias_middle": table.middle,
+        }
+        constants = {
+            "MODES": self.modes,
+            "TILE": cut.tile,
+            "BLOCK": cut.block,
+            "STAGES": stages,
+            "FETCH_REGISTERS": 24,
+            "BIAS_STRIDES": table.strides,
+        }
+        descriptors = self._of_queries("dq", tiles) | self._of_keys("dq", tiles)
+        del descriptors["grad_query"]
+        launch = Launch(
+            kernel, (math.prod(cut.blocks), splits, heads), numbers | constants, descriptors,
+            num_warps=tiling.WARPS, maxnreg=65536 // programs // 256 // 8 * 8,
+            launch_pdl=_can_overlap(),
+        )  # fmt: skip
+        biased = Biased(launch, table, rule.kernel_size, heads, self.scale)
+        return BiasGradient(cut, splits, biased, rule.kernel_size, heads)
 
     @cached_property
     def _key_spans(self) -> list[tuple[int, int]]:
@@ -368,7 +449,7 @@ class Part(Plan):
         else:
             self._lay(rule, *where[1:])
 
-    def _tiled(self, kind: str) -> Launch:
+    def _tiled(self, kind: str) -> Launch | Biased:
         plan, launch = self.plan, getattr(self.plan, kind)
         grid, numbers, descriptors = launch.grid, self.location, {}
         if kind == "dkdv" or self.space != plan.space:
@@ -465,6 +546,7 @@ def plan_for(
     additional_keys: Tensor | None,
     rule: Rule,
     scale: float,
+    bias_dtype: torch.dtype | None = None,
 ) -> Plan:
     """The plan of a call; tensors are readable by TMA."""
     shapes = query.shape, key.shape, value.shape
@@ -472,11 +554,11 @@ def plan_for(
     others = scale, query.device, query.dtype
     num_additional = 0 if additional_keys is None else additional_keys.shape[1]
     if isinstance(rule, Dense) or not portable.has_shared_kernels(rule):
-        return _plan(rule, *others, shapes, strides, num_additional)
+        return _plan(rule, *others, shapes, strides, num_additional, bias_dtype)
     batch, *_, heads, dim = query.shape
     made = portable.common(
         "hopper", *portable.windows_of(rule), *others, batch, heads, dim, key.shape[-2],
-        value.shape[-1], num_additional,
+        value.shape[-1], num_additional, bias_dtype,
     )  # fmt: skip
     where = rule.query_offset, shapes, strides
     part: Part | None = made["parts"].get(where)
@@ -487,7 +569,7 @@ def plan_for(
         else:  # nothing that kernels are compiled for depends on more than these sizes
             sizes = tiling.model_sizes(rule, query.shape[1:-2], key.shape[1:-2])
             if sizes not in made:
-                made[sizes] = Plan(rule, *others, shapes, strides, num_additional)
+                made[sizes] = Plan(rule, *others, shapes, strides, num_additional, bias_dtype)
             plan = made[sizes]
         part = made["last"] = Part(plan, rule, where, last)
         made["parts"].keep(where, part)

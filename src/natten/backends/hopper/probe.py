@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ... import tuning
 from ...inputs import Gradients, Inputs
-from ...neighborhood import Dense, Neighborhood, Rule, window_mask
+from ...neighborhood import Dense, Neighborhood, Rule, outer, window_mask
 from ..interface import Backend
 
 _RIGHT = "right"
@@ -105,29 +105,49 @@ def compare(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
         query, key, value = (
             torch.randn(1, *space, heads, 64, device=device, dtype=dtype) for heads in (2, 1, 1)
         )
-        inputs = Inputs(query, key, value)
+        inputs = Inputs(query, key, value, _bias(rule, device, dtype))
         grads = torch.randn_like(query), torch.randn(query.shape[:-1], device=device)
         wanted = _dense(inputs, rule, grads)
         for _ in range(3):  # the first launches compile and compare
             out, lse = backend.forward(inputs, rule, 0.125)
             found = backend.backward(*grads, inputs, out, lse, rule, 0.125)
-            _check((out, lse, *found[:3]), wanted, f"{space}, {rule}")
+            _check((out, lse, *found[: len(wanted) - 2]), wanted, f"{space}, {rule}")
 
 
 def _dense(inputs: Inputs, rule: Rule, grads: tuple[Tensor, Tensor]) -> list[Tensor]:
     """Output, LSE and gradients in float64, over all pairs of tokens."""
-    leaves = [x.double().requires_grad_() for x in inputs[:3]]
+    leaves = [x.double().requires_grad_() for x in inputs[:4] if x is not None]
     space, heads = inputs.query.shape[1:-2], inputs.query.shape[-2]
     # [batch, heads, tokens, channels]
     query, key, value = (
-        x.flatten(1, -3).transpose(1, 2).repeat_interleave(heads // x.shape[-2], 1) for x in leaves
+        x.flatten(1, -3).transpose(1, 2).repeat_interleave(heads // x.shape[-2], 1)
+        for x in leaves[:3]
     )
     scores = 0.125 * query @ key.transpose(-1, -2)
+    if isinstance(rule, Neighborhood) and inputs.rpb is not None:
+        scores = scores + leaves[3].flatten(1)[:, _bias_index(rule, space, query.device)]
     scores = scores.masked_fill(~window_mask(rule, space, space, query.device), -torch.inf)
     out = (scores.softmax(-1) @ value).transpose(1, 2).unflatten(1, space)
     lse = scores.logsumexp(-1).transpose(1, 2).unflatten(1, space)
     found = torch.autograd.grad((out, lse), leaves, [x.double() for x in grads])
     return [out.detach(), lse.detach(), *found]
+
+
+def _bias(rule: Rule, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    """A random bias of two heads for a rule that is neither causal nor circular."""
+    if isinstance(rule, Dense) or any(rule.is_causal) or set(rule.boundary) != {"shift"}:
+        return None
+    return torch.randn(2, *(2 * k - 1 for k in rule.kernel_size), device=device, dtype=dtype)
+
+
+def _bias_index(rule: Neighborhood, space: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where the bias of each pair is, which attend each other, ``[queries, keys]``."""
+    index = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    for n, k, d in zip(space, rule.kernel_size, rule.dilation):
+        position = torch.arange(n, device=device) // d
+        offset = (position - position[:, None] + k - 1).clamp(0, 2 * k - 2)
+        index = outer(index * (2 * k - 1), offset, torch.add)
+    return index
 
 
 def _check(found: tuple[Tensor | None, ...], wanted: list[Tensor], problem: str) -> None:

@@ -536,7 +536,7 @@ def _tiles_and_blocks(
     q_lengths: Sequence[int], work: Work, kv_lengths: Sequence[int] | None
 ) -> tuple[list[Shape], list[Shape]]:
     """Shapes of tiles and of blocks; arguments as of :func:`cuttings`."""
-    shapes = _shapes if kv_lengths is None else _shapes_of_part
+    shapes = tile_shapes if kv_lengths is None else _shapes_of_part
     of_tile, of_block = tuple(q_lengths), tuple(kv_lengths or q_lengths)
     if work.of_keys:
         of_tile, of_block = of_block, of_tile
@@ -580,7 +580,7 @@ def _programs(rank: int) -> list[_Program]:
 
 
 @lru_cache(maxsize=1024)
-def _shapes(volume: int, lengths: Shape) -> list[Shape]:
+def tile_shapes(volume: int, lengths: Shape) -> list[Shape]:
     """Three-axis powers of two of a volume, none twice its axis; if there is none, a row."""
     powers = [1 << i for i in range(volume.bit_length())]
     sizes = [[p for p in powers if p == 1 or p < 2 * n] for n in padded(lengths, 1)]
@@ -590,10 +590,10 @@ def _shapes(volume: int, lengths: Shape) -> list[Shape]:
 
 
 def _shapes_of_part(volume: int, lengths: Shape) -> list[Shape]:
-    """As :func:`_shapes`; if there is none, all axes may be exceeded, as little as need be."""
+    """As :func:`tile_shapes`; if there is none, all axes may be exceeded, as little as need be."""
     while math.prod(1 << (2 * n - 1).bit_length() - 1 for n in lengths) < volume:
         lengths = tuple(2 * n for n in lengths)
-    return _shapes(volume, lengths)
+    return tile_shapes(volume, lengths)
 
 
 def computed_pairs(kind: str, rule: Rule, shape: Shape, key_shape: Shape, tiles: Tiles) -> int:

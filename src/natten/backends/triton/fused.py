@@ -93,7 +93,7 @@ def backward(
                 found, query, additional_keys, additional_values, grad_out, lse_delta, masks[1]
             )
         if rpb is not None:
-            grad_rpb = _rpb_gradient(found, query, key, value, rpb, grad_out, lse_delta, masks[0])
+            grad_rpb = rpb_gradient(found, query, key, value, rpb, grad_out, lse_delta, masks[0])
     return Gradients(grad_query, grad_key, grad_value, grad_rpb, *grad_additional)
 
 
@@ -123,10 +123,11 @@ def additional_gradients(
     return keys, values
 
 
-def _rpb_gradient(
+def rpb_gradient(
     found: Plan | Part, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor, grad_out: Tensor,
-    lse_delta: Tensor, key_mask: Tensor | None,
+    lse_delta: Tensor, key_mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    """Gradient of the bias: sums over splits of the queries, pair by pair, and these summed."""
     shape, launches = found.rpb
     sums, grad = query.new_empty(shape, dtype=torch.float32), torch.empty_like(rpb)
     for launch, add_up in launches:

@@ -34,7 +34,7 @@ from .launch import Launch, Split, Trials, per_axis, strides_of
 from .windows import modes, per_key
 
 # Of the bias's gradient, between its two kernels: 256 MiB, or one head's.
-_MOST_SUMS = 2**26
+MOST_SUMS = 2**26
 
 # Of packed documents: how many, and the longest of each axis, queries and keys.
 _Sizes = tuple[int, tuple[int, ...], tuple[int, ...]]
@@ -292,7 +292,7 @@ class Plan:
             blocks.append(math.ceil((rows + k - 1 - apart[-1]) / columns))
         num_blocks = math.prod(blocks)
         pairs = math.prod(tiles.q_block), math.prod(tiles.kv_block)
-        heads = max(1, min(self.heads, _MOST_SUMS // (num_blocks * math.prod(pairs))))
+        heads = max(1, min(self.heads, MOST_SUMS // (num_blocks * math.prod(pairs))))
         splits = self.splits_of_rpb(tiles.q_block, self.space, num_blocks * heads)
         offsets = math.prod(2 * k - 1 for k in kernel_size)
         of_blocks = {

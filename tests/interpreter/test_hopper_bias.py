@@ -1,0 +1,166 @@
+"""The Hopper kernel of the bias's gradient, beside the reference: its own code, on tensors that are
+fetched by a stand-in for TMA."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", "3.6")  # the first with Gluon for Hopper
+
+import gluon
+import torch
+import triton
+import triton.language as tl
+from helpers import reference
+from hopper_problems import name_of, rule_of
+from triton.runtime.interpreter import TensorHandle
+
+from natten.backends.hopper import bias_gradient, bias_plan
+from natten.backends.hopper import plan as planning
+from natten.inputs import Inputs
+from natten.tiling import padded
+
+DIM, SCALE = 8, 0.5
+# shape, window, stride, dilation, causal
+SMALL = [
+    ((19,), 7, 1, 1, False),
+    ((12,), 5, 2, 3, True),
+    ((9, 11), (5, 7), 1, 1, False),
+    ((4, 6), (2, 3), (1, 2), (2, 1), (False, True)),
+    ((3, 4, 5), (2, 3, 3), 1, 1, (True, False, False)),
+]
+
+
+class Tensor:
+    """What TMA finds: a tensor ``[batch, *space, heads, channels]``, and its bases."""
+
+    def __init__(self, x: torch.Tensor, dilation: Any) -> None:
+        batch, *space, heads, channels = x.shape
+        self.x, self.dilation = x.reshape(batch, *padded(space, 1), heads, channels), dilation
+
+    def tma_base(self, *base: Any) -> Any:
+        return base
+
+    def box(self, base: Any, place: Any, shape: Any) -> torch.Tensor:
+        """``[tokens, channels]`` of a box, zeros beyond the layout."""
+        batch, group, head = base
+        found, real = self.x[int(batch), ..., int(head), :], torch.tensor(True)
+        for axis in range(3):
+            token = (int(place[axis]) + torch.arange(shape[axis])) * self.dilation[axis]
+            token += int(group[axis])
+            own = (token >= 0) & (token < self.x.shape[axis + 1])
+            found = found.index_select(axis, token.clamp(0, self.x.shape[axis + 1] - 1))
+            real = real[..., None] & own
+        return (found * real[..., None]).flatten(0, 2)
+
+
+class Pipeline:
+    """Boxes of tensors by stage."""
+
+    def __init__(self, shape: Any) -> None:
+        self.shape, self.stages = shape, {}
+
+    def produce(self, stage: Any, tensors: Any, bases: Any, places: Any) -> None:
+        (place,) = places
+        self.stages[int(stage)] = [
+            x.box(base, place, self.shape) for x, base in zip(tensors, bases)
+        ]
+
+    def consumer_wait(self, stage: Any) -> None:
+        assert int(stage) in self.stages
+
+    def consumer_release(self, stage: Any) -> None:
+        pass
+
+    def matrix(self, stage: Any, which: int = 0) -> Any:
+        return block(self.stages[int(stage)][which])
+
+
+def block(x: torch.Tensor) -> Any:
+    """A tensor as kernels have it."""
+    return tl.tensor(TensorHandle(x.numpy(), tl.float32), tl.block_type(tl.float32, list(x.shape)))
+
+
+def lse_delta_of(tiles: Any, stage: Any, layout: Any) -> Any:
+    lse, delta, *_ = tiles.stages[int(stage)][2].split(1, 1)
+    return block(lse.contiguous()), block(delta.contiguous())
+
+
+@triton.jit
+def gradient_kernel(sums, bias_tables, TENSORS: tl.constexpr, ARGUMENTS: tl.constexpr):
+    """A program of the kernel, whose warps run one after another."""
+    constants = ("MODES", "TILE", "BLOCK", "STAGES", "FETCH_REGISTERS", "BIAS_STRIDES")
+    numbers = {
+        name: tl.full([], x, tl.float32 if isinstance(x, float) else tl.int32)
+        for name, x in ARGUMENTS.items()
+        if name not in constants
+    }
+    bias_gradient.bias_gradient_kernel.fn(
+        **TENSORS, sums=sums, bias_tables=bias_tables, **{**ARGUMENTS, **numbers}
+    )
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the kernel's own module calls, in terms of PyTorch."""
+
+    def one_after_another(roles: Any, *_: Any) -> None:
+        for role, arguments in roles[::-1]:
+            role(*arguments)
+
+    def replace(dilation: Any, tile: Any, other: Any) -> None:
+        monkeypatch.setattr(bias_gradient, "TmaTensor", lambda x, steps: Tensor(x, dilation))
+        monkeypatch.setattr(
+            bias_gradient,
+            "tma_pipeline",
+            lambda tensors, *_: Pipeline(tile if len(tensors) == 3 else other),
+        )
+
+    monkeypatch.setattr(bias_gradient, "row_lse_delta", lse_delta_of)
+    monkeypatch.setattr(bias_gradient, "gdc_wait", lambda: None)
+    monkeypatch.setattr(bias_gradient, "warpgroup_mma_wait", lambda number, deps: deps[0])
+    monkeypatch.setattr(gluon.Language, "warp_specialize", staticmethod(one_after_another), False)
+    return replace
+
+
+@pytest.mark.parametrize("problem", SMALL, ids=name_of)
+def test_gradient_of_the_bias(problem: Any, stand_ins: Any) -> None:
+    shape, *parameters = problem
+    rule, heads = rule_of(shape, *parameters), 2
+    torch.manual_seed(0)
+    q, grad_out = (torch.randn(2, *shape, heads, DIM) for _ in range(2))
+    k, v = (torch.randn(2, *shape, 1, DIM) for _ in range(2))
+    rpb = torch.randn(heads, *(2 * n - 1 for n in rule.kernel_size))
+    inputs = Inputs(q, k, v, rpb)
+    exact = Inputs(*(None if x is None else x.double() for x in inputs))
+    out, lse = reference.forward(exact, rule, SCALE)
+    expected = reference.backward(grad_out.double(), None, exact, out, lse, rule, SCALE).rpb
+    delta = (out * grad_out).sum(-1)
+    lse_delta = torch.stack([lse / math.log(2), delta, delta * 0, delta * 0], -1).float()
+
+    half = torch.bfloat16
+    with_plan = planning.plan_for(q.to(half), k.to(half), v.to(half), None, rule, SCALE, rpb.dtype)
+    gradient = with_plan.bias_gradient
+    assert gradient is not None
+    biased, shape_of_sums = gradient.launch, gradient.shape
+    arguments = biased.arguments
+    stand_ins(padded(rule.dilation, 1), arguments["TILE"], arguments["BLOCK"])
+    tables = torch.full(biased.shape, math.nan)
+    biased.make.run(rpb=rpb, tables=tables)
+    sums = torch.full(shape_of_sums, math.nan)
+    tensors = {"query": q, "key": k, "value": v, "grad_out": grad_out, "lse_delta": lse_delta}
+    gradient_kernel[biased.grid](sums, tables, tensors, arguments)
+    found = torch.full((shape_of_sums[0], *rpb.shape), math.nan)
+    gradient.add_up.run(sums=sums, grad_rpb=found)
+    assert expected is not None
+    torch.testing.assert_close(found.double().sum(0), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sums_that_take_too_much_memory_are_left_to_the_portable_kernels() -> None:
+    cut = bias_plan.cut(rule_of((64, 64), 41, 1, 1, False), (64, 64))
+    blocks = math.prod(cut.blocks)
+    assert bias_plan.splits_of(cut, 1, 2, 396) >= 1
+    assert bias_plan.splits_of(cut, 1, 2**14 // blocks + 1, 396) == 0
