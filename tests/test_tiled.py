@@ -279,3 +279,16 @@ def test_the_cheapest_tiling_is_found(seed):
     every = itertools.product(*([tiling.axis_cost(runs) for runs in axis] for axis in options))
     assert found == min(map(cost, every))
     assert found == cost([tiling.axis_cost(runs) for runs in tiling_found])
+
+
+def test_layouts_share_masks():
+    """Tiles look alike in layouts of many sizes, which then have one mask."""
+    rule = Neighborhood.create(2, 7)
+    looks = []
+    for shape in ((40, 44), (56, 48)):
+        x = torch.empty(1, *shape, 2, 32)
+        looks.append({grid.looks for grid in grids.grids_for(rule, x, x, 32) if not grid.full})
+    shared = looks[0] & looks[1]
+    assert len(shared) > len(looks[0]) / 2
+    for each in shared:
+        assert grids._kept_mask(each) is grids._kept_mask(each)

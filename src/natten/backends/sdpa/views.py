@@ -14,16 +14,16 @@ from ..._torch import cpu_attention, cpu_attention_backward
 from ...caches import kept
 from ...inputs import Inputs
 from ...tuning import Bounded
-from ..tiled.grids import Chunk, TileGrid, add_kv_blocks, geometry
+from ..tiled.grids import Chunk, Looks, TileGrid, add_kv_blocks, geometry, make_mask
 
 COPIED = 1 << 21  # the most numbers that are copied before a call; 8 MB in float32
 VIEWS = 16  # how many are kept for a grid of tiles; about 1 KB each
 
 
 @kept(lambda mask: mask.nbytes)
-def _mask(grid: TileGrid, dtype: torch.dtype, num_additional: int) -> Tensor:
-    """The mask of a grid's tiles; the additional keys come last, and all queries attend them."""
-    return F.pad(grid.make_mask().to(dtype), (0, num_additional))
+def _mask(looks: Looks, dtype: torch.dtype, num_additional: int) -> Tensor:
+    """The mask of tiles; the additional keys come last, and all queries attend them."""
+    return F.pad(make_mask(looks).to(dtype), (0, num_additional))
 
 
 class Sizes(NamedTuple):
@@ -141,7 +141,7 @@ class TileViews:
     @property
     def mask(self) -> Tensor | None:
         """The mask that is added to the scores; the store of masks is bounded and may drop it."""
-        return _mask(self.grid, self.dtype, self.num_additional) if self.masked else None
+        return _mask(self.grid.looks, self.dtype, self.num_additional) if self.masked else None
 
     def inputs(self, inputs: Inputs, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of a chunk, with the same numbers of heads and channels."""

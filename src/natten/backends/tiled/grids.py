@@ -121,28 +121,37 @@ class TileGrid:
             )
         )
 
+    @cached_property
+    def looks(self) -> Looks:
+        """What decides the mask; tiles of many layouts look alike."""
+        return tuple((run.starts, run.ends, run.key_size) for run in self.runs)
+
     def mask(self) -> Tensor | None:
         """The mask that is added to scores, float32 ``[queries, keys]``; None for full blocks."""
         if self.full:
             return None
         if math.prod(self.query_sizes) * math.prod(self.key_sizes) <= CACHED_MASK:
-            return _kept_mask(self)
-        return self.make_mask()
-
-    def make_mask(self) -> Tensor:
-        """The mask of a tile, 0 where a query attends a key and -inf elsewhere."""
-        mask = torch.zeros(1, 1, device="cpu")
-        for run in self.runs:
-            position = torch.arange(run.key_size, device="cpu")
-            outside = (position < run.lower[:, None]) | (position >= run.upper[:, None])
-            own = torch.zeros(outside.shape, device="cpu").masked_fill_(outside, -math.inf)
-            mask = outer(mask, own, torch.add)
-        return mask
+            return _kept_mask(self.looks)
+        return make_mask(self.looks)
 
 
-@kept(lambda mask: mask.nbytes)
-def _kept_mask(grid: TileGrid) -> Tensor:
-    return grid.make_mask()
+# Of each axis, where each query's window starts and ends inside the block of keys, and its length.
+Looks = tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]
+
+
+def make_mask(looks: Looks) -> Tensor:
+    """The mask of a tile, 0 where a query attends a key and -inf elsewhere."""
+    mask = torch.zeros(1, 1, device="cpu")
+    for starts, ends, key_size in looks:
+        position = torch.arange(key_size, device="cpu")
+        lower, upper = torch.tensor([starts, ends], device="cpu")[..., None]
+        outside = (position < lower) | (position >= upper)
+        own = torch.zeros(outside.shape, device="cpu").masked_fill_(outside, -math.inf)
+        mask = outer(mask, own, torch.add)
+    return mask
+
+
+_kept_mask = kept(lambda mask: mask.nbytes)(make_mask)
 
 
 def geometry(
