@@ -140,7 +140,8 @@ def _consists_of(x: Tensor, word: torch.dtype) -> bool:
         return False
     count, rest = divmod(word.itemsize, x.dtype.itemsize)
     sizes = x.storage_offset(), x.shape[-1], *x.stride()[:-1]
-    return count > 1 and rest == 0 and all(n % count == 0 for n in sizes)
+    fits = count > 1 and rest == 0 and all(n % count == 0 for n in sizes)
+    return fits and x.data_ptr() % word.itemsize == 0  # as GPUs load words
 
 
 class _Packed(torch.autograd.Function):
