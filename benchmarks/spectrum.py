@@ -303,8 +303,9 @@ def shares(records: Sequence[Record]) -> dict[str, dict[str, float]]:
             found[FORWARD][each.case] = float(each.median_us)
         else:
             both[each.case] = float(each.median_us)
-    for name in found[FORWARD].keys() & both.keys():
-        found["backward"][name] = both[name] - found[FORWARD][name]
+    for name, taken in both.items():
+        if name in found[FORWARD]:
+            found["backward"][name] = taken - found[FORWARD][name]
     return {
         pass_: {name: floor_us(known(name), pass_) / time for name, time in times.items()}
         for pass_, times in found.items()
