@@ -20,7 +20,15 @@ GPU = torch.device("cuda", 0)
 def nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(compiling, "_known", {})
+    in_threads(monkeypatch, True)
     yield
+    compiling._pool.cache_clear()
+
+
+def in_threads(monkeypatch: pytest.MonkeyPatch, can_be: bool) -> None:
+    """Whether this Python can parse in several threads; these tests parse nothing."""
+    monkeypatch.setattr(compiling, "CAN_PARSE_IN_THREADS", can_be)
+    compiling._pool.cache_clear()
 
 
 def test_a_kernel_is_compiled_once() -> None:
@@ -71,6 +79,25 @@ def test_failures_are_raised_and_forgotten() -> None:
         with pytest.raises(RuntimeError, match="no registers"):
             future.result()
     await_kernel("a")  # the launch compiles it, and raises
+
+
+def test_where_python_can_not_parse_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_threads(monkeypatch, False)
+    threads: list[threading.Thread] = []
+
+    def fail() -> None:
+        raise RuntimeError("no registers")
+
+    jobs = [Job(name, lambda: threads.append(threading.current_thread())) for name in "ab"]
+    first, second, third = start(GPU, [*jobs, Job("c", fail)])
+    assert threads == 2 * [threading.current_thread()]
+    assert first.result() is None and second.result() is None
+    with pytest.raises(RuntimeError, match="no registers"):
+        third.result()
+    assert start(GPU, [*jobs, Job("c", lambda: None)])[2].result() is None
+    assert len(threads) == 2
+    with before_a_new_kernel(pytest.fail):  # nothing is compiled beside a forward
+        await_kernel("new")
 
 
 def test_kernels_are_loaded_ahead() -> None:

@@ -455,6 +455,7 @@ def test_a_new_forward_compiles_the_gradient(
     launched: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In threads and once, where it is needed."""
+    monkeypatch.setattr(compiling, "CAN_PARSE_IN_THREADS", True)
     monkeypatch.setattr(compiling, "_known", {})
     monkeypatch.setattr(backends, "choose", lambda name, problem: portable)
     compiled: list[str] = []
@@ -475,6 +476,7 @@ def test_a_new_gradient_compiles_all_of_it(
     launched: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the forward did not, as in compiled code; with the LSE's gradient if there is one."""
+    monkeypatch.setattr(compiling, "CAN_PARSE_IN_THREADS", True)
     monkeypatch.setattr(compiling, "_known", {})
     monkeypatch.setattr(backends, "choose", lambda name, problem: portable)
     compiled: list[tuple[Any, ...]] = []

@@ -4,15 +4,20 @@ A call on tensors without data says which kernels it launches: :func:`recorded` 
 which then run nothing. Threads compile them (:func:`start`). Triton holds Python's lock for a
 sixth to a half of that, so a few threads do as much as many, which would only wait for the lock.
 A launch of a kernel that a thread is compiling waits for it.
+
+Before Python 3.11.8 and 3.12.2, ``ast.parse`` may raise a SystemError if two threads parse at the
+same time, also in another one that is not ours (python/cpython issue 106905). There, kernels are
+compiled one after another by the thread that asks for them, and none behind a forward.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -31,8 +36,11 @@ _record: ContextVar[list[Job] | None] = ContextVar("natten_record", default=None
 _before_new: ContextVar[Callable[[], Any] | None] = ContextVar("natten_before_new", default=None)
 # Kernels that were compiled or are being compiled, by device and key.
 _known: dict[Hashable, Future[Any]] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()  # a thread that compiles what it asks for has it already
 THREADS = 6  # at most
+CAN_PARSE_IN_THREADS = not (3, 11) <= sys.version_info < (3, 11, 8) and not (
+    (3, 12) <= sys.version_info < (3, 12, 2)
+)
 
 
 def is_recording() -> bool:
@@ -69,7 +77,8 @@ def before_a_new_kernel(function: Callable[[], Any]) -> Iterator[None]:
 
 
 def start(device: torch.device, jobs: Iterable[Job]) -> list[Future[Any]]:
-    """Begin to compile kernels for a GPU; those that are known are not compiled again.
+    """Begin to compile kernels for a GPU; those that are known are not compiled again, unless they
+    failed.
 
     Returns:
         What to wait for, the same object for the same kernel. It has what Triton compiled, or the
@@ -79,8 +88,9 @@ def start(device: torch.device, jobs: Iterable[Job]) -> list[Future[Any]]:
     with _lock:
         for key, compile_one in jobs:
             name = _index(device), key
-            if name not in _known:
-                _known[name] = _pool().submit(_compile, name, device, compile_one)
+            known = _known.get(name)
+            if known is None or (known.done() and known.exception() is not None):
+                _known[name] = _pool().submit(_compile, device, compile_one)
             futures.append(_known[name])
     return futures
 
@@ -99,7 +109,7 @@ def await_kernel(key: Hashable) -> None:
             _known[name] = done
     if future is not None:
         wait([future])
-    elif (function := _before_new.get()) is not None:
+    elif CAN_PARSE_IN_THREADS and (function := _before_new.get()) is not None:
         _before_new.set(None)
         # What it begins is only to save time: whatever is wrong is raised by who needs it.
         with contextlib.suppress(Exception):
@@ -125,15 +135,10 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if torch.cuda.is_available() else contextlib.nullcontext()
 
 
-def _compile(name: Hashable, device: torch.device, compile_one: Callable[[], Any]) -> Any:
+def _compile(device: torch.device, compile_one: Callable[[], Any]) -> Any:
     """What a thread does."""
-    try:
-        with _on(device):
-            return compile_one()
-    except BaseException:
-        with _lock:  # not known: who asks for it next may have more luck
-            _known.pop(name, None)
-        raise
+    with _on(device):
+        return compile_one()
 
 
 def _index(device: torch.device | None) -> int:
@@ -143,9 +148,23 @@ def _index(device: torch.device | None) -> int:
     return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
+class _Here(Executor):
+    """Does what it is asked for at once, in the thread that asks."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
 @lru_cache(maxsize=1)
-def _pool() -> ThreadPoolExecutor:
+def _pool() -> Executor:
     """The threads, not more than there are processors for this process."""
+    if not CAN_PARSE_IN_THREADS:
+        return _Here()
     affinity = getattr(os, "sched_getaffinity", None)  # not of every system
     processors = len(affinity(0)) if affinity else os.cpu_count() or 1
     return ThreadPoolExecutor(min(THREADS, processors), thread_name_prefix="natten-compile")
