@@ -171,7 +171,7 @@ def test_a_cpu_has_nothing_to_compile(device: Any) -> None:
 @pytest.fixture
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that is an H100 as far as one asks."""
-    monkeypatch.setattr("natten.ahead._place", lambda device: GPU)
+    monkeypatch.setattr("natten.ahead._device_of", lambda device: GPU)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 

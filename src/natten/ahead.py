@@ -52,7 +52,7 @@ def compile_ahead(
         >>> natten.compile_ahead([call], device="cpu")
         0
     """
-    where = _place(device)
+    where = _device_of(device)
     futures: list[Future[Any]] = []
     with torch.cuda.device(where) if where.type == "cuda" else contextlib.nullcontext():
         for number, arguments in enumerate(calls):
@@ -87,7 +87,7 @@ def _checked(arguments: Mapping[str, Any]) -> tuple[Call, Inputs]:
     return call, inputs
 
 
-def _place(device: Any) -> torch.device:
+def _device_of(device: Any) -> torch.device:
     """The device of calls, a GPU with its number.
 
     Raises:

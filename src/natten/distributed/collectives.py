@@ -152,8 +152,8 @@ class _Packed(torch.autograd.Function):
         ctx.parts = [(x.shape, x.dtype) for x in parts]
         lengths = [x.numel() for x in parts]
         flat = parts[0].new_empty(sum(lengths), dtype=dtype)
-        for place, part in zip(flat.split(lengths), parts):
-            _copy(place.view(part.shape), part)
+        for target, part in zip(flat.split(lengths), parts):
+            _copy(target.view(part.shape), part)
         return flat
 
     @staticmethod
@@ -173,8 +173,8 @@ class _Joined(torch.autograd.Function):
         shape = list(parts[0].shape)
         shape[dim] = sum(ctx.lengths)
         out = parts[0].new_empty(shape)
-        for place, part in zip(out.split(ctx.lengths, dim), parts):
-            _copy(place, part)
+        for target, part in zip(out.split(ctx.lengths, dim), parts):
+            _copy(target, part)
         return out
 
     @staticmethod

@@ -124,8 +124,8 @@ def _fetch_blocks(ctx):
     gdc_wait()
     for stage in range(ctx.end - ctx.begin):
         bases = tma_bases(ctx.of_keys, batch, group, ctx.kv_head)
-        place = _beside(ctx, _first_token(ctx, t))
-        ctx.blocks.produce(stage, ctx.of_keys, bases, (place,))
+        start = _beside(ctx, _first_token(ctx, t))
+        ctx.blocks.produce(stage, ctx.of_keys, bases, (start,))
         t, group, batch = _next(ctx, t, group, batch)
 
 

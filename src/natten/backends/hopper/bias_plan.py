@@ -27,8 +27,8 @@ class Table(NamedTuple):
     Attributes:
         size: how many numbers it has.
         strides: per axis.
-        before: per axis, places before that of a query and the key at its own position.
-        middle: the place of such a pair.
+        before: per axis, entries before that of a query and the key at its own position.
+        middle: the index of such a pair's entry.
     """
 
     size: int
@@ -97,7 +97,7 @@ class Biased:
         return found
 
     def run(self, rpb: Tensor, **tensors: Tensor | None) -> None:
-        """As :meth:`Launch.run`, with ``rpb`` in the place of the tables."""
+        """As :meth:`Launch.run`, with ``rpb`` instead of the tables."""
         tables = rpb.new_empty(self.shape, dtype=torch.float32)
         self.make.run(rpb=rpb, tables=tables)
         self.launch.run(**tensors, bias_tables=tables)

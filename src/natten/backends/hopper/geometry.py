@@ -181,7 +181,7 @@ class Geometry:
     part: gl.tuple  # a Part, unless queries are the keys' OWN tokens
     num_tiles: gl.tensor  # of all batch entries, heads and dilation groups
     heads: gl.tensor  # that have tiles
-    heads_at_once: gl.tensor  # of which tiles at one place follow one another, with HEADS_FIRST
+    heads_at_once: gl.tensor  # of which tiles at one position follow one another, with HEADS_FIRST
     MODES: gl.constexpr
     TILE: gl.constexpr  # of one warpgroup
     BLOCK: gl.constexpr
@@ -190,7 +190,7 @@ class Geometry:
     DILATED: gl.constexpr
     QUERIES: gl.constexpr
     PIECE: gl.constexpr  # of a block, fetched at once
-    HEADS_FIRST: gl.constexpr  # tiles at one place come before those at the next
+    HEADS_FIRST: gl.constexpr  # tiles at one position come before those at the next
     OF_KEYS: gl.constexpr  # tiles are of keys, blocks of queries
 
     @gluon.jit

@@ -355,7 +355,7 @@ class Plan:
         return *next(made), *next(made), *rows
 
     def _heads_at_once(self, work: tiling.Work) -> int:
-        """Of how many heads tiles at one place follow one another.
+        """Of how many heads tiles at one position follow one another.
 
         Of plain attention, as many as the cache holds blocks of. Of windows, those that share lines
         of the cache, where it would lose the lines from one head to the next; not of parts, so that
