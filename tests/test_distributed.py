@@ -81,6 +81,22 @@ def test_parts_of_keys_have_the_windows_of_the_whole(seed):
     assert inner > 100
 
 
+def test_inner_queries_and_border_are_whole_tiles():
+    def queries(window, sizes, **options):
+        rule = Neighborhood.create(1, window, **options)
+        plan = halo_plan(Sharding(rule, (sizes,)), tuple((i,) for i in range(len(sizes))), 1)
+        assert plan.is_inner
+        before, after = plan.border[0]
+        return [piece.queries[0] for piece in (before, plan.core, after) if piece is not None]
+
+    assert queries(21, (90, 90, 90)) == [(0, 16), (16, 74), (74, 90)]
+    assert queries(21, (90, 90)) == [(0, 16), (16, 90)]
+    assert queries(21, (180, 180), dilation=2) == [(0, 32), (32, 180)]
+    assert queries(21, (90, 90), queries_per_key=4) == [(0, 40), (40, 360)]
+    # With 16 tokens before them, less than two thirds of the inner ones were left.
+    assert queries(21, (25, 25)) == [(0, 10), (10, 25)]
+
+
 def test_a_halo_is_what_windows_reach():
     rule = Neighborhood.create(2, (5, 3))
     sharding = Sharding(rule, ((8, 8, 8), (10, 10)))

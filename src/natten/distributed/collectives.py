@@ -235,8 +235,10 @@ def _is_partition(boxes: tuple[Box, ...], space: Shape) -> bool:
 
 
 def _narrowed(x: Tensor, box: Box) -> Tensor:
+    shape = x.shape
     for dim, (first, last) in enumerate(box, start=1):
-        x = x.narrow(dim, first, last - first)
+        if last - first < shape[dim]:
+            x = x.narrow(dim, first, last - first)
     return x
 
 

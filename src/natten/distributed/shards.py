@@ -203,6 +203,12 @@ Coordinates = tuple[int, ...]  # of a rank, along each axis
 # more calls cost more.
 _WORTH_SPLITTING = 0.25
 
+# Most tiles of the GPU kernels are at most this wide, and the last one of a piece is partly wasted.
+# Where inner queries and border are whole tiles, they cost what one call costs.
+_TILE = 8
+# Inner queries are given to the border for that only where so many of them are left.
+_WORTH_WHOLE_TILES = 2 / 3
+
 
 @lru_cache(maxsize=256)
 def halo_plan(sharding: Sharding, ranks: tuple[Coordinates, ...], rank: int) -> HaloPlan:
@@ -292,11 +298,21 @@ def _inner(sharding: Sharding, axis: int, own: Span) -> Span:
     begin = first + (int(short[-1]) + 1 if len(short) else 0)
     long = (high[begin - first :] > last).nonzero().flatten()
     end = begin + int(long[0]) if len(long) else last
+    begin, end = _whole_tiles(rule, axis, (first, last), (begin, end))
     if begin < end:
         low_end, high_end = key_part(rule, axis, length, (begin, end))
         if first <= low_end and high_end <= last:
             return begin - before, end - before
     return own[0], own[0]
+
+
+def _whole_tiles(rule: Neighborhood, axis: int, own: Span, inner: Span) -> Span:
+    """Inner tokens such that those before and after them are whole tiles, if enough are left."""
+    wide = -(-_TILE // rule.queries_per_key[axis]) * rule.dilation[axis]
+    begin = own[0] + -(-(inner[0] - own[0]) // wide) * wide
+    end = own[1] - -(-(own[1] - inner[1]) // wide) * wide
+    enough = end - begin >= _WORTH_WHOLE_TILES * (inner[1] - inner[0])
+    return (begin, end) if enough else inner
 
 
 def _piece(sharding: Sharding, at: Coordinates, tokens: Box) -> Piece:
