@@ -206,9 +206,11 @@ def test_kernels_of_calls(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> Non
     """Forward; with gradients; again; by backends that have nothing to compile."""
     pytest.importorskip("triton", "3.6")
     compiled: list[Any] = []
+    tables = set()
 
     def compile_none(device: Any, jobs: Any) -> list[Any]:
         compiled.append([key[0].__name__ for key, _ in jobs])
+        tables.update(key for key, _ in jobs if key[0].__name__ == "bias_table_kernel")
         return []
 
     monkeypatch.setattr(compiling, "start", compile_none)
@@ -224,6 +226,7 @@ def test_kernels_of_calls(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> Non
     table, gradient = ["bias_table_kernel"], ["bias_gradient_kernel", "rpb_grad_sum_kernel"]
     assert compiled[6] == table + forward
     assert [name for name in compiled[7] if name not in table] == passes + gradient
+    assert len(tables) == 1  # one kernel, whatever the tiles and whichever way
 
 
 def test_a_gradient_of_the_lse(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

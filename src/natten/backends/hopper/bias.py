@@ -101,21 +101,17 @@ def bias_of(g, tables, size, middle, STRIDES: gl.constexpr):
 
 @kernel(triton.jit, tensors="rpb tables")
 def bias_table_kernel(
-    rpb, tables, K0, K1, K2, B0, B1, B2, size, scale,
-    STRIDES: tl.constexpr, REVERSED: tl.constexpr, N: tl.constexpr,
+    rpb, tables, K0, K1, K2, B0, B1, B2, T0, T1, size, sign, scale, N: tl.constexpr,
 ):  # fmt: skip
     """Each head's table from ``rpb [heads, 2 K - 1, ...]``: along an axis, key position minus query
-    position from ``-B`` on, or with ``REVERSED`` query position minus key position.
+    position from ``-B`` on, or with a ``sign`` of -1 query position minus key position.
 
-    Where no pair is attended the table is zero.
+    Strides of a table are ``T0``, ``T1`` and 1. Where no pair is attended it is zero.
     """
     head, at = tl.program_id(1).to(tl.int64), tl.program_id(0) * N + tl.arange(0, N)
-    o0 = at // STRIDES[0] - B0  # [N]
-    o1 = at // STRIDES[1] % (STRIDES[0] // STRIDES[1]) - B1
-    o2 = at % STRIDES[1] - B2
-    if REVERSED:
-        o0, o1, o2 = -o0, -o1, -o2
-    o0, o1, o2 = o0 + K0 - 1, o1 + K1 - 1, o2 + K2 - 1
+    o0 = sign * (at // T0 - B0) + K0 - 1  # [N]
+    o1 = sign * (at % T0 // T1 - B1) + K1 - 1
+    o2 = sign * (at % T1 - B2) + K2 - 1
     n0, n1, n2 = 2 * K0 - 1, 2 * K1 - 1, 2 * K2 - 1
     inside = (o0 >= 0) & (o0 < n0) & (o1 >= 0) & (o1 < n1) & (o2 >= 0) & (o2 < n2)
     offset = ((head * n0 + o0) * n1 + o1) * n2 + o2

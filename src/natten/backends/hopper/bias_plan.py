@@ -14,7 +14,7 @@ from ...neighborhood import Neighborhood, group_length
 from ...tiling import padded
 from ..interface import Shape
 from ..triton.backward import rpb_grad_sum_kernel
-from ..triton.launch import Launch, per_axis
+from ..triton.launch import Launch, per_axis, summed
 from ..triton.plan import MOST_SUMS
 from ..triton.tiles import SHARED_MEMORY
 from .bias import bias_table_kernel
@@ -74,12 +74,14 @@ class Biased:
         is_reversed: bool = False,
     ) -> None:
         self.launch, self.shape = launch, (heads, table.size)
-        numbers = {**per_axis("K", kernel_size), **per_axis("B", table.before)}
-        constants = {"STRIDES": table.strides, "REVERSED": is_reversed, "N": 1024}
-        grid = -(-table.size // 1024), heads
         self.make = Launch(
-            bias_table_kernel, grid, {**numbers, "size": table.size, "scale": scale, **constants}
-        )
+            bias_table_kernel, (-(-table.size // 1024), heads),
+            {
+                **per_axis("K", kernel_size), **per_axis("B", table.before),
+                "T0": table.strides[0], "T1": table.strides[1], "size": table.size,
+                "sign": -1 if is_reversed else 1, "scale": scale, "N": 1024,
+            },
+        )  # fmt: skip
 
     @property
     def arguments(self) -> Mapping[str, Any]:
@@ -192,7 +194,7 @@ class BiasGradient:
         grads = rpb.new_empty(splits, *rpb.shape, dtype=torch.float32)
         self.launch.run(rpb, **tensors, sums=sums)
         self.add_up.run(sums=sums, grad_rpb=grads)
-        return grads.sum(0).to(rpb.dtype)
+        return summed(grads, 0).to(rpb.dtype)
 
 
 def programs_of(dim: int, value_dim: int) -> int:

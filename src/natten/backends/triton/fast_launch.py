@@ -9,6 +9,7 @@ where they differ, and while a profiler hooks into launches.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -58,6 +59,17 @@ class Launch(Protocol):
 Launcher = Callable[[Launch, Addresses, Tensors], None]
 # Of a launch, its tensors and the stream: what the function in C takes.
 Arguments = Callable[[Launch, Addresses, Tensors, int], tuple[Any, ...]]
+
+
+def build_launcher(compiled: Any) -> None:
+    """Have Triton compile the code in C that launches a kernel, which it then finds on disk.
+
+    Otherwise the first launch does that. Nothing is loaded to the GPU, where a graph may be being
+    captured.
+    """
+    # Only to save time: whatever is wrong is raised by the launch.
+    with contextlib.suppress(Exception):
+        driver.active.launcher_cls(compiled.src, compiled.metadata)
 
 
 def launcher(compiled: Any, describe: Described) -> Launcher:

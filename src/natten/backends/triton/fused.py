@@ -10,7 +10,7 @@ from torch import Tensor
 from ...documents import Documents
 from ...inputs import Gradients, Inputs
 from ...neighborhood import Rule
-from .launch import contiguous, on_device, readable
+from .launch import contiguous, on_device, readable, summed
 from .plan import Part, Plan, plan_for
 
 
@@ -119,7 +119,7 @@ def additional_gradients(
             query=query, additional_keys=key, additional_values=value, grad_out=grad_out,
             lse_delta=lse_delta, grad_keys=grads[0], grad_values=grads[1], additional_mask=mask,
         )  # fmt: skip
-    keys, values = (x.sum(2).transpose(1, 2).to(query.dtype).contiguous() for x in grads)
+    keys, values = (summed(x, 2).transpose(1, 2).to(query.dtype).contiguous() for x in grads)
     return keys, values
 
 

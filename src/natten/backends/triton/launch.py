@@ -22,7 +22,7 @@ from torch import Tensor
 from ... import compiling, tuning
 from ...tiling import padded
 from ...tuning import Bounded
-from .fast_launch import KEPT, Describe, Described, Launcher, described, launcher
+from .fast_launch import KEPT, Describe, Described, Launcher, build_launcher, described, launcher
 
 _log = logging.getLogger("natten")
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -168,7 +168,7 @@ class Launch:
         named = described(self.tensors, tensors)
         arguments = {**named, **self.arguments, **self.options}
         if compiling.is_recording():
-            compile_one = partial(self.kernel.warmup, grid=self.grid, **arguments)
+            compile_one = partial(_compile_ahead, self.kernel, grid=self.grid, **arguments)
             compiling.record(compiling.Job(self._compiled_for(named), compile_one))
             return
         if keep:  # threads compile for tensors whose addresses 16 divides
@@ -186,6 +186,13 @@ class Launch:
             *(_kind(x) if name in numbers else x for name, x in self.arguments.items()),
             *self.options.items(),
         )
+
+
+def _compile_ahead(kernel: Any, **arguments: Any) -> Any:
+    """What Triton compiles of a kernel, and of C to launch it."""
+    compiled = kernel.warmup(**arguments)
+    build_launcher(compiled)
+    return compiled
 
 
 def _kind(x: Any) -> Hashable:
@@ -238,7 +245,7 @@ class Split:
             parts[name] = tensors[name].new_empty(*rows, splits, channels, dtype=torch.float32)
         self.launch.run(**{**tensors, **parts})
         for name, part in parts.items():
-            tensors[name].copy_(part.sum(-2))
+            tensors[name].copy_(summed(part, -2))
 
 
 class Trials:
@@ -279,6 +286,11 @@ def _time(launch: Any, tensors: Mapping[str, Any]) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end))
     return sorted(times)[2]
+
+
+def summed(x: Tensor, dim: int) -> Tensor:
+    """``x.sum(dim)``. Of a tensor without data PyTorch would import SymPy for that, in a second."""
+    return x.select(dim, 0) if x.is_meta else x.sum(dim)
 
 
 def contiguous(x: Tensor) -> Tensor:
