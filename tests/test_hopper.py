@@ -130,6 +130,17 @@ def test_heads_that_share_lines_of_the_cache_run_at_once(
     )
 
 
+@pytest.mark.parametrize(("dim", "at_once"), [(48, 4), (64, 1)])
+def test_heads_of_a_part_run_at_once_whatever_its_size(dim: int, at_once: int) -> None:
+    for offset, length in ((0, 64), (0, 2048), (40, 64)):
+        k = torch.empty(1, length, 64, 8, dim, dtype=torch.bfloat16, device="meta")
+        rule = Neighborhood.create(2, 5, query_offset=(min(offset, length - 16), 0))
+        plan = planning.plan_for(k[:, :16], k, k, None, rule, 1.0)
+        for kind in KINDS:
+            arguments = getattr(plan, kind).arguments
+            assert (arguments["heads_at_once"], arguments["HEADS_FIRST"]) == (at_once, at_once > 1)
+
+
 PLAIN = Problem(
     "attention", torch.device("cpu"), torch.bfloat16, 64, 64, (1, 16, 16, 2, 64),
     Neighborhood.create(2, 5, 1, 1, False), 0.1,

@@ -358,8 +358,8 @@ class Plan:
         """Of how many heads tiles at one position follow one another.
 
         Of plain attention, as many as the cache holds blocks of. Of windows, those that share lines
-        of the cache, where it would lose the lines from one head to the next; not of parts, so that
-        a longer one runs the same kernels.
+        of the cache, where it would lose the lines from one head to the next; of a part, also where
+        it would not, so that a longer one runs the same kernels.
         """
         per_kv = self.heads // self.kv_heads
         if isinstance(self.rule, Dense):
@@ -371,7 +371,8 @@ class Plan:
             return next(n for n in range(min(most, count), 0, -1) if count % n == 0)
         side_by_side = self.strides[1][-2] == self.dim and self.strides[2][-2] == self.value_dim
         is_lost = tiling.overflows_cache(self.key_space, self.dim, self.value_dim)
-        if self.queries != tiling.OWN or not side_by_side or not is_lost:
+        is_part = self.queries != tiling.OWN and tiling.split_lines(self.dim) > 0
+        if not side_by_side or not (is_lost or is_part):
             return 1
         heads = self.kv_heads if work.of_keys else self.heads
         return math.gcd(heads, tiling.heads_of_lines(self.dim))
