@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from natten import tuning
 from natten.backends.hopper import tiles as tiling
 from natten.backends.interface import Tiles
-from natten.neighborhood import Dense, Neighborhood
+from natten.documents import Documents
+from natten.neighborhood import Dense, Neighborhood, Rule
 
 # shape, window, stride, dilation, causal
 PROBLEMS: list[tuple[Any, ...]] = [
@@ -121,3 +125,48 @@ def id_of(value: Any) -> str | None:
     if isinstance(rule, Dense):
         return name + ("-causal" if rule.causal else "-dense")
     return f"{name}-{'x'.join(map(str, rule.kernel_size))}"
+
+
+def windows(rank: int, window: Any, *parameters: Any, **options: Any) -> Neighborhood:
+    return Neighborhood.create(rank, window, *parameters, **options)
+
+
+# Layouts of documents, and a rule.
+IMAGES = [(20, 33), (5, 4), (16, 16), (1, 1), (0, 7), (40, 9), (3, 70)]
+VIDEOS = [(4, 9, 12), (2, 3, 30), (1, 1, 5), (6, 8, 8)]
+DOCUMENTS: list[tuple[list[tuple[int, ...]], Neighborhood]] = [
+    ([(500,), (3,), (70,), (64,), (1,)], windows(1, 64)),
+    ([(300,), (9,), (130,)], windows(1, 50, 8, is_causal=True)),
+    (IMAGES, windows(2, 7)),
+    (IMAGES, windows(2, (9, 12), (3, 4), is_causal=(True, False))),
+    (IMAGES, windows(2, (30, 5), boundary="truncate")),
+    (VIDEOS, windows(3, (3, 5, 7))),
+    (VIDEOS, windows(3, (6, 4, 4), (1, 2, 2), is_causal=(True, False, False))),
+]
+
+# Lengths of queries and of keys, and whether attention is causal.
+LENGTHS = ([130, 0, 1, 77, 300, 64], [200, 5, 0, 300, 70, 64])
+SEQUENCES = [(*LENGTHS, causal) for causal in (False, True)]
+
+
+def packed_ways(kind: str, rule: Rule, space: Any, dim: int) -> list[Tiles]:
+    """The best tiles of each kind of program and mask."""
+    fitted = rule if isinstance(rule, Dense) else rule.fitted(space)
+    found: dict[Any, Tiles] = {}
+    work = tiling.work(kind, dim, dim)
+    for tiles in tiling.candidates(kind, fitted, space, space, dim, dim, packed=True):
+        mask = tiling.mask(kind, fitted, space, space, tiles, work, packed=True)
+        found.setdefault((tiles.num_warps, mask.kind, mask.steps), tiles)
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def chosen(tiles: dict[str, Tiles], rule: Rule, documents: Documents, dims: Any) -> Iterator[None]:
+    """Have the kernels run these tiles."""
+    _, space, key_space = documents.sizes
+    fitted = rule if isinstance(rule, Dense) else rule.fitted(space)
+    with contextlib.ExitStack() as stack:
+        for kind, each in tiles.items():
+            name = tiling.key(kind, fitted, space, key_space, *dims, 2, packed=True)
+            stack.enter_context(tuning.trial(name, list(each)))
+        yield

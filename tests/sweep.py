@@ -73,7 +73,7 @@ def kinds(backend: str) -> list[Kind]:
     if backend == "hopper":
         dims = [(32, 32), (64, 64), (128, 128), (48, 48), (96, 72)]
         dims += [(256, 256), (32, 128), (160, 136), (136, 200), (248, 64)]  # portable backward
-        dtypes, operations = dtypes[:2], ["fused"] * 4 + ["dense", "fused"]
+        dtypes, operations = dtypes[:2], ["fused"] * 4 + ["dense", "packed"]
     found = []
     for i, (dim, value_dim) in zip(range(64), itertools.cycle(dims)):
         operation = operations[i // len(dims) % len(operations)]
@@ -130,7 +130,7 @@ def random_rule(kind: Kind, rng: random.Random) -> tuple[list[int], list[int], N
         boundary, r = kind.boundary[axis], kind.per_key[axis]
         n = 1 if axis == kind.unit else rng.randint(2, max(2, MOST[kind.rank] // r))
         d = rng.randint(1, min(rng.choice([1, 1, 4]), n))
-        if BACKEND == "hopper" and r > 1:  # no kernel has both
+        if BACKEND == "hopper" and (r > 1 or kind.operation == "packed"):  # no kernel has both
             d = 1
         fitting = n // d
         if boundary == "truncate":
@@ -239,7 +239,10 @@ def check(kind: Kind, rng: random.Random) -> dict[str, float]:
         layout = VarlenLayout([random_rule(kind, rng)[1] for _ in range(rng.randint(1, 4))])
         batch, space, key_space = 1, [layout.total_tokens], [layout.total_tokens]
         options["documents"] = layout.documents(rule, torch.device(DEVICE))
-        module = importlib.import_module("natten.backends.triton.fused")  # it takes tiles
+        device = torch.device(DEVICE)
+        problem = Problem("packed", device, dtype, kind.dim, kind.value_dim, rule=rule)
+        chosen = backends.choose(BACKEND, problem).name
+        module = importlib.import_module(f"natten.backends.{chosen}.fused")  # triton's takes tiles
     num_additional = rng.randint(1, 20) if kind.additional else 0
     inputs = Inputs(
         tensor(rng, dtype, batch, *space, heads, kind.dim),
@@ -278,7 +281,7 @@ def check(kind: Kind, rng: random.Random) -> dict[str, float]:
         )  # fmt: skip
     found, found_lse = module.forward(inputs, rule_, scale, **options)
     errors = {"out": ratio(out, found), "lse": ratio(lse, found_lse)}
-    if BACKEND == "hopper":  # wide heads have another backend's backward
+    if BACKEND == "hopper" and kind.operation != "packed":  # wide heads have another's backward
         problem = Problem.of("gradient", inputs, rule_, scale)
         module = runner_of(backends.choose(BACKEND, problem), problem)
     found_grads = module.backward(

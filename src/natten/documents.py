@@ -13,6 +13,19 @@ from torch import Tensor
 from .neighborhood import Neighborhood
 
 
+class Sizes(NamedTuple):
+    """What plans of packed documents are made for.
+
+    Attributes:
+        number: how many documents there are.
+        space, key_space: for each axis a length that no document exceeds.
+    """
+
+    number: int
+    space: tuple[int, ...]
+    key_space: tuple[int, ...]
+
+
 class Documents(NamedTuple):
     """Packed documents in the form that kernels read.
 
@@ -21,14 +34,11 @@ class Documents(NamedTuple):
             keys, the lengths of three axes, the number of keys on the last axis, window, stride and
             dilation of three axes each, and a 0. Axes that a layout lacks come first and have
             length 1.
-        number: the number of documents.
-        space, key_space: for each axis a length that no document exceeds.
+        sizes: how many they are, and how long.
     """
 
     table: Tensor
-    number: int
-    space: tuple[int, ...]
-    key_space: tuple[int, ...]
+    sizes: Sizes
 
     @classmethod
     def of_layouts(
@@ -50,7 +60,7 @@ class Documents(NamedTuple):
             first += math.prod(shape)
         longest = tuple(roomy(max(lengths)) for lengths in zip(*shapes))
         host = torch.tensor(rows, dtype=torch.int64, device="cpu")
-        return cls(host.to(device, non_blocking=True), len(rows), longest, longest)
+        return cls(host.to(device, non_blocking=True), Sizes(len(rows), longest, longest))
 
     @classmethod
     def of_sequences(cls, starts: Sequence[Tensor], longest: Sequence[int]) -> Documents:
@@ -65,7 +75,7 @@ class Documents(NamedTuple):
             table[:, side] = start[:-1]
             table[:, 4 + side] = start.diff()
         space, key_space = ((roomy(length),) for length in longest)
-        return cls(table, len(table), space, key_space)
+        return cls(table, Sizes(len(table), space, key_space))
 
 
 def roomy(length: int) -> int:

@@ -78,9 +78,10 @@ def _explain_attention(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[s
     inputs, lengths, call = check_attention(**options)
     if lengths is not None:
         ours, _ = lengths.read(inputs.query, inputs.key)
-        if operators.backend_for(*inputs[:3], call.rule, call.choice.backend) is not None:
-            problem = operators.problem_of(inputs.query, inputs.value, call.rule)
-            return _lines(call.choice.backend, problem, problem)
+        rule, scale, name = call.rule, call.scale, call.choice.backend
+        if operators.backend_for(*inputs[:3], rule, scale, name) is not None:
+            problem = operators.problem_of(inputs.query, inputs.value, rule, scale)
+            return _lines(name, problem, problem)
         inputs = inputs._replace(query=inputs.query[:, : max(ours, default=0)])
     return _lines_of(call, inputs)
 

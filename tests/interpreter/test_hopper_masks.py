@@ -93,7 +93,7 @@ def geometry_of(arguments):
     )
     constants = {name: arguments[name] for name in names}
     numbers = {name: tl.full([], arguments[name], tl.int32) for name in NUMBERS}
-    return Geometry(**per_axis, part=(), **numbers, **constants)
+    return Geometry(**per_axis, part=(), tile_table=(), **numbers, **constants)
 
 
 @triton.jit

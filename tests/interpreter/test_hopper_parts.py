@@ -23,6 +23,7 @@ from natten import tuning
 from natten.backends.hopper import backward, bias, descriptors, geometry, masks
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
+from natten.backends.hopper.documents import num_tiles_of
 from natten.backends.interface import KINDS, Tiles
 from natten.backends.reference import relative_bias
 from natten.neighborhood import Dense, Neighborhood, Rule, window_mask
@@ -62,8 +63,13 @@ class Keys:
         return tl.full([self.rows, 16], 0, tl.bfloat16)
 
 
-def geometry_of(arguments: dict[str, Any]) -> Any:
+def geometry_of(arguments: dict[str, Any], tile_table: Any = None) -> Any:
     """The geometry of a launch, as its kernel makes it."""
+    documents: Any = ()
+    if arguments["PACKED"]:
+        documents = (tile_table,)
+        tiles, num_tiles = num_tiles_of(tile_table, arguments["heads"])
+        arguments = arguments | {"T2": int(tiles), "num_tiles": int(num_tiles)}
 
     def numbers(**letters: str) -> dict[str, Any]:
         return {
@@ -86,6 +92,7 @@ def geometry_of(arguments: dict[str, Any]) -> Any:
     return geometry.Geometry(
         **numbers(length="N", window="K", stride="S", dilation="D", tiles="T"),
         part=(part,) if part else (),
+        tile_table=documents,
         **{name: tl.full([], arguments[name], tl.int32) for name in numbers_of_tiles},
         **{name: arguments[name] for name in names},
         OF_KEYS=arguments.get("OF_KEYS", False),
@@ -96,9 +103,9 @@ FOUND: list[Any] = []  # what the program below saw
 
 
 @triton.jit
-def walk_kernel(tile_id, bias_tables, WARPGROUP: tl.constexpr, ARGUMENTS: tl.constexpr):
+def walk_kernel(tile_id, bias_tables, tile_table, WARPGROUP: tl.constexpr, ARGUMENTS: tl.constexpr):
     """Walk a warpgroup's blocks of a tile as the kernels do."""
-    g = geometry_of(ARGUMENTS)
+    g = geometry_of(ARGUMENTS, tile_table)
     biases = bias.bias_of(
         g, bias_tables, *(ARGUMENTS[name] for name in ("bias_size", "bias_middle", "BIAS_STRIDES"))
     )
@@ -120,7 +127,8 @@ def walk_kernel(tile_id, bias_tables, WARPGROUP: tl.constexpr, ARGUMENTS: tl.con
         scores = torch.from_numpy(s.handle.data)
         blocks.append((numbers(start), [numbers(x) for x in g.places(other, start)], scores))
         block = g.next_block(block, tile.blocks)
-    FOUND.append((side(own), side(other), numbers(first), numbers(own.load_at(first)), blocks))
+    places = [numbers(x) for x in g.places_of_tile(own, first)]
+    FOUND.append((side(own), side(other), numbers(first), places, blocks))
 
 
 def forward_mask(g: Any, tables: Any, *kind: Any) -> Any:
@@ -132,7 +140,8 @@ def numbers(values: Any) -> torch.Tensor:
 
 
 def side(x: Any) -> list[torch.Tensor]:
-    return [numbers(y or (0, 0, 0)) for y in (x.length, x.group, x.bases, x.skipped)]
+    fields = x.length, x.group, x.bases, x.skipped, x.document
+    return [numbers(y or (0, 0, 0)) for y in fields]
 
 
 def grid(*sizes: int) -> torch.Tensor:
@@ -144,7 +153,7 @@ def tokens_of(
     found: Any, at: torch.Tensor, layout: Any, dilation: Any, view: descriptors.View
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens where TMA looks, and which of them there are; it must find just these."""
-    length, group, bases, skipped = found
+    length, group, bases, skipped, _ = found
     position = at - skipped
     layout, dilation = torch.tensor(padded(layout, 1)), torch.tensor(padded(dilation, 1))
     token = position * dilation + group
@@ -164,7 +173,7 @@ def tokens_of(
 def check_load(at: torch.Tensor, found: Any, first: torch.Tensor, view: descriptors.View) -> None:
     """A box begins where its first token is; if there is none, within a view that begins before
     the tensor, and within the tensor."""
-    length, _, bases, skipped = found
+    length, _, bases, skipped, _ = found
     if (first < length).all():
         assert torch.equal(at, first + skipped)
     elif view.before:
@@ -206,8 +215,8 @@ def check(kind: str, queries: Any, keys: Any, rule: Rule, tiles: Tiles, most: in
         ids if every else random.sample(ids, most), range(arguments["WARPGROUPS"])
     ):
         FOUND.clear()
-        walk_kernel[(1,)](tile, tables, warpgroup, arguments)
-        ((own, other, first, loaded, blocks),) = FOUND
+        walk_kernel[(1,)](tile, tables, None, warpgroup, arguments)
+        ((own, other, first, (loaded,), blocks),) = FOUND
         check_load(loaded, own, first, views[0])
         at = first + own[3] + grid(*arguments["TILE"])
         rows, is_row = tokens_of(own, at, layouts[0], rule.dilation, views[0])

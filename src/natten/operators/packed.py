@@ -55,7 +55,7 @@ def document_attention(
     backend = None
     # A table of documents has windows only, neither a bias nor additional tokens nor masks.
     if query.shape[1] and all(x is None for x in others):
-        backend = backend_for(query, key, value, rule, choice.backend)
+        backend = backend_for(query, key, value, rule, scale, choice.backend)
     if backend is None:
         return one_by_one(query, key, value)
     return packed_attention(backend, query, key, value, documents(), rule, scale, one_by_one)
@@ -89,20 +89,20 @@ def each_document(
         yield Inputs(q, k, v, own_rpb, keys, values, own_mask, mask), fitted
 
 
-def problem_of(query: Tensor, value: Tensor, rule: Rule) -> backends.Problem:
+def problem_of(query: Tensor, value: Tensor, rule: Rule, scale: float) -> backends.Problem:
     """What decides which backend runs packed documents."""
     # Not their number of tokens, which would have the choice made again for every batch.
     dims = query.shape[-1], value.shape[-1]
-    return backends.Problem("packed", query.device, query.dtype, *dims, rule=rule)
+    return backends.Problem("packed", query.device, query.dtype, *dims, rule=rule, scale=scale)
 
 
 def backend_for(
-    query: Tensor, key: Tensor, value: Tensor, rule: Rule, name: str
+    query: Tensor, key: Tensor, value: Tensor, rule: Rule, scale: float, name: str
 ) -> backends.Backend | None:
     """The backend that runs packed documents, or None if none does."""
     if in_forward_mode() or not is_plain_call((query, key, value)):
         return None
-    found = backends.find(name, problem_of(query, value, rule))
+    found = backends.find(name, problem_of(query, value, rule, scale))
     return None if found is None or found.name != (name or found.name) else found
 
 

@@ -57,7 +57,7 @@ def sequence_attention(inputs: Inputs, lengths: Lengths, call: Call) -> tuple[Te
 
         return _one_by_one(dense, lengths, q, k, v)
 
-    backend = backend_for(query, key, value, rule, choice.backend)
+    backend = backend_for(query, key, value, rule, scale, choice.backend)
     if backend is None:
         return one_by_one(query, key, value)
     documents = lengths.documents(query, key)
@@ -138,7 +138,7 @@ def unpack_sequences(arguments: Sequence[Any]) -> tuple[Lengths, Dense, float, C
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     lengths, rule, scale, choice = unpack_sequences(arguments)
-    backend = backend_for(query, key, value, rule, choice.backend)
+    backend = backend_for(query, key, value, rule, scale, choice.backend)
     if backend is None:
         found = _one_by_one(
             lambda *qkv: Call(rule, scale, choice).forward(Inputs(*qkv)),
@@ -156,7 +156,7 @@ def _backward(
     out: Tensor, lse: Tensor, *arguments: Any,
 ) -> list[Tensor]:  # fmt: skip
     lengths, rule, scale, choice = unpack_sequences(arguments)
-    backend = backend_for(query, key, value, rule, choice.backend)
+    backend = backend_for(query, key, value, rule, scale, choice.backend)
     if backend is not None:
         documents = lengths.documents(query, key)
         found = backend.packed_backward(

@@ -4,7 +4,8 @@ The fastest way for fp16 and bf16; what it can not run, :meth:`Hopper.limits` sa
 constants: dtype, head dims, which axes are causal or strided, truncated or circular or have one
 token, tile shapes and the kind of mask, the pieces in which blocks of rings come, whether there are
 additional tokens, whether there is dilation, whether queries are a part of the layout, whether they
-are finer than keys, and the strides of a bias's tables, which follow from windows and tile shapes.
+are finer than keys, whether documents are packed, and the strides of a bias's tables, which follow
+from windows and tile shapes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ... import _submodules
+from ...documents import Documents
 from ...inputs import Gradients, Inputs
 from ...neighborhood import Neighborhood, Rule
 from .. import triton
@@ -31,7 +33,7 @@ class Hopper(Backend):
 
     name = "hopper"
     devices = "NVIDIA H100 and H200 (compute capability 9.0)"
-    operations = ("attention", "gradient")
+    operations = ("attention", "gradient", "packed")
     dtypes = (torch.float16, torch.bfloat16)
     head_dims = range(8, 257, 8)
     value_dims = range(8, 257, 8)
@@ -79,7 +81,7 @@ class Hopper(Backend):
 
     def limits(self, problem: Problem) -> str | None:
         dims = problem.head_dim, problem.value_dim
-        if problem.operation == "gradient" and not self._has_gradient(*dims):
+        if problem.operation != "attention" and not self._has_gradient(*dims):
             return (
                 "has backward kernels for heads of up to 128 channels, the value's, rounded up to "
                 "32, 64 or 128, like the key's"
@@ -89,6 +91,9 @@ class Hopper(Backend):
         if problem.rule is None:
             return None
         rule = problem.rule
+        if problem.operation == "packed":
+            is_even = max(rule.dilation) == 1 and "circular" not in rule.boundary
+            return None if is_even else "has no dilation and no circular axes of packed documents"
         if any(r > 1 and d > 1 for r, d in zip(rule.queries_per_key, rule.dilation)):
             return "has no queries that are finer than keys along an axis with dilation"
         if problem.bias and isinstance(rule, Neighborhood):
@@ -128,6 +133,17 @@ class Hopper(Backend):
         rule: Rule, scale: float, tiles: Shape = (),
     ) -> Gradients:  # fmt: skip
         return self._fused.backward(grad_out, grad_lse, inputs, out, lse, rule, scale)
+
+    def packed_forward(
+        self, inputs: Inputs, documents: Documents, rule: Rule, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return self._fused.forward(inputs, rule, scale, documents)
+
+    def packed_backward(
+        self, grad_out: Tensor, grad_lse: Tensor | None, inputs: Inputs, out: Tensor, lse: Tensor,
+        documents: Documents, rule: Rule, scale: float,
+    ) -> Gradients:  # fmt: skip
+        return self._fused.backward(grad_out, grad_lse, inputs, out, lse, rule, scale, documents)
 
     def tile_chooser(self) -> TileChooser:
         from . import tiles

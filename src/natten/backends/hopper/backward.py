@@ -12,6 +12,7 @@ dQ += dS K, or dK += dS^T Q and dV += P^T dO.
 from ..triton.launch import kernel
 from ..triton.primitives import LN2
 from .bias import Bias, bias_of
+from .documents import num_tiles_of
 from .geometry import OWN, WARPS, Geometry, Part, mma_layout, volume
 from .gluon_names import (
     aggregate,
@@ -97,11 +98,11 @@ def _fetch_tiles(ctx):
         side = g.own_side(tile)
         bases = tma_bases(ctx.outer, tile.batch, side.bases, tile.head)
         gdc_wait()  # until the kernel before has ended; what comes first need not
-        first = side.load_at(g.first_of(tile, 0))
-        ctx.tiles[0].produce(tile_iteration, ctx.outer, bases, (first,))
+        places = g.places_of_tile(side, g.first_of(tile, 0))
+        ctx.tiles[0].produce(tile_iteration, ctx.outer, bases, places)
         if g.WARPGROUPS == 2:
-            first = side.load_at(g.first_of(tile, 1))
-            ctx.tiles[1].produce(tile_iteration, ctx.outer, bases, (first,))
+            places = g.places_of_tile(side, g.first_of(tile, 1))
+            ctx.tiles[1].produce(tile_iteration, ctx.outer, bases, places)
         tile_iteration += 1  # noqa: SIM113
 
 
@@ -289,6 +290,10 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
         if ctx.OWN_OUT:
             tiles.consumer_release(tile_iteration)
 
+        if g.QUERIES != OWN and len(g.tile_table) > 0:  # a document may have one side only
+            has_partners = g.other_side(tile).length[2] > 0
+            acc, acc_v = gl.where(has_partners, acc, 0.0), gl.where(has_partners, acc_v, 0.0)
+
         store_wait(0)  # the tile before has left the buffers
         buffers = ctx.buffers[WARPGROUP]
         buffers[0].reshape([M, D]).store((acc * (ctx.scale_log2 * LN2)).to(DTYPE))
@@ -296,10 +301,10 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
             buffers[1].reshape([M, D]).store(acc_v.to(DTYPE))
         fence_async_shared()
         side = g.own_side(tile)
-        base, at = ctx.grads[0].tma_base(tile.batch, side.bases, tile.head), side.at(first)
-        ctx.grads[0].store(base, at, buffers[0])
+        base = ctx.grads[0].tma_base(tile.batch, side.bases, tile.head)
+        g.store_tile(ctx.grads[0], base, side, first, buffers[0])
         if g.OF_KEYS:
-            ctx.grads[1].store(base, at, buffers[1])
+            g.store_tile(ctx.grads[1], base, side, first, buffers[1])
         if not ctx.OWN_OUT:
             store_wait(0)
             tiles.consumer_release(tile_iteration)
@@ -308,10 +313,10 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
 
 
 @gluon.jit
-def _buffers(tiles, grads, OWN_OUT: gl.constexpr):
+def _buffers(tiles, grads, OWN_OUT: gl.constexpr, PIECES: gl.constexpr):
     """Where a warpgroup's gradients wait to be stored: if need be, in the place of its tile."""
     if OWN_OUT:
-        return [allocate(grad, 1, 1).index(0) for grad in grads]
+        return [allocate(grad, 1, PIECES).index(0) for grad in grads]
     else:
         return [buffer.index(0) for buffer in tiles.buffers[: len(grads)]]
 
@@ -331,11 +336,11 @@ def _mask(
 @kernel(
     gluon.jit,
     tensors="query key value grad_out lse_delta additional_keys additional_values "
-    "grad_query grad_key grad_value bias_tables",
+    "grad_query grad_key grad_value bias_tables tile_table",
 )
 def backward_kernel(
     query, key, value, grad_out, lse_delta, additional_keys, additional_values,
-    grad_query, grad_key, grad_value, bias_tables,
+    grad_query, grad_key, grad_value, bias_tables, tile_table,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     N0, N1, N2, Q0, Q1, Q2, SN0, SN1, SN2, SQ0, SQ1, SQ2, O0, O1, O2, G0, G1, G2,
     T0, T1, T2, num_tiles, F0, F1, F2, g_b, g_0, g_1, g_2, g_h, l_b, l_0, l_1, l_2, l_h,
@@ -346,14 +351,17 @@ def backward_kernel(
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
     REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, WARPGROUPS: gl.constexpr,
     DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr, HEADS_FIRST: gl.constexpr,
-    BIAS_STRIDES: gl.constexpr, OF_KEYS: gl.constexpr,
+    PACKED: gl.constexpr, BIAS_STRIDES: gl.constexpr, OF_KEYS: gl.constexpr,
 ):  # fmt: skip
     """One pass: dQ from tiles of queries, or with ``OF_KEYS`` dK and dV from tiles of keys.
 
-    All tensors but ``bias_tables`` are descriptors. Numbers are as in the forward kernel; the
+    All tensors but tables are descriptors. Numbers are as in the forward kernel; the
     gradients that a pass stores have the steps ``d``, and tiles of keys begin at ``F``.
     """
-    part = ()
+    part, documents = (), ()
+    if PACKED:
+        documents = (tile_table,)
+        T2, num_tiles = num_tiles_of(tile_table, heads)
     if QUERIES != OWN:
         part = (
             Part(
@@ -364,7 +372,7 @@ def backward_kernel(
         )  # fmt: skip
     g = Geometry(
         length=(N0, N1, N2), window=(K0, K1, K2), stride=(S0, S1, S2), dilation=(D0, D1, D2),
-        tiles=(T0, T1, T2), part=part, num_tiles=num_tiles, heads=heads,
+        tiles=(T0, T1, T2), part=part, tile_table=documents, num_tiles=num_tiles, heads=heads,
         heads_at_once=heads_at_once, MODES=MODES, TILE=TILE, BLOCK=BLOCK, SPLIT_AXIS=SPLIT_AXIS,
         WARPGROUPS=WARPGROUPS, DILATED=DILATED, QUERIES=QUERIES, PIECE=PIECE,
         HEADS_FIRST=HEADS_FIRST, OF_KEYS=OF_KEYS,
@@ -392,10 +400,11 @@ def backward_kernel(
     PIECES: gl.constexpr = volume(BLOCK) // volume(PIECE)
     blocks = tma_pipeline(inner, STAGES, WARPGROUPS, PIECES)
     tables = column_tables(g, MASK, ENDS, BY_ROW, STEPS, TABLES)
-    tiles = (tma_pipeline(outer, 1, 1, 1),)
+    ROWS: gl.constexpr = volume(TILE) // TILE[2] if PACKED else 1
+    tiles = (tma_pipeline(outer, 1, 1, ROWS),)
     masks = (_mask(g, tables, MASK, ENDS, BY_ROW, STEPS),)
     if WARPGROUPS == 2:
-        tiles += (tma_pipeline(outer, 1, 1, 1),)
+        tiles += (tma_pipeline(outer, 1, 1, ROWS),)
         masks += (_mask(g, tables, MASK, ENDS, BY_ROW, STEPS),)
     D: gl.constexpr = grads[0].descriptor.block_type.shape[4]
     ctx = Context(
@@ -403,7 +412,8 @@ def backward_kernel(
         bias=bias_of(g, bias_tables, bias_size, bias_middle, BIAS_STRIDES),
         outer=outer, inner=inner, additional=additional, grads=grads,
         num_additional=num_additional, heads_per_kv=heads_per_kv, scale_log2=scale_log2,
-        tiles=tiles, blocks=blocks, buffers=[_buffers(each, grads, OWN_OUT) for each in tiles],
+        tiles=tiles, blocks=blocks,
+        buffers=[_buffers(each, grads, OWN_OUT, ROWS) for each in tiles],
         HAS_ADDITIONAL=HAS_ADDITIONAL, HAS_BIAS=len(BIAS_STRIDES) > 0, OWN_OUT=OWN_OUT,
         # Adding late takes registers, which two sums of 128 channels leave none of.
         LATE=not OF_KEYS or D < 128,

@@ -139,8 +139,8 @@ def _sum(ctx):
     t, _, _ = _begin(ctx)
     zero = ctx.begin * 0
     here = zero, zero, zero
-    side = Side(g.length, here, here, ())
-    group = Group(side, side, ())
+    side = Side(g.length, here, here, (), ())
+    group = Group(side, side, (), g.window, g.stride)
     gdc_wait()
     for stage in range(ctx.end - ctx.begin):
         first = _first_token(ctx, t)
@@ -190,7 +190,7 @@ def bias_gradient_kernel(
     """
     g = Geometry(
         length=(N0, N1, N2), window=(K0, K1, K2), stride=(S0, S1, S2), dilation=(D0, D1, D2),
-        tiles=(N0, N1, N2), part=(), num_tiles=batches, heads=batches,
+        tiles=(N0, N1, N2), part=(), tile_table=(), num_tiles=batches, heads=batches,
         heads_at_once=batches, MODES=MODES, TILE=TILE, BLOCK=BLOCK, SPLIT_AXIS=0, WARPGROUPS=1,
         DILATED=True, QUERIES=OWN, PIECE=BLOCK, HEADS_FIRST=False, OF_KEYS=False,
     )  # fmt: skip

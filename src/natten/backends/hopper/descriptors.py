@@ -14,6 +14,10 @@ and nobody loads a box that is wholly out of bounds: for such a box TMA looks at
 number, where there may be no memory (an illegal memory access on an H200). Boxes that are out of
 bounds in part, and stores beyond the end, are fine. Channels come in boxes of 128 bytes: heads of
 which one would be empty have no uneven groups (:meth:`Hopper.limits`).
+
+Rows of packed documents have many lengths, and likewise one bound: positions count backwards from
+where a row ends, so that the view begins as far before the tensor. So no box has tokens of the next
+row, or of the next document.
 """
 
 from __future__ import annotations
@@ -95,6 +99,17 @@ def view(shape: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, .
     for count, step in zip((batch, *groups, heads), steps):
         bases += (count - 1) * step
     return View((bases, *lengths, channels), (unit, *strides, 1), steps, before)
+
+
+@lru_cache(maxsize=1024)
+def packed_view(shape: tuple[int, ...], stride: tuple[int, ...]) -> View:
+    """The view of packed documents ``[1, tokens, heads, channels]``, in which a box is part of a
+    row: of a head, of the row that ends before a token, and of the tokens before that end."""
+    _, tokens, heads, channels = shape
+    width = -(-channels // 8) * 8
+    token, head = stride[1] if tokens > 1 else width, stride[2] if heads > 1 else width
+    lengths, strides = (heads, 1, tokens + 1, tokens, channels), (head, width, token, token, 1)
+    return View(lengths, strides, (0, 0, 0, 0, 1), before=tokens * token)
 
 
 @lru_cache(maxsize=1024)

@@ -10,6 +10,7 @@ and values come block by block; a warpgroup hands back unread what its queries d
 from ..triton.launch import kernel
 from ..triton.primitives import LN2
 from .bias import Bias, bias_of
+from .documents import num_tiles_of
 from .geometry import OWN, WARPS, Geometry, Part, mma_layout, volume
 from .gluon_names import (
     aggregate,
@@ -64,12 +65,12 @@ def _fetch_queries(ctx):
         tile = g.tile(tile_id)
         side, tensors = tile.group.queries, (ctx.query,)
         bases = tma_bases(tensors, tile.batch, side.bases, tile.head)
-        first = side.load_at(g.first_of(tile, 0))
+        places = g.places_of_tile(side, g.first_of(tile, 0))
         gdc_wait()  # until the kernel before has ended; what comes first need not
-        ctx.queries[0].produce(tile_iteration, tensors, bases, (first,))
+        ctx.queries[0].produce(tile_iteration, tensors, bases, places)
         if g.WARPGROUPS == 2:
-            first = side.load_at(g.first_of(tile, 1))
-            ctx.queries[1].produce(tile_iteration, tensors, bases, (first,))
+            places = g.places_of_tile(side, g.first_of(tile, 1))
+            ctx.queries[1].produce(tile_iteration, tensors, bases, places)
         tile_iteration += 1  # noqa: SIM113
 
 
@@ -214,18 +215,25 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
         if ctx.HAS_BIAS:  # of -inf, which may leave nothing to attend
             inverse = gl.where(row_sum > 0, inverse, 0.0)
         out = _scaled(acc, inverse)  # O = acc / row_sum, [M, DV]
+        if g.QUERIES != OWN and len(g.tile_table) > 0:  # it may be a document without keys
+            has_keys = tile.group.keys.length[2] > 0
+            out = gl.where(has_keys, out, 0.0)
+            row_max = gl.where(has_keys, row_max, float("-inf"))
         out_buffer.reshape([M, DV]).store(out.to(ctx.out.descriptor.dtype))
         fence_async_shared()
         side = tile.group.queries
         base = ctx.out.tma_base(tile.batch, side.bases, tile.head)
-        ctx.out.store(base, side.at(first), out_buffer)
+        g.store_tile(ctx.out, base, side, first, out_buffer)
         if not ctx.OWN_OUT:
             store_wait(0)
             queries.consumer_release(tile_iteration)
         # A contiguous tensor's bases are its rows.
         base, steps = ctx.out.tma_base(tile.batch, side.group, tile.head), ctx.out.steps
-        row = base + i0 * (g.dilation[0] * steps[1]) + i1 * (g.dilation[1] * steps[2])
-        row += i2 * (g.dilation[2] * steps[3])
+        if len(side.document) > 0:
+            row = base + side.token((i0, i1, i2)).to(gl.int64) * steps[3]
+        else:
+            row = base + i0 * (g.dilation[0] * steps[1]) + i1 * (g.dilation[1] * steps[2])
+            row += i2 * (g.dilation[2] * steps[3])
         real = (i0 < side.length[0]) & (i1 < side.length[1]) & (i2 < side.length[2])
         gl.store(ctx.lse + row, (row_max + gl.log2(row_sum)) * LN2, mask=real)
         stage += count
@@ -234,17 +242,20 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
 
 
 @gluon.jit
-def _out_buffer(queries, out, OWN_OUT: gl.constexpr):
+def _out_buffer(queries, out, OWN_OUT: gl.constexpr, PIECES: gl.constexpr):
     """Where a warpgroup's outputs wait to be stored: if need be, in the place of its queries."""
     buffer = queries.buffers[0].index(0)
     if OWN_OUT:
-        buffer = allocate(out, 1, 1).index(0)
+        buffer = allocate(out, 1, PIECES).index(0)
     return buffer
 
 
-@kernel(gluon.jit, tensors="query key value out additional_keys additional_values lse bias_tables")
+@kernel(
+    gluon.jit,
+    tensors="query key value out additional_keys additional_values lse bias_tables tile_table",
+)
 def forward_kernel(
-    query, key, value, out, additional_keys, additional_values, lse, bias_tables,
+    query, key, value, out, additional_keys, additional_values, lse, bias_tables, tile_table,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     N0, N1, N2, Q0, Q1, Q2, SN0, SN1, SN2, SQ0, SQ1, SQ2, O0, O1, O2, G0, G1, G2,
     T0, T1, T2, num_tiles, o_b, o_0, o_1, additional_b, K0, K1, K2, S0, S1, S2, D0, D1, D2,
@@ -255,9 +266,9 @@ def forward_kernel(
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
     REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, WARPGROUPS: gl.constexpr,
     DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr, HEADS_FIRST: gl.constexpr,
-    BIAS_STRIDES: gl.constexpr,
+    PACKED: gl.constexpr, BIAS_STRIDES: gl.constexpr,
 ):  # fmt: skip
-    """All tensors but ``lse`` and ``bias_tables`` are descriptors. Their steps are
+    """All tensors but ``lse`` and tables are descriptors. Their steps are
     :class:`TmaTensor`'s: ``q_b`` from a batch entry to the next, ``q_0`` .. ``q_2`` from a token to
     the next, ``q_h`` from a head.
 
@@ -266,8 +277,14 @@ def forward_kernel(
     ``Q``, from which groups on there is one query (``SQ``) or key (``SN``) less, queries before the
     part ``O``, the first query's group ``G``, queries per key ``R``. Of :class:`Bias` are the
     numbers ``bias_size`` and ``bias_middle``, and the strides, which are () without a bias.
+
+    Of ``PACKED`` documents, sizes and tiles are in the table, ``N`` and ``Q`` are all tokens as a
+    row, and steps are from a head to the next.
     """
-    part = ()
+    part, documents = (), ()
+    if PACKED:
+        documents = (tile_table,)
+        T2, num_tiles = num_tiles_of(tile_table, heads)
     if QUERIES != OWN:
         part = (
             Part(
@@ -278,7 +295,7 @@ def forward_kernel(
         )  # fmt: skip
     g = Geometry(
         length=(N0, N1, N2), window=(K0, K1, K2), stride=(S0, S1, S2), dilation=(D0, D1, D2),
-        tiles=(T0, T1, T2), part=part, num_tiles=num_tiles, heads=heads,
+        tiles=(T0, T1, T2), part=part, tile_table=documents, num_tiles=num_tiles, heads=heads,
         heads_at_once=heads_at_once, MODES=MODES, TILE=TILE, BLOCK=BLOCK, SPLIT_AXIS=SPLIT_AXIS,
         WARPGROUPS=WARPGROUPS, DILATED=DILATED, QUERIES=QUERIES, PIECE=PIECE,
         HEADS_FIRST=HEADS_FIRST, OF_KEYS=False,
@@ -294,10 +311,11 @@ def forward_kernel(
     PIECES: gl.constexpr = volume(BLOCK) // volume(PIECE)
     keys = tma_pipeline((k,), STAGES, WARPGROUPS, PIECES)
     values = tma_pipeline((v,), STAGES, WARPGROUPS, PIECES)
-    queries = (tma_pipeline((q,), 1, 1, 1),)
+    ROWS: gl.constexpr = volume(TILE) // TILE[2] if PACKED else 1
+    queries = (tma_pipeline((q,), 1, 1, ROWS),)
     if WARPGROUPS == 2:
-        queries += (tma_pipeline((q,), 1, 1, 1),)
-    outs = [_out_buffer(each, o, OWN_OUT) for each in queries]
+        queries += (tma_pipeline((q,), 1, 1, ROWS),)
+    outs = [_out_buffer(each, o, OWN_OUT, ROWS) for each in queries]
     tables = column_tables(g, MASK, ENDS, BY_ROW, STEPS, TABLES)
     ctx = Context(
         geometry=g, mask=Mask(g, tables, (), MASK, ENDS, BY_ROW, STEPS),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...documents import Documents
 from ...inputs import Gradients, Inputs
 from ...neighborhood import Rule
 from ..triton.fused import additional_gradients, rpb_gradient
@@ -16,8 +17,13 @@ from .descriptors import readable
 from .plan import Plan, plan_for
 
 
-def forward(inputs: Inputs, rule: Rule, scale: float) -> tuple[Tensor, Tensor]:
-    """Output ``[batch, *space, heads, value_dim]`` and LSE ``[batch, *space, heads]``."""
+def forward(
+    inputs: Inputs, rule: Rule, scale: float, documents: Documents | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output ``[batch, *space, heads, value_dim]`` and LSE ``[batch, *space, heads]``.
+
+    With ``documents``, batch is 1 and space is the tokens of all of them.
+    """
     query = inputs.query
     *rows, _ = query.shape
     out = query.new_empty(*rows, inputs.value.shape[-1])
@@ -28,12 +34,12 @@ def forward(inputs: Inputs, rule: Rule, scale: float) -> tuple[Tensor, Tensor]:
         return out.zero_(), lse.fill_(float("-inf"))
     query, key, value = [readable(x, rule.dilation) for x in inputs[:3]]
     additional_keys, additional_values = _additional(inputs)
-    bias = _bias(inputs)
-    found = plan_for(query, key, value, additional_keys, rule, scale, _dtype(inputs.rpb))
+    tables = _tables(inputs, documents)
+    found = plan_for(query, key, value, additional_keys, rule, scale, _dtype(inputs.rpb), documents)
     with on_device(query):
         found.forward.run(
             query=query, key=key, value=value, out=out, additional_keys=additional_keys,
-            additional_values=additional_values, lse=lse, **bias,
+            additional_values=additional_values, lse=lse, **tables,
         )  # fmt: skip
     return out, lse
 
@@ -46,6 +52,7 @@ def backward(
     lse: Tensor,
     rule: Rule,
     scale: float,
+    documents: Documents | None = None,
 ) -> Gradients:
     """Gradients of the inputs."""
     if inputs.query.numel() == 0 or inputs.key.numel() == 0:
@@ -58,10 +65,10 @@ def backward(
     grad_out = readable(grad_out.contiguous(), rule.dilation)
     grad_lse = None if grad_lse is None else contiguous(grad_lse)
     additional_keys, additional_values = _additional(inputs)
-    bias = _bias(inputs)
-    found = plan_for(query, key, value, additional_keys, rule, scale, _dtype(inputs.rpb))
+    tables = _tables(inputs, documents)
+    found = plan_for(query, key, value, additional_keys, rule, scale, _dtype(inputs.rpb), documents)
     with on_device(query):
-        for axis, first, count in found.unattended:
+        for axis, first, count in found.unattended if documents is None else ():
             for grad in (grad_key, grad_value):
                 # Of tensors with gaps, PyTorch writes number by number: the fewer, the faster.
                 grad.view(torch.int64).narrow(axis, first, count).zero_()
@@ -72,12 +79,12 @@ def backward(
         found.dq.run(
             query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,
             additional_keys=additional_keys, additional_values=additional_values,
-            grad_query=grad_query, grad_key=None, grad_value=None, **bias,
+            grad_query=grad_query, grad_key=None, grad_value=None, **tables,
         )  # fmt: skip
         found.dkdv.run(
             query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,
             additional_keys=None, additional_values=None,
-            grad_query=None, grad_key=grad_key, grad_value=grad_value, **bias,
+            grad_query=None, grad_key=grad_key, grad_value=grad_value, **tables,
         )  # fmt: skip
         grad_additional: Sequence[Tensor | None]
         if additional_keys is not None and additional_values is not None:
@@ -89,7 +96,7 @@ def backward(
             grad_additional = [None if x is None else x.new_zeros(x.shape) for x in given]
         grad_rpb = None
         if inputs.rpb is not None:
-            named = {"query": query, "key": key, "value": value, "rpb": bias["rpb"]}
+            named = {"query": query, "key": key, "value": value, "rpb": tables["rpb"]}
             named |= {"grad_out": grad_out, "lse_delta": lse_delta}
             grad_rpb = (
                 rpb_gradient(found.portable, **named)
@@ -99,9 +106,17 @@ def backward(
     return Gradients(grad_query, grad_key, grad_value, grad_rpb, *grad_additional)
 
 
-def _bias(inputs: Inputs) -> dict[str, Any]:
-    """Arguments of kernels that read the bias."""
-    return {"bias_tables": None} if inputs.rpb is None else {"rpb": contiguous(inputs.rpb)}
+def _tables(inputs: Inputs, documents: Documents | None) -> dict[str, Any]:
+    """Arguments of kernels that read tables: of the bias, and of the tiles of documents. What such
+    a table is made of stands for it."""
+    found: dict[str, Any] = {"bias_tables": None, "tile_table": None}
+    if inputs.rpb is not None:
+        del found["bias_tables"]
+        found["rpb"] = contiguous(inputs.rpb)
+    if documents is not None:
+        del found["tile_table"]
+        found["documents"] = documents.table
+    return found
 
 
 def _additional_gradients(
@@ -117,6 +132,7 @@ def _additional_gradients(
         query=query, key=keys, value=values, grad_out=grad_out, lse_delta=lse_delta,
         additional_keys=None, additional_values=None,
         grad_query=None, grad_key=grad_keys, grad_value=grad_values, bias_tables=None,
+        tile_table=None,
     )  # fmt: skip
     return grad_keys, grad_values
 

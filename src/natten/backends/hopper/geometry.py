@@ -15,12 +15,17 @@ On a circular axis partners are counted before the modulo. A block may then be f
 each of which is a box somewhere on the ring; its tokens follow one another piece by piece. Of a
 tile whose partners go on at the other end, blocks begin a little earlier, so that pieces meet at
 the seam.
+
+Packed documents are layouts of their own sizes. Which tiles there are, of which document, is read
+from a table (``documents.py``). Rows of a document lie one after another in memory, and how far
+apart they are differs from document to document, so tiles and blocks are fetched and stored row by
+row: a row is a piece. TMA's view of the tokens ends with the row (``descriptors.py``).
 """
 
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
 
 from ..triton import windows
-from . import cuts
+from . import cuts, documents
 from .gluon_names import aggregate, from_triton, gl, gluon
 
 window = from_triton(windows.window)
@@ -30,6 +35,7 @@ lpt_order = from_triton(windows.lpt_order)
 
 WARPS = gl.constexpr(cuts.WARPS)  # of a warpgroup
 OWN, PART, FINER = map(gl.constexpr, cuts.QUERY_KINDS)
+TABLE_WIDTH = gl.constexpr(documents.TABLE_WIDTH)
 
 
 @gluon.constexpr_function
@@ -108,11 +114,21 @@ class Side:
     group: gl.tuple
     bases: gl.tuple  # the group where TMA finds the first of ``skipped`` and the positions
     skipped: gl.tuple
+    document: gl.tuple  # of a packed one: its first token, and the tokens of all
+
+    @gluon.jit
+    def token(self, position):
+        """The number of a document's token among those of all documents."""
+        row = position[0] * self.length[1] + position[1]
+        return self.document[0] + row * self.length[2] + position[2]
 
     @gluon.jit
     def at(self, position):
         """Where TMA finds a position."""
-        if len(self.skipped) > 0:
+        if len(self.document) > 0:
+            end = self.token((position[0], position[1], self.length[2]))  # of the row
+            return position[0] * 0, end, self.document[1] - self.length[2] + position[2]
+        elif len(self.skipped) > 0:
             return (
                 position[0] + self.skipped[0],
                 position[1] + self.skipped[1],
@@ -125,7 +141,7 @@ class Side:
     def load_at(self, position):
         """As :meth:`at`, of a box to load; of one that is beyond the end, where the last position
         is, for TMA then looks at where the view begins, which may be in front of all memory."""
-        if len(self.skipped) > 0:
+        if len(self.skipped) > 0 or len(self.document) > 0:
             position = (
                 gl.minimum(position[0], self.length[0] - 1),
                 gl.minimum(position[1], self.length[1] - 1),
@@ -136,11 +152,13 @@ class Side:
 
 @aggregate
 class Group:
-    """A dilation group of a tile."""
+    """A dilation group of a tile, or a document; tuples have an entry per axis."""
 
     queries: Side
     keys: Side
-    offset: gl.tuple  # queries of the group before the part's first, per axis
+    offset: gl.tuple  # queries of the group before the part's first
+    window: gl.tuple
+    stride: gl.tuple
 
 
 @aggregate
@@ -171,7 +189,11 @@ class Part:
 @aggregate
 class Geometry:
     """Sizes of a call per axis, tuples of three: positions of a dilation group, window, stride,
-    dilation, tiles; and what the kernel is compiled for."""
+    dilation, tiles; and what the kernel is compiled for.
+
+    Of packed documents, lengths are those of all tokens in a row, and the last number of tiles is
+    that of all documents.
+    """
 
     length: gl.tuple  # of keys, and of queries unless they are a part
     window: gl.tuple
@@ -179,6 +201,7 @@ class Geometry:
     dilation: gl.tuple
     tiles: gl.tuple
     part: gl.tuple  # a Part, unless queries are the keys' OWN tokens
+    tile_table: gl.tuple  # of packed documents: where the table of tiles is
     num_tiles: gl.tensor  # of all batch entries, heads and dilation groups
     heads: gl.tensor  # that have tiles
     heads_at_once: gl.tensor  # of which tiles at one position follow one another, with HEADS_FIRST
@@ -196,10 +219,10 @@ class Geometry:
     @gluon.jit
     def partners(self, group, i, AXIS: gl.constexpr):
         """First and one-past-last partner of tokens ``i`` of an axis; past the end, of the last."""
-        K, S = self.window[AXIS], self.stride[AXIS]
+        K, S = group.window[AXIS], group.stride[AXIS]
         MODE: gl.constexpr = self.MODES[AXIS]
         if self.QUERIES == OWN or MODE == windows.UNIT:
-            n = self.length[AXIS]
+            n = group.keys.length[AXIS]
             i = gl.minimum(i, n - 1)
             if self.OF_KEYS:
                 first, end = queries_of(i, n, n, K, S, MODE)
@@ -253,22 +276,25 @@ class Geometry:
     def _group(self, g):
         """The dilation group ``g`` of tiles."""
         if self.QUERIES == OWN:
-            side = Side(self.length, g, g, ())
-            return Group(side, side, ())
+            side = Side(self.length, g, g, (), ())
+            return Group(side, side, (), self.window, self.stride)
         elif self.DILATED:
             q0, h0, k0, g0, offset0 = self._sides(g[0], 0)
             q1, h1, k1, g1, offset1 = self._sides(g[1], 1)
             q2, h2, k2, g2, offset2 = self._sides(g[2], 2)
             queries = Side(
-                (q0[0], q1[0], q2[0]), (h0, h1, h2), (q0[1], q1[1], q2[1]), (q0[2], q1[2], q2[2])
-            )
+                (q0[0], q1[0], q2[0]), (h0, h1, h2), (q0[1], q1[1], q2[1]), (q0[2], q1[2], q2[2]),
+                (),
+            )  # fmt: skip
             keys = Side(
-                (k0[0], k1[0], k2[0]), (g0, g1, g2), (k0[1], k1[1], k2[1]), (k0[2], k1[2], k2[2])
-            )
-            return Group(queries, keys, (offset0, offset1, offset2))
+                (k0[0], k1[0], k2[0]), (g0, g1, g2), (k0[1], k1[1], k2[1]), (k0[2], k1[2], k2[2]),
+                (),
+            )  # fmt: skip
+            return Group(queries, keys, (offset0, offset1, offset2), self.window, self.stride)
         else:
             part = self.part[0]
-            return Group(Side(part.queries, g, g, ()), Side(self.length, g, g, ()), part.offset)
+            queries, keys = Side(part.queries, g, g, (), ()), Side(self.length, g, g, (), ())
+            return Group(queries, keys, part.offset, self.window, self.stride)
 
     @gluon.jit
     def own_side(self, tile):
@@ -290,10 +316,11 @@ class Geometry:
     def _along(self, group, t, AXIS: gl.constexpr):
         """First token, first partner and blocks of an axis's tile, the ``t``-th in turn."""
         SIZE: gl.constexpr = self.TILE[AXIS] * (self.WARPGROUPS if self.SPLIT_AXIS == AXIS else 1)
-        if self.OF_KEYS and AXIS == 2:
-            t = lpt_order(t, self.tiles[2], self.window[2], SIZE, self.MODES)
-        elif self.MODES[AXIS] == windows.FULL_CAUSAL:
-            t = self.tiles[2] - 1 - t  # later queries attend more keys
+        if len(self.tile_table) == 0:  # a table has an order
+            if self.OF_KEYS and AXIS == 2:
+                t = lpt_order(t, self.tiles[2], self.window[2], SIZE, self.MODES)
+            elif self.MODES[AXIS] == windows.FULL_CAUSAL:
+                t = self.tiles[2] - 1 - t  # later queries attend more keys
         first = t * SIZE
         if self.OF_KEYS and self.QUERIES != OWN:
             first += self.part[0].first_key[AXIS]
@@ -316,6 +343,13 @@ class Geometry:
     @gluon.jit
     def tile(self, tile_id):
         """The tile of that number."""
+        if len(self.tile_table) > 0:
+            return self._tile_of_document(tile_id)
+        else:
+            return self._tile_of_layout(tile_id)
+
+    @gluon.jit
+    def _tile_of_layout(self, tile_id):
         UNIT: gl.constexpr = windows.UNIT
         rest = tile_id
         if self.HEADS_FIRST:  # with plain attention, tiles of a length follow one another
@@ -329,12 +363,41 @@ class Geometry:
         if self.HEADS_FIRST:
             rest = rest * self.heads_at_once + tile_id % self.heads_at_once
         group = self._group((g0, g1, g2))
+        return self._tile_at(group, rest // self.heads, rest % self.heads, (t0, t1, t2))
+
+    @gluon.jit
+    def _tile_of_document(self, tile_id):
+        count, at_once = self.tiles[2], self.heads_at_once
+        rest = tile_id // at_once
+        head = rest // count * at_once + tile_id % at_once
+        row = self.tile_table[0] + (1 + rest % count) * TABLE_WIDTH
+        first_query, first_key = gl.load(row), gl.load(row + 1)
+        n0, n1, n2, n2_keys = (
+            gl.load(row + 2), gl.load(row + 3), gl.load(row + 4), gl.load(row + 5),
+        )  # fmt: skip
+        window = gl.load(row + 6), gl.load(row + 7), gl.load(row + 8)
+        stride = gl.load(row + 9), gl.load(row + 10), gl.load(row + 11)
+        t = gl.load(row + 12), gl.load(row + 13), gl.load(row + 14)
+        none = (head * 0, head * 0, head * 0)
+        keys = Side((n0, n1, n2_keys), none, none, (), (first_key, self.length[2]))
+        if self.QUERIES == OWN:
+            group = Group(keys, keys, (), window, stride)
+        else:
+            part = self.part[0]
+            queries = Side((n0, n1, n2), none, none, (), (first_query, part.queries[2]))
+            group = Group(queries, keys, part.offset, window, stride)
+        return self._tile_at(group, head * 0, head, t)
+
+    @gluon.jit
+    def _tile_at(self, group, batch, head, t):
+        """The tile of these numbers along the axes, of a group."""
+        t0, t1, t2 = t
         first0, origin0, blocks0 = self._along(group, t0, 0)
         first1, origin1, blocks1 = self._along(group, t1, 1)
         first2, origin2, blocks2 = self._along(group, t2, 2)
         return Tile(
-            batch=rest // self.heads,
-            head=rest % self.heads,
+            batch=batch,
+            head=head,
             group=group,
             first=(first0, first1, first2),
             origin=(origin0, origin1, origin2),
@@ -383,9 +446,12 @@ class Geometry:
         BLOCK: gl.constexpr = self.BLOCK
         PIECE: gl.constexpr = self.PIECE
         COUNTS: gl.constexpr = [BLOCK[0] // PIECE[0], BLOCK[1] // PIECE[1], BLOCK[2] // PIECE[2]]
-        at = _coordinate(k % volume(PIECE) if PIECE != BLOCK else k, PIECE, AXIS)
-        if COUNTS[AXIS] > 1:
-            at += _coordinate(k // volume(PIECE), COUNTS, AXIS) * PIECE[AXIS]
+        if len(self.tile_table) > 0:  # pieces are rows
+            at = _coordinate(k, BLOCK, AXIS)
+        else:
+            at = _coordinate(k % volume(PIECE) if PIECE != BLOCK else k, PIECE, AXIS)
+            if COUNTS[AXIS] > 1:
+                at += _coordinate(k // volume(PIECE), COUNTS, AXIS) * PIECE[AXIS]
         return at
 
     @gluon.jit
@@ -410,6 +476,35 @@ class Geometry:
             p2 = self._piece_at(start, i, 2)
             found = found + (side.load_at((p0, p1, p2)),)
         return found
+
+    @gluon.jit
+    def row_of_tile(self, first, NUMBER: gl.constexpr):
+        """Where the row of that number begins of a warpgroup's tile."""
+        TILE: gl.constexpr = self.TILE
+        AT: gl.constexpr = piece_start(TILE, (1, 1, TILE[2]), NUMBER)
+        return first[0] + AT[0], first[1] + AT[1], first[2]
+
+    @gluon.jit
+    def places_of_tile(self, side, first):
+        """Where TMA finds a warpgroup's tile, in pieces as blocks are."""
+        found = ()
+        if len(self.tile_table) > 0:
+            for i in gl.static_range(self.TILE[0] * self.TILE[1]):
+                found = found + (side.load_at(self.row_of_tile(first, i)),)
+        else:
+            found = (side.load_at(first),)
+        return found
+
+    @gluon.jit
+    def store_tile(self, tensor, base, side, first, buffer):
+        """Start to write a warpgroup's tile ``[PIECES, *piece, channels]``."""
+        if len(self.tile_table) > 0:
+            for i in gl.static_range(self.TILE[0] * self.TILE[1]):
+                row = self.row_of_tile(first, i)
+                if (row[0] < side.length[0]) & (row[1] < side.length[1]):
+                    tensor.store(base, side.at(row), buffer.slice(i, 1))
+        else:
+            tensor.store(base, side.at(first), buffer)
 
     @gluon.jit
     def next_block(self, block, blocks):

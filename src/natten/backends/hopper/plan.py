@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import tuning
+from ...documents import Documents, Sizes
 from ...neighborhood import Dense, Neighborhood, Rule
 from ...tiling import padded
 from ..interface import Shape, Tiles
@@ -26,7 +27,16 @@ from .backward import backward_kernel
 from .bias_gradient import bias_gradient_kernel
 from .bias_plan import Biased, BiasGradient
 from .cuts import tile_sizes, tiled
-from .descriptors import Describe, View, contiguous_strides, contiguous_view, describe, view
+from .descriptors import (
+    Describe,
+    View,
+    contiguous_strides,
+    contiguous_view,
+    describe,
+    packed_view,
+    view,
+)
+from .documents_plan import Packed, most_tiles
 from .forward import forward_kernel
 from .lse_delta import lse_delta_kernel
 
@@ -44,7 +54,9 @@ class Plan:
         strides: Sequence[Shape],
         num_additional: int,
         bias_dtype: torch.dtype | None = None,
+        packed: Sizes | None = None,
     ) -> None:
+        self.packed = packed
         self.scale, self.device, self.dtype = scale, device, dtype
         self.num_additional, self.bias_dtype = num_additional, bias_dtype
         self.batch, *_, self.heads, self.dim = shapes[0]
@@ -53,16 +65,26 @@ class Plan:
         # By kind: the kernel's tiles, and whether each tile has a program of its own.
         self.cuts: dict[str, tuple[Tiles, bool]] = {}
         self.queries = tiling.queries(rule, self.space)
-        self.modes = modes(rule, self._units())
+        self.modes = modes(rule, self._units() if packed is None else [2] * rule.rank)
         self.kept = dict(self.__dict__)  # without kernels
 
     def _lay(self, rule: Rule, shapes: Sequence[Shape], strides: Sequence[Shape]) -> None:
         """Where the queries are, how large the layouts are, and how the tensors lie."""
         self.rule, self.shapes, self.strides = rule, shapes, strides
-        self.space, self.key_space = shapes[0][1:-2], shapes[1][1:-2]
-        self.query, self.key, self.value = [view(*x, rule.dilation) for x in zip(shapes, strides)]
+        self.tokens, self.key_tokens = shapes[0][1:-2], shapes[1][1:-2]
+        self.space, self.key_space = self.tokens, self.key_tokens
+        dilation = rule.dilation
+        if self.packed is not None:
+            _, self.space, self.key_space = self.packed
+            dilation = (1,)
+        self.query, self.key, self.value = map(self._view, shapes, strides)
         steps = *self.query.steps, *self.key.steps, *self.value.steps
-        self.steps_and_lengths = *steps, *_lengths(self.space, self.key_space, rule.dilation)
+        self.steps_and_lengths = *steps, *_lengths(self.tokens, self.key_tokens, dilation)
+
+    def _view(self, shape: Shape, stride: Shape) -> View:
+        if self.packed is not None:
+            return packed_view(shape, stride)
+        return view(shape, stride, self.rule.dilation)
 
     def _units(self) -> list[int]:
         """Per axis, 1 if there is one token now and always."""
@@ -71,20 +93,21 @@ class Plan:
         # A window of more than one key is of a cache that grows.
         return [max(each) for each in zip(self.space, self.key_space, self.rule.kernel_size)]
 
-    def _contiguous(self, space: Shape, heads: int, channels: int) -> View:
+    def _contiguous(self, tokens: Shape, heads: int, channels: int) -> View:
         """Of a tensor that a kernel writes, and of what goes with it."""
-        return contiguous_view((self.batch, *space, heads, channels), self.rule.dilation)
+        shape = self.batch, *tokens, heads, channels
+        return self._view(shape, contiguous_strides(shape))
 
     @cached_property
-    def forward(self) -> Launch | Biased | Trials:
+    def forward(self) -> Launch | Biased | Packed | Trials:
         return self._tiled("forward")
 
     @cached_property
-    def dq(self) -> Launch | Biased | Trials:
+    def dq(self) -> Launch | Biased | Packed | Trials:
         return self._tiled("dq")
 
     @cached_property
-    def dkdv(self) -> Launch | Biased | Trials:
+    def dkdv(self) -> Launch | Biased | Packed | Trials:
         return self._tiled("dkdv")
 
     @cached_property
@@ -108,13 +131,13 @@ class Plan:
         ours = -(-programs // (processors * resident)) * resident * size
         theirs = heads * -(-self.num_additional // 16) * 16 / processors
         dkdv = plan.dkdv
-        assert not isinstance(dkdv, Biased)
+        assert not isinstance(dkdv, Biased | Packed)
         return dkdv if ours < _PORTABLE_TIME * theirs else None
 
     @property
     def _rows(self) -> int:
         """Queries of all heads."""
-        return self.batch * math.prod(self.space) * self.heads
+        return self.batch * math.prod(self.tokens) * self.heads
 
     @cached_property
     def lse_delta(self) -> dict[bool, Launch]:
@@ -138,7 +161,7 @@ class Plan:
             None, self.num_additional or None, None, (), False,
         )  # fmt: skip
 
-    def _tiled(self, kind: str) -> Launch | Biased | Trials:
+    def _tiled(self, kind: str) -> Launch | Biased | Packed | Trials:
         """A kernel with its tiles, or those among which the first call chooses."""
         problem = self._problem(kind)
         count = tuning.wanted(backward=kind != "forward")
@@ -150,14 +173,22 @@ class Plan:
     def _problem(self, kind: str) -> tuple[Any, ...]:
         """What decides the tiles of a kernel."""
         sizes = self.space, self.key_space, self.dim, self.value_dim, self.dtype.itemsize
-        return (kind, self.rule, *sizes)
+        return (kind, self._typical_rule, *sizes, self.packed is not None)
 
-    def _launch(self, kind: str, tiles: Tiles) -> Launch | Biased:
+    @cached_property
+    def _typical_rule(self) -> Rule:
+        """The rule for which tiles are chosen: of packed documents, that of the longest."""
+        if self.packed is None or isinstance(self.rule, Dense):
+            return self.rule
+        return self.rule.fitted(self.space)
+
+    def _launch(self, kind: str, tiles: Tiles) -> Launch | Biased | Packed:
         rule, of_keys = self.rule, kind == "dkdv"
         work = tiling.work(kind, self.dim, self.value_dim)
-        mask = tiling.mask(kind, rule, self.space, self.key_space, tiles, work)
-        piece = tiling.piece(kind, rule, self.space, tiles)
-        boxes = tiling.boxes(tiles, of_keys, piece)
+        is_packed = self.packed is not None
+        mask = tiling.mask(kind, rule, self.space, self.key_space, tiles, work, is_packed)
+        piece = tiling.piece(kind, rule, self.space, tiles, is_packed)
+        boxes = tiling.boxes(tiles, of_keys, piece, is_packed)
         tile, block = tiling.tile_and_block(tiles, of_keys)
         warpgroups = tiling.warpgroups(tiles)
         registers, compute_registers, fetch_registers = tiling.registers(tiles, work)
@@ -206,6 +237,7 @@ class Plan:
             "QUERIES": self.queries,
             "PIECE": piece,
             "HEADS_FIRST": isinstance(rule, Dense) or heads_at_once > 1,
+            "PACKED": is_packed,
             "BIAS_STRIDES": (),
         }
         table = None
@@ -227,6 +259,13 @@ class Plan:
             },
             kept, num_warps=tiling.WARPS, maxnreg=registers, launch_pdl=_can_overlap(),
         )  # fmt: skip
+        if self.packed is not None:
+            is_causal = isinstance(rule, Dense) and rule.causal
+            sizes = tile_sizes(tiles, of_keys)
+            return Packed(
+                launch, self._most_tiles(kind), self.packed.number, sizes, of_keys,
+                from_the_end=is_causal and not of_keys,  # later queries attend more keys
+            )  # fmt: skip
         if table is None:
             return launch
         return Biased(launch, table, kernel_size, self.heads, self.scale, is_reversed=of_keys)
@@ -327,6 +366,10 @@ class Plan:
         """
         of_keys, (tiles, is_uneven) = kind == "dkdv", self.cuts[kind]
         heads = self.kv_heads if of_keys else self.heads
+        if self.packed is not None:  # how many there are is known to the GPU
+            most, none = self._most_tiles(kind) * heads, (0,) * (4 if kind == "forward" else 7)
+            resident = _processors(self.device) * tiles.resident_programs
+            return (most if is_uneven else min(most, resident)), none
         sizes = tile_sizes(tiles, of_keys)
         spans = self._key_spans
         if not of_keys:
@@ -342,16 +385,23 @@ class Plan:
             return num_tiles, numbers
         return min(num_tiles, _processors(self.device) * tiles.resident_programs), numbers
 
+    def _most_tiles(self, kind: str) -> int:
+        """How many tiles packed documents have at most."""
+        assert self.packed is not None
+        of_keys = kind == "dkdv"
+        tokens, sizes = self.key_tokens if of_keys else self.tokens, self.cuts[kind][0]
+        return most_tiles(self.packed, tile_sizes(sizes, of_keys), math.prod(tokens), of_keys)
+
     def _of_stored(self, kind: str) -> tuple[int, ...]:
         """Numbers that follow: how the tensors lie that kernels made, all of them contiguous."""
-        space, heads = (self.space, self.heads)
+        tokens, heads = (self.tokens, self.heads)
         if kind == "dkdv":
-            space, heads = self.key_space, self.kv_heads
+            tokens, heads = self.key_tokens, self.kv_heads
         # Of what a kernel stores, bases are rows.
-        rows = contiguous_strides((self.batch, *padded(space, 1), heads))[:3]
+        rows = contiguous_strides((self.batch, *padded(tokens, 1), heads))[:3]
         if kind == "forward":
             return rows
-        made = (self._contiguous(self.space, self.heads, n).steps for n in (self.value_dim, 4))
+        made = (self._contiguous(self.tokens, self.heads, n).steps for n in (self.value_dim, 4))
         return *next(made), *next(made), *rows
 
     def _heads_at_once(self, work: tiling.Work) -> int:
@@ -369,6 +419,8 @@ class Plan:
                 count, tokens, shared = self.batch * self.heads, self.key_space[0], per_kv
             most = max(1, _CACHED * shared // (2 * tokens * work.block_channels))
             return next(n for n in range(min(most, count), 0, -1) if count % n == 0)
+        if self.packed is not None:
+            return self.kv_heads if work.of_keys else self.heads
         side_by_side = self.strides[1][-2] == self.dim and self.strides[2][-2] == self.value_dim
         is_lost = tiling.overflows_cache(self.key_space, self.dim, self.value_dim)
         is_part = self.queries != tiling.OWN and tiling.split_lines(self.dim) > 0
@@ -379,7 +431,13 @@ class Plan:
 
     def _is_uneven(self, kind: str, tiles: Tiles) -> bool:
         """Whether the longest tile has so many blocks that each tile has its own program."""
-        excess = tiling.excess(kind, self.rule, self.space, self.key_space, tiles)
+        if self.packed is not None and isinstance(self.rule, Dense):
+            # The longest document's tiles beside short ones'.
+            length = self.space[0] if kind == "dkdv" else self.key_space[0]
+            _, block = tiling.tile_and_block(tiles, kind == "dkdv")
+            excess = length / block[2]
+        else:
+            excess = tiling.excess(kind, self._typical_rule, self.space, self.key_space, tiles)
         # A key head's tile walks the blocks of all heads that share it.
         return excess * (self.heads // self.kv_heads if kind == "dkdv" else 1) >= _UNEVEN
 
@@ -390,7 +448,7 @@ class Plan:
             return self._describe(view, tiles.q_block)
 
         def written(channels: int) -> View:
-            return self._contiguous(self.space, self.heads, channels)
+            return self._contiguous(self.tokens, self.heads, channels)
 
         found = {"query": of(self.query)}
         if kind == "forward":
@@ -411,7 +469,7 @@ class Plan:
         found = {"key": of(self.key), "value": of(self.value)}
         if kind == "dkdv":
             for name, dim in (("grad_key", self.dim), ("grad_value", self.value_dim)):
-                found[name] = of(self._contiguous(self.key_space, self.kv_heads, dim))
+                found[name] = of(self._contiguous(self.key_tokens, self.kv_heads, dim))
         return found
 
     def _additional(self, kind: str, tiles: Tiles) -> dict[str, Describe]:
@@ -444,6 +502,7 @@ class Part(Plan):
         self.plan, self.where = plan, where
         if like is not None and like.where[1:] == where[1:]:  # tensors lie as those of ``like``
             self.rule, self.shapes, self.strides = rule, like.shapes, like.strides
+            self.tokens, self.key_tokens = like.tokens, like.key_tokens
             self.space, self.key_space = like.space, like.key_space
             self.query, self.key, self.value = like.query, like.key, like.value
             self.steps_and_lengths = like.steps_and_lengths
@@ -548,6 +607,7 @@ def plan_for(
     rule: Rule,
     scale: float,
     bias_dtype: torch.dtype | None = None,
+    documents: Documents | None = None,
 ) -> Plan:
     """The plan of a call; tensors are readable by TMA."""
     shapes = query.shape, key.shape, value.shape
@@ -555,7 +615,8 @@ def plan_for(
     others = scale, query.device, query.dtype
     num_additional = 0 if additional_keys is None else additional_keys.shape[1]
     if isinstance(rule, Dense) or not portable.has_shared_kernels(rule):
-        return _plan(rule, *others, shapes, strides, num_additional, bias_dtype)
+        packed = None if documents is None else documents.sizes
+        return _plan(rule, *others, shapes, strides, num_additional, bias_dtype, packed)
     batch, *_, heads, dim = query.shape
     made = portable.common(
         "hopper", *portable.windows_of(rule), *others, batch, heads, dim, key.shape[-2],

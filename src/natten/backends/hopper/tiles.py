@@ -21,6 +21,7 @@ from ..triton.tiles import SHARED_MEMORY, usual
 from .cuts import (
     MISSING,
     OWN,
+    PIECE_ROWS,
     WARPS,
     Axis,
     cuts,
@@ -75,9 +76,17 @@ def overflows_cache(key_shape: Shape, dim: int, value_dim: int) -> bool:
     return math.prod(key_shape) * lines * _LINE > 25e6
 
 
-def boxes(tiles: Tiles, of_keys: bool, piece: Shape) -> Tiles:
-    """What a kernel loads at once: its tiles, and pieces of its blocks."""
-    return tiles._replace(q_block=piece) if of_keys else tiles._replace(kv_block=piece)
+def boxes(tiles: Tiles, of_keys: bool, piece: Shape, packed: bool = False) -> Tiles:
+    """What a kernel loads at once: its tiles, of packed documents a row of them, and pieces of its
+    blocks."""
+    tile, _ = tile_and_block(tiles, of_keys)
+    own = row(tile) if packed else tile
+    return tiles._replace(q_block=piece if of_keys else own, kv_block=own if of_keys else piece)
+
+
+def row(shape: Shape) -> Shape:
+    """A row of a tile or block."""
+    return 1, 1, shape[2]
 
 
 class Work(NamedTuple):
@@ -219,29 +228,35 @@ def slides(kind: str, rule: Rule) -> bool:
     return kind != "dkdv" and moves and rule.boundary[-1] == "shift"
 
 
-def plain_mask(rule: Dense, key_length: int, tiles: Tiles, work: Work) -> Mask:
-    """How tiles of plain attention are masked."""
+def plain_mask(rule: Dense, key_length: int | None, tiles: Tiles, work: Work) -> Mask:
+    """How tiles of plain attention are masked; None: key lengths differ."""
     columns = _columns(tiles, work)
     if rule.causal:  # the keys of a warpgroup's own positions are in one block, which is first
         return Mask(FIRST if columns % ROWS == 0 else COMPARE)
     # Queries beyond the last are zeros, and so is what they add to gradients of keys.
-    is_cut = not work.of_keys and key_length % columns > 0
+    is_cut = not work.of_keys and (key_length is None or key_length % columns > 0)
     return Mask(FIRST) if is_cut else Mask()
 
 
-def mask(kind: str, rule: Rule, shape: Shape, key_shape: Shape, tiles: Tiles, work: Work) -> Mask:
+def mask(
+    kind: str, rule: Rule, shape: Shape, key_shape: Shape, tiles: Tiles, work: Work,
+    packed: bool = False,
+) -> Mask:  # fmt: skip
     """How tiles are masked."""
     if isinstance(rule, Dense):
-        return plain_mask(rule, key_shape[0], tiles, work)
-    if rule.is_self_attention:
+        return plain_mask(rule, None if packed else key_shape[0], tiles, work)
+    if rule.is_self_attention and not packed:
         axes = cuts(kind == "dkdv", rule, shape, shape)(tiles)
     else:
         axes = _any_axes(kind, rule, tiles)
-    return mask_of(slides(kind, rule), axes, tiles, work)
+    # Windows of short documents shrink.
+    return mask_of(slides(kind, rule) and not packed, axes, tiles, work)
 
 
-def piece(kind: str, rule: Rule, shape: Shape, tiles: Tiles) -> Shape:
+def piece(kind: str, rule: Rule, shape: Shape, tiles: Tiles, packed: bool = False) -> Shape:
     """What of a block is fetched at once."""
+    if packed:
+        return row(tile_and_block(tiles, kind == "dkdv")[1])
     if "circular" in rule.boundary:
         return cuts(kind == "dkdv", rule, shape, shape).piece(tiles)
     return tile_and_block(tiles, kind == "dkdv")[1]
@@ -332,12 +347,13 @@ def key(
     dim: int,
     value_dim: int,
     itemsize: int,
+    packed: bool = False,
 ) -> str:
     """The name of a problem in :mod:`natten.tuning`."""
     rule, shape, key_shape = _model(rule, shape, key_shape)
     layouts = (shape,) if shape == key_shape else (shape, key_shape)
     sizes = "-".join("x".join(map(str, each)) for each in layouts)
-    return f"hopper-{kind}-{sizes}-{rule}-{dim}-{value_dim}"
+    return f"hopper-{kind}-{sizes}-{rule}-{dim}-{value_dim}" + "-packed" * packed
 
 
 def choose(
@@ -348,20 +364,23 @@ def choose(
     dim: int,
     value_dim: int,
     itemsize: int = 2,
+    packed: bool = False,
 ) -> Tiles:
     """The tiles that were measured to be fastest, else those estimated to be cheapest, or nearly
     so (:func:`natten.backends.triton.tiles.usual`).
 
     Args:
         kind: of kernel, one of ``interface.KINDS``.
+        packed: of packed documents, up to the layouts' lengths.
     """
     model = _model(rule, shape, key_shape)
-    return _choose(kind, *model, dim, value_dim, itemsize)
+    return _choose(kind, *model, dim, value_dim, itemsize, packed)
 
 
 @tuning.cached
 def _choose(*problem: Any) -> Tiles:
-    every, of_model = partial(candidates, *problem), partial(_usual, *problem[:-1])
+    *sizes, _, packed = problem
+    every, of_model = partial(candidates, *problem), partial(_usual, *sizes, packed)
     found = tuning.choose(key(*problem), every, of_model)
     assert found is not None
     return found
@@ -375,10 +394,11 @@ def candidates(
     dim: int,
     value_dim: int,
     itemsize: int = 2,
+    packed: bool = False,
 ) -> list[Tiles]:
     """Tiles that fit the registers and shared memory: what :func:`choose` takes if no others were
     measured, then the others, cheapest first by estimate."""
-    return _candidates(kind, *_model(rule, shape, key_shape), dim, value_dim)
+    return _candidates(kind, *_model(rule, shape, key_shape), dim, value_dim, packed)
 
 
 def has_tiles(
@@ -386,7 +406,7 @@ def has_tiles(
 ) -> bool:
     """Whether there are tiles at all; some rings are too short."""
     model = _model(rule, shape, key_shape)
-    return _usual(kind, *model, dim, value_dim) is not None
+    return _usual(kind, *model, dim, value_dim, False) is not None
 
 
 @lru_cache(maxsize=64)
@@ -453,14 +473,21 @@ class _Search:
         key_shape: Shape,
         dim: int,
         value_dim: int,
+        packed: bool = False,
     ) -> None:
-        self.of_keys = kind == "dkdv"
+        self.of_keys, self.packed = kind == "dkdv", packed
         at_once = isinstance(rule, Dense) or overflows_cache(key_shape, dim, value_dim)
         self.ways = _ways(kind, dim, value_dim, not at_once)
         self.cuts = cuts(self.of_keys, rule, shape, key_shape)
         self.kind, self.rule, self.slides = kind, rule, slides(kind, rule)
         kv_lengths = None if queries(rule, shape) == OWN else self.cuts.kv_lengths
         self.tiles, self.blocks = _tiles_and_blocks(self.cuts.q_lengths, self.ways.work, kv_lengths)
+        if packed:  # in rows of so many tokens that shared memory keeps its pattern
+            lengths = *self.cuts.q_lengths[:-1], max(self.cuts.q_lengths[-1], PIECE_ROWS)
+            self.tiles, self.blocks = (
+                [shape for shape in shapes if shape[2] >= PIECE_ROWS]
+                for shapes in _tiles_and_blocks(lengths, self.ways.work, kv_lengths)
+            )
 
     def every(self) -> list[Tiles]:
         """All tiles that fit, cheapest first."""
@@ -515,6 +542,8 @@ class _Search:
 
     def _priced(self, tiles: Tiles) -> tuple[float, Tiles] | None:
         piece = self.cuts.piece(tiles)
+        if self.packed:
+            _, piece = map(row, tile_and_block(tiles, self.of_keys))
         axes = self.cuts.in_pieces(tiles, piece)
         priced = self.ways.priced(tiles, self._mask(tiles, axes))
         if priced is None or not all(axis.fits for axis in axes):
@@ -527,9 +556,10 @@ class _Search:
         """How tiles are masked that cut the axes so."""
         rule, work = self.rule, self.ways.work
         if isinstance(rule, Dense):
-            return plain_mask(rule, self.cuts.kv_lengths[0], tiles, work)
-        of_mask = axes if rule.is_self_attention else _any_axes(self.kind, rule, tiles)
-        return mask_of(self.slides, of_mask, tiles, work)
+            return plain_mask(rule, None if self.packed else self.cuts.kv_lengths[0], tiles, work)
+        if self.packed or not rule.is_self_attention:
+            axes = _any_axes(self.kind, rule, tiles)
+        return mask_of(self.slides and not self.packed, axes, tiles, work)
 
 
 def _tiles_and_blocks(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ... import tuning
-from ...documents import Documents
+from ...documents import Documents, Sizes
 from ...neighborhood import Dense, Neighborhood, Rule, queries_before
 from ...tiling import padded
 from ...tuning import Bounded
@@ -35,9 +35,6 @@ from .windows import modes, per_key
 
 # Of the bias's gradient, between its two kernels: 256 MiB, or one head's.
 MOST_SUMS = 2**26
-
-# Of packed documents: how many, and the longest of each axis, queries and keys.
-_Sizes = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 # Of masks of keys and of additional ones, where there are such.
 _MaskStrides = tuple[tuple[int, ...] | None, tuple[int, ...] | None]
@@ -115,7 +112,7 @@ class Plan:
         strides: Sequence[Sequence[int]],
         bias_dtype: torch.dtype | None,
         num_additional: int | None,
-        packed: _Sizes | None,
+        packed: Sizes | None,
         tiles: tuple[int, ...],
         tf32: bool,
         masks: _MaskStrides = (None, None),
@@ -450,7 +447,7 @@ def plan_for(
     others = (
         None if rpb is None else rpb.dtype,
         None if additional_keys is None else additional_keys.shape[1],
-        None if documents is None else (documents.number, documents.space, documents.key_space),
+        None if documents is None else documents.sizes,
         tiles,
         query.dtype == torch.float32 and allows_tf32(),
     )
