@@ -2,16 +2,19 @@
 
 ``GROUPS`` has the names of the cases in each group: "cuda" and "cpu" for the tables, "strides",
 which compares strides of two layers, and "ltx", the layers of a video decoder. ``PLAIN`` has cases
-of plain attention. ``SPECTRUM`` are the problems of many users, which ``spectrum.py`` measures.
+of plain attention, ``PACKED`` of packed documents. ``SPECTRUM`` are the problems of many users,
+which ``spectrum.py`` measures.
 """
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from natten import Neighborhood
+from natten.neighborhood import Dense, Rule
 from natten.profiler import Problem
 
 Sizes = int | tuple[int, ...]
@@ -106,6 +109,42 @@ class PlainCase:
         """The problem in words."""
         sizes = f"batch {self.batch}, {self.length} tokens, {self.heads} heads, d {self.dim}"
         return sizes + ", causal" * self.causal
+
+
+@dataclass(frozen=True)
+class PackedCase:
+    """Packed documents of random sizes, from ``least`` to ``most``; without a ``window`` packed
+    sequences of plain attention."""
+
+    name: str
+    about: str
+    number: int
+    least: tuple[int, ...]
+    most: tuple[int, ...]
+    heads: int
+    dim: int
+    window: int | tuple[int, ...] | None = None
+    causal: bool = False
+
+    @property
+    def layouts(self) -> list[tuple[int, ...]]:
+        """The documents' token layouts."""
+        draw = random.Random(0)
+        sizes = list(zip(self.least, self.most))
+        return [tuple(draw.randint(*each) for each in sizes) for _ in range(self.number)]
+
+    @property
+    def rule(self) -> Rule:
+        """Who attends whom in a document as long as ``most``."""
+        if self.window is None:
+            return Dense(self.causal)
+        return Neighborhood.create(len(self.most), self.window)
+
+    def describe(self) -> str:
+        """The problem in words."""
+        sizes = " to ".join("x".join(map(str, each)) for each in (self.least, self.most))
+        rule = f", window {self.window}" if self.window else ", causal" * self.causal
+        return f"{self.number} {self.about}, {sizes}, {self.heads} heads, d {self.dim}{rule}"
 
 
 _SHARED = "the same; groups of neighboring queries share a window"
@@ -264,6 +303,18 @@ PLAIN = {
         PlainCase("plain-vit", 64, 197, 12, 64),
         PlainCase("plain-d72", 16, 1024, 16, 72),
         PlainCase("plain-8k-causal", 2, 8192, 8, 64, True),
+    )
+}
+
+PACKED = {
+    case.name: case
+    for case in (
+        PackedCase("packed-images", "images", 64, (16, 16), (64, 64), 8, 64, 7),
+        PackedCase("packed-small", "small images", 256, (14, 14), (28, 28), 4, 32, 7),
+        PackedCase("packed-videos", "videos", 8, (8, 24, 24), (16, 48, 48), 12, 64, (5, 7, 7)),
+        PackedCase("packed-texts", "texts", 64, (128,), (2048,), 16, 128),
+        PackedCase("packed-causal", "texts", 64, (128,), (2048,), 16, 128, causal=True),
+        PackedCase("packed-short", "short texts", 256, (16,), (256,), 12, 64),
     )
 }
 

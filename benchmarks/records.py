@@ -14,7 +14,8 @@ class Record(NamedTuple):
 
     ``case`` is a name of ``cases.py``. ``backend`` is "natten" and our backend, "dense" and its
     implementation, or another library. ``pass_`` is "forward", "backward" or "forward+backward".
-    ``time`` is "graph" for kernels in a CUDA graph, or "eager" for a call from Python.
+    ``time`` is "graph" for kernels in a CUDA graph, "eager" for a call from Python, or "host" for
+    what a call costs in Python while the GPU computes.
     ``spread_us`` is the range of the middle half. ``computed_over_needed`` is the pairs computed
     per pair needed, for each kind of kernel. ``peak_over_inputs`` is the memory that the pass adds,
     over the size of query, key and value.

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import limits
 import spectrum
-from cases import BF16, CASES, FP32, GROUPS, PLAIN, Case, by
+from cases import BF16, CASES, FP32, GROUPS, PACKED, PLAIN, Case, by
 from records import RESULTS, read
 
 from natten.cli.tables import markdown
@@ -154,6 +154,26 @@ def plain_table() -> list[str]:
         columns = _pair(dense, _us), _pair(ours, _us), _pair_over(dense, ours)
         rows.append([PLAIN[name].describe(), *columns])
     return [*_table(rows), "", f"{times.machine()}; bfloat16, kernel times, medians in turn."]
+
+
+def packed_table() -> list[str]:
+    """Packed documents in one launch beside the same attention one by one."""
+    times = Times("packed-h200")
+    who = {"hopper": "hopper us", "triton": "triton us", "one by one": "one by one us"}
+    rows = [["packed", *who.values(), "dense us", "one by one / hopper", "host us"]]
+    for name in times.cases:
+        ours, portable, apart, dense = (
+            [times.of(name, each, pass_, "graph") for pass_ in ("forward", "backward")]
+            for each in (*who, "dense")
+        )
+        host = times.of(name, "hopper", BOTH, "host")
+        rows.append(
+            [
+                PACKED[name].describe(), *(_pair(each, _us) for each in (ours, portable, apart)),
+                _pair(dense, _us), _pair_over(apart, ours), "" if host is None else _us(host),
+            ]
+        )  # fmt: skip
+    return [*_table(rows), "", f"{times.machine()}; bfloat16, medians in turn."]
 
 
 def portable_table(gpu: str = GPU) -> list[str]:
@@ -578,6 +598,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "spectrum-readme": partial(spectrum_summary, "docs/images"),
     "spectrum-docs": partial(spectrum_summary, "images"),
     "plain": plain_table,
+    "packed": packed_table,
 }
 
 

@@ -41,6 +41,7 @@ def test_results(path, load):
         known = {
             *cases.CASES["cpu" if path.stem == "cpu" else "cuda"],
             *cases.PLAIN,
+            *cases.PACKED,
             "anyup",
         }  # parts.py's
     keys = [(each.case, each.backend, each.pass_, each.time) for each in records]
@@ -48,7 +49,7 @@ def test_results(path, load):
     for each in records:
         assert each.case in known
         assert each.pass_ in ("forward", "backward", "forward+backward")
-        assert each.time in ("graph", "eager", "")
+        assert each.time in ("graph", "eager", "host", "")
         assert float(each.median_us) > 0 and each.device and each.versions
 
 
