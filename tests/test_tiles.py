@@ -42,9 +42,9 @@ def drawn(draw: random.Random) -> Problem:
 def counted(
     first: list[int], last: list[int], begins: range, tile: int, block: int, groups: int,
     piece: int, ring: int,
-) -> tuple[int, int, int, bool]:  # fmt: skip
+) -> tuple[int, int, int, int, bool]:  # fmt: skip
     """What :class:`cuts.Axis` says, tile by tile; ``ring``: 0 if there is none."""
-    blocks = fetched = most = 0
+    blocks = full = fetched = most = 0
     masked = False
     for begin in begins:
         tokens = range(begin, begin + tile * groups)
@@ -57,11 +57,14 @@ def counted(
         for each in own:
             visited = {(x - low) // block for a, b in each for x in range(a, b)}
             blocks += max(len(visited), 1)
+            begins_full, ends_full = max(a for a, _ in each), min(b for _, b in each)
+            starts = (low + block * i for i in visited)
+            full += sum(begins_full <= x and x + block <= ends_full for x in starts)
             masked |= len(set(each)) > 1
             masked |= any((a - low) % block or (b - low) % block for a, b in each)
         count = max(-(-(high - low) // block), 1)
         fetched, most = fetched + count * groups, max(most, count)
-    return blocks, fetched, most, masked
+    return blocks, full, fetched, most, masked
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -86,7 +89,7 @@ def test_axes_are_counted_tile_by_tile(seed: int) -> None:
             size = tile * groups
             begins = range(span[0] // size * size, span[1], size)
             expected = counted(first, last, begins, tile, block, groups, piece, ring)
-            assert (cut.blocks, cut.fetched, cut.most, cut.masked) == expected
+            assert (cut.blocks, cut.full, cut.fetched, cut.most, cut.masked) == expected
             assert cut.tiles == len(begins)
             assert found.least_blocks(tile, block) <= cut.blocks
 

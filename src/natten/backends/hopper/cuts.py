@@ -79,22 +79,23 @@ class Axis(NamedTuple):
     block: int
     tiles: int
     blocks: int  # with partners, of all warpgroups if the axis is split, else of one
+    full: int  # as ``blocks``, those that all of a warpgroup's tokens have as partners
     fetched: int  # as ``blocks``, with those that a warpgroup hands back unread
     most: int  # blocks of one tile
     masked: bool
     fits: bool = True  # else a tile's blocks cross both ends of a ring, and pieces meet at one
 
 
-MISSING = Axis(1, 1, 1, 1, 1, 1, False)  # an axis that a layout does not have
+MISSING = Axis(1, 1, 1, 1, 1, 1, 1, False)  # an axis that a layout does not have
 
 
 class _Alike(NamedTuple):
     """Tiles of one size along an axis; those that look alike are counted."""
 
     # By what a tile looks like: where it is before the seam of a ring that its partners cross, None
-    # if they cross none; then first and one-past-last partner of each warpgroup, from the tile's
-    # first partner on.
-    counts: dict[tuple[int | None, tuple[tuple[int, int], ...]], int]
+    # if they cross none; then of each warpgroup first and one-past-last partner of any token, and
+    # of all tokens, from the tile's first partner on.
+    counts: dict[tuple[int | None, tuple[tuple[int, int, int, int], ...]], int]
     slides: bool  # tokens of a warpgroup differ in their partners
     # Of tiles that cross the end of a ring: the first partner, and that before the seam.
     at_end: list[tuple[int, int]]
@@ -149,7 +150,7 @@ class AxisCuts:
         found = self._least.get((tile, block))
         if found is None:
             found = 0
-            for (_, ((_, after),)), count in self._look(tile, 1).counts.items():
+            for (_, ((_, after, _, _),)), count in self._look(tile, 1).counts.items():
                 found += count * max(-(-after // block), 1)
             self._least[tile, block] = found
         return found
@@ -167,13 +168,15 @@ class AxisCuts:
 
     def _cut(self, tile: int, block: int, groups: int, piece: int) -> Axis:
         counts, masked, at_end = self._look(tile, groups)
-        blocks = fetched = most = 0
+        blocks = full = fetched = most = 0
         for (seam, bounds), count in counts.items():
             earlier = 0 if seam is None else seam % piece
             end = earlier
-            for before, after in bounds:
+            for before, after, all_before, all_after in bounds:
                 before, end = before + earlier, after + earlier
                 blocks += count * max(-(-end // block) - before // block, 1)
+                first_full = -(-(all_before + earlier) // block)
+                full += count * max((all_after + earlier) // block - first_full, 0)
                 masked = masked or before % block > 0 or end % block > 0
             of_tile = max(-(-end // block), 1)
             fetched += count * of_tile * groups
@@ -181,7 +184,8 @@ class AxisCuts:
         # Blocks may cross the first seam, too, because they begin earlier.
         fits = self.ring is None or self.ring % piece == 0
         fits = fits or all(first >= seam % piece for first, seam in at_end)
-        return Axis(tile, block, self.tiles(tile, groups), blocks, fetched, most, masked, fits)
+        tiles = self.tiles(tile, groups)
+        return Axis(tile, block, tiles, blocks, full, fetched, most, masked, fits)
 
     def _look(self, tile: int, groups: int) -> _Alike:
         found = self._alike.get((tile, groups))
@@ -190,24 +194,25 @@ class AxisCuts:
         return found
 
     def _looked(self, tile: int, groups: int) -> _Alike:
-        counts: Counter[tuple[int | None, tuple[tuple[int, int], ...]]] = Counter()
+        counts: Counter[tuple[int | None, tuple[tuple[int, int, int, int], ...]]] = Counter()
         slides, at_end = False, []
         numbers = self._numbers(tile * groups)
         at, of_axis = numbers.start * tile * groups, len(numbers) * groups
         tail = at + tile - 1
         for first, last in self.partners:
             begin, end = _strided(first, at, tile, of_axis), _strided(last, tail, tile, of_axis)
-            slides = slides or begin != _strided(first, tail, tile, of_axis)
-            slides = slides or end != _strided(last, at, tile, of_axis)
+            all_begin = _strided(first, tail, tile, of_axis)
+            all_end = _strided(last, at, tile, of_axis)
+            slides = slides or begin != all_begin or end != all_end
             low, high = begin[::groups], end[groups - 1 :: groups]
             seams: Iterable[int | None] = itertools.repeat(None)
             if self.ring is not None:
                 seams = [_before_seam(*each, self.ring) for each in zip(low, high)]
                 pairs = zip(low, high, seams)
                 at_end += [(a, s) for a, b, s in pairs if s is not None and b > self.ring]
+            every = begin, end, all_begin, all_end
             bounds = [
-                zip(map(sub, begin[i::groups], low), map(sub, end[i::groups], low))
-                for i in range(groups)
+                zip(*(map(sub, each[i::groups], low) for each in every)) for i in range(groups)
             ]
             counts.update(zip(seams, zip(*bounds)))
         return _Alike(counts, slides, at_end)

@@ -269,7 +269,7 @@ def _any_axes(kind: str, rule: Neighborhood, tiles: Tiles) -> tuple[Axis, ...]:
     sizes = list(zip(*tile_and_block(tiles, of_keys)))[missing:]
     for (tile, block), k, r in zip(sizes, rule.kernel_size, rule.queries_per_key):
         positions = -(-(tile - 1) // r) + 1  # of keys, where a warpgroup's queries stand
-        axes.append(Axis(tile, block, 1, 1, 1, -(-(positions + k - 1) // block), True))
+        axes.append(Axis(tile, block, 1, 1, 0, 1, -(-(positions + k - 1) // block), True))
     return tuple(axes)
 
 
@@ -313,30 +313,40 @@ def _has_registers(tiles: Tiles, work: Work) -> bool:
 # block of a tile is there, if nothing else runs; and of a line of the cache where tokens lie across
 # lines, which was fitted to times of an H200 (benchmarks/results/tiles/h200.csv).
 _BLOCK_CYCLES, _TILE_CYCLES, _TILE_LATENCY, _LINE_CYCLES = 100.0, 500.0, 3000.0, 1.5
+_COMPARE_CYCLES = 4.0  # of a column of a partial block
 # What a block costs that a warpgroup hands back, of one that it computes: the other works alone.
 IDLE = 0.15
 
 
-def cycles(tiles: Tiles, mask: Mask, work: Work) -> tuple[float, float]:
-    """Cycles of a multiprocessor that a block costs, and a warpgroup's tile beside its blocks."""
+class Cycles(NamedTuple):
+    """Cycles of a multiprocessor."""
+
+    block: float  # that a block costs
+    tile: float  # that a warpgroup's tile costs beside its blocks
+    compare: float  # that a partial block costs more, if masked by compare
+
+
+def cycles(tiles: Tiles, mask: Mask, work: Work) -> Cycles:
+    """What tiles cost with a mask."""
     columns = _columns(tiles, work)
     # While one waits, others compute; warpgroups of one program wait for the same blocks.
     at_once = tiles.resident_programs * (1 if warpgroups(tiles) == 1 else 1.5)
     channels = work.product_channels + 16 * mask.steps * (mask.kind == PRODUCT)
-    per_column = work.column_cycles * (1.3 if mask.kind == COMPARE else 1)
-    block = columns * channels / 32 + columns * per_column + _BLOCK_CYCLES
+    block = columns * channels / 32 + columns * work.column_cycles + _BLOCK_CYCLES
     # Warpgroups of one program share what is fetched.
     block += columns * work.split_lines * _LINE_CYCLES / warpgroups(tiles)
     block += work.block_latency / at_once + work.two_stage_cycles * (tiles.num_stages == 2)
-    return block, _TILE_CYCLES + _TILE_LATENCY / at_once
+    compare = columns * _COMPARE_CYCLES * (mask.kind == COMPARE)
+    return Cycles(block, _TILE_CYCLES + _TILE_LATENCY / at_once, compare)
 
 
-def _cost(axes: tuple[Axis, ...], tiles: Tiles, per_block: float, per_tile: float) -> float:
+def _cost(axes: tuple[Axis, ...], tiles: Tiles, each: Cycles) -> float:
     """Cycles of a multiprocessor per batch entry, head and dilation group."""
     (a, b, c), groups = axes, warpgroups(tiles)
     blocks, fetched = a.blocks * b.blocks * c.blocks, a.fetched * b.fetched * c.fetched
-    count = a.tiles * b.tiles * c.tiles
-    return (blocks + IDLE * (fetched - blocks)) * per_block + count * groups * per_tile
+    partial, count = blocks - a.full * b.full * c.full, a.tiles * b.tiles * c.tiles
+    cost = (blocks + IDLE * (fetched - blocks)) * each.block + partial * each.compare
+    return cost + count * groups * each.tile
 
 
 def key(
@@ -432,7 +442,7 @@ class _Ways:
         if not one_by_one:
             self.work = self.work._replace(split_lines=0.0)
         self.programs = cache(self._programs)
-        self._priced: dict[Any, tuple[int, float, float] | None] = {}
+        self._priced: dict[Any, tuple[int, Cycles] | None] = {}
 
     def _programs(self, columns: int, rank: int) -> tuple[list[_Program], float, float]:
         """Of blocks of so many tokens, the programs that have the registers, and the fewest cycles
@@ -443,18 +453,15 @@ class _Ways:
             if _has_registers(tiles, self.work):
                 found.append(program)
                 stages, _ = self.work.smem_options[0]
-                prices.append(cycles(tiles._replace(num_stages=stages), Mask(), self.work))
+                prices.append(cycles(tiles._replace(num_stages=stages), Mask(), self.work)[:2])
         return found, *map(min, zip(*prices))
 
-    def priced(self, tiles: Tiles, mask: Mask) -> tuple[int, float, float] | None:
-        """The stages that fit, and the :func:`cycles` of a block and a tile; None if none fit."""
+    def priced(self, tiles: Tiles, mask: Mask) -> tuple[int, Cycles] | None:
+        """The stages that fit, and the :func:`cycles`; None if none fit."""
         key = _columns(tiles, self.work), tiles.num_warps, tiles.resident_programs, mask
         if key not in self._priced:
             fitting = fitted(tiles, mask, self.work)
-            self._priced[key] = fitting and (
-                fitting.num_stages,
-                *cycles(fitting, mask, self.work),
-            )
+            self._priced[key] = fitting and (fitting.num_stages, cycles(fitting, mask, self.work))
         return self._priced[key]
 
 
@@ -548,9 +555,10 @@ class _Search:
         priced = self.ways.priced(tiles, self._mask(tiles, axes))
         if priced is None or not all(axis.fits for axis in axes):
             return None
-        stages, per_block, per_tile = priced
-        per_block *= in_pieces(_columns(tiles, self.ways.work) // math.prod(piece))
-        return _cost(axes, tiles, per_block, per_tile), tiles._replace(num_stages=stages)
+        stages, each = priced
+        pieces = _columns(tiles, self.ways.work) // math.prod(piece)
+        each = each._replace(block=each.block * in_pieces(pieces))
+        return _cost(axes, tiles, each), tiles._replace(num_stages=stages)
 
     def _mask(self, tiles: Tiles, axes: Sequence[Axis]) -> Mask:
         """How tiles are masked that cut the axes so."""

@@ -136,7 +136,8 @@ class Sized:
 class Hopper:
     """The forward kernels of the ``hopper`` backend, which choose by the same estimate.
 
-    Masks are part of a compiled kernel: if one block needs a mask, all blocks have one.
+    Masks are part of a compiled kernel: if one block needs a product that masks it, all blocks have
+    one. Partial blocks alone are compared.
     """
 
     name = "hopper"
@@ -159,26 +160,29 @@ class Hopper:
 
     def least(self, number: int, visited: float, q_blocks: float) -> float:
         """The cost if no block had a mask."""
-        per_kv_block, per_q_block = self.bare[number]
-        return visited * per_kv_block + q_blocks * per_q_block
+        bare = self.bare[number]
+        return visited * bare.block + q_blocks * bare.tile
 
     def cost(self, number: int, axes: Sequence[Axis]) -> Tensor:
         """Cycles of a multiprocessor; infinite where the tiles with their masks do not fit it."""
         q_blocks = math.prod(axis.q_blocks for axis in axes)
-        visited = outer([axis.visited for axis in axes])
-        kv_blocks = visited * (1 + self._idle(axes))
-        return kv_blocks * self._by_mask(number, axes, 0) + q_blocks * self.bare[number][1]
+        visited, full = _blocks(axes)
+        cost = visited * (1 + self._idle(axes)) * self._by_mask(number, axes, 0)
+        partial = (visited - full) * self._by_mask(number, axes, 1)
+        return cost + partial + q_blocks * self.bare[number].tile
 
     def overhead(self, number: int, axes: Sequence[Axis]) -> Tensor:
         """Masks, by a step of the product or by comparisons, and blocks released unread."""
-        return self._by_mask(number, axes, 1) + self._idle(axes)
+        visited, full = _blocks(axes)
+        of_product, of_compare = (self._by_mask(number, axes, what) for what in (2, 3))
+        return of_product + of_compare * (1 - full / visited) + self._idle(axes)
 
     def _idle(self, axes: Sequence[Axis]) -> Tensor:
         """The cost of blocks that a warpgroup releases unread, per visited block."""
         return hopper.IDLE * (outer([axis.fetched / axis.visited for axis in axes]) - 1)
 
     def _by_mask(self, number: int, axes: Sequence[Axis], what: int) -> Tensor:
-        """The cycles of a block (0) or the work of its mask (1), for every combination."""
+        """Of :func:`_priced`, one number for every combination."""
         kinds, indices = zip(*(self.kinds(axis, axis is axes[-1]) for axis in axes))
         values = [self._priced(number, kind)[what] for kind in itertools.product(*kinds)]
         table = torch.tensor(values, dtype=torch.float64, device="cpu").view(*map(len, kinds))
@@ -186,11 +190,11 @@ class Hopper:
             table = table.index_select(axis, index)
         return table.flatten()
 
-    def _priced(self, number: int, kinds: tuple[_Masked, ...]) -> tuple[float, float]:
+    def _priced(self, number: int, kinds: tuple[_Masked, ...]) -> tuple[float, ...]:
         tiles = self.found[number]
         missing = 3 - len(kinds)
         axes = [
-            hopper.Axis(tile, block, 1, 1, 1, most, masked)
+            hopper.Axis(tile, block, 1, 1, 1, 1, most, masked)
             for tile, block, (masked, _, most) in zip(
                 tiles.q_block, tiles.kv_block, (*[_Masked(False, False, 1)] * missing, *kinds)
             )
@@ -220,10 +224,13 @@ def _kinds(axis: Axis, is_last: bool) -> tuple[list[_Masked], Tensor]:
 @lru_cache(maxsize=1 << 14)
 def _priced(
     tiles: hopper.Tiles, mask: hopper.Mask, work: hopper.Work, masking: float
-) -> tuple[float, float]:
+) -> tuple[float, ...]:
+    """The cycles of a block, and what a partial one costs more; the work of a mask as a fraction of
+    the products, of any block and of partial ones."""
     fitted = hopper.fitted(tiles, mask, work)
     if fitted is None:
-        return math.inf, 0.0
+        return math.inf, 0.0, 0.0, 0.0
+    cycles = hopper.cycles(fitted, mask, work)
     step = 16 * mask.steps / work.product_channels
-    masks = {hopper.NONE: 0.0, hopper.COMPARE: masking, hopper.PRODUCT: step}
-    return hopper.cycles(fitted, mask, work)[0], masks[mask.kind]
+    works = step * (mask.kind == hopper.PRODUCT), masking * (mask.kind == hopper.COMPARE)
+    return cycles.block, cycles.compare, *works
