@@ -28,6 +28,7 @@ from natten.backends import Backend, Problem, named
 from natten.backends.triton import tiles as tiling
 from natten.backends.triton.fast_launch import described
 from natten.backends.triton.launch import Launch
+from natten.documents import Documents, Sizes
 from natten.inputs import Inputs
 from natten.neighborhood import Dense, Neighborhood, Rule
 
@@ -51,6 +52,7 @@ class Variant(NamedTuple):
     part: tuple[int, ...] = ()  # the layout of queries that are a part
     masked: bool = False
     plain: bool = False  # attention of all keys, or causal; part: the queries' length
+    packed: bool = False  # documents up to this layout
 
 
 class Kernel(NamedTuple):
@@ -125,6 +127,13 @@ def _attention(variant: Variant, backend: Backend) -> None:
         masks = {name: q.new_empty(shape, dtype=torch.bool) for name, shape in shapes.items()}
         inputs = inputs._replace(**masks)
     scale = variant.dim**-0.5
+    if variant.packed:
+        inputs = Inputs(*(x.flatten(0, -3)[None] for x in inputs[:3]))
+        table = q.new_empty(q.shape[0], 16, dtype=torch.int64)
+        documents = Documents(table, Sizes(len(table), variant.shape, variant.shape))
+        out, lse = backend.packed_forward(inputs, documents, rule, scale)
+        backend.packed_backward(out, None, inputs, out, lse, documents, rule, scale)
+        return
     out, lse = backend.forward(inputs, rule, scale)
     if backend.lacks(Problem.of("gradient", inputs, rule, scale)) is None:
         backend.backward(out, None, inputs, out, lse, rule, scale)
@@ -276,7 +285,7 @@ def _amd(code: str) -> tuple[int, int, int]:
 def _name(launch: Launch) -> str:
     """A kernel's name; Hopper's passes are one kernel."""
     name = launch.kernel.__name__.removesuffix("_kernel")
-    if "OF_KEYS" in launch.arguments:
+    if name == "backward":
         name += " dK dV" if launch.arguments["OF_KEYS"] else " dQ"
     return name
 
