@@ -25,6 +25,7 @@ from triton.runtime import driver
 
 from natten import tuning
 from natten.backends import Backend, Problem, named
+from natten.backends.hopper.tiles import DK, DKDV, DQ, DV
 from natten.backends.triton import tiles as tiling
 from natten.backends.triton.fast_launch import described
 from natten.backends.triton.launch import Launch
@@ -286,7 +287,7 @@ def _name(launch: Launch) -> str:
     """A kernel's name; Hopper's passes are one kernel."""
     name = launch.kernel.__name__.removesuffix("_kernel")
     if name == "backward":
-        name += " dK dV" if launch.arguments["OF_KEYS"] else " dQ"
+        name += {DQ: " dQ", DKDV: " dK dV", DK: " dK", DV: " dV"}[launch.arguments["PASS"]]
     return name
 
 
@@ -295,7 +296,7 @@ def _tiles(launch: Launch) -> str:
     constants = launch.arguments | launch.options
     names = ("Q_BLOCK", "KV_BLOCK") if "Q_BLOCK" in constants else ("TILE", "BLOCK")
     shapes = [constants[name] for name in names if name in constants]
-    if constants.get("OF_KEYS"):  # tiles are of keys, blocks of queries
+    if constants.get("PASS", DQ) != DQ:  # tiles are of keys, blocks of queries
         shapes.reverse()
     text = " ".join("x".join(map(str, shape)) for shape in shapes) or "-"
     for name, what in (("num_warps", "warps"), ("num_stages", "stages"), ("STAGES", "stages")):

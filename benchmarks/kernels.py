@@ -74,6 +74,8 @@ HOPPER = [
     Variant("weather", (13, 91, 180), (5, 7, 7), 48),
     Variant("wide", (64, 64), 13, 256),
     Variant("two widths", (64, 64), 13, 128, value_dim=64),
+    Variant("wide values", (64, 64), 9, 64, value_dim=512),
+    Variant("AnyUp", (28, 28), 9, 32, queries_per_key=8, value_dim=384),
     Variant("additional", (64, 64), 13, 64, num_additional=5),
     Variant("NAT circular", (56, 56), 7, 32, boundary="circular"),
     Variant("HDiT circular", (64, 64), 13, 64, boundary="circular"),

@@ -40,11 +40,14 @@ def rule_of(shape: Any, *parameters: Any) -> Neighborhood:
     return Neighborhood.create(len(shape), *parameters)
 
 
-def each_way(kind: str, rule: Neighborhood, shape: Any, dim: int = 64) -> list[Tiles]:
-    """The best tiles of each kind of program and mask."""
+def each_way(
+    kind: str, rule: Neighborhood, shape: Any, dim: int = 64, value_dim: int = 0
+) -> list[Tiles]:
+    """The best tiles of each kind of program and mask; values are as wide as keys by default."""
     found = {}
-    for tiles in tiling.candidates(kind, rule, shape, shape, dim, dim):
-        mask = tiling.mask(kind, rule, shape, shape, tiles, tiling.work(kind, dim, dim))
+    dims = dim, value_dim or dim
+    for tiles in tiling.candidates(kind, rule, shape, shape, *dims):
+        mask = tiling.mask(kind, rule, shape, shape, tiles, tiling.work(kind, *dims))
         found.setdefault((tiles.num_warps, mask.kind, mask.by_row, mask.steps), tiles)
     return list(found.values())
 

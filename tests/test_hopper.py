@@ -47,7 +47,7 @@ def test_tiles_fit_and_cover(problem: Any, kind: str) -> None:
     for axis, (n, d) in enumerate(zip(shape, rule.dilation)):
         start, stop = partners(kind, rule, axis, n // d)
         needed *= int((stop - start).sum()) * d
-    for dim in (32, 64, 128, 256)[: 4 if kind == "forward" else 3]:
+    for dim in (32, 64, 128, 256):
         work = tiling.work(kind, dim, dim)
         for tiles in each_way(kind, rule, shape, dim):
             mask = tiling.mask(kind, rule, shape, shape, tiles, work)
@@ -167,12 +167,75 @@ def test_heads_of_all_widths_that_tma_reads() -> None:
         sizes = {"head_dim": dim, "value_dim": value_dim, "operation": operation}
         return hopper.lacks(PLAIN._replace(**sizes))
 
-    for dim, value_dim in ((8, 8), (40, 64), (72, 128), (128, 96)):
+    for dim, value_dim in ((8, 8), (40, 64), (72, 128), (128, 32), (160, 160), (256, 512)):
         assert said(dim, value_dim, "attention") is said(dim, value_dim, "gradient") is None
-    assert said(160, 32, "attention") is None
     assert "multiples of 8" in str(said(20, 20, "attention"))
-    assert "like the key's" in str(said(64, 96, "gradient"))
-    assert "up to 128" in str(said(160, 160, "gradient"))
+    assert "head_dim 8 to 256" in str(said(264, 64, "attention"))
+    assert "value head_dim 8 to 512" in str(said(64, 520, "gradient"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value_dim", tiling.HEAD_DIMS)
+@pytest.mark.parametrize("dim", tiling.HEAD_DIMS[:-1])
+def test_heads_of_all_widths_have_tiles(dim: int, value_dim: int, kind: str) -> None:
+    for shape, *parameters in PROBLEMS[:3] + PROBLEMS[6:8]:
+        rule, work = rule_of(shape, *parameters), tiling.work(kind, dim, value_dim)
+        for tiles in each_way(kind, rule, shape, dim, value_dim):
+            mask = tiling.mask(kind, rule, shape, shape, tiles, work)
+            own = tiling.own_out(tiles, mask, work)
+            assert tiling.shared_bytes(tiles, mask, work, own) <= 227 * 1024
+            assert max(tiling.registers(tiles, work)) <= 256
+
+
+@pytest.mark.parametrize(
+    ("dim", "value_dim", "narrow", "wide", "width", "passes"),
+    [
+        (64, 64, 64, 64, 64, ["dkdv"]),
+        (64, 128, 64, 128, 128, ["dk", "dv"]),
+        (256, 256, 256, 256, 256, ["dk", "dv"]),
+        (40, 320, 64, 512, 256, ["dk", "dv"]),
+        (32, 512, 32, 512, 256, ["dk", "dv"]),
+    ],
+)
+def test_wide_heads_have_passes_and_slices(
+    dim: int, value_dim: int, narrow: int, wide: int, width: int, passes: list[str]
+) -> None:
+    """dK and dV have a pass each where registers do not hold both, and slices of wide values have
+    programs of their own, which together cover them."""
+    rule, shape = rule_of((64, 64), 9, 1, 1, False), (2, 64, 64, 4)
+    q, v = (torch.empty(*shape, n, dtype=torch.bfloat16, device="meta") for n in (dim, value_dim))
+    plan = planning.plan_for(q, q, v, None, rule, 1.0)
+
+    def check(launch: Any, slices: int, **widths: int | None) -> None:
+        assert launch.grid[1] == launch.arguments["SLICES"] == slices
+        for name, width in widths.items():
+            found = launch.tensors[name]
+            assert width == (found and found.block[-1]), name
+
+    slices = -(-value_dim // width)
+    check(plan.forward, slices, query=narrow, key=narrow, value=width, out=width)
+    check(plan.dq, 1, query=narrow, key=narrow, value=wide, grad_out=wide, grad_query=narrow)
+    launches = getattr(plan.dkdv, "launches", [plan.dkdv])
+    assert [each.arguments["PASS"] for each in launches] == [planning.PASSES[n] for n in passes]
+    first, last = launches[0], launches[-1]
+    check(first, 1, query=narrow, key=narrow, value=wide, grad_out=wide, grad_key=narrow)
+    check(last, slices, query=narrow, key=narrow, grad_out=width, grad_value=width)
+    if first is not last:
+        check(first, 1, grad_value=None)
+        check(last, slices, value=None, grad_key=None)
+
+
+def test_few_keys_of_fine_queries_are_left_to_the_portable_kernel() -> None:
+    """It shares a tile of keys among programs, where few tiles would have most of the GPU wait."""
+
+    def shared(heads: int, side: int) -> bool:
+        rule = Neighborhood.create(2, 9, queries_per_key=8)
+        shapes = (1, 8 * side, 8 * side, heads, 32), (1, side, side, heads, 32)
+        q, k = (torch.empty(each, dtype=torch.bfloat16, device="meta") for each in shapes)
+        v = k.new_empty(*k.shape[:-1], 384)
+        return planning.plan_for(q, k, v, None, rule, 1.0).shared_dkdv is not None
+
+    assert shared(4, 28) and not shared(16, 56)
 
 
 @pytest.mark.parametrize("heads", [1, 3])
@@ -302,6 +365,8 @@ TENSORS = [
     (4, 2, 128, 128, 3, torch.float16, None),
     (2, 1, 32, 256, 130, torch.bfloat16, None),
     (2, 2, 256, 256, 0, torch.float16, torch.float16),
+    (2, 1, 64, 512, 7, torch.bfloat16, None),
+    (2, 2, 24, 320, 0, torch.float16, torch.float32),
     (4, 2, 96, 72, 5, torch.bfloat16, torch.float32),
     (1, 1, 8, 40, 0, torch.float16, None),
     (2, 1, 136, 200, 0, torch.bfloat16, None),
@@ -341,7 +406,7 @@ def test_forward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) ->
     inputs = Inputs(q, k, v, rpb, *(additional if num_additional else ()))
     double = [None if x is None else x.double() for x in inputs]
     expected, expected_lse = reference.forward(Inputs(*double), rule, scale)
-    for tiles in each_way("forward", rule, shape, max(dim, value_dim)):
+    for tiles in each_way("forward", rule, shape, dim, value_dim):
         key = tiling.key("forward", rule, shape, shape, dim, value_dim, 2)
         results = []
         for processors in (132, 1):  # with one, a program takes many tiles
@@ -363,6 +428,9 @@ GRADIENTS = [
     (3, 1, 32, 32, 130, True, torch.bfloat16, torch.float32),
     (4, 2, 96, 72, 5, True, torch.bfloat16, torch.bfloat16),
     (1, 1, 24, 8, 0, False, torch.float16, None),
+    (2, 1, 64, 512, 7, True, torch.bfloat16, None),
+    (2, 2, 256, 200, 0, False, torch.float16, torch.float16),
+    (4, 2, 32, 128, 0, True, torch.bfloat16, None),
     (2, 2, 64, 64, 0, False, torch.float16, torch.float16),
 ]
 
@@ -392,7 +460,9 @@ def test_backward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -
     exact = reference.forward(exact_inputs, rule, scale)
     expected = reference.backward(*double[:2], exact_inputs, *exact, rule, scale)
     # Pairwise: the passes do not know of each other's tiles.
-    choices = itertools.zip_longest(*(each_way(x, rule, shape, dim) for x in ("dq", "dkdv")))
+    choices = itertools.zip_longest(
+        *(each_way(x, rule, shape, dim, value_dim) for x in ("dq", "dkdv"))
+    )
     for choice in choices:
         results = []
         for processors in (132, 1):  # with one, a program takes many tiles

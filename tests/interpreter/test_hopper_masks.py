@@ -149,7 +149,8 @@ def launch_of(kind, rule, shape, tiles, batch=1, heads=1, scale=1.0, bias_dtype=
     with tuning.trial(tiling.key(kind, rule, shape, shape, DIM, DIM, 2), list(tiles)):
         launch = getattr(planning.plan_for(q, q, q, None, rule, scale, bias_dtype), kind)
     if kind != "forward":
-        return launch, launch.arguments | {"make_mask": backward._mask}
+        more = {"OF_KEYS": kind == "dkdv", "make_mask": backward._mask}
+        return launch, launch.arguments | more
     more = {"OF_KEYS": False, "make_mask": lambda g, tables, *x: masks.Mask(g, tables, (), *x)}
     return launch, launch.arguments | more
 

@@ -95,7 +95,7 @@ def geometry_of(arguments: dict[str, Any], tile_table: Any = None) -> Any:
         tile_table=documents,
         **{name: tl.full([], arguments[name], tl.int32) for name in numbers_of_tiles},
         **{name: arguments[name] for name in names},
-        OF_KEYS=arguments.get("OF_KEYS", False),
+        OF_KEYS=arguments.get("PASS", tiling.DQ) != tiling.DQ,
     )
 
 
@@ -111,7 +111,7 @@ def walk_kernel(tile_id, bias_tables, tile_table, WARPGROUP: tl.constexpr, ARGUM
     )
     kind = [ARGUMENTS[name] for name in ("MASK", "ENDS", "BY_ROW", "STEPS")]
     tables = masks.column_tables(g, *kind, ARGUMENTS["TABLES"])
-    make = backward._mask if "OF_KEYS" in ARGUMENTS else forward_mask
+    make = backward._mask if "PASS" in ARGUMENTS else forward_mask
     tile = g.tile(tile_id)
     first = g.first_of(tile, WARPGROUP)
     mask = make(g, tables, *kind).of_tile(tile, first, None)

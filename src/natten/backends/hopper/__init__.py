@@ -25,7 +25,9 @@ from ...neighborhood import Neighborhood, Rule
 from .. import triton
 from ..interface import KINDS, Backend, Problem, Shape, TileChooser
 from ..triton import releases
-from .tiles import MOST, OWN, has_empty_box, has_tiles, native, queries
+from .tiles import MOST, OWN, has_empty_box, has_tiles, queries
+
+_NO_EMPTY_BOX = "has no kernels for heads of 129 to 192 channels, or values of 257 to 448, with {}"
 
 
 class Hopper(Backend):
@@ -36,7 +38,7 @@ class Hopper(Backend):
     operations = ("attention", "gradient", "packed")
     dtypes = (torch.float16, torch.bfloat16)
     head_dims = range(8, 257, 8)
-    value_dims = range(8, 257, 8)
+    value_dims = range(8, 513, 8)
     circular = True
     compiles = True
 
@@ -73,27 +75,21 @@ class Hopper(Backend):
         if queries(rule, space) != OWN:
             return True
         dims = problem.head_dim, problem.value_dim
-        kinds = KINDS if self._has_gradient(*dims) else KINDS[:1]
-        return not all(has_tiles(kind, rule, space, problem.key_shape, *dims) for kind in kinds)
-
-    def _has_gradient(self, dim: int, value_dim: int) -> bool:
-        return native(dim) == native(value_dim) <= 128
+        return not all(has_tiles(kind, rule, space, problem.key_shape, *dims) for kind in KINDS)
 
     def limits(self, problem: Problem) -> str | None:
-        dims = problem.head_dim, problem.value_dim
-        if problem.operation != "attention" and not self._has_gradient(*dims):
-            return (
-                "has backward kernels for heads of up to 128 channels, the value's, rounded up to "
-                "32, 64 or 128, like the key's"
-            )
         if not 1e-20 < problem.scale < 1e6:
             return "masks scores that are scaled by a positive number of usual size"
         if problem.rule is None:
             return None
         rule = problem.rule
+        # Where views begin before their tensors, TMA must load no box that is empty
+        # (``descriptors.py``).
+        has_box = any(map(has_empty_box, (problem.head_dim, problem.value_dim)))
         if problem.operation == "packed":
-            is_even = max(rule.dilation) == 1 and "circular" not in rule.boundary
-            return None if is_even else "has no dilation and no circular axes of packed documents"
+            if max(rule.dilation) > 1 or "circular" in rule.boundary:
+                return "has no dilation and no circular axes of packed documents"
+            return _NO_EMPTY_BOX.format("packed documents") if has_box else None
         if any(r > 1 and d > 1 for r, d in zip(rule.queries_per_key, rule.dilation)):
             return "has no queries that are finer than keys along an axis with dilation"
         if problem.bias and isinstance(rule, Neighborhood):
@@ -103,12 +99,10 @@ class Hopper(Backend):
             if 2 * math.prod([2 * k + 384 for k in rule.kernel_size]) > MOST:
                 return "numbers a head's relative positional biases with 31 bits"
         batch, *space, heads, _ = problem.shape
-        # Of groups that differ in length, TMA must load no box that is empty (``descriptors.py``).
-        may_differ = max(rule.dilation) > 1 and queries(rule, space) != OWN
-        if may_differ and any(map(has_empty_box, dims)):
-            return (
-                "has no kernels for heads of 129 to 192 channels with dilation where queries are a "
-                "part of the layout or it does not divide the token layout"
+        if has_box and max(rule.dilation) > 1 and queries(rule, space) != OWN:
+            return _NO_EMPTY_BOX.format(
+                "dilation where queries are a part of the layout or it does not divide the token "
+                "layout"
             )
         for layout in (space, problem.key_shape):
             # Where a dilation does not divide an axis, TMA sees more tokens.

@@ -1,10 +1,13 @@
-"""Backward on Hopper in two passes without atomics, so that every run gives the same bits.
+"""Backward on Hopper in passes without atomics, so that every run gives the same bits.
 
-Both passes are one kernel: dQ is summed for tiles of queries over blocks of keys, dK and dV for
+All passes are one kernel: dQ is summed for tiles of queries over blocks of keys, dK and dV for
 tiles of keys over blocks of queries. In both the tile is the left operand: S = Q K^T and
 dP = dO V^T in the first, their transposes in the second. So the weights P and
 dS = P * (dP - delta), made in registers, stay there as left operands of what is summed:
 dQ += dS K, or dK += dS^T Q and dV += P^T dO.
+
+Of wide heads the registers do not hold dK and dV at once. Then each has a pass, and both make the
+weights. That of dV needs no dP, and so it can sum slices of the channels.
 """
 
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
@@ -27,12 +30,22 @@ from .gluon_names import (
     warpgroup_mma_wait,
 )
 from .masks import COMPARE, FIRST, MASKED, Mask, TileMask, column_tables, multiply
-from .pipeline import TmaPipeline, TmaTensor, allocate, rows_of, tma_bases, tma_pipeline
+from .pipeline import (
+    TmaPipeline,
+    TmaTensor,
+    allocate,
+    rows_of,
+    slice_of,
+    tma_bases,
+    tma_pipeline,
+)
+from .tiles import PASSES
 
 # Tensors of a pipeline: query or key; the gradient of the output or value; and with queries four
 # numbers of each: LSE in exponents of two, delta, zeros.
 QK, GV, LSE_DELTA = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 LSE, DELTA = gl.constexpr(0), gl.constexpr(1)
+DQ, DKDV, DK, DV = map(gl.constexpr, PASSES)
 
 
 @aggregate
@@ -45,7 +58,7 @@ class Context:
     outer: gl.tuple  # tensors of tiles: of queries, or of keys
     inner: gl.tuple  # tensors of blocks: of keys, or of queries
     additional: gl.tuple  # keys and values, like those of blocks
-    grads: gl.tuple  # dQ, or dK and dV
+    grads: gl.tuple  # what the pass sums: dQ, dK, dV, or dK and dV
     num_additional: gl.tensor
     heads_per_kv: gl.tensor
     scale_log2: gl.tensor  # scores times it are exponents of two
@@ -55,7 +68,9 @@ class Context:
     HAS_ADDITIONAL: gl.constexpr
     HAS_BIAS: gl.constexpr
     OWN_OUT: gl.constexpr  # gradients do not take the place of their tiles
-    LATE: gl.constexpr  # dS of a block is added while the next one is made
+    PASS: gl.constexpr
+    EARLY: gl.constexpr  # dP is made beside the scores, else after the weights, if at all
+    LATE: gl.constexpr  # dS of a block is added while the next one is made; of dV, its weights
     SCORES: gl.constexpr  # layout of [M, N]
     ACC: gl.constexpr  # layout of [M, D]
 
@@ -66,7 +81,7 @@ class Operands:
 
     mask: TileMask
     qk: gl.shared_memory_descriptor  # query or key, [M, D]
-    gv: gl.shared_memory_descriptor  # gradient of the output or value, [M, D]
+    gv: gl.shared_memory_descriptor  # gradient of the output or value, [M, DV]; not of dV
     lse_delta: gl.tuple  # of queries: both [M, 1]
 
 
@@ -141,51 +156,64 @@ def _step(
 ):  # fmt: skip
     """Make dS of the block in a stage; if ``LATE``, add ``ds`` of the block before meanwhile.
 
-    ``acc`` is dQ or dK, ``acc_v`` dV, ``[M, D]``.
+    ``acc`` is what the pass sums, ``[M, D]``; where that is dK and dV, ``acc_v`` is dV. The pass of
+    dV has weights instead of dS.
     """
-    OF_KEYS: gl.constexpr = ctx.geometry.OF_KEYS
+    PASS: gl.constexpr = ctx.PASS
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ctx.ACC, 2)
     blocks = ctx.blocks
-    DTYPE: gl.constexpr = tile.gv.dtype
+    DTYPE: gl.constexpr = ctx.grads[0].descriptor.dtype
     s = tile.mask.scores(tile.qk, blocks, stage, block, bias, ctx.SCORES)  # S = Q K^T, [M, N]
-    gv = blocks.matrix(stage, GV)  # [N, D]
+    gv = blocks.matrix(stage, GV)  # [N, DV]
     if LATE:
-        qk = blocks.matrix(stage - 1, QK)  # [N, D]
-        acc = warpgroup_mma(ds, qk, acc, is_async=True)  # dQ += dS K, or dK += dS^T Q
-    if OF_KEYS:
-        # dP comes later: registers do not suffice for all sums at once.
-        s = warpgroup_mma_wait(1 if LATE else 0, deps=[s])
-        lse = _column_lse_delta(blocks, stage, LSE, ctx.SCORES)  # [1, N]
-    else:
-        lse, delta = tile.lse_delta  # [M, 1]
+        acc = _added(ctx, acc, ds, stage - 1)
+    if ctx.EARLY:
         dp = multiply(tile.gv, gv, ctx.SCORES)  # dP = dO V^T, [M, N]
         s = warpgroup_mma_wait(2 if LATE else 1, deps=[s])
+    else:
+        s = warpgroup_mma_wait(1 if LATE else 0, deps=[s])
+    if PASS == DQ:
+        lse, delta = tile.lse_delta  # [M, 1]
+    else:
+        lse = _column_lse_delta(blocks, stage, LSE, ctx.SCORES)  # [1, N]
     s = tile.mask.compare(s, block, IS_FIRST)
     p = gl.exp2(s * ctx.scale_log2 - lse)  # [M, N]
-    if OF_KEYS:
+    if PASS == DKDV:
         dp = multiply(tile.gv, gv, ctx.SCORES)
         weights = gl.convert_layout(p.to(DTYPE), OPERAND)
         acc_v = warpgroup_mma(weights, gv, acc_v, is_async=True)  # dV += P^T dO
+    PENDING: gl.constexpr = 1 if PASS == DKDV else 0
+    if PASS == DV:
         if LATE:
-            acc, dp = warpgroup_mma_wait(1, deps=[acc, dp])
-        else:
-            dp = warpgroup_mma_wait(1, deps=[dp])
-        delta = _column_lse_delta(blocks, stage, DELTA, ctx.SCORES)  # [1, N]
+            acc = warpgroup_mma_wait(0, deps=[acc])
     elif LATE:
-        acc, dp = warpgroup_mma_wait(0, deps=[acc, dp])
+        acc, dp = warpgroup_mma_wait(PENDING, deps=[acc, dp])
     else:
-        dp = warpgroup_mma_wait(0, deps=[dp])
+        dp = warpgroup_mma_wait(PENDING, deps=[dp])
     if LATE:
         blocks.consumer_release(stage - 1)
-    ds = p * (dp - delta)  # dS = P * (dP - delta), [M, N]
+    if PASS == DV:
+        ds = p
+    else:
+        if PASS != DQ:
+            delta = _column_lse_delta(blocks, stage, DELTA, ctx.SCORES)  # [1, N]
+        ds = p * (dp - delta)  # dS = P * (dP - delta), [M, N]
     return acc, acc_v, gl.convert_layout(ds.to(DTYPE), OPERAND)
 
 
 @gluon.jit
+def _added(ctx, acc, ds, stage):
+    """Start to add dS of the block in a stage, or its weights."""
+    # dQ += dS K, dK += dS^T Q, or dV += P^T dO
+    factor = ctx.blocks.matrix(stage, GV if ctx.PASS == DV else QK)  # [N, D]
+    return warpgroup_mma(ds, factor, acc, is_async=True)
+
+
+@gluon.jit
 def _add(ctx, acc, acc_v, ds, stage):
-    """Add dS of the block in a stage, and hand the block back."""
-    acc = warpgroup_mma(ds, ctx.blocks.matrix(stage, QK), acc, is_async=True)
-    if ctx.geometry.OF_KEYS:
+    """Add dS of the block in a stage, or its weights, and hand the block back."""
+    acc = _added(ctx, acc, ds, stage)
+    if ctx.PASS == DKDV:
         acc, acc_v = warpgroup_mma_wait(0, deps=[acc, acc_v])
     else:
         acc = warpgroup_mma_wait(0, deps=[acc])
@@ -228,7 +256,7 @@ def _walk(ctx, tile, first, operands, bias, stage, acc, acc_v):
             ctx, operands, bias, block, stage + before, acc, acc_v, 0, False, True
         )
         for i in range(before + 1, end):
-            if g.OF_KEYS:
+            if ctx.PASS == DKDV:
                 acc_v = warpgroup_mma_wait(0, deps=[acc_v])
             block = g.next_block(block, tile.blocks)
             acc, acc_v, ds = _step(
@@ -269,10 +297,13 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
         first = g.first_of(tile, WARPGROUP)
         mask = ctx.masks[WARPGROUP].of_tile(tile, first, ctx.SCORES)
 
-        acc = gl.zeros([M, D], gl.float32, ctx.ACC)  # dQ or dK, [M, D]
-        acc_v = gl.zeros([M, D], gl.float32, ctx.ACC) if g.OF_KEYS else acc  # dV, [M, D]
+        acc = gl.zeros([M, D], gl.float32, ctx.ACC)  # [M, D]
+        acc_v = gl.zeros([M, D], gl.float32, ctx.ACC) if ctx.PASS == DKDV else acc  # dV, [M, D]
         tiles.consumer_wait(tile_iteration)
-        qk, gv = tiles.matrix(tile_iteration, QK), tiles.matrix(tile_iteration, GV)  # [M, D]
+        qk = tiles.matrix(tile_iteration, QK)  # [M, D]
+        gv = qk
+        if ctx.PASS != DV:
+            gv = tiles.matrix(tile_iteration, GV)  # [M, DV]
         lse_delta = ()
         if not g.OF_KEYS:
             # Rows that are no query have zeros, and gradients that nobody reads.
@@ -296,14 +327,16 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
 
         store_wait(0)  # the tile before has left the buffers
         buffers = ctx.buffers[WARPGROUP]
-        buffers[0].reshape([M, D]).store((acc * (ctx.scale_log2 * LN2)).to(DTYPE))
-        if g.OF_KEYS:
+        if ctx.PASS != DV:
+            acc *= ctx.scale_log2 * LN2
+        buffers[0].reshape([M, D]).store(acc.to(DTYPE))
+        if ctx.PASS == DKDV:
             buffers[1].reshape([M, D]).store(acc_v.to(DTYPE))
         fence_async_shared()
         side = g.own_side(tile)
         base = ctx.grads[0].tma_base(tile.batch, side.bases, tile.head)
         g.store_tile(ctx.grads[0], base, side, first, buffers[0])
-        if g.OF_KEYS:
+        if ctx.PASS == DKDV:
             g.store_tile(ctx.grads[1], base, side, first, buffers[1])
         if not ctx.OWN_OUT:
             store_wait(0)
@@ -351,13 +384,15 @@ def backward_kernel(
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
     REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, WARPGROUPS: gl.constexpr,
     DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr, HEADS_FIRST: gl.constexpr,
-    PACKED: gl.constexpr, BIAS_STRIDES: gl.constexpr, OF_KEYS: gl.constexpr,
+    PACKED: gl.constexpr, BIAS_STRIDES: gl.constexpr, SLICES: gl.constexpr, PASS: gl.constexpr,
 ):  # fmt: skip
-    """One pass: dQ from tiles of queries, or with ``OF_KEYS`` dK and dV from tiles of keys.
+    """One pass: dQ from tiles of queries, or dK, dV, or both from tiles of keys.
 
-    All tensors but tables are descriptors. Numbers are as in the forward kernel; the
-    gradients that a pass stores have the steps ``d``, and tiles of keys begin at ``F``.
+    All tensors but tables are descriptors. Numbers are as in the forward kernel; the gradients that
+    a pass stores have the steps ``d``, and tiles of keys begin at ``F``. The pass of dV may have
+    ``SLICES``.
     """
+    OF_KEYS: gl.constexpr = PASS != DQ
     part, documents = (), ()
     if PACKED:
         documents = (tile_table,)
@@ -377,26 +412,31 @@ def backward_kernel(
         WARPGROUPS=WARPGROUPS, DILATED=DILATED, QUERIES=QUERIES, PIECE=PIECE,
         HEADS_FIRST=HEADS_FIRST, OF_KEYS=OF_KEYS,
     )  # fmt: skip
+    of_slice = slice_of(grad_out, SLICES)
     of_queries = (
-        TmaTensor(query, (q_b, q_0, q_1, q_2, q_h)),
-        TmaTensor(grad_out, (g_b, g_0, g_1, g_2, g_h)),
-        TmaTensor(lse_delta, (l_b, l_0, l_1, l_2, l_h)),
+        TmaTensor(query, (q_b, q_0, q_1, q_2, q_h), ()),
+        TmaTensor(grad_out, (g_b, g_0, g_1, g_2, g_h), of_slice),
+        TmaTensor(lse_delta, (l_b, l_0, l_1, l_2, l_h), ()),
     )
-    of_keys = (
-        TmaTensor(key, (k_b, k_0, k_1, k_2, k_h)),
-        TmaTensor(value, (v_b, v_0, v_1, v_2, v_h)),
-    )
+    of_keys = (TmaTensor(key, (k_b, k_0, k_1, k_2, k_h), ()),)
+    if PASS != DV:
+        of_keys += (TmaTensor(value, (v_b, v_0, v_1, v_2, v_h), ()),)
     grad_steps = (d_b, d_0, d_1, heads, 1)
     if OF_KEYS:
         outer, inner = of_keys, of_queries
-        grads = (TmaTensor(grad_key, grad_steps), TmaTensor(grad_value, grad_steps))
+        grads = (TmaTensor(grad_value if PASS == DV else grad_key, grad_steps, of_slice),)
+        if PASS == DKDV:
+            grads += (TmaTensor(grad_value, grad_steps, ()),)
     else:
         outer, inner = of_queries, of_keys
-        grads = (TmaTensor(grad_query, grad_steps),)
+        grads = (TmaTensor(grad_query, grad_steps, ()),)
     additional = ()
     if HAS_ADDITIONAL:
         steps = (additional_b, 0, 0, 0, 1)
-        additional = (TmaTensor(additional_keys, steps), TmaTensor(additional_values, steps))
+        additional = (
+            TmaTensor(additional_keys, steps, ()),
+            TmaTensor(additional_values, steps, ()),
+        )
     PIECES: gl.constexpr = volume(BLOCK) // volume(PIECE)
     blocks = tma_pipeline(inner, STAGES, WARPGROUPS, PIECES)
     tables = column_tables(g, MASK, ENDS, BY_ROW, STEPS, TABLES)
@@ -415,8 +455,8 @@ def backward_kernel(
         tiles=tiles, blocks=blocks,
         buffers=[_buffers(each, grads, OWN_OUT, ROWS) for each in tiles],
         HAS_ADDITIONAL=HAS_ADDITIONAL, HAS_BIAS=len(BIAS_STRIDES) > 0, OWN_OUT=OWN_OUT,
-        # Adding late takes registers, which two sums of 128 channels leave none of.
-        LATE=not OF_KEYS or D < 128,
+        # Registers do not suffice for dP with two sums, nor for adding late to two of 128 channels.
+        PASS=PASS, EARLY=len(grads) == 1 and PASS != DV, LATE=PASS != DKDV or D < 128,
         SCORES=mma_layout(volume(BLOCK)), ACC=mma_layout(D),
     )  # fmt: skip
     # Triton has no variable for a list of functions, so the roles are put together in place.

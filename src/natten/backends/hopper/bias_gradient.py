@@ -195,13 +195,13 @@ def bias_gradient_kernel(
         DILATED=True, QUERIES=OWN, PIECE=BLOCK, HEADS_FIRST=False, OF_KEYS=False,
     )  # fmt: skip
     of_queries = (
-        TmaTensor(query, (q_b, q_0, q_1, q_2, q_h)),
-        TmaTensor(grad_out, (g_b, g_0, g_1, g_2, g_h)),
-        TmaTensor(lse_delta, (l_b, l_0, l_1, l_2, l_h)),
+        TmaTensor(query, (q_b, q_0, q_1, q_2, q_h), ()),
+        TmaTensor(grad_out, (g_b, g_0, g_1, g_2, g_h), ()),
+        TmaTensor(lse_delta, (l_b, l_0, l_1, l_2, l_h), ()),
     )
     of_keys = (
-        TmaTensor(key, (k_b, k_0, k_1, k_2, k_h)),
-        TmaTensor(value, (v_b, v_0, v_1, v_2, v_h)),
+        TmaTensor(key, (k_b, k_0, k_1, k_2, k_h), ()),
+        TmaTensor(value, (v_b, v_0, v_1, v_2, v_h), ()),
     )
     block, split_id, head = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     splits, heads = gl.num_programs(1), gl.num_programs(2)

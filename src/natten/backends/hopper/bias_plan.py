@@ -18,6 +18,7 @@ from ..triton.launch import Launch, per_axis, summed
 from ..triton.plan import MOST_SUMS
 from ..triton.tiles import SHARED_MEMORY
 from .bias import bias_table_kernel
+from .passes import Passes
 from .tiles import ROWS, native, tile_shapes
 
 
@@ -66,7 +67,7 @@ class Biased:
 
     def __init__(
         self,
-        launch: Launch,
+        launch: Launch | Passes,
         table: Table,
         kernel_size: Shape,
         heads: int,

@@ -14,6 +14,7 @@ from ...tiling import padded
 from ..interface import Shape
 from ..triton.launch import Launch
 from .documents import TABLE_WIDTH, tile_table_kernel
+from .passes import Passes
 
 _AT_ONCE = 128  # documents that a program of the kernel looks at, and tiles that it writes
 
@@ -31,7 +32,7 @@ class Packed:
     """
 
     def __init__(
-        self, launch: Launch, most: int, number: int, sizes: Shape, of_keys: bool,
+        self, launch: Launch | Passes, most: int, number: int, sizes: Shape, of_keys: bool,
         from_the_end: bool,
     ) -> None:  # fmt: skip
         self.launch, self.shape = launch, (1 + most, TABLE_WIDTH)

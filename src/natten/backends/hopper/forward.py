@@ -24,7 +24,7 @@ from .gluon_names import (
     warpgroup_mma_wait,
 )
 from .masks import MASKED, Mask, column_tables, multiply
-from .pipeline import TmaPipeline, TmaTensor, allocate, tma_bases, tma_pipeline
+from .pipeline import TmaPipeline, TmaTensor, allocate, slice_of, tma_bases, tma_pipeline
 
 ROUNDING = gl.constexpr(2.0**-22)  # of a product of two numbers, and a little more
 
@@ -235,6 +235,8 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
             row = base + i0 * (g.dilation[0] * steps[1]) + i1 * (g.dilation[1] * steps[2])
             row += i2 * (g.dilation[2] * steps[3])
         real = (i0 < side.length[0]) & (i1 < side.length[1]) & (i2 < side.length[2])
+        if len(ctx.out.slice) > 0:  # programs of the other slices have the same
+            real = real & (ctx.out.slice[0] == 0)
         gl.store(ctx.lse + row, (row_max + gl.log2(row_sum)) * LN2, mask=real)
         stage += count
         tile_iteration += 1  # noqa: SIM113
@@ -266,7 +268,7 @@ def forward_kernel(
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
     REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, WARPGROUPS: gl.constexpr,
     DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr, HEADS_FIRST: gl.constexpr,
-    PACKED: gl.constexpr, BIAS_STRIDES: gl.constexpr,
+    PACKED: gl.constexpr, BIAS_STRIDES: gl.constexpr, SLICES: gl.constexpr,
 ):  # fmt: skip
     """All tensors but ``lse`` and tables are descriptors. Their steps are
     :class:`TmaTensor`'s: ``q_b`` from a batch entry to the next, ``q_0`` .. ``q_2`` from a token to
@@ -280,6 +282,9 @@ def forward_kernel(
 
     Of ``PACKED`` documents, sizes and tiles are in the table, ``N`` and ``Q`` are all tokens as a
     row, and steps are from a head to the next.
+
+    Each of ``SLICES`` of the value's channels has programs of its own, along the grid's second
+    axis.
     """
     part, documents = (), ()
     if PACKED:
@@ -300,14 +305,18 @@ def forward_kernel(
         WARPGROUPS=WARPGROUPS, DILATED=DILATED, QUERIES=QUERIES, PIECE=PIECE,
         HEADS_FIRST=HEADS_FIRST, OF_KEYS=False,
     )  # fmt: skip
-    q = TmaTensor(query, (q_b, q_0, q_1, q_2, q_h))
-    k = TmaTensor(key, (k_b, k_0, k_1, k_2, k_h))
-    v = TmaTensor(value, (v_b, v_0, v_1, v_2, v_h))
-    o = TmaTensor(out, (o_b, o_0, o_1, heads, 1))
+    of_slice = slice_of(value, SLICES)
+    q = TmaTensor(query, (q_b, q_0, q_1, q_2, q_h), ())
+    k = TmaTensor(key, (k_b, k_0, k_1, k_2, k_h), ())
+    v = TmaTensor(value, (v_b, v_0, v_1, v_2, v_h), of_slice)
+    o = TmaTensor(out, (o_b, o_0, o_1, heads, 1), of_slice)
     additional = ()
     if HAS_ADDITIONAL:
         steps = (additional_b, 0, 0, 0, 1)
-        additional = (TmaTensor(additional_keys, steps), TmaTensor(additional_values, steps))
+        additional = (
+            TmaTensor(additional_keys, steps, ()),
+            TmaTensor(additional_values, steps, of_slice),
+        )
     PIECES: gl.constexpr = volume(BLOCK) // volume(PIECE)
     keys = tma_pipeline((k,), STAGES, WARPGROUPS, PIECES)
     values = tma_pipeline((v,), STAGES, WARPGROUPS, PIECES)

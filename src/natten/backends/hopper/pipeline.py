@@ -15,11 +15,21 @@ from .gluon_names import (
 
 @aggregate
 class TmaTensor:
-    """A tensor's descriptor, and how far apart its batch entries, tokens along three axes and
-    heads are along the descriptor's first axis (``descriptors.py``)."""
+    """A tensor's descriptor, how far apart its batch entries, tokens along three axes and heads
+    are along the descriptor's first axis (``descriptors.py``), and of a slice of its channels the
+    first one."""
 
     descriptor: tensor_descriptor
     steps: gl.tuple
+    slice: gl.tuple  # () unless a program has a slice only
+
+    @gluon.jit
+    def channel(self):
+        """The first one that a program loads or stores."""
+        if len(self.slice) > 0:
+            return self.slice[0]
+        else:
+            return 0
 
     @gluon.jit
     def tma_base(self, batch, group, head):
@@ -30,7 +40,17 @@ class TmaTensor:
     @gluon.jit
     def store(self, base, first, buffer):
         """Start to write a tile ``[1, *tile, channels]`` whose first token is ``first``."""
-        store_block(self.descriptor, [base, first[0], first[1], first[2], 0], buffer)
+        at = [base, first[0], first[1], first[2], self.channel()]
+        store_block(self.descriptor, at, buffer)
+
+
+@gluon.jit
+def slice_of(tensor, SLICES: gl.constexpr):
+    """The first channel of the program's slice of a tensor, whose blocks have one slice."""
+    first = ()
+    if SLICES > 1:
+        first = (gl.program_id(1) * tensor.block_type.shape[4],)
+    return first
 
 
 @gluon.jit
@@ -91,7 +111,7 @@ class TmaPipeline:
             buffer = self.buffers[WHICH].index(index)  # [PIECES, *piece, channels]
             for PIECE in gl.static_range(len(places)):
                 place = places[PIECE]
-                at = [bases[WHICH], place[0], place[1], place[2], 0]
+                at = [bases[WHICH], place[0], place[1], place[2], tensors[WHICH].channel()]
                 if len(places) > 1:
                     piece = buffer.slice(PIECE, 1)
                 else:

@@ -26,7 +26,7 @@ from . import tiles as tiling
 from .backward import backward_kernel
 from .bias_gradient import bias_gradient_kernel
 from .bias_plan import Biased, BiasGradient
-from .cuts import tile_sizes, tiled
+from .cuts import FINER, tile_sizes, tiled
 from .descriptors import (
     Describe,
     View,
@@ -39,6 +39,12 @@ from .descriptors import (
 from .documents_plan import Packed, most_tiles
 from .forward import forward_kernel
 from .lse_delta import lse_delta_kernel
+from .passes import Passes
+
+# The passes of the kinds of kernels that sum gradients.
+PASSES = {"dq": tiling.DQ, "dkdv": tiling.DKDV, "dk": tiling.DK, "dv": tiling.DV}
+
+_Launches = Launch | Passes | Biased | Packed | Trials
 
 
 class Plan:
@@ -99,19 +105,19 @@ class Plan:
         return self._view(shape, contiguous_strides(shape))
 
     @cached_property
-    def forward(self) -> Launch | Biased | Packed | Trials:
+    def forward(self) -> _Launches:
         return self._tiled("forward")
 
     @cached_property
-    def dq(self) -> Launch | Biased | Packed | Trials:
+    def dq(self) -> _Launches:
         return self._tiled("dq")
 
     @cached_property
-    def dkdv(self) -> Launch | Biased | Packed | Trials:
+    def dkdv(self) -> _Launches:
         return self._tiled("dkdv")
 
     @cached_property
-    def dkdv_of_additional(self) -> Launch | Trials | None:
+    def dkdv_of_additional(self) -> Launch | Passes | Trials | None:
         """Of additional tokens, which are the keys of plain attention of all queries; None where
         the portable kernel is faster: it has smaller tiles, and splits the queries."""
         query = torch.empty_strided(self.shapes[0], self.strides[0], device="meta").flatten(1, -3)
@@ -133,6 +139,19 @@ class Plan:
         dkdv = plan.dkdv
         assert not isinstance(dkdv, Biased | Packed)
         return dkdv if ours < _PORTABLE_TIME * theirs else None
+
+    @cached_property
+    def shared_dkdv(self) -> Any:
+        """The portable kernel of dK and dV where queries are finer than keys, heads are wide, and
+        tiles of keys are so few that half of the processors would wait; its tiles are smaller, and
+        several programs share one. Else None."""
+        if self.queries != FINER or tiling.are_together(self.dim, self.value_dim):
+            return None
+        _ = self.dkdv  # has the tiles
+        tiles, _ = self.cuts["dkdv"]
+        _, (*_, num_tiles, _, _, _) = self._programs("dkdv")
+        is_idle = 2 * num_tiles < _processors(self.device) * tiles.resident_programs
+        return self.portable.dkdv if is_idle else None
 
     @property
     def _rows(self) -> int:
@@ -161,7 +180,7 @@ class Plan:
             None, self.num_additional or None, None, (), False,
         )  # fmt: skip
 
-    def _tiled(self, kind: str) -> Launch | Biased | Packed | Trials:
+    def _tiled(self, kind: str) -> _Launches:
         """A kernel with its tiles, or those among which the first call chooses."""
         problem = self._problem(kind)
         count = tuning.wanted(backward=kind != "forward")
@@ -182,7 +201,7 @@ class Plan:
             return self.rule
         return self.rule.fitted(self.space)
 
-    def _launch(self, kind: str, tiles: Tiles) -> Launch | Biased | Packed:
+    def _launch(self, kind: str, tiles: Tiles) -> Launch | Passes | Biased | Packed:
         rule, of_keys = self.rule, kind == "dkdv"
         work = tiling.work(kind, self.dim, self.value_dim)
         is_packed = self.packed is not None
@@ -245,20 +264,32 @@ class Plan:
             table = self._table(kernel_size, tiles, of_keys, piece)
             numbers |= {"bias_size": table.size, "bias_middle": table.middle}
             constants["BIAS_STRIDES"] = table.strides
-        if kind != "forward":
-            constants["OF_KEYS"] = of_keys
-        kept = compiled(
-            kind, self.device, self.dtype, tiling.native(self.dim), tiling.native(self.value_dim),
-            registers, *constants.values(),
-        )  # fmt: skip
-        launch = Launch(
-            kernel, (programs,), numbers | constants,
-            {
-                **self._of_queries(kind, boxes), **self._of_keys(kind, boxes),
-                **self._additional(kind, tiles),
-            },
-            kept, num_warps=tiling.WARPS, maxnreg=registers, launch_pdl=_can_overlap(),
-        )  # fmt: skip
+        launches = []
+        for each in self._passes(kind):
+            slices, width = self._slices(each)
+            constants["SLICES"] = slices
+            if each != "forward":
+                constants["PASS"] = PASSES[each]
+            if each == "dv":  # it has no values in shared memory, which would be as wide
+                constants["OWN_OUT"] = True
+            kept = compiled(
+                each, self.device, self.dtype, tiling.native(self.dim), width, registers,
+                *constants.values(),
+            )  # fmt: skip
+            descriptors = self._descriptors(each, boxes) | self._additional(each, tiles)
+            launches.append(
+                Launch(
+                    kernel,
+                    (programs, slices),
+                    numbers | constants,
+                    descriptors,
+                    kept,
+                    num_warps=tiling.WARPS,
+                    maxnreg=registers,
+                    launch_pdl=_can_overlap(),
+                )
+            )
+        launch = launches[0] if len(launches) == 1 else Passes(launches)
         if self.packed is not None:
             is_causal = isinstance(rule, Dense) and rule.causal
             sizes = tile_sizes(tiles, of_keys)
@@ -269,6 +300,17 @@ class Plan:
         if table is None:
             return launch
         return Biased(launch, table, kernel_size, self.heads, self.scale, is_reversed=of_keys)
+
+    def _passes(self, kind: str) -> tuple[str, ...]:
+        """What a kind of kernel runs: itself, or a pass for each of two gradients."""
+        apart = kind == "dkdv" and not tiling.are_together(self.dim, self.value_dim)
+        return ("dk", "dv") if apart else (kind,)
+
+    def _slices(self, each: str) -> tuple[int, int]:
+        """In how many slices one of :meth:`_passes` takes values, and how wide their blocks are."""
+        if each in ("forward", "dv"):
+            return tiling.slices(self.dim, self.value_dim)
+        return 1, tiling.native(self.value_dim)
 
     def _table(
         self, kernel_size: Shape, tiles: Tiles, of_keys: bool, piece: Shape
@@ -291,9 +333,9 @@ class Plan:
         sets = self.batch * math.prod(rule.dilation)
         programs = bias_plan.programs_of(self.dim, self.value_dim)
         splits = bias_plan.splits_of(cut, sets, heads, programs * _processors(self.device))
-        if splits == 0:
-            return None
         stages = bias_plan.stages_of(self.dim, self.value_dim)
+        if splits == 0 or stages == 0:
+            return None
         tiles = Tiles(cut.tile, cut.block, tiling.WARPS, stages)
         # Blocks are on a grid that begins anywhere before the first partner.
         table = bias_plan.table(rule.kernel_size, cut.tile, cut.block, earlier=cut.block)
@@ -321,7 +363,7 @@ class Plan:
             "FETCH_REGISTERS": 24,
             "BIAS_STRIDES": table.strides,
         }
-        descriptors = self._of_queries("dq", tiles) | self._of_keys("dq", tiles)
+        descriptors = self._descriptors("dq", tiles)
         del descriptors["grad_query"]
         launch = Launch(
             kernel, (math.prod(cut.blocks), splits, heads), numbers | constants, descriptors,
@@ -441,50 +483,65 @@ class Plan:
         # A key head's tile walks the blocks of all heads that share it.
         return excess * (self.heads // self.kv_heads if kind == "dkdv" else 1) >= _UNEVEN
 
-    def _of_queries(self, kind: str, tiles: Tiles) -> dict[str, Describe]:
-        """Descriptors of a kernel's tensors that have the layout of queries, in blocks of these."""
+    def _descriptors(self, each: str, boxes: Tiles) -> dict[str, Describe]:
+        """Descriptors of the tensors of one of :meth:`_passes`, in blocks of these tiles."""
+        return self._of_queries(each, boxes) | self._of_keys(each, boxes)
 
-        def of(view: View) -> Describe:
-            return self._describe(view, tiles.q_block)
+    def _of_queries(self, each: str, tiles: Tiles) -> dict[str, Describe]:
+        """Of the tensors that have the layout of queries."""
+
+        def of(view: View, width: int) -> Describe:
+            return self._describe(view, tiles.q_block, width)
 
         def written(channels: int) -> View:
             return self._contiguous(self.tokens, self.heads, channels)
 
-        found = {"query": of(self.query)}
-        if kind == "forward":
-            found["out"] = of(written(self.value_dim))
+        dim, (_, width) = tiling.native(self.dim), self._slices(each)
+        found = {"query": of(self.query, dim)}
+        if each == "forward":
+            found["out"] = of(written(self.value_dim), width)
         else:
-            found["grad_out"] = of(written(self.value_dim))
+            found["grad_out"] = of(written(self.value_dim), width)
             found["lse_delta"] = describe(written(4), (1, *tiles.q_block, 4), torch.float32)
-        if kind == "dq":
-            found["grad_query"] = of(written(self.dim))
+        if each == "dq":
+            found["grad_query"] = of(written(self.dim), dim)
         return found
 
-    def _of_keys(self, kind: str, tiles: Tiles) -> dict[str, Describe]:
+    def _of_keys(self, each: str, tiles: Tiles) -> dict[str, Describe]:
         """As :meth:`_of_queries`, of keys."""
 
-        def of(view: View) -> Describe:
-            return self._describe(view, tiles.kv_block)
+        def of(view: View, width: int) -> Describe:
+            return self._describe(view, tiles.kv_block, width)
 
-        found = {"key": of(self.key), "value": of(self.value)}
-        if kind == "dkdv":
-            for name, dim in (("grad_key", self.dim), ("grad_value", self.value_dim)):
-                found[name] = of(self._contiguous(self.key_tokens, self.kv_heads, dim))
+        def written(channels: int) -> View:
+            return self._contiguous(self.key_tokens, self.kv_heads, channels)
+
+        dim, (_, width) = tiling.native(self.dim), self._slices(each)
+        found = {"key": of(self.key, dim)}
+        if each != "dv":
+            found["value"] = of(self.value, width)
+        if each in ("dkdv", "dk"):
+            found["grad_key"] = of(written(self.dim), dim)
+        if each in ("dkdv", "dv"):
+            found["grad_value"] = of(written(self.value_dim), width)
         return found
 
-    def _additional(self, kind: str, tiles: Tiles) -> dict[str, Describe]:
-        """As :meth:`_of_queries`, of additional tokens."""
+    def _additional(self, each: str, tiles: Tiles) -> dict[str, Describe]:
+        """Descriptors of additional tokens."""
         found = {}
-        if self.num_additional and kind != "dkdv":
-            for name, dim in (("keys", self.dim), ("values", self.value_dim)):
+        if self.num_additional and each in ("forward", "dq"):
+            _, width = self._slices(each)
+            widths = tiling.native(self.dim), width
+            for name, dim, width in zip(("keys", "values"), (self.dim, self.value_dim), widths):
                 shape = (self.batch, self.num_additional, self.kv_heads, dim)
                 block = (1, 1, math.prod(tiles.kv_block))
-                found[f"additional_{name}"] = self._describe(contiguous_view(shape, (1,)), block)
+                view = contiguous_view(shape, (1,))
+                found[f"additional_{name}"] = self._describe(view, block, width)
         return found
 
-    def _describe(self, view: View, block: Shape) -> Describe:
-        """Descriptors of blocks with the channels that kernels have."""
-        return describe(view, (1, *block, tiling.native(view.shape[-1])), self.dtype)
+    def _describe(self, view: View, block: Shape, width: int) -> Describe:
+        """Descriptors of blocks with so many channels, which may be more than there are."""
+        return describe(view, (1, *block, width), self.dtype)
 
 
 class Part(Plan):
@@ -509,21 +566,26 @@ class Part(Plan):
         else:
             self._lay(rule, *where[1:])
 
-    def _tiled(self, kind: str) -> Launch | Biased:
+    def _tiled(self, kind: str) -> Launch | Passes | Biased:
         plan, launch = self.plan, getattr(self.plan, kind)
-        grid, numbers, descriptors = launch.grid, self.location, {}
+        grid, numbers = launch.grid, self.location
         if kind == "dkdv" or self.space != plan.space:
             programs, of_tiles = self._programs(kind)
-            grid, numbers = (programs,), (*numbers, *of_tiles)
+            grid, numbers = (programs, *grid[1:]), (*numbers, *of_tiles)
             if self.space != plan.space or self.key_space != plan.key_space:
                 numbers += self._of_stored(kind)
         # Views of tensors that lie alike are one object.
         tiles, _ = self.cuts[kind]
-        if self.query is not plan.query:
-            descriptors = self._of_queries(kind, tiles)
-        if self.key is not plan.key or self.value is not plan.value:
-            descriptors = {**descriptors, **self._of_keys(kind, tiles)}
-        return launch.moved(grid, numbers, descriptors)
+        descriptors: list[dict[str, Describe]] = []
+        for each in self._passes(kind):
+            own: dict[str, Describe] = {}
+            if self.query is not plan.query:
+                own = self._of_queries(each, tiles)
+            if self.key is not plan.key or self.value is not plan.value:
+                own = {**own, **self._of_keys(each, tiles)}
+            descriptors.append(own)
+        moved = descriptors if len(descriptors) > 1 else descriptors[0]
+        return launch.moved(grid, numbers, moved)
 
     @cached_property
     def lse_delta(self) -> dict[bool, Launch]:

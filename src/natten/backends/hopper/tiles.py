@@ -32,8 +32,11 @@ from .cuts import (
 )
 
 ROWS = 64  # tokens of a warpgroup
-HEAD_DIMS = (32, 64, 128, 256)  # channels that there are kernels for
+HEAD_DIMS = (32, 64, 128, 256, 512)  # channels that there are kernels for; of keys, up to 256
 MOST = 2**31 - 1  # coordinates of TMA are 32 bits
+
+# Passes of the backward: what each of them sums.
+PASSES = DQ, DKDV, DK, DV = 0, 1, 2, 3
 
 # Scores are not masked, by compare, by a product, or by compare in the first block only.
 MASK_KINDS = NONE, COMPARE, PRODUCT, FIRST = 0, 1, 2, 3
@@ -43,6 +46,24 @@ MASK_KINDS = NONE, COMPARE, PRODUCT, FIRST = 0, 1, 2, 3
 def native(channels: int) -> int:
     """Channels of the kernels that run heads of so many: zeros beside their own."""
     return next(each for each in HEAD_DIMS if each >= channels)
+
+
+@cache
+def slices(dim: int, value_dim: int) -> tuple[int, int]:
+    """In how many slices of values a kernel sums outputs or dV, and the channels of a slice.
+
+    For each slice the weights are made again. 512 channels of a sum would take all registers.
+    """
+    if value_dim <= 256:
+        return 1, native(value_dim)
+    ways = ((-(-value_dim // width), width) for width in (128, 256))
+    # Scores take the time of another 256 channels of products.
+    return min(ways, key=lambda way: way[0] * (native(dim) + way[1] + 256))
+
+
+def are_together(dim: int, value_dim: int) -> bool:
+    """Whether one pass sums dK and dV; else each has a pass of its own, for want of registers."""
+    return native(dim) == native(value_dim) <= 128
 
 
 def has_empty_box(channels: int) -> bool:
@@ -104,52 +125,74 @@ class Work(NamedTuple):
     block_latency: float  # cycles until a block's scores are made, if nothing else runs
     two_stage_cycles: float  # that a block waits for the next one's buffer if there are only two
     split_lines: float  # lines of the cache, of a token of a block, if it lies across them
+    may_be_alone: bool  # one warpgroup may have a multiprocessor: of two, tiles may not fit
     block_sizes: Shape  # columns
     smem_options: tuple[tuple[int, bool], ...]  # stages, whether outputs have their own: best first
 
 
 def work(kind: str, dim: int, value_dim: int) -> Work:
-    """Of a kind of kernel; gradients need equal dims. A query has 16 bytes of LSE and delta."""
+    """Of a kind of kernel. A query has 16 bytes of LSE and delta.
+
+    Where dK and dV have a pass each, both have the same tiles, and this is what both do together.
+    """
     lines = split_lines(dim) + split_lines(value_dim)
+    together = are_together(dim, value_dim)
+    count, width = slices(dim, value_dim)
     dim, value_dim = native(dim), native(value_dim)
     both = dim + value_dim
     if kind == "forward":
         # Outputs that delay no tile are worth more than a third stage.
-        smem_options = [(3, True), (2, True)] + [(2, False)] * (dim == value_dim)
+        smem_options = [(3, True), (2, True)] + [(2, False)] * (dim == width)
         return Work(
             of_keys=False,
             tile_channels=dim,
-            block_channels=both,
-            out_channels=value_dim,
-            acc_registers=value_dim // 2,
+            block_channels=dim + width,
+            out_channels=width,
+            acc_registers=width // 2,
             score_registers=1.5,
             has_mask_registers=True,
-            product_channels=both,
-            column_cycles=8.0,
+            product_channels=count * (dim + width),
+            column_cycles=8.0 * count,
             block_latency=1200.0,
             two_stage_cycles=0.0,
             split_lines=lines,
-            block_sizes=(64, 32) if max(dim, value_dim) > 128 else (128, 64),
+            may_be_alone=False,
+            block_sizes=(64, 32) if max(dim, width) > 128 else (128, 64),
             smem_options=tuple(smem_options),
         )
     of_keys = kind == "dkdv"
+    # What dQ, or dK, takes: S, dP and the sum. Of dV it is S and the sum, for each slice.
+    product_channels, column_cycles = 2 * dim + value_dim, 12.0
+    if of_keys:
+        product_channels += dim * (0 if together else count) + count * width
+        column_cycles *= 1 if together else 1 + count
+    most = max(dim, width if of_keys else 0)  # of a sum
+    widest = max(dim, value_dim)
     return Work(
         of_keys=of_keys,
         tile_channels=both if of_keys else both + 8,
         block_channels=both + 8 if of_keys else both,
-        out_channels=both if of_keys else dim,
-        acc_registers=dim if of_keys else dim // 2,
-        score_registers=2.25 if of_keys else 2.5,
-        has_mask_registers=not of_keys or dim < 128,
-        product_channels=(4 if of_keys else 3) * dim,
-        column_cycles=12.0,
+        out_channels=(both if together else most) if of_keys else dim,
+        acc_registers=dim if of_keys and together else most // 2,
+        score_registers=2.25 if of_keys and together else 2.5,
+        has_mask_registers=dim < 128 or (dim == 128 and not of_keys),
+        product_channels=product_channels,
+        column_cycles=column_cycles,
         block_latency=2000.0 if of_keys else 1600.0,
-        two_stage_cycles=400.0 if dim <= 64 else 700.0,
+        two_stage_cycles={32: 400.0, 64: 400.0, 128: 700.0}.get(widest, 3000.0),
         split_lines=lines,
-        block_sizes=(64,) if of_keys or dim > 64 else (128, 64),
+        may_be_alone=widest > 128,
+        block_sizes=_gradient_block_sizes(of_keys, widest),
         # A block is held while the next one's scores are made.
         smem_options=tuple(itertools.product((4, 3, 2), (True, False))),
     )
+
+
+def _gradient_block_sizes(of_keys: bool, channels: int) -> Shape:
+    """Columns of blocks for heads that wide."""
+    if channels > 128:
+        return (64, 32)
+    return (64,) if of_keys or channels > 64 else (128, 64)
 
 
 class Mask(NamedTuple):
@@ -279,12 +322,13 @@ def _columns(tiles: Tiles, work: Work) -> int:
 
 
 def shared_bytes(tiles: Tiles, mask: Mask, work: Work, own_out: bool) -> int:
-    """Bytes of shared memory of a multiprocessor's programs; 2 kB each for barriers and Triton."""
+    """Bytes of shared memory of a multiprocessor's programs; 2176 each for barriers, bounds of
+    windows and Triton."""
     columns = _columns(tiles, work)
     rows = warpgroups(tiles) * ROWS * (work.tile_channels + work.out_channels * own_out)
     blocks = tiles.num_stages * columns * work.block_channels
     tables = mask.tables * columns * 16 * mask.steps * (mask.kind == PRODUCT)
-    return tiles.resident_programs * (2 * (rows + blocks + tables) + 2048)
+    return tiles.resident_programs * (2 * (rows + blocks + tables) + 2176)
 
 
 def own_out(tiles: Tiles, mask: Mask, work: Work) -> bool:
@@ -299,7 +343,7 @@ def registers(tiles: Tiles, work: Work) -> tuple[int, int, int]:
     fetch = 40 if programs == 1 and work.has_mask_registers else 24
     # What the fetching warpgroup leaves (two of its warps are idle) goes to the others.
     start = 65536 // programs // (128 * groups + 128) // 8 * 8
-    return start, (start * (groups + 1) - fetch) // groups // 8 * 8, fetch
+    return start, min(256, (start * (groups + 1) - fetch) // groups // 8 * 8), fetch
 
 
 def _has_registers(tiles: Tiles, work: Work) -> bool:
@@ -448,7 +492,7 @@ class _Ways:
         """Of blocks of so many tokens, the programs that have the registers, and the fewest cycles
         of a block and of a warpgroup's tile."""
         found, prices = [], []
-        for program in _programs(rank):
+        for program in _programs(rank, self.work.may_be_alone):
             tiles = Tiles((1, 1, columns), (1, 1, columns), *program)
             if _has_registers(tiles, self.work):
                 found.append(program)
@@ -592,7 +636,8 @@ def cuttings(q_lengths: Sequence[int], work: Work) -> list[Tiles]:
     fitting = []
     for tile, block in itertools.product(*_tiles_and_blocks(q_lengths, work, None)):
         queries, keys = (block, tile) if work.of_keys else (tile, block)
-        every = (Tiles(queries, keys, *program) for program in _programs(len(q_lengths)))
+        programs = _programs(len(q_lengths), work.may_be_alone)
+        every = (Tiles(queries, keys, *program) for program in programs)
         fitting += [tiles for tiles in every if _has_registers(tiles, work)]
     return fitting
 
@@ -610,11 +655,12 @@ _Program = tuple[int, int, int, int]
 
 
 @cache
-def _programs(rank: int) -> list[_Program]:
+def _programs(rank: int, may_be_alone: bool) -> list[_Program]:
     """Warps, stages, axis of the split, programs of a multiprocessor: two warpgroups that share
-    blocks, or one alone."""
+    blocks, or one, of which several run at once or one is alone."""
     pairs = [(2 * WARPS, 2, axis, 1) for axis in range(3 - rank, 3)]
-    return pairs + [(WARPS, 2, 3 - rank, programs) for programs in (2, 3, 4)]
+    counts = (1, 2, 3, 4) if may_be_alone else (2, 3, 4)
+    return pairs + [(WARPS, 2, 3 - rank, programs) for programs in counts]
 
 
 @lru_cache(maxsize=1024)

@@ -1,0 +1,44 @@
+"""Several launches of a kernel in the place of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..triton.launch import Launch
+from .descriptors import Describe
+
+
+class Passes:
+    """Launches with the same tiles, each of which makes one of the gradients of keys and values."""
+
+    def __init__(self, launches: Sequence[Launch]) -> None:
+        self.launches = launches
+        names = "value", "grad_key", "grad_value"
+        self._unread = [[name for name in names if each.tensors[name] is None] for each in launches]
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        return self.launches[0].arguments
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.launches[0].grid
+
+    def moved(
+        self, grid: Sequence[int], numbers: Sequence[Any],
+        descriptors: Sequence[Mapping[str, Describe]],
+    ) -> Passes:  # fmt: skip
+        """As :meth:`Launch.moved`, with descriptors for each launch."""
+        moved = (
+            each.moved((grid[0], *each.grid[1:]), numbers, own)
+            for each, own in zip(self.launches, descriptors)
+        )
+        return Passes([*moved])
+
+    def run(self, **tensors: Tensor | None) -> None:
+        """As :meth:`Launch.run`."""
+        for each, unread in zip(self.launches, self._unread):
+            each.run(**{**tensors, **dict.fromkeys(unread)})
