@@ -123,17 +123,25 @@ def _of_chunk(additional: Tensor, chunk: Chunk) -> Tensor:
 
 def _scores(
     query: Tensor, keys: Tensor, bias: Tensor | None, masked: Tensor | None, kv_heads: slice,
-    out: Tensor,
+    scale: float, out: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The scores ``query @ keys^T + bias``, in ``out``; callers take the softmax in place."""
-    torch.bmm(query, keys.transpose(1, 2), out=out)
+    """The scores ``scale * query @ keys^T + bias``, in ``out``; the softmax is taken in place."""
+    shared = bias is not None and bias.shape[0] == 1  # by all matrices
+    _product(query, keys.transpose(1, 2), scale, out, bias if shared else None)
+    if bias is not None and not shared:
+        out.view(-1, *bias[kv_heads].shape).add_(bias[kv_heads])
     if masked is not None:
         out.masked_fill_(masked.transpose(1, 2), -math.inf)
-    if bias is not None:
-        if bias.shape[0] > 1:
-            bias = bias[kv_heads]
-        out.view(-1, *bias.shape).add_(bias)
     return out
+
+
+def _product(
+    a: Tensor, b: Tensor, scale: float, out: Tensor, added: Tensor | None = None
+) -> Tensor:
+    """``scale * a @ b + added`` of matrices, in ``out``, without a pass for anything but a @ b."""
+    if added is None:
+        return torch.baddbmm(out, a, b, beta=0.0, alpha=scale, out=out)
+    return torch.baddbmm(added, a, b, alpha=scale, out=out)
 
 
 def forward(
@@ -164,12 +172,13 @@ def forward(
         for chunk in grid.chunks(query, key, sizes.num_additional):
             part = q_view[chunk]
             n = part.numel() // (rows * sizes.dim)
-            q = load(scratch("q", n, rows, sizes.dim), part).mul_(scale)
+            q = load(scratch("q", n, rows, sizes.dim), part)
             k = _load_keys(scratch("k", n, cols, sizes.dim), grid, k_view, chunk, additional_keys)
             v = scratch("v", n, cols, sizes.value_dim)
             v = _load_keys(v, grid, v_view, chunk, additional_values)
             masked = _masked_keys(scratch("m", n, cols, 1), grid, masks, chunk, k, v)
-            s = _scores(q, k, bias, masked, chunk[-1], scratch("s", n, rows, cols))
+            s = scratch("s", n, rows, cols)
+            s = _scores(q, k, bias, masked, chunk[-1], scale, s)
             empty = _take_empty(s) if may_be_empty else None
             row_max = s.amax(-1, keepdim=True)
             p = torch.softmax(s, -1, out=s)
@@ -226,14 +235,15 @@ def backward(
         for chunk in grid.chunks(query, key, sizes.num_additional):
             part = q_view[chunk]
             n = part.numel() // (rows * sizes.dim)
-            q = load(scratch("q", n, rows, sizes.dim), part).mul_(scale)
+            q = load(scratch("q", n, rows, sizes.dim), part)
             k = _load_keys(scratch("k", n, cols, sizes.dim), grid, k_view, chunk, additional_keys)
             v = scratch("v", n, cols, sizes.value_dim)
             v = _load_keys(v, grid, v_view, chunk, additional_values)
             do = load(scratch("do", n, rows, sizes.value_dim), do_view[chunk])
 
             masked = _masked_keys(scratch("m", n, cols, 1), grid, masks, chunk, k, v)
-            p = _scores(q, k, bias, masked, chunk[-1], scratch("s", n, rows, cols))
+            p = scratch("s", n, rows, cols)
+            p = _scores(q, k, bias, masked, chunk[-1], scale, p)
             empty = _take_empty(p) if may_be_empty else None
             torch.softmax(p, -1, out=p)
             if empty is not None:
@@ -248,8 +258,8 @@ def backward(
                     delta.masked_fill_(empty, 0.0)
             ds.addcmul_(p, delta, value=-1)
             dv = torch.bmm(p.transpose(1, 2), do, out=scratch("v", n, cols, sizes.value_dim))
-            dq = torch.bmm(ds, k, out=scratch("dq", n, rows, sizes.dim)).mul_(scale)
-            dk = torch.bmm(ds.transpose(1, 2), q, out=scratch("k", n, cols, sizes.dim))
+            dq = _product(ds, k, scale, scratch("dq", n, rows, sizes.dim))
+            dk = _product(ds.transpose(1, 2), q, scale, scratch("k", n, cols, sizes.dim))
 
             target = dq_view[chunk]
             target.copy_(dq.view(target.shape))
