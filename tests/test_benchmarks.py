@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import importlib
+import math
+import random
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,43 @@ def test_runner_writes_the_schema(load, tmp_path, capsys):
     assert ours in ("natten sdpa", "natten tiled") and dense == "dense sdpa"
     assert all(float(row["median_us"]) > 0 and row["device"] and row["versions"] for row in rows)
     assert rows[0]["computed_over_needed"].startswith("forward=")
+
+
+def test_half_precision_has_dense_attention_of_both_dtypes(load):
+    run, case = (
+        load("run"),
+        dataclasses.replace(load("cases").CASES["cpu"]["full-2d"], shape=(6, 6)),
+    )
+    case = dataclasses.replace(case, kernel_size=6, dtype=torch.bfloat16)
+    records = run.measure_case(case, "cpu", ["forward"], None, dense=True)
+    names = ["natten sdpa", "dense sdpa", run.same_dtype(torch.bfloat16)]
+    assert [record.backend for record in records] == names
+
+
+def test_calls_take_turns(load, monkeypatch):
+    run, seen = load("run"), []
+    monkeypatch.setattr(run, "BLOCK_SECONDS", 0.0)  # a sample is one call
+    calls = {name: lambda name=name: seen.append(name) for name in "ab"}
+    assert [len(each) for each in run.in_turn(calls, rounds=3).values()] == [3, 3]
+    assert "".join(seen[-6:]) == "abbaab"
+
+
+def test_windows_of_nearly_all_pairs(load):
+    near, rng = load("near_full"), random.Random(0)
+    for _ in range(5):
+        case = near.draw(rng, torch.float32)
+        problem = case.problem("cpu")
+        share = math.prod(problem.rule.dilation)  # tokens of other groups are never attended
+        assert (
+            problem.needed_pairs * share * 2 ** sum(problem.rule.is_causal)
+            > 0.7 * problem.all_pairs
+        )
+    case = dataclasses.replace(
+        case, shape=(6, 6), kernel_size=5, stride=1, dilation=1, is_causal=False
+    )
+    rows = list(near.measure(case, ["forward", "forward+backward"], rounds=2))
+    assert [row.pass_ for row in rows] == ["forward", "forward+backward"]
+    assert all(row.ratio > 0 and row.same > 0 and row.ours > 0 for row in rows)
 
 
 def test_runner_refuses_unknown_cases(load, tmp_path, capsys):

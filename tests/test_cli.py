@@ -374,7 +374,7 @@ def test_profile_as_json(capsys, tmp_path):
     assert problem["num_additional"] == 2 and (problem["dim"], problem["value_dim"]) == (8, 4)
     assert (problem["heads"], problem["kv_heads"]) == (2, 1)
     assert problem["is_causal"] == [True, False] and problem["dtype"] == "float64"
-    assert [each["attention"] for each in found["times"]] == ["natten tiled"]
+    assert [each["attention"] for each in found["times"]] == ["natten sdpa"]
     path = tmp_path / "report.json"
     assert table(called(capsys, "profile", *arguments, "--json", path).out)
     assert json.loads(path.read_text())["problem"] == problem

@@ -1,4 +1,4 @@
-"""Neighborhood attention by PyTorch's own attention on CPUs, for windows that hold many pairs.
+"""Neighborhood attention by PyTorch's own attention on CPUs.
 
 As in :mod:`natten.backends.tiled`, queries are cut into tiles, and a tile attends the block of keys
 that holds its windows. Here a tile is one matrix in a call of PyTorch's kernel, which keeps no
@@ -34,7 +34,7 @@ from ...neighborhood import Neighborhood
 from ..interface import Backend, Problem, Shape
 from ..tiled.grids import Plan, estimate
 from . import fused
-from .costs import SURELY, is_causal, plan_for
+from .costs import is_causal, plan_for
 
 
 class Sdpa(Backend):
@@ -76,7 +76,7 @@ class Sdpa(Backend):
         )  # fmt: skip
         mean_dim = (problem.head_dim + problem.value_dim) // 2
         theirs = estimate(rule, shape, key_shape, matrices, mean_dim)
-        return None if ours.cost < SURELY * theirs else "is estimated to be slower than tiled here"
+        return None if ours.cost < theirs else "is estimated to be slower than tiled here"
 
     def computed_pairs(
         self, rule: Neighborhood, shape: Shape, key_shape: Shape, matrices: int, dim: int

@@ -17,10 +17,13 @@ MASK = 1 << 22  # the largest number of pairs of a tile that needs a mask; 16 MB
 class Costs(NamedTuple):
     """What the kernel costs, in the units of ``tiled``'s estimate."""
 
+    product: float  # per query-key pair
     product_dim: float  # per query-key pair and head dim
     mask: float  # per pair of a tile that needs a mask
+    key: float  # per key of a tile and head dim, for gradients that are added up
+    read: float  # per key and head dim, each time that a block of queries reads it
+    block: float  # per block of queries, which the kernel computes at a time
     copy: float  # per copied element, where tiles and blocks of keys are not views
-    key: float  # per key of a tile
     run: float  # time in Python per call of the kernel; there is at least one call per run
     alone: float  # time in Python if there is a single tile, for which nothing is copied
 
@@ -41,7 +44,7 @@ class Costs(NamedTuple):
         masked = max(each.largest_masked * largest // max(each.largest, 1) for each in axes)
         if masked > MASK:
             return math.inf
-        # The constants were measured with two threads.
+        # The constants were measured with one thread.
         tiles = math.prod(each.tiles for each in axes)
         idle = max(1.0, threads * runs / (2 * matrices * tiles))
         # Blocks of consecutive tokens are not copied if the tiles of a run are few.
@@ -51,39 +54,46 @@ class Costs(NamedTuple):
         if not consecutive:
             copied = 2 * dim * self.copy * (queries + keys)
             calls += (queries + 2 * keys) / (3 * queries)  # see TileViews._chunks
-        # The number of queries of a tile, averaged over pairs.
+        # The number of queries of a tile, averaged over pairs, and of its blocks.
         rows = math.prod(each.rows for each in axes) / max(1, products)
-        return (
-            matrices * products * self.product_dim * dim * _of_rows(rows) * idle
-            + matrices * (products - math.prod(each.full for each in axes)) * self.mask
-            + matrices * (keys * self.key + copied)
-            + (self.alone if all(each.tiles == 1 for each in axes) else calls * self.run)
+        blocks = math.ceil(rows / _block_rows(rows))
+        product = (
+            products * (self.product + self.product_dim * dim)
+            + keys * (self.key + blocks * self.read) * dim
+            + tiles * blocks * self.block
         )
+        masks = (products - math.prod(each.full for each in axes)) * self.mask
+        python = self.alone if all(each.tiles == 1 for each in axes) else calls * self.run
+        return matrices * (product * idle + masks + copied) + python
 
     def floor(self, matrices: int, dim: int) -> Floor:
         """What tiles cost at least."""
-        per_pair = matrices * self.product_dim * dim * _of_rows(math.inf)
-        return Floor(per_pair, matrices * self.key, 0.0, min(self.alone, self.run))
+        return Floor(
+            matrices * (self.product + self.product_dim * dim),
+            matrices * (self.key + self.read) * dim, matrices * self.block,
+            min(self.alone, self.run),
+        )  # fmt: skip
 
 
-def _of_rows(rows: float) -> float:
-    """The cost of products in tiles of ``rows`` queries, relative to tiles of 192 to 767.
-
-    PyTorch's kernel computes 256 queries at a time from 768 on, 64 from 192 on, and otherwise 32.
-    """
-    return 0.9 if rows >= 768 else 1.0 if rows >= 192 else 1.25
+def _block_rows(rows: float) -> int:
+    """How many of a tile's ``rows`` queries PyTorch's kernel computes at a time."""
+    return 256 if rows >= 768 else 64 if rows >= 192 else 32
 
 
-# sdpa runs where its estimate is below this fraction of tiled's, because estimates differ from
-# measured times by up to 30 %.
-SURELY = 0.8
-
-# Fitted to times of 50 random problems and tilings on AMD Zen 3 (AVX2), float32, one thread, beside
-# `tiled`, whose softmax takes more of its time there than its own constants say. The constants of
-# the backward are relative to tiled's backward. The forward's mask and the factors of `_of_rows`
-# were measured on two threads, beside dense attention.
-FORWARD = Costs(product_dim=0.027, mask=0.2, copy=0.21, key=2.2, run=60_000.0, alone=20_000.0)
-BACKWARD = Costs(product_dim=0.028, mask=0.15, copy=0.38, key=2.2, run=60_000.0, alone=20_000.0)
+# Fitted to times of 117 random problems on AMD Zen 3 (AVX2), float32, one thread, each with up to
+# six tilings, and to `tiled`'s times of the same problems. A unit is 4.75 ns of the forward, by
+# which the median of `tiled`'s estimates is its time. In the backward, where estimates decide less
+# well, it is 7.7 ns, 0.9 of `tiled`'s, so that `tiled` runs where both are about as fast. With the
+# faster of both backends known, the choice took 1.01 of its time on average, and 1.03 with the
+# backward.
+FORWARD = Costs(
+    product=0.124, product_dim=0.0112, mask=0.117, key=0.0, read=0.129, block=120.0, copy=0.244,
+    run=27_000.0, alone=0.0,
+)  # fmt: skip
+BACKWARD = Costs(
+    product=0.037, product_dim=0.0196, mask=0.195, key=0.585, read=0.07, block=240.0, copy=0.22,
+    run=32_000.0, alone=0.0,
+)  # fmt: skip
 # With half of the forward's: the backward, and the forward once more.
 RECOMPUTED = Costs(*(b + f / 2 for b, f in zip(BACKWARD, FORWARD)))
 
