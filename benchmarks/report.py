@@ -22,6 +22,7 @@ import limits
 import spectrum
 from cases import BF16, CASES, FP32, GROUPS, PACKED, PLAIN, Case, by
 from records import RESULTS, read
+from run import same_dtype
 
 from natten.cli.tables import markdown
 from natten.draw.canvas import (
@@ -110,6 +111,9 @@ def cpu_table(names: Sequence[str] | None = None) -> list[str]:
             for backend in ("natten", "dense")
         )
         row = [case.describe(FP32), _pair(dense, _ms), _pair(ours, _ms)]
+        half = [times.of(name, same_dtype(case.dtype), each, "eager") for each in (FORWARD, BOTH)]
+        if half[0] is not None:
+            row[1] += f"; {_pair(half, _ms)} in {str(case.dtype).removeprefix('torch.')}"
         row += [_pair_over(dense, ours, "{:.2f}x")]
         if whole:
             target = case.target

@@ -7,8 +7,10 @@
         --out benchmarks/results/strides.csv           # the simulator's order is compared with it
 
 `python benchmarks/report.py` makes tables and charts of the results. Dense attention is cuDNN's on
-a GPU. On a CPU it is PyTorch's, in float32 for every case, because bfloat16 is not faster there.
-Only ratios within one run are meaningful.
+a GPU. On a CPU it is PyTorch's in float32 for every case, and where ours is in half precision, in
+that too, which is slower there. On a CPU the calls of a case take turns, because its speed drifts
+within seconds. With one thread, times are those of the process on its processor, so that other
+programs cost nothing but what they take of the caches. Only ratios within one run are meaningful.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ import argparse
 import datetime
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,35 @@ from natten.profiler.report import BOTH, FORWARD
 from natten.profiler.tune import computed_over_needed
 
 WARMUP = 2
+ROUNDS = 15  # of calls in turn
+BLOCK_SECONDS = 0.01  # the least time of a sample, which may be several calls
+
+
+def in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Seconds of each call on a CPU, one sample per round; every other round is in reverse order.
+
+    Samples of one round are taken close to each other, so their ratios hardly drift.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def sample(call: Callable[[], Any], count: int) -> float:
+        start = clock()
+        for _ in range(count):
+            call()
+        return (clock() - start) / count
+
+    counts = {}
+    for name, call in calls.items():
+        for _ in range(WARMUP):
+            call()
+        counts[name] = 1 + int(BLOCK_SECONDS / max(sample(call, 1), 1e-6))
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    for _ in range(rounds):
+        for name in order:
+            found[name].append(sample(calls[name], counts[name]))
+        order.reverse()
+    return found
 
 
 def times(call: Callable[[], Any], device: torch.device) -> dict[str, measure.Timing]:
@@ -52,6 +84,22 @@ def dense_times(problem: Problem, name: str, backward: bool) -> dict[str, measur
     return times(dense_call(problem, name, backward), problem.device)
 
 
+def dense_problems(problem: Problem) -> dict[str, Problem]:
+    """Dense attention over a problem's tokens, by the names of its times in a record."""
+    whole = replace(problem, rule=whole_layout(problem))
+    if problem.device.type == "cuda":
+        return {"dense cudnn": whole}
+    found = {"dense sdpa": replace(whole, dtype=torch.float32)}
+    if problem.dtype != torch.float32:
+        found[same_dtype(problem.dtype)] = whole
+    return found
+
+
+def same_dtype(dtype: torch.dtype) -> str:
+    """The name of dense attention in a dtype that is not the yardstick's."""
+    return f"{str(dtype).removeprefix('torch.')} dense sdpa"
+
+
 def measure_case(
     case: Case, device: str, passes: list[str], backend: str | None, dense: bool
 ) -> Iterator[Record]:
@@ -59,10 +107,6 @@ def measure_case(
     problem = case.problem(device)
     forward = choose_backend(problem, backend)
     gradient = choose_backend(problem, backend, "gradient")
-    everything = replace(problem, rule=whole_layout(problem))
-    if device == "cpu":
-        everything = replace(everything, dtype=torch.float32)
-    yard = "cudnn" if device == "cuda" else "sdpa"
     for pass_ in passes:
         backward = pass_ == BOTH
         computed = computed_over_needed(problem, forward, gradient if backward else None)
@@ -72,12 +116,22 @@ def measure_case(
         waste = " ".join(f"{kernel}={ratio:.3f}" for kernel, ratio in computed.items())
         memory = f"{peak_over_inputs(case):.2f}" if device == "cpu" and backward else ""
         call = natten_call(problem, backend, backward)
-        calls = {ours: partial(times, call, problem.device)}
-        if dense:
-            calls[f"dense {yard}"] = partial(dense_times, everything, yard, backward)
-        for name, timed in calls.items():
+        everything = dense_problems(problem) if dense else {}
+        if device == "cpu":
+            calls = {ours: call}
+            for name, each in everything.items():
+                calls[name] = dense_call(each, "sdpa", backward)
+            found = {
+                name: {"eager": measure.Timing.of([1e6 * each for each in seconds])}
+                for name, seconds in in_turn(calls).items()
+            }
+        else:
+            found = {ours: times(call, problem.device)}
+            for name, each in everything.items():
+                found[name] = dense_times(each, "cudnn", backward)
+        for name, timings in found.items():
             extra = (waste, memory) if name == ours else ("", "")
-            for kind, timing in timed().items():
+            for kind, timing in timings.items():
                 numbers = f"{timing.median_us:.1f}", f"{timing.spread_us:.1f}"
                 yield Record(
                     case.name, name, pass_, kind, *numbers, *extra, **about(problem.device)
@@ -157,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
             ):  # fmt: skip
                 write(out, [record], new=False)
                 text = f"{record.median_us:>12} us  +-{record.spread_us}"
-                print(f"{name:20}{record.backend:16}{record.pass_:18}{record.time:7}{text}")
+                print(f"{name:20}{record.backend:21}{record.pass_:18}{record.time:7}{text}")
                 sys.stdout.flush()
         except (RuntimeError, ValueError) as error:  # go on with the other cases
             failed.append(name)
