@@ -1,15 +1,20 @@
-"""Gluon without layouts, so that Triton's interpreter runs what the Hopper kernels share.
+"""Gluon without layouts, so that Triton's interpreter runs what the Hopper kernels share, and the
+kernel of small windows.
 
-Importing this module puts other things in the place of Gluon's names in ``gluon_names``. It must be
-imported before the modules of the Hopper kernels, in a process that does nothing else. Functions
+Importing this module puts other things in the place of Gluon's names, in ``gluon_names`` and for
+those who import Gluon later. It must be imported before the modules of these kernels, in a process
+that does nothing else. Functions
 and methods are Python's own, aggregates are data classes, and what Gluon's language says is said in
 Triton's.
 """
 
+import sys
 from dataclasses import dataclass
+from types import ModuleType
 
 import triton
 import triton.language as tl
+from triton import experimental
 
 from natten.backends.hopper import gluon_names
 
@@ -52,6 +57,12 @@ class Language:
     def zeros(self, shape, dtype, layout=None):
         return tl.full(shape, 0, dtype)
 
+    def convert_layout(self, x, layout):
+        return x
+
+    def multiple_of(self, x, values):
+        return x
+
     def allocate_shared_memory(self, dtype, shape, layout=None):
         return Memory(shape)
 
@@ -79,3 +90,17 @@ gluon_names.aggregate = dataclass
 gluon_names.warpgroup_mma = _product
 gluon_names.fence_async_shared = gluon_names.gdc_wait = lambda: None
 tl.block_type.layout = None
+
+
+def _module(name, **names):
+    made = sys.modules[f"triton.experimental.gluon{name}"] = ModuleType(name)
+    vars(made).update(names)
+    return made
+
+
+experimental.gluon = _module(
+    "", jit=Gluon.jit, constexpr_function=Gluon.constexpr_function, language=gluon_names.gl
+)
+_module(".language")
+_module(".language.nvidia")
+_module(".language.nvidia.ampere", async_copy=None, mma_v2=_product)

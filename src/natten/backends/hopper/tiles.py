@@ -455,6 +455,16 @@ def candidates(
     return _candidates(kind, *_model(rule, shape, key_shape), dim, value_dim, packed)
 
 
+@lru_cache(maxsize=1024)
+def cycles_of(
+    kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int
+) -> float:
+    """Cycles of a multiprocessor per batch entry, head and dilation group, of the cheapest tiles by
+    estimate."""
+    found = _Search(kind, *_model(rule, shape, key_shape), dim, value_dim).cheapest()
+    return math.inf if found is None else found[0]
+
+
 def has_tiles(
     kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape, dim: int, value_dim: int
 ) -> bool:

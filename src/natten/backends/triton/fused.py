@@ -10,7 +10,7 @@ from torch import Tensor
 from ...documents import Documents
 from ...inputs import Gradients, Inputs
 from ...neighborhood import Rule
-from .launch import contiguous, on_device, readable, summed
+from .launch import contiguous, is_aligned, on_device, readable, summed
 from .plan import Part, Plan, plan_for
 
 
@@ -42,6 +42,9 @@ def forward(
     masks = inputs.key_mask, inputs.additional_mask
     found = plan_for(query, key, value, rpb, additional_keys, rule, scale, documents, tiles, masks)
     with on_device(query):
+        if found.small is not None and is_aligned(query, key, value):
+            found.small.run(query=query, key=key, value=value, rpb=rpb, out=out, lse=lse)
+            return out, lse
         found.forward.run(
             query=query, key=key, value=value, rpb=rpb, additional_keys=additional_keys,
             additional_values=additional_values, documents=table, out=out, lse=lse,

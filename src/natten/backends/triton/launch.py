@@ -304,6 +304,11 @@ def readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def is_aligned(*tensors: Tensor) -> bool:
+    """Whether 16 bytes can be copied at once from where tensors begin."""
+    return math.gcd(16, *(x.data_ptr() for x in tensors)) == 16
+
+
 def on_device(x: Tensor) -> Any:
     """Kernels launch on the current device: make it the tensor's."""
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():

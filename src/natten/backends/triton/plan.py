@@ -21,6 +21,7 @@ from ...neighborhood import Dense, Neighborhood, Rule, queries_before
 from ...tiling import padded
 from ...tuning import Bounded
 from ..interface import Shape
+from . import small_tiles
 from . import tiles as tiling
 from .backward import (
     additional_kernel,
@@ -126,6 +127,7 @@ class Plan:
         self.per_kv = self.heads // self.kv_heads
         self.dim, self.value_dim = query[-1], value[-1]
         self.modes = modes(rule, self.key_space if packed is None else [2] * len(self.space))
+        self.all_strides = strides
         self.query_strides, *others = map(strides_of, "qkv", strides)
         self.strides = self.query_strides | others[0] | others[1]
         key_mask, additional_mask = masks
@@ -232,6 +234,45 @@ class Plan:
     @cached_property
     def forward(self) -> Launch | Split | Trials:
         return self._of_queries(forward_kernel, "forward")
+
+    @cached_property
+    def small(self) -> Launch | None:
+        """The forward of small windows, where it runs in the place of :attr:`forward`."""
+        is_asked = any(map(any, self.asked["forward"]))
+        if is_asked or self.packed or self.has_key_mask or self.num_additional:
+            return None
+        if math.gcd(8, *self.strides.values()) < 8:  # rows are copied 16 bytes at once
+            return None
+        sizes = self.space, self.key_space, self.dim, self.value_dim, self.itemsize
+        found = small_tiles.choose(self.rule, *sizes, self.bias, self.scale)
+        if found is None:
+            return None
+        assert isinstance(self.rule, Neighborhood)
+        tiles, constants = found[1], self.constants
+        counts = tile_counts(self.rule, self.space, tiles.program())
+        grid = math.prod(counts), math.prod(self.rule.dilation), self.batch * self.heads
+        per_axis_strides = zip(*(each[1:-2] for each in self.all_strides))
+        farthest = [max(strides) for strides in per_axis_strides]
+        if not small_tiles.has_room(tiles, self.rule, self.space, farthest, grid):
+            return None
+        from .small import small_forward_kernel  # Triton must have Gluon
+
+        windows = small_tiles.windows_of(self.rule)
+        halo = tiles.halo(windows)
+        known = {
+            **self.strides, **self.sizes, **per_axis("T", counts), **self.numbers,
+            "heads": self.heads, "MODES": self.modes, "DILATED": grid[1] > 1,
+            "WARPS": tiles.warps, "Q_BLOCK": tiles.q_block, "KV_BLOCK": tiles.kv_block,
+            "BLOCKS": tiles.blocks(windows), "HALO": halo,
+            "CHUNK": small_tiles.rows_of_copy(math.prod(halo)), "ALIGN": constants["ALIGN"],
+            "D": self.dim, "HAS_RPB": self.bias,
+        }  # fmt: skip
+        kernel = small_forward_kernel
+        arguments = {name: known[name] for name in kernel.arg_names[len(kernel.tensors) :]}
+        return Launch(
+            kernel, grid, arguments, num_warps=math.prod(tiles.warps),
+            maxnreg=small_tiles.REGISTERS,
+        )  # fmt: skip
 
     @cached_property
     def dq(self) -> Launch | Split | Trials:

@@ -31,6 +31,9 @@ _LEAST_ROWS = 16  # of a product
 # Costs beside products, in products of 64 x 32 rows with 64 channels: of a visited block, of a
 # program, and of a block of the forward where two warpgroups wait for it.
 _BLOCK_COST, _PROGRAM_COST, _TWO_WARPGROUPS_COST = 1.0, 3.0, 0.6
+# What such a product takes, forward, on an H200 with all that is beside it: cycles of a
+# multiprocessor (benchmarks/results/hopper-log.md).
+_CYCLES = 430.0
 
 # Bytes of shared memory that a program may have, by NVIDIA's compute capability; 0 is AMD's.
 SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 0: 65536}
@@ -254,6 +257,15 @@ def choose(
 
 def _is_asked(tile: Shape, asked: Shape) -> bool:
     return not any(asked) or tile[3 - len(asked) :] == asked
+
+
+@lru_cache(maxsize=1024)
+def forward_cycles(rule: Rule, shape: Shape, key_shape: Shape, *sizes: Any) -> float:
+    """Cycles of a multiprocessor per batch entry, head and dilation group, with the cheapest tiles;
+    ``sizes`` as of :func:`choose`."""
+    problem = "forward", *typical(rule, shape, key_shape), *sizes, gpu()
+    cost, _ = _Search(*problem).cheapest()
+    return cost * _CYCLES
 
 
 def candidates(

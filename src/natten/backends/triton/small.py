@@ -1,0 +1,463 @@
+"""Forward of small windows: each warp has 16 queries, and computes the keys that these reach.
+
+The fewer queries a tile has, the fewer pairs it computes in vain: with windows of 7x7 a tile of 64
+queries computes 4.9 times what is needed, one of 16 queries 2.6 times. A product has no fewer rows
+than 16, which is what one warp multiplies (mma.sync). So each warp has a tile of its own, which no
+other warp waits for.
+
+The tiles of a program lie beside one another. What they reach, the halo, is copied to shared memory
+once, keys and values. There each warp's blocks begin somewhere else, which Gluon has no words for:
+it loads tensors, not what lies at addresses. So matrices are loaded by PTX (``ldmatrix``).
+"""
+
+# Gluon reads annotations as objects: no ``from __future__``.
+
+from typing import Any
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from . import primitives, windows
+from .launch import kernel
+from .primitives import LN2, LOG2E
+from .windows import CIRCULAR, UNIT
+
+
+def _from_triton(function: Any) -> Any:
+    """A function of the portable kernels as one that Gluon kernels can call."""
+    return gluon.jit(function.fn)
+
+
+before = _from_triton(primitives.before)
+bias_index = _from_triton(primitives.bias_index)
+bias_offset = _from_triton(primitives.bias_offset)
+coordinates = _from_triton(primitives.coordinates)
+group_lengths = _from_triton(windows.group_lengths)
+key_tokens = _from_triton(primitives.key_tokens)
+minimum = _from_triton(primitives.minimum)
+minus = _from_triton(primitives.minus)
+outside = _from_triton(primitives.outside)
+plus = _from_triton(primitives.plus)
+row_number = _from_triton(primitives.row_number)
+times = _from_triton(primitives.times)
+token_offset = _from_triton(primitives.token_offset)
+window = _from_triton(windows.window)
+
+ROWS = gl.constexpr(16)  # queries of a warp
+# A score that is masked, before it is scaled: finite, so that no NaN comes of it, and a power of
+# two, which is scaled without a rounding error. In a block of them its exponential would be large.
+MASKED = gl.constexpr(-(2.0**100))
+ROUNDING = gl.constexpr(2.0**-22)  # of a product of two numbers, and a little more
+
+
+# --- layouts: what each thread of a warp has ----------------------------------------------------
+
+
+@gluon.constexpr_function
+def _bits(n, least=1):
+    """Powers of two from ``least`` on and below ``n``."""
+    return [1 << i for i in range(n.bit_length() - 1) if 1 << i >= least]
+
+
+@gluon.constexpr_function
+def product_layout(warps):
+    """Of ``[W, 16, columns]``, a product of each warp."""
+    return gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
+
+
+@gluon.constexpr_function
+def _layout(warps, shape, registers, lanes):
+    """Of ``[W, *shape]``: where the bits of a register's and of a lane's number lead."""
+    return gl.DistributedLinearLayout(
+        [[0, *each] for each in registers], [[0, *each] for each in lanes],
+        [[each, 0, 0] for each in _bits(warps)], [], [warps, *shape],
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def query_layout(warps, channels):
+    """Of ``[W, 16, channels]`` in memory, two channels at a time, as products have them."""
+    registers = [[0, 1], [8, 0], *([0, bit] for bit in _bits(channels, 8))]
+    return _layout(
+        warps, [16, channels], registers, [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def key_layout(warps, rows, channels):
+    """Of keys ``[W, rows, channels]`` as ``ldmatrix`` loads them: four matrices have 32 channels of
+    8 keys, or 16 of 16."""
+    registers = [[0, 1], [0, 8], *([0, bit] for bit in _bits(channels, 16))]
+    registers += [[bit, 0] for bit in _bits(rows, 8)]
+    return _layout(
+        warps, [rows, channels], registers, [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def value_layout(warps, rows, channels):
+    """Of values ``[W, rows, channels]`` as ``ldmatrix`` loads them, transposed: four matrices have
+    16 keys and 16 channels."""
+    registers = [[1, 0], [8, 0], *([0, bit] for bit in _bits(channels, 8))]
+    registers += [[bit, 0] for bit in _bits(rows, 16)]
+    return _layout(
+        warps, [rows, channels], registers, [[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]]
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def phases(channels):
+    """Rows that lie in all banks of shared memory, and in how many ways their pieces of 16 bytes
+    take turns, so that those of eight rows are in different banks."""
+    return max(1, 64 // channels), min(8, channels // 8)
+
+
+@gluon.constexpr_function
+def copy_layout(warps, channels):
+    """Of ``[rows, channels]`` on their way to shared memory: 16 bytes a thread."""
+    return gl.BlockedLayout([1, 8], [256 // channels, channels // 8], [warps, 1], [1, 0])
+
+
+# --- shared memory ------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _row(c, HALO: gl.constexpr):
+    """Row of a key in shared memory, at ``c`` in the halo."""
+    return (c[0] * HALO[1] + c[1]) * HALO[2] + c[2]
+
+
+@gluon.jit
+def _address(
+    at, piece, far, far_piece, CHANNELS: gl.constexpr, KV_BLOCK: gl.constexpr, HALO: gl.constexpr
+):  # fmt: skip
+    """Bytes from the first row to 16 of them, a piece, of a block's key ``at + far``.
+
+    The halo and blocks have rows of 8 keys or a multiple. So ``far``, multiples of 8, does not
+    change how pieces take turns, and of all addresses a thread computes a few; the others are
+    constants added.
+    """
+    PHASES: gl.constexpr = phases(CHANNELS)
+    row = _row(at, HALO)
+    turned = (piece ^ (row // PHASES[0] % PHASES[1])) * 16 ^ far_piece * 16
+    return (row + _row(coordinates(far, KV_BLOCK), HALO)) * (2 * CHANNELS) + turned
+
+
+@gluon.jit
+def _load_matrices(at, tensor, TRANSPOSED: gl.constexpr):
+    """Four matrices of 8x8 numbers for every 8 registers, of which lane ``8 j + i`` has ``at``, the
+    address of row ``i`` of matrix ``j``. The program has no other shared memory."""
+    if TRANSPOSED:
+        numbers = gl.inline_asm_elementwise(
+            """{
+            .reg .u32 start;
+            mov.u32 start, global_smem;
+            add.u32 start, start, $4;
+            ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [start];
+            }""",
+            "=r,=r,=r,=r,r,r,r,r,r,r,r,r", [at], tensor.dtype.element_ty, False, 8,
+        )  # fmt: skip
+    else:
+        numbers = gl.inline_asm_elementwise(
+            """{
+            .reg .u32 start;
+            mov.u32 start, global_smem;
+            add.u32 start, start, $4;
+            ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [start];
+            }""",
+            "=r,=r,=r,=r,r,r,r,r,r,r,r,r", [at], tensor.dtype.element_ty, False, 8,
+        )  # fmt: skip
+    return numbers
+
+
+@gluon.jit
+def _load_keys(
+    key, first, W: gl.constexpr, D: gl.constexpr, KV_BLOCK: gl.constexpr, HALO: gl.constexpr
+):  # fmt: skip
+    """A block of keys of each warp, ``[W, D, N]``; ``first``: where it begins in the halo, per axis
+    ``[W]``."""
+    N: gl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
+    LAYOUT: gl.constexpr = key_layout(W, N, D)
+    n = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+    d = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    lane = n % 8 * 4 + d % 8 // 2
+    if D == 16:
+        near, far, piece, far_piece = lane // 16 * 8 + lane % 8, n // 16 * 16, lane // 8 % 2, d * 0
+    else:
+        near, far, piece, far_piece = lane % 8, n // 8 * 8, lane // 8, d // 32 * 4
+    at = plus(_expanded(_expanded(first, 1), 2), coordinates(near, KV_BLOCK))
+    k = _load_matrices(_address(at, piece, far, far_piece, D, KV_BLOCK, HALO), key, False)
+    return gl.permute(k, (0, 2, 1))
+
+
+@gluon.jit
+def _load_values(
+    value, first, START: gl.constexpr, W: gl.constexpr, DV: gl.constexpr, KV_BLOCK: gl.constexpr,
+    HALO: gl.constexpr,
+):  # fmt: skip
+    """As :func:`_load_keys`, values ``[W, N, DV]``, which begin ``START`` bytes later."""
+    N: gl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
+    LAYOUT: gl.constexpr = value_layout(W, N, DV)
+    n = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+    d = gl.arange(0, DV, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    lane = d % 8 * 4 + n % 8 // 2
+    at = plus(_expanded(_expanded(first, 1), 2), coordinates(lane % 16, KV_BLOCK))
+    far = _address(at, lane // 16, n // 16 * 16, d // 16 * 2, DV, KV_BLOCK, HALO)
+    return _load_matrices(START + far, value, True)
+
+
+@gluon.jit
+def _copy(
+    tensor, start, tokens, origin, strides, stage, CHANNELS: gl.constexpr, ALIGN: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Start to copy rows of tokens, ``[rows]`` per axis, to shared memory."""
+    at = tensor + start + _offset(tokens, origin, strides)[:, None]
+    at += gl.arange(0, CHANNELS, gl.SliceLayout(0, LAYOUT))[None, :]
+    async_copy.async_copy_global_to_shared(stage, gl.multiple_of(at, [2 * ALIGN, 2 * ALIGN]))
+
+
+# --- where tiles are, and what they reach -------------------------------------------------------
+
+
+@gluon.jit
+def _expanded(x, AXIS: gl.constexpr):
+    """``gl.expand_dims`` per axis."""
+    return gl.expand_dims(x[0], AXIS), gl.expand_dims(x[1], AXIS), gl.expand_dims(x[2], AXIS)
+
+
+@gluon.jit
+def _index(number, sizes, MODES: gl.constexpr):
+    """A number's index of each axis; the last axis runs fastest. A program divides as little as it
+    can: it does little else."""
+    i0 = number * 0
+    i1 = number * 0
+    if MODES[0] != UNIT or MODES[1] != UNIT:
+        i1 = number // sizes[2]
+        number -= i1 * sizes[2]
+    if MODES[0] != UNIT:
+        i0 = i1 // sizes[1]
+        i1 -= i0 * sizes[1]
+    return i0, i1, number
+
+
+@gluon.jit
+def _windows(i, n, kernel_size, stride, MODES: gl.constexpr):
+    """First and one-past-last key of queries ``i``, per axis."""
+    start0, end0 = window(i[0], n[0], n[0], kernel_size[0], stride[0], MODES[0])
+    start1, end1 = window(i[1], n[1], n[1], kernel_size[1], stride[1], MODES[1])
+    start2, end2 = window(i[2], n[2], n[2], kernel_size[2], stride[2], MODES[2])
+    return (start0, start1, start2), (end0, end1, end2)
+
+
+@gluon.jit
+def _tiles(begin, WARPS: gl.constexpr, Q_BLOCK: gl.constexpr, LAYOUT: gl.constexpr):
+    """First query of each warp, per axis ``[W]`` in a layout."""
+    w = gl.arange(0, WARPS[0] * WARPS[1] * WARPS[2], LAYOUT)
+    return plus(begin, times(coordinates(w, WARPS), Q_BLOCK))
+
+
+@gluon.jit
+def _queries(begin, WARPS: gl.constexpr, Q_BLOCK: gl.constexpr, LAYOUT: gl.constexpr):
+    """Queries of each warp, per axis ``[W, 16]`` in a layout; some may be beyond the end."""
+    tiles = _tiles(begin, WARPS, Q_BLOCK, gl.SliceLayout(1, LAYOUT))
+    m = gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT))
+    return plus(_expanded(tiles, 1), _expanded(coordinates(m, Q_BLOCK), 0))
+
+
+@gluon.jit
+def _lows(
+    begin, n, kernel_size, stride, MODES: gl.constexpr, WARPS: gl.constexpr, Q_BLOCK: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """First key of each warp, per axis ``[W]`` in a layout."""
+    first = minimum(_tiles(begin, WARPS, Q_BLOCK, LAYOUT), minus(n, (1, 1, 1)))
+    low, _ = _windows(first, n, kernel_size, stride, MODES)
+    return low
+
+
+@gluon.jit
+def _present(y, n, MODE: gl.constexpr):
+    """Positions of keys that are there, before the modulo of a ring; those beyond are masked, and
+    have the last one's numbers."""
+    return gl.minimum(y, 2 * n - 1 if MODE >= CIRCULAR else n - 1)
+
+
+@gluon.jit
+def _tokens(y, group, dilation, n, MODES: gl.constexpr):
+    """Tokens of keys at positions ``y``, per axis."""
+    y0, y1 = _present(y[0], n[0], MODES[0]), _present(y[1], n[1], MODES[1])
+    return key_tokens((y0, y1, _present(y[2], n[2], MODES[2])), group, dilation, n, MODES)
+
+
+@gluon.jit
+def _offset(tokens, origin, strides):
+    """How far tokens are in memory from a token nearby, in 32 bits, which take fewer instructions;
+    ``small_tiles`` says where they are enough."""
+    x = minus(tokens, origin)
+    at = x[0] * strides[0].to(gl.int32) + x[1] * strides[1].to(gl.int32)
+    return at + x[2] * strides[2].to(gl.int32)
+
+
+@gluon.jit
+def _mask(y, start, end, MODE: gl.constexpr):
+    """``[W, 16, N]``: zero where keys ``y [W, N]`` lie in ``start .. end [W, 16]``."""
+    if MODE == UNIT:
+        mask = 0.0
+    else:
+        y = gl.expand_dims(y, 1)
+        within = (y >= gl.expand_dims(start, 2)) & (y < gl.expand_dims(end, 2))
+        mask = gl.where(within, 0.0, MASKED)
+    return mask
+
+
+@gluon.jit
+def _biases(rpb, i, y, kernel_size, head, scale):
+    """What ``rpb`` adds to the scores of queries ``i [W, 16]`` and keys ``y [W, N]``, per axis,
+    before they are scaled."""
+    row = gl.expand_dims(bias_index(i, kernel_size), 2)
+    at = gl.expand_dims(bias_index(y, kernel_size), 1) - row  # [W, 16, N]
+    half = bias_offset((0, 0, 0), kernel_size, 0)  # what is farther is masked
+    bias = gl.load(rpb + bias_offset((0, 0, 0), kernel_size, head) + minmax(at, half))
+    return bias.to(gl.float32) * (1.0 / scale)
+
+
+@gluon.jit
+def minmax(x, most):
+    """``x`` between ``-most`` and ``most``."""
+    return gl.minimum(gl.maximum(x, -most), most)
+
+
+# --- the kernel ---------------------------------------------------------------------------------
+
+
+@kernel(gluon.jit, tensors="query key value rpb out lse")
+def small_forward_kernel(
+    query, key, value, rpb, out, lse,
+    q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
+    L0, L1, L2, T0, T1, T2, K0, K1, K2, S0, S1, S2, D0, D1, D2, heads, per_kv, scale,
+    MODES: gl.constexpr, DILATED: gl.constexpr, WARPS: gl.constexpr, Q_BLOCK: gl.constexpr,
+    KV_BLOCK: gl.constexpr, BLOCKS: gl.constexpr, HALO: gl.constexpr, CHUNK: gl.constexpr,
+    ALIGN: gl.constexpr, D: gl.constexpr, HAS_RPB: gl.constexpr,
+):  # fmt: skip
+    """Numbers as in ``forward_kernel``. All per axis: the tiles of ``WARPS``, of ``Q_BLOCK``
+    queries each, are beside one another; each visits ``BLOCKS`` of ``KV_BLOCK`` keys, which
+    together lie in ``HALO``. The grid has tiles, dilation groups, and heads of all batch entries.
+    """
+    W: gl.constexpr = WARPS[0] * WARPS[1] * WARPS[2]
+    PRODUCT: gl.constexpr = product_layout(W)
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 2)
+    M_ROWS: gl.constexpr = gl.SliceLayout(2, PRODUCT)  # [W, 16]
+    N_ROWS: gl.constexpr = gl.SliceLayout(1, PRODUCT)  # [W, N]
+    N: gl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
+    QUERY: gl.constexpr = query_layout(W, D)
+    COPY: gl.constexpr = copy_layout(W, D)
+    PHASES: gl.constexpr = phases(D)
+    CHUNKS: gl.constexpr = (HALO[0] * HALO[1] * HALO[2] + CHUNK - 1) // CHUNK
+
+    kernel_size, stride = (K0, K1, K2), (S0, S1, S2)
+    group, dilation, n = (0, 0, 0), (1, 1, 1), (L0, L1, L2)
+    if DILATED:
+        dilation = (D0, D1, D2)
+        group = _index(gl.program_id(1), dilation, MODES)
+        n = group_lengths(n, dilation, group)
+    begin = times(_index(gl.program_id(0), (T0, T1, T2), MODES), times(WARPS, Q_BLOCK))
+    if outside(begin, n):
+        return
+    last = minus(n, (1, 1, 1))
+    batch = (gl.program_id(2) // heads).to(gl.int64)
+    head = (gl.program_id(2) % heads).to(gl.int64)
+    kv_head = gl.program_id(2) % heads // per_kv
+
+    # Keys and values of the halo.
+    q_strides, k_strides, v_strides = (q_0, q_1, q_2), (k_0, k_1, k_2), (v_0, v_1, v_2)
+    low, _ = _windows(begin, n, kernel_size, stride, MODES)
+    origin = _tokens(low, group, dilation, n, MODES)
+    k_start = token_offset(batch * k_b + kv_head * k_h, origin, k_strides, 1)
+    v_start = token_offset(batch * v_b + kv_head * v_h, origin, v_strides, 1)
+    stages = gl.allocate_shared_memory(
+        key.dtype.element_ty, [2 * CHUNKS, CHUNK, D],
+        gl.SwizzledSharedLayout(8, PHASES[0], PHASES[1], [1, 0]),
+    )  # fmt: skip
+    for chunk in gl.static_range(CHUNKS):
+        row = chunk * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, COPY))
+        x = _tokens(plus(low, coordinates(row, HALO)), group, dilation, n, MODES)
+        _copy(key, k_start, x, origin, k_strides, stages.index(chunk), D, ALIGN, COPY)
+        _copy(value, v_start, x, origin, v_strides, stages.index(CHUNKS + chunk), D, ALIGN, COPY)
+    async_copy.commit_group()
+
+    i = _queries(begin, WARPS, Q_BLOCK, gl.SliceLayout(2, QUERY))
+    x = key_tokens(minimum(i, last), group, dilation, n, MODES)
+    d = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, QUERY)))[None, None, :]
+    origin = key_tokens(begin, group, dilation, n, MODES)
+    at = query + token_offset(batch * q_b + head * q_h, origin, q_strides, 1)
+    at += gl.expand_dims(_offset(x, origin, q_strides), 2) + d
+    q = gl.load(gl.multiple_of(at, [2 * ALIGN, 2 * ALIGN, 2 * ALIGN]))
+    q = gl.convert_layout(q, LEFT)  # [W, 16, D]
+
+    i = minimum(_queries(begin, WARPS, Q_BLOCK, M_ROWS), last)  # [W, 16] per axis
+    starts, ends = _windows(i, n, kernel_size, stride, MODES)
+    # Where each warp's keys begin, per axis [W]; of those in shared memory, in the halo.
+    OF_KEYS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, key_layout(W, N, D)))
+    OF_VALUES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, value_layout(W, N, D)))
+    OF_SCORES: gl.constexpr = gl.SliceLayout(1, N_ROWS)
+    k_low = minus(_lows(begin, n, kernel_size, stride, MODES, WARPS, Q_BLOCK, OF_KEYS), low)
+    v_low = minus(_lows(begin, n, kernel_size, stride, MODES, WARPS, Q_BLOCK, OF_VALUES), low)
+    s_low = _lows(begin, n, kernel_size, stride, MODES, WARPS, Q_BLOCK, OF_SCORES)
+    c = _expanded(coordinates(gl.arange(0, N, gl.SliceLayout(0, N_ROWS)), KV_BLOCK), 0)  # [1, N]
+
+    scale_log2 = scale * LOG2E  # scores times it are exponents of two
+    acc = gl.zeros([W, ROWS, D], gl.float32, PRODUCT)
+    row_max = gl.full([W, ROWS], float("-inf"), gl.float32, M_ROWS)
+    row_sum = gl.zeros([W, ROWS], gl.float32, M_ROWS)
+    async_copy.wait_group(0)
+    gl.thread_barrier()
+    for number in range(0, BLOCKS[0] * BLOCKS[1] * BLOCKS[2]):
+        first = times(coordinates(number, BLOCKS), KV_BLOCK)
+        k = _load_keys(key, plus(k_low, first), W, D, KV_BLOCK, HALO)
+        k = gl.convert_layout(k, RIGHT)  # [W, D, N]
+
+        # The product starts from masks and biases.
+        y = plus(_expanded(plus(s_low, first), 1), c)  # [W, N] per axis
+        s = _mask(y[2], starts[2], ends[2], MODES[2])  # [W, 16, N]
+        s = gl.minimum(s, _mask(y[1], starts[1], ends[1], MODES[1]))
+        s = gl.minimum(s, _mask(y[0], starts[0], ends[0], MODES[0]))
+        if HAS_RPB:
+            s += _biases(rpb, i, y, kernel_size, head, scale)
+            s = gl.maximum(s, MASKED, propagate_nan=tl.PropagateNan.ALL)  # of a bias of -inf
+        s = mma_v2(q, k, s)
+
+        new_max = gl.max(s, 2) * scale_log2  # [W, 16]
+        if HAS_RPB:  # as on Hopper: above all scores, whose rounding errors may be large
+            new_max += gl.abs(new_max) * ROUNDING
+        new_max = gl.maximum(row_max, new_max)
+        p = gl.exp2(s * scale_log2 - gl.expand_dims(new_max, 2))  # [W, 16, N]
+        rescale = gl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + gl.sum(p, 2)
+        row_max = new_max
+
+        v = _load_values(
+            value, plus(v_low, first), 2 * CHUNKS * CHUNK * D, W, D, KV_BLOCK, HALO
+        )  # fmt: skip
+        v = gl.convert_layout(v, RIGHT)  # [W, N, D]
+        p = gl.convert_layout(p.to(value.dtype.element_ty), LEFT)
+        acc = mma_v2(p, v, acc * gl.expand_dims(rescale, 2))  # [W, 16, D]
+
+    found = row_max > 0.5 * MASKED * scale_log2  # a bias of -inf may leave nothing to attend
+    real = before(_queries(begin, WARPS, Q_BLOCK, M_ROWS), n)
+    x, shape = key_tokens(i, group, dilation, n, MODES), (L0, L1, L2)
+    first_row = batch * L0 * L1 * L2
+    at = row_number(first_row, x, shape, heads, head)  # [W, 16]
+    row_lse = gl.where(found, (row_max + gl.log2(row_sum)) * LN2, float("-inf"))
+    gl.store(lse + at, row_lse, mask=real)
+
+    inverse = gl.where(found, 1.0 / row_sum, 0.0)
+    o = (acc * gl.expand_dims(inverse, 2)).to(out.dtype.element_ty)  # O = acc / row_sum
+    i = _queries(begin, WARPS, Q_BLOCK, gl.SliceLayout(2, QUERY))
+    x = key_tokens(i, group, dilation, n, MODES)
+    at = out + gl.expand_dims(row_number(first_row, x, shape, heads, head) * D, 2) + d
+    at = gl.multiple_of(at, [2 * ROWS, 2 * ROWS, 2 * ROWS])
+    gl.store(at, gl.convert_layout(o, QUERY), mask=gl.expand_dims(before(i, n), 2))

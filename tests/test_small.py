@@ -1,0 +1,232 @@
+"""The forward kernel of small windows: what has it, and whether its blocks are enough."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from helpers import assert_close
+
+from natten import na2d
+from natten.backends import Problem, named
+from natten.functional import neighborhood_attention_generic
+from natten.neighborhood import Dense, Neighborhood
+from natten.tiling import reach
+
+small = pytest.importorskip("natten.backends.triton.small_tiles")
+tiling = pytest.importorskip("natten.backends.triton.tiles")
+plans = pytest.importorskip("natten.backends.triton.plan")
+
+NAT = Neighborhood.create(2, 7)
+
+
+def drawn(draw: random.Random, rank: int) -> tuple[Neighborhood, tuple[int, ...]]:
+    axes = []
+    for _ in range(rank):
+        boundary, d = draw.choice(("shift", "truncate", "circular")), draw.choice((1, 1, 2))
+        n = draw.randint(1, 60 // rank) * d
+        k = draw.randint(1, min(n // d, 9))
+        s = draw.choice((1, 1, draw.randint(1, k)))
+        n = -(-n // (s * d)) * s * d if boundary == "circular" else n + draw.choice((0, 0, 1))
+        axes.append((n, k, s, d, boundary != "circular" and draw.random() < 0.3, boundary))
+    shape, *parameters = zip(*axes)
+    return Neighborhood.create(rank, *parameters), shape
+
+
+def test_blocks_and_halo_hold_what_tiles_reach():
+    """Wherever a program's tiles are, each warp's blocks hold its windows, and the halo holds the
+    blocks; a size less would not do for all."""
+    draw = random.Random(0)
+    tight = 0
+    for number in range(300):
+        rank = 1 + number % 3
+        rule, shape = drawn(draw, rank)
+        tiles = draw.choice(small._every(rank))
+        windows = small.windows_of(rule)
+        blocks, halo = tiles.blocks(windows), tiles.halo(windows)
+        for axis, at in enumerate(range(3 - rank, 3)):
+            q, kv, warps = tiles.q_block[at], tiles.kv_block[at], tiles.warps[at]
+            first, end = reach(rule.of_axis(axis), 0, shape[axis], shape[axis], 0, False)
+            last = len(first) - 1
+            for begin in range(0, last + 1, q * warps):
+                for tile in range(begin, begin + q * warps, q):
+                    low, high = first[min(tile, last)], end[min(tile + q - 1, last)]
+                    assert high - low <= blocks[at] * kv
+                    assert low - first[begin] + blocks[at] * kv <= halo[at]
+                    tight += int(high - low > (blocks[at] - 1) * kv)
+        assert halo[2] % 8 == 0 and halo[:2] >= blocks[:2]
+    assert tight > 1000
+
+
+def test_blocks_of_a_window():
+    """56x56 tokens with windows of 7x7, in tiles of 2x8 queries."""
+    tiles = small.SmallTiles((1, 2, 8), (1, 8, 16), (1, 4, 1))
+    windows = small.windows_of(NAT)
+    assert (tiles.blocks(windows), tiles.halo(windows)) == ((1, 1, 1), (1, 14, 16))
+    assert tiles.program() == (1, 8, 8)
+    assert small.shared_bytes(14 * 16, 32) == 2 * 256 * 32 * 2
+
+
+SIZES = (56, 56), (56, 56), 32, 32, 2, False, 0.2
+
+
+def test_choice():
+    cycles, tiles = small.choose(NAT, *SIZES)
+    assert tiles == small.SmallTiles((1, 2, 8), (1, 8, 16), (1, 4, 1))
+    assert cycles < tiling.forward_cycles(NAT, *SIZES[:-1])
+    part = Neighborhood.create(2, 7, query_offset=0)
+    fine = Neighborhood.create(2, 7, queries_per_key=2)
+    for rule in (part, fine, Dense()):
+        assert small.choose(rule, *SIZES) is None
+    for at, value in ((2, 24), (2, 128), (3, 64), (4, 4), (6, -0.2), (6, 0.0), (6, 1e-30)):
+        sizes = list(SIZES)
+        sizes[at] = value
+        assert small.choose(NAT, *sizes) is None, (at, value)
+    # Most of a halo is waste where windows are large, and the largest fit nowhere.
+    for window in (40, (1, 2**30)):
+        rule = Neighborhood.create(2, window, boundary="truncate")
+        assert small.choose(rule, *SIZES) is None
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90, 100, 0])
+def test_choice_by_gpu(monkeypatch, capability):
+    monkeypatch.setattr(tiling, "gpu", lambda: tiling.gpu_of(capability))
+    found = small.choose(NAT, *SIZES)
+    assert (found is None) == (capability == 0)
+    if found is not None:
+        halo = found[1].halo(small.windows_of(NAT))
+        keys = halo[0] * halo[1] * halo[2]
+        assert 2 * small.shared_bytes(keys, 32) < tiling.SHARED_MEMORY[capability]
+
+
+def test_room():
+    """Of 32-bit numbers for a halo in memory, and of the grid."""
+    tiles = small.SmallTiles((1, 2, 8), (1, 8, 16), (1, 4, 1))
+    ring = Neighborhood.create(2, 7, boundary="circular")
+    shape, grid = (50_000, 50_000), (1, 1, 1)
+    assert small.has_room(tiles, NAT, shape, (50_000 * 32, 32), grid)
+    assert not small.has_room(tiles, ring, shape, (50_000 * 32, 32), grid)
+    assert not small.has_room(tiles, NAT, shape, (2**28, 32), grid)
+    assert not small.has_room(tiles, NAT, shape, (1, 1), (1, 1, 70_001))
+
+
+def plan(query: torch.Tensor, key: torch.Tensor, rule: Neighborhood = NAT, **options):
+    masks = options.get("key_mask"), None
+    others = options.get("rpb"), options.get("additional")
+    return plans.plan_for(
+        query, key, key, *others, rule, 0.2, None, options.get("tiles", ()), masks
+    )
+
+
+def test_plan():
+    """A plan has the kernel only of what it computes."""
+    query = torch.empty(2, 56, 56, 4, 32, dtype=torch.bfloat16, device="meta")
+    launch = plan(query, query).small
+    assert launch.grid == (49, 1, 8) and launch.options["num_warps"] == 4
+    assert launch.arguments["BLOCKS"] == (1, 1, 1) and not launch.arguments["HAS_RPB"]
+    bias = query.new_empty(4, 13, 13)
+    assert plan(query, query[..., :2, :], rpb=bias).small.arguments["HAS_RPB"]
+    dilated = Neighborhood.create(2, 7, dilation=(2, 3))
+    launch = plan(query, query, dilated).small
+    assert launch.grid[1] == 6 and launch.arguments["DILATED"]
+    for without in (
+        plan(query, query, key_mask=torch.empty(2, 56, 56, dtype=torch.bool, device="meta")),
+        plan(query, query, additional=query.new_empty(2, 3, 4, 32)),
+        plan(query, query, tiles=(8, 8, 4, 16)),
+        plan(query.float(), query.float()),
+        plan(query, query.new_empty(2, 56, 56, 4, 36)[..., :32]),
+        plan(query[:, :20], query, Neighborhood.create(2, 7, query_offset=0)),
+    ):
+        assert without.small is None
+
+
+def test_hopper_leaves_small_windows_to_it():
+    hopper = named("hopper")
+
+    def slower(shape, rule, **options):
+        query = (8, *shape, 4, 16)
+        given = {"scale": 0.2, "key_shape": shape, "rule": rule, **options}
+        return hopper.slower(
+            Problem("attention", torch.device("cuda"), torch.bfloat16, 16, 16, query, **given)
+        )
+
+    dilated = Neighborhood.create(2, 7, dilation=16)
+    assert "small windows" in slower((512, 512), dilated)
+    assert slower((512, 512), dilated, bias=True) is None
+    assert slower((512, 512), dilated, additional=True) is None
+    assert slower((64, 64), Neighborhood.create(2, 31)) is None
+    assert slower((64,), Dense()) is None
+
+
+# --- on a GPU -----------------------------------------------------------------------------------
+
+# A layout, channels, whether there is a bias, and the rule.
+ON_GPU = {
+    "plain": ((23, 37), 32, False, {"kernel_size": 7}),
+    "bias": ((23, 37), 32, True, {"kernel_size": 7}),
+    "dilated": ((29, 40), 16, False, {"kernel_size": (7, 5), "dilation": (2, 3)}),
+    "dilated bias": ((29, 40), 16, True, {"kernel_size": (7, 5), "dilation": (2, 3)}),
+    "strided": ((30, 37), 32, False, {"kernel_size": (7, 8), "stride": (2, 3)}),
+    "causal": ((23, 37), 64, False, {"kernel_size": 7, "is_causal": (True, False)}),
+    "truncated": ((23, 37), 16, False, {"kernel_size": (5, 7), "boundary": "truncate"}),
+    "ring": ((24, 38), 32, True, {"kernel_size": (5, 7), "boundary": "circular"}),
+    "video": (
+        (9, 12, 17),
+        32,
+        False,
+        {"kernel_size": (3, 5, 5), "is_causal": (True, False, False)},
+    ),
+    "row": ((500,), 64, True, {"kernel_size": 33}),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPU)
+def test_on_gpu(monkeypatch, name):
+    """Output and LSE against float64, of two query heads a key head; bfloat16 rounds to 2**-9."""
+    shape, dim, with_bias, options = ON_GPU[name]
+    rule = Neighborhood.create(len(shape), **options)
+    monkeypatch.setattr(tiling, "forward_cycles", lambda *_: float("inf"))
+    torch.manual_seed(0)
+    new = {"dtype": torch.bfloat16, "device": "cuda"}
+    query = torch.randn(2, *shape, 4, dim, **new)
+    key, value = (torch.randn(2, *shape, 2, dim, **new) for _ in range(2))
+    bias = None
+    if with_bias:
+        bias = torch.randn(4, *(2 * k - 1 for k in rule.kernel_size), **new)
+        bias[0] = -300.0
+        bias[1].masked_fill_(torch.rand_like(bias[1]) < 0.5, -torch.inf)
+    plans._cached_plan.cache_clear()
+    found = plans.plan_for(query, key, value, bias, None, rule, dim**-0.5).small
+    plans._cached_plan.cache_clear()
+    if found is None:
+        pytest.skip("no halo fits in this GPU's shared memory")
+    out = torch.full_like(query, torch.nan)
+    lse = torch.full(query.shape[:-1], torch.nan, device="cuda")
+    found.run(query=query, key=key, value=value, rpb=bias, out=out, lse=lse)
+    exact = [None if x is None else x.double() for x in (query, key, value, bias)]
+    expected, expected_lse = neighborhood_attention_generic(
+        *exact[:3], rpb=exact[3], return_lse=True, backend="reference", **options
+    )
+    assert_close(name, expected, out, 1e-2)
+    assert_close(name, expected_lse, lse, 1e-2)
+
+
+@pytest.mark.gpu
+def test_windows_with_nothing_to_attend():
+    """A bias of -inf everywhere leaves nothing."""
+    query = torch.randn(1, 16, 16, 2, 32, dtype=torch.bfloat16, device="cuda")
+    bias = torch.full((2, 13, 13), -torch.inf, dtype=query.dtype, device="cuda")
+    out, lse = na2d(query, query, query, 7, rpb=bias, backend="triton", return_lse=True)
+    assert not out.any() and torch.isneginf(lse).all()
+
+
+@pytest.mark.gpu
+def test_tensors_that_16_bytes_do_not_divide(monkeypatch):
+    """Another kernel reads them."""
+    monkeypatch.setattr(tiling, "forward_cycles", lambda *_: float("inf"))
+    query = torch.randn(1, 16, 16, 2, 32, dtype=torch.bfloat16, device="cuda")
+    moved = torch.cat([query.new_zeros(1), query.flatten()])[1:].view(query.shape)
+    expected, actual = (na2d(x, x, x, 7, backend="triton") for x in (query, moved))
+    assert_close("output", expected, actual, 1e-2)
