@@ -24,8 +24,7 @@ class Costs(NamedTuple):
     read: float  # per key and head dim, each time that a block of queries reads it
     block: float  # per block of queries, which the kernel computes at a time
     copy: float  # per copied element, where tiles and blocks of keys are not views
-    run: float  # time in Python per call of the kernel; there is at least one call per run
-    alone: float  # time in Python if there is a single tile, for which nothing is copied
+    run: float  # time in Python per call of the kernel, beyond a single tile's
 
     def of(
         self, axes: Sequence[TileCost], queries: int, matrices: int, dim: int, threads: int
@@ -63,15 +62,14 @@ class Costs(NamedTuple):
             + tiles * blocks * self.block
         )
         masks = (products - math.prod(each.full for each in axes)) * self.mask
-        python = self.alone if all(each.tiles == 1 for each in axes) else calls * self.run
+        python = 0.0 if all(each.tiles == 1 for each in axes) else calls * self.run
         return matrices * (product * idle + masks + copied) + python
 
     def floor(self, matrices: int, dim: int) -> Floor:
         """What tiles cost at least."""
         return Floor(
             matrices * (self.product + self.product_dim * dim),
-            matrices * (self.key + self.read) * dim, matrices * self.block,
-            min(self.alone, self.run),
+            matrices * (self.key + self.read) * dim, matrices * self.block, 0.0,
         )  # fmt: skip
 
 
@@ -88,11 +86,11 @@ def _block_rows(rows: float) -> int:
 # backward.
 FORWARD = Costs(
     product=0.124, product_dim=0.0112, mask=0.117, key=0.0, read=0.129, block=120.0, copy=0.244,
-    run=27_000.0, alone=0.0,
+    run=27_000.0,
 )  # fmt: skip
 BACKWARD = Costs(
     product=0.037, product_dim=0.0196, mask=0.195, key=0.585, read=0.07, block=240.0, copy=0.22,
-    run=32_000.0, alone=0.0,
+    run=32_000.0,
 )  # fmt: skip
 # With half of the forward's: the backward, and the forward once more.
 RECOMPUTED = Costs(*(b + f / 2 for b, f in zip(BACKWARD, FORWARD)))
