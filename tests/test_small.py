@@ -214,8 +214,9 @@ def test_on_gpu(monkeypatch, name):
 
 
 @pytest.mark.gpu
-def test_windows_with_nothing_to_attend():
+def test_windows_with_nothing_to_attend(monkeypatch):
     """A bias of -inf everywhere leaves nothing."""
+    monkeypatch.setattr(tiling, "forward_cycles", lambda *_: float("inf"))
     query = torch.randn(1, 16, 16, 2, 32, dtype=torch.bfloat16, device="cuda")
     bias = torch.full((2, 13, 13), -torch.inf, dtype=query.dtype, device="cuda")
     out, lse = na2d(query, query, query, 7, rpb=bias, backend="triton", return_lse=True)
@@ -230,3 +231,16 @@ def test_tensors_that_16_bytes_do_not_divide(monkeypatch):
     moved = torch.cat([query.new_zeros(1), query.flatten()])[1:].view(query.shape)
     expected, actual = (na2d(x, x, x, 7, backend="triton") for x in (query, moved))
     assert_close("output", expected, actual, 1e-2)
+
+
+@pytest.mark.gpu
+def test_with_a_backward_of_another_kernel():
+    """Output and gradients, by the backends of the default and by others."""
+    leaves = [torch.randn(8, 56, 56, 2, 32).bfloat16().cuda().requires_grad_() for _ in range(3)]
+    grad = torch.randn_like(leaves[0])
+    expected, actual = (
+        (out, *torch.autograd.grad(out, leaves, grad))
+        for out in (na2d(*leaves, 7, backend="tiled"), na2d(*leaves, 7))
+    )
+    for a, b in zip(expected, actual):
+        assert_close("output or gradient", a, b, 2e-2)
