@@ -89,6 +89,9 @@ HOPPER = [
     Variant("NAT bias", (56, 56), 7, 32, bias=True),
     Variant("HDiT bias", (64, 64), 13, 64, dtype=FP16, bias=True),
     Variant("wan bias", (21, 45, 80), (9, 17, 25), 128, bias=True),
+    Variant("NAT masked", (56, 56), 7, 32, masked=True),
+    Variant("FLUX strided masked", (256, 256), 80, 128, stride=16, masked=True),
+    Variant("masked", (64, 64), 13, 64, num_additional=5, bias=True, masked=True),
 ]
 
 # Targets, and bytes of shared memory that a program may have there.

@@ -3,6 +3,7 @@
     python benchmarks/parts.py --device cpu
     python benchmarks/parts.py --device cuda --out benchmarks/results/parts-h200.csv
     python benchmarks/parts.py --device cuda --backend triton --cases nat,hdit
+    python benchmarks/parts.py --device cuda --variants whole,masked
 
 Of every case, ``half`` are the queries of the second half of the first axis, with the keys of the
 whole layout, and ``masked`` is the whole layout without a tenth of its keys, chosen at random.
@@ -102,6 +103,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=CASES, required=True)
     parser.add_argument("--cases", help="names of cases.py and anyup; default: the table's")
     parser.add_argument("--backend", help="one of ours; default: our choice")
+    parser.add_argument(
+        "--variants", help="comma-separated; default: all, the first is compared with"
+    )
     parser.add_argument("--passes", default=f"{FORWARD},{BOTH}", help="comma-separated")
     parser.add_argument("--threads", type=int, default=2, help="of a CPU")
     parser.add_argument("--out", type=Path, help="a CSV file of all times")
@@ -118,7 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
             calls = calls_of(CASES[args.device][name], args.device, args.backend)
         for pass_ in args.passes.split(","):
             first = None
-            for variant, call in calls.items():
+            for variant in args.variants.split(",") if args.variants else calls:
+                call = calls[variant]
                 timing = time_of(call, pass_ == BOTH)
                 first = first or timing.median_us
                 ratio = f"{timing.median_us / first:8.3f}"

@@ -1,6 +1,7 @@
 """A random sweep of problems on a GPU against the float64 oracle.
 
     python tests/sweep.py [--problems 1000] [--backend triton] [--processes 12] [--seed 0]
+    python tests/sweep.py --masked  # problems with masks of keys only
 
 This is not a test file of pytest, because it compiles kernels for a minute. Problems of one kind
 run the same compiled kernels (dtype, head dims, tiles, which axes are strided or causal,
@@ -371,8 +372,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=600, help="stop after so many")
+    parser.add_argument("--masked", action="store_true", help="only problems with masks of keys")
     args = parser.parse_args()
     start, pool = time.time(), kinds(args.backend)
+    if args.masked:
+        pool = [kind for kind in pool if kind.masked]
     jobs = [(pool[i % len(pool)], args.seed + i) for i in range(args.problems)]
     context = multiprocessing.get_context("spawn")
     results = context.Queue()

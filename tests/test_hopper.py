@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import hopper, reference
+from helpers import hopper, reference, triton
 
 from natten import tuning
 from natten.backends import Problem
@@ -486,6 +486,84 @@ def test_backward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -
             # Inputs are of size 1: a gradient that cancels to nothing keeps their rounding errors.
             size = right.square().mean().sqrt().clamp(min=0.1)
             assert error < 2 * (1e-2 if dtype == torch.bfloat16 else 2e-3) * size, name
+
+
+# heads, heads of keys, head dim, value dim, additional tokens, dtype, dtype of a bias
+MASKED = [
+    (2, 2, 64, 64, 0, torch.bfloat16, None),
+    (4, 2, 128, 128, 130, torch.float16, None),
+    (2, 1, 32, 32, 3, torch.bfloat16, torch.bfloat16),
+    (2, 1, 256, 40, 5, torch.bfloat16, None),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
+@pytest.mark.parametrize("tensors", MASKED)
+def test_masks(problem: Any, tensors: Any) -> None:
+    """What is masked reaches nothing, whatever it is; a mask that hides nothing changes nothing."""
+    shape, *parameters = problem
+    heads, kv_heads, dim, value_dim, num_additional, dtype, bias_dtype = tensors
+    rule, scale = rule_of(shape, *parameters), dim**-0.5
+    torch.manual_seed(0)
+
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(2, *sizes, device="cuda", dtype=dtype)
+
+    def mask(*sizes: int) -> torch.Tensor:
+        return torch.rand(2, *sizes, device="cuda") < 0.6
+
+    q, k = random(*shape, heads, dim), random(*shape, kv_heads, dim)
+    v, rpb = random(*shape, kv_heads, value_dim), bias_of(rule, heads, bias_dtype)
+    inputs = Inputs(q, k, v, rpb)
+    key_mask, own_mask = mask(*shape), mask(num_additional) if num_additional else None
+    if num_additional:
+        additional = [random(num_additional, kv_heads, n) for n in (dim, value_dim)]
+        inputs = inputs._replace(additional_keys=additional[0], additional_values=additional[1])
+    problem_of = Problem.of("gradient", inputs, rule, scale)
+    backends = hopper, hopper if hopper.unsupported(problem_of) is None else triton
+
+    def run(inputs: Inputs) -> list[torch.Tensor | None]:
+        out, lse = backends[0].forward(inputs, rule, scale)
+        grad, grad_lse = torch.sin(out + 1.0), torch.cos(lse.masked_fill(lse.isinf(), 0.0))
+        return [out, lse, *backends[1].backward(grad, grad_lse, inputs, out, lse, rule, scale)]
+
+    everything = torch.ones_like(key_mask), None if own_mask is None else torch.ones_like(own_mask)
+    whole = inputs._replace(key_mask=everything[0], additional_mask=everything[1])
+    for a, b in zip(run(inputs)[: -3 if bias_dtype else None], run(whole)):
+        assert (a is None and b is None) or torch.equal(a, b)
+    masked = inputs._replace(key_mask=key_mask, additional_mask=own_mask)
+    found = run(masked)
+    exact = Inputs(*(x if x is None or x.dtype == torch.bool else x.double() for x in masked))
+    out, lse = reference.forward(exact, rule, scale)
+    grads = torch.sin(found[0] + 1.0), torch.cos(found[1].masked_fill(found[1].isinf(), 0.0))
+    wanted = reference.backward(*(x.double() for x in grads), exact, out, lse, rule, scale)
+    assert torch.equal(lse.isinf(), found[1].isinf()) and not found[0][lse.isinf()].any()
+    for right, x in zip((out, lse, *wanted), found):
+        if right is None:
+            continue
+        assert not x.isnan().any()
+        finite = right.isfinite()
+        error = (x - right)[finite].square().mean().sqrt()
+        size = right[finite].square().mean().sqrt().clamp(min=0.1)
+        assert error < 2 * (1e-2 if dtype == torch.bfloat16 else 2e-3) * size
+    for value in (math.nan, math.inf, torch.finfo(dtype).max):
+        dirty = [x.masked_fill(~key_mask[..., None, None], value) for x in (k, v)]
+        read = masked._replace(key=dirty[0], value=dirty[1])
+        if own_mask is not None:
+            own = [x.masked_fill(~own_mask[..., None, None], value) for x in additional]
+            read = read._replace(additional_keys=own[0], additional_values=own[1])
+        for a, b in zip(found, run(read)):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_layouts_whose_masks_are_too_large_are_left_to_triton() -> None:
+    tensors = "attention", torch.device("cuda"), torch.bfloat16, 64, 64
+    for n, said in ((2**29, None), (2**29 + 2, "numbers the keys of a mask with 29 bits")):
+        rule = Neighborhood.create(1, 9, 1, 1)
+        problem = Problem(*tensors, (1, n, 1, 64), rule, key_shape=(n,), masked=True)
+        assert hopper.lacks(problem) == said
 
 
 @pytest.mark.gpu

@@ -88,7 +88,8 @@ def _product(a, b, acc, use_acc=True, is_async=False):
 gluon_names.gl, gluon_names.gluon = Language(), Gluon()
 gluon_names.aggregate = dataclass
 gluon_names.warpgroup_mma = _product
-gluon_names.fence_async_shared = gluon_names.gdc_wait = lambda: None
+gluon_names.fence_async_shared = lambda: None
+gluon_names.gdc_wait = gluon_names.gdc_launch_dependents = lambda: None
 tl.block_type.layout = None
 
 

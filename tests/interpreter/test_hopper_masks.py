@@ -18,7 +18,7 @@ import triton.language as tl
 from hopper_problems import PROBLEMS, each_way, name_of, partners, rule_of
 
 from natten import tuning
-from natten.backends.hopper import backward, bias, masks
+from natten.backends.hopper import backward, bias, key_masks, masks
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
 from natten.backends.hopper.geometry import Geometry
@@ -37,19 +37,30 @@ SMALL = [each for each in PROBLEMS if math.prod(each[0]) < 1000 and each[0] != (
 
 
 class Keys:
-    """A pipeline whose blocks are zeros."""
+    """A pipeline whose blocks are zeros, beside which is what a mask of keys has scores start from;
+    ``block`` is the one that is there."""
 
-    def __init__(self, block):
-        self.rows = math.prod(block)
+    def __init__(self, key_mask, tile):
+        self.key_mask, self.tile = key_mask, tile
+        self.rows = math.prod(key_mask.geometry.BLOCK)
 
     def consumer_wait(self, stage):
         pass
+
+    def start(self):
+        if not self.key_mask.mask:
+            return ()
+        k = tl.arange(0, self.rows)
+        within = self.key_mask.within_block(k)
+        allowed = self.key_mask.of_block(self.tile, self.block, k, within)
+        start = tl.where(allowed != 0, 0.0, masks.MASKED)[None, :]
+        return (tl.broadcast_to(start, [tiling.ROWS, self.rows]),)
 
     def matrix(self, stage):
         return tl.full([self.rows, 16], 0, tl.bfloat16)
 
 
-def walk(g, mask, bias, tile, warpgroup, scores, starts, first_tokens):
+def walk(g, mask, key_mask, bias, tile, warpgroup, scores, starts, first_tokens):
     """Store the scores of a warpgroup's blocks, and where its tokens and its blocks begin."""
     first = g.first_of(tile, warpgroup)
     for axis in range(3):
@@ -58,9 +69,11 @@ def walk(g, mask, bias, tile, warpgroup, scores, starts, first_tokens):
     rows, columns = tl.arange(0, tiling.ROWS), tl.arange(0, math.prod(g.BLOCK))
     before, end, count, block = g.own_blocks(first, tile)
     assert 0 <= before < end <= count
-    q = tl.full([tiling.ROWS, 16], 0, tl.bfloat16)
+    q, keys = tl.full([tiling.ROWS, 16], 0, tl.bfloat16), Keys(key_mask, tile)
     for i in range(int(end) - int(before)):
-        s = of_tile.compare(of_tile.scores(q, Keys(g.BLOCK), i, block, biases, None), block, i == 0)
+        keys.block = block
+        s = of_tile.scores(q, keys, i, block, biases, keys.start(), None)
+        s = of_tile.compare(s, block, i == 0)
         at = (i * tiling.ROWS + rows[:, None]) * math.prod(g.BLOCK) + columns[None, :]
         tl.store(scores + at, s)
         start, _ = g.block_start(block, tile.origin)
@@ -98,7 +111,7 @@ def geometry_of(arguments):
 
 @triton.jit
 def masks_kernel(
-    tile_ids, scores, starts, first_tokens, tables, count, most, ARGUMENTS: tl.constexpr
+    tile_ids, scores, starts, first_tokens, tables, key_mask, count, most, ARGUMENTS: tl.constexpr
 ):
     """Walk the blocks of some tiles, as one program of the kernels does."""
     g = geometry_of(ARGUMENTS)
@@ -107,13 +120,17 @@ def masks_kernel(
     kind = [ARGUMENTS[name] for name in ("MASK", "ENDS", "BY_ROW", "STEPS")]
     columns = masks.column_tables(g, *kind, ARGUMENTS["TABLES"])
     size = math.prod(g.BLOCK) * tiling.ROWS
+    strides = [tl.full([], ARGUMENTS[f"m_{axis}"], tl.int32) for axis in "b012"]
+    of_keys = key_masks.key_mask_of(
+        g, key_mask, strides, ARGUMENTS["m_last"], None, ARGUMENTS["HAS_KEY_MASK"]
+    )
     own_masks = [ARGUMENTS["make_mask"](g, columns, *kind) for _ in range(g.WARPGROUPS)]
     for i in range(count):
         tile = g.tile(tl.load(tile_ids + i))
         for warpgroup in range(g.WARPGROUPS):
             at = i * g.WARPGROUPS + warpgroup
             walk(
-                g, own_masks[warpgroup], biases, tile, warpgroup,
+                g, own_masks[warpgroup], of_keys, biases, tile, warpgroup,
                 scores + at * most * size, starts + at * most * 3, first_tokens + at * 3,
             )  # fmt: skip
 
@@ -143,11 +160,12 @@ def some_tiles(counts):
     return torch.tensor([(a * counts[1] + b) * counts[2] + c for a, b, c in sorted(tiles)])
 
 
-def launch_of(kind, rule, shape, tiles, batch=1, heads=1, scale=1.0, bias_dtype=None):
+def launch_of(kind, rule, shape, tiles, batch=1, heads=1, scale=1.0, bias_dtype=None, mask=None):
     """A launch, and its arguments with how the kernel makes its masks."""
     q = torch.empty(batch, *shape, heads, DIM, dtype=torch.bfloat16)
     with tuning.trial(tiling.key(kind, rule, shape, shape, DIM, DIM, 2), list(tiles)):
-        launch = getattr(planning.plan_for(q, q, q, None, rule, scale, bias_dtype), kind)
+        plan = planning.plan_for(q, q, q, None, rule, scale, bias_dtype, None, (mask, None))
+        launch = getattr(plan, kind)
     if kind != "forward":
         more = {"OF_KEYS": kind == "dkdv", "make_mask": backward._mask}
         return launch, launch.arguments | more
@@ -155,20 +173,26 @@ def launch_of(kind, rule, shape, tiles, batch=1, heads=1, scale=1.0, bias_dtype=
     return launch, launch.arguments | more
 
 
-def check(kind, rule, shape, tiles, rpb=None):
-    """Every partner of a token is visible in one block, and nothing else is; with its bias."""
+def check(kind, rule, shape, tiles, rpb=None, key_mask=None):
+    """Every partner of a token is visible in one block, and nothing else is; with its bias, and
+    unless it is masked."""
     bias_dtype, tables = None if rpb is None else rpb.dtype, None
-    launch, arguments = launch_of(kind, rule, shape, tiles, scale=0.5, bias_dtype=bias_dtype)
+    launch, arguments = launch_of(
+        kind, rule, shape, tiles, scale=0.5, bias_dtype=bias_dtype, mask=key_mask
+    )
     if rpb is not None:
         tables = torch.full(launch.shape, math.nan)
         launch.make.run(rpb=rpb, tables=tables)
-    ids = some_tiles([arguments[f"T{axis}"] for axis in range(3)])
+    counts = [arguments[f"T{axis}"] for axis in range(3)]
+    ids = some_tiles(counts) + math.prod(counts) * (math.prod(rule.dilation) - 1)  # last group
     most = math.prod(axis.most for axis in tiling.cuts(kind == "dkdv", rule, shape, shape)(tiles))
     sizes = arguments["WARPGROUPS"] * len(ids), most
     scores = torch.full((*sizes, tiling.ROWS, math.prod(arguments["BLOCK"])), -math.inf)
     starts = torch.full((*sizes, 3), 1 << 20, dtype=torch.int32)  # where there is no block
     first = torch.zeros(sizes[0], 3, dtype=torch.int32)
-    masks_kernel[(1,)](ids, scores, starts, first, tables, len(ids), most, ARGUMENTS=arguments)
+    masks_kernel[(1,)](
+        ids, scores, starts, first, tables, key_mask, len(ids), most, ARGUMENTS=arguments
+    )
     tokens = first[:, None] + grid(*arguments["TILE"])  # [tiles, rows, 3]
     at = starts[:, :, None] + grid(*arguments["BLOCK"])  # [tiles, blocks, columns, 3]
     expected, needed, offsets = torch.tensor(True), torch.tensor(1), []
@@ -185,10 +209,19 @@ def check(kind, rule, shape, tiles, rpb=None):
         if axis >= missing:
             apart = position - tokens[..., axis][:, None, :, None]  # of a key from its query
             offsets.append((-apart if kind == "dkdv" else apart) + rule.kernel_size[axis - missing])
-    assert torch.equal(scores > -(2.0**99), expected)
+    allowed = torch.ones_like(expected)
+    if key_mask is not None:
+        lengths, dilation = padded(shape, 1), padded(rule.dilation, 1)
+        where = [
+            (at[..., axis] * dilation[axis] + dilation[axis] - 1) % lengths[axis]  # also on rings
+            for axis in range(3)
+        ]
+        inside = key_mask.reshape(1, *lengths)[0][where]  # of what is outside, none is expected
+        allowed = inside[:, :, None].expand(expected.shape)
+    assert torch.equal(scores > -(2.0**99), expected & allowed)
     if rpb is not None:
         real = tokens < torch.tensor([arguments[f"N{axis}"] for axis in range(3)])
-        seen = expected & real.all(-1)[:, None, :, None]
+        seen = expected & allowed & real.all(-1)[:, None, :, None]
         index = [offset.expand(seen.shape)[seen] - 1 for offset in offsets]
         assert torch.equal(scores[seen], rpb[0][tuple(index)] * 2)
     assert torch.equal(expected.sum((1, 3)), needed)
@@ -200,8 +233,82 @@ def test_masks_are_the_windows_and_scores_have_the_bias(problem, kind):
     shape, *parameters = problem
     rule = rule_of(shape, *parameters)
     rpb = torch.randn(1, *(2 * k - 1 for k in rule.kernel_size))
+    mask = (torch.rand(*reversed(shape), 1) < 0.7).permute(*range(rule.rank, -1, -1))
     for i, tiles in enumerate(each_way(kind, rule, shape, DIM)):
-        check(kind, rule, shape, tiles, rpb if i % 2 == 0 else None)
+        # Masked keys are rows of dK and dV, which are not those of scores.
+        own = mask if i % 3 < 2 and kind != "dkdv" else None
+        check(kind, rule, shape, tiles, rpb if i % 2 == 0 else None, own)
+
+
+@triton.jit
+def rows_kernel(found, key_mask, tile_id, ARGUMENTS: tl.constexpr):
+    """Ones in the rows of a tile of keys, but zeros in those of masked keys."""
+    g = geometry_of(ARGUMENTS)
+    strides = [tl.full([], ARGUMENTS[f"m_{axis}"], tl.int32) for axis in "b012"]
+    of_keys = key_masks.key_mask_of(g, key_mask, strides, ARGUMENTS["m_last"], None, True)
+    tile = g.tile(tile_id)
+    ones = tl.full([tiling.ROWS, 16], 1.0, tl.float32)
+    kept = of_keys.of_rows(tile, g.first_of(tile, 0), ones)
+    at = tl.arange(0, tiling.ROWS)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    tl.store(found + at, kept)
+
+
+@pytest.mark.parametrize("dilation", [1, 3])
+def test_gradients_of_masked_keys_are_zero(dilation):
+    shape, rule = (12, 21), rule_of((12, 21), (3, 5), 1, dilation, False)
+    mask = torch.rand(2, *shape) < 0.5
+    tiles = next(iter(each_way("dkdv", rule, shape, DIM)))
+    _, arguments = launch_of("dkdv", rule, shape, tiles, batch=2, mask=mask)
+    # The first tile of the last dilation group of the second batch entry.
+    last = math.prod(arguments[f"T{axis}"] for axis in range(3)) * (2 * dilation**2 - 1)
+    found = torch.full((tiling.ROWS, 16), math.nan)
+    rows_kernel[(1,)](found, mask, last, ARGUMENTS=arguments)
+    tokens = grid(*arguments["TILE"])[:, 1:] * dilation + dilation - 1
+    real = (tokens < torch.tensor(shape)).all(-1)
+    expected = mask[1][tuple(tokens[real].T)].float()
+    assert torch.equal(found[real], expected[:, None].expand(-1, 16))
+
+
+# Tensors that lie like one axis of tokens, like two and like four.
+@pytest.mark.parametrize(
+    ("axes", "dtype"), [(1, torch.bfloat16), (2, torch.float16), (4, torch.bfloat16)]
+)
+def test_masked_tokens_that_no_weight_takes_away_are_found(dtype, axes):
+    shape, rule, programs = (2, 3, 2, 5, 2), rule_of((3, 2, 5), 2, 1, 1, False), 3
+    mask = torch.rand(1 if axes == 2 else 2, 3, 2, 5) < 0.5
+    masked = ~mask.expand(shape[:-1])
+
+    def made(channels):
+        x = torch.randn(*shape, channels).to(dtype)
+        return (
+            x.permute(4, 2, 0, 3, 1, 5).contiguous().permute(2, 4, 1, 3, 0, 5) if axes == 4 else x
+        )
+
+    clean = made(24), made(8)
+    plan = planning.plan_for(clean[0], *clean, None, rule, 1.0, None, None, (mask, None))
+    arguments = plan.unclean.arguments
+    assert arguments["AXES"] == axes
+
+    def found(*tensors):
+        unclean = torch.full((programs,), 7, dtype=torch.int8)
+        key_masks.unclean_kernel[(programs,)](*tensors, unclean, mask, **arguments)
+        assert set(unclean.tolist()) <= {0, 1}
+        return bool(unclean.any())
+
+    assert not found(*clean)
+    values = [math.nan, math.inf, -math.inf]
+    values += [2.0**32, -(2.0**40), 3e38] if dtype == torch.bfloat16 else []
+    for number, value in enumerate(values):
+        some = masked.nonzero()[torch.randint(int(masked.sum()), ())]
+        dirty = [x.clone(memory_format=torch.preserve_format) for x in clean]
+        dirty[number % 2][(*some, torch.randint(2, ()), torch.randint(8, ()))] = value
+        assert found(*dirty)
+    outside = [x.clone(memory_format=torch.preserve_format) for x in clean]
+    for x in outside:
+        x[~masked] = math.nan  # what may be attended is not looked at
+    assert not found(*outside)
+    largest = 2.0**31 if dtype == torch.bfloat16 else 65504.0
+    assert not found(*(torch.full_like(x, largest) for x in clean))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -117,7 +117,7 @@ def check(
         random.sample(range(count), 1), range(arguments["WARPGROUPS"])
     ):
         FOUND.clear()
-        walk_kernel[(1,)](tile, None, table, warpgroup, arguments)
+        walk_kernel[(1,)](tile, None, table, None, warpgroup, arguments)
         ((own, other, first, places, blocks),) = FOUND
         start = int(own[4][0])
         other_start, pairs = by_start[start]

@@ -20,7 +20,7 @@ import triton.language as tl
 from hopper_problems import PARTS, PLAIN, RINGS, id_of
 
 from natten import tuning
-from natten.backends.hopper import backward, bias, descriptors, geometry, masks
+from natten.backends.hopper import backward, bias, descriptors, geometry, key_masks, masks
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
 from natten.backends.hopper.documents import num_tiles_of
@@ -32,13 +32,16 @@ from natten.tiling import padded
 DIM = 64  # of heads
 
 
-def plan_of(queries: Any, keys: Any, rule: Rule, has_bias: bool) -> planning.Plan:
+def plan_of(
+    queries: Any, keys: Any, rule: Rule, has_bias: bool, key_mask: torch.Tensor | None = None
+) -> planning.Plan:
     """The plan of a problem on tensors without data."""
     q, k = (
         torch.empty(1, *layout, 2, DIM, dtype=torch.bfloat16, device="meta")
         for layout in (queries, keys)
     )
-    return planning.plan_for(q, k, k, None, rule, 0.5, torch.float32 if has_bias else None)
+    bias_dtype = torch.float32 if has_bias else None
+    return planning.plan_for(q, k, k, None, rule, 0.5, bias_dtype, None, (key_mask, None))
 
 
 def ways(kind: str, queries: Any, keys: Any, rule: Rule) -> list[Tiles]:
@@ -53,8 +56,8 @@ def ways(kind: str, queries: Any, keys: Any, rule: Rule) -> list[Tiles]:
 class Keys:
     """A pipeline whose blocks are zeros."""
 
-    def __init__(self, block: Any) -> None:
-        self.rows = math.prod(block)
+    def __init__(self, g: Any) -> None:
+        self.rows = math.prod(g.BLOCK)
 
     def consumer_wait(self, stage: Any) -> None:
         pass
@@ -103,9 +106,15 @@ FOUND: list[Any] = []  # what the program below saw
 
 
 @triton.jit
-def walk_kernel(tile_id, bias_tables, tile_table, WARPGROUP: tl.constexpr, ARGUMENTS: tl.constexpr):
+def walk_kernel(
+    tile_id, bias_tables, tile_table, mask, WARPGROUP: tl.constexpr, ARGUMENTS: tl.constexpr
+):  # fmt: skip
     """Walk a warpgroup's blocks of a tile as the kernels do."""
     g = geometry_of(ARGUMENTS, tile_table)
+    strides = [tl.full([], ARGUMENTS[f"m_{axis}"], tl.int32) for axis in "b012"]
+    last = ARGUMENTS["m_last"]
+    key_mask = key_masks.key_mask_of(g, mask, strides, last, None, ARGUMENTS["HAS_KEY_MASK"])
+    within = key_mask.within_block(tl.arange(0, math.prod(g.BLOCK)))
     biases = bias.bias_of(
         g, bias_tables, *(ARGUMENTS[name] for name in ("bias_size", "bias_middle", "BIAS_STRIDES"))
     )
@@ -114,7 +123,7 @@ def walk_kernel(tile_id, bias_tables, tile_table, WARPGROUP: tl.constexpr, ARGUM
     make = backward._mask if "PASS" in ARGUMENTS else forward_mask
     tile = g.tile(tile_id)
     first = g.first_of(tile, WARPGROUP)
-    mask = make(g, tables, *kind).of_tile(tile, first, None)
+    window = make(g, tables, *kind).of_tile(tile, first, None)
     biases = biases.of_tile(tile, first, tile.head)
     before, end, count, block = g.own_blocks(first, tile)
     assert 0 <= before < end <= count
@@ -122,7 +131,14 @@ def walk_kernel(tile_id, bias_tables, tile_table, WARPGROUP: tl.constexpr, ARGUM
     own, other = g.own_side(tile), g.other_side(tile)
     blocks = []
     for i in range(int(end) - int(before)):
-        s = mask.compare(mask.scores(q, Keys(g.BLOCK), i, block, biases, None), block, i == 0)
+        masked: Any = ()
+        if ARGUMENTS["HAS_KEY_MASK"]:
+            allowed = key_mask.of_block(tile, block, tl.arange(0, math.prod(g.BLOCK)), within)
+            masked = (
+                tl.where(allowed != 0, tl.full([tiling.ROWS, 1], 0.0, tl.float32), masks.MASKED),
+            )
+        s = window.scores(q, Keys(g), i, block, biases, masked, None)
+        s = window.compare(s, block, i == 0)
         start, _ = g.block_start(block, tile.origin)
         scores = torch.from_numpy(s.handle.data)
         blocks.append((numbers(start), [numbers(x) for x in g.places(other, start)], scores))
@@ -192,10 +208,14 @@ def check(kind: str, queries: Any, keys: Any, rule: Rule, tiles: Tiles, most: in
     has_bias = isinstance(rule, Neighborhood) and max(rule.queries_per_key) == 1
     name = tiling.key(kind, rule, queries, keys, DIM, DIM, 2)
     with tuning.trial(name, list(tiles)):
-        plan = plan_of(queries, keys, rule, has_bias)
+        # Masked keys are rows of dK and dV, which are not those of scores.
+        key_mask = None if of_keys else torch.rand(1, *keys) < 0.8
+        plan = plan_of(queries, keys, rule, has_bias, key_mask)
         launch: Any = getattr(plan, kind)
         arguments = launch.arguments
     wanted = window_mask(rule, queries, keys)
+    if key_mask is not None:
+        wanted = wanted & key_mask.flatten()
     tables, added = None, torch.zeros(wanted.shape)
     if isinstance(rule, Neighborhood) and has_bias:
         rpb = torch.randn(2, *(2 * k - 1 for k in rule.kernel_size))
@@ -215,7 +235,7 @@ def check(kind: str, queries: Any, keys: Any, rule: Rule, tiles: Tiles, most: in
         ids if every else random.sample(ids, most), range(arguments["WARPGROUPS"])
     ):
         FOUND.clear()
-        walk_kernel[(1,)](tile, tables, None, warpgroup, arguments)
+        walk_kernel[(1,)](tile, tables, None, key_mask, warpgroup, arguments)
         ((own, other, first, (loaded,), blocks),) = FOUND
         check_load(loaded, own, first, views[0])
         at = first + own[3] + grid(*arguments["TILE"])

@@ -3,9 +3,9 @@
 The fastest way for fp16 and bf16; what it can not run, :meth:`Hopper.limits` says. Compile-time
 constants: dtype, head dims, which axes are causal or strided, truncated or circular or have one
 token, tile shapes and the kind of mask, the pieces in which blocks of rings come, whether there are
-additional tokens, whether there is dilation, whether queries are a part of the layout, whether they
-are finer than keys, whether documents are packed, and the strides of a bias's tables, which follow
-from windows and tile shapes.
+additional tokens and masks, whether there is dilation, whether queries are a part of the layout,
+whether they are finer than keys, whether documents are packed, and the strides of a bias's tables,
+which follow from windows and tile shapes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ...neighborhood import Neighborhood, Rule
 from .. import triton
 from ..interface import KINDS, Backend, Problem, Shape, TileChooser
 from ..triton import releases, small_tiles
-from .tiles import MOST, OWN, cycles_of, has_empty_box, has_tiles, queries
+from .tiles import MOST, MOST_MASKED, OWN, cycles_of, has_empty_box, has_tiles, queries
 
 _NO_EMPTY_BOX = "has no kernels for heads of 129 to 192 channels, or values of 257 to 448, with {}"
 
@@ -43,6 +43,7 @@ class Hopper(Backend):
     dtypes = (torch.float16, torch.bfloat16)
     head_dims = range(8, 257, 8)
     value_dims = range(8, 513, 8)
+    masks = True
     circular = True
     compiles = True
 
@@ -113,6 +114,8 @@ class Hopper(Backend):
             tokens = (n + d if d > 1 else n for n, d in zip(layout, rule.dilation))
             if batch * heads * math.prod(tokens) > MOST:
                 return "numbers the tokens of all heads with 31 bits"
+        if problem.masked and math.prod(problem.key_shape) > MOST_MASKED:
+            return "numbers the keys of a mask with 29 bits"
         return None
 
     def slower(self, problem: Problem) -> str | None:

@@ -29,7 +29,8 @@ from .gluon_names import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .masks import COMPARE, FIRST, MASKED, Mask, TileMask, column_tables, multiply
+from .key_masks import Additional, KeyMask, fetch_key_mask, key_mask_of
+from .masks import COMPARE, FIRST, Mask, TileMask, column_tables, multiply
 from .pipeline import (
     TmaPipeline,
     TmaTensor,
@@ -54,18 +55,19 @@ class Context:
 
     geometry: Geometry
     masks: gl.tuple
+    key_mask: KeyMask
     bias: Bias
     outer: gl.tuple  # tensors of tiles: of queries, or of keys
     inner: gl.tuple  # tensors of blocks: of keys, or of queries
-    additional: gl.tuple  # keys and values, like those of blocks
+    additional: Additional
     grads: gl.tuple  # what the pass sums: dQ, dK, dV, or dK and dV
-    num_additional: gl.tensor
     heads_per_kv: gl.tensor
     scale_log2: gl.tensor  # scores times it are exponents of two
     tiles: gl.tuple  # pipelines
     blocks: TmaPipeline
     buffers: gl.tuple  # for each of the gradients, [1, *tile, D]
     HAS_ADDITIONAL: gl.constexpr
+    HAS_MASKS: gl.constexpr  # of keys or of additional ones
     HAS_BIAS: gl.constexpr
     OWN_OUT: gl.constexpr  # gradients do not take the place of their tiles
     PASS: gl.constexpr
@@ -135,9 +137,10 @@ def _fetch_blocks(ctx):
         side = g.other_side(tile)
         gdc_wait()
         if ctx.HAS_ADDITIONAL:
-            bases = tma_bases(ctx.additional, tile.batch, side.group, first_head)
-            for position in range(0, ctx.num_additional, volume(g.BLOCK)):
-                ctx.blocks.produce(stage, ctx.additional, bases, ((0, 0, position),))
+            tensors = ctx.additional.tensors
+            bases = tma_bases(tensors, tile.batch, side.group, first_head)
+            for position in range(0, ctx.additional.count, volume(g.BLOCK)):
+                ctx.blocks.produce(stage, tensors, bases, ((0, 0, position),))
                 stage += 1
         for head in range(first_head, first_head + heads):
             bases = tma_bases(ctx.inner, tile.batch, side.bases, head)
@@ -163,7 +166,9 @@ def _step(
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ctx.ACC, 2)
     blocks = ctx.blocks
     DTYPE: gl.constexpr = ctx.grads[0].descriptor.dtype
-    s = tile.mask.scores(tile.qk, blocks, stage, block, bias, ctx.SCORES)  # S = Q K^T, [M, N]
+    M: gl.constexpr = tile.qk.shape[0]
+    start = blocks.start_of(stage, M, ctx.SCORES)  # [M, N]; of a mask of keys
+    s = tile.mask.scores(tile.qk, blocks, stage, block, bias, start, ctx.SCORES)  # S = Q K^T
     gv = blocks.matrix(stage, GV)  # [N, DV]
     if LATE:
         acc = _added(ctx, acc, ds, stage - 1)
@@ -222,19 +227,18 @@ def _add(ctx, acc, acc_v, ds, stage):
 
 
 @gluon.jit
-def _add_additional(ctx, tile, acc, stage):
+def _add_additional(ctx, tile, batch, acc, stage):
     """Add the additional tokens' part of dQ; they come from a stage on."""
     N: gl.constexpr = volume(ctx.geometry.BLOCK)
     DTYPE: gl.constexpr = tile.gv.dtype
     blocks = ctx.blocks
     lse, delta = tile.lse_delta  # [M, 1]
-    for position in range(0, ctx.num_additional, N):
+    for position in range(0, ctx.additional.count, N):
         blocks.consumer_wait(stage)
         s = multiply(tile.qk, blocks.matrix(stage, QK), ctx.SCORES)  # S = Q K^T, [M, N]
         dp = multiply(tile.gv, blocks.matrix(stage, GV), ctx.SCORES)  # dP = dO V^T, [M, N]
         s, dp = warpgroup_mma_wait(0, deps=[s, dp])
-        c = gl.arange(0, N, gl.SliceLayout(0, ctx.SCORES))  # [N]
-        s = gl.where((position + c < ctx.num_additional)[None, :], s, MASKED)
+        s = ctx.additional.masked(s, batch, position)
         p = gl.exp2(s * ctx.scale_log2 - lse)  # [M, N]
         ds = (p * (dp - delta)).to(DTYPE)  # dS = P * (dP - delta), [M, N]
         ds = gl.convert_layout(ds, gl.DotOperandLayout(0, ctx.ACC, 2))
@@ -245,13 +249,21 @@ def _add_additional(ctx, tile, acc, stage):
 
 
 @gluon.jit
-def _walk(ctx, tile, first, operands, bias, stage, acc, acc_v):
+def _clean(ctx, is_unclean, tile, block, stage):
+    """If need be, set masked keys and values of the block in a stage to zero."""
+    ctx.key_mask.clean(is_unclean, tile, block, ctx.blocks, stage, QK)
+    ctx.key_mask.clean(is_unclean, tile, block, ctx.blocks, stage, GV)
+
+
+@gluon.jit
+def _walk(ctx, tile, first, operands, bias, is_unclean, stage, acc, acc_v):
     """Sum over a warpgroup's blocks; the tile's first one is in that stage."""
     g, blocks = ctx.geometry, ctx.blocks
     before, end, count, block = g.own_blocks(first, tile)
     for i in range(before):
         blocks.consumer_skip(stage + i)
     if ctx.LATE:
+        _clean(ctx, is_unclean, tile, block, stage + before)
         acc, acc_v, ds = _step(
             ctx, operands, bias, block, stage + before, acc, acc_v, 0, False, True
         )
@@ -259,6 +271,7 @@ def _walk(ctx, tile, first, operands, bias, stage, acc, acc_v):
             if ctx.PASS == DKDV:
                 acc_v = warpgroup_mma_wait(0, deps=[acc_v])
             block = g.next_block(block, tile.blocks)
+            _clean(ctx, is_unclean, tile, block, stage + i)
             acc, acc_v, ds = _step(
                 ctx, operands, bias, block, stage + i, acc, acc_v, ds, True, False
             )
@@ -290,8 +303,9 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
     DTYPE: gl.constexpr = ctx.grads[0].descriptor.dtype
     tile_iteration = 0
     stage = 0  # of the tile's first block
-    if ctx.HAS_BIAS:
-        gdc_wait()  # until the kernel before, which made the tables, has ended
+    if ctx.HAS_BIAS or ctx.HAS_MASKS:
+        gdc_wait()  # until the kernel before, which made what is loaded here, has ended
+    is_unclean = ctx.key_mask.is_unclean()
     for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
         first = g.first_of(tile, WARPGROUP)
@@ -310,14 +324,17 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
             lse_delta = row_lse_delta(tiles, tile_iteration, ctx.SCORES)
         operands = Operands(mask, qk, gv, lse_delta)
         if ctx.HAS_ADDITIONAL:
-            acc, stage = _add_additional(ctx, operands, acc, stage)
+            acc, stage = _add_additional(ctx, operands, tile.batch, acc, stage)
         count = tile.blocks[0] * tile.blocks[1] * tile.blocks[2]
         # Of keys: the query heads that share a key head follow one another.
         for i in range(ctx.heads_per_kv if g.OF_KEYS else 1):
             head = tile.head * ctx.heads_per_kv + i if g.OF_KEYS else tile.head
             bias = ctx.bias.of_tile(tile, first, head)
-            acc, acc_v = _walk(ctx, tile, first, operands, bias, stage, acc, acc_v)
+            acc, acc_v = _walk(ctx, tile, first, operands, bias, is_unclean, stage, acc, acc_v)
             stage += count
+        if g.OF_KEYS:  # those of masked keys and values are zero, whatever these are
+            acc = ctx.key_mask.of_rows(tile, first, acc)
+            acc_v = ctx.key_mask.of_rows(tile, first, acc_v)
         if ctx.OWN_OUT:
             tiles.consumer_release(tile_iteration)
 
@@ -369,26 +386,30 @@ def _mask(
 @kernel(
     gluon.jit,
     tensors="query key value grad_out lse_delta additional_keys additional_values "
-    "grad_query grad_key grad_value bias_tables tile_table",
+    "grad_query grad_key grad_value bias_tables tile_table unclean",
+    masks="key_mask additional_mask",
 )
 def backward_kernel(
     query, key, value, grad_out, lse_delta, additional_keys, additional_values,
-    grad_query, grad_key, grad_value, bias_tables, tile_table,
+    grad_query, grad_key, grad_value, bias_tables, tile_table, unclean, key_mask, additional_mask,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     N0, N1, N2, Q0, Q1, Q2, SN0, SN1, SN2, SQ0, SQ1, SQ2, O0, O1, O2, G0, G1, G2,
+    m_b, m_0, m_1, m_2, m_last,
     T0, T1, T2, num_tiles, F0, F1, F2, g_b, g_0, g_1, g_2, g_h, l_b, l_0, l_1, l_2, l_h,
     d_b, d_0, d_1, additional_b, K0, K1, K2, S0, S1, S2, D0, D1, D2, R0, R1, R2,
     heads, heads_per_kv, heads_at_once, num_additional, scale_log2, bias_size, bias_middle,
+    a_b, a_0,
     MODES: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, SPLIT_AXIS: gl.constexpr,
     STAGES: gl.constexpr, MASK: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
     REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, WARPGROUPS: gl.constexpr,
     DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr, HEADS_FIRST: gl.constexpr,
-    PACKED: gl.constexpr, BIAS_STRIDES: gl.constexpr, SLICES: gl.constexpr, PASS: gl.constexpr,
+    PACKED: gl.constexpr, BIAS_STRIDES: gl.constexpr, SLICES: gl.constexpr,
+    HAS_KEY_MASK: gl.constexpr, HAS_ADDITIONAL_MASK: gl.constexpr, PASS: gl.constexpr,
 ):  # fmt: skip
     """One pass: dQ from tiles of queries, or dK, dV, or both from tiles of keys.
 
-    All tensors but tables are descriptors. Numbers are as in the forward kernel; the gradients that
+    The first ten tensors are descriptors. Numbers are as in the forward kernel; the gradients that
     a pass stores have the steps ``d``, and tiles of keys begin at ``F``. The pass of dV may have
     ``SLICES``.
     """
@@ -430,15 +451,20 @@ def backward_kernel(
     else:
         outer, inner = of_queries, of_keys
         grads = (TmaTensor(grad_query, grad_steps, ()),)
-    additional = ()
+    additional, own_mask = (), ()
     if HAS_ADDITIONAL:
         steps = (additional_b, 0, 0, 0, 1)
         additional = (
             TmaTensor(additional_keys, steps, ()),
             TmaTensor(additional_values, steps, ()),
         )
+    if HAS_ADDITIONAL_MASK:
+        own_mask = (additional_mask,)
+    masked = key_mask_of(g, key_mask, (m_b, m_0, m_1, m_2), m_last, unclean, HAS_KEY_MASK)
+    # A masked key is a row of dK and dV, which are zero there.
+    HAS_STARTS: gl.constexpr = HAS_KEY_MASK and not OF_KEYS
     PIECES: gl.constexpr = volume(BLOCK) // volume(PIECE)
-    blocks = tma_pipeline(inner, STAGES, WARPGROUPS, PIECES)
+    blocks = tma_pipeline(inner, STAGES, WARPGROUPS, PIECES, HAS_STARTS)
     tables = column_tables(g, MASK, ENDS, BY_ROW, STEPS, TABLES)
     ROWS: gl.constexpr = volume(TILE) // TILE[2] if PACKED else 1
     tiles = (tma_pipeline(outer, 1, 1, ROWS),)
@@ -448,13 +474,15 @@ def backward_kernel(
         masks += (_mask(g, tables, MASK, ENDS, BY_ROW, STEPS),)
     D: gl.constexpr = grads[0].descriptor.block_type.shape[4]
     ctx = Context(
-        geometry=g, masks=masks,
+        geometry=g, masks=masks, key_mask=masked,
         bias=bias_of(g, bias_tables, bias_size, bias_middle, BIAS_STRIDES),
-        outer=outer, inner=inner, additional=additional, grads=grads,
-        num_additional=num_additional, heads_per_kv=heads_per_kv, scale_log2=scale_log2,
+        outer=outer, inner=inner, grads=grads,
+        additional=Additional(additional, num_additional, own_mask, (a_b, a_0)),
+        heads_per_kv=heads_per_kv, scale_log2=scale_log2,
         tiles=tiles, blocks=blocks,
         buffers=[_buffers(each, grads, OWN_OUT, ROWS) for each in tiles],
-        HAS_ADDITIONAL=HAS_ADDITIONAL, HAS_BIAS=len(BIAS_STRIDES) > 0, OWN_OUT=OWN_OUT,
+        HAS_ADDITIONAL=HAS_ADDITIONAL, HAS_MASKS=HAS_KEY_MASK or HAS_ADDITIONAL_MASK,
+        HAS_BIAS=len(BIAS_STRIDES) > 0, OWN_OUT=OWN_OUT,
         # Registers do not suffice for dP with two sums, nor for adding late to two of 128 channels.
         PASS=PASS, EARLY=len(grads) == 1 and PASS != DV, LATE=PASS != DKDV or D < 128,
         SCORES=mma_layout(volume(BLOCK)), ACC=mma_layout(D),
@@ -462,7 +490,8 @@ def backward_kernel(
     # Triton has no variable for a list of functions, so the roles are put together in place.
     gl.warp_specialize(
         [(_sum_gradients, (ctx, 0)), (_sum_gradients, (ctx, 1))][:WARPGROUPS]
-        + [(_fetch_tiles, (ctx,)), (_fetch_blocks, (ctx,))],
-        [WARPS, 1, 1][2 - WARPGROUPS :],
-        [REGISTERS, FETCH_REGISTERS, FETCH_REGISTERS][2 - WARPGROUPS :],
+        + [(_fetch_tiles, (ctx,)), (_fetch_blocks, (ctx,))]
+        + [(fetch_key_mask, (masked, blocks, num_additional))][: 1 if HAS_STARTS else 0],
+        [WARPS, 1, 1, 1][2 - WARPGROUPS : 4 if HAS_STARTS else 3],
+        ([REGISTERS] + [FETCH_REGISTERS] * 3)[2 - WARPGROUPS : 4 if HAS_STARTS else 3],
     )

@@ -149,7 +149,9 @@ def _sum(ctx):
         mask = ctx.mask.of_tile(tile, first, ctx.SCORES)
         bias = ctx.bias.of_tile(tile, first, ctx.head)
         tiles.consumer_wait(stage)
-        s = mask.scores(tiles.matrix(stage, QK), blocks, stage, here, bias, ctx.SCORES)  # [M, N]
+        s = mask.scores(
+            tiles.matrix(stage, QK), blocks, stage, here, bias, (), ctx.SCORES
+        )  # [M, N]
         dp = multiply(tiles.matrix(stage, GV), blocks.matrix(stage, GV), ctx.SCORES)  # dP = dO V^T
         lse, delta = row_lse_delta(tiles, stage, ctx.SCORES)  # [M, 1] each
         i0, i1, i2 = g.tokens(first, ctx.SCORES)  # [M] each

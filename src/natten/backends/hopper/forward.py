@@ -23,6 +23,7 @@ from .gluon_names import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .key_masks import Additional, KeyMask, fetch_key_mask, key_mask_of
 from .masks import MASKED, Mask, column_tables, multiply
 from .pipeline import TmaPipeline, TmaTensor, allocate, slice_of, tma_bases, tma_pipeline
 
@@ -35,14 +36,14 @@ class Context:
 
     geometry: Geometry
     mask: Mask
+    key_mask: KeyMask
     bias: Bias
     query: TmaTensor
     key: TmaTensor
     value: TmaTensor
     out: TmaTensor
     lse: gl.tensor
-    additional: gl.tuple  # keys and values
-    num_additional: gl.tensor
+    additional: Additional
     heads_per_kv: gl.tensor
     scale_log2: gl.tensor  # scores times it are exponents of two
     queries: gl.tuple  # pipelines of tiles
@@ -50,6 +51,7 @@ class Context:
     values: TmaPipeline
     outs: gl.tuple  # buffers of outputs, [1, 1, *tile, DV]
     HAS_ADDITIONAL: gl.constexpr
+    HAS_MASKS: gl.constexpr  # of keys or of additional ones
     HAS_BIAS: gl.constexpr
     OWN_OUT: gl.constexpr  # outputs do not take the place of their queries
     SCORES: gl.constexpr  # layout of [M, N]
@@ -86,11 +88,12 @@ def _fetch_blocks(ctx):
         v_base = ctx.value.tma_base(tile.batch, side.bases, head)
         gdc_wait()
         if ctx.HAS_ADDITIONAL:
-            base = ctx.additional[0].tma_base(tile.batch, side.group, head)
-            for position in range(0, ctx.num_additional, volume(g.BLOCK)):
+            tensors = ctx.additional.tensors
+            base = tensors[0].tma_base(tile.batch, side.group, head)
+            for position in range(0, ctx.additional.count, volume(g.BLOCK)):
                 places = ((0, 0, position),)
-                ctx.keys.produce(stage, ctx.additional[:1], (base,), places)
-                ctx.values.produce(stage, ctx.additional[1:], (base,), places)
+                ctx.keys.produce(stage, tensors[:1], (base,), places)
+                ctx.values.produce(stage, tensors[1:], (base,), places)
                 stage += 1
         block = (stage * 0, stage * 0, stage * 0)
         for _ in range(tile.blocks[0] * tile.blocks[1] * tile.blocks[2]):
@@ -134,6 +137,13 @@ def _scaled(acc, by):
 
 
 @gluon.jit
+def _clean(ctx, is_unclean, tile, block, stage):
+    """If need be, set masked keys and values of the block in a stage to zero."""
+    ctx.key_mask.clean(is_unclean, tile, block, ctx.keys, stage, 0)
+    ctx.key_mask.clean(is_unclean, tile, block, ctx.values, stage, 0)
+
+
+@gluon.jit
 def _skip(ctx, stage, first, end):
     """Hand blocks back unread, of those that begin with a stage."""
     for block in range(first, end):
@@ -152,8 +162,9 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
     ROWS: gl.constexpr = gl.SliceLayout(1, ctx.SCORES)
     tile_iteration = 0
     stage = 0  # of the tile's first block
-    if ctx.HAS_BIAS:
-        gdc_wait()  # until the kernel before, which made the tables, has ended
+    if ctx.HAS_BIAS or ctx.HAS_MASKS:
+        gdc_wait()  # until the kernel before, which made what is loaded here, has ended
+    is_unclean = ctx.key_mask.is_unclean()
     for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
         first = g.first_of(tile, WARPGROUP)
@@ -168,13 +179,12 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
         queries.consumer_wait(tile_iteration)
         q = queries.matrix(tile_iteration)  # [M, D]
         if ctx.HAS_ADDITIONAL:
-            for position in range(0, ctx.num_additional, N):
+            for position in range(0, ctx.additional.count, N):
                 keys.consumer_wait(stage)
                 s = multiply(q, keys.matrix(stage), ctx.SCORES)  # [M, N]
                 s = warpgroup_mma_wait(0, deps=[s])
                 keys.consumer_release(stage)
-                c = gl.arange(0, N, gl.SliceLayout(0, ctx.SCORES))  # [N]
-                s = gl.where((position + c < ctx.num_additional)[None, :], s, MASKED)
+                s = ctx.additional.masked(s, tile.batch, position)
                 p, row_max, row_sum, rescale = _softmax(ctx, s, row_max, row_sum)
                 acc = _add(ctx, _scaled(acc, rescale), p, stage)
                 acc = warpgroup_mma_wait(0, deps=[acc])
@@ -182,7 +192,9 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
                 stage += 1
 
         _skip(ctx, stage, 0, before)
-        s = mask.scores(q, keys, stage + before, block, bias, ctx.SCORES)  # [M, N]
+        _clean(ctx, is_unclean, tile, block, stage + before)
+        start = keys.start_of(stage + before, M, ctx.SCORES)  # [M, N]; of a mask of keys
+        s = mask.scores(q, keys, stage + before, block, bias, start, ctx.SCORES)  # [M, N]
         s = warpgroup_mma_wait(0, deps=[s])
         keys.consumer_release(stage + before)
         if ctx.OWN_OUT:  # after the last scores the next tile's queries can come
@@ -194,7 +206,9 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
         # While the softmax of a block is computed, the values of the block before it are added.
         for i in range(before + 1, end):
             block = g.next_block(block, tile.blocks)
-            s = mask.scores(q, keys, stage + i, block, bias, ctx.SCORES)
+            _clean(ctx, is_unclean, tile, block, stage + i)
+            start = keys.start_of(stage + i, M, ctx.SCORES)
+            s = mask.scores(q, keys, stage + i, block, bias, start, ctx.SCORES)
             acc = _add(ctx, acc, p, stage + i - 1)
             s = warpgroup_mma_wait(1, deps=[s])
             keys.consumer_release(stage + i)
@@ -214,6 +228,9 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
         inverse = 1.0 / row_sum  # [M]
         if ctx.HAS_BIAS:  # of -inf, which may leave nothing to attend
             inverse = gl.where(row_sum > 0, inverse, 0.0)
+        if ctx.HAS_MASKS:  # which may leave nothing either
+            attends = row_max > ctx.scale_log2 * (MASKED / 2)  # [M]
+            inverse = gl.where(attends, inverse, 0.0)
         out = _scaled(acc, inverse)  # O = acc / row_sum, [M, DV]
         if g.QUERIES != OWN and len(g.tile_table) > 0:  # it may be a document without keys
             has_keys = tile.group.keys.length[2] > 0
@@ -237,7 +254,10 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
         real = (i0 < side.length[0]) & (i1 < side.length[1]) & (i2 < side.length[2])
         if len(ctx.out.slice) > 0:  # programs of the other slices have the same
             real = real & (ctx.out.slice[0] == 0)
-        gl.store(ctx.lse + row, (row_max + gl.log2(row_sum)) * LN2, mask=real)
+        row_lse = (row_max + gl.log2(row_sum)) * LN2  # [M]
+        if ctx.HAS_MASKS:
+            row_lse = gl.where(attends, row_lse, float("-inf"))
+        gl.store(ctx.lse + row, row_lse, mask=real)
         stage += count
         tile_iteration += 1  # noqa: SIM113
     store_wait(0)
@@ -254,31 +274,37 @@ def _out_buffer(queries, out, OWN_OUT: gl.constexpr, PIECES: gl.constexpr):
 
 @kernel(
     gluon.jit,
-    tensors="query key value out additional_keys additional_values lse bias_tables tile_table",
+    tensors="query key value out additional_keys additional_values lse bias_tables tile_table "
+    "unclean",
+    masks="key_mask additional_mask",
 )
 def forward_kernel(
     query, key, value, out, additional_keys, additional_values, lse, bias_tables, tile_table,
+    unclean, key_mask, additional_mask,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
     N0, N1, N2, Q0, Q1, Q2, SN0, SN1, SN2, SQ0, SQ1, SQ2, O0, O1, O2, G0, G1, G2,
+    m_b, m_0, m_1, m_2, m_last,
     T0, T1, T2, num_tiles, o_b, o_0, o_1, additional_b, K0, K1, K2, S0, S1, S2, D0, D1, D2,
     R0, R1, R2, heads, heads_per_kv, heads_at_once, num_additional, scale_log2,
-    bias_size, bias_middle,
+    bias_size, bias_middle, a_b, a_0,
     MODES: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, SPLIT_AXIS: gl.constexpr,
     STAGES: gl.constexpr, MASK: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
     REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, WARPGROUPS: gl.constexpr,
     DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr, HEADS_FIRST: gl.constexpr,
     PACKED: gl.constexpr, BIAS_STRIDES: gl.constexpr, SLICES: gl.constexpr,
+    HAS_KEY_MASK: gl.constexpr, HAS_ADDITIONAL_MASK: gl.constexpr,
 ):  # fmt: skip
-    """All tensors but ``lse`` and tables are descriptors. Their steps are
-    :class:`TmaTensor`'s: ``q_b`` from a batch entry to the next, ``q_0`` .. ``q_2`` from a token to
-    the next, ``q_h`` from a head.
+    """The first six tensors are descriptors. Their steps are :class:`TmaTensor`'s: ``q_b`` from a
+    batch entry to the next, ``q_0`` .. ``q_2`` from a token to the next, ``q_h`` from a head.
 
     The other numbers are :class:`Geometry`'s, per axis: positions ``N`` of a dilation group, window
     ``K``, stride ``S``, dilation ``D``, tiles ``T``. What follows is :class:`Part`'s: queries
     ``Q``, from which groups on there is one query (``SQ``) or key (``SN``) less, queries before the
     part ``O``, the first query's group ``G``, queries per key ``R``. Of :class:`Bias` are the
-    numbers ``bias_size`` and ``bias_middle``, and the strides, which are () without a bias.
+    numbers ``bias_size`` and ``bias_middle``, and the strides, which are () without a bias. Masks
+    of keys have the strides ``m``, and a batch entry's last key at ``m_last``; those of additional
+    ones have the strides ``a``.
 
     Of ``PACKED`` documents, sizes and tiles are in the table, ``N`` and ``Q`` are all tokens as a
     row, and steps are from a head to the next.
@@ -310,15 +336,18 @@ def forward_kernel(
     k = TmaTensor(key, (k_b, k_0, k_1, k_2, k_h), ())
     v = TmaTensor(value, (v_b, v_0, v_1, v_2, v_h), of_slice)
     o = TmaTensor(out, (o_b, o_0, o_1, heads, 1), of_slice)
-    additional = ()
+    additional, own_mask = (), ()
     if HAS_ADDITIONAL:
         steps = (additional_b, 0, 0, 0, 1)
         additional = (
             TmaTensor(additional_keys, steps, ()),
             TmaTensor(additional_values, steps, of_slice),
         )
+    if HAS_ADDITIONAL_MASK:
+        own_mask = (additional_mask,)
+    masked = key_mask_of(g, key_mask, (m_b, m_0, m_1, m_2), m_last, unclean, HAS_KEY_MASK)
     PIECES: gl.constexpr = volume(BLOCK) // volume(PIECE)
-    keys = tma_pipeline((k,), STAGES, WARPGROUPS, PIECES)
+    keys = tma_pipeline((k,), STAGES, WARPGROUPS, PIECES, HAS_KEY_MASK)
     values = tma_pipeline((v,), STAGES, WARPGROUPS, PIECES)
     ROWS: gl.constexpr = volume(TILE) // TILE[2] if PACKED else 1
     queries = (tma_pipeline((q,), 1, 1, ROWS),)
@@ -327,18 +356,21 @@ def forward_kernel(
     outs = [_out_buffer(each, o, OWN_OUT, ROWS) for each in queries]
     tables = column_tables(g, MASK, ENDS, BY_ROW, STEPS, TABLES)
     ctx = Context(
-        geometry=g, mask=Mask(g, tables, (), MASK, ENDS, BY_ROW, STEPS),
+        geometry=g, mask=Mask(g, tables, (), MASK, ENDS, BY_ROW, STEPS), key_mask=masked,
         bias=bias_of(g, bias_tables, bias_size, bias_middle, BIAS_STRIDES),
-        query=q, key=k, value=v, out=o, lse=lse, additional=additional,
-        num_additional=num_additional, heads_per_kv=heads_per_kv, scale_log2=scale_log2,
+        query=q, key=k, value=v, out=o, lse=lse,
+        additional=Additional(additional, num_additional, own_mask, (a_b, a_0)),
+        heads_per_kv=heads_per_kv, scale_log2=scale_log2,
         queries=queries, keys=keys, values=values, outs=outs,
-        HAS_ADDITIONAL=HAS_ADDITIONAL, HAS_BIAS=len(BIAS_STRIDES) > 0, OWN_OUT=OWN_OUT,
+        HAS_ADDITIONAL=HAS_ADDITIONAL, HAS_MASKS=HAS_KEY_MASK or HAS_ADDITIONAL_MASK,
+        HAS_BIAS=len(BIAS_STRIDES) > 0, OWN_OUT=OWN_OUT,
         SCORES=mma_layout(volume(BLOCK)), ACC=mma_layout(out.block_type.shape[4]),
     )  # fmt: skip
     # Triton has no variable for a list of functions, so the roles are put together in place.
     gl.warp_specialize(
         [(_attend, (ctx, 0)), (_attend, (ctx, 1))][:WARPGROUPS]
-        + [(_fetch_queries, (ctx,)), (_fetch_blocks, (ctx,))],
-        [WARPS, 1, 1][2 - WARPGROUPS :],
-        [REGISTERS, FETCH_REGISTERS, FETCH_REGISTERS][2 - WARPGROUPS :],
+        + [(_fetch_queries, (ctx,)), (_fetch_blocks, (ctx,))]
+        + [(fetch_key_mask, (masked, keys, num_additional))][: 1 if HAS_KEY_MASK else 0],
+        [WARPS, 1, 1, 1][2 - WARPGROUPS : 4 if HAS_KEY_MASK else 3],
+        ([REGISTERS] + [FETCH_REGISTERS] * 3)[2 - WARPGROUPS : 4 if HAS_KEY_MASK else 3],
     )

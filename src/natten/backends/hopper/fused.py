@@ -14,7 +14,9 @@ from ...neighborhood import Rule
 from ..triton.fused import additional_gradients, rpb_gradient
 from ..triton.launch import contiguous, on_device
 from .descriptors import readable
+from .key_masks import FINDERS
 from .plan import Plan, plan_for
+from .tiles import MOST_MASKED
 
 
 def forward(
@@ -35,11 +37,15 @@ def forward(
     query, key, value = [readable(x, rule.dilation) for x in inputs[:3]]
     additional_keys, additional_values = _additional(inputs)
     tables = _tables(inputs, documents)
-    found = plan_for(query, key, value, additional_keys, rule, scale, _dtype(inputs.rpb), documents)
+    masks = _masks(inputs, additional_keys)
+    others = scale, _dtype(inputs.rpb), documents, masks
+    found = plan_for(query, key, value, additional_keys, rule, *others)
     with on_device(query):
+        unclean = _unclean(found, key, value, masks[0])
         found.forward.run(
             query=query, key=key, value=value, out=out, additional_keys=additional_keys,
-            additional_values=additional_values, lse=lse, **tables,
+            additional_values=additional_values, lse=lse, unclean=unclean, key_mask=masks[0],
+            additional_mask=masks[1], **tables,
         )  # fmt: skip
     return out, lse
 
@@ -66,12 +72,15 @@ def backward(
     grad_lse = None if grad_lse is None else contiguous(grad_lse)
     additional_keys, additional_values = _additional(inputs)
     tables = _tables(inputs, documents)
-    found = plan_for(query, key, value, additional_keys, rule, scale, _dtype(inputs.rpb), documents)
+    masks = _masks(inputs, additional_keys)
+    others = scale, _dtype(inputs.rpb), documents, masks
+    found = plan_for(query, key, value, additional_keys, rule, *others)
     with on_device(query):
         for axis, first, count in found.unattended if documents is None else ():
             for grad in (grad_key, grad_value):
                 # Of tensors with gaps, PyTorch writes number by number: the fewer, the faster.
                 grad.view(torch.int64).narrow(axis, first, count).zero_()
+        unclean = _unclean(found, key, value, masks[0])
         found.lse_delta[grad_lse is not None].run(
             out=out.contiguous(), lse=lse.contiguous(), grad_out=grad_out, grad_lse=grad_lse,
             lse_delta=lse_delta,
@@ -79,20 +88,22 @@ def backward(
         found.dq.run(
             query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,
             additional_keys=additional_keys, additional_values=additional_values,
-            grad_query=grad_query, grad_key=None, grad_value=None, **tables,
+            grad_query=grad_query, grad_key=None, grad_value=None, unclean=unclean,
+            key_mask=masks[0], additional_mask=masks[1], **tables,
         )  # fmt: skip
         named = {"query": query, "key": key, "value": value, "grad_out": grad_out}
         named |= {"lse_delta": lse_delta, "grad_key": grad_key, "grad_value": grad_value}
         if found.shared_dkdv is None:
             found.dkdv.run(
-                **named, additional_keys=None, additional_values=None, grad_query=None, **tables
-            )
+                **named, additional_keys=None, additional_values=None, grad_query=None,
+                unclean=None, key_mask=masks[0], additional_mask=None, **tables,
+            )  # fmt: skip
         else:  # there is no bias
-            found.shared_dkdv.run(**named, rpb=None, documents=None, key_mask=None)
+            found.shared_dkdv.run(**named, rpb=None, documents=None, key_mask=masks[0])
         grad_additional: Sequence[Tensor | None]
         if additional_keys is not None and additional_values is not None:
             grad_additional = _additional_gradients(
-                found, query, additional_keys, additional_values, grad_out, lse_delta
+                found, query, additional_keys, additional_values, grad_out, lse_delta, masks[1]
             )
         else:  # not there, or empty
             given = inputs.additional_keys, inputs.additional_values
@@ -102,7 +113,7 @@ def backward(
             named = {"query": query, "key": key, "value": value, "rpb": tables["rpb"]}
             named |= {"grad_out": grad_out, "lse_delta": lse_delta}
             grad_rpb = (
-                rpb_gradient(found.portable, **named)
+                rpb_gradient(found.portable, **named, key_mask=masks[0])
                 if found.bias_gradient is None
                 else found.bias_gradient.run(**named)
             )
@@ -122,29 +133,57 @@ def _tables(inputs: Inputs, documents: Documents | None) -> dict[str, Any]:
     return found
 
 
+def _masks(inputs: Inputs, additional_keys: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Masks of keys and of additional ones, if there are such, as kernels can number them."""
+    key_mask, additional_mask = (
+        x if x is None or max(x.stride()) <= MOST_MASKED // max(x.shape) else x.contiguous()
+        for x in (inputs.key_mask, inputs.additional_mask)
+    )
+    return key_mask, None if additional_keys is None else additional_mask
+
+
+def _unclean(found: Plan, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor | None:
+    """What programs found that looked at masked keys and values; None without a mask."""
+    if mask is None:
+        return None
+    unclean = mask.new_empty(FINDERS.value, dtype=torch.int8)
+    found.unclean.run(key=key, value=value, unclean=unclean, key_mask=mask)
+    return unclean
+
+
 def _additional_gradients(
-    found: Plan, query: Tensor, keys: Tensor, values: Tensor, grad_out: Tensor, lse_delta: Tensor
+    found: Plan,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    grad_out: Tensor,
+    lse_delta: Tensor,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of additional keys and values, which every query attends."""
     dkdv = found.dkdv_of_additional
     if dkdv is None:
-        return additional_gradients(found.portable, query, keys, values, grad_out, lse_delta)
+        named = found.portable, query, keys, values, grad_out, lse_delta
+        return additional_gradients(*named, mask)
     query, grad_out, lse_delta = (x.flatten(1, -3) for x in (query, grad_out, lse_delta))
     grad_keys, grad_values = torch.empty_like(keys), torch.empty_like(values)
     dkdv.run(
         query=query, key=keys, value=values, grad_out=grad_out, lse_delta=lse_delta,
         additional_keys=None, additional_values=None,
         grad_query=None, grad_key=grad_keys, grad_value=grad_values, bias_tables=None,
-        tile_table=None,
+        tile_table=None, unclean=None, key_mask=mask, additional_mask=None,
     )  # fmt: skip
     return grad_keys, grad_values
 
 
 def _additional(inputs: Inputs) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Additional keys and values, if there are any."""
+    """Additional keys and values, if there are any; zeros where they are masked."""
     keys, values = inputs.additional_keys, inputs.additional_values
     if keys is None or values is None or keys.shape[1] == 0:
         return None, None
+    if inputs.additional_mask is not None:
+        allowed = inputs.additional_mask[..., None, None]
+        keys, values = torch.where(allowed, keys, 0.0), torch.where(allowed, values, 0.0)
     return readable(keys.contiguous(), (1,)), readable(values.contiguous(), (1,))
 
 

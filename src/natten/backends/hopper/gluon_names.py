@@ -24,10 +24,12 @@ store_wait = tma.store_wait
 tensor_descriptor = tma.tensor_descriptor
 _shared = gl.shared_memory_descriptor
 reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 __all__ = [
     "TensorDescriptor",
     "aggregate",
+    "barrier",
     "fence_async_shared",
     "from_triton",
     "gdc_launch_dependents",

@@ -33,10 +33,10 @@ def multiply(a, b, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _multiply(a, b, bias, LAYOUT: gl.constexpr):
-    """As :func:`multiply`, from a bias on if there is one."""
-    if len(bias) > 0:
-        return warpgroup_mma(a, b.permute((1, 0)), bias[0], is_async=True)
+def _multiply(a, b, start, LAYOUT: gl.constexpr):
+    """As :func:`multiply`; the sum starts from ``[M, N]``, if there is a start."""
+    if len(start) > 0:
+        return warpgroup_mma(a, b.permute((1, 0)), start[0], is_async=True)
     else:
         return multiply(a, b, LAYOUT)
 
@@ -107,10 +107,14 @@ class TileMask:
     windows: gl.tuple  # of compares: starts of the rows' windows per axis, then ends, [M] each
 
     @gluon.jit
-    def scores(self, q, keys, stage, block, bias, SCORES: gl.constexpr):
-        """Start ``S = Q K^T`` of a block, once it is there, with its bias, masked by a
-        ``PRODUCT``."""
-        start = bias.of_block(block, SCORES)  # [M, N], if there is a bias
+    def scores(self, q, keys, stage, block, bias, start, SCORES: gl.constexpr):
+        """Start ``S = Q K^T`` of a block, once it is there, with its bias, masked by a ``PRODUCT``;
+        from a mask of keys on, ``[M, N]`` in a tuple, if there is one."""
+        found = bias.of_block(block, SCORES)  # [M, N], if there is a bias
+        if len(found) > 0 and len(start) > 0:
+            start = (found[0] + start[0],)
+        elif len(found) > 0:
+            start = found
         if self.mask.KIND == PRODUCT:
             rows, columns = self._factors(block)  # [M, C], [N, C]
             keys.consumer_wait(stage)

@@ -84,10 +84,12 @@ class TmaPipeline:
     """Stages that are filled and emptied in turn; ``stage`` counts all that went through.
 
     A stage has a buffer for a block of each of some tensors, which are fetched together. A block
-    may be fetched in pieces, which follow one another in the buffer.
+    may be fetched in pieces, which follow one another in the buffer. With a mask of keys, another
+    warp lays beside the block what its scores start from.
     """
 
     buffers: gl.tuple  # per tensor, [STAGES, PIECES, *piece, channels]
+    starts: gl.tuple  # with a mask of keys: float32 [STAGES, N]
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     STAGES: gl.constexpr
@@ -125,6 +127,14 @@ class TmaPipeline:
         self.producer_commit(stage, tensors, bases, places)
 
     @gluon.jit
+    def produce_start(self, stage, start):
+        """Once the stage is empty, lay there what the scores of its block start from, ``[N]``."""
+        index = stage % self.STAGES
+        mbarrier.wait(self.empty.index(index), (stage // self.STAGES & 1) ^ 1)
+        self.starts[0].index(index).store(start)
+        mbarrier.arrive(self.full.index(index), count=1)
+
+    @gluon.jit
     def consumer_wait(self, stage):
         """Until the stage is full."""
         mbarrier.wait(self.full.index(stage % self.STAGES), stage // self.STAGES & 1)
@@ -146,16 +156,38 @@ class TmaPipeline:
         buffer = self.buffers[WHICH].index(stage % self.STAGES)  # [PIECES, *piece, channels]
         return buffer.reshape([rows_of(buffer), buffer.shape[4]])
 
+    @gluon.jit
+    def start_of(self, stage, M: gl.constexpr, SCORES: gl.constexpr):
+        """What lies beside the block of a stage, once it is there, for each of ``M`` rows,
+        ``[M, N]`` in a tuple; () if nothing does."""
+        found = ()
+        if len(self.starts) > 0:
+            N: gl.constexpr = self.starts[0].shape[1]
+            self.consumer_wait(stage)
+            buffer = self.starts[0].index(stage % self.STAGES)
+            columns = buffer.load(gl.SliceLayout(0, SCORES))  # [N]
+            zeros = gl.zeros([M, N], gl.float32, SCORES)
+            start, _ = gl.broadcast(columns[None, :], zeros)
+            found = (start,)
+        return found
+
 
 @gluon.jit
 def tma_pipeline(
-    tensors, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PIECES: gl.constexpr
+    tensors, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PIECES: gl.constexpr,
+    HAS_STARTS: gl.constexpr = False,
 ):  # fmt: skip
     """A pipeline of blocks of the tensors, in pieces, which that many warpgroups consume."""
     buffers = [allocate(tensor, STAGES, PIECES) for tensor in tensors]
+    starts = ()
+    if HAS_STARTS:
+        FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        starts = (
+            gl.allocate_shared_memory(gl.float32, [STAGES, rows_of(buffers[0].index(0))], FLAT),
+        )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for index in gl.static_range(STAGES):
-        mbarrier.init(full.index(index), count=1)
+        mbarrier.init(full.index(index), count=2 if HAS_STARTS else 1)
         mbarrier.init(empty.index(index), count=CONSUMERS)
-    return TmaPipeline(buffers, full, empty, STAGES)
+    return TmaPipeline(buffers, starts, full, empty, STAGES)

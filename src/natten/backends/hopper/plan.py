@@ -19,6 +19,7 @@ from ...tiling import padded
 from ..interface import Shape, Tiles
 from ..triton import plan as portable
 from ..triton.launch import Launch, Trials, per_axis
+from ..triton.plan import MaskStrides, mask_strides, strides_of_mask
 from ..triton.primitives import LOG2E
 from ..triton.windows import modes
 from . import bias_plan
@@ -38,6 +39,7 @@ from .descriptors import (
 )
 from .documents_plan import Packed, most_tiles
 from .forward import forward_kernel
+from .key_masks import FINDERS, unclean_kernel
 from .lse_delta import lse_delta_kernel
 from .passes import Passes
 
@@ -61,21 +63,31 @@ class Plan:
         num_additional: int,
         bias_dtype: torch.dtype | None = None,
         packed: Sizes | None = None,
+        masks: MaskStrides = (None, None),
     ) -> None:
         self.packed = packed
         self.scale, self.device, self.dtype = scale, device, dtype
         self.num_additional, self.bias_dtype = num_additional, bias_dtype
         self.batch, *_, self.heads, self.dim = shapes[0]
         self.kv_heads, self.value_dim = shapes[2][-2:]
-        self._lay(rule, shapes, strides)
+        key_mask, self.additional_mask_strides = masks
+        self._lay(rule, shapes, strides, key_mask)
         # By kind: the kernel's tiles, and whether each tile has a program of its own.
         self.cuts: dict[str, tuple[Tiles, bool]] = {}
         self.queries = tiling.queries(rule, self.space)
         self.modes = modes(rule, self._units() if packed is None else [2] * rule.rank)
         self.kept = dict(self.__dict__)  # without kernels
 
-    def _lay(self, rule: Rule, shapes: Sequence[Shape], strides: Sequence[Shape]) -> None:
-        """Where the queries are, how large the layouts are, and how the tensors lie."""
+    def _lay(
+        self,
+        rule: Rule,
+        shapes: Sequence[Shape],
+        strides: Sequence[Shape],
+        key_mask: Shape | None,
+    ) -> None:
+        """Where the queries are, how large the layouts are, and how the tensors lie, the last of
+        which may be a mask of keys."""
+        self.key_mask_strides = key_mask
         self.rule, self.shapes, self.strides = rule, shapes, strides
         self.tokens, self.key_tokens = shapes[0][1:-2], shapes[1][1:-2]
         self.space, self.key_space = self.tokens, self.key_tokens
@@ -127,7 +139,8 @@ class Plan:
         )
         plan = _plan(
             Dense(), self.scale, self.device, self.dtype, (query.shape, keys, values),
-            (query.stride(), contiguous_strides(keys), contiguous_strides(values)), 0,
+            (query.stride(), contiguous_strides(keys), contiguous_strides(values)), 0, None,
+            None, (self.additional_mask_strides, None),
         )  # fmt: skip
         tiles = tiling.choose(*plan._problem("dkdv"))
         size = math.prod(tile_sizes(tiles, True))
@@ -178,6 +191,38 @@ class Plan:
         return portable.Plan(
             self.rule, self.scale, self.device, self.dtype, self.shapes, self.strides,
             None, self.num_additional or None, None, (), False,
+            (self.key_mask_strides, self.additional_mask_strides),
+        )  # fmt: skip
+
+    @cached_property
+    def unclean(self) -> Launch:
+        """What looks at masked keys and values."""
+        dims = self.dim, self.value_dim
+        words = 1 << (max(dims) // 2 - 1).bit_length()
+        tokens = 2048 // words
+        key, value = ([n // 2 for n in each] for each in self.strides[1:])
+        of_mask = self.key_mask_strides or (0,) * (len(key) - 2)
+        axes, lengths, *steps = _merged(
+            (self.batch, *self.key_space), key[:-2], value[:-2], of_mask
+        )
+        chunks = -(-lengths[-1] // tokens)
+        constants = {
+            # The least that is too large: 2^32, or where numbers are smaller, infinity.
+            "LIMIT": 0x7C00 if self.dtype == torch.float16 else 0x4F80,
+            "AXES": axes, "D": self.dim // 2, "DV": self.value_dim // 2,
+            "SHAPE": (tokens, words),
+        }  # fmt: skip
+        numbers = {
+            **{f"{name}_{i}": n for name, each in zip("kvm", steps) for i, n in enumerate(each)},
+            **{f"L{i}": n for i, n in enumerate(lengths) if i},
+            "k_h": key[-2], "v_h": value[-2], "heads": self.kv_heads,
+            "chunks": chunks, "tasks": math.prod(lengths[:-1]) * chunks,
+        }  # fmt: skip
+        are_long = [n > tiling.MOST for n in numbers.values()]
+        kept = compiled("unclean", self.device, self.dtype, *constants.values(), *are_long)
+        return Launch(
+            unclean_kernel, (FINDERS.value,), numbers | constants, kernels=kept,
+            launch_pdl=_can_overlap(),
         )  # fmt: skip
 
     def _tiled(self, kind: str) -> _Launches:
@@ -235,6 +280,7 @@ class Plan:
             "scale_log2": _exact_thrice(self.scale * LOG2E.value),
             "bias_size": 0,
             "bias_middle": 0,
+            **dict(zip(("a_b", "a_0"), self.additional_mask_strides or (0, 0))),
         }
         constants = {
             "MODES": self.modes,
@@ -258,6 +304,8 @@ class Plan:
             "HEADS_FIRST": isinstance(rule, Dense) or heads_at_once > 1,
             "PACKED": is_packed,
             "BIAS_STRIDES": (),
+            "HAS_KEY_MASK": self.key_mask_strides is not None,
+            "HAS_ADDITIONAL_MASK": self.additional_mask_strides is not None and not of_keys,
         }
         table = None
         if self.bias_dtype is not None:
@@ -327,7 +375,7 @@ class Plan:
         """The gradient of the bias; None if it is left to the portable backend."""
         rule, heads = self.rule, self.heads
         is_own = self.queries == tiling.OWN and "circular" not in rule.boundary
-        if isinstance(rule, Dense) or not is_own:
+        if isinstance(rule, Dense) or not is_own or self.key_mask_strides is not None:
             return None
         cut = bias_plan.cut(rule, self.space)
         sets = self.batch * math.prod(rule.dilation)
@@ -398,7 +446,9 @@ class Plan:
             zip(self.rule.offset, self.rule.dilation), 3 - self.rule.rank
         ):
             before[axis], group[axis] = divmod(o, d)
-        return *self.steps_and_lengths, *before, *group
+        of_mask = self.key_mask_strides or (0,)
+        last = sum((n - 1) * step for n, step in zip(self.key_space, of_mask[1:]))
+        return *self.steps_and_lengths, *before, *group, *strides_of_mask(of_mask).values(), last
 
     def _programs(self, kind: str) -> tuple[int, tuple[int, ...]]:
         """How many programs there are, and the numbers that say which tiles: how many along each
@@ -558,6 +608,7 @@ class Part(Plan):
         self.__dict__.update(plan.kept)
         self.plan, self.where = plan, where
         if like is not None and like.where[1:] == where[1:]:  # tensors lie as those of ``like``
+            self.key_mask_strides = like.key_mask_strides
             self.rule, self.shapes, self.strides = rule, like.shapes, like.strides
             self.tokens, self.key_tokens = like.tokens, like.key_tokens
             self.space, self.key_space = like.space, like.key_space
@@ -599,7 +650,7 @@ class Part(Plan):
     def portable(self) -> portable.Part:
         plan = self.plan.portable
         assert isinstance(plan, portable.Plan)
-        return portable.Part(plan, (*self.where, None))
+        return portable.Part(plan, self.where)
 
 
 @lru_cache(maxsize=1024)
@@ -612,6 +663,22 @@ def _lengths(space: Shape, key_space: Shape, dilation: Shape) -> tuple[int, ...]
     for layout in (key_space, space):
         numbers += padded([n % d or d for n, d in zip(layout, dilation)], 1)
     return tuple(numbers)
+
+
+def _merged(lengths: Sequence[int], *strides: Sequence[int]) -> tuple[Any, ...]:
+    """How many axes there are, lengths of four, and strides of some tensors along them: of the axes
+    that are given, those along which all of the tensors lie like one axis are one."""
+    found: list[list[int]] = []  # an axis's length and strides, the last axis first
+    for n, *steps in reversed(list(zip(lengths, *strides))):
+        if n == 1:
+            continue
+        if found and all(step == found[-1][0] * last for step, last in zip(steps, found[-1][1:])):
+            found[-1][0] *= n
+        else:
+            found.append([n, *steps])
+    axes = max(1, len(found))
+    found += [[1, *(0 for _ in strides)]] * (4 - len(found))
+    return axes, *zip(*reversed(found))
 
 
 def _exact_thrice(x: float) -> float:
@@ -670,21 +737,24 @@ def plan_for(
     scale: float,
     bias_dtype: torch.dtype | None = None,
     documents: Documents | None = None,
+    masks: Sequence[Tensor | None] = (None, None),
 ) -> Plan:
-    """The plan of a call; tensors are readable by TMA."""
+    """The plan of a call; tensors but ``masks``, of keys and of additional ones, are readable by
+    TMA."""
     shapes = query.shape, key.shape, value.shape
     strides = query.stride(), key.stride(), value.stride()
     others = scale, query.device, query.dtype
     num_additional = 0 if additional_keys is None else additional_keys.shape[1]
-    if isinstance(rule, Dense) or not portable.has_shared_kernels(rule):
+    key_mask, additional_mask = of_masks = mask_strides(masks[0]), mask_strides(masks[1])
+    if isinstance(rule, Dense) or not portable.has_shared_kernels(rule, key_mask or (0,)):
         packed = None if documents is None else documents.sizes
-        return _plan(rule, *others, shapes, strides, num_additional, bias_dtype, packed)
+        return _plan(rule, *others, shapes, strides, num_additional, bias_dtype, packed, of_masks)
     batch, *_, heads, dim = query.shape
     made = portable.common(
         "hopper", *portable.windows_of(rule), *others, batch, heads, dim, key.shape[-2],
-        value.shape[-1], num_additional, bias_dtype,
+        value.shape[-1], num_additional, bias_dtype, key_mask is not None, additional_mask,
     )  # fmt: skip
-    where = rule.query_offset, shapes, strides
+    where = rule.query_offset, shapes, strides, key_mask
     part: Part | None = made["parts"].get(where)
     if part is None:
         last: Part | None = made.get("last")
@@ -693,7 +763,9 @@ def plan_for(
         else:  # nothing that kernels are compiled for depends on more than these sizes
             sizes = tiling.model_sizes(rule, query.shape[1:-2], key.shape[1:-2])
             if sizes not in made:
-                made[sizes] = Plan(rule, *others, shapes, strides, num_additional, bias_dtype)
+                made[sizes] = Plan(
+                    rule, *others, shapes, strides, num_additional, bias_dtype, None, of_masks
+                )
             plan = made[sizes]
         part = made["last"] = Part(plan, rule, where, last)
         made["parts"].keep(where, part)

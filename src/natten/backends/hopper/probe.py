@@ -101,16 +101,23 @@ def compare(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
                 (space, Neighborhood.create(rank, window, 1, dilation, causal, boundary))
             )
     problems += [((200,), Dense(causal)) for causal in (False, True)]
-    for space, rule in problems:
+    of_masks = [problems[0], ((200,), Dense())]
+    every = [(*each, False) for each in problems] + [(*each, True) for each in of_masks]
+    for space, rule, is_masked in every:
         query, key, value = (
             torch.randn(1, *space, heads, 64, device=device, dtype=dtype) for heads in (2, 1, 1)
         )
-        inputs = Inputs(query, key, value, _bias(rule, device, dtype))
+        inputs = read = Inputs(query, key, value, _bias(rule, device, dtype))
+        if is_masked:
+            mask = torch.arange(200, device=device)[None] % 3 > 0
+            inputs = inputs._replace(key_mask=mask)
+            key, value = (x.masked_fill(~mask[..., None, None], torch.nan) for x in (key, value))
+            read = inputs._replace(key=key, value=value)
         grads = torch.randn_like(query), torch.randn(query.shape[:-1], device=device)
         wanted = _dense(inputs, rule, grads)
         for _ in range(3):  # the first launches compile and compare
-            out, lse = backend.forward(inputs, rule, 0.125)
-            found = backend.backward(*grads, inputs, out, lse, rule, 0.125)
+            out, lse = backend.forward(read, rule, 0.125)
+            found = backend.backward(*grads, read, out, lse, rule, 0.125)
             _check((out, lse, *found[: len(wanted) - 2]), wanted, f"{space}, {rule}")
 
 
@@ -127,6 +134,8 @@ def _dense(inputs: Inputs, rule: Rule, grads: tuple[Tensor, Tensor]) -> list[Ten
     if isinstance(rule, Neighborhood) and inputs.rpb is not None:
         scores = scores + leaves[3].flatten(1)[:, _bias_index(rule, space, query.device)]
     scores = scores.masked_fill(~window_mask(rule, space, space, query.device), -torch.inf)
+    if inputs.key_mask is not None:  # of each query, it leaves some keys
+        scores = scores.masked_fill(~inputs.key_mask[:, None, None], -torch.inf)
     out = (scores.softmax(-1) @ value).transpose(1, 2).unflatten(1, space)
     lse = scores.logsumexp(-1).transpose(1, 2).unflatten(1, space)
     found = torch.autograd.grad((out, lse), leaves, [x.double() for x in grads])

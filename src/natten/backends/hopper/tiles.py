@@ -34,6 +34,7 @@ from .cuts import (
 ROWS = 64  # tokens of a warpgroup
 HEAD_DIMS = (32, 64, 128, 256, 512)  # channels that there are kernels for; of keys, up to 256
 MOST = 2**31 - 1  # coordinates of TMA are 32 bits
+MOST_MASKED = 2**29  # blocks may begin at the last key of a mask and exceed it by twice of all
 
 # Passes of the backward: what each of them sums.
 PASSES = DQ, DKDV, DK, DV = 0, 1, 2, 3
@@ -323,7 +324,7 @@ def _columns(tiles: Tiles, work: Work) -> int:
 
 def shared_bytes(tiles: Tiles, mask: Mask, work: Work, own_out: bool) -> int:
     """Bytes of shared memory of a multiprocessor's programs; 2176 each for barriers, bounds of
-    windows and Triton."""
+    windows, what masks of keys have scores start from, and Triton."""
     columns = _columns(tiles, work)
     rows = warpgroups(tiles) * ROWS * (work.tile_channels + work.out_channels * own_out)
     blocks = tiles.num_stages * columns * work.block_channels

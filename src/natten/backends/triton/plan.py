@@ -38,7 +38,7 @@ from .windows import modes, per_key
 MOST_SUMS = 2**26
 
 # Of masks of keys and of additional ones, where there are such.
-_MaskStrides = tuple[tuple[int, ...] | None, tuple[int, ...] | None]
+MaskStrides = tuple[tuple[int, ...] | None, tuple[int, ...] | None]
 
 
 def sizes(rule: Rule, space: Sequence[int], key_space: Sequence[int]) -> dict[str, int]:
@@ -116,7 +116,7 @@ class Plan:
         packed: Sizes | None,
         tiles: tuple[int, ...],
         tf32: bool,
-        masks: _MaskStrides = (None, None),
+        masks: MaskStrides = (None, None),
     ) -> None:
         query, key, value = shapes
         self.rule, self.scale, self.device = rule, scale, device
@@ -133,7 +133,7 @@ class Plan:
         key_mask, additional_mask = masks
         self.has_key_mask = key_mask is not None
         self.has_additional_mask = additional_mask is not None and bool(num_additional)
-        self.key_mask_strides = _of_key_mask(key_mask or (0,))
+        self.key_mask_strides = strides_of_mask(key_mask or (0,))
         self.additional_mask_strides = dict(zip(("a_b", "a_0"), additional_mask or (0, 0)))
         self.sizes = sizes(rule, self.space, self.key_space)
         self.numbers = {"per_kv": self.per_kv, "scale": scale}
@@ -358,7 +358,7 @@ class Plan:
         return (splits, heads, num_blocks, *pairs), launches
 
 
-def _of_key_mask(strides: Sequence[int]) -> dict[str, int]:
+def strides_of_mask(strides: Sequence[int]) -> dict[str, int]:
     """Arguments ``m_b`` and ``m_0`` to ``m_2``: strides of a mask ``[batch or 1, *key_space]``."""
     batch, *space = strides
     return dict(zip(("m_b", "m_0", "m_1", "m_2"), (batch, *padded(space, 0))))
@@ -385,7 +385,7 @@ class Part:
         numbers += (*one, *self.space, *one, *self.key_space, *none, *offset)
         # The strides ``q``, ``k`` and ``v``, then ``L``, ``KEY_L`` and ``P``.
         self._numbers = numbers
-        self._mask_strides = () if mask_strides is None else _of_key_mask(mask_strides).values()
+        self._mask_strides = () if mask_strides is None else strides_of_mask(mask_strides).values()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.plan, name)
@@ -492,7 +492,7 @@ def plan_for(
         tiles,
         query.dtype == torch.float32 and allows_tf32(),
     )
-    key_mask, additional_mask = map(_mask_strides, masks)
+    key_mask, additional_mask = map(mask_strides, masks)
     if not has_shared_kernels(rule, *strides, key_mask or (0,)):
         return _cached_plan(
             rule, scale, query.device, query.dtype, shapes, strides, *others,
@@ -519,7 +519,7 @@ def plan_for(
     return part
 
 
-def _mask_strides(mask: Tensor | None) -> tuple[int, ...] | None:
+def mask_strides(mask: Tensor | None) -> tuple[int, ...] | None:
     """Strides of a mask, that of the batch 0 where all entries have the same."""
     if mask is None:
         return None
