@@ -72,6 +72,7 @@ HOPPER = [
     Variant("Hunyuan strided", (30, 48, 80), (18, 24, 24), 128, stride=(16, 8, 8)),
     Variant("causal", (30, 32, 32), (30, 16, 16), 128, causal=(True, False, False)),
     Variant("weather", (13, 91, 180), (5, 7, 7), 48),
+    Variant("d20", (64, 64), 13, 20),
     Variant("wide", (64, 64), 13, 256),
     Variant("two widths", (64, 64), 13, 128, value_dim=64),
     Variant("wide values", (64, 64), 9, 64, value_dim=512),

@@ -75,9 +75,11 @@ def kinds(backend: str) -> list[Kind]:
         dims = [(32, 32), (64, 64), (128, 128), (48, 48), (96, 72)]
         dims += [(256, 256), (32, 128), (160, 136), (136, 200), (248, 64)]  # dK and dV apart
         dims += [(64, 512), (32, 384), (8, 320)]  # slices of values
+        dims += [(20, 20), (12, 40), (7, 250)]  # copies of channels
         dtypes, operations = dtypes[:2], ["fused"] * 4 + ["dense", "packed"]
     found = []
-    for i, (dim, value_dim) in zip(range(64), itertools.cycle(dims)):
+    count = max(64, len(operations) * len(dims)) if backend == "hopper" else 64
+    for i, (dim, value_dim) in zip(range(count), itertools.cycle(dims)):
         operation = operations[i // len(dims) % len(operations)]
         rank = 1 if operation == "dense" else i % 3 + 1
         dtype = dtypes[i // 3 % len(dtypes)]

@@ -24,7 +24,7 @@ from natten import tuning
 from natten.backends import Problem
 from natten.backends.interface import KINDS
 from natten.inputs import Inputs
-from natten.neighborhood import Neighborhood
+from natten.neighborhood import Dense, Neighborhood
 
 pytest.importorskip("triton", "3.6")  # the first with Gluon for Hopper
 
@@ -162,16 +162,35 @@ def test_unsupported_says_why(change: dict[str, Any], reason: str) -> None:
     assert said is not None and reason in said
 
 
-def test_heads_of_all_widths_that_tma_reads() -> None:
+def test_heads_of_all_widths() -> None:
     def said(dim: int, value_dim: int, operation: str) -> str | None:
         sizes = {"head_dim": dim, "value_dim": value_dim, "operation": operation}
         return hopper.lacks(PLAIN._replace(**sizes))
 
-    for dim, value_dim in ((8, 8), (40, 64), (72, 128), (128, 32), (160, 160), (256, 512)):
+    for dim, value_dim in ((1, 8), (20, 7), (72, 128), (128, 32), (160, 160), (256, 512)):
         assert said(dim, value_dim, "attention") is said(dim, value_dim, "gradient") is None
-    assert "multiples of 8" in str(said(20, 20, "attention"))
-    assert "head_dim 8 to 256" in str(said(264, 64, "attention"))
-    assert "value head_dim 8 to 512" in str(said(64, 520, "gradient"))
+    assert "head_dim 1 to 256" in str(said(264, 64, "attention"))
+    assert "value head_dim 1 to 512" in str(said(64, 520, "gradient"))
+    assert said(20, 7, "packed") is None
+    assert "up to 128 channels" in str(said(160, 160, "packed"))
+
+
+def test_small_windows_do_not_pay_for_copies() -> None:
+    def slower(dim: int, rule: Any) -> bool:
+        return hopper.slower(PLAIN._replace(head_dim=dim, rule=rule)) is not None
+
+    small, large = (rule_of((16, 16), window, 1, 1, False) for window in (3, 9))
+    assert slower(20, small) and not slower(24, small) and not slower(20, large)
+    assert not slower(20, Dense()) and hopper.slower(PLAIN._replace(head_dim=20, rule=None)) is None
+
+
+@pytest.mark.parametrize(("narrow", "wide"), [(20, 24), (12, 16), (7, 8), (250, 256)])
+def test_widened_heads_have_the_tiles_of_their_copies(narrow: int, wide: int) -> None:
+    rule, shape = rule_of((64, 64), 13, 1, 1, False), (64, 64)
+    for kind in KINDS:
+        problems = [(kind, rule, shape, shape, dim, dim, 2) for dim in (narrow, wide)]
+        assert tiling.choose(*problems[0]) == tiling.choose(*problems[1])
+        assert tiling.key(*problems[0]) == tiling.key(*problems[1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -369,6 +388,8 @@ TENSORS = [
     (2, 2, 24, 320, 0, torch.float16, torch.float32),
     (4, 2, 96, 72, 5, torch.bfloat16, torch.float32),
     (1, 1, 8, 40, 0, torch.float16, None),
+    (2, 1, 20, 12, 5, torch.bfloat16, torch.float32),
+    (2, 1, 7, 80, 0, torch.float16, None),
     (2, 1, 136, 200, 0, torch.bfloat16, None),
     (3, 1, 32, 32, 0, torch.bfloat16, torch.bfloat16),
 ]
@@ -431,6 +452,8 @@ GRADIENTS = [
     (2, 1, 64, 512, 7, True, torch.bfloat16, None),
     (2, 2, 256, 200, 0, False, torch.float16, torch.float16),
     (4, 2, 32, 128, 0, True, torch.bfloat16, None),
+    (2, 1, 20, 12, 5, True, torch.bfloat16, torch.float32),
+    (2, 1, 80, 96, 0, False, torch.float16, None),
     (2, 2, 64, 64, 0, False, torch.float16, torch.float16),
 ]
 

@@ -21,13 +21,23 @@ from torch import Tensor
 from ... import _submodules
 from ...documents import Documents
 from ...inputs import Gradients, Inputs
-from ...neighborhood import Neighborhood, Rule
+from ...neighborhood import Dense, Neighborhood, Rule
 from .. import triton
 from ..interface import KINDS, Backend, Problem, Shape, TileChooser
 from ..triton import releases, small_tiles
-from .tiles import MOST, MOST_MASKED, OWN, cycles_of, has_empty_box, has_tiles, queries
+from .tiles import (
+    MOST,
+    MOST_MASKED,
+    OWN,
+    are_together,
+    cycles_of,
+    has_empty_box,
+    has_tiles,
+    queries,
+)
 
-_NO_EMPTY_BOX = "has no kernels for heads of 129 to 192 channels, or values of 257 to 448, with {}"
+# Keys of a query from which on copies of heads that TMA can not read pay.
+_WORTH_COPYING = 48
 
 # For heads of so many channels the kernel of small windows runs where it takes less by estimate;
 # estimates of these kernels are 2.15 of what they take.
@@ -41,8 +51,8 @@ class Hopper(Backend):
     devices = "NVIDIA H100 and H200 (compute capability 9.0)"
     operations = ("attention", "gradient", "packed")
     dtypes = (torch.float16, torch.bfloat16)
-    head_dims = range(8, 257, 8)
-    value_dims = range(8, 513, 8)
+    head_dims = range(1, 257)
+    value_dims = range(1, 513)
     masks = True
     circular = True
     compiles = True
@@ -88,13 +98,15 @@ class Hopper(Backend):
         if problem.rule is None:
             return None
         rule = problem.rule
-        # Where views begin before their tensors, TMA must load no box that is empty
-        # (``descriptors.py``).
-        has_box = any(map(has_empty_box, (problem.head_dim, problem.value_dim)))
         if problem.operation == "packed":
             if max(rule.dilation) > 1 or "circular" in rule.boundary:
                 return "has no dilation and no circular axes of packed documents"
-            return _NO_EMPTY_BOX.format("packed documents") if has_box else None
+            if not are_together(problem.head_dim, problem.value_dim):
+                return (
+                    "packs documents for heads of up to 128 channels, the value's, rounded up to "
+                    "32, 64 or 128, like the key's"
+                )
+            return None
         if any(r > 1 and d > 1 for r, d in zip(rule.queries_per_key, rule.dilation)):
             return "has no queries that are finer than keys along an axis with dilation"
         if problem.bias and isinstance(rule, Neighborhood):
@@ -104,8 +116,11 @@ class Hopper(Backend):
             if 2 * math.prod([2 * k + 384 for k in rule.kernel_size]) > MOST:
                 return "numbers a head's relative positional biases with 31 bits"
         batch, *space, heads, _ = problem.shape
-        if has_box and max(rule.dilation) > 1 and queries(rule, space) != OWN:
-            return _NO_EMPTY_BOX.format(
+        # Of groups that differ in length, TMA must load no box that is empty (``descriptors.py``).
+        may_differ = max(rule.dilation) > 1 and queries(rule, space) != OWN
+        if may_differ and any(map(has_empty_box, (problem.head_dim, problem.value_dim))):
+            return (
+                "has no kernels for heads of 129 to 192 channels, or values of 257 to 448, with "
                 "dilation where queries are a part of the layout or it does not divide the token "
                 "layout"
             )
@@ -119,13 +134,24 @@ class Hopper(Backend):
         return None
 
     def slower(self, problem: Problem) -> str | None:
+        rule, dims = problem.rule, (problem.head_dim, problem.value_dim)
+        if rule is None:
+            return None
+        if any(dim % 8 for dim in dims):
+            plain = problem.key_shape or problem.shape[1:-2]
+            keys = plain if isinstance(rule, Dense) else rule.kernel_size
+            if math.prod(keys) >= _WORTH_COPYING:
+                return None
+            return "copies heads that 8 does not divide, which takes longer than such small windows"
+        return self._small_window(problem, rule)
+
+    def _small_window(self, problem: Problem, rule: Rule) -> str | None:
         """Forward, small windows may be faster in tiles of 16 queries, which waste less."""
-        rule, space = problem.rule, problem.shape[1:-2]
-        if problem.operation != "attention" or rule is None or problem.head_dim > _SMALL_CHANNELS:
+        if problem.operation != "attention" or problem.head_dim > _SMALL_CHANNELS:
             return None
         if problem.bias or problem.additional or problem.masked:
             return None
-        sizes = rule, space, problem.key_shape, problem.head_dim, problem.value_dim
+        sizes = rule, problem.shape[1:-2], problem.key_shape, problem.head_dim, problem.value_dim
         theirs = small_tiles.choose(*sizes, problem.dtype.itemsize, False, problem.scale)
         if theirs is None or theirs[0] >= _SMALL_CYCLES * cycles_of("forward", *sizes):
             return None

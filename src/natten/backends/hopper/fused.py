@@ -13,6 +13,7 @@ from ...inputs import Gradients, Inputs
 from ...neighborhood import Rule
 from ..triton.fused import additional_gradients, rpb_gradient
 from ..triton.launch import contiguous, on_device
+from .channels import narrowed, narrowed_gradients, widened, widened_inputs
 from .descriptors import readable
 from .key_masks import FINDERS
 from .plan import Plan, plan_for
@@ -26,6 +27,41 @@ def forward(
 
     With ``documents``, batch is 1 and space is the tokens of all of them.
     """
+    if not _need_widening(inputs):
+        return _forward(inputs, rule, scale, documents)
+    with on_device(inputs.query):
+        out, lse = _forward(widened_inputs(inputs), rule, scale, documents)
+        return narrowed(out, inputs.value.shape[-1]), lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    inputs: Inputs,
+    out: Tensor,
+    lse: Tensor,
+    rule: Rule,
+    scale: float,
+    documents: Documents | None = None,
+) -> Gradients:
+    """Gradients of the inputs."""
+    if not _need_widening(inputs):
+        return _backward(grad_out, grad_lse, inputs, out, lse, rule, scale, documents)
+    with on_device(inputs.query):
+        wide, grad_out, out = widened_inputs(inputs), widened(grad_out), widened(out)
+        grads = _backward(grad_out, grad_lse, wide, out, lse, rule, scale, documents)
+        return narrowed_gradients(grads, inputs)
+
+
+def _need_widening(inputs: Inputs) -> bool:
+    """Whether TMA can not read heads of that width."""
+    return inputs.query.shape[-1] % 8 > 0 or inputs.value.shape[-1] % 8 > 0
+
+
+def _forward(
+    inputs: Inputs, rule: Rule, scale: float, documents: Documents | None
+) -> tuple[Tensor, Tensor]:
+    """As :func:`forward`, of heads that 8 divides."""
     query = inputs.query
     *rows, _ = query.shape
     out = query.new_empty(*rows, inputs.value.shape[-1])
@@ -50,7 +86,7 @@ def forward(
     return out, lse
 
 
-def backward(
+def _backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     inputs: Inputs,
@@ -60,7 +96,7 @@ def backward(
     scale: float,
     documents: Documents | None = None,
 ) -> Gradients:
-    """Gradients of the inputs."""
+    """As :func:`backward`, of heads that 8 divides."""
     if inputs.query.numel() == 0 or inputs.key.numel() == 0:
         return Gradients.zeros(inputs)
     grad_query, grad_key, grad_value = [

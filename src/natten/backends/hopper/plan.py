@@ -158,7 +158,8 @@ class Plan:
         """The portable kernel of dK and dV where queries are finer than keys, heads are wide, and
         tiles of keys are so few that half of the processors would wait; its tiles are smaller, and
         several programs share one. Else None."""
-        if self.queries != FINER or tiling.are_together(self.dim, self.value_dim):
+        is_wide = not tiling.are_together(self.dim, self.value_dim)
+        if self.queries != FINER or self.packed is not None or not is_wide:
             return None
         _ = self.dkdv  # has the tiles
         tiles, _ = self.cuts["dkdv"]

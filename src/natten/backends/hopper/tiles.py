@@ -49,6 +49,11 @@ def native(channels: int) -> int:
     return next(each for each in HEAD_DIMS if each >= channels)
 
 
+def aligned(channels: int) -> int:
+    """Channels of a head in memory that TMA reads: 16 bytes divide strides."""
+    return -(-channels // 8) * 8
+
+
 @cache
 def slices(dim: int, value_dim: int) -> tuple[int, int]:
     """In how many slices of values a kernel sums outputs or dV, and the channels of a slice.
@@ -405,6 +410,7 @@ def key(
     packed: bool = False,
 ) -> str:
     """The name of a problem in :mod:`natten.tuning`."""
+    dim, value_dim = aligned(dim), aligned(value_dim)
     rule, shape, key_shape = _model(rule, shape, key_shape)
     layouts = (shape,) if shape == key_shape else (shape, key_shape)
     sizes = "-".join("x".join(map(str, each)) for each in layouts)
@@ -429,7 +435,7 @@ def choose(
         packed: of packed documents, up to the layouts' lengths.
     """
     model = _model(rule, shape, key_shape)
-    return _choose(kind, *model, dim, value_dim, itemsize, packed)
+    return _choose(kind, *model, aligned(dim), aligned(value_dim), itemsize, packed)
 
 
 @tuning.cached
@@ -453,7 +459,8 @@ def candidates(
 ) -> list[Tiles]:
     """Tiles that fit the registers and shared memory: what :func:`choose` takes if no others were
     measured, then the others, cheapest first by estimate."""
-    return _candidates(kind, *_model(rule, shape, key_shape), dim, value_dim, packed)
+    model = _model(rule, shape, key_shape)
+    return _candidates(kind, *model, aligned(dim), aligned(value_dim), packed)
 
 
 @lru_cache(maxsize=1024)
@@ -471,7 +478,7 @@ def has_tiles(
 ) -> bool:
     """Whether there are tiles at all; some rings are too short."""
     model = _model(rule, shape, key_shape)
-    return _usual(kind, *model, dim, value_dim, False) is not None
+    return _usual(kind, *model, aligned(dim), aligned(value_dim), False) is not None
 
 
 @lru_cache(maxsize=64)
