@@ -193,6 +193,18 @@ def test_widened_heads_have_the_tiles_of_their_copies(narrow: int, wide: int) ->
         assert tiling.key(*problems[0]) == tiling.key(*problems[1])
 
 
+@pytest.mark.parametrize("channels", range(8, 513, 8))
+def test_chunks_hold_the_channels(channels: int) -> None:
+    """They are powers of two of at least 16, as few as one of them half of the kernel's allows."""
+    found, width = tiling.chunks(channels), tiling.native(channels)
+    assert channels <= sum(found) <= width and len(found) <= 2
+    assert all(each >= 16 and each & (each - 1) == 0 for each in found)
+    if len(found) == 2:
+        assert found[0] == width // 2 and found[1] <= 2 * max(8, channels - found[0])
+    else:
+        assert width == 32 or channels > width * 3 // 4
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value_dim", tiling.HEAD_DIMS)
 @pytest.mark.parametrize("dim", tiling.HEAD_DIMS[:-1])

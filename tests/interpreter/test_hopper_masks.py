@@ -72,7 +72,7 @@ def walk(g, mask, key_mask, bias, tile, warpgroup, scores, starts, first_tokens)
     q, keys = tl.full([tiling.ROWS, 16], 0, tl.bfloat16), Keys(key_mask, tile)
     for i in range(int(end) - int(before)):
         keys.block = block
-        s = of_tile.scores(q, keys, i, block, biases, keys.start(), None)
+        s = of_tile.scores(q, keys, i, block, biases, keys.start(), None, (DIM,))
         s = of_tile.compare(s, block, i == 0)
         at = (i * tiling.ROWS + rows[:, None]) * math.prod(g.BLOCK) + columns[None, :]
         tl.store(scores + at, s)
@@ -248,7 +248,7 @@ def rows_kernel(found, key_mask, tile_id, ARGUMENTS: tl.constexpr):
     of_keys = key_masks.key_mask_of(g, key_mask, strides, ARGUMENTS["m_last"], None, True)
     tile = g.tile(tile_id)
     ones = tl.full([tiling.ROWS, 16], 1.0, tl.float32)
-    kept = of_keys.of_rows(tile, g.first_of(tile, 0), ones)
+    (kept,) = of_keys.of_rows(tile, g.first_of(tile, 0), (ones,))
     at = tl.arange(0, tiling.ROWS)[:, None] * 16 + tl.arange(0, 16)[None, :]
     tl.store(found + at, kept)
 

@@ -137,7 +137,7 @@ def walk_kernel(
             masked = (
                 tl.where(allowed != 0, tl.full([tiling.ROWS, 1], 0.0, tl.float32), masks.MASKED),
             )
-        s = window.scores(q, Keys(g), i, block, biases, masked, None)
+        s = window.scores(q, Keys(g), i, block, biases, masked, None, (DIM,))
         s = window.compare(s, block, i == 0)
         start, _ = g.block_start(block, tile.origin)
         scores = torch.from_numpy(s.handle.data)

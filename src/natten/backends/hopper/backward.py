@@ -26,11 +26,10 @@ from .gluon_names import (
     gluon,
     reinterpret,
     store_wait,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 from .key_masks import Additional, KeyMask, fetch_key_mask, key_mask_of
-from .masks import COMPARE, FIRST, Mask, TileMask, column_tables, multiply
+from .masks import COMPARE, FIRST, Mask, TileMask, column_tables
 from .pipeline import (
     TmaPipeline,
     TmaTensor,
@@ -40,6 +39,7 @@ from .pipeline import (
     tma_bases,
     tma_pipeline,
 )
+from .products import add, kept, left_operand, multiply, store, times, wait, zeros
 from .tiles import PASSES
 
 # Tensors of a pipeline: query or key; the gradient of the output or value; and with queries four
@@ -73,8 +73,10 @@ class Context:
     PASS: gl.constexpr
     EARLY: gl.constexpr  # dP is made beside the scores, else after the weights, if at all
     LATE: gl.constexpr  # dS of a block is added while the next one is made; of dV, its weights
+    QK_CHUNKS: gl.constexpr  # channels of queries and keys, as products take them
+    V_CHUNKS: gl.constexpr  # of values
+    SUM_CHUNKS: gl.constexpr  # of ``acc``
     SCORES: gl.constexpr  # layout of [M, N]
-    ACC: gl.constexpr  # layout of [M, D]
 
 
 @aggregate
@@ -163,20 +165,20 @@ def _step(
     dV has weights instead of dS.
     """
     PASS: gl.constexpr = ctx.PASS
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ctx.ACC, 2)
     blocks = ctx.blocks
     DTYPE: gl.constexpr = ctx.grads[0].descriptor.dtype
     M: gl.constexpr = tile.qk.shape[0]
     start = blocks.start_of(stage, M, ctx.SCORES)  # [M, N]; of a mask of keys
-    s = tile.mask.scores(tile.qk, blocks, stage, block, bias, start, ctx.SCORES)  # S = Q K^T
+    s = tile.mask.scores(  # S = Q K^T
+        tile.qk, blocks, stage, block, bias, start, ctx.SCORES, ctx.QK_CHUNKS
+    )
     gv = blocks.matrix(stage, GV)  # [N, DV]
     if LATE:
         acc = _added(ctx, acc, ds, stage - 1)
     if ctx.EARLY:
-        dp = multiply(tile.gv, gv, ctx.SCORES)  # dP = dO V^T, [M, N]
-        s = warpgroup_mma_wait(2 if LATE else 1, deps=[s])
-    else:
-        s = warpgroup_mma_wait(1 if LATE else 0, deps=[s])
+        dp = multiply(tile.gv, gv, ctx.SCORES, ctx.V_CHUNKS)  # dP = dO V^T, [M, N]
+    BESIDE: gl.constexpr = (len(acc) if LATE else 0) + (len(ctx.V_CHUNKS) if ctx.EARLY else 0)
+    s = warpgroup_mma_wait(BESIDE, deps=[s])  # [M, N]
     if PASS == DQ:
         lse, delta = tile.lse_delta  # [M, 1]
     else:
@@ -184,15 +186,16 @@ def _step(
     s = tile.mask.compare(s, block, IS_FIRST)
     p = gl.exp2(s * ctx.scale_log2 - lse)  # [M, N]
     if PASS == DKDV:
-        dp = multiply(tile.gv, gv, ctx.SCORES)
-        weights = gl.convert_layout(p.to(DTYPE), OPERAND)
-        acc_v = warpgroup_mma(weights, gv, acc_v, is_async=True)  # dV += P^T dO
-    PENDING: gl.constexpr = 1 if PASS == DKDV else 0
+        dp = multiply(tile.gv, gv, ctx.SCORES, ctx.V_CHUNKS)
+        weights = gl.convert_layout(p.to(DTYPE), left_operand(ctx.V_CHUNKS[0]))
+        acc_v = add(acc_v, weights, gv, ctx.V_CHUNKS)  # dV += P^T dO
+    PENDING: gl.constexpr = len(acc_v) if PASS == DKDV else 0
     if PASS == DV:
         if LATE:
-            acc = warpgroup_mma_wait(0, deps=[acc])
+            acc = wait(acc, 0)
     elif LATE:
-        acc, dp = warpgroup_mma_wait(PENDING, deps=[acc, dp])
+        found = wait(acc + (dp,), PENDING)
+        acc, dp = found[:-1], found[-1]
     else:
         dp = warpgroup_mma_wait(PENDING, deps=[dp])
     if LATE:
@@ -203,7 +206,7 @@ def _step(
         if PASS != DQ:
             delta = _column_lse_delta(blocks, stage, DELTA, ctx.SCORES)  # [1, N]
         ds = p * (dp - delta)  # dS = P * (dP - delta), [M, N]
-    return acc, acc_v, gl.convert_layout(ds.to(DTYPE), OPERAND)
+    return acc, acc_v, gl.convert_layout(ds.to(DTYPE), left_operand(ctx.SUM_CHUNKS[0]))
 
 
 @gluon.jit
@@ -211,7 +214,7 @@ def _added(ctx, acc, ds, stage):
     """Start to add dS of the block in a stage, or its weights."""
     # dQ += dS K, dK += dS^T Q, or dV += P^T dO
     factor = ctx.blocks.matrix(stage, GV if ctx.PASS == DV else QK)  # [N, D]
-    return warpgroup_mma(ds, factor, acc, is_async=True)
+    return add(acc, ds, factor, ctx.SUM_CHUNKS)
 
 
 @gluon.jit
@@ -219,9 +222,10 @@ def _add(ctx, acc, acc_v, ds, stage):
     """Add dS of the block in a stage, or its weights, and hand the block back."""
     acc = _added(ctx, acc, ds, stage)
     if ctx.PASS == DKDV:
-        acc, acc_v = warpgroup_mma_wait(0, deps=[acc, acc_v])
+        found = wait(acc + acc_v, 0)
+        acc, acc_v = found[: len(acc)], found[len(acc) :]
     else:
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        acc = wait(acc, 0)
     ctx.blocks.consumer_release(stage)
     return acc, acc_v
 
@@ -235,14 +239,18 @@ def _add_additional(ctx, tile, batch, acc, stage):
     lse, delta = tile.lse_delta  # [M, 1]
     for position in range(0, ctx.additional.count, N):
         blocks.consumer_wait(stage)
-        s = multiply(tile.qk, blocks.matrix(stage, QK), ctx.SCORES)  # S = Q K^T, [M, N]
-        dp = multiply(tile.gv, blocks.matrix(stage, GV), ctx.SCORES)  # dP = dO V^T, [M, N]
+        s = multiply(
+            tile.qk, blocks.matrix(stage, QK), ctx.SCORES, ctx.QK_CHUNKS
+        )  # S = Q K^T, [M, N]
+        dp = multiply(
+            tile.gv, blocks.matrix(stage, GV), ctx.SCORES, ctx.V_CHUNKS
+        )  # dP = dO V^T, [M, N]
         s, dp = warpgroup_mma_wait(0, deps=[s, dp])
         s = ctx.additional.masked(s, batch, position)
         p = gl.exp2(s * ctx.scale_log2 - lse)  # [M, N]
         ds = (p * (dp - delta)).to(DTYPE)  # dS = P * (dP - delta), [M, N]
-        ds = gl.convert_layout(ds, gl.DotOperandLayout(0, ctx.ACC, 2))
-        acc = warpgroup_mma(ds, blocks.matrix(stage, QK), acc)  # dQ += dS K, [M, D]
+        ds = gl.convert_layout(ds, left_operand(ctx.SUM_CHUNKS[0]))
+        acc = wait(_added(ctx, acc, ds, stage), 0)  # dQ += dS K, [M, D]
         blocks.consumer_release(stage)
         stage += 1
     return acc, stage
@@ -269,7 +277,7 @@ def _walk(ctx, tile, first, operands, bias, is_unclean, stage, acc, acc_v):
         )
         for i in range(before + 1, end):
             if ctx.PASS == DKDV:
-                acc_v = warpgroup_mma_wait(0, deps=[acc_v])
+                acc_v = wait(acc_v, 0)
             block = g.next_block(block, tile.blocks)
             _clean(ctx, is_unclean, tile, block, stage + i)
             acc, acc_v, ds = _step(
@@ -299,7 +307,6 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
     """Warpgroup that makes the gradients of its tokens of each tile."""
     g, tiles = ctx.geometry, ctx.tiles[WARPGROUP]
     M: gl.constexpr = volume(g.TILE)
-    D: gl.constexpr = ctx.grads[0].descriptor.block_type.shape[4]
     DTYPE: gl.constexpr = ctx.grads[0].descriptor.dtype
     tile_iteration = 0
     stage = 0  # of the tile's first block
@@ -311,8 +318,8 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
         first = g.first_of(tile, WARPGROUP)
         mask = ctx.masks[WARPGROUP].of_tile(tile, first, ctx.SCORES)
 
-        acc = gl.zeros([M, D], gl.float32, ctx.ACC)  # [M, D]
-        acc_v = gl.zeros([M, D], gl.float32, ctx.ACC) if ctx.PASS == DKDV else acc  # dV, [M, D]
+        acc = zeros(M, ctx.SUM_CHUNKS)  # [M, D]
+        acc_v = zeros(M, ctx.V_CHUNKS) if ctx.PASS == DKDV else acc  # dV, [M, DV]
         tiles.consumer_wait(tile_iteration)
         qk = tiles.matrix(tile_iteration, QK)  # [M, D]
         gv = qk
@@ -340,15 +347,15 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
 
         if g.QUERIES != OWN and len(g.tile_table) > 0:  # a document may have one side only
             has_partners = g.other_side(tile).length[2] > 0
-            acc, acc_v = gl.where(has_partners, acc, 0.0), gl.where(has_partners, acc_v, 0.0)
+            acc, acc_v = kept(acc, has_partners), kept(acc_v, has_partners)
 
         store_wait(0)  # the tile before has left the buffers
         buffers = ctx.buffers[WARPGROUP]
         if ctx.PASS != DV:
-            acc *= ctx.scale_log2 * LN2
-        buffers[0].reshape([M, D]).store(acc.to(DTYPE))
+            acc = times(acc, ctx.scale_log2 * LN2)
+        store(acc, buffers[0], ctx.SUM_CHUNKS, DTYPE)
         if ctx.PASS == DKDV:
-            buffers[1].reshape([M, D]).store(acc_v.to(DTYPE))
+            store(acc_v, buffers[1], ctx.V_CHUNKS, DTYPE)
         fence_async_shared()
         side = g.own_side(tile)
         base = ctx.grads[0].tma_base(tile.batch, side.bases, tile.head)
@@ -404,8 +411,9 @@ def backward_kernel(
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
     REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, WARPGROUPS: gl.constexpr,
     DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr, HEADS_FIRST: gl.constexpr,
-    PACKED: gl.constexpr, BIAS_STRIDES: gl.constexpr, SLICES: gl.constexpr,
-    HAS_KEY_MASK: gl.constexpr, HAS_ADDITIONAL_MASK: gl.constexpr, PASS: gl.constexpr,
+    PACKED: gl.constexpr, BIAS_STRIDES: gl.constexpr, QK_CHUNKS: gl.constexpr,
+    V_CHUNKS: gl.constexpr, SLICES: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
+    HAS_ADDITIONAL_MASK: gl.constexpr, PASS: gl.constexpr,
 ):  # fmt: skip
     """One pass: dQ from tiles of queries, or dK, dV, or both from tiles of keys.
 
@@ -472,7 +480,7 @@ def backward_kernel(
     if WARPGROUPS == 2:
         tiles += (tma_pipeline(outer, 1, 1, ROWS),)
         masks += (_mask(g, tables, MASK, ENDS, BY_ROW, STEPS),)
-    D: gl.constexpr = grads[0].descriptor.block_type.shape[4]
+    WIDTH: gl.constexpr = grads[0].descriptor.block_type.shape[4]
     ctx = Context(
         geometry=g, masks=masks, key_mask=masked,
         bias=bias_of(g, bias_tables, bias_size, bias_middle, BIAS_STRIDES),
@@ -484,8 +492,9 @@ def backward_kernel(
         HAS_ADDITIONAL=HAS_ADDITIONAL, HAS_MASKS=HAS_KEY_MASK or HAS_ADDITIONAL_MASK,
         HAS_BIAS=len(BIAS_STRIDES) > 0, OWN_OUT=OWN_OUT,
         # Registers do not suffice for dP with two sums, nor for adding late to two of 128 channels.
-        PASS=PASS, EARLY=len(grads) == 1 and PASS != DV, LATE=PASS != DKDV or D < 128,
-        SCORES=mma_layout(volume(BLOCK)), ACC=mma_layout(D),
+        PASS=PASS, EARLY=len(grads) == 1 and PASS != DV, LATE=PASS != DKDV or WIDTH < 128,
+        QK_CHUNKS=QK_CHUNKS, V_CHUNKS=V_CHUNKS, SUM_CHUNKS=V_CHUNKS if PASS == DV else QK_CHUNKS,
+        SCORES=mma_layout(volume(BLOCK)),
     )  # fmt: skip
     # Triton has no variable for a list of functions, so the roles are put together in place.
     gl.warp_specialize(

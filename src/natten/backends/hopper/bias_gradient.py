@@ -13,8 +13,9 @@ from .backward import GV, QK, row_lse_delta
 from .bias import Bias, bias_of
 from .geometry import OWN, Geometry, Group, Side, Tile, mma_layout, volume
 from .gluon_names import aggregate, from_triton, gdc_wait, gl, gluon, warpgroup_mma_wait
-from .masks import COMPARE, Mask, multiply
+from .masks import COMPARE, Mask
 from .pipeline import TmaPipeline, TmaTensor, tma_bases, tma_pipeline
+from .products import multiply
 
 tiles_that_attend = from_triton(windows.tiles_that_attend)
 
@@ -39,6 +40,8 @@ class Context:
     head: gl.tensor
     kv_head: gl.tensor
     scale_log2: gl.tensor  # scores times it are exponents of two
+    QK_CHUNKS: gl.constexpr  # channels of queries and keys, as products take them
+    V_CHUNKS: gl.constexpr  # of values
     SCORES: gl.constexpr  # layout of [M, N]
 
 
@@ -149,16 +152,15 @@ def _sum(ctx):
         mask = ctx.mask.of_tile(tile, first, ctx.SCORES)
         bias = ctx.bias.of_tile(tile, first, ctx.head)
         tiles.consumer_wait(stage)
-        s = mask.scores(
-            tiles.matrix(stage, QK), blocks, stage, here, bias, (), ctx.SCORES
-        )  # [M, N]
-        dp = multiply(tiles.matrix(stage, GV), blocks.matrix(stage, GV), ctx.SCORES)  # dP = dO V^T
+        q, grad_out = tiles.matrix(stage, QK), tiles.matrix(stage, GV)  # [M, D], [M, DV]
+        s = mask.scores(q, blocks, stage, here, bias, (), ctx.SCORES, ctx.QK_CHUNKS)  # S = Q K^T
+        dp = multiply(grad_out, blocks.matrix(stage, GV), ctx.SCORES, ctx.V_CHUNKS)  # dP = dO V^T
         lse, delta = row_lse_delta(tiles, stage, ctx.SCORES)  # [M, 1] each
         i0, i1, i2 = g.tokens(first, ctx.SCORES)  # [M] each
         real = (i0 < g.length[0]) & (i1 < g.length[1]) & (i2 < g.length[2])
         # Rows that are no query have weights of zero, whatever their bias.
         lse = gl.where(real[:, None], lse, float("inf"))
-        s = warpgroup_mma_wait(1, deps=[s])
+        s = warpgroup_mma_wait(len(ctx.V_CHUNKS), deps=[s])
         s = mask.compare(s, here, True)
         p = gl.exp2(s * ctx.scale_log2 - lse)  # [M, N]
         dp = warpgroup_mma_wait(0, deps=[dp])
@@ -182,7 +184,8 @@ def bias_gradient_kernel(
     K0, K1, K2, S0, S1, S2, D0, D1, D2, A0, A1, A2, B1, B2,
     batches, heads_per_kv, scale_log2, bias_size, bias_middle,
     MODES: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    FETCH_REGISTERS: gl.constexpr, BIAS_STRIDES: gl.constexpr,
+    FETCH_REGISTERS: gl.constexpr, BIAS_STRIDES: gl.constexpr, QK_CHUNKS: gl.constexpr,
+    V_CHUNKS: gl.constexpr,
 ):  # fmt: skip
     """dS of one block of keys for each tile of queries, summed over a split of the tiles, into
     ``sums [splits, heads, blocks, queries, keys]``.
@@ -228,7 +231,8 @@ def bias_gradient_kernel(
         apart=(apart0, apart1, apart2), first=(t0, t1, t2),
         counts=(gl.maximum(count0, 1), gl.maximum(count1, 1), gl.maximum(count2, 1)),
         begin=begin, end=gl.minimum(begin + per_split, count), head=head,
-        kv_head=head // heads_per_kv, scale_log2=scale_log2, SCORES=mma_layout(N),
+        kv_head=head // heads_per_kv, scale_log2=scale_log2, QK_CHUNKS=QK_CHUNKS, V_CHUNKS=V_CHUNKS,
+        SCORES=mma_layout(N),
     )  # fmt: skip
     gl.warp_specialize(
         [(_sum, (ctx,)), (_fetch_tiles, (ctx,)), (_fetch_blocks, (ctx,))],

@@ -20,12 +20,12 @@ from .gluon_names import (
     gl,
     gluon,
     store_wait,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 from .key_masks import Additional, KeyMask, fetch_key_mask, key_mask_of
-from .masks import MASKED, Mask, column_tables, multiply
+from .masks import MASKED, Mask, column_tables
 from .pipeline import TmaPipeline, TmaTensor, allocate, slice_of, tma_bases, tma_pipeline
+from .products import add, kept, left_operand, multiply, scaled, store, wait, zeros
 
 ROUNDING = gl.constexpr(2.0**-22)  # of a product of two numbers, and a little more
 
@@ -54,8 +54,9 @@ class Context:
     HAS_MASKS: gl.constexpr  # of keys or of additional ones
     HAS_BIAS: gl.constexpr
     OWN_OUT: gl.constexpr  # outputs do not take the place of their queries
+    QK_CHUNKS: gl.constexpr  # channels of queries and keys, as products take them
+    V_CHUNKS: gl.constexpr  # of values
     SCORES: gl.constexpr  # layout of [M, N]
-    ACC: gl.constexpr  # layout of [M, DV]
 
 
 @gluon.jit
@@ -119,21 +120,15 @@ def _softmax(ctx, s, row_max, row_sum):
     p = gl.exp2(s * ctx.scale_log2 - new_max[:, None])  # [M, N]
     rescale = gl.exp2(row_max - new_max)  # [M]
     row_sum = row_sum * rescale + gl.sum(p, 1)  # [M]
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ctx.ACC, 2)
-    return gl.convert_layout(p.to(ctx.out.descriptor.dtype), OPERAND), new_max, row_sum, rescale
+    p = gl.convert_layout(p.to(ctx.out.descriptor.dtype), left_operand(ctx.V_CHUNKS[0]))
+    return p, new_max, row_sum, rescale
 
 
 @gluon.jit
 def _add(ctx, acc, p, stage):
     """Start ``acc += P V`` of the block in a stage, once its values are there."""
     ctx.values.consumer_wait(stage)
-    return warpgroup_mma(p, ctx.values.matrix(stage), acc, is_async=True)  # [M, DV]
-
-
-@gluon.jit
-def _scaled(acc, by):
-    """``acc [M, DV]`` with its rows scaled by ``[M]``."""
-    return acc * gl.convert_layout(by, gl.SliceLayout(1, acc.type.layout))[:, None]
+    return add(acc, p, ctx.values.matrix(stage), ctx.V_CHUNKS)  # [M, DV]
 
 
 @gluon.jit
@@ -158,7 +153,6 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
     queries, out_buffer = ctx.queries[WARPGROUP], ctx.outs[WARPGROUP]
     M: gl.constexpr = volume(g.TILE)
     N: gl.constexpr = volume(g.BLOCK)
-    DV: gl.constexpr = ctx.out.descriptor.block_type.shape[4]
     ROWS: gl.constexpr = gl.SliceLayout(1, ctx.SCORES)
     tile_iteration = 0
     stage = 0  # of the tile's first block
@@ -173,7 +167,7 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
         mask = ctx.mask.of_tile(tile, first, ctx.SCORES)
         bias = ctx.bias.of_tile(tile, first, tile.head)
 
-        acc = gl.zeros([M, DV], gl.float32, ctx.ACC)  # [M, DV]
+        acc = zeros(M, ctx.V_CHUNKS)  # [M, DV]
         row_max = gl.full([M], float("-inf"), gl.float32, ROWS)  # [M]
         row_sum = gl.zeros([M], gl.float32, ROWS)  # [M]
         queries.consumer_wait(tile_iteration)
@@ -181,20 +175,21 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
         if ctx.HAS_ADDITIONAL:
             for position in range(0, ctx.additional.count, N):
                 keys.consumer_wait(stage)
-                s = multiply(q, keys.matrix(stage), ctx.SCORES)  # [M, N]
+                s = multiply(q, keys.matrix(stage), ctx.SCORES, ctx.QK_CHUNKS)  # [M, N]
                 s = warpgroup_mma_wait(0, deps=[s])
                 keys.consumer_release(stage)
                 s = ctx.additional.masked(s, tile.batch, position)
                 p, row_max, row_sum, rescale = _softmax(ctx, s, row_max, row_sum)
-                acc = _add(ctx, _scaled(acc, rescale), p, stage)
-                acc = warpgroup_mma_wait(0, deps=[acc])
+                acc = _add(ctx, scaled(acc, rescale), p, stage)
+                acc = wait(acc, 0)
                 values.consumer_release(stage)
                 stage += 1
 
         _skip(ctx, stage, 0, before)
         _clean(ctx, is_unclean, tile, block, stage + before)
         start = keys.start_of(stage + before, M, ctx.SCORES)  # [M, N]; of a mask of keys
-        s = mask.scores(q, keys, stage + before, block, bias, start, ctx.SCORES)  # [M, N]
+        at = stage + before
+        s = mask.scores(q, keys, at, block, bias, start, ctx.SCORES, ctx.QK_CHUNKS)  # [M, N]
         s = warpgroup_mma_wait(0, deps=[s])
         keys.consumer_release(stage + before)
         if ctx.OWN_OUT:  # after the last scores the next tile's queries can come
@@ -202,25 +197,25 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
         s = mask.compare(s, block, True)
         p, row_max, row_sum, rescale = _softmax(ctx, s, row_max, row_sum)
         if ctx.HAS_ADDITIONAL:
-            acc = _scaled(acc, rescale)
+            acc = scaled(acc, rescale)
         # While the softmax of a block is computed, the values of the block before it are added.
         for i in range(before + 1, end):
             block = g.next_block(block, tile.blocks)
             _clean(ctx, is_unclean, tile, block, stage + i)
             start = keys.start_of(stage + i, M, ctx.SCORES)
-            s = mask.scores(q, keys, stage + i, block, bias, start, ctx.SCORES)
+            s = mask.scores(q, keys, stage + i, block, bias, start, ctx.SCORES, ctx.QK_CHUNKS)
             acc = _add(ctx, acc, p, stage + i - 1)
-            s = warpgroup_mma_wait(1, deps=[s])
+            s = warpgroup_mma_wait(len(ctx.V_CHUNKS), deps=[s])
             keys.consumer_release(stage + i)
             if ctx.OWN_OUT:
                 queries.consumer_release(tile_iteration, i + 1 == end)
             s = mask.compare(s, block, False)
             p, row_max, row_sum, rescale = _softmax(ctx, s, row_max, row_sum)
-            acc = warpgroup_mma_wait(0, deps=[acc])
+            acc = wait(acc, 0)
             values.consumer_release(stage + i - 1)
-            acc = _scaled(acc, rescale)
+            acc = scaled(acc, rescale)
         acc = _add(ctx, acc, p, stage + end - 1)
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        acc = wait(acc, 0)
         values.consumer_release(stage + end - 1)
         _skip(ctx, stage, end, count)
 
@@ -231,12 +226,12 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
         if ctx.HAS_MASKS:  # which may leave nothing either
             attends = row_max > ctx.scale_log2 * (MASKED / 2)  # [M]
             inverse = gl.where(attends, inverse, 0.0)
-        out = _scaled(acc, inverse)  # O = acc / row_sum, [M, DV]
+        out = scaled(acc, inverse)  # O = acc / row_sum, [M, DV]
         if g.QUERIES != OWN and len(g.tile_table) > 0:  # it may be a document without keys
             has_keys = tile.group.keys.length[2] > 0
-            out = gl.where(has_keys, out, 0.0)
+            out = kept(out, has_keys)
             row_max = gl.where(has_keys, row_max, float("-inf"))
-        out_buffer.reshape([M, DV]).store(out.to(ctx.out.descriptor.dtype))
+        store(out, out_buffer, ctx.V_CHUNKS, ctx.out.descriptor.dtype)
         fence_async_shared()
         side = tile.group.queries
         base = ctx.out.tma_base(tile.batch, side.bases, tile.head)
@@ -292,8 +287,9 @@ def forward_kernel(
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
     REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, WARPGROUPS: gl.constexpr,
     DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr, HEADS_FIRST: gl.constexpr,
-    PACKED: gl.constexpr, BIAS_STRIDES: gl.constexpr, SLICES: gl.constexpr,
-    HAS_KEY_MASK: gl.constexpr, HAS_ADDITIONAL_MASK: gl.constexpr,
+    PACKED: gl.constexpr, BIAS_STRIDES: gl.constexpr, QK_CHUNKS: gl.constexpr,
+    V_CHUNKS: gl.constexpr, SLICES: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
+    HAS_ADDITIONAL_MASK: gl.constexpr,
 ):  # fmt: skip
     """The first six tensors are descriptors. Their steps are :class:`TmaTensor`'s: ``q_b`` from a
     batch entry to the next, ``q_0`` .. ``q_2`` from a token to the next, ``q_h`` from a head.
@@ -310,7 +306,8 @@ def forward_kernel(
     row, and steps are from a head to the next.
 
     Each of ``SLICES`` of the value's channels has programs of its own, along the grid's second
-    axis.
+    axis. ``QK_CHUNKS`` and ``V_CHUNKS`` are of
+    channels (``products.py``).
     """
     part, documents = (), ()
     if PACKED:
@@ -363,8 +360,8 @@ def forward_kernel(
         heads_per_kv=heads_per_kv, scale_log2=scale_log2,
         queries=queries, keys=keys, values=values, outs=outs,
         HAS_ADDITIONAL=HAS_ADDITIONAL, HAS_MASKS=HAS_KEY_MASK or HAS_ADDITIONAL_MASK,
-        HAS_BIAS=len(BIAS_STRIDES) > 0, OWN_OUT=OWN_OUT,
-        SCORES=mma_layout(volume(BLOCK)), ACC=mma_layout(out.block_type.shape[4]),
+        HAS_BIAS=len(BIAS_STRIDES) > 0, OWN_OUT=OWN_OUT, QK_CHUNKS=QK_CHUNKS, V_CHUNKS=V_CHUNKS,
+        SCORES=mma_layout(volume(BLOCK)),
     )  # fmt: skip
     # Triton has no variable for a list of functions, so the roles are put together in place.
     gl.warp_specialize(

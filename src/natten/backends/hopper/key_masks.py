@@ -100,13 +100,21 @@ class KeyMask:
             return gl.load(self.mask[0] + tile.batch.to(gl.int64) * self.strides[0] + at)
 
     @gluon.jit
-    def of_rows(self, tile, first, x):
-        """``x [M, D]`` of a warpgroup's keys from ``first`` on, zero in masked ones."""
+    def of_rows(self, tile, first, acc):
+        """A sum ``[M, D]`` of a warpgroup's keys from ``first`` on, zero in masked ones."""
         if len(self.mask) > 0:
-            LAYOUT: gl.constexpr = x.type.layout
-            allowed = self.allowed(tile, self.geometry.tokens(first, LAYOUT))  # [M]
-            x = gl.where((allowed != 0)[:, None], x, 0.0)
-        return x
+            found = ()
+            for i in gl.static_range(len(acc)):
+                found = found + (self._of_rows(tile, first, acc[i]),)
+            return found
+        else:
+            return acc
+
+    @gluon.jit
+    def _of_rows(self, tile, first, x):
+        LAYOUT: gl.constexpr = x.type.layout
+        allowed = self.allowed(tile, self.geometry.tokens(first, LAYOUT))  # [M]
+        return gl.where((allowed != 0)[:, None], x, 0.0)
 
     @gluon.jit
     def is_unclean(self):

@@ -10,7 +10,8 @@ score of a partial block. With ``FIRST``, only a tile's first block is partial.
 
 from ..triton.windows import UNIT
 from .geometry import WARPS, Geometry, Group, volume
-from .gluon_names import aggregate, fence_async_shared, gl, gluon, warpgroup_mma
+from .gluon_names import aggregate, fence_async_shared, gl, gluon
+from .products import add_product, multiply
 from .tiles import MASK_KINDS
 
 NONE, COMPARE, PRODUCT, FIRST = map(gl.constexpr, MASK_KINDS)
@@ -24,21 +25,12 @@ FAR = gl.constexpr(1 << 30)
 
 
 @gluon.jit
-def multiply(a, b, LAYOUT: gl.constexpr):
-    """Start ``A B^T`` of matrices ``[M, D]`` and ``[N, D]``."""
-    M: gl.constexpr = a.shape[0]
-    N: gl.constexpr = b.shape[0]
-    zeros = gl.zeros([M, N], gl.float32, LAYOUT)
-    return warpgroup_mma(a, b.permute((1, 0)), zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _multiply(a, b, start, LAYOUT: gl.constexpr):
+def _multiply(a, b, start, LAYOUT: gl.constexpr, CHUNKS: gl.constexpr):
     """As :func:`multiply`; the sum starts from ``[M, N]``, if there is a start."""
     if len(start) > 0:
-        return warpgroup_mma(a, b.permute((1, 0)), start[0], is_async=True)
+        return add_product(a, b, start[0], CHUNKS)
     else:
-        return multiply(a, b, LAYOUT)
+        return multiply(a, b, LAYOUT, CHUNKS)
 
 
 @aggregate
@@ -107,9 +99,12 @@ class TileMask:
     windows: gl.tuple  # of compares: starts of the rows' windows per axis, then ends, [M] each
 
     @gluon.jit
-    def scores(self, q, keys, stage, block, bias, start, SCORES: gl.constexpr):
+    def scores(
+        self, q, keys, stage, block, bias, start, SCORES: gl.constexpr, CHUNKS: gl.constexpr
+    ):  # fmt: skip
         """Start ``S = Q K^T`` of a block, once it is there, with its bias, masked by a ``PRODUCT``;
-        from a mask of keys on, ``[M, N]`` in a tuple, if there is one."""
+        from a mask of keys on, ``[M, N]`` in a tuple, if there is one. ``CHUNKS`` are of channels
+        (``products.py``)."""
         found = bias.of_block(block, SCORES)  # [M, N], if there is a bias
         if len(found) > 0 and len(start) > 0:
             start = (found[0] + start[0],)
@@ -119,11 +114,11 @@ class TileMask:
             rows, columns = self._factors(block)  # [M, C], [N, C]
             keys.consumer_wait(stage)
             k = keys.matrix(stage)  # [N, D]
-            s = _multiply(rows, columns, start, SCORES)
-            s = warpgroup_mma(q, k.permute((1, 0)), s, is_async=True)
+            s = _multiply(rows, columns, start, SCORES, rows.shape[1:])
+            s = add_product(q, k, s, CHUNKS)
         else:
             keys.consumer_wait(stage)
-            s = _multiply(q, keys.matrix(stage), start, SCORES)
+            s = _multiply(q, keys.matrix(stage), start, SCORES, CHUNKS)
         return s
 
     @gluon.jit

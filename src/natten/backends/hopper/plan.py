@@ -317,6 +317,9 @@ class Plan:
         for each in self._passes(kind):
             slices, width = self._slices(each)
             constants["SLICES"] = slices
+            constants["QK_CHUNKS"] = tiling.chunks(self.dim)
+            whole = tiling.chunks(self.value_dim)
+            constants["V_CHUNKS"] = (width,) if slices > 1 else whole
             if each != "forward":
                 constants["PASS"] = PASSES[each]
             if each == "dv":  # it has no values in shared memory, which would be as wide
@@ -411,6 +414,8 @@ class Plan:
             "STAGES": stages,
             "FETCH_REGISTERS": 24,
             "BIAS_STRIDES": table.strides,
+            "QK_CHUNKS": tiling.chunks(self.dim),
+            "V_CHUNKS": tiling.chunks(self.value_dim),
         }
         descriptors = self._descriptors("dq", tiles)
         del descriptors["grad_query"]

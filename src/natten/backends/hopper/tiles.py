@@ -55,6 +55,15 @@ def aligned(channels: int) -> int:
 
 
 @cache
+def chunks(channels: int) -> Shape:
+    """What products of heads of so many channels are made of: all that kernels have, or half of
+    them and a power of two that the others fit."""
+    width = native(channels)
+    rest = next(each for each in (16, 32, 64, 128, 256) if channels - width // 2 <= each)
+    return (width,) if width == 32 or 2 * rest >= width else (width // 2, rest)
+
+
+@cache
 def slices(dim: int, value_dim: int) -> tuple[int, int]:
     """In how many slices of values a kernel sums outputs or dV, and the channels of a slice.
 
