@@ -145,31 +145,22 @@ def _address(
     return (row + _row(coordinates(far, KV_BLOCK), HALO)) * (2 * CHANNELS) + turned
 
 
+_LDMATRIX = """{
+    .reg .u32 at;
+    mov.u32 at, global_smem;
+    add.u32 at, at, $4;
+    ldmatrix.sync.aligned.m8n8.x4.%sshared.b16 {$0, $1, $2, $3}, [at];
+}"""
+LOAD, LOAD_TRANSPOSED = gl.constexpr(_LDMATRIX % ""), gl.constexpr(_LDMATRIX % "trans.")
+
+
 @gluon.jit
-def _load_matrices(at, tensor, TRANSPOSED: gl.constexpr):
+def _load_matrices(at, tensor, LOAD: gl.constexpr):
     """Four matrices of 8x8 numbers for every 8 registers, of which lane ``8 j + i`` has ``at``, the
     address of row ``i`` of matrix ``j``. The program has no other shared memory."""
-    if TRANSPOSED:
-        numbers = gl.inline_asm_elementwise(
-            """{
-            .reg .u32 start;
-            mov.u32 start, global_smem;
-            add.u32 start, start, $4;
-            ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [start];
-            }""",
-            "=r,=r,=r,=r,r,r,r,r,r,r,r,r", [at], tensor.dtype.element_ty, False, 8,
-        )  # fmt: skip
-    else:
-        numbers = gl.inline_asm_elementwise(
-            """{
-            .reg .u32 start;
-            mov.u32 start, global_smem;
-            add.u32 start, start, $4;
-            ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [start];
-            }""",
-            "=r,=r,=r,=r,r,r,r,r,r,r,r,r", [at], tensor.dtype.element_ty, False, 8,
-        )  # fmt: skip
-    return numbers
+    return gl.inline_asm_elementwise(
+        LOAD, "=r,=r,=r,=r,r,r,r,r,r,r,r,r", [at], tensor.dtype.element_ty, False, 8
+    )
 
 
 @gluon.jit
@@ -188,7 +179,7 @@ def _load_keys(
     else:
         near, far, piece, far_piece = lane % 8, n // 8 * 8, lane // 8, d // 32 * 4
     at = plus(_expanded(_expanded(first, 1), 2), coordinates(near, KV_BLOCK))
-    k = _load_matrices(_address(at, piece, far, far_piece, D, KV_BLOCK, HALO), key, False)
+    k = _load_matrices(_address(at, piece, far, far_piece, D, KV_BLOCK, HALO), key, LOAD)
     return gl.permute(k, (0, 2, 1))
 
 
@@ -204,8 +195,8 @@ def _load_values(
     d = gl.arange(0, DV, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
     lane = d % 8 * 4 + n % 8 // 2
     at = plus(_expanded(_expanded(first, 1), 2), coordinates(lane % 16, KV_BLOCK))
-    far = _address(at, lane // 16, n // 16 * 16, d // 16 * 2, DV, KV_BLOCK, HALO)
-    return _load_matrices(START + far, value, True)
+    at = _address(at, lane // 16, n // 16 * 16, d // 16 * 2, DV, KV_BLOCK, HALO)
+    return _load_matrices(START + at, value, LOAD_TRANSPOSED)
 
 
 @gluon.jit
@@ -319,15 +310,10 @@ def _biases(rpb, i, y, kernel_size, head, scale):
     before they are scaled."""
     row = gl.expand_dims(bias_index(i, kernel_size), 2)
     at = gl.expand_dims(bias_index(y, kernel_size), 1) - row  # [W, 16, N]
-    half = bias_offset((0, 0, 0), kernel_size, 0)  # what is farther is masked
-    bias = gl.load(rpb + bias_offset((0, 0, 0), kernel_size, head) + minmax(at, half))
+    half = bias_offset((0, 0, 0), kernel_size, 0)
+    at = gl.minimum(gl.maximum(at, -half), half)  # what is farther is masked
+    bias = gl.load(rpb + bias_offset((0, 0, 0), kernel_size, head) + at)
     return bias.to(gl.float32) * (1.0 / scale)
-
-
-@gluon.jit
-def minmax(x, most):
-    """``x`` between ``-most`` and ``most``."""
-    return gl.minimum(gl.maximum(x, -most), most)
 
 
 # --- the kernel ---------------------------------------------------------------------------------
