@@ -144,8 +144,8 @@ def test_plan():
 def test_hopper_leaves_small_windows_to_it():
     hopper = named("hopper")
 
-    def slower(shape, rule, **options):
-        query = (8, *shape, 4, 16)
+    def slower(shape, rule, batch=8, **options):
+        query = (batch, *shape, 4, 16)
         given = {"scale": 0.2, "key_shape": shape, "rule": rule, **options}
         return hopper.slower(
             Problem("attention", torch.device("cuda"), torch.bfloat16, 16, 16, query, **given)
@@ -154,6 +154,7 @@ def test_hopper_leaves_small_windows_to_it():
     dilated = Neighborhood.create(2, 7, dilation=16)
     assert "small windows" in slower((512, 512), dilated)
     assert slower((512, 512), dilated, bias=True) is None
+    assert slower((512, 512), dilated, batch=2**14) is None
     assert slower((512, 512), dilated, additional=True) is None
     assert slower((64, 64), Neighborhood.create(2, 31)) is None
     assert slower((64,), Dense()) is None

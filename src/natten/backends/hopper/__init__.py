@@ -149,7 +149,10 @@ class Hopper(Backend):
         """Forward, small windows may be faster in tiles of 16 queries, which waste less."""
         if problem.operation != "attention" or problem.head_dim > _SMALL_CHANNELS:
             return None
+        batch, *_, heads, _ = problem.shape
         if problem.bias or problem.additional or problem.masked:
+            return None
+        if batch * heads >= small_tiles.MOST_HEADS:
             return None
         sizes = rule, problem.shape[1:-2], problem.key_shape, problem.head_dim, problem.value_dim
         theirs = small_tiles.choose(*sizes, problem.dtype.itemsize, False, problem.scale)

@@ -28,6 +28,7 @@ _WARPS = (4, 8)  # of a program
 _COLUMNS = (32, 64, 128)  # keys of a step
 REGISTERS = 128  # of a thread at most, so that 16 warps run at once
 _WARPS_AT_ONCE = 65536 // (32 * REGISTERS)
+MOST_HEADS = 2**16  # of all batch entries, along an axis of the grid; one less at most
 _SHARED_OF_PROGRAM = 1024  # bytes that a program takes beside its own
 
 
@@ -193,4 +194,4 @@ def has_room(
     for length, halo, dilation, boundary, stride in axes:
         tokens = length if boundary == "circular" else min(length, halo * dilation)
         apart += tokens * stride
-    return apart < 2**31 and grid[0] < 2**31 and max(grid[1:]) < 2**16
+    return apart < 2**31 and grid[0] < 2**31 and max(grid[1:]) < MOST_HEADS
