@@ -93,7 +93,7 @@ def test_inner_queries_and_border_are_whole_tiles():
     assert queries(21, (90, 90)) == [(0, 16), (16, 90)]
     assert queries(21, (180, 180), dilation=2) == [(0, 32), (32, 180)]
     assert queries(21, (90, 90), queries_per_key=4) == [(0, 40), (40, 360)]
-    # With 16 tokens before them, less than two thirds of the inner ones were left.
+    # With 16 tokens before them, less than three quarters of the inner ones were left.
     assert queries(21, (25, 25)) == [(0, 10), (10, 25)]
 
 

@@ -207,7 +207,7 @@ _WORTH_SPLITTING = 0.25
 # Where inner queries and border are whole tiles, they cost what one call costs.
 _TILE = 8
 # Inner queries are given to the border for that only where so many of them are left.
-_WORTH_WHOLE_TILES = 2 / 3
+_WORTH_WHOLE_TILES = 0.75
 
 
 @lru_cache(maxsize=256)
