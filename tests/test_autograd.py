@@ -12,7 +12,7 @@ from torch.library import opcheck
 
 import natten
 from natten import merge_attentions, na1d, na2d_av, na2d_qk, operators
-from natten.documents import Documents
+from natten.documents import Documents, Sizes
 from natten.inputs import Inputs
 from natten.modules import NeighborhoodAttention2D
 from natten.neighborhood import Dense
@@ -72,7 +72,7 @@ def packed_by_a_table(q, k, v):
         packed_forward=lambda inputs, _, *rest: tiled.forward(inputs, *rest),
         packed_backward=lambda *args: tiled.backward(*args[:5], *args[6:]),
     )
-    documents = Documents(q, 1, q.shape[1:2], k.shape[1:2])
+    documents = Documents(q, Sizes(1, q.shape[1:2], k.shape[1:2]))
     return packed_attention(backend, q, k, v, documents, Dense(), 0.7, dense)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import natten
 from natten import operators
-from natten.documents import Documents
+from natten.documents import Documents, Sizes
 from natten.errors import ArgumentError
 from natten.inputs import Inputs
 from natten.neighborhood import Dense
@@ -68,7 +68,7 @@ def sequences(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Any:
 
 def table(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Any:
     """Attention of one document by a backend that reads tables of documents, as on GPUs."""
-    rule, documents = Dense(), Documents(q, 1, (6,), (6,))
+    rule, documents = Dense(), Documents(q, Sizes(1, (6,), (6,)))
     backend = SimpleNamespace(
         packed_forward=lambda inputs, _, *rest: tiled.forward(inputs, *rest),
         packed_backward=lambda *args: tiled.backward(*args[:5], *args[6:]),
