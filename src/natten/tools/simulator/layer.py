@@ -220,7 +220,8 @@ class Layer:
         plain = rule.is_self_attention and set(rule.boundary) == {"shift"}
         divides = all(n % d == 0 for n, d in zip(self.shape, rule.dilation))
         dims = next(each.head_dims for each in BACKENDS if each.name == Hopper.name)
-        fits = dims is None or self.head_dim in dims
+        # Heads that 8 does not divide are copied, which the model does not know.
+        fits = (dims is None or self.head_dim in dims) and self.head_dim % 8 == 0
         return self.itemsize == 2 and plain and divides and fits
 
     def time_us(self, pairs: float, overhead: float = 0.0) -> tuple[float, str]:
