@@ -209,7 +209,7 @@ def test_chunks_hold_the_channels(channels: int) -> None:
 @pytest.mark.parametrize("value_dim", tiling.HEAD_DIMS)
 @pytest.mark.parametrize("dim", tiling.HEAD_DIMS[:-1])
 def test_heads_of_all_widths_have_tiles(dim: int, value_dim: int, kind: str) -> None:
-    for shape, *parameters in PROBLEMS[:3] + PROBLEMS[6:8]:
+    for shape, *parameters in PROBLEMS[1:2] + PROBLEMS[7:8]:
         rule, work = rule_of(shape, *parameters), tiling.work(kind, dim, value_dim)
         for tiles in each_way(kind, rule, shape, dim, value_dim):
             mask = tiling.mask(kind, rule, shape, shape, tiles, work)
