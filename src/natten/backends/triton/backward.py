@@ -169,7 +169,7 @@ def dq_kernel(
     dq = walk_keys(
         _dq_step, tl.zeros([M, BLOCK_D], dtype=tl.float32), (g, row_lse, delta),
         q, key, value, rpb, key_mask, p, rows, scale, MODES, PER_KEY, KV_BLOCK, ALIGN,
-        D, DV, BLOCK_D, BLOCK_DV, HAS_RPB, HAS_KEY_MASK, True, PRECISION,
+        D, DV, BLOCK_D, BLOCK_DV, HAS_RPB, HAS_KEY_MASK, PRECISION,
     )  # fmt: skip
     if HAS_ADDITIONAL:
         dq = walk_additional(

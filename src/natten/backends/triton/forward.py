@@ -8,7 +8,6 @@ import triton.language as tl
 from .launch import kernel
 from .primitives import (
     LN2,
-    has_nan,
     load_rows,
     plus,
     query_tokens,
@@ -72,23 +71,15 @@ def forward_kernel(
     at = token_offset(p.query.start, x, p.query.strides, ALIGN)
     q = load_rows(query, at, rows.real, d, D)  # [M, D]
 
-    empty = (
+    state = (
         tl.zeros([M, BLOCK_DV], dtype=tl.float32),  # acc
         tl.full([M], float("-inf"), dtype=tl.float32),  # row_max
         tl.zeros([M], dtype=tl.float32),  # row_sum
     )
     state = walk_keys(
-        _softmax_step, empty, (), q, key, value, rpb, key_mask, p, rows, scale, MODES, PER_KEY,
-        KV_BLOCK, ALIGN, D, DV, BLOCK_D, BLOCK_DV, HAS_RPB, HAS_KEY_MASK, False, PRECISION,
+        _softmax_step, state, (), q, key, value, rpb, key_mask, p, rows, scale, MODES, PER_KEY,
+        KV_BLOCK, ALIGN, D, DV, BLOCK_D, BLOCK_DV, HAS_RPB, HAS_KEY_MASK, PRECISION,
     )  # fmt: skip
-    if HAS_KEY_MASK:  # noqa: SIM102 (the other is known only when a kernel runs)
-        # Loads that wait for a mask are slow, so masked keys and values are first taken as they
-        # are. Weights of zero take all but NaN and infinity away, which make NaN: once more.
-        if has_nan(state[0]):
-            state = walk_keys(
-                _softmax_step, empty, (), q, key, value, rpb, key_mask, p, rows, scale, MODES,
-                PER_KEY, KV_BLOCK, ALIGN, D, DV, BLOCK_D, BLOCK_DV, HAS_RPB, True, True, PRECISION,
-            )  # fmt: skip
     if HAS_ADDITIONAL:
         state = walk_additional(
             _softmax_step, state, (), q, additional_keys, additional_values, additional_mask, p,

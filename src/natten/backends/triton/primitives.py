@@ -173,12 +173,6 @@ def hidden(allowed):
 
 
 @triton.jit
-def has_nan(x):
-    """Whether a matrix holds NaN."""
-    return tl.max(tl.max((x != x).to(tl.int32), 1), 0) > 0
-
-
-@triton.jit
 def bias_offset(o, kernel_size, head):
     """Where ``rpb`` holds the bias of key position minus query position ``o``."""
     at = head * (2 * kernel_size[0] - 1) + o[0] + kernel_size[0] - 1

@@ -368,14 +368,13 @@ def walk_keys(
     STEP: tl.constexpr, state, operands, q, key, value, rpb, key_mask, p, rows, scale,
     MODES: tl.constexpr, PER_KEY: tl.constexpr, KV_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_RPB: tl.constexpr, HAS_KEY_MASK: tl.constexpr, ARE_ZERO: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_RPB: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state after all blocks of keys that the queries ``q [M, D]`` reach.
 
     ``STEP(state, operands, q, k, v, s, PRECISION)`` is the state after one more block, of keys
     ``k [N, D]`` and values ``v [N, DV]``, with scores ``s [M, N]``. Keys that ``key_mask`` takes
-    away, and their values, ``ARE_ZERO``, or what is in memory, which may be NaN.
+    away are zeros, as are their values: in memory both may hold NaN.
     """
     N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
     RING: tl.constexpr = (MODES[0] >= CIRCULAR) | (MODES[1] >= CIRCULAR) | (MODES[2] >= CIRCULAR)
@@ -395,7 +394,6 @@ def walk_keys(
         if HAS_KEY_MASK:
             m_start, m_at = keys_of_block(p, p.mask, a, c, m_within, MODES, 1)
             allowed = load_mask(key_mask + m_start, m_at, present)  # [N]
-        if HAS_KEY_MASK and ARE_ZERO:
             present = allowed_rows(allowed)
         k_start, k_at = keys_of_block(p, p.key, a, c, k_within, MODES, ALIGN)
         v_start, v_at = keys_of_block(p, p.value, a, c, v_within, MODES, ALIGN)
@@ -425,7 +423,6 @@ def walk_keys(
         if HAS_KEY_MASK:
             m_start, m_at = keys_of_block(p, p.mask, a, c, m_within, MODES, 1)
             allowed = tl.load(key_mask + m_start + m_at)  # [N]
-        if HAS_KEY_MASK and ARE_ZERO:
             present = allowed_rows(allowed)
             k, v = load_some(k_rows, present, d, D), load_some(v_rows, present, dv, DV)
         else:
