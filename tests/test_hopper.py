@@ -256,17 +256,19 @@ def test_wide_heads_have_passes_and_slices(
         check(last, slices, value=None, grad_key=None)
 
 
-def test_few_keys_of_fine_queries_are_left_to_the_portable_kernel() -> None:
-    """It shares a tile of keys among programs, where few tiles would have most of the GPU wait."""
+def test_gradients_of_wide_heads_with_fine_queries_are_left_to_the_portable_kernels() -> None:
+    """They share a tile of keys among programs, where few tiles would have most of the GPU wait."""
 
-    def shared(heads: int, side: int) -> bool:
-        rule = Neighborhood.create(2, 9, queries_per_key=8)
-        shapes = (1, 8 * side, 8 * side, heads, 32), (1, side, side, heads, 32)
-        q, k = (torch.empty(each, dtype=torch.bfloat16, device="meta") for each in shapes)
-        v = k.new_empty(*k.shape[:-1], 384)
-        return planning.plan_for(q, k, v, None, rule, 1.0).shared_dkdv is not None
+    def slower(operation: str, value_dim: int, per_key: int) -> bool:
+        rule = Neighborhood.create(2, 9, queries_per_key=per_key)
+        sizes = {"operation": operation, "head_dim": 32, "value_dim": value_dim}
+        found = PLAIN._replace(**sizes, rule=rule, shape=(1, 224, 224, 4, 32))
+        found = found._replace(key_shape=(28, 28))
+        return hopper.slower(found) is not None
 
-    assert shared(4, 28) and not shared(16, 56)
+    assert slower("gradient", 384, 8)
+    assert not slower("attention", 384, 8)
+    assert not slower("gradient", 32, 8) and not slower("gradient", 384, 1)
 
 
 @pytest.mark.parametrize("heads", [1, 3])

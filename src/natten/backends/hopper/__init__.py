@@ -137,6 +137,9 @@ class Hopper(Backend):
         rule, dims = problem.rule, (problem.head_dim, problem.value_dim)
         if rule is None:
             return None
+        is_finer = max(rule.queries_per_key) > 1
+        if problem.operation == "gradient" and is_finer and not are_together(*dims):
+            return "has few tiles of keys beside queries that are finer, and wide heads take long"
         if any(dim % 8 for dim in dims):
             plain = problem.key_shape or problem.shape[1:-2]
             keys = plain if isinstance(rule, Dense) else rule.kernel_size

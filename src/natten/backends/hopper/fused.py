@@ -127,15 +127,12 @@ def _backward(
             grad_query=grad_query, grad_key=None, grad_value=None, unclean=unclean,
             key_mask=masks[0], additional_mask=masks[1], **tables,
         )  # fmt: skip
-        named = {"query": query, "key": key, "value": value, "grad_out": grad_out}
-        named |= {"lse_delta": lse_delta, "grad_key": grad_key, "grad_value": grad_value}
-        if found.shared_dkdv is None:
-            found.dkdv.run(
-                **named, additional_keys=None, additional_values=None, grad_query=None,
-                unclean=None, key_mask=masks[0], additional_mask=None, **tables,
-            )  # fmt: skip
-        else:  # there is no bias
-            found.shared_dkdv.run(**named, rpb=None, documents=None, key_mask=masks[0])
+        found.dkdv.run(
+            query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,
+            additional_keys=None, additional_values=None, grad_query=None, grad_key=grad_key,
+            grad_value=grad_value, unclean=None, key_mask=masks[0], additional_mask=None,
+            **tables,
+        )  # fmt: skip
         grad_additional: Sequence[Tensor | None]
         if additional_keys is not None and additional_values is not None:
             grad_additional = _additional_gradients(

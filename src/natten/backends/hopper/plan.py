@@ -27,7 +27,7 @@ from . import tiles as tiling
 from .backward import backward_kernel
 from .bias_gradient import bias_gradient_kernel
 from .bias_plan import Biased, BiasGradient
-from .cuts import FINER, tile_sizes, tiled
+from .cuts import tile_sizes, tiled
 from .descriptors import (
     Describe,
     View,
@@ -152,20 +152,6 @@ class Plan:
         dkdv = plan.dkdv
         assert not isinstance(dkdv, Biased | Packed)
         return dkdv if ours < _PORTABLE_TIME * theirs else None
-
-    @cached_property
-    def shared_dkdv(self) -> Any:
-        """The portable kernel of dK and dV where queries are finer than keys, heads are wide, and
-        tiles of keys are so few that half of the processors would wait; its tiles are smaller, and
-        several programs share one. Else None."""
-        is_wide = not tiling.are_together(self.dim, self.value_dim)
-        if self.queries != FINER or self.packed is not None or not is_wide:
-            return None
-        _ = self.dkdv  # has the tiles
-        tiles, _ = self.cuts["dkdv"]
-        _, (*_, num_tiles, _, _, _) = self._programs("dkdv")
-        is_idle = 2 * num_tiles < _processors(self.device) * tiles.resident_programs
-        return self.portable.dkdv if is_idle else None
 
     @property
     def _rows(self) -> int:
