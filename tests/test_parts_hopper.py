@@ -168,7 +168,8 @@ def test_limits() -> None:
 def test_uneven_groups_load_no_box_without_channels() -> None:
     """TMA's boxes have 64 channels. One that has none of a head's is wholly out of bounds."""
     empty = range(136, 193, 8)
-    assert [dim for dim in hopper.head_dims if tiling.has_empty_box(dim)] == list(empty)
+    in_place = (dim for dim in hopper.head_dims if dim % 8 == 0)  # others are copied
+    assert [dim for dim in in_place if tiling.has_empty_box(dim)] == list(empty)
     ring = part((60,), (60,), 19, dilation=3, boundary="circular")  # with padded keys, a part
     uneven = [
         part((2,), (42,), 1, dilation=3, query_offset=26),
