@@ -24,6 +24,12 @@ from .launch import kernel
 from .primitives import LN2, LOG2E
 from .windows import CIRCULAR, UNIT
 
+# Newer releases of Triton renamed these.
+barrier: Any = getattr(gl, "barrier", None) or getattr(gl, "thread_barrier", None)
+load_async: Any = getattr(async_copy, "async_load", None) or getattr(
+    async_copy, "async_copy_global_to_shared", None
+)
+
 
 def _from_triton(function: Any) -> Any:
     """A function of the portable kernels as one that Gluon kernels can call."""
@@ -207,7 +213,7 @@ def _copy(
     """Start to copy rows of tokens, ``[rows]`` per axis, to shared memory."""
     at = tensor + start + _offset(tokens, origin, strides)[:, None]
     at += gl.arange(0, CHANNELS, gl.SliceLayout(0, LAYOUT))[None, :]
-    async_copy.async_copy_global_to_shared(stage, gl.multiple_of(at, [2 * ALIGN, 2 * ALIGN]))
+    load_async(stage, gl.multiple_of(at, [2 * ALIGN, 2 * ALIGN]))
 
 
 # --- where tiles are, and what they reach -------------------------------------------------------
@@ -400,7 +406,7 @@ def small_forward_kernel(
     row_max = gl.full([W, ROWS], float("-inf"), gl.float32, M_ROWS)
     row_sum = gl.zeros([W, ROWS], gl.float32, M_ROWS)
     async_copy.wait_group(0)
-    gl.thread_barrier()
+    barrier()
     for number in range(0, BLOCKS[0] * BLOCKS[1] * BLOCKS[2]):
         first = times(coordinates(number, BLOCKS), KV_BLOCK)
         k = _load_keys(key, plus(k_low, first), W, D, KV_BLOCK, HALO)
