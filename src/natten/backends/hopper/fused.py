@@ -94,7 +94,7 @@ def _backward(
     lse: Tensor,
     rule: Rule,
     scale: float,
-    documents: Documents | None = None,
+    documents: Documents | None,
 ) -> Gradients:
     """As :func:`backward`, of heads that 8 divides."""
     if inputs.query.numel() == 0 or inputs.key.numel() == 0:
@@ -112,7 +112,7 @@ def _backward(
     others = scale, _dtype(inputs.rpb), documents, masks
     found = plan_for(query, key, value, additional_keys, rule, *others)
     with on_device(query):
-        for axis, first, count in found.unattended if documents is None else ():
+        for axis, first, count in found.unattended:
             for grad in (grad_key, grad_value):
                 # Of tensors with gaps, PyTorch writes number by number: the fewer, the faster.
                 grad.view(torch.int64).narrow(axis, first, count).zero_()

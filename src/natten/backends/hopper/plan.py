@@ -96,8 +96,11 @@ class Plan:
             _, self.space, self.key_space = self.packed
             dilation = (1,)
         self.query, self.key, self.value = map(self._view, shapes, strides)
-        steps = *self.query.steps, *self.key.steps, *self.value.steps
-        self.steps_and_lengths = *steps, *_lengths(self.tokens, self.key_tokens, dilation)
+        self.steps = *self.query.steps, *self.key.steps, *self.value.steps
+        of_mask = key_mask or (0,)
+        last = sum((n - 1) * step for n, step in zip(self.key_space, of_mask[1:]))
+        self.mask_steps = *strides_of_mask(of_mask).values(), last
+        self.lengths = _lengths(self.tokens, self.key_tokens, dilation)
 
     def _view(self, shape: Shape, stride: Shape) -> View:
         if self.packed is not None:
@@ -378,7 +381,7 @@ class Plan:
         # Blocks are on a grid that begins anywhere before the first partner.
         table = bias_plan.table(rule.kernel_size, cut.tile, cut.block, earlier=cut.block)
         kernel = bias_gradient_kernel
-        first = *self.steps_and_lengths[:18], *self._of_stored("dq")[:10]
+        first = *self.steps, *self.lengths[:3], *self._of_stored("dq")[:10]
         numbers = {
             **dict(zip(kernel.arg_names[len(kernel.tensors) :], first)),
             **per_axis("K", rule.kernel_size),
@@ -422,6 +425,8 @@ class Plan:
     def unattended(self) -> list[tuple[int, int, int]]:
         """Keys that may be in no tile, because no query attends them: an axis of their tensor, the
         first of them, and how many there are."""
+        if self.packed is not None:  # every key of a document is in a tile
+            return []
         found = []
         axes = zip(self._key_spans, self.key_space, self.rule.dilation)
         for axis, ((first, end), n, d) in enumerate(axes, 1):
@@ -438,9 +443,7 @@ class Plan:
             zip(self.rule.offset, self.rule.dilation), 3 - self.rule.rank
         ):
             before[axis], group[axis] = divmod(o, d)
-        of_mask = self.key_mask_strides or (0,)
-        last = sum((n - 1) * step for n, step in zip(self.key_space, of_mask[1:]))
-        return *self.steps_and_lengths, *before, *group, *strides_of_mask(of_mask).values(), last
+        return *self.steps, *self.mask_steps, *self.lengths, *before, *group
 
     def _programs(self, kind: str) -> tuple[int, tuple[int, ...]]:
         """How many programs there are, and the numbers that say which tiles: how many along each
@@ -605,7 +608,7 @@ class Part(Plan):
             self.tokens, self.key_tokens = like.tokens, like.key_tokens
             self.space, self.key_space = like.space, like.key_space
             self.query, self.key, self.value = like.query, like.key, like.value
-            self.steps_and_lengths = like.steps_and_lengths
+            self.steps, self.mask_steps, self.lengths = like.steps, like.mask_steps, like.lengths
         else:
             self._lay(rule, *where[1:])
 
