@@ -8,7 +8,7 @@ and values come block by block; a warpgroup hands back unread what its queries d
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
 
 from ..triton.launch import kernel
-from ..triton.primitives import LN2
+from ..triton.primitives import LN2, ROUNDING
 from .bias import Bias, bias_of
 from .documents import num_tiles_of
 from .geometry import OWN, WARPS, Geometry, Part, mma_layout, volume
@@ -26,8 +26,6 @@ from .key_masks import Additional, KeyMask, fetch_key_mask, key_mask_of
 from .masks import MASKED, Mask, column_tables
 from .pipeline import TmaPipeline, TmaTensor, allocate, slice_of, tma_bases, tma_pipeline
 from .products import add, kept, left_operand, multiply, scaled, store, wait, zeros
-
-ROUNDING = gl.constexpr(2.0**-22)  # of a product of two numbers, and a little more
 
 
 @aggregate

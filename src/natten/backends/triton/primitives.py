@@ -13,6 +13,7 @@ from .windows import CIRCULAR, UNIT, wrapped
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+ROUNDING = tl.constexpr(2.0**-22)  # of a product of two numbers, and a little more
 
 
 @triton.jit

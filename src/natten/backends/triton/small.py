@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from . import primitives, windows
 from .launch import kernel
-from .primitives import LN2, LOG2E
+from .primitives import LN2, LOG2E, ROUNDING
 from .windows import CIRCULAR, UNIT
 
 # Newer releases of Triton renamed these.
@@ -55,7 +55,6 @@ ROWS = gl.constexpr(16)  # queries of a warp
 # A score that is masked, before it is scaled: finite, so that no NaN comes of it, and a power of
 # two, which is scaled without a rounding error. In a block of them its exponential would be large.
 MASKED = gl.constexpr(-(2.0**100))
-ROUNDING = gl.constexpr(2.0**-22)  # of a product of two numbers, and a little more
 
 
 # --- layouts: what each thread of a warp has ----------------------------------------------------
