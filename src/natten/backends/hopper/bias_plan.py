@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from ...neighborhood import Neighborhood, group_length
 from ...tiling import padded
 from ..interface import Shape
 from ..triton.backward import rpb_grad_sum_kernel
-from ..triton.launch import Launch, per_axis, summed
+from ..triton.launch import Launch, Wrapped, per_axis, summed
 from ..triton.plan import MOST_SUMS
 from ..triton.tiles import SHARED_MEMORY
 from .bias import bias_table_kernel
@@ -55,7 +55,7 @@ def table(kernel_size: Shape, tile: Sequence[int], block: Shape, earlier: Sequen
     return Table(sizes[0] * strides[0], strides, before, middle)
 
 
-class Biased:
+class Biased(Wrapped):
     """A launch that reads tables of the bias, which are made first, as its tiles need them.
 
     Args:
@@ -83,14 +83,6 @@ class Biased:
                 "sign": -1 if is_reversed else 1, "scale": scale, "N": 1024,
             },
         )  # fmt: skip
-
-    @property
-    def arguments(self) -> Mapping[str, Any]:
-        return self.launch.arguments
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        return self.launch.grid
 
     def moved(self, *where: Any) -> Biased:
         """As :meth:`Launch.moved`."""

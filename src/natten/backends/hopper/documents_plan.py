@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +10,14 @@ from torch import Tensor
 from ...documents import Sizes
 from ...tiling import padded
 from ..interface import Shape
-from ..triton.launch import Launch
+from ..triton.launch import Launch, Wrapped
 from .documents import TABLE_WIDTH, tile_table_kernel
 from .passes import Passes
 
 _AT_ONCE = 128  # documents that a program of the kernel looks at, and tiles that it writes
 
 
-class Packed:
+class Packed(Wrapped):
     """A launch that reads the table of tiles, which is made first.
 
     Args:
@@ -40,14 +38,6 @@ class Packed:
         self.make = Launch(
             tile_table_kernel, (number,), {"number": number, **constants, "N": _AT_ONCE}
         )
-
-    @property
-    def arguments(self) -> Mapping[str, Any]:
-        return self.launch.arguments
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        return self.launch.grid
 
     def run(self, documents: Tensor, **tensors: Tensor | None) -> None:
         """As :meth:`Launch.run`, with the table of documents instead of that of tiles."""

@@ -7,25 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ..triton.launch import Launch
+from ..triton.launch import Launch, Wrapped
 from .descriptors import Describe
 
 
-class Passes:
+class Passes(Wrapped):
     """Launches with the same tiles, each of which makes one of the gradients of keys and values."""
 
     def __init__(self, launches: Sequence[Launch]) -> None:
-        self.launches = launches
+        self.launches, self.launch = launches, launches[0]
         names = "value", "grad_key", "grad_value"
         self._unread = [[name for name in names if each.tensors[name] is None] for each in launches]
-
-    @property
-    def arguments(self) -> Mapping[str, Any]:
-        return self.launches[0].arguments
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        return self.launches[0].grid
 
     def moved(
         self, grid: Sequence[int], numbers: Sequence[Any],

@@ -203,7 +203,28 @@ def _kind(x: Any) -> Hashable:
     return getattr(tensor, "dtype", None), *getattr(x, "block_shape", ())
 
 
-class Split:
+class Wrapped:
+    """What does more than a ``launch``, and has its grid, numbers and constants."""
+
+    launch: Any
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.launch.arguments
+        return found
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        found: tuple[int, ...] = self.launch.grid
+        return found
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        found: tuple[Any, ...] = self.launch.values
+        return found
+
+
+class Split(Wrapped):
     """A launch in which several programs share what a tile adds up; their sums are added up after.
 
     The order of both is fixed, so that every run gives the same bits.
@@ -219,18 +240,6 @@ class Split:
         self, launch: Launch, sums: Sequence[str], shares: Callable[[int], tuple[int, int]]
     ) -> None:
         self.launch, self.sums, self.shares = launch, sums, shares
-
-    @property
-    def arguments(self) -> Mapping[str, Any]:
-        return self.launch.arguments
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        return self.launch.grid
-
-    @property
-    def values(self) -> tuple[Any, ...]:
-        return self.launch.values
 
     def moved(self, grid: Iterable[int], numbers: Sequence[Any]) -> Split:
         """As :meth:`Launch.moved`."""
