@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 from ...caches import kept
 from ...neighborhood import Dense, Rule, group_length
 from ...tiling import Floor, Run, TileCost, axis_runs, cheapest, uniform, window_runs
@@ -78,20 +80,24 @@ def _block_rows(rows: float) -> int:
     return 256 if rows >= 768 else 64 if rows >= 192 else 32
 
 
-# Fitted to times of 117 random problems on AMD Zen 3 (AVX2), float32, one thread, each with up to
-# six tilings, and to `tiled`'s times of the same problems. A unit is 4.75 ns of the forward, by
-# which the median of `tiled`'s estimates is its time. In the backward, where estimates decide less
-# well, it is 7.7 ns, 0.9 of `tiled`'s, so that `tiled` runs where both are about as fast. With the
-# faster of both backends known, the choice took 1.01 of its time on average, and 1.03 with the
-# backward.
-FORWARD = Costs(
-    product=0.124, product_dim=0.0112, mask=0.117, key=0.0, read=0.129, block=120.0, copy=0.244,
-    run=27_000.0,
+# Fitted to times of random problems in float32 on one thread, each with up to nine tilings, and to
+# `tiled`'s times of the same problems. A unit is what makes the median of `tiled`'s estimates its
+# time, in the backward on AVX2 0.9 of that, so that `tiled` runs where both are about as fast.
+# With the faster of both backends known, the choice took 1.01 to 1.02 of its time on average.
+AVX2 = (  # 117 problems, AMD Zen 3; units of 4.75 ns forward and 7.7 ns backward
+    Costs(product=0.124, product_dim=0.0112, mask=0.117, key=0.0, read=0.129, block=120.0,
+          copy=0.244, run=27_000.0),
+    Costs(product=0.037, product_dim=0.0196, mask=0.195, key=0.585, read=0.07, block=240.0,
+          copy=0.22, run=32_000.0),
 )  # fmt: skip
-BACKWARD = Costs(
-    product=0.037, product_dim=0.0196, mask=0.195, key=0.585, read=0.07, block=240.0, copy=0.22,
-    run=32_000.0,
+AVX512 = (  # 222 problems, AMD Zen 5; units of 1.48 ns forward and 3.12 ns backward
+    Costs(product=0.093, product_dim=0.038, mask=0.054, key=0.35, read=0.0083, block=160.0,
+          copy=0.053, run=19_000.0),
+    Costs(product=0.078, product_dim=0.036, mask=0.026, key=0.35, read=0.013, block=570.0,
+          copy=0.16, run=8_100.0),
 )  # fmt: skip
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+FORWARD, BACKWARD = AVX512 if _CAPABILITY.startswith("AVX512") else AVX2
 # With half of the forward's: the backward, and the forward once more.
 RECOMPUTED = Costs(*(b + f / 2 for b, f in zip(BACKWARD, FORWARD)))
 
