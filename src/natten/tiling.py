@@ -17,10 +17,35 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .caches import kept
 from .neighborhood import Neighborhood, Rule, group_length, query_range
+
+
+class QueryGroup(NamedTuple):
+    """Neighboring groups of an axis's queries that look alike: they have the same windows.
+
+    Queries of a group attend keys of one dilation group. The first of these groups has the query
+    ``group`` and the keys ``key_group``, the next ones follow, token by token.
+    """
+
+    group: int
+    key_group: int
+    groups: int
+    apart: int  # tokens between neighboring queries of a group
+    positions: Tensor  # [queries], where they stand among the keys of their group
+    n_keys: int
+
+
+class Source(NamedTuple):
+    """The windows that runs are cut from."""
+
+    rule: Rule  # of one axis
+    length: int
+    key_length: int
+    kind: int  # which of the :func:`query_groups`
 
 
 class Run(NamedTuple):
@@ -40,30 +65,37 @@ class Run(NamedTuple):
     query_size: int
     key_start: int
     key_size: int
-    # Of each query, inside the block of keys:
-    starts: tuple[int, ...]  # where its window starts,
-    ends: tuple[int, ...]  # one past where it ends,
-    stands: tuple[int, ...]  # and where the query stands, perhaps outside
+    source: Source
     full: bool  # every query attends every key of the block, so no mask is needed
     triangular: bool  # the first query attends the first key, and each query one key more
 
     @property
-    def lower(self) -> Tensor:
-        """``starts``, int64 ``[query_size]``."""
-        return torch.tensor(self.starts, dtype=torch.int64, device="cpu")
+    def starts(self) -> tuple[int, ...]:
+        """Where each query's window starts, inside the block of keys."""
+        return self._inside(self._windows.start)
 
     @property
-    def upper(self) -> Tensor:
-        """``ends``, int64 ``[query_size]``."""
-        return torch.tensor(self.ends, dtype=torch.int64, device="cpu")
+    def ends(self) -> tuple[int, ...]:
+        """One past where each query's window ends, inside the block of keys."""
+        return self._inside(self._windows.end)
 
     @property
-    def positions(self) -> Tensor:
-        """``stands``, int64 ``[query_size]``."""
-        return torch.tensor(self.stands, dtype=torch.int64, device="cpu")
+    def stands(self) -> tuple[int, ...]:
+        """Where each query stands, perhaps outside of the block of keys."""
+        return self._inside(self._windows.positions)
+
+    @property
+    def _windows(self) -> _Windows:
+        *source, kind = self.source
+        every: list[_Windows] = _windows(*source)
+        return every[kind]
+
+    def _inside(self, positions: list[int]) -> tuple[int, ...]:
+        own = positions[self.query_start : self.query_start + self.query_size]
+        return tuple([x - self.key_start for x in own])
 
     def bytes(self) -> int:
-        """About how many bytes it takes."""
+        """About how many bytes it takes, with what is made of it."""
         return 512 + 24 * self.query_size
 
 
@@ -87,21 +119,6 @@ COPY = 0.25  # per copied element
 _TILE = 300.0  # per matrix product of a tile
 _RUN = 60_000.0  # time spent in Python, per run
 _MAX_SCORES = 1 << 20  # query-key pairs of one tile
-
-
-class QueryGroup(NamedTuple):
-    """Neighboring groups of an axis's queries that look alike: they have the same windows.
-
-    Queries of a group attend keys of one dilation group. The first of these groups has the query
-    ``group`` and the keys ``key_group``, the next ones follow, token by token.
-    """
-
-    group: int
-    key_group: int
-    groups: int
-    apart: int  # tokens between neighboring queries of a group
-    positions: Tensor  # [queries], where they stand among the keys of their group
-    n_keys: int
 
 
 def query_groups(rule: Rule, axis: int, length: int, key_length: int) -> list[QueryGroup]:
@@ -202,26 +219,35 @@ def count_blocks(
 
 
 class _Windows(NamedTuple):
-    """The windows of a group of queries."""
+    """The windows of a group of queries, in numbers of Python, because runs are many and short."""
 
     group: QueryGroup
-    before: Tensor  # how far after its query a window starts, int64 [queries]
-    after: Tensor  # and ends
-    # Windows and where queries stand, in numbers of Python, because runs are many and short.
+    source: Source
+    kinds: Tensor  # of windows as their queries see them, int64 [queries]
+    edges: Tensor  # 0, the queries whose window is another than that before, and their number
     start: list[int]
     end: list[int]
-    positions: list[int]
+    positions: list[int]  # where queries stand
+
+    @property
+    def fine(self) -> bool:
+        """Whether some queries stand at the same key."""
+        return self.positions[-1] - self.positions[0] < len(self.positions) - 1
 
 
 @kept(lambda every: sum(512 + 128 * len(each.start) for each in every))
 def _windows(rule: Rule, length: int, key_length: int) -> list[_Windows]:
     """Of each group of queries of a rule's only axis."""
     found = []
-    for group in query_groups(rule, 0, length, key_length):
-        positions = group.positions
-        start, end = rule.windows(0, positions, group.n_keys)
-        lists = start.tolist(), end.tolist(), positions.tolist()
-        found.append(_Windows(group, start - positions, end - positions, *lists))
+    for kind, group in enumerate(query_groups(rule, 0, length, key_length)):
+        start, end = rule.windows(0, group.positions, group.n_keys)
+        kinds = ((start - group.positions) << 32) + end - group.positions
+        changes = 1 + (start.diff() + end.diff()).nonzero().flatten()
+        edges = F.pad(changes, (1, 1))
+        edges[-1] = len(start)
+        lists = start.tolist(), end.tolist(), group.positions.tolist()
+        source = Source(rule, length, key_length, kind)
+        found.append(_Windows(group, source, kinds, edges, *lists))
     return found
 
 
@@ -240,32 +266,33 @@ def axis_runs(rule: Rule, axis: int, length: int, key_length: int, tile: int) ->
 
 def _merge_tiles(windows: _Windows, first: int, size: int, count: int) -> list[Run]:
     """Runs of ``count`` tiles of ``size`` queries from ``first`` on."""
-    group, before, after, start, end, positions = windows
+    group, start, end, positions = windows.group, windows.start, windows.end, windows.positions
     key_step, changes = size, []
     if count > 1:
         # Tiles look alike if each query does so to the one that stands there in the next tile.
-        key_step = max(1, positions[first + size] - positions[first])
         here = slice(first, first + size * (count - 1))
         there = slice(first + size, first + size * count)
-        changed = (before[here] != before[there]) | (after[here] != after[there])
-        changed |= group.positions[there] - group.positions[here] != key_step
-        changes = (1 + changed.nonzero().flatten() // size).unique_consecutive().tolist()
+        changed = windows.kinds[here] != windows.kinds[there]
+        if windows.fine:
+            key_step = max(1, positions[first + size] - positions[first])
+            changed |= group.positions[there] - group.positions[here] != key_step
+        changes = sorted({1 + i // size for i in changed.nonzero().flatten().tolist()})
     runs = []
     for a, b in itertools.pairwise([0, *changes, count]):
-        own = slice(first + size * a, first + size * (a + 1))
-        key_start = min(start[own])
-        starts, ends, stands = (
-            tuple([x - key_start for x in each[own]]) for each in (start, end, positions)
-        )
-        key_size = max(ends)
-        from_first = max(starts) == 0
-        one_more_each = tuple([min(i, key_size) for i in range(1, size + 1)])
-        full, triangular = min(ends) == key_size, ends == one_more_each
+        begin, last = first + size * a, first + size * (a + 1) - 1
+        key_start = start[begin]  # windows start and end in the order of queries
+        key_size = end[last] - key_start
+        from_first = start[last] == key_start
+        triangular = from_first and end[begin] == key_start + 1
+        if triangular and size > 1:
+            one_more_each = [key_start + min(i, key_size) for i in range(1, size + 1)]
+            triangular = end[begin : last + 1] == one_more_each
         runs.append(
             Run(
                 group.group, group.key_group, group.groups, group.apart, b - a, size, key_step,
-                own.start, size, key_start, key_size, starts, ends, stands,
-                from_first and full, from_first and triangular,
+                begin, size, key_start, key_size, windows.source,
+                from_first and end[begin] == end[last],
+                triangular,
             )
         )  # fmt: skip
     return runs
@@ -280,17 +307,15 @@ def window_runs(rule: Rule, axis: int, length: int, key_length: int, between: bo
     """
     runs: list[Run] = []
     for windows in _windows(rule.of_axis(axis), length, key_length):
-        n = len(windows.start)
-        pairs = itertools.pairwise(zip(windows.start, windows.end))
-        changes = [i for i, (a, b) in enumerate(pairs, 1) if a != b]
-        edges = [0, *changes, n]
+        edges = windows.edges
         if not between and len(edges) > 3:
-            size = min(edges[1], n - edges[-2])
-            edges = [0, size, n - size, n]
+            size, n = int(min(edges[1], edges[-1] - edges[-2])), int(edges[-1])
+            edges = edges.new_tensor([0, size, n - size, n])
+        sizes = edges.diff()
+        changes = (1 + sizes.diff().nonzero().flatten()).tolist()  # where tiles get another size
         own: list[Run] = []
-        for size, tiles in itertools.groupby(itertools.pairwise(edges), lambda ab: ab[1] - ab[0]):
-            starts = [first for first, _ in tiles]
-            own += _merge_tiles(windows, starts[0], size, len(starts))
+        for a, b in itertools.pairwise([0, *changes, len(sizes)]):
+            own += _merge_tiles(windows, int(edges[a]), int(sizes[a]), b - a)
         runs += own if between else _merge_ends(own)
     return runs
 

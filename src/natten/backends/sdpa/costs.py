@@ -38,33 +38,33 @@ class Costs(NamedTuple):
             queries, matrices, dim: of the problem.
             threads: how many threads share the matrices of a call; 0 if they also share queries.
         """
-        products = math.prod(each.products for each in axes)
-        keys, runs = (math.prod(x) for x in zip(*((each.keys, each.runs) for each in axes)))
-        largest = math.prod(each.largest for each in axes)
+        products = rows = keys = runs = tiles = full = largest = 1
+        for axis in axes:
+            products, full, rows = products * axis.products, full * axis.full, rows * axis.rows
+            keys, tiles, runs = keys * axis.keys, tiles * axis.tiles, runs * axis.runs
+            largest *= axis.largest
         # A tile needs a mask if it needs one on any axis.
-        masked = max(each.largest_masked * largest // max(each.largest, 1) for each in axes)
+        masked = max([axis.largest_masked * largest // max(axis.largest, 1) for axis in axes])
         if masked > MASK:
             return math.inf
         # The constants were measured with one thread.
-        tiles = math.prod(each.tiles for each in axes)
         idle = max(1.0, threads * runs / (2 * matrices * tiles))
         # Blocks of consecutive tokens are not copied if the tiles of a run are few.
         few = axes[0].tiles <= 2 * axes[0].runs
-        consecutive = few and all(each.tiles == 1 for each in axes[1:])
         copied, calls = 0.0, float(runs)
-        if not consecutive:
+        if not (few and tiles == axes[0].tiles):
             copied = 2 * dim * self.copy * (queries + keys)
             calls += (queries + 2 * keys) / (3 * queries)  # see TileViews._chunks
         # The number of queries of a tile, averaged over pairs, and of its blocks.
-        rows = math.prod(each.rows for each in axes) / max(1, products)
-        blocks = math.ceil(rows / _block_rows(rows))
+        each = rows / max(1, products)
+        blocks = math.ceil(each / _block_rows(each))
         product = (
             products * (self.product + self.product_dim * dim)
             + keys * (self.key + blocks * self.read) * dim
             + tiles * blocks * self.block
         )
-        masks = (products - math.prod(each.full for each in axes)) * self.mask
-        python = 0.0 if all(each.tiles == 1 for each in axes) else calls * self.run
+        masks = (products - full) * self.mask
+        python = 0.0 if tiles == 1 else calls * self.run
         return matrices * (product * idle + masks + copied) + python
 
     def floor(self, matrices: int, dim: int) -> Floor:
@@ -146,9 +146,8 @@ def _options(
     for axis, sizes in enumerate(uniform(rule, shape, key_shape)):
         lengths = shape[axis], key_shape[axis]
         longest = group_length(shape[axis], rule.dilation[axis], 0)
-        one_tile = axis_runs(rule, axis, *lengths, longest)
-        ends = [] if is_causal(rule) else [False, True]
-        options.append(
-            [*sizes, one_tile, *(window_runs(rule, axis, *lengths, between) for between in ends)]
-        )
+        ways = [*sizes, axis_runs(rule, axis, *lengths, longest)]
+        if not is_causal(rule):
+            ways += [window_runs(rule, axis, *lengths, between) for between in (False, True)]
+        options.append([way for i, way in enumerate(ways) if way not in ways[:i]])
     return options

@@ -108,7 +108,8 @@ class TileViews:
         self.chunks: list[Chunk | None] = [None]
         if not (self.alone or self._all_views(sizes)):
             self.chunks = list(self._chunks(sizes))
-            self._views.clear()
+            if self.chunks != [None]:
+                self._views.clear()
 
     def bytes(self) -> int:
         """About how many bytes the views take."""

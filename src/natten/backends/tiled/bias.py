@@ -18,7 +18,8 @@ def bias_of(grid: TileGrid, rpb: Tensor, rule: Neighborhood) -> Tensor:
     heads = rpb.shape[0]
     picked = rpb
     for axis, run in enumerate(grid.runs):
-        index = torch.arange(run.key_size, device="cpu") - run.positions[:, None]
+        stands = torch.tensor(run.stands, device="cpu")
+        index = torch.arange(run.key_size, device="cpu") - stands[:, None]
         index = (index + rule.kernel_size[axis] - 1).clamp(0, rpb.shape[1 + axis] - 1)
         dim = 1 + 2 * axis
         picked = picked.index_select(dim, index.flatten().to(rpb.device))
@@ -62,8 +63,9 @@ def add_bias_gradient(grid: TileGrid, grad: Tensor, grad_rpb: Tensor, rule: Neig
     x = x.permute(order)
     target = grad_rpb
     for axis, run in enumerate(grid.runs):
-        x = _sum_positions(x, 1 + axis, run.positions)
-        queries, start = x.shape[1 + axis], int(run.positions[0])
+        stands = torch.tensor(run.stands, device="cpu")
+        x = _sum_positions(x, 1 + axis, stands)
+        queries, start = x.shape[1 + axis], int(stands[0])
         x = _sum_diagonals(x, 1 + axis)
         first = 1 - queries - start + rule.kernel_size[axis] - 1
         low, high = max(0, first), min(target.shape[1 + axis], first + x.shape[1 + axis])

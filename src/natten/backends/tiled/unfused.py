@@ -27,8 +27,9 @@ def _slots(
     index = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
     valid = torch.ones(1, 1, dtype=torch.bool, device="cpu")
     for run, k in zip(grid.runs, rule.kernel_size):
-        position = run.lower[:, None] + torch.arange(k, device="cpu")
-        own_valid = position < run.upper[:, None]
+        lower, upper = torch.tensor([run.starts, run.ends], device="cpu")[..., None]
+        position = lower + torch.arange(k, device="cpu")
+        own_valid = position < upper
         index = outer(index * run.key_size, position.clamp(max=run.key_size - 1), torch.add)
         valid = outer(valid, own_valid, torch.logical_and)
     return index.to(device), None if bool(valid.all()) else valid.to(device)
