@@ -210,31 +210,35 @@ class Neighborhood:
                     f"stride {self.stride}, dilation {self.dilation} for the token layout "
                     f"{tuple(key_shape)}: on axis {axis}, {s} * {d} does not divide {length}."
                 )
-        self._check_queries(shape, key_shape)
+        self.check_queries(shape, key_shape)
 
-    def _check_queries(self, shape: Sequence[int], key_shape: Sequence[int]) -> None:
+    def check_queries(self, shape: Sequence[int], key_shape: Sequence[int]) -> None:
+        """As :meth:`check`, only of the queries."""
         offset, fine = self.query_offset, self.queries_per_key
+        if offset is not None:
+            for axis, (o, length, r, n) in enumerate(zip(offset, shape, fine, key_shape)):
+                if o + length > r * n:
+                    raise ArgumentError(
+                        "`query_offset` plus the token layout of `query` must not exceed "
+                        "`queries_per_key` times that of `key`, got "
+                        f"{offset} + {tuple(shape)} for {fine} times {tuple(key_shape)}: on axis "
+                        f"{axis}, {o} + {length} > {r} * {n}."
+                    )
+            return
         for axis, (length, key_length, r) in enumerate(zip(shape, key_shape, fine)):
-            if offset is None and length != r * key_length and self.is_self_attention:
+            if length != r * key_length and self.is_self_attention:
                 raise ArgumentError(
                     "`key` must have the token layout of `query`, got "
                     f"{tuple(key_shape)} and {tuple(shape)}. `query_offset` is for queries that "
                     "are a part of the layout, `queries_per_key` for queries that are finer than "
                     "keys."
                 )
-            if offset is None and length != r * key_length:
+            if length != r * key_length:
                 raise ArgumentError(
                     "`query` must have `queries_per_key` times the token layout of `key`, got "
                     f"{tuple(shape)} for {fine} times {tuple(key_shape)}: on axis {axis}, "
                     f"{length} is not {r} * {key_length}. `query_offset` is for queries that are a "
                     "part of the layout."
-                )
-            if offset is not None and offset[axis] + length > r * key_length:
-                raise ArgumentError(
-                    "`query_offset` plus the token layout of `query` must not exceed "
-                    "`queries_per_key` times that of `key`, got "
-                    f"{offset} + {tuple(shape)} for {fine} times {tuple(key_shape)}: on axis "
-                    f"{axis}, {offset[axis]} + {length} > {r} * {key_length}."
                 )
 
     def without_full_rings(self, key_shape: Sequence[int]) -> Neighborhood:
@@ -456,7 +460,8 @@ def _kinds(value: Any) -> Any:
 
 def _offset_of(query_offset: Any, rank: int) -> tuple[int, ...]:
     """An offset per axis, checked."""
-    if _kinds(query_offset) == (int,) * rank and min(query_offset) >= 0:
+    is_tuple = type(query_offset) is tuple
+    if is_tuple and tuple(map(type, query_offset)) == (int,) * rank and min(query_offset) >= 0:
         return query_offset  # as it should be, and new in every call
     offset = _per_axis("query_offset", query_offset, rank, int, "an integer")
     if any(o < 0 for o in offset):

@@ -140,10 +140,12 @@ class Call:
         tensors that differ in their token layouts only, and do so only if it ``is_resized``."""
         given = cast(Neighborhood, self.given).moved(offset)
         shape, key_shape = inputs.query.shape[1:-2], inputs.key.shape[1:-2]
+        if not is_resized:
+            given.check_queries(shape, key_shape)
+            rule = given if self.rule is self.given else simplified(given, inputs)
+            return Call(rule, self.scale, self.choice, given, self._chosen, self._choices)
         given.check(shape, key_shape)
         rule = simplified(given, inputs)
-        if not is_resized:
-            return Call(rule, self.scale, self.choice, given, self._chosen, self._choices)
         # What :func:`backends.interface.roomy_part` looks at, and the rule's simplest form.
         kind = rule.boundary, roomy_layout(shape), roomy_layout(key_shape)
         chosen = self._choices.setdefault(kind, {})

@@ -73,7 +73,11 @@ class Describe:
             torch.cuda.set_device(tensor.device)
         base: Any = _Earlier(tensor, self.view.before) if self.view.before else tensor
         shape, strides = list(self.view.shape), list(self.view.strides)
-        return TensorDescriptor(base, shape, strides, self.block, self.layout)
+        # Without its checks, which take longer than to encode it: a view is as TMA needs it.
+        found = object.__new__(TensorDescriptor)
+        found.base, found.shape, found.strides = base, shape, strides
+        found.block_shape, found.layout = self.block, self.layout
+        return found
 
 
 @lru_cache(maxsize=1024)

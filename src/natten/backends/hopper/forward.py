@@ -274,9 +274,9 @@ def _out_buffer(queries, out, OWN_OUT: gl.constexpr, PIECES: gl.constexpr):
 def forward_kernel(
     query, key, value, out, additional_keys, additional_values, lse, bias_tables, tile_table,
     unclean, key_mask, additional_mask,
+    O0, O1, O2, G0, G1, G2,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    m_b, m_0, m_1, m_2, m_last,
-    N0, N1, N2, Q0, Q1, Q2, SN0, SN1, SN2, SQ0, SQ1, SQ2, O0, O1, O2, G0, G1, G2,
+    m_b, m_0, m_1, m_2, m_last, N0, N1, N2, Q0, Q1, Q2, SN0, SN1, SN2, SQ0, SQ1, SQ2,
     T0, T1, T2, num_tiles, o_b, o_0, o_1, additional_b, K0, K1, K2, S0, S1, S2, D0, D1, D2,
     R0, R1, R2, heads, heads_per_kv, heads_at_once, num_additional, scale_log2,
     bias_size, bias_middle, a_b, a_0,

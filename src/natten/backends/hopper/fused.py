@@ -16,7 +16,7 @@ from ..triton.launch import contiguous, on_device
 from .channels import narrowed, narrowed_gradients, widened, widened_inputs
 from .descriptors import readable
 from .key_masks import FINDERS
-from .plan import Plan, plan_for
+from .plan import Moved, Plan, plan_for
 from .tiles import MOST_MASKED
 
 
@@ -175,7 +175,7 @@ def _masks(inputs: Inputs, additional_keys: Tensor | None) -> tuple[Tensor | Non
     return key_mask, None if additional_keys is None else additional_mask
 
 
-def _unclean(found: Plan, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor | None:
+def _unclean(found: Plan | Moved, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor | None:
     """What programs found that looked at masked keys and values; None without a mask."""
     if mask is None:
         return None
@@ -185,7 +185,7 @@ def _unclean(found: Plan, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 
 
 def _additional_gradients(
-    found: Plan,
+    found: Plan | Moved,
     query: Tensor,
     keys: Tensor,
     values: Tensor,

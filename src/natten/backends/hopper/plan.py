@@ -7,6 +7,7 @@ import math
 import struct
 from collections.abc import Sequence
 from functools import cached_property, lru_cache, partial
+from operator import floordiv, mod
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ... import tuning
 from ...documents import Documents, Sizes
 from ...neighborhood import Dense, Neighborhood, Rule
 from ...tiling import padded
+from ...tuning import Bounded
 from ..interface import Shape, Tiles
 from ..triton import plan as portable
 from ..triton.launch import Launch, Trials, per_axis
@@ -75,6 +77,7 @@ class Plan:
         # By kind: the kernel's tiles, and whether each tile has a program of its own.
         self.cuts: dict[str, tuple[Tiles, bool]] = {}
         self.queries = tiling.queries(rule, self.space)
+        self.dilation = padded(rule.dilation, 1)
         self.modes = modes(rule, self._units() if packed is None else [2] * rule.rank)
         self.kept = dict(self.__dict__)  # without kernels
 
@@ -97,9 +100,10 @@ class Plan:
             dilation = (1,)
         self.query, self.key, self.value = map(self._view, shapes, strides)
         self.steps = *self.query.steps, *self.key.steps, *self.value.steps
-        of_mask = key_mask or (0,)
-        last = sum((n - 1) * step for n, step in zip(self.key_space, of_mask[1:]))
-        self.mask_steps = *strides_of_mask(of_mask).values(), last
+        self.mask_steps: tuple[int, ...] = (0,) * 5
+        if key_mask is not None:
+            last = sum((n - 1) * step for n, step in zip(self.key_space, key_mask[1:]))
+            self.mask_steps = *strides_of_mask(key_mask).values(), last
         self.lengths = _lengths(self.tokens, self.key_tokens, dilation)
 
     def _view(self, shape: Shape, stride: Shape) -> View:
@@ -249,10 +253,10 @@ class Plan:
         heads = self.kv_heads if of_keys else self.heads
         heads_at_once = self._heads_at_once(work)
         self.cuts[kind] = tiles, self._is_uneven(kind, tiles)
-        programs, of_tiles = self._programs(kind)
+        programs, of_tiles = self.programs(kind, self.key_spans)
         num_additional = 0 if of_keys else self.num_additional
         kernel = forward_kernel if kind == "forward" else backward_kernel
-        first = *self.location, *of_tiles, *self._of_stored(kind)
+        first = *self.location(rule), *of_tiles, *self._of_stored(kind)
         kernel_size, stride = (
             ((), ()) if isinstance(rule, Dense) else (rule.kernel_size, rule.stride)
         )
@@ -417,7 +421,7 @@ class Plan:
         return BiasGradient(cut, splits, biased, rule.kernel_size, heads)
 
     @cached_property
-    def _key_spans(self) -> list[tuple[int, int]]:
+    def key_spans(self) -> list[tuple[int, int]]:
         """Between which positions of a dilation group there are tiles of keys, per axis."""
         return tiled(self.rule, self.space, self.key_space, True)
 
@@ -425,29 +429,35 @@ class Plan:
     def unattended(self) -> list[tuple[int, int, int]]:
         """Keys that may be in no tile, because no query attends them: an axis of their tensor, the
         first of them, and how many there are."""
-        if self.packed is not None:  # every key of a document is in a tile
-            return []
+        # Every key of a document is in a tile.
+        return [] if self.packed is not None else self.outside(self.key_spans)
+
+    def outside(self, key_spans: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+        """As :attr:`unattended`, the keys that are not between these positions."""
         found = []
-        axes = zip(self._key_spans, self.key_space, self.rule.dilation)
+        axes = zip(key_spans, self.key_space, self.rule.dilation)
         for axis, ((first, end), n, d) in enumerate(axes, 1):
             found += [(axis, 0, first * d)] if first else []
             found += [(axis, end * d, n - end * d)] if end * d < n else []
         return found
 
-    @property
-    def location(self) -> tuple[int, ...]:
-        """The first numbers of all kernels: how tensors lie, how long axes are, where the queries
+    def location(self, rule: Rule) -> tuple[int, ...]:
+        """The first numbers of all kernels: where the queries are, how tensors lie, how long axes
         are."""
-        before, group = [0, 0, 0], [0, 0, 0]
-        for axis, (o, d) in enumerate(
-            zip(self.rule.offset, self.rule.dilation), 3 - self.rule.rank
-        ):
-            before[axis], group[axis] = divmod(o, d)
-        return *self.steps, *self.mask_steps, *self.lengths, *before, *group
+        return *self.first_query(rule), *self.steps, *self.mask_steps, *self.lengths
 
-    def _programs(self, kind: str) -> tuple[int, tuple[int, ...]]:
+    def first_query(self, rule: Rule) -> tuple[int, ...]:
+        """Per axis, how many queries of its dilation group come before the first one; then that
+        group."""
+        offset, dilation = padded(rule.offset, 0), self.dilation
+        return *map(floordiv, offset, dilation), *map(mod, offset, dilation)
+
+    def programs(
+        self, kind: str, key_spans: Sequence[tuple[int, int]]
+    ) -> tuple[int, tuple[int, ...]]:
         """How many programs there are, and the numbers that say which tiles: how many along each
-        axis, how many in all, and of keys, where they begin.
+        axis, how many in all, and of keys, where they begin: between positions that ``key_spans``
+        says.
 
         As many programs as run at once take tiles in turn, or each tile has one of its own.
         """
@@ -458,9 +468,7 @@ class Plan:
             resident = _processors(self.device) * tiles.resident_programs
             return (most if is_uneven else min(most, resident)), none
         sizes = tile_sizes(tiles, of_keys)
-        spans = self._key_spans
-        if not of_keys:
-            spans = tiled(self.rule, self.space, self.key_space, False)
+        spans = key_spans if of_keys else tiled(self.rule, self.space, self.key_space, False)
         firsts, counts = [], []
         for (first, end), size in zip(padded(spans, (0, 1)), sizes):
             first = first // size * size
@@ -595,31 +603,43 @@ class Part(Plan):
 
     So what a new offset, a longer cache of keys or a part of another size costs on the host is
     little more than a call that was made before, and no kernel is compiled.
+
+    Args:
+        plan: the other part's.
+        rule: with the part's offset.
+        shapes, strides: of query, key and value.
+        key_mask: strides of a mask of keys.
     """
 
     def __init__(
-        self, plan: Plan, rule: Neighborhood, where: tuple[Any, ...], like: Part | None = None
+        self,
+        plan: Plan,
+        rule: Neighborhood,
+        shapes: Sequence[Shape],
+        strides: Sequence[Shape],
+        key_mask: Shape | None,
     ) -> None:
         self.__dict__.update(plan.kept)
-        self.plan, self.where = plan, where
-        if like is not None and like.where[1:] == where[1:]:  # tensors lie as those of ``like``
-            self.key_mask_strides = like.key_mask_strides
-            self.rule, self.shapes, self.strides = rule, like.shapes, like.strides
-            self.tokens, self.key_tokens = like.tokens, like.key_tokens
-            self.space, self.key_space = like.space, like.key_space
-            self.query, self.key, self.value = like.query, like.key, like.value
-            self.steps, self.mask_steps, self.lengths = like.steps, like.mask_steps, like.lengths
-        else:
-            self._lay(rule, *where[1:])
+        self.plan, self.moved = plan, Bounded(portable.KEPT_PARTS)
+        self._lay(rule, shapes, strides, key_mask)
+
+    def at(self, rule: Neighborhood) -> Part | Moved:
+        """The plan of the queries that ``rule``'s offset says."""
+        if rule.query_offset == self.rule.offset:
+            return self
+        found: Moved | None = self.moved.get(rule.query_offset)
+        if found is None:
+            found = Moved(self, rule)
+            self.moved.keep(rule.query_offset, found)
+        return found
 
     def _tiled(self, kind: str) -> Launch | Passes | Biased:
         plan, launch = self.plan, getattr(self.plan, kind)
-        grid, numbers = launch.grid, self.location
+        grid, numbers = launch.grid, self.location(self.rule)
         if kind == "dkdv" or self.space != plan.space:
-            programs, of_tiles = self._programs(kind)
-            grid, numbers = (programs, *grid[1:]), (*numbers, *of_tiles)
-            if self.space != plan.space or self.key_space != plan.key_space:
-                numbers += self._of_stored(kind)
+            programs, of_tiles = self.programs(kind, self.key_spans)
+            grid = programs, *grid[1:]
+            numbers = *numbers, *of_tiles, *self._of_stored(kind)
         # Views of tensors that lie alike are one object.
         tiles, _ = self.cuts[kind]
         descriptors: list[dict[str, Describe]] = []
@@ -645,7 +665,49 @@ class Part(Plan):
     def portable(self) -> portable.Part:
         plan = self.plan.portable
         assert isinstance(plan, portable.Plan)
-        return portable.Part(plan, self.where)
+        where = self.shapes, self.strides, self.key_mask_strides
+        return portable.Part(plan, self.rule.offset, *where)
+
+
+class Moved:
+    """The plan of other queries of a ``part``'s layout, as ``rule`` says: kernels have other first
+    numbers, and tiles of other keys."""
+
+    def __init__(self, part: Part, rule: Neighborhood) -> None:
+        self.part, self.rule = part, rule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.part, name)
+
+    @cached_property
+    def forward(self) -> _Launches:
+        return self._moved(self.part.forward)
+
+    @cached_property
+    def dq(self) -> _Launches:
+        return self._moved(self.part.dq)
+
+    def _moved(self, launch: Any) -> Any:
+        return launch.moved(launch.grid, self.part.first_query(self.rule))
+
+    @cached_property
+    def dkdv(self) -> _Launches:
+        launch: Any = self.part.dkdv
+        programs, of_tiles = self.part.programs("dkdv", self.key_spans)
+        numbers = *self.part.location(self.rule), *of_tiles
+        return launch.moved((programs, *launch.grid[1:]), numbers)
+
+    @cached_property
+    def key_spans(self) -> list[tuple[int, int]]:
+        return tiled(self.rule, self.part.space, self.part.key_space, True)
+
+    @cached_property
+    def unattended(self) -> list[tuple[int, int, int]]:
+        return self.part.outside(self.key_spans)
+
+    @cached_property
+    def portable(self) -> portable.Part | portable.Moved:
+        return self.part.portable.at(self.rule.offset)
 
 
 @lru_cache(maxsize=1024)
@@ -733,35 +795,32 @@ def plan_for(
     bias_dtype: torch.dtype | None = None,
     documents: Documents | None = None,
     masks: Sequence[Tensor | None] = (None, None),
-) -> Plan:
+) -> Plan | Moved:
     """The plan of a call; tensors but ``masks``, of keys and of additional ones, are readable by
     TMA."""
     shapes = query.shape, key.shape, value.shape
     strides = query.stride(), key.stride(), value.stride()
     others = scale, query.device, query.dtype
     num_additional = 0 if additional_keys is None else additional_keys.shape[1]
-    key_mask, additional_mask = of_masks = mask_strides(masks[0]), mask_strides(masks[1])
-    if isinstance(rule, Dense) or not portable.has_shared_kernels(rule, key_mask or (0,)):
+    of_masks = mask_strides(masks[0]), mask_strides(masks[1])
+    if isinstance(rule, Dense) or not portable.has_shared_kernels(rule, of_masks[0] or (0,)):
         packed = None if documents is None else documents.sizes
         return _plan(rule, *others, shapes, strides, num_additional, bias_dtype, packed, of_masks)
-    batch, *_, heads, dim = query.shape
+    batch, *space, heads, dim = query.shape
+    key_mask, additional_mask = of_masks
     made = portable.common(
         "hopper", *portable.windows_of(rule), *others, batch, heads, dim, key.shape[-2],
         value.shape[-1], num_additional, bias_dtype, key_mask is not None, additional_mask,
     )  # fmt: skip
-    where = rule.query_offset, shapes, strides, key_mask
+    where = shapes, strides, key_mask
     part: Part | None = made["parts"].get(where)
     if part is None:
-        last: Part | None = made.get("last")
-        if last is not None and last.shapes == shapes:
-            plan = last.plan
-        else:  # nothing that kernels are compiled for depends on more than these sizes
-            sizes = tiling.model_sizes(rule, query.shape[1:-2], key.shape[1:-2])
-            if sizes not in made:
-                made[sizes] = Plan(
-                    rule, *others, shapes, strides, num_additional, bias_dtype, None, of_masks
-                )
-            plan = made[sizes]
-        part = made["last"] = Part(plan, rule, where, last)
+        # Nothing that kernels are compiled for depends on more than these sizes.
+        sizes = tiling.model_sizes(rule, tuple(space), key.shape[1:-2])
+        if sizes not in made:
+            made[sizes] = Plan(
+                rule, *others, shapes, strides, num_additional, bias_dtype, None, of_masks
+            )
+        part = Part(made[sizes], rule, *where)
         made["parts"].keep(where, part)
-    return part
+    return part.at(rule)

@@ -134,8 +134,8 @@ def _dkdv_step(dk, dv, q, k, v, g, lse_delta, s, PRECISION: tl.constexpr):
 def dq_kernel(
     query, key, value, rpb, additional_keys, additional_values, documents,
     out, lse, grad_out, grad_lse, lse_delta, grad_query, key_mask, additional_mask,
-    q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, P0, P1, P2, T0, T1, T2, m_b, m_0, m_1, m_2, a_b, a_0,
+    P0, P1, P2, q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
+    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, T0, T1, T2, m_b, m_0, m_1, m_2, a_b, a_0,
     K0, K1, K2, S0, S1, S2, D0, D1, D2, heads, per_kv, num_additional, scale,
     MODES: tl.constexpr, PER_KEY: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
     ALIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -206,8 +206,8 @@ def _share(n, AXIS: tl.constexpr):
 )
 def dkdv_kernel(
     query, key, value, rpb, documents, grad_out, lse_delta, grad_key, grad_value, key_mask,
-    q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, P0, P1, P2, T0, T1, T2, m_b, m_0, m_1, m_2,
+    P0, P1, P2, q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
+    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, T0, T1, T2, m_b, m_0, m_1, m_2,
     K0, K1, K2, S0, S1, S2, D0, D1, D2, kv_heads, per_kv, scale,
     MODES: tl.constexpr, PER_KEY: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
     ALIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -392,8 +392,8 @@ def _fine(dilation, R: tl.constexpr):
 @kernel(triton.jit, tensors="query key value rpb grad_out lse_delta sums", masks="key_mask")
 def rpb_grad_kernel(
     query, key, value, rpb, grad_out, lse_delta, sums, key_mask,
-    q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, P0, P1, P2, m_b, m_0, m_1, m_2,
+    P0, P1, P2, q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
+    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, m_b, m_0, m_1, m_2,
     K0, K1, K2, S0, S1, S2, D0, D1, D2, heads, per_kv, batches, O0, O1, O2, B1, B2, first_head,
     scale,
     MODES: tl.constexpr, PER_KEY: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,

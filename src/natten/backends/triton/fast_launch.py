@@ -47,7 +47,8 @@ class Launch(Protocol):
         values: numbers and constants, in their order.
         tensors: the kernel's tensors, which are its first parameters, in their order, and what
             makes a descriptor of each, or None.
-        kept: what the function in C was given, by the tensors' addresses.
+        kept: what the tensors were for the function in C, by their addresses; one for all launches
+            that describe them alike.
     """
 
     grid: tuple[int, ...]
@@ -141,7 +142,20 @@ def _short_way(compiled: Any, describe: Described) -> tuple[Callable[..., None],
     launch = getattr(*_place(own))
     if not count:
         return launch, lambda what, addresses, _, stream: complete(what, addresses, stream)
-    return launch, _kept(complete, _flattener(own, metas, describe))
+    flat = _flattener(own, metas, describe)
+
+    def arguments(
+        what: Launch, addresses: Addresses, tensors: Tensors, stream: int
+    ) -> tuple[Any, ...]:
+        # Memory is allocated where memory was freed.
+        key = tuple(addresses)
+        found = what.kept.get(key)
+        if found is None:
+            found = flat(what.tensors, addresses, tensors)
+            what.kept.keep(key, found)
+        return complete(what, found, stream)
+
+    return launch, arguments
 
 
 def _complete(compiled: Any) -> Callable[[Launch, Sequence[Any], int], tuple[Any, ...]]:
@@ -234,28 +248,6 @@ def described(describe: Described, tensors: Tensors) -> dict[str, Any]:
         x = tensors[name]
         found[name] = x if x is None or make is None else make(x)
     return found
-
-
-def _kept(
-    complete: Callable[[Launch, Sequence[Any], int], tuple[Any, ...]],
-    flat: Callable[[Described, Addresses, Tensors], Sequence[Any]],
-) -> Arguments:
-    """``complete`` of what ``flat`` makes of tensors, which depends on their addresses alone.
-
-    All of it is kept, because memory is allocated where memory was freed.
-    """
-
-    def arguments(
-        what: Launch, addresses: Addresses, tensors: Tensors, stream: int
-    ) -> tuple[Any, ...]:
-        key = stream, *addresses
-        found: tuple[Any, ...] | None = what.kept.get(key)
-        if found is None:
-            found = complete(what, flat(what.tensors, addresses, tensors), stream)
-            what.kept.keep(key, found)
-        return found
-
-    return arguments
 
 
 def _flattener(

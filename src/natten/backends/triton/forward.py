@@ -41,8 +41,8 @@ def _softmax_step(state, operands, q, k, v, s, PRECISION: tl.constexpr):
 def forward_kernel(
     query, key, value, rpb, additional_keys, additional_values, documents, out, lse,
     key_mask, additional_mask,
-    q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, P0, P1, P2, T0, T1, T2, m_b, m_0, m_1, m_2, a_b, a_0,
+    P0, P1, P2, q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
+    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, T0, T1, T2, m_b, m_0, m_1, m_2, a_b, a_0,
     K0, K1, K2, S0, S1, S2, D0, D1, D2, heads, per_kv, num_additional, scale,
     MODES: tl.constexpr, PER_KEY: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
     ALIGN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -11,7 +11,7 @@ from ...documents import Documents
 from ...inputs import Gradients, Inputs
 from ...neighborhood import Rule
 from .launch import contiguous, is_aligned, on_device, readable, summed
-from .plan import Part, Plan, plan_for
+from .plan import Moved, Part, Plan, plan_for
 
 
 def _as_read(inputs: Inputs) -> list[Any]:
@@ -101,7 +101,7 @@ def backward(
 
 
 def additional_gradients(
-    found: Plan | Part,
+    found: Plan | Part | Moved,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -127,8 +127,8 @@ def additional_gradients(
 
 
 def rpb_gradient(
-    found: Plan | Part, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor, grad_out: Tensor,
-    lse_delta: Tensor, key_mask: Tensor | None = None,
+    found: Plan | Part | Moved, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor,
+    grad_out: Tensor, lse_delta: Tensor, key_mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Gradient of the bias: sums over splits of the queries, pair by pair, and these summed."""
     shape, launches = found.rpb

@@ -141,7 +141,7 @@ class Launch:
         found.values = (*numbers, *self.values[len(numbers) :])
         if descriptors:
             found.tensors = {**self.tensors, **descriptors}
-        found.kept = Bounded(KEPT)
+            found.kept = Bounded(KEPT)
         return found
 
     # Not __call__: calling an object by keywords copies them once more.

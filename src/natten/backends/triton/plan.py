@@ -369,23 +369,46 @@ class Part:
     that differ are a kernel's first ones.
 
     So what a new offset, a longer cache of keys or a part of another size costs on the host is
-    little more than a call that was made before, and no kernel is compiled. ``where`` are the
-    part's offset and the shapes and strides of query, key and value.
+    little more than a call that was made before, and no kernel is compiled.
+
+    Args:
+        plan: the other part's.
+        offset: queries before the first one.
+        shapes, strides: of query, key and value.
+        key_mask: strides of a mask of keys.
     """
 
-    def __init__(self, plan: Plan, where: tuple[Any, ...]) -> None:
-        self.plan, self.where = plan, where
-        offset, (query, key, _), strides, mask_strides = where
-        self.space, self.key_space = query[1:-2], key[1:-2]
-        missing = 3 - len(offset)
+    small = None  # a kernel of whole layouts
+
+    def __init__(
+        self,
+        plan: Plan,
+        offset: Shape,
+        shapes: Sequence[Shape],
+        strides: Sequence[Shape],
+        key_mask: Shape | None,
+    ) -> None:
+        self.plan, self.offset, self.moved = plan, offset, Bounded(KEPT_PARTS)
+        self.space, self.key_space = shapes[0][1:-2], shapes[1][1:-2]
+        missing = 3 - len(self.space)
         none, one = (0,) * missing, (1,) * missing
-        numbers: list[int] = []
+        numbers = [*none, *offset]
         for batch, *space, heads, _ in strides:
             numbers += (batch, *none, *space, heads)
-        numbers += (*one, *self.space, *one, *self.key_space, *none, *offset)
-        # The strides ``q``, ``k`` and ``v``, then ``L``, ``KEY_L`` and ``P``.
+        numbers += (*one, *self.space, *one, *self.key_space)
+        # ``P``, the strides ``q``, ``k`` and ``v``, then ``L`` and ``KEY_L``.
         self._numbers = numbers
-        self._mask_strides = () if mask_strides is None else strides_of_mask(mask_strides).values()
+        self._mask_strides = () if key_mask is None else (*strides_of_mask(key_mask).values(),)
+
+    def at(self, offset: Shape) -> Part | Moved:
+        """The plan of the queries from ``offset`` on."""
+        if offset == self.offset:
+            return self
+        found: Moved | None = self.moved.get(offset)
+        if found is None:
+            found = Moved(self, offset)
+            self.moved.keep(offset, found)
+        return found
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.plan, name)
@@ -422,7 +445,7 @@ class Part:
     def additional(self) -> tuple[int, Launch]:
         _, launch = self.plan.additional
         splits, per_split = self.plan.splits_of_additional(self.space)
-        numbers = *self._numbers[:5], *padded(self.space, 1), per_split  # strides of queries
+        numbers = *self._numbers[3:8], *padded(self.space, 1), per_split  # strides of queries
         return splits, launch.moved((*launch.grid[:2], splits), numbers)
 
     @cached_property
@@ -437,15 +460,53 @@ class Part:
         return (splits, heads, blocks, *pairs), moved
 
 
-# Parts of a kind that take turns: inner queries of a rank and those at its border, say.
-KEPT_PARTS = 16
+class Moved:
+    """The plan of other queries of a ``part``'s layout, from ``offset`` on: its kernels' first
+    numbers are others."""
+
+    small = None
+
+    def __init__(self, part: Part, offset: Shape) -> None:
+        self.part, self._offset = part, padded(offset, 0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.part, name)
+
+    def _moved(self, launch: Any) -> Any:
+        return launch.moved(launch.grid, self._offset)
+
+    @cached_property
+    def forward(self) -> Launch:
+        return self._moved(self.part.forward)
+
+    @cached_property
+    def dq(self) -> Launch:
+        return self._moved(self.part.dq)
+
+    @cached_property
+    def dq_with_grad_lse(self) -> Launch:
+        return self._moved(self.part.dq_with_grad_lse)
+
+    @cached_property
+    def dkdv(self) -> Launch | Split:
+        return self._moved(self.part.dkdv)
+
+    @cached_property
+    def rpb(self) -> tuple[tuple[int, ...], list[tuple[Launch, Launch]]]:
+        shape, launches = self.part.rpb
+        return shape, [(self._moved(each), add_up) for each, add_up in launches]
+
+
+# Of one layout, parts that take turns, and of one kind, layouts: the lengths of a growing cache of
+# keys come again in all layers, and with the next stream.
+KEPT_PARTS, KEPT_LAYOUTS = 16, 128
 
 
 @tuning.cached
 def common(*kind: Any) -> dict[Any, Any]:
     """What parts share that differ in where they are, a dictionary; ``kind`` says what else they
-    are. It begins with its ``"parts"``, by where they are, of which there are none yet."""
-    return {"parts": Bounded(KEPT_PARTS)}
+    are. It begins with its ``"parts"``, by how their tensors lie, of which there are none yet."""
+    return {"parts": Bounded(KEPT_LAYOUTS)}
 
 
 def windows_of(rule: Neighborhood) -> tuple[Any, ...]:
@@ -480,7 +541,7 @@ def plan_for(
     documents: Documents | None = None,
     tiles: tuple[int, ...] = (),
     masks: Sequence[Tensor | None] = (None, None),
-) -> Plan | Part:
+) -> Plan | Part | Moved:
     """The plan of a call; tensors have channels one after another. ``masks``: of keys and of
     additional ones."""
     shapes = query.shape, key.shape, value.shape
@@ -492,31 +553,26 @@ def plan_for(
         tiles,
         query.dtype == torch.float32 and allows_tf32(),
     )
-    key_mask, additional_mask = map(mask_strides, masks)
-    if not has_shared_kernels(rule, *strides, key_mask or (0,)):
-        return _cached_plan(
-            rule, scale, query.device, query.dtype, shapes, strides, *others,
-            (key_mask, additional_mask),
-        )  # fmt: skip
-    assert isinstance(rule, Neighborhood)
+    of_masks = mask_strides(masks[0]), mask_strides(masks[1])
+    what = scale, query.device, query.dtype, shapes, strides, *others, of_masks
+    if isinstance(rule, Dense) or not has_shared_kernels(rule, *strides, of_masks[0] or (0,)):
+        return _cached_plan(rule, *what)
+    assert rule.query_offset is not None
     batch, *space, heads, dim = query.shape
     made = common(
         *windows_of(rule), scale, query.device, query.dtype, batch, tiling.part_size(tuple(space)),
         heads, dim, key.shape[-2], value.shape[-1],
         math.gcd(16, *strides[0][:-1], *strides[1][:-1], *strides[2][:-1]), *others,
-        key_mask is not None, additional_mask,
+        of_masks[0] is not None, of_masks[1],
     )  # fmt: skip
-    where = rule.query_offset, shapes, strides, key_mask
+    where = shapes, strides, of_masks[0]
     part: Part | None = made["parts"].get(where)
     if part is None:
         if "plan" not in made:
-            made["plan"] = Plan(
-                rule, scale, query.device, query.dtype, shapes, strides, *others,
-                (key_mask, additional_mask),
-            )  # fmt: skip
-        part = Part(made["plan"], where)
+            made["plan"] = Plan(rule, *what)
+        part = Part(made["plan"], rule.query_offset, *where)
         made["parts"].keep(where, part)
-    return part
+    return part.at(rule.query_offset)
 
 
 def mask_strides(mask: Tensor | None) -> tuple[int, ...] | None:
