@@ -106,10 +106,16 @@ def test_keys_that_no_query_attends_have_no_tiles() -> None:
     assert half.dkdv.arguments["F1"] == 25 // rows * rows and half.dkdv.arguments["F2"] == 0
     assert half.dkdv.arguments["T1"] == -(-56 // rows) - 25 // rows
     assert half.dkdv.arguments["num_tiles"] <= 0.6 * whole.arguments["num_tiles"]
-    assert half.unattended == [(1, 0, 25)]
+    assert attended(half) == [(25, 56), (0, 56)]
     dilated = plan_of(*part((4, 30), (28, 30), (3, 5), dilation=(4, 1), query_offset=(13, 0)))
-    assert dilated.unattended == [(1, 0, 8), (1, 24, 4)]
-    assert plan_of(*part((10, 20), (10, 20), 5, query_offset=0)).unattended == []
+    assert attended(dilated) == [(8, 24), (0, 30)]
+    every = plan_of(*part((10, 20), (10, 20), 5, query_offset=0))
+    assert attended(every) == [(0, 10), (0, 20)] and every.lse_delta[False].arguments["tokens"] == 0
+
+
+def attended(plan: Any) -> list[tuple[int, int]]:
+    """Per axis, the first and one-past-last key that has a tile."""
+    return plan.attended(plan.key_spans)
 
 
 def assert_same(a: Any, b: Any) -> None:

@@ -24,6 +24,7 @@ from natten.backends.hopper import backward, bias, descriptors, geometry, key_ma
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
 from natten.backends.hopper.documents import num_tiles_of
+from natten.backends.hopper.lse_delta import lse_delta_kernel
 from natten.backends.interface import KINDS, Tiles
 from natten.backends.reference import relative_bias
 from natten.neighborhood import Dense, Neighborhood, Rule, window_mask
@@ -259,13 +260,39 @@ def check(kind: str, queries: Any, keys: Any, rule: Rule, tiles: Tiles, most: in
         seen[rows[is_row]] = True
         walked += len(blocks)
     unattended = torch.zeros(layouts[0], dtype=torch.bool)
-    for axis, start, count in plan.unattended if of_keys else ():
-        unattended.narrow(axis - 1, start, count).fill_(True)
+    if of_keys:
+        unattended = ~has_tiles(plan, layouts[0])
     assert not wanted[unattended.flatten()].any()
     if every:
         assert (seen | unattended.flatten()).all()
         pairs = walked * tiling.ROWS * math.prod(arguments["BLOCK"])
         assert tiling.computed_pairs(kind, rule, queries, keys, tiles) == pairs
+
+
+def has_tiles(plan: Any, layout: Any) -> torch.Tensor:
+    """Which keys of a layout have tiles."""
+    found = torch.zeros(layout, dtype=torch.bool)
+    found[tuple(slice(*each) for each in plan.attended(plan.key_spans))] = True
+    return found
+
+
+def test_gradients_of_keys_without_tiles_are_zeros() -> None:
+    """And those of the others stay as they are; queries have their LSE and delta."""
+    for queries, keys, rule in (
+        ((4, 7), (30, 20), Neighborhood.create(2, (5, 3), query_offset=(8, 3))),
+        ((9,), (400,), Neighborhood.create(1, 9, dilation=3, query_offset=130)),
+        ((3, 4, 5), (3, 4, 5), Neighborhood.create(3, 3, query_offset=0)),
+    ):
+        plan = plan_of(queries, keys, rule, False)
+        out, grad_out = (torch.randn(1, *queries, 2, DIM).bfloat16() for _ in range(2))
+        lse, lse_delta = torch.randn(1, *queries, 2), torch.empty(1, *queries, 2, 4)
+        grads = [torch.ones(1, *keys, 2, DIM, dtype=torch.bfloat16) for _ in range(2)]
+        launch = plan.lse_delta[False]
+        lse_delta_kernel[launch.grid](out, lse, grad_out, None, lse_delta, *grads, *launch.values)
+        expected = torch.stack([lse / math.log(2), (out.float() * grad_out).sum(-1)], -1)
+        assert torch.allclose(lse_delta[..., :2], expected, rtol=1e-5, atol=1e-4)
+        for grad in grads:
+            assert (grad == has_tiles(plan, keys)[..., None, None]).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -112,14 +112,10 @@ def _backward(
     others = scale, _dtype(inputs.rpb), documents, masks
     found = plan_for(query, key, value, additional_keys, rule, *others)
     with on_device(query):
-        for axis, first, count in found.unattended:
-            for grad in (grad_key, grad_value):
-                # Of tensors with gaps, PyTorch writes number by number: the fewer, the faster.
-                grad.view(torch.int64).narrow(axis, first, count).zero_()
         unclean = _unclean(found, key, value, masks[0])
         found.lse_delta[grad_lse is not None].run(
             out=out.contiguous(), lse=lse.contiguous(), grad_out=grad_out, grad_lse=grad_lse,
-            lse_delta=lse_delta,
+            lse_delta=lse_delta, grad_key=grad_key, grad_value=grad_value,
         )  # fmt: skip
         found.dq.run(
             query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,

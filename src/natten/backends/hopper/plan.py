@@ -6,7 +6,7 @@ import ctypes
 import math
 import struct
 from collections.abc import Sequence
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from operator import floordiv, mod
 from typing import Any
 
@@ -160,24 +160,39 @@ class Plan:
         assert not isinstance(dkdv, Biased | Packed)
         return dkdv if ours < _PORTABLE_TIME * theirs else None
 
-    @property
-    def _rows(self) -> int:
-        """Queries of all heads."""
-        return self.batch * math.prod(self.tokens) * self.heads
-
     @cached_property
     def lse_delta(self) -> dict[bool, Launch]:
-        """What the passes need per query; by whether the LSE has a gradient, too."""
-        rows, dim = self._rows, self.value_dim
-        arguments = {"rows": rows, "DV": dim, "BLOCK_DV": tiling.native(dim), "M": 16}
-        make = partial(Launch, lse_delta_kernel, (-(-rows // 16),))
+        """What the passes need per query, and zeros where they store nothing; by whether the LSE
+        has a gradient, too."""
+        dim, (programs, numbers) = self.value_dim, self.before_passes(self.key_spans)
+        names = lse_delta_kernel.arg_names[len(lse_delta_kernel.tensors) :]
+        arguments = {
+            **dict(zip(names, numbers)), "DV": dim, "BLOCK_DV": tiling.native(dim),
+            "M": _ROWS_AT_ONCE, "TOKENS": _KEYS_AT_ONCE,
+        }  # fmt: skip
         return {
-            given: make(
-                arguments | {"HAS_GRAD_LSE": given},
+            given: Launch(
+                lse_delta_kernel, (programs,), arguments | {"HAS_GRAD_LSE": given},
                 kernels=compiled("lse_delta", self.device, self.dtype, dim, given),
             )
             for given in (False, True)
-        }
+        }  # fmt: skip
+
+    def before_passes(self, key_spans: Sequence[tuple[int, int]]) -> tuple[int, tuple[int, ...]]:
+        """Programs and numbers of :attr:`lse_delta`: queries of all heads, keys that may have no
+        tile, the layout of keys, which of them have, and channels of all heads, by eights."""
+        rows = self.batch * math.prod(self.tokens) * self.heads
+        layout, attended = self.key_tokens, [(0, n) for n in self.key_tokens]
+        if self.packed is None:  # else every key of a document is in a tile
+            attended = self.attended(key_spans)
+        is_all = attended == [(0, n) for n in layout]
+        tokens = 0 if is_all else self.batch * math.prod(layout)
+        programs = -(-rows // _ROWS_AT_ONCE) + -(-tokens // _KEYS_AT_ONCE)
+        return programs, (
+            rows, tokens, *padded(layout, 1), *padded([first for first, _ in attended], 0),
+            *padded([end for _, end in attended], 1), self.kv_heads * self.dim // 8,
+            self.kv_heads * self.value_dim // 8,
+        )  # fmt: skip
 
     @cached_property
     def portable(self) -> portable.Plan | portable.Part:
@@ -425,21 +440,10 @@ class Plan:
         """Between which positions of a dilation group there are tiles of keys, per axis."""
         return tiled(self.rule, self.space, self.key_space, True)
 
-    @cached_property
-    def unattended(self) -> list[tuple[int, int, int]]:
-        """Keys that may be in no tile, because no query attends them: an axis of their tensor, the
-        first of them, and how many there are."""
-        # Every key of a document is in a tile.
-        return [] if self.packed is not None else self.outside(self.key_spans)
-
-    def outside(self, key_spans: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
-        """As :attr:`unattended`, the keys that are not between these positions."""
-        found = []
-        axes = zip(key_spans, self.key_space, self.rule.dilation)
-        for axis, ((first, end), n, d) in enumerate(axes, 1):
-            found += [(axis, 0, first * d)] if first else []
-            found += [(axis, end * d, n - end * d)] if end * d < n else []
-        return found
+    def attended(self, key_spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Per axis, the first and one-past-last key that has a tile; the others have no query."""
+        axes = zip(key_spans, self.rule.dilation, self.key_tokens)
+        return [(first * d, min(end * d, n)) for (first, end), d, n in axes]
 
     def location(self, rule: Rule) -> tuple[int, ...]:
         """The first numbers of all kernels: where the queries are, how tensors lie, how long axes
@@ -655,9 +659,9 @@ class Part(Plan):
 
     @cached_property
     def lse_delta(self) -> dict[bool, Launch]:
-        rows = self._rows
+        programs, numbers = self.before_passes(self.key_spans)
         return {
-            given: launch.moved((-(-rows // 16),), (rows,))
+            given: launch.moved((programs,), numbers)
             for given, launch in self.plan.lse_delta.items()
         }
 
@@ -702,8 +706,12 @@ class Moved:
         return tiled(self.rule, self.part.space, self.part.key_space, True)
 
     @cached_property
-    def unattended(self) -> list[tuple[int, int, int]]:
-        return self.part.outside(self.key_spans)
+    def lse_delta(self) -> dict[bool, Launch]:
+        programs, numbers = self.part.before_passes(self.key_spans)
+        return {
+            given: launch.moved((programs,), numbers)
+            for given, launch in self.part.lse_delta.items()
+        }
 
     @cached_property
     def portable(self) -> portable.Part | portable.Moved:
@@ -747,6 +755,9 @@ def _exact_thrice(x: float) -> float:
 # How much longer the portable kernel takes for a pair of a query and an additional token, where all
 # processors have work (measured: hopper-log.md).
 _PORTABLE_TIME = 8.0
+
+# Of the kernel before the passes, queries and keys of a program.
+_ROWS_AT_ONCE, _KEYS_AT_ONCE = 16, 64
 
 # Bytes of blocks that stay in the L2 cache, of 50 MB, while other tensors pass.
 _CACHED = 2**24
