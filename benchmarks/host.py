@@ -7,7 +7,8 @@ Tensors are so small that the GPU waits for the host, and calls do not wait for 
 rows are for comparison: ``x + 1``, an autograd function that does nothing, and PyTorch's attention
 over the same number of tokens. Parts of a layout are timed as a stream sees them: again and again
 the same or three in turn; with another offset each time, another number of keys, or both. In the
-rows "a new size", no call has a layout that was there before; their kernels are compiled.
+rows "a new length", a number of keys comes once, and in the rows "a new size", no call has a layout
+that was there before; their kernels are compiled.
 """
 
 from __future__ import annotations
@@ -67,14 +68,15 @@ def step(call: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, thread
 def parts(name: str, query: Tensor) -> dict[str, list[Callable[[], Any]]]:
     """The rows of a backend's parts of a layout, of which the first repeats, without gradients."""
     space, offsets = query.shape[1], range(LONGEST - query.shape[1])
-    keys = query.repeat(1, LONGEST // space, 1, 1, 1)
+    new = range(LONGEST, LONGEST + 2 * (WARMUP + ROUNDS) * CALLS)  # more than there are calls
+    keys = query.repeat(1, -(-new.stop // space), 1, 1, 1)
 
-    def row(steps: list[tuple[int, int]]) -> list[Callable[[], Any]]:
+    def row(steps: list[tuple[int, int]], window: int = WINDOW) -> list[Callable[[], Any]]:
         turns = itertools.cycle([(offset, keys[:, :length]) for offset, length in steps])
 
         def call() -> None:
             offset, key = next(turns)
-            na2d(query, key, key, WINDOW, query_offset=(offset, 0), backend=name)
+            na2d(query, key, key, window, query_offset=(offset, 0), backend=name)
 
         return [call]
 
@@ -84,6 +86,8 @@ def parts(name: str, query: Tensor) -> dict[str, list[Callable[[], Any]]]:
         "another offset": row([(offset, LONGEST) for offset in offsets]),
         "another length": row([(0, LONGEST - offset) for offset in offsets]),
         "both": row([(offset, space + offset) for offset in offsets]),
+        # Of another window, so that what is kept of other rows stays.
+        "a new length": row([(length - space, length) for length in new], WINDOW - 2),
     }
 
 
