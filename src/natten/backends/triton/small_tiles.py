@@ -120,14 +120,20 @@ def _runs_here() -> bool:
 def cheapest(
     rule: Neighborhood, shape: Shape, dim: int, shared: int
 ) -> tuple[float, SmallTiles] | None:
-    """Cycles and tiles, the cheapest; None if no halo fits in shared memory, of which a program may
-    have ``shared`` bytes."""
+    """Cycles and tiles, the cheapest, and of equally cheap ones those with the smallest halo; None
+    if no halo fits in shared memory, of which a program may have ``shared`` bytes."""
+    windows = windows_of(rule)
     lengths = padded([-(-n // d) for n, d in zip(shape, rule.dilation)], 1)
     costs = (
-        (math.prod(-(-n // size) for n, size in zip(lengths, program)) * cycles, tiles)
-        for program, (cycles, tiles) in _programs(windows_of(rule), rule.rank, dim, shared).items()
+        (
+            math.prod(-(-n // size) for n, size in zip(lengths, program)) * cycles,
+            math.prod(tiles.halo(windows)),
+            tiles,
+        )
+        for program, (cycles, tiles) in _programs(windows, rule.rank, dim, shared).items()
     )
-    return min(costs, default=None)
+    found = min(costs, default=None)
+    return None if found is None else (found[0], found[2])
 
 
 @lru_cache(maxsize=64)
