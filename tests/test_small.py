@@ -75,10 +75,14 @@ def test_choice():
     cycles, tiles = small.choose(NAT, *SIZES)
     assert tiles == small.SmallTiles((1, 2, 8), (1, 8, 16), (1, 4, 1))
     assert cycles < tiling.forward_cycles(NAT, *SIZES[:-1])
+    for fine in (Neighborhood.create(2, 7, queries_per_key=2), Dense()):
+        assert small.choose(fine, *SIZES) is None
+    # Parts of about one size have the same tiles, whatever the keys.
     part = Neighborhood.create(2, 7, query_offset=0)
-    fine = Neighborhood.create(2, 7, queries_per_key=2)
-    for rule in (part, fine, Dense()):
-        assert small.choose(rule, *SIZES) is None
+    found = {small.choose(part, (n, 56), *SIZES[1:]) for n in (25, 26, 28)}
+    assert len(found) == 1 and None not in found
+    longer = (28, 56), (99, 77), *SIZES[2:]
+    assert small.choose(part, *longer) in found
     for at, value in ((2, 24), (2, 128), (3, 64), (4, 4), (6, -0.2), (6, 0.0), (6, 1e-30)):
         sizes = list(SIZES)
         sizes[at] = value
@@ -102,13 +106,13 @@ def test_choice_by_gpu(monkeypatch, capability):
 
 def test_room():
     """Of 32-bit numbers for a halo in memory, and of the grid."""
-    tiles = small.SmallTiles((1, 2, 8), (1, 8, 16), (1, 4, 1))
+    halo = small.SmallTiles((1, 2, 8), (1, 8, 16), (1, 4, 1)).halo(small.windows_of(NAT))
     ring = Neighborhood.create(2, 7, boundary="circular")
     shape, grid = (50_000, 50_000), (1, 1, 1)
-    assert small.has_room(tiles, NAT, shape, (50_000 * 32, 32), grid)
-    assert not small.has_room(tiles, ring, shape, (50_000 * 32, 32), grid)
-    assert not small.has_room(tiles, NAT, shape, (2**28, 32), grid)
-    assert not small.has_room(tiles, NAT, shape, (1, 1), (1, 1, 70_001))
+    assert small.has_room(halo, NAT, shape, (50_000 * 32, 32), grid)
+    assert not small.has_room(halo, ring, shape, (50_000 * 32, 32), grid)
+    assert not small.has_room(halo, NAT, shape, (2**28, 32), grid)
+    assert not small.has_room(halo, NAT, shape, (1, 1), (1, 1, 70_001))
 
 
 def plan(query: torch.Tensor, key: torch.Tensor, rule: Neighborhood = NAT, **options):
@@ -136,9 +140,33 @@ def test_plan():
         plan(query, query, tiles=(8, 8, 4, 16)),
         plan(query.float(), query.float()),
         plan(query, query.new_empty(2, 56, 56, 4, 36)[..., :32]),
-        plan(query[:, :20], query, Neighborhood.create(2, 7, query_offset=0)),
     ):
         assert without.small is None
+
+
+def test_plans_of_parts():
+    """Another part runs the same kernel with other numbers, if there is room for it."""
+    keys = torch.empty(2, 70, 60, 4, 32, dtype=torch.bfloat16, device="meta")
+
+    def part(rows, columns, length, at):
+        queries = keys[:, :rows, :columns].contiguous()
+        return plan(queries, keys[:, :length], Neighborhood.create(2, 7, query_offset=at)).small
+
+    first = part(28, 56, 56, (28, 0))
+    assert first.arguments["PART"] and first.grid == (28, 1, 8)
+    for rows, columns, length, at in (
+        (28, 56, 56, (3, 0)),
+        (27, 56, 70, (41, 4)),
+        (25, 50, 31, (6, 1)),
+    ):
+        other = part(rows, columns, length, at)
+        assert other._kernels is first._kernels
+        numbers = [other.arguments[name] for name in ("P1", "P2", "L1", "L2", "KEY_L1", "KEY_L2")]
+        assert numbers == [*at, rows, columns, length, 60]
+        tiles = small.SmallTiles(*(other.arguments[n] for n in ("Q_BLOCK", "KV_BLOCK", "WARPS")))
+        _, down, across = tiles.program()
+        assert other.grid == (-(-rows // down) * -(-columns // across), 1, 8)
+        assert other.arguments["T2"] == -(-columns // across)
 
 
 def test_hopper_leaves_small_windows_to_it():
@@ -179,7 +207,15 @@ ON_GPU = {
         {"kernel_size": (3, 5, 5), "is_causal": (True, False, False)},
     ),
     "row": ((500,), 64, True, {"kernel_size": 33}),
+    "part": ((23, 37), 32, True, {"kernel_size": 7, "query_offset": (5, 0)}),
+    "dilated part": (
+        (29, 40),
+        16,
+        False,
+        {"kernel_size": (7, 5), "dilation": (2, 3), "query_offset": (3, 7)},
+    ),
 }
+PART = (18, 31)  # queries
 
 
 @pytest.mark.gpu
@@ -191,16 +227,17 @@ def test_on_gpu(monkeypatch, name):
     monkeypatch.setattr(tiling, "forward_cycles", lambda *_: float("inf"))
     torch.manual_seed(0)
     new = {"dtype": torch.bfloat16, "device": "cuda"}
-    query = torch.randn(2, *shape, 4, dim, **new)
+    queries = shape if rule.query_offset is None else PART
+    query = torch.randn(2, *queries, 4, dim, **new)
     key, value = (torch.randn(2, *shape, 2, dim, **new) for _ in range(2))
     bias = None
     if with_bias:
         bias = torch.randn(4, *(2 * k - 1 for k in rule.kernel_size), **new)
         bias[0] = -300.0
         bias[1].masked_fill_(torch.rand_like(bias[1]) < 0.5, -torch.inf)
-    plans._cached_plan.cache_clear()
+    for name_of_cache in ("_cached_plan", "common"):
+        monkeypatch.setattr(plans, name_of_cache, getattr(plans, name_of_cache).__wrapped__)
     found = plans.plan_for(query, key, value, bias, None, rule, dim**-0.5).small
-    plans._cached_plan.cache_clear()
     if found is None:
         pytest.skip("no halo fits in this GPU's shared memory")
     out = torch.full_like(query, torch.nan)

@@ -81,7 +81,9 @@ CASES = {
     "truncated": ((7, 9), True, {"kernel_size": (3, 12), "boundary": ("shift", "truncate")}),
     "ring": ((6, 10), False, {"kernel_size": (3, 5), "boundary": "circular"}),
     "video": ((2, 5, 6), False, {"kernel_size": (2, 3, 3), "is_causal": (True, False, False)}),
+    "part": ((9, 16), True, {"kernel_size": (3, 5), "dilation": (1, 3), "query_offset": (2, 4)}),
 }
+PART = (5, 8)  # queries
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -89,7 +91,8 @@ def test_small_windows(monkeypatch, name):
     """Two query heads share a key head."""
     shape, with_bias, options = CASES[name]
     rule = Neighborhood.create(len(shape), **options)
-    query = torch.randn(1, *shape, 2, 16, dtype=torch.float16)
+    queries = shape if rule.query_offset is None else PART
+    query = torch.randn(1, *queries, 2, 16, dtype=torch.float16)
     key, value = (torch.randn(1, *shape, 1, 16, dtype=torch.float16) for _ in range(2))
     bias = None
     if with_bias:
@@ -102,11 +105,9 @@ def test_small_windows(monkeypatch, name):
     monkeypatch.setattr(small, "async_copy", Copies)
     monkeypatch.setattr(small, "_load_keys", load_keys)
     monkeypatch.setattr(small, "_load_values", load_values)
-    launch = plans.Plan(
-        rule, 0.5, query.device, query.dtype, (query.shape, key.shape, value.shape),
-        (query.stride(), key.stride(), value.stride()), None if bias is None else bias.dtype, None,
-        None, (), False,
-    ).small  # fmt: skip
+    for name_of_cache in ("_cached_plan", "common"):
+        monkeypatch.setattr(plans, name_of_cache, getattr(plans, name_of_cache).__wrapped__)
+    launch = plans.plan_for(query, key, value, bias, None, rule, 0.5).small
     out, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:-1], torch.nan)
     numbers = {name: launch.arguments[name] for name in launch.kernel.numbers}
     constants = {name: x for name, x in launch.arguments.items() if name not in numbers}

@@ -249,19 +249,19 @@ class Plan:
             return None
         assert isinstance(self.rule, Neighborhood)
         tiles, constants = found[1], self.constants
-        counts = tile_counts(self.rule, self.space, tiles.program())
-        grid = math.prod(counts), math.prod(self.rule.dilation), self.batch * self.heads
-        per_axis_strides = zip(*(each[1:-2] for each in self.all_strides))
-        farthest = [max(strides) for strides in per_axis_strides]
-        if not small_tiles.has_room(tiles, self.rule, self.space, farthest, grid):
-            return None
-        from .small import small_forward_kernel  # Triton must have Gluon
-
         windows = small_tiles.windows_of(self.rule)
         halo = tiles.halo(windows)
+        self.small_shapes = tiles.program(), halo  # queries and keys of a program
+        where = self.small_grid(self.space, self.key_space, self.all_strides)
+        if where is None:
+            return None
+        grid, counts = where
+        from .small import small_forward_kernel  # Triton must have Gluon
+
         known = {
             **self.strides, **self.sizes, **per_axis("T", counts), **self.numbers,
             "heads": self.heads, "MODES": self.modes, "DILATED": grid[1] > 1,
+            "PART": self.rule.query_offset is not None,
             "WARPS": tiles.warps, "Q_BLOCK": tiles.q_block, "KV_BLOCK": tiles.kv_block,
             "BLOCKS": tiles.blocks(windows), "HALO": halo,
             "CHUNK": small_tiles.rows_of_copy(math.prod(halo)), "ALIGN": constants["ALIGN"],
@@ -273,6 +273,19 @@ class Plan:
             kernel, grid, arguments, num_warps=math.prod(tiles.warps),
             maxnreg=small_tiles.REGISTERS,
         )  # fmt: skip
+
+    def small_grid(
+        self, space: Shape, key_space: Shape, strides: Sequence[Sequence[int]]
+    ) -> tuple[Shape, Shape] | None:
+        """The grid of :attr:`small`, and how many programs there are per axis; None where numbers
+        of 32 bits do not do."""
+        assert isinstance(self.rule, Neighborhood)
+        program, halo = self.small_shapes
+        counts = tile_counts(self.rule, space, program)
+        grid = math.prod(counts), math.prod(self.rule.dilation), self.batch * self.heads
+        farthest = [max(along) for along in zip(*(each[1:-2] for each in strides))]
+        has_room = small_tiles.has_room(halo, self.rule, key_space, farthest, grid)
+        return (grid, counts) if has_room else None
 
     @cached_property
     def dq(self) -> Launch | Split | Trials:
@@ -378,8 +391,6 @@ class Part:
         key_mask: strides of a mask of keys.
     """
 
-    small = None  # a kernel of whole layouts
-
     def __init__(
         self,
         plan: Plan,
@@ -389,6 +400,7 @@ class Part:
         key_mask: Shape | None,
     ) -> None:
         self.plan, self.offset, self.moved = plan, offset, Bounded(KEPT_PARTS)
+        self._strides = strides
         self.space, self.key_space = shapes[0][1:-2], shapes[1][1:-2]
         missing = 3 - len(self.space)
         none, one = (0,) * missing, (1,) * missing
@@ -430,6 +442,17 @@ class Part:
         return self._moved(self.plan.forward, "forward")
 
     @cached_property
+    def small(self) -> Launch | None:
+        launch = self.plan.small
+        if launch is None:
+            return None
+        found = self.plan.small_grid(self.space, self.key_space, self._strides)
+        if found is None:
+            return None
+        grid, counts = found
+        return launch.moved(grid, (*self._numbers, *counts))
+
+    @cached_property
     def dq(self) -> Launch:
         return self._moved(self.plan.dq, "dq")
 
@@ -464,8 +487,6 @@ class Moved:
     """The plan of other queries of a ``part``'s layout, from ``offset`` on: its kernels' first
     numbers are others."""
 
-    small = None
-
     def __init__(self, part: Part, offset: Shape) -> None:
         self.part, self._offset = part, padded(offset, 0)
 
@@ -478,6 +499,10 @@ class Moved:
     @cached_property
     def forward(self) -> Launch:
         return self._moved(self.part.forward)
+
+    @cached_property
+    def small(self) -> Launch | None:
+        return None if self.part.small is None else self._moved(self.part.small)
 
     @cached_property
     def dq(self) -> Launch:

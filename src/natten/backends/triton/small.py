@@ -265,11 +265,11 @@ def _queries(begin, WARPS: gl.constexpr, Q_BLOCK: gl.constexpr, LAYOUT: gl.const
 
 @gluon.jit
 def _lows(
-    begin, n, kernel_size, stride, MODES: gl.constexpr, WARPS: gl.constexpr, Q_BLOCK: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    begin, last, n, kernel_size, stride, MODES: gl.constexpr, WARPS: gl.constexpr,
+    Q_BLOCK: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """First key of each warp, per axis ``[W]`` in a layout."""
-    first = minimum(_tiles(begin, WARPS, Q_BLOCK, LAYOUT), minus(n, (1, 1, 1)))
+    """First key of each warp, per axis ``[W]`` in a layout; ``last``: the last query."""
+    first = minimum(_tiles(begin, WARPS, Q_BLOCK, LAYOUT), last)
     low, _ = _windows(first, n, kernel_size, stride, MODES)
     return low
 
@@ -327,13 +327,15 @@ def _biases(rpb, i, y, kernel_size, head, scale):
 @kernel(gluon.jit, tensors="query key value rpb out lse")
 def small_forward_kernel(
     query, key, value, rpb, out, lse,
-    q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    L0, L1, L2, T0, T1, T2, K0, K1, K2, S0, S1, S2, D0, D1, D2, heads, per_kv, scale,
-    MODES: gl.constexpr, DILATED: gl.constexpr, WARPS: gl.constexpr, Q_BLOCK: gl.constexpr,
-    KV_BLOCK: gl.constexpr, BLOCKS: gl.constexpr, HALO: gl.constexpr, CHUNK: gl.constexpr,
-    ALIGN: gl.constexpr, D: gl.constexpr, HAS_RPB: gl.constexpr,
+    P0, P1, P2, q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
+    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, T0, T1, T2, K0, K1, K2, S0, S1, S2, D0, D1, D2,
+    heads, per_kv, scale,
+    MODES: gl.constexpr, DILATED: gl.constexpr, PART: gl.constexpr, WARPS: gl.constexpr,
+    Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr, BLOCKS: gl.constexpr, HALO: gl.constexpr,
+    CHUNK: gl.constexpr, ALIGN: gl.constexpr, D: gl.constexpr, HAS_RPB: gl.constexpr,
 ):  # fmt: skip
-    """Numbers as in ``forward_kernel``. All per axis: the tiles of ``WARPS``, of ``Q_BLOCK``
+    """Numbers as in ``forward_kernel``; ``P`` and ``KEY_L`` are not read unless queries are a
+    ``PART``, which are counted as keys are. All per axis: the tiles of ``WARPS``, of ``Q_BLOCK``
     queries each, are beside one another; each visits ``BLOCKS`` of ``KV_BLOCK`` keys, which
     together lie in ``HALO``. The grid has tiles, dilation groups, and heads of all batch entries.
     """
@@ -350,15 +352,23 @@ def small_forward_kernel(
     CHUNKS: gl.constexpr = (HALO[0] * HALO[1] * HALO[2] + CHUNK - 1) // CHUNK
 
     kernel_size, stride = (K0, K1, K2), (S0, S1, S2)
-    group, dilation, n = (0, 0, 0), (1, 1, 1), (L0, L1, L2)
+    group, dilation, shape = (0, 0, 0), (1, 1, 1), (L0, L1, L2)
+    offset, end, n = (0, 0, 0), shape, shape
+    if PART:
+        offset, n = (P0, P1, P2), (KEY_L0, KEY_L1, KEY_L2)
+        end = plus(offset, shape)
+    begin = offset
     if DILATED:
         dilation = (D0, D1, D2)
         group = _index(gl.program_id(1), dilation, MODES)
-        n = group_lengths(n, dilation, group)
-    begin = times(_index(gl.program_id(0), (T0, T1, T2), MODES), times(WARPS, Q_BLOCK))
-    if outside(begin, n):
+        n, end = group_lengths(n, dilation, group), group_lengths(end, dilation, group)
+        if PART:
+            begin = group_lengths(offset, dilation, group)
+    number = _index(gl.program_id(0), (T0, T1, T2), MODES)
+    begin = plus(begin, times(number, times(WARPS, Q_BLOCK)))
+    if outside(begin, end):
         return
-    last = minus(n, (1, 1, 1))
+    last = minus(end, (1, 1, 1))
     batch = (gl.program_id(2) // heads).to(gl.int64)
     head = (gl.program_id(2) % heads).to(gl.int64)
     kv_head = gl.program_id(2) % heads // per_kv
@@ -384,7 +394,7 @@ def small_forward_kernel(
     x = key_tokens(minimum(i, last), group, dilation, n, MODES)
     d = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, QUERY)))[None, None, :]
     origin = key_tokens(begin, group, dilation, n, MODES)
-    at = query + token_offset(batch * q_b + head * q_h, origin, q_strides, 1)
+    at = query + token_offset(batch * q_b + head * q_h, minus(origin, offset), q_strides, 1)
     at += gl.expand_dims(_offset(x, origin, q_strides), 2) + d
     q = gl.load(gl.multiple_of(at, [2 * ALIGN, 2 * ALIGN, 2 * ALIGN]))
     q = gl.convert_layout(q, LEFT)  # [W, 16, D]
@@ -395,9 +405,10 @@ def small_forward_kernel(
     OF_KEYS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, key_layout(W, N, D)))
     OF_VALUES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, value_layout(W, N, D)))
     OF_SCORES: gl.constexpr = gl.SliceLayout(1, N_ROWS)
-    k_low = minus(_lows(begin, n, kernel_size, stride, MODES, WARPS, Q_BLOCK, OF_KEYS), low)
-    v_low = minus(_lows(begin, n, kernel_size, stride, MODES, WARPS, Q_BLOCK, OF_VALUES), low)
-    s_low = _lows(begin, n, kernel_size, stride, MODES, WARPS, Q_BLOCK, OF_SCORES)
+    k_low = _lows(begin, last, n, kernel_size, stride, MODES, WARPS, Q_BLOCK, OF_KEYS)
+    v_low = _lows(begin, last, n, kernel_size, stride, MODES, WARPS, Q_BLOCK, OF_VALUES)
+    k_low, v_low = minus(k_low, low), minus(v_low, low)
+    s_low = _lows(begin, last, n, kernel_size, stride, MODES, WARPS, Q_BLOCK, OF_SCORES)
     c = _expanded(coordinates(gl.arange(0, N, gl.SliceLayout(0, N_ROWS)), KV_BLOCK), 0)  # [1, N]
 
     scale_log2 = scale * LOG2E  # scores times it are exponents of two
@@ -438,8 +449,8 @@ def small_forward_kernel(
         acc = mma_v2(p, v, acc * gl.expand_dims(rescale, 2))  # [W, 16, D]
 
     found = row_max > 0.5 * MASKED * scale_log2  # a bias of -inf may leave nothing to attend
-    real = before(_queries(begin, WARPS, Q_BLOCK, M_ROWS), n)
-    x, shape = key_tokens(i, group, dilation, n, MODES), (L0, L1, L2)
+    real = before(_queries(begin, WARPS, Q_BLOCK, M_ROWS), end)
+    x = minus(key_tokens(i, group, dilation, n, MODES), offset)
     first_row = batch * L0 * L1 * L2
     at = row_number(first_row, x, shape, heads, head)  # [W, 16]
     row_lse = gl.where(found, (row_max + gl.log2(row_sum)) * LN2, float("-inf"))
@@ -448,7 +459,7 @@ def small_forward_kernel(
     inverse = gl.where(found, 1.0 / row_sum, 0.0)
     o = (acc * gl.expand_dims(inverse, 2)).to(out.dtype.element_ty)  # O = acc / row_sum
     i = _queries(begin, WARPS, Q_BLOCK, gl.SliceLayout(2, QUERY))
-    x = key_tokens(i, group, dilation, n, MODES)
+    x = minus(key_tokens(i, group, dilation, n, MODES), offset)
     at = out + gl.expand_dims(row_number(first_row, x, shape, heads, head) * D, 2) + d
     at = gl.multiple_of(at, [2 * ROWS, 2 * ROWS, 2 * ROWS])
-    gl.store(at, gl.convert_layout(o, QUERY), mask=gl.expand_dims(before(i, n), 2))
+    gl.store(at, gl.convert_layout(o, QUERY), mask=gl.expand_dims(before(i, end), 2))

@@ -94,8 +94,10 @@ def choose(
     """
     if itemsize != 2 or dim != value_dim or dim not in CHANNELS or not 1e-20 < scale < 1e6:
         return None
-    if not isinstance(rule, Neighborhood) or not rule.is_self_attention or not _runs_here():
+    if not isinstance(rule, Neighborhood) or max(rule.queries_per_key) > 1 or not _runs_here():
         return None
+    if rule.query_offset is not None:  # so that parts of about one size have the same tiles
+        shape = tiling.part_size(tuple(shape))
     gpu, sizes = tiling.gpu(), (shape, key_shape, dim, value_dim, itemsize, bias)
     if tuning.wanted(backward=False) > 1 or tuning.lookup(tiling.key("forward", rule, *sizes)):
         return None
@@ -189,15 +191,13 @@ def _cycles(tiles: SmallTiles, windows: Windows, dim: int, shared: int) -> float
 
 
 def has_room(
-    tiles: SmallTiles, rule: Neighborhood, shape: Shape, strides: Sequence[int], grid: Shape
+    halo: Shape, rule: Neighborhood, shape: Shape, strides: Sequence[int], grid: Shape
 ) -> bool:
     """Whether numbers of 32 bits say how far tokens of a halo are apart in memory, with ``strides``
     of each axis, and the GPU has such a grid. On a ring, tokens may be as far apart as the ends."""
     apart = 0
-    axes = zip(
-        shape, tiles.halo(windows_of(rule))[-rule.rank :], rule.dilation, rule.boundary, strides
-    )
-    for length, halo, dilation, boundary, stride in axes:
-        tokens = length if boundary == "circular" else min(length, halo * dilation)
+    axes = zip(shape, halo[-rule.rank :], rule.dilation, rule.boundary, strides)
+    for length, keys, dilation, boundary, stride in axes:
+        tokens = length if boundary == "circular" else min(length, keys * dilation)
         apart += tokens * stride
     return apart < 2**31 and grid[0] < 2**31 and max(grid[1:]) < MOST_HEADS
