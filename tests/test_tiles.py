@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from typing import Any
@@ -15,6 +16,7 @@ from natten.tiling import reach
 hopper = pytest.importorskip("natten.backends.hopper.tiles")
 triton = pytest.importorskip("natten.backends.triton.tiles")
 cuts = pytest.importorskip("natten.backends.hopper.cuts")
+programs = pytest.importorskip("natten.backends.hopper.programs")
 
 Problem = tuple[Neighborhood, tuple[int, ...], tuple[int, ...]]
 
@@ -194,3 +196,30 @@ def test_heads_across_lines_share_what_is_fetched() -> None:
     rule, shape = Neighborhood.create(2, 13), (64, 64)
     for dim, warps in ((40, 4), (64, 4), (72, 8), (96, 8)):
         assert hopper.choose("forward", rule, shape, shape, dim, dim).num_warps == warps
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_programs_share_tiles_evenly(seed: int) -> None:
+    """By counting what each program of each number of them has to do."""
+    draw = random.Random(seed)
+    shape = draw.choice(((28, 28), (64, 64), (60, 100), (8, 32, 32)))
+    rule = Neighborhood.create(len(shape), draw.choice((5, 7)))
+    kind = draw.choice(("forward", "dq", "dkdv"))
+    tiles = hopper.choose(kind, rule, shape, shape, 64, 64)
+    each, sets, resident = (1000.0, 2500.0), draw.choice((8, 64)), tiles.resident_programs
+    blocks = cuts.cuts(kind == "dkdv", rule, shape, shape).blocks_of_tiles(tiles)
+    work = [1000 * math.prod(each) + 2500 for each in itertools.product(*blocks)] * sets
+
+    def longest(count: int) -> int:
+        of_program = [sum(work[i::count]) for i in range(count)]
+        of_processor = [sum(of_program[i::132]) for i in range(132)]
+        return resident * max(of_program) + max(of_processor)
+
+    most = 132 * resident
+    found = programs.programs_in_turn(blocks, each, sets, 1, 132, resident)
+    if len(work) <= most:
+        assert found == most
+        return
+    assert most - 8 <= found <= most
+    balanced = 2 * sum(work) / 132
+    assert longest(found) <= max(1.02 * balanced, min(map(longest, range(most - 8, most + 1)))) + 1

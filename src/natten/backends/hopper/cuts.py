@@ -140,6 +140,15 @@ class AxisCuts:
         """How many tiles there are."""
         return len(self.partners) * len(self._numbers(tile * groups))
 
+    def blocks_of_tiles(self, size: int, block: int) -> list[int]:
+        """About how many blocks each tile of that size has, of all groups, one after another."""
+        found = []
+        for first, last in self.partners:
+            for at in self._numbers(size):
+                begin, end = at * size, min((at + 1) * size, len(last))
+                found.append(max(-(-(last[end - 1] - first[begin]) // block), 1))
+        return found
+
     def _numbers(self, size: int) -> range:
         """The numbers of a group's tiles of that size, counted from the group's first token."""
         first, end = self.span
@@ -277,6 +286,14 @@ class Cuts:
     def count(self, tile: Shape) -> int:
         """How many tiles there are for a single warpgroup."""
         return math.prod(axis.tiles(n, 1) for axis, n in zip(self.axes, tile[self.missing :]))
+
+    def blocks_of_tiles(self, tiles: Tiles) -> list[list[int]]:
+        """Per axis, about how many blocks each tile of a program has, in the order of programs."""
+        _, block = tile_and_block(tiles, self.of_keys)
+        sizes = list(zip(tile_sizes(tiles, self.of_keys), block))[self.missing :]
+        found = [axis.blocks_of_tiles(*each) for axis, each in zip(self.axes, sizes)]
+        # Of keys that are a row, those that take long come first (``lpt_order``).
+        return [sorted(found[0], reverse=True)] if self.of_keys and len(found) == 1 else found
 
     def __call__(self, tiles: Tiles) -> tuple[Axis, ...]:
         return self.in_pieces(tiles, self.piece(tiles))

@@ -29,7 +29,7 @@ from . import tiles as tiling
 from .backward import backward_kernel
 from .bias_gradient import bias_gradient_kernel
 from .bias_plan import Biased, BiasGradient
-from .cuts import tile_sizes, tiled
+from .cuts import cuts, tile_sizes, tiled
 from .descriptors import (
     Describe,
     View,
@@ -44,6 +44,7 @@ from .forward import forward_kernel
 from .key_masks import FINDERS, unclean_kernel
 from .lse_delta import lse_delta_kernel
 from .passes import Passes
+from .programs import programs_in_turn
 
 # The passes of the kinds of kernels that sum gradients.
 PASSES = {"dq": tiling.DQ, "dkdv": tiling.DKDV, "dk": tiling.DK, "dv": tiling.DV}
@@ -74,8 +75,9 @@ class Plan:
         self.kv_heads, self.value_dim = shapes[2][-2:]
         key_mask, self.additional_mask_strides = masks
         self._lay(rule, shapes, strides, key_mask)
-        # By kind: the kernel's tiles, and whether each tile has a program of its own.
-        self.cuts: dict[str, tuple[Tiles, bool]] = {}
+        # By kind: the kernel's tiles, and how many programs take them in turn at most; None if each
+        # tile has a program of its own.
+        self.cuts: dict[str, tuple[Tiles, int | None]] = {}
         self.queries = tiling.queries(rule, self.space)
         self.dilation = padded(rule.dilation, 1)
         self.modes = modes(rule, self._units() if packed is None else [2] * rule.rank)
@@ -267,7 +269,8 @@ class Plan:
         registers, compute_registers, fetch_registers = tiling.registers(tiles, work)
         heads = self.kv_heads if of_keys else self.heads
         heads_at_once = self._heads_at_once(work)
-        self.cuts[kind] = tiles, self._is_uneven(kind, tiles)
+        each_cycles = tiling.cycles(tiles, mask, work)
+        self.cuts[kind] = tiles, self._most_programs(kind, tiles, each_cycles, heads_at_once)
         programs, of_tiles = self.programs(kind, self.key_spans)
         num_additional = 0 if of_keys else self.num_additional
         kernel = forward_kernel if kind == "forward" else backward_kernel
@@ -465,12 +468,11 @@ class Plan:
 
         As many programs as run at once take tiles in turn, or each tile has one of its own.
         """
-        of_keys, (tiles, is_uneven) = kind == "dkdv", self.cuts[kind]
+        of_keys, (tiles, in_turn) = kind == "dkdv", self.cuts[kind]
         heads = self.kv_heads if of_keys else self.heads
         if self.packed is not None:  # how many there are is known to the GPU
             most, none = self._most_tiles(kind) * heads, (0,) * (4 if kind == "forward" else 7)
-            resident = _processors(self.device) * tiles.resident_programs
-            return (most if is_uneven else min(most, resident)), none
+            return min(most, in_turn or most), none
         sizes = tile_sizes(tiles, of_keys)
         spans = key_spans if of_keys else tiled(self.rule, self.space, self.key_space, False)
         firsts, counts = [], []
@@ -480,9 +482,26 @@ class Plan:
             counts.append(-(-(end - first) // size))
         num_tiles = math.prod(counts) * math.prod(self.rule.dilation) * self.batch * heads
         numbers = *counts, num_tiles, *(firsts if kind != "forward" else ())
-        if is_uneven:
-            return num_tiles, numbers
-        return min(num_tiles, _processors(self.device) * tiles.resident_programs), numbers
+        return min(num_tiles, in_turn or num_tiles), numbers
+
+    def _most_programs(
+        self, kind: str, tiles: Tiles, cycles: tiling.Cycles, heads_at_once: int
+    ) -> int | None:
+        """How many programs take tiles in turn at most; None if each tile has its own.
+
+        Of parts and of packed documents, tiles change from call to call, and what divides them.
+        """
+        if self._is_uneven(kind, tiles):
+            return None
+        processors, resident = _processors(self.device), tiles.resident_programs
+        if self.queries != tiling.OWN or self.packed is not None:
+            return processors * resident
+        of_keys = kind == "dkdv"
+        blocks = cuts(of_keys, self.rule, self.space, self.space).blocks_of_tiles(tiles)
+        heads = self.kv_heads if of_keys else self.heads
+        sets = self.batch * heads * math.prod(self.rule.dilation)
+        each = cycles.block, cycles.tile
+        return programs_in_turn(blocks, each, sets, heads_at_once, processors, resident)
 
     def _most_tiles(self, kind: str) -> int:
         """How many tiles packed documents have at most."""

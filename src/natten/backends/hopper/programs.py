@@ -1,0 +1,70 @@
+"""How many programs take the tiles of a kernel in turn.
+
+Of ``n`` programs, each takes every ``n``-th tile. Tiles near the ends of a layout have fewer
+blocks. Where ``n`` and the tiles of a head have a common factor, a program has tiles at the same
+few places of all heads, so that some programs have long ones only and are waited for. A few
+programs less than could run at once have all kinds of tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+# How many programs less are tried, how many tiles are looked at, and what part of the time may be
+# lost to programs that are waited for, without others being tried.
+_FEWER, _TILES, _LOST = 8, 2**16, 0.02
+
+
+def programs_in_turn(
+    blocks: Sequence[Sequence[int]],
+    cycles: tuple[float, float],
+    sets: int,
+    at_once: int,
+    processors: int,
+    resident: int,
+) -> int:
+    """How many programs share the tiles most evenly.
+
+    Args:
+        blocks: of each tile along each axis; those of all axes multiply.
+        cycles: of a block, and of a tile beside its blocks.
+        sets: how often such tiles follow one another: heads, batch entries, dilation groups.
+        at_once: heads of which tiles at one position follow one another.
+        processors: multiprocessors of the GPU.
+        resident: programs that each of them runs at once.
+    """
+    most = processors * resident
+    tiles = torch.ones(1, device="cpu")
+    for each in blocks:
+        tiles = tiles[:, None] * torch.tensor(each, dtype=torch.float32, device="cpu")
+        tiles = tiles.flatten()
+    per_block, per_tile = cycles
+    tiles = (per_block * tiles + per_tile).repeat_interleave(at_once)
+    sets = min(sets // at_once, -(-_TILES // len(tiles)))
+    if sets * len(tiles) <= most:
+        return most
+    tiles = tiles.repeat(sets)
+    # What each processor has to do if all have as much.
+    least = tiles.sum().item() / processors
+    best, found = math.inf, most
+    for count in range(most, most - _FEWER - 1, -1):
+        of_program = _in_turn(tiles, count)
+        of_processor = _in_turn(of_program, processors)
+        # Programs of a processor share its units, but one alone does not use them well.
+        longest = (resident * of_program.max().item() + of_processor.max().item()) / 2
+        if longest < best:
+            best, found = longest, count
+        if best <= (1 + _LOST) * least:
+            break
+    return found
+
+
+def _in_turn(work: Tensor, count: int) -> Tensor:
+    """What each of ``count`` has to do that take pieces of work in turn."""
+    rounds = -(-len(work) // count)
+    return pad(work, (0, rounds * count - len(work))).view(rounds, count).sum(0)
