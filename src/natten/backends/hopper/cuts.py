@@ -25,6 +25,9 @@ WARPS = 4  # of a warpgroup
 # are those of plain attention, which have a length of their own.
 QUERY_KINDS = OWN, PART, FINER = 0, 1, 2
 
+# What a block costs that a warpgroup hands back, of one that it computes: the other works alone.
+IDLE = 0.15
+
 # The most pieces of a block, and the least tokens of a piece: shared memory has a pattern of eight
 # rows.
 PIECES, PIECE_ROWS = 4, 8
@@ -140,13 +143,21 @@ class AxisCuts:
         """How many tiles there are."""
         return len(self.partners) * len(self._numbers(tile * groups))
 
-    def blocks_of_tiles(self, size: int, block: int) -> list[int]:
-        """About how many blocks each tile of that size has, of all groups, one after another."""
+    def blocks_of_tiles(self, tile: int, block: int, groups: int) -> list[float]:
+        """About how many blocks a warpgroup of each tile has, with what those cost that it hands
+        back unread; of all dilation groups, one after another."""
         found = []
         for first, last in self.partners:
-            for at in self._numbers(size):
-                begin, end = at * size, min((at + 1) * size, len(last))
-                found.append(max(-(-(last[end - 1] - first[begin]) // block), 1))
+            most = len(first) - 1
+            for number in self._numbers(tile * groups):
+                begins = range(number * tile * groups, (number + 1) * tile * groups, tile)
+                origin = first[begins[0]]
+                own = 0
+                for begin in begins:
+                    end = -(-(last[min(begin + tile - 1, most)] - origin) // block)
+                    own += max(end - (first[min(begin, most)] - origin) // block, 1)
+                fetched = max(end, 1) * groups
+                found.append((own + IDLE * (fetched - own)) / groups)
         return found
 
     def _numbers(self, size: int) -> range:
@@ -287,11 +298,12 @@ class Cuts:
         """How many tiles there are for a single warpgroup."""
         return math.prod(axis.tiles(n, 1) for axis, n in zip(self.axes, tile[self.missing :]))
 
-    def blocks_of_tiles(self, tiles: Tiles) -> list[list[int]]:
+    def blocks_of_tiles(self, tiles: Tiles) -> list[list[float]]:
         """Per axis, about how many blocks each tile of a program has, in the order of programs."""
-        _, block = tile_and_block(tiles, self.of_keys)
-        sizes = list(zip(tile_sizes(tiles, self.of_keys), block))[self.missing :]
-        found = [axis.blocks_of_tiles(*each) for axis, each in zip(self.axes, sizes)]
+        sizes = list(zip(*tile_and_block(tiles, self.of_keys), self._groups(tiles)))
+        found = [
+            axis.blocks_of_tiles(*each) for axis, each in zip(self.axes, sizes[self.missing :])
+        ]
         # Of keys that are a row, those that take long come first (``lpt_order``).
         return [sorted(found[0], reverse=True)] if self.of_keys and len(found) == 1 else found
 

@@ -44,7 +44,7 @@ from .forward import forward_kernel
 from .key_masks import FINDERS, unclean_kernel
 from .lse_delta import lse_delta_kernel
 from .passes import Passes
-from .programs import programs_in_turn
+from .programs import programs_of
 
 # The passes of the kinds of kernels that sum gradients.
 PASSES = {"dq": tiling.DQ, "dkdv": tiling.DKDV, "dk": tiling.DK, "dv": tiling.DV}
@@ -491,17 +491,16 @@ class Plan:
 
         Of parts and of packed documents, tiles change from call to call, and what divides them.
         """
-        if self._is_uneven(kind, tiles):
-            return None
         processors, resident = _processors(self.device), tiles.resident_programs
         if self.queries != tiling.OWN or self.packed is not None:
-            return processors * resident
+            return None if self._is_uneven(kind, tiles) else processors * resident
         of_keys = kind == "dkdv"
         blocks = cuts(of_keys, self.rule, self.space, self.space).blocks_of_tiles(tiles)
         heads = self.kv_heads if of_keys else self.heads
         sets = self.batch * heads * math.prod(self.rule.dilation)
-        each = cycles.block, cycles.tile
-        return programs_in_turn(blocks, each, sets, heads_at_once, processors, resident)
+        # A key head's tile walks the blocks of all heads that share it.
+        each = cycles.block * (self.heads // heads), cycles.tile
+        return programs_of(blocks, each, sets, heads_at_once, processors, resident)
 
     def _most_tiles(self, kind: str) -> int:
         """How many tiles packed documents have at most."""

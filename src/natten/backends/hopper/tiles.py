@@ -19,6 +19,7 @@ from ...tiling import padded
 from ..interface import Shape, Tiles
 from ..triton.tiles import SHARED_MEMORY, usual
 from .cuts import (
+    IDLE,
     MISSING,
     OWN,
     PIECE_ROWS,
@@ -373,8 +374,6 @@ def _has_registers(tiles: Tiles, work: Work) -> bool:
 # lines, which was fitted to times of an H200 (benchmarks/results/tiles/h200.csv).
 _BLOCK_CYCLES, _TILE_CYCLES, _TILE_LATENCY, _LINE_CYCLES = 100.0, 500.0, 3000.0, 1.5
 _COMPARE_CYCLES = 4.0  # of a column of a partial block
-# What a block costs that a warpgroup hands back, of one that it computes: the other works alone.
-IDLE = 0.15
 
 
 class Cycles(NamedTuple):
