@@ -291,7 +291,41 @@ def test_views_show_the_tensor(heads: int, batch: int, order: str) -> None:
         at = sum(n * s for n, s in zip((b, 0, g1, g2, h), found.steps))
         assert torch.equal(shown[at, 0], x[b, g1::3, g2::2, h])
     if order == "as it is":  # bases are rows
-        assert found.steps == (24 * heads * (batch > 1), 0, 4 * heads, heads, 1)
+        assert found.steps == (24 * heads * (batch > 1), 0, 4 * heads, heads, 1, 0)
+
+
+def test_heads_that_are_joined_have_the_next_heads_channels() -> None:
+    shape = (2, 6, 4, 3, 48)
+    x = torch.arange(math.prod(shape)).view(shape)
+    found = descriptors.view(shape, x.stride(), (3, 2), joined=True)
+    shown = x.as_strided(found.shape, found.strides)
+    assert shown.shape[-1] == 3 * 48
+    *_, per_head = found.steps
+    for b, g1, g2, h in itertools.product(range(2), range(3), range(2), range(3)):
+        at = sum(n * s for n, s in zip((b, 0, g1, g2, h), found.steps))
+        own = shown[at, 0, ..., h * per_head :][..., :48]
+        assert torch.equal(own, x[b, g1::3, g2::2, h])
+    # Heads that lie apart stay so.
+    assert descriptors.view(shape, (3456, 576, 144, 48, 1), (1, 1), joined=True).steps[-1] == 48
+    assert descriptors.view(shape, (3456, 24, 144, 1152, 1), (1, 1), joined=True).steps[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("dim", "is_joined"), [(48, True), (80, True), (96, True), (64, False), (72, False)]
+)
+def test_heads_are_joined_where_no_other_channel_is_multiplied(dim: int, is_joined: bool) -> None:
+    x = torch.empty(1, 24, 24, 3, dim, dtype=torch.bfloat16, device="meta")
+    plan = planning.plan_for(x, x, x, None, Neighborhood.create(2, 7), 1.0)
+    width = 3 * dim if is_joined else dim
+    for kind, loaded, stored in (
+        ("forward", ("query", "key", "value"), ("out",)),
+        ("dq", ("query", "key", "value", "grad_out"), ("grad_query",)),
+        ("dkdv", ("query", "key", "value", "grad_out"), ("grad_key", "grad_value")),
+    ):
+        tensors = getattr(plan, kind).tensors
+        assert {tensors[name].view.shape[-1] for name in loaded} == {width}
+        assert {tensors[name].view.shape[-1] for name in stored} == {dim}
+    assert sum(tiling.chunks(dim)) == dim or not is_joined
 
 
 def last_base(view: descriptors.View, batch: int, dilation: Any, heads: int) -> int:
@@ -333,8 +367,8 @@ def test_strides_that_no_offset_needs_may_be_large() -> None:
     """Coordinates have 32 bits: along axes without groups, and of one head, they are 0."""
     shape = (1, 2, 2**24, 4, 32)
     strides = descriptors.contiguous_strides(shape)
-    assert descriptors.view(shape, strides, (1, 1)).steps == (0, 0, 0, 0, 1)
-    assert descriptors.view((1, 8, 1, 32), (256, 32, 32, 1), (2,)).steps == (0, 0, 0, 1, 1)
+    assert descriptors.view(shape, strides, (1, 1)).steps == (0, 0, 0, 0, 1, 0)
+    assert descriptors.view((1, 8, 1, 32), (256, 32, 32, 1), (2,)).steps == (0, 0, 0, 1, 1, 0)
 
 
 def test_descriptors_are_made_in_a_context(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -400,9 +400,10 @@ def backward_kernel(
     query, key, value, grad_out, lse_delta, additional_keys, additional_values,
     grad_query, grad_key, grad_value, bias_tables, tile_table, unclean, key_mask, additional_mask,
     O0, O1, O2, G0, G1, G2,
-    q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
+    q_b, q_0, q_1, q_2, q_h, q_c, k_b, k_0, k_1, k_2, k_h, k_c, v_b, v_0, v_1, v_2, v_h, v_c,
     m_b, m_0, m_1, m_2, m_last, N0, N1, N2, Q0, Q1, Q2, SN0, SN1, SN2, SQ0, SQ1, SQ2,
-    T0, T1, T2, num_tiles, F0, F1, F2, g_b, g_0, g_1, g_2, g_h, l_b, l_0, l_1, l_2, l_h,
+    T0, T1, T2, num_tiles, F0, F1, F2, g_b, g_0, g_1, g_2, g_h, g_c,
+    l_b, l_0, l_1, l_2, l_h, l_c,
     d_b, d_0, d_1, additional_b, K0, K1, K2, S0, S1, S2, D0, D1, D2, R0, R1, R2,
     heads, heads_per_kv, heads_at_once, num_additional, scale_log2, bias_size, bias_middle,
     a_b, a_0,
@@ -443,14 +444,14 @@ def backward_kernel(
     )  # fmt: skip
     of_slice = slice_of(grad_out, SLICES)
     of_queries = (
-        TmaTensor(query, (q_b, q_0, q_1, q_2, q_h), ()),
-        TmaTensor(grad_out, (g_b, g_0, g_1, g_2, g_h), of_slice),
-        TmaTensor(lse_delta, (l_b, l_0, l_1, l_2, l_h), ()),
+        TmaTensor(query, (q_b, q_0, q_1, q_2, q_h, q_c), ()),
+        TmaTensor(grad_out, (g_b, g_0, g_1, g_2, g_h, g_c), of_slice),
+        TmaTensor(lse_delta, (l_b, l_0, l_1, l_2, l_h, l_c), ()),
     )
-    of_keys = (TmaTensor(key, (k_b, k_0, k_1, k_2, k_h), ()),)
+    of_keys = (TmaTensor(key, (k_b, k_0, k_1, k_2, k_h, k_c), ()),)
     if PASS != DV:
-        of_keys += (TmaTensor(value, (v_b, v_0, v_1, v_2, v_h), ()),)
-    grad_steps = (d_b, d_0, d_1, heads, 1)
+        of_keys += (TmaTensor(value, (v_b, v_0, v_1, v_2, v_h, v_c), ()),)
+    grad_steps = (d_b, d_0, d_1, heads, 1, 0)
     if OF_KEYS:
         outer, inner = of_keys, of_queries
         grads = (TmaTensor(grad_value if PASS == DV else grad_key, grad_steps, of_slice),)
@@ -461,7 +462,7 @@ def backward_kernel(
         grads = (TmaTensor(grad_query, grad_steps, ()),)
     additional, own_mask = (), ()
     if HAS_ADDITIONAL:
-        steps = (additional_b, 0, 0, 0, 1)
+        steps = (additional_b, 0, 0, 0, 1, 0)
         additional = (
             TmaTensor(additional_keys, steps, ()),
             TmaTensor(additional_values, steps, ()),

@@ -179,8 +179,8 @@ def _sum(ctx):
 )
 def bias_gradient_kernel(
     query, key, value, grad_out, lse_delta, sums, bias_tables,
-    q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    N0, N1, N2, g_b, g_0, g_1, g_2, g_h, l_b, l_0, l_1, l_2, l_h,
+    q_b, q_0, q_1, q_2, q_h, q_c, k_b, k_0, k_1, k_2, k_h, k_c, v_b, v_0, v_1, v_2, v_h, v_c,
+    N0, N1, N2, g_b, g_0, g_1, g_2, g_h, g_c, l_b, l_0, l_1, l_2, l_h, l_c,
     K0, K1, K2, S0, S1, S2, D0, D1, D2, A0, A1, A2, B1, B2,
     batches, heads_per_kv, scale_log2, bias_size, bias_middle,
     MODES: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
@@ -200,13 +200,13 @@ def bias_gradient_kernel(
         DILATED=True, QUERIES=OWN, PIECE=BLOCK, HEADS_FIRST=False, OF_KEYS=False,
     )  # fmt: skip
     of_queries = (
-        TmaTensor(query, (q_b, q_0, q_1, q_2, q_h), ()),
-        TmaTensor(grad_out, (g_b, g_0, g_1, g_2, g_h), ()),
-        TmaTensor(lse_delta, (l_b, l_0, l_1, l_2, l_h), ()),
+        TmaTensor(query, (q_b, q_0, q_1, q_2, q_h, q_c), ()),
+        TmaTensor(grad_out, (g_b, g_0, g_1, g_2, g_h, g_c), ()),
+        TmaTensor(lse_delta, (l_b, l_0, l_1, l_2, l_h, l_c), ()),
     )
     of_keys = (
-        TmaTensor(key, (k_b, k_0, k_1, k_2, k_h), ()),
-        TmaTensor(value, (v_b, v_0, v_1, v_2, v_h), ()),
+        TmaTensor(key, (k_b, k_0, k_1, k_2, k_h, k_c), ()),
+        TmaTensor(value, (v_b, v_0, v_1, v_2, v_h, v_c), ()),
     )
     block, split_id, head = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     splits, heads = gl.num_programs(1), gl.num_programs(2)

@@ -4,7 +4,9 @@ A tensor ``[batch, *space, heads, channels]`` becomes ``[bases, n0, n1, n2, chan
 axis of everywhere that the rows of a batch entry's head and dilation group may begin, and positions
 inside a group per axis. So every layout with contiguous channels is read in place, whatever its
 strides. Blocks may have more channels than a head: TMA fills them with zeros, and does not store
-them.
+them. But TMA takes up to four times as long for a row that it has to fill. So where products take
+no channel beyond a head's own, heads that lie side by side are one axis with their channels, and a
+block has the next head's channels instead of zeros. No head's numbers depend on another one's.
 
 Where a dilation does not divide an axis, groups have ``n`` positions, and from one group on one
 less. The axis has one bound for all of them. So the view begins ``dilation`` tokens before the
@@ -40,7 +42,8 @@ from .tiles import MOST
 
 class View(NamedTuple):
     """Shape and strides for TMA; how far apart along the first axis are batch entries, tokens
-    along three axes, and heads; and how many numbers before the tensor the view begins."""
+    along three axes, and heads, and along the last axis heads, if they are there; and how many
+    numbers before the tensor the view begins."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -81,8 +84,16 @@ class Describe:
 
 
 @lru_cache(maxsize=1024)
-def view(shape: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> View:
-    """The view of a tensor of that shape and stride."""
+def view(
+    shape: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], joined: bool = False
+) -> View:
+    """The view of a tensor of that shape and stride.
+
+    Args:
+        shape, stride: of the tensor.
+        dilation: of each axis.
+        joined: whether heads that lie side by side are one axis with their channels.
+    """
     batch, *space, heads, channels = shape
     # A valid stride where there is one position; of one head, so that bases of a contiguous tensor
     # are its rows.
@@ -96,12 +107,16 @@ def view(shape: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, .
         groups.append(d + n % d)  # where long ones begin later
         starts.append(step if d > 1 else 0)
         before += step * d if n % d else 0
-    starts = [stride[0] if batch > 1 else 0, *starts, stride[-2] if heads > 1 else width]
-    unit = math.gcd(*starts)
-    steps = tuple([start // unit for start in starts])
+    per_head = channels if joined and heads > 1 and stride[-2] == channels else 0
+    head = 0 if per_head else stride[-2] if heads > 1 else width
+    starts = [stride[0] if batch > 1 else 0, *starts, head]
+    unit = math.gcd(*starts) or width
+    steps = (*(start // unit for start in starts), per_head)
     bases = 1
     for count, step in zip((batch, *groups, heads), steps):
         bases += (count - 1) * step
+    if per_head:
+        channels *= heads
     return View((bases, *lengths, channels), (unit, *strides, 1), steps, before)
 
 
@@ -113,7 +128,7 @@ def packed_view(shape: tuple[int, ...], stride: tuple[int, ...]) -> View:
     width = -(-channels // 8) * 8
     token, head = stride[1] if tokens > 1 else width, stride[2] if heads > 1 else width
     lengths, strides = (heads, 1, tokens + 1, tokens, channels), (head, width, token, token, 1)
-    return View(lengths, strides, (0, 0, 0, 0, 1), before=tokens * token)
+    return View(lengths, strides, (0, 0, 0, 0, 1, 0), before=tokens * token)
 
 
 @lru_cache(maxsize=1024)

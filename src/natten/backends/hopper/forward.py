@@ -88,11 +88,11 @@ def _fetch_blocks(ctx):
         gdc_wait()
         if ctx.HAS_ADDITIONAL:
             tensors = ctx.additional.tensors
-            base = tensors[0].tma_base(tile.batch, side.group, head)
+            bases = tma_bases(tensors, tile.batch, side.group, head)
             for position in range(0, ctx.additional.count, volume(g.BLOCK)):
                 places = ((0, 0, position),)
-                ctx.keys.produce(stage, tensors[:1], (base,), places)
-                ctx.values.produce(stage, tensors[1:], (base,), places)
+                ctx.keys.produce(stage, tensors[:1], (bases[0],), places)
+                ctx.values.produce(stage, tensors[1:], (bases[1],), places)
                 stage += 1
         block = (stage * 0, stage * 0, stage * 0)
         for _ in range(tile.blocks[0] * tile.blocks[1] * tile.blocks[2]):
@@ -238,7 +238,8 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
             store_wait(0)
             queries.consumer_release(tile_iteration)
         # A contiguous tensor's bases are its rows.
-        base, steps = ctx.out.tma_base(tile.batch, side.group, tile.head), ctx.out.steps
+        base, _channel = ctx.out.tma_base(tile.batch, side.group, tile.head)
+        steps = ctx.out.steps
         if len(side.document) > 0:
             row = base + side.token((i0, i1, i2)).to(gl.int64) * steps[3]
         else:
@@ -275,7 +276,7 @@ def forward_kernel(
     query, key, value, out, additional_keys, additional_values, lse, bias_tables, tile_table,
     unclean, key_mask, additional_mask,
     O0, O1, O2, G0, G1, G2,
-    q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
+    q_b, q_0, q_1, q_2, q_h, q_c, k_b, k_0, k_1, k_2, k_h, k_c, v_b, v_0, v_1, v_2, v_h, v_c,
     m_b, m_0, m_1, m_2, m_last, N0, N1, N2, Q0, Q1, Q2, SN0, SN1, SN2, SQ0, SQ1, SQ2,
     T0, T1, T2, num_tiles, o_b, o_0, o_1, additional_b, K0, K1, K2, S0, S1, S2, D0, D1, D2,
     R0, R1, R2, heads, heads_per_kv, heads_at_once, num_additional, scale_log2,
@@ -290,7 +291,8 @@ def forward_kernel(
     HAS_ADDITIONAL_MASK: gl.constexpr,
 ):  # fmt: skip
     """The first six tensors are descriptors. Their steps are :class:`TmaTensor`'s: ``q_b`` from a
-    batch entry to the next, ``q_0`` .. ``q_2`` from a token to the next, ``q_h`` from a head.
+    batch entry to the next, ``q_0`` .. ``q_2`` from a token to the next, ``q_h`` from a head,
+    or ``q_c`` if heads lie along the channels.
 
     The other numbers are :class:`Geometry`'s, per axis: positions ``N`` of a dilation group, window
     ``K``, stride ``S``, dilation ``D``, tiles ``T``. What follows is :class:`Part`'s: queries
@@ -327,13 +329,13 @@ def forward_kernel(
         HEADS_FIRST=HEADS_FIRST, OF_KEYS=False,
     )  # fmt: skip
     of_slice = slice_of(value, SLICES)
-    q = TmaTensor(query, (q_b, q_0, q_1, q_2, q_h), ())
-    k = TmaTensor(key, (k_b, k_0, k_1, k_2, k_h), ())
-    v = TmaTensor(value, (v_b, v_0, v_1, v_2, v_h), of_slice)
-    o = TmaTensor(out, (o_b, o_0, o_1, heads, 1), of_slice)
+    q = TmaTensor(query, (q_b, q_0, q_1, q_2, q_h, q_c), ())
+    k = TmaTensor(key, (k_b, k_0, k_1, k_2, k_h, k_c), ())
+    v = TmaTensor(value, (v_b, v_0, v_1, v_2, v_h, v_c), of_slice)
+    o = TmaTensor(out, (o_b, o_0, o_1, heads, 1, 0), of_slice)
     additional, own_mask = (), ()
     if HAS_ADDITIONAL:
-        steps = (additional_b, 0, 0, 0, 1)
+        steps = (additional_b, 0, 0, 0, 1, 0)
         additional = (
             TmaTensor(additional_keys, steps, ()),
             TmaTensor(additional_values, steps, of_slice),

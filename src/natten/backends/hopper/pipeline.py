@@ -16,31 +16,28 @@ from .gluon_names import (
 @aggregate
 class TmaTensor:
     """A tensor's descriptor, how far apart its batch entries, tokens along three axes and heads
-    are along the descriptor's first axis (``descriptors.py``), and of a slice of its channels the
-    first one."""
+    are along the descriptor's first axis, and heads along its last one (``descriptors.py``), and of
+    a slice of its channels the first one."""
 
     descriptor: tensor_descriptor
     steps: gl.tuple
     slice: gl.tuple  # () unless a program has a slice only
 
     @gluon.jit
-    def channel(self):
-        """The first one that a program loads or stores."""
-        if len(self.slice) > 0:
-            return self.slice[0]
-        else:
-            return 0
-
-    @gluon.jit
     def tma_base(self, batch, group, head):
-        """Where the rows of a batch entry's head and dilation group begin along the first axis."""
+        """Where the rows of a batch entry's head and dilation group begin along the first axis, and
+        the program's channels along the last one."""
         base = batch * self.steps[0] + head * self.steps[4]
-        return base + group[0] * self.steps[1] + group[1] * self.steps[2] + group[2] * self.steps[3]
+        base += group[0] * self.steps[1] + group[1] * self.steps[2] + group[2] * self.steps[3]
+        channel = head * self.steps[5]
+        if len(self.slice) > 0:
+            channel += self.slice[0]
+        return base, channel
 
     @gluon.jit
     def store(self, base, first, buffer):
         """Start to write a tile ``[1, *tile, channels]`` whose first token is ``first``."""
-        at = [base, first[0], first[1], first[2], self.channel()]
+        at = [base[0], first[0], first[1], first[2], base[1]]
         store_block(self.descriptor, at, buffer)
 
 
@@ -113,7 +110,8 @@ class TmaPipeline:
             buffer = self.buffers[WHICH].index(index)  # [PIECES, *piece, channels]
             for PIECE in gl.static_range(len(places)):
                 place = places[PIECE]
-                at = [bases[WHICH], place[0], place[1], place[2], tensors[WHICH].channel()]
+                base, channel = bases[WHICH]
+                at = [base, place[0], place[1], place[2], channel]
                 if len(places) > 1:
                     piece = buffer.slice(PIECE, 1)
                 else:

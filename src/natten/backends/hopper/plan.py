@@ -111,7 +111,7 @@ class Plan:
     def _view(self, shape: Shape, stride: Shape) -> View:
         if self.packed is not None:
             return packed_view(shape, stride)
-        return view(shape, stride, self.rule.dilation)
+        return view(shape, stride, self.rule.dilation, tiling.has_unused_channels(shape[-1]))
 
     def _units(self) -> list[int]:
         """Per axis, 1 if there is one token now and always."""
@@ -121,8 +121,15 @@ class Plan:
         return [max(each) for each in zip(self.space, self.key_space, self.rule.kernel_size)]
 
     def _contiguous(self, tokens: Shape, heads: int, channels: int) -> View:
-        """Of a tensor that a kernel writes, and of what goes with it."""
+        """Of a tensor that a kernel writes, and of LSE and delta."""
         shape = self.batch, *tokens, heads, channels
+        if self.packed is not None:
+            return packed_view(shape, contiguous_strides(shape))
+        return contiguous_view(shape, self.rule.dilation)
+
+    @property
+    def _grad_out(self) -> View:
+        shape = self.batch, *self.tokens, self.heads, self.value_dim
         return self._view(shape, contiguous_strides(shape))
 
     @cached_property
@@ -403,7 +410,7 @@ class Plan:
         # Blocks are on a grid that begins anywhere before the first partner.
         table = bias_plan.table(rule.kernel_size, cut.tile, cut.block, earlier=cut.block)
         kernel = bias_gradient_kernel
-        first = *self.steps, *self.lengths[:3], *self._of_stored("dq")[:10]
+        first = *self.steps, *self.lengths[:3], *self._of_stored("dq")[:12]
         numbers = {
             **dict(zip(kernel.arg_names[len(kernel.tensors) :], first)),
             **per_axis("K", rule.kernel_size),
@@ -518,8 +525,8 @@ class Plan:
         rows = contiguous_strides((self.batch, *padded(tokens, 1), heads))[:3]
         if kind == "forward":
             return rows
-        made = (self._contiguous(self.tokens, self.heads, n).steps for n in (self.value_dim, 4))
-        return *next(made), *next(made), *rows
+        lse_delta = self._contiguous(self.tokens, self.heads, 4)
+        return *self._grad_out.steps, *lse_delta.steps, *rows
 
     def _heads_at_once(self, work: tiling.Work) -> int:
         """Of how many heads tiles at one position follow one another.
@@ -576,7 +583,7 @@ class Plan:
         if each == "forward":
             found["out"] = of(written(self.value_dim), width)
         else:
-            found["grad_out"] = of(written(self.value_dim), width)
+            found["grad_out"] = of(self._grad_out, width)
             found["lse_delta"] = describe(written(4), (1, *tiles.q_block, 4), torch.float32)
         if each == "dq":
             found["grad_query"] = of(written(self.dim), dim)

@@ -64,6 +64,11 @@ def chunks(channels: int) -> Shape:
     return (width,) if width == 32 or 2 * rest >= width else (width // 2, rest)
 
 
+def has_unused_channels(channels: int) -> bool:
+    """Whether a block has channels that products do not take, which take a head's and no others."""
+    return native(channels) > channels == sum(chunks(channels))
+
+
 @cache
 def slices(dim: int, value_dim: int) -> tuple[int, int]:
     """In how many slices of values a kernel sums outputs or dV, and the channels of a slice.
