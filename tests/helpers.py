@@ -18,7 +18,7 @@ from natten import backends
 from natten.inputs import Inputs
 from natten.neighborhood import Neighborhood, window_mask
 
-hopper, triton, sdpa, tiled, reference = backends.BACKENDS
+hopper, sdpa, triton, tiled, reference = backends.BACKENDS
 ROOT = pathlib.Path(__file__).parents[1]
 RELEASE = tuple(int(n) for n in torch.__version__.split(".")[:2])  # of PyTorch
 

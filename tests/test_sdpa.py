@@ -165,8 +165,8 @@ def test_what_it_can_not_run():
     assert backend.unsupported(question) is None
     assert "positive scale" in backend.unsupported(question._replace(scale=0.0))
     assert "bias" in backend.unsupported(question._replace(bias=True))
-    on_gpu = question._replace(device=torch.device("cuda"))
-    assert backend.unsupported(on_gpu) == "runs on CPUs, not on cuda"
+    elsewhere = question._replace(device=torch.device("mps"))
+    assert backend.unsupported(elsewhere) == "runs on CPUs and GPUs, not on mps"
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0])

@@ -171,6 +171,28 @@ def _overload(name: str) -> Any:
 cpu_attention = _overload("_scaled_dot_product_flash_attention_for_cpu")
 cpu_attention_backward = _overload("_scaled_dot_product_flash_attention_for_cpu_backward")
 
+#: By PyTorch's number of a kernel: attention on GPUs with the LSE.
+FLASH, EFFICIENT, CUDNN = 1, 2, 3
+gpu_attention = {
+    number: _overload(f"_scaled_dot_product_{name}_attention")
+    for number, name in ((FLASH, "flash"), (EFFICIENT, "efficient"), (CUDNN, "cudnn"))
+}
+
+#: Which of these numbers PyTorch would take; and the gradient of the second kernel, which has an
+#: argument for how many splits of the keys there are.
+attention_choice, efficient_attention_backward = map(
+    _overload, ("_fused_sdp_choice", "_efficient_attention_backward")
+)
+
+
+def allows_tf32() -> bool:
+    """Whether float32 products may be rounded to TF32."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # 2.9's, which also knows what allow_tf32 was set to
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
+
+
 # --- several ranks ------------------------------------------------------------------------------
 
 #: The store through which the default process group was made; where nobody can say, ranks do not

@@ -46,8 +46,8 @@ def explain(
         >>> import torch
         >>> print(explain(torch.zeros(1, 16, 1, 8), kernel_size=3))
         hopper: runs on GPUs, not on cpu
-        triton: runs on GPUs, not on cpu
         sdpa: runs
+        triton: runs on GPUs, not on cpu
         tiled: can run, comes later in the order of preference
         reference: can run, comes later in the order of preference
     """

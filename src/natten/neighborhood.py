@@ -556,6 +556,33 @@ class Dense:
 Rule = Neighborhood | Dense
 
 
+def as_dense(rule: Rule, shape: Sequence[int], key_shape: Sequence[int]) -> Dense | None:
+    """The plain attention of tokens in a row that a rule is for these token layouts, if it is one.
+
+    It is where every window is the whole layout. On a single causal axis windows end at their
+    queries, which plain attention does, too.
+    """
+    if isinstance(rule, Dense):
+        return rule
+    if rule.rank == 1 and rule.is_causal[0]:
+        if not rule.is_self_attention or rule.dilation[0] > 1:
+            return None
+        n = key_shape[0]
+        return Dense(True) if rule.windows(0, n - 1, n)[0] == 0 else None
+    axes = zip(shape, key_shape, rule.dilation, rule.queries_per_key, rule.offset)
+    for axis, (length, n, d, r, offset) in enumerate(axes):
+        if n > 1 and d > 1:
+            return None
+        if rule.boundary[axis] == "circular":
+            is_whole = rule.kernel_size[axis] == n
+        else:  # windows move on from query to query
+            first, last = offset // r, (offset + length - 1) // r
+            is_whole = rule.windows(axis, first, n)[1] == n and rule.windows(axis, last, n)[0] == 0
+        if not is_whole:
+            return None
+    return Dense()
+
+
 def window_mask(
     rule: Rule,
     shape: Sequence[int],

@@ -25,7 +25,7 @@ from .triton import Triton
 _log = logging.getLogger("natten")
 
 # In order of preference.
-BACKENDS: tuple[Backend, ...] = (Hopper(), Triton(), Sdpa(), Tiled(), Reference())
+BACKENDS: tuple[Backend, ...] = (Hopper(), Sdpa(), Triton(), Tiled(), Reference())
 
 # Upstream's names have no effect, because our own choice serves the same problems.
 HINTS = frozenset(

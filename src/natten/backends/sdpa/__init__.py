@@ -1,4 +1,7 @@
-"""Neighborhood attention by PyTorch's own attention on CPUs.
+"""Attention by PyTorch's own kernels: of windows on CPUs, of all tokens on GPUs.
+
+On a GPU a problem is one call of PyTorch's kernel for all tokens, where that is what windows come
+to (:mod:`natten.backends.sdpa.whole`). What follows is about CPUs.
 
 As in :mod:`natten.backends.tiled`, queries are cut into tiles, and a tile attends the block of keys
 that holds its windows. Here a tile is one matrix in a call of PyTorch's kernel, which keeps no
@@ -25,38 +28,54 @@ The kernel adds up in one order, so every result has the same bits on every run.
 from __future__ import annotations
 
 import math
+import os
+from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from ..._torch import cpu_attention, cpu_attention_backward
-from ...inputs import compute_dtype
-from ...neighborhood import Neighborhood
+from ...inputs import Gradients, Inputs, compute_dtype
+from ...neighborhood import Neighborhood, Rule
 from ..interface import Backend, Problem, Shape
 from ..tiled.grids import Plan, estimate
-from . import fused
+from . import fused, whole
 from .costs import is_causal, plan_for
 
 
 class Sdpa(Backend):
-    """PyTorch's ``scaled_dot_product_attention`` over tiles."""
+    """PyTorch's ``scaled_dot_product_attention``: over tiles on CPUs, of all tokens on GPUs."""
 
     name = "sdpa"
-    devices = "CPUs"
+    devices = "CPUs; NVIDIA and AMD, for plain attention and windows of the whole layout"
     operations = ("attention", "gradient")
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     bias = False
 
-    forward = staticmethod(fused.forward)
-    backward = staticmethod(fused.backward)
+    def forward(
+        self, inputs: Inputs, rule: Rule, scale: float, tiles: Shape = ()
+    ) -> tuple[Tensor, Tensor]:
+        return _for_device(inputs).forward(inputs, rule, scale)
+
+    def backward(
+        self, grad_out: Tensor, grad_lse: Tensor | None, inputs: Inputs, out: Tensor, lse: Tensor,
+        rule: Rule, scale: float, tiles: Shape = (),
+    ) -> Gradients:  # fmt: skip
+        run = _for_device(inputs).backward
+        return run(grad_out, grad_lse, inputs, out, lse, rule, scale)
 
     def missing(self, problem: Problem) -> str | None:
+        if problem.device.type == "cuda":
+            return whole.missing(problem)
         if problem.device.type != "cpu":
-            return f"runs on CPUs, not on {problem.device.type}"
+            return f"runs on CPUs and GPUs, not on {problem.device.type}"
         if cpu_attention is None or cpu_attention_backward is None:
             return "needs a PyTorch that has flash attention for CPUs"
         return None
 
     def limits(self, problem: Problem) -> str | None:
+        if problem.device.type == "cuda":
+            return whole.limits(problem)
         if problem.rule is not None and is_causal(problem.rule) and problem.scale <= 0:
             return "needs a positive scale where windows are causal"
         return None
@@ -67,6 +86,10 @@ class Sdpa(Backend):
             return "is for windows that hold many pairs; which they are was not said"
         if 0 in problem.shape:
             return None
+        if problem.device.type == "cuda":
+            return whole.slower(problem)
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return "is left to the kernels that Triton interprets"
         key_shape = problem.key_shape or shape
         matrices = problem.shape[0] * problem.shape[-2]
         ours: Plan = plan_for(
@@ -87,3 +110,7 @@ class Sdpa(Backend):
             // (2 if grid.triangular else 1)
             for grid in plan.grids
         )
+
+
+def _for_device(inputs: Inputs) -> ModuleType:
+    return fused if inputs.query.device.type == "cpu" else whole

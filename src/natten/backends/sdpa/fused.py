@@ -51,7 +51,7 @@ def _tile_views(
     return every
 
 
-def _heads_last(x: Tensor, like: Tensor, channels: int) -> Tensor:
+def heads_last(x: Tensor, like: Tensor, channels: int) -> Tensor:
     """A result of the kernel for all tokens at once, in the layout and dtype of ``like``.
 
     It changes ``x`` in place, to which there is no other reference, because a Function with forward
@@ -67,6 +67,13 @@ def _tokens_first(x: Tensor, shape: torch.Size) -> Tensor:
     return x.transpose_(1, 2).contiguous().resize_(*shape, *rest)
 
 
+def nothing_attended(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and LSE where there are no queries, no keys or no channels."""
+    shape, dtype = query.shape[:-1], compute_dtype(query.dtype)
+    out = query.new_zeros(*shape, value.shape[-1])
+    return out, query.new_full(shape, -math.inf, dtype=dtype)
+
+
 def forward(
     inputs: Inputs, rule: Rule, scale: float, tiles: tuple[int, ...] = ()
 ) -> tuple[Tensor, Tensor]:
@@ -74,14 +81,14 @@ def forward(
     query, key, value, *_ = inputs
     shape, value_dim, dtype = query.shape[:-1], value.shape[-1], compute_dtype(query.dtype)
     if query.numel() == 0 or key.numel() == 0:
-        return query.new_zeros(*shape, value_dim), query.new_full(shape, -math.inf, dtype=dtype)
+        return nothing_attended(query, value)
     half = query.dtype != dtype
     if half:
         inputs = _all_exact(inputs)
     grids = _tile_views(rule, scale, inputs, half)
     if grids[0].alone:
         out, lse = grids[0].forward(*grids[0].inputs(inputs, 0))
-        return _heads_last(out, query, value_dim), _tokens_first(lse, shape)
+        return heads_last(out, query, value_dim), _tokens_first(lse, shape)
     out, lse = query.new_empty(*shape, value_dim), query.new_empty(shape, dtype=dtype)
     for views in grids:
         for index in range(len(views.chunks)):
@@ -129,8 +136,8 @@ def backward(
                     target.add_(tail.unflatten(0, (-1, len(target))).sum(0))
                     dkv[i] = dkv[i][:, :, : views.cols]
             if alone:
-                grad_query = _heads_last(dq, query, query.shape[-1])
-                grad_kv = [_heads_last(x, y, y.shape[-1]) for x, y in zip(dkv, (key, value))]
+                grad_query = heads_last(dq, query, query.shape[-1])
+                grad_kv = [heads_last(x, y, y.shape[-1]) for x, y in zip(dkv, (key, value))]
                 break
             views.store(grad_query, index, dq)
             for x, total in zip(dkv, grad_kv):

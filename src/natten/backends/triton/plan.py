@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ... import tuning
+from ..._torch import allows_tf32
 from ...documents import Documents, Sizes
 from ...neighborhood import Dense, Neighborhood, Rule, queries_before
 from ...tiling import padded
@@ -606,11 +607,3 @@ def mask_strides(mask: Tensor | None) -> tuple[int, ...] | None:
         return None
     batch, *others = mask.stride()
     return (batch if mask.shape[0] > 1 else 0, *others)
-
-
-def allows_tf32() -> bool:
-    """Whether float32 products may be rounded to TF32."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # 2.9's, which also knows what allow_tf32 was set to
-        return matmul.fp32_precision == "tf32"
-    return matmul.allow_tf32

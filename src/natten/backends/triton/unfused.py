@@ -18,12 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import tuning
+from ..._torch import allows_tf32
 from ...neighborhood import Neighborhood
 from ...tiling import padded
 from ..interface import Shape
 from . import tiles as tiling
 from .launch import Launch, contiguous, kernel, on_device, per_axis, readable, strides_of
-from .plan import allows_tf32, common, has_shared_kernels, sizes, tile_counts, windows_of
+from .plan import common, has_shared_kernels, sizes, tile_counts, windows_of
 from .primitives import (
     before,
     bias_offset,
