@@ -29,10 +29,12 @@ from natten.neighborhood import Dense, Neighborhood
 pytest.importorskip("triton", "3.6")  # the first with Gluon for Hopper
 
 from hopper_problems import PROBLEMS, each_way, name_of, partners, rule_of
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
 import natten
 from natten.backends.hopper import descriptors
+from natten.backends.hopper import fused as hopper_fused
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
 from natten.backends.triton import launch
@@ -355,6 +357,44 @@ def test_programs_take_tiles_in_turn_unless_some_are_much_longer() -> None:
     assert programs((30, 48, 80), (18, 24, 24), "dkdv") > 132
 
 
+class _Copies(TorchDispatchMode):
+    """Names copies of tensors."""
+
+    def __init__(self, found: list[Any]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Plans copy a few numbers on the CPU.
+        if func._schema.name in ("aten::clone", "aten::copy_") and args[0].is_meta:
+            self.found.append(("a copy", None))
+        return func(*args, **(kwargs or {}))
+
+
+def test_passes_overlap_where_they_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is launched or copied between them that they read."""
+    q, keys = (torch.empty(2, 9, n, 4, 64, dtype=torch.bfloat16, device="meta") for n in (11, 512))
+    apart = q.transpose(1, 2).contiguous().transpose(1, 2)  # tokens that do not lie in a row
+    found: list[Any] = []
+
+    def run(self: launch.Launch, **tensors: Any) -> None:
+        found.append((self.kernel.__name__, self.arguments.get("OVERLAP")))
+
+    monkeypatch.setattr(launch.Launch, "run", run)
+    rule, lse = Neighborhood.create(2, 5), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    for inputs, expected in (
+        (Inputs(q, q, q), [True, True]),
+        (Inputs(apart, q, q, None, keys[:, 0], keys[:, 0]), [True, True, True]),
+        (Inputs(q, q, q, q.new_empty(4, 9, 9)), [None, False, None, False]),  # tables are first
+    ):
+        found.clear()
+        with _Copies(found):
+            hopper_fused.backward(q, None, inputs, q, lse, rule, 0.1)
+        names = [name for name, _ in found]
+        after = found[names.index("lse_delta_kernel") + 1 :]
+        assert [overlap for _, overlap in after[: len(expected)]] == expected, after
+
+
 def test_masked_scores_are_exact() -> None:
     """A column masked on three axes scores -3 * 2^100: its weight must be one, not infinite."""
     for scale in torch.rand(200).tolist():
@@ -415,14 +455,24 @@ def test_products_and_copies_are_asynchronous(monkeypatch: pytest.MonkeyPatch) -
             assert "wgmma.mma_async" in each.asm["ptx"] and not each.serialised
             code = each.asm["ptx"]
             assert code.count("cp.async.bulk.tensor") >= 4
+            fetches, waits, starts = (
+                [found.start() for found in re.finditer(pattern, code)]
+                for pattern in (
+                    r"cp.async.bulk.tensor.*shared::(cluster|cta)\.glo",
+                    "griddepcontrol.wait",
+                    "griddepcontrol.launch_dependents",
+                )
+            )
+            (start,) = starts  # from where on the next kernel may start
+            if each.name == "backward dK dV":  # beside dQ, and for its end it waits last
+                assert fetches[-1] < waits[0] < start and len(waits) == 1
+                continue
             # Both warps that fetch wait for the kernel before, and first of all.
-            fetches = [
-                m.start()
-                for m in re.finditer(r"cp.async.bulk.tensor.*shared::(cluster|cta)\.glo", code)
-            ]
-            waits = [m.start() for m in re.finditer("griddepcontrol.wait", code)]
-            assert len(waits) == 2 and code.count("griddepcontrol.launch_dependents") == 1
             assert waits[0] < fetches[0] and any(waits[0] < at < waits[1] for at in fetches)
+            if each.name == "backward dQ":  # what dK and dV read is there when they start
+                assert waits[1] < start < waits[2] < fetches[-1] and len(waits) == 3
+            else:
+                assert fetches[-1] < start and len(waits) == 2
 
 
 # heads, heads of keys, head dim, value dim, additional tokens, dtype, dtype of a bias

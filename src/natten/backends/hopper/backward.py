@@ -8,6 +8,9 @@ dQ += dS K, or dK += dS^T Q and dV += P^T dO.
 
 Of wide heads the registers do not hold dK and dV at once. Then each has a pass, and both make the
 weights. That of dV needs no dP, and so it can sum slices of the channels.
+
+No pass reads what another one makes. So where one follows another, its programs start as soon as
+there is room, beside the last programs of the one before.
 """
 
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
@@ -75,6 +78,8 @@ class Context:
     LATE: gl.constexpr  # dS of a block is added while the next one is made; of dV, its weights
     QK_CHUNKS: gl.constexpr  # channels of queries and keys, as products take them
     V_CHUNKS: gl.constexpr  # of values
+    BESIDE: gl.constexpr  # this kernel runs beside the one before, a pass of the same backward
+    NEXT_BESIDE: gl.constexpr  # and the next one beside this
     SUM_CHUNKS: gl.constexpr  # of ``acc``
     SCORES: gl.constexpr  # layout of [M, N]
 
@@ -116,7 +121,8 @@ def _fetch_tiles(ctx):
         tile = g.tile(tile_id)
         side = g.own_side(tile)
         bases = tma_bases(ctx.outer, tile.batch, side.bases, tile.head)
-        gdc_wait()  # until the kernel before has ended; what comes first need not
+        if not ctx.BESIDE:
+            gdc_wait()  # until the kernel before has ended; what comes first need not
         places = g.places_of_tile(side, g.first_of(tile, 0))
         ctx.tiles[0].produce(tile_iteration, ctx.outer, bases, places)
         if g.WARPGROUPS == 2:
@@ -130,6 +136,10 @@ def _fetch_blocks(ctx):
     """Warp that fetches the additional tokens, then blocks of each head that shares the tile's."""
     g = ctx.geometry
     stage = 0
+    if ctx.NEXT_BESIDE:
+        if not ctx.BESIDE:
+            gdc_wait()  # so that the next kernel finds what this one waited for
+        gdc_launch_dependents()  # the next kernel can start where there is room
     for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
         if g.OF_KEYS:
@@ -137,7 +147,8 @@ def _fetch_blocks(ctx):
         else:
             first_head, heads = tile.head // ctx.heads_per_kv, 1
         side = g.other_side(tile)
-        gdc_wait()
+        if not ctx.BESIDE:
+            gdc_wait()
         if ctx.HAS_ADDITIONAL:
             tensors = ctx.additional.tensors
             bases = tma_bases(tensors, tile.batch, side.group, first_head)
@@ -152,7 +163,10 @@ def _fetch_blocks(ctx):
                 ctx.blocks.produce(stage, ctx.inner, bases, g.places(side, start))
                 block = g.next_block(block, tile.blocks)
                 stage += 1
-    gdc_launch_dependents()  # the next kernel can be set up, and waits for this one's end
+    if ctx.BESIDE:
+        gdc_wait()  # who waits for the end of this kernel waits for that of the one before, too
+    if not ctx.NEXT_BESIDE:
+        gdc_launch_dependents()  # the next kernel can be set up, and waits for this one's end
 
 
 @gluon.jit
@@ -310,7 +324,7 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
     DTYPE: gl.constexpr = ctx.grads[0].descriptor.dtype
     tile_iteration = 0
     stage = 0  # of the tile's first block
-    if ctx.HAS_BIAS or ctx.HAS_MASKS:
+    if (ctx.HAS_BIAS or ctx.HAS_MASKS) and not ctx.BESIDE:
         gdc_wait()  # until the kernel before, which made what is loaded here, has ended
     is_unclean = ctx.key_mask.is_unclean()
     for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
@@ -414,13 +428,13 @@ def backward_kernel(
     DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr, HEADS_FIRST: gl.constexpr,
     PACKED: gl.constexpr, BIAS_STRIDES: gl.constexpr, QK_CHUNKS: gl.constexpr,
     V_CHUNKS: gl.constexpr, SLICES: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
-    HAS_ADDITIONAL_MASK: gl.constexpr, PASS: gl.constexpr,
+    HAS_ADDITIONAL_MASK: gl.constexpr, OVERLAP: gl.constexpr, PASS: gl.constexpr,
 ):  # fmt: skip
     """One pass: dQ from tiles of queries, or dK, dV, or both from tiles of keys.
 
     The first ten tensors are descriptors. Numbers are as in the forward kernel; the gradients that
     a pass stores have the steps ``d``, and tiles of keys begin at ``F``. The pass of dV may have
-    ``SLICES``.
+    ``SLICES``. With ``OVERLAP``, passes follow one another with no other kernel in between.
     """
     OF_KEYS: gl.constexpr = PASS != DQ
     part, documents = (), ()
@@ -494,6 +508,7 @@ def backward_kernel(
         HAS_BIAS=len(BIAS_STRIDES) > 0, OWN_OUT=OWN_OUT,
         # Registers do not suffice for dP with two sums, nor for adding late to two of 128 channels.
         PASS=PASS, EARLY=len(grads) == 1 and PASS != DV, LATE=PASS != DKDV or WIDTH < 128,
+        BESIDE=OVERLAP and PASS != DQ, NEXT_BESIDE=OVERLAP and PASS != DKDV and PASS != DV,
         QK_CHUNKS=QK_CHUNKS, V_CHUNKS=V_CHUNKS, SUM_CHUNKS=V_CHUNKS if PASS == DV else QK_CHUNKS,
         SCORES=mma_layout(volume(BLOCK)),
     )  # fmt: skip

@@ -113,6 +113,10 @@ def _backward(
     found = plan_for(query, key, value, additional_keys, rule, *others)
     with on_device(query):
         unclean = _unclean(found, key, value, masks[0])
+        of_additional = None
+        if additional_keys is not None and found.dkdv_of_additional is not None:
+            # Made here if these are copies: no other kernel may come between passes.
+            of_additional = query.flatten(1, -3), grad_out.flatten(1, -3)
         found.lse_delta[grad_lse is not None].run(
             out=out.contiguous(), lse=lse.contiguous(), grad_out=grad_out, grad_lse=grad_lse,
             lse_delta=lse_delta, grad_key=grad_key, grad_value=grad_value,
@@ -131,8 +135,11 @@ def _backward(
         )  # fmt: skip
         grad_additional: Sequence[Tensor | None]
         if additional_keys is not None and additional_values is not None:
-            grad_additional = _additional_gradients(
-                found, query, additional_keys, additional_values, grad_out, lse_delta, masks[1]
+            own = additional_keys, additional_values
+            grad_additional = (
+                additional_gradients(found.portable, query, *own, grad_out, lse_delta, masks[1])
+                if of_additional is None
+                else _additional_gradients(found, *of_additional, *own, lse_delta, masks[1])
             )
         else:  # not there, or empty
             given = inputs.additional_keys, inputs.additional_values
@@ -183,22 +190,19 @@ def _unclean(found: Plan | Moved, key: Tensor, value: Tensor, mask: Tensor | Non
 def _additional_gradients(
     found: Plan | Moved,
     query: Tensor,
+    grad_out: Tensor,
     keys: Tensor,
     values: Tensor,
-    grad_out: Tensor,
     lse_delta: Tensor,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of additional keys and values, which every query attends."""
+    """Gradients of additional keys and values, which every query of a row of tokens attends."""
     dkdv = found.dkdv_of_additional
-    if dkdv is None:
-        named = found.portable, query, keys, values, grad_out, lse_delta
-        return additional_gradients(*named, mask)
-    query, grad_out, lse_delta = (x.flatten(1, -3) for x in (query, grad_out, lse_delta))
+    assert dkdv is not None
     grad_keys, grad_values = torch.empty_like(keys), torch.empty_like(values)
     dkdv.run(
-        query=query, key=keys, value=values, grad_out=grad_out, lse_delta=lse_delta,
-        additional_keys=None, additional_values=None,
+        query=query, key=keys, value=values, grad_out=grad_out,
+        lse_delta=lse_delta.flatten(1, -3), additional_keys=None, additional_values=None,
         grad_query=None, grad_key=grad_keys, grad_value=grad_values, bias_tables=None,
         tile_table=None, unclean=None, key_mask=mask, additional_mask=None,
     )  # fmt: skip

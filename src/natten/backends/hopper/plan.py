@@ -339,6 +339,8 @@ class Plan:
             whole = tiling.chunks(self.value_dim)
             constants["V_CHUNKS"] = (width,) if slices > 1 else whole
             if each != "forward":
+                # A kernel that makes a table for a pass comes before it.
+                constants["OVERLAP"] = table is None and not is_packed
                 constants["PASS"] = PASSES[each]
             if each == "dv":  # it has no values in shared memory, which would be as wide
                 constants["OWN_OUT"] = True
