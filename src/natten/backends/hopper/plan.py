@@ -790,8 +790,9 @@ _ROWS_AT_ONCE, _KEYS_AT_ONCE = 16, 64
 _CACHED = 2**24
 
 # A program that takes tiles in turn begins the next one while it ends the last, but may get long
-# ones only. So where the longest has that many blocks more than usual, programs take one tile each
-# (measured: hopper-log.md).
+# ones only. So of parts, packed documents and plain attention, whose tiles are not counted one by
+# one, programs take one tile each where the longest has that many blocks more than usual (measured:
+# hopper-log.md).
 _UNEVEN = 12
 
 

@@ -38,15 +38,15 @@ def programs_of(
     """How many programs take tiles in turn; None if each tile has its own, which is faster.
 
     Args:
-        blocks: of each tile along each axis; those of all axes multiply.
-        cycles: of a block, and of a tile beside its blocks.
+        blocks: of a warpgroup of each tile along each axis; those of all axes multiply.
+        cycles: of such a block, and of a warpgroup's tile beside its blocks.
         sets: how often such tiles follow one another: heads, batch entries, dilation groups.
         at_once: heads of which tiles at one position follow one another.
         processors: multiprocessors of the GPU.
         resident: programs that each of them runs at once.
     """
     most = processors * resident
-    tiles = torch.ones(1, device="cpu")
+    tiles = torch.ones(1, dtype=torch.float32, device="cpu")
     for each in blocks:
         tiles = tiles[:, None] * torch.tensor(each, dtype=torch.float32, device="cpu")
         tiles = tiles.flatten()

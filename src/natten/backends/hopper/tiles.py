@@ -92,6 +92,20 @@ def has_empty_box(channels: int) -> bool:
     return native(channels) - channels >= 64
 
 
+def row_cycles(channels: int) -> float:
+    """Cycles that TMA takes for a token's channels of a head, in boxes of 64 (hopper-log.md).
+
+    It is slow where rows do not begin where 32 bytes do, and where it has zeros to fill in. With
+    the next head's channels beside them, boxes take 2.5 alone; 3.3 fits the times of kernels.
+    """
+    if native(channels) == channels:
+        return 1.7 * max(1, channels // 64)
+    if has_unused_channels(channels):
+        return 3.3 * (native(channels) // 64)
+    box, last = (2.5, 3.9) if channels % 16 == 0 else (4.3, 6.5)
+    return channels // 64 * box + last
+
+
 _LINE = 128  # bytes of a line of the L2 cache
 
 
@@ -143,9 +157,10 @@ class Work(NamedTuple):
     has_mask_registers: bool  # for the rows' factor of a mask by products
     product_channels: int  # multiplied per score
     column_cycles: float  # of a column's scores beside products
+    pair_at_once: float  # programs that hide as much waiting as two warpgroups of one do
     block_latency: float  # cycles until a block's scores are made, if nothing else runs
     two_stage_cycles: float  # that a block waits for the next one's buffer if there are only two
-    split_lines: float  # lines of the cache, of a token of a block, if it lies across them
+    row_cycles: float  # of TMA, for a token of a block
     may_be_alone: bool  # one warpgroup may have a multiprocessor: of two, tiles may not fit
     block_sizes: Shape  # columns
     smem_options: tuple[tuple[int, bool], ...]  # stages, whether outputs have their own: best first
@@ -156,7 +171,8 @@ def work(kind: str, dim: int, value_dim: int) -> Work:
 
     Where dK and dV have a pass each, both have the same tiles, and this is what both do together.
     """
-    lines = split_lines(dim) + split_lines(value_dim)
+    # Estimates of the forward are 2.15 of the cycles that it takes, of the backward 2.7.
+    rows = row_cycles(dim) + row_cycles(value_dim)
     together = are_together(dim, value_dim)
     count, width = slices(dim, value_dim)
     dim, value_dim = native(dim), native(value_dim)
@@ -174,9 +190,10 @@ def work(kind: str, dim: int, value_dim: int) -> Work:
             has_mask_registers=True,
             product_channels=count * (dim + width),
             column_cycles=8.0 * count,
+            pair_at_once=1.5,
             block_latency=1200.0,
-            two_stage_cycles=0.0,
-            split_lines=lines,
+            two_stage_cycles=40.0 if max(dim, width) == 64 else 0.0,
+            row_cycles=2.15 * rows,
             may_be_alone=False,
             block_sizes=(64, 32) if max(dim, width) > 128 else (128, 64),
             smem_options=tuple(smem_options),
@@ -199,9 +216,10 @@ def work(kind: str, dim: int, value_dim: int) -> Work:
         has_mask_registers=dim < 128 or (dim == 128 and not of_keys),
         product_channels=product_channels,
         column_cycles=column_cycles,
+        pair_at_once=1.3,
         block_latency=2000.0 if of_keys else 1600.0,
-        two_stage_cycles={32: 400.0, 64: 400.0, 128: 700.0}.get(widest, 3000.0),
-        split_lines=lines,
+        two_stage_cycles={32: 400.0, 64: 650.0, 128: 900.0}.get(widest, 3000.0),
+        row_cycles=2.7 * rows,
         may_be_alone=widest > 128,
         block_sizes=_gradient_block_sizes(of_keys, widest),
         # A block is held while the next one's scores are made.
@@ -374,10 +392,10 @@ def _has_registers(tiles: Tiles, work: Work) -> bool:
     return max(acc, scores) + 30 <= start and acc + scores * work.score_registers + 40 <= most
 
 
-# Cycles of a multiprocessor: of a block and of a tile, beside products and waiting; until the first
-# block of a tile is there, if nothing else runs; and of a line of the cache where tokens lie across
-# lines, which was fitted to times of an H200 (benchmarks/results/tiles/h200.csv).
-_BLOCK_CYCLES, _TILE_CYCLES, _TILE_LATENCY, _LINE_CYCLES = 100.0, 500.0, 3000.0, 1.5
+# Cycles of a multiprocessor: of a block and of a tile, beside products and waiting; and until the
+# first block of a tile is there, if nothing else runs.
+_BLOCK_CYCLES, _TILE_CYCLES, _TILE_LATENCY = 100.0, 500.0, 3000.0
+_EXPOSED = 0.05  # of a block, where TMA takes longer
 _COMPARE_CYCLES = 4.0  # of a column of a partial block
 
 
@@ -393,12 +411,12 @@ def cycles(tiles: Tiles, mask: Mask, work: Work) -> Cycles:
     """What tiles cost with a mask."""
     columns = _columns(tiles, work)
     # While one waits, others compute; warpgroups of one program wait for the same blocks.
-    at_once = tiles.resident_programs * (1 if warpgroups(tiles) == 1 else 1.5)
+    at_once = tiles.resident_programs * (1 if warpgroups(tiles) == 1 else work.pair_at_once)
     channels = work.product_channels + 16 * mask.steps * (mask.kind == PRODUCT)
     block = columns * channels / 32 + columns * work.column_cycles + _BLOCK_CYCLES
-    # Warpgroups of one program share what is fetched.
-    block += columns * work.split_lines * _LINE_CYCLES / warpgroups(tiles)
     block += work.block_latency / at_once + work.two_stage_cycles * (tiles.num_stages == 2)
+    # TMA fetches meanwhile, which may take longer; warpgroups of one program share what it fetches.
+    block = max(block, columns * work.row_cycles / warpgroups(tiles) + _EXPOSED * block)
     compare = columns * _COMPARE_CYCLES * (mask.kind == COMPARE)
     return Cycles(block, _TILE_CYCLES + _TILE_LATENCY / at_once, compare)
 
@@ -507,15 +525,10 @@ def _usual(*problem: Any) -> Tiles | None:
 
 
 class _Ways:
-    """How a kind of kernel may run, for heads of some width: what does not depend on a layout.
+    """How a kind of kernel may run, for heads of some width: what does not depend on a layout."""
 
-    ``one_by_one``: heads that share lines of the cache run one after another.
-    """
-
-    def __init__(self, kind: str, dim: int, value_dim: int, one_by_one: bool) -> None:
+    def __init__(self, kind: str, dim: int, value_dim: int) -> None:
         self.work = work(kind, dim, value_dim)
-        if not one_by_one:
-            self.work = self.work._replace(split_lines=0.0)
         self.programs = cache(self._programs)
         self._priced: dict[Any, tuple[int, Cycles] | None] = {}
 
@@ -558,8 +571,7 @@ class _Search:
         packed: bool = False,
     ) -> None:
         self.of_keys, self.packed = kind == "dkdv", packed
-        at_once = isinstance(rule, Dense) or overflows_cache(key_shape, dim, value_dim)
-        self.ways = _ways(kind, dim, value_dim, not at_once)
+        self.ways = _ways(kind, dim, value_dim)
         self.cuts = cuts(self.of_keys, rule, shape, key_shape)
         self.kind, self.rule, self.slides = kind, rule, slides(kind, rule)
         kv_lengths = None if queries(rule, shape) == OWN else self.cuts.kv_lengths
