@@ -22,7 +22,7 @@ from helpers import hopper, reference, triton
 
 from natten import tuning
 from natten.backends import Problem
-from natten.backends.interface import KINDS
+from natten.backends.interface import KINDS, Tiles
 from natten.inputs import Inputs
 from natten.neighborhood import Dense, Neighborhood
 
@@ -38,6 +38,15 @@ from natten.backends.hopper import fused as hopper_fused
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
 from natten.backends.triton import launch
+
+
+def assert_fits(tiles: Tiles, mask: tiling.Mask, work: tiling.Work) -> None:
+    """There is the shared memory that tiles need, and with a mask of keys for the same tiles."""
+    ways = [(tiles, mask, work)] + [tiling.masked(tiles, mask, work)] * (not work.of_keys)
+    for found, *needed in ways:
+        assert found[:3] == tiles[:3] and found.num_stages >= 2 and found.resident_programs >= 1
+        own = tiling.own_out(found, *needed)
+        assert tiling.shared_bytes(found, *needed, own) <= 227 * 1024
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -56,8 +65,7 @@ def test_tiles_fit_and_cover(problem: Any, kind: str) -> None:
             tile, _ = tiling.tile_and_block(tiles, work.of_keys)
             assert math.prod(tile) == tiling.ROWS
             assert mask.ends[-1] <= 16 * mask.steps or mask.kind != tiling.PRODUCT
-            own = tiling.own_out(tiles, mask, work)
-            assert tiling.shared_bytes(tiles, mask, work, own) <= 227 * 1024
+            assert_fits(tiles, mask, work)
             start_registers, registers, fetch = tiling.registers(tiles, work)
             groups = tiling.warpgroups(tiles)
             used = 128 * (groups * registers + fetch) * tiles.resident_programs
@@ -215,8 +223,7 @@ def test_heads_of_all_widths_have_tiles(dim: int, value_dim: int, kind: str) -> 
         rule, work = rule_of(shape, *parameters), tiling.work(kind, dim, value_dim)
         for tiles in each_way(kind, rule, shape, dim, value_dim):
             mask = tiling.mask(kind, rule, shape, shape, tiles, work)
-            own = tiling.own_out(tiles, mask, work)
-            assert tiling.shared_bytes(tiles, mask, work, own) <= 227 * 1024
+            assert_fits(tiles, mask, work)
             assert max(tiling.registers(tiles, work)) <= 256
 
 
@@ -434,15 +441,33 @@ def test_an_older_triton_is_declined_before_gluon_is_imported() -> None:
     assert "not 3.2.0" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("name", ["FLUX", "NAT"])
-def test_compiles_without_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """These variants; `make kernels` compiles the whole list."""
+def test_compiles_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This variant; `make kernels` compiles the whole list."""
     monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
     kernels = importlib.import_module("kernels")
-    forward, *others = kernels.compile_target("90a", [name])
+    forward, *others = kernels.compile_target("90a", ["FLUX"])
     assert [each.kernel for each in others] == ["lse_delta", "backward dQ", "backward dK dV"]
     assert forward.spilled == 0
     assert not any(each.problem() for each in (forward, *others))
+
+
+def test_threads_that_mask_keys_of_their_own_meet_no_barrier(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+    compiled, kernels = (importlib.import_module(name) for name in ("compiled", "kernels"))
+    target, shared = GPUTarget("cuda", 90, 32), kernels.TARGETS["90a"]
+    variants = kernels.variants("90a", ["NAT masked"])
+    found = []
+    for each in compiled.compile_calls(target, shared, compiled.call_hopper, variants):
+        assert not each.looped and not each.serialised
+        code = each.asm["ptx"]
+        for store in re.finditer(r"st\.shared\.v4\.b32\s+\[.*\], \{0, 0, 0, 0\}", code):
+            parted = code.rindex("bra ", 0, store.start())
+            assert "bar." not in code[parted : store.start()]
+            found.append(each.name)
+    # Of keys and of values, 64 rows of four threads each.
+    assert found == ["forward"] * 16 + ["backward dQ"] * 16
 
 
 def test_products_and_copies_are_asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,3 +105,12 @@ experimental.gluon = _module(
 _module(".language")
 _module(".language.nvidia")
 _module(".language.nvidia.ampere", async_copy=None, mma_v2=_product)
+
+
+def masked_factor(key_mask, allowed):
+    """A block's factor ``[N, C]`` as the warp that masks blocks leaves it, which is no code for an
+    interpreter."""
+    factor = key_mask.factors[0].index(0).load()
+    own = tl.arange(0, factor.shape[1])[None, :] >= factor.shape[1] - 2
+    lowered = tl.where(allowed != 0, 0.0, -(2.0**49))[:, None]
+    return tl.where(own, lowered, factor.to(tl.float32)).to(tl.bfloat16)

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton", "3.6")  # the first with Gluon for Hopper
 
-import gluon  # noqa: F401  (before the kernels)
+import gluon  # (before the kernels)
 import torch
 import triton
 import triton.language as tl
@@ -37,8 +37,8 @@ SMALL = [each for each in PROBLEMS if math.prod(each[0]) < 1000 and each[0] != (
 
 
 class Keys:
-    """A pipeline whose blocks are zeros, beside which is what a mask of keys has scores start from;
-    ``block`` is the one that is there."""
+    """A pipeline whose blocks are zeros, beside which is the factor of a mask of keys; ``block`` is
+    the one that is there."""
 
     def __init__(self, key_mask, tile):
         self.key_mask, self.tile = key_mask, tile
@@ -47,14 +47,13 @@ class Keys:
     def consumer_wait(self, stage):
         pass
 
-    def start(self):
+    def factor(self):
         if not self.key_mask.mask:
             return ()
         k = tl.arange(0, self.rows)
         within = self.key_mask.within_block(k)
         allowed = self.key_mask.of_block(self.tile, self.block, k, within)
-        start = tl.where(allowed != 0, 0.0, masks.MASKED)[None, :]
-        return (tl.broadcast_to(start, [tiling.ROWS, self.rows]),)
+        return (gluon.masked_factor(self.key_mask, allowed),)
 
     def matrix(self, stage):
         return tl.full([self.rows, 16], 0, tl.bfloat16)
@@ -72,7 +71,7 @@ def walk(g, mask, key_mask, bias, tile, warpgroup, scores, starts, first_tokens)
     q, keys = tl.full([tiling.ROWS, 16], 0, tl.bfloat16), Keys(key_mask, tile)
     for i in range(int(end) - int(before)):
         keys.block = block
-        s = of_tile.scores(q, keys, i, block, biases, keys.start(), None, (DIM,))
+        s = of_tile.scores(q, keys, i, block, biases, keys.factor(), None, (DIM,))
         s = of_tile.compare(s, block, i == 0)
         at = (i * tiling.ROWS + rows[:, None]) * math.prod(g.BLOCK) + columns[None, :]
         tl.store(scores + at, s)
@@ -121,8 +120,11 @@ def masks_kernel(
     columns = masks.column_tables(g, *kind, ARGUMENTS["TABLES"])
     size = math.prod(g.BLOCK) * tiling.ROWS
     strides = [tl.full([], ARGUMENTS[f"m_{axis}"], tl.int32) for axis in "b012"]
+    has_key_mask, factors = ARGUMENTS["HAS_KEY_MASK"], ()
+    if has_key_mask and not g.OF_KEYS:
+        factors = (masks.stage_factors(g, 1, *kind, ARGUMENTS["TABLES"]),)
     of_keys = key_masks.key_mask_of(
-        g, key_mask, strides, ARGUMENTS["m_last"], None, ARGUMENTS["HAS_KEY_MASK"]
+        g, key_mask, strides, ARGUMENTS["m_last"], factors, has_key_mask
     )
     own_masks = [ARGUMENTS["make_mask"](g, columns, *kind) for _ in range(g.WARPGROUPS)]
     for i in range(count):
@@ -245,7 +247,7 @@ def rows_kernel(found, key_mask, tile_id, ARGUMENTS: tl.constexpr):
     """Ones in the rows of a tile of keys, but zeros in those of masked keys."""
     g = geometry_of(ARGUMENTS)
     strides = [tl.full([], ARGUMENTS[f"m_{axis}"], tl.int32) for axis in "b012"]
-    of_keys = key_masks.key_mask_of(g, key_mask, strides, ARGUMENTS["m_last"], None, True)
+    of_keys = key_masks.key_mask_of(g, key_mask, strides, ARGUMENTS["m_last"], (), True)
     tile = g.tile(tile_id)
     ones = tl.full([tiling.ROWS, 16], 1.0, tl.float32)
     (kept,) = of_keys.of_rows(tile, g.first_of(tile, 0), (ones,))
@@ -267,48 +269,6 @@ def test_gradients_of_masked_keys_are_zero(dilation):
     real = (tokens < torch.tensor(shape)).all(-1)
     expected = mask[1][tuple(tokens[real].T)].float()
     assert torch.equal(found[real], expected[:, None].expand(-1, 16))
-
-
-# Tensors that lie like one axis of tokens, like two and like four.
-@pytest.mark.parametrize(
-    ("axes", "dtype"), [(1, torch.bfloat16), (2, torch.float16), (4, torch.bfloat16)]
-)
-def test_masked_tokens_that_no_weight_takes_away_are_found(dtype, axes):
-    shape, rule, programs = (2, 3, 2, 5, 2), rule_of((3, 2, 5), 2, 1, 1, False), 3
-    mask = torch.rand(1 if axes == 2 else 2, 3, 2, 5) < 0.5
-    masked = ~mask.expand(shape[:-1])
-
-    def made(channels):
-        x = torch.randn(*shape, channels).to(dtype)
-        return (
-            x.permute(4, 2, 0, 3, 1, 5).contiguous().permute(2, 4, 1, 3, 0, 5) if axes == 4 else x
-        )
-
-    clean = made(24), made(8)
-    plan = planning.plan_for(clean[0], *clean, None, rule, 1.0, None, None, (mask, None))
-    arguments = plan.unclean.arguments
-    assert arguments["AXES"] == axes
-
-    def found(*tensors):
-        unclean = torch.full((programs,), 7, dtype=torch.int8)
-        key_masks.unclean_kernel[(programs,)](*tensors, unclean, mask, **arguments)
-        assert set(unclean.tolist()) <= {0, 1}
-        return bool(unclean.any())
-
-    assert not found(*clean)
-    values = [math.nan, math.inf, -math.inf]
-    values += [2.0**32, -(2.0**40), 3e38] if dtype == torch.bfloat16 else []
-    for number, value in enumerate(values):
-        some = masked.nonzero()[torch.randint(int(masked.sum()), ())]
-        dirty = [x.clone(memory_format=torch.preserve_format) for x in clean]
-        dirty[number % 2][(*some, torch.randint(2, ()), torch.randint(8, ()))] = value
-        assert found(*dirty)
-    outside = [x.clone(memory_format=torch.preserve_format) for x in clean]
-    for x in outside:
-        x[~masked] = math.nan  # what may be attended is not looked at
-    assert not found(*outside)
-    largest = 2.0**31 if dtype == torch.bfloat16 else 65504.0
-    assert not found(*(torch.full_like(x, largest) for x in clean))
 
 
 @pytest.mark.parametrize("kind", KINDS)

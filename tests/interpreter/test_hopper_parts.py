@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton", "3.6")  # the first with Gluon for Hopper
 
-import gluon  # noqa: F401  (before the kernels)
+import gluon  # (before the kernels)
 import torch
 import triton
 import triton.language as tl
@@ -113,13 +113,15 @@ def walk_kernel(
     """Walk a warpgroup's blocks of a tile as the kernels do."""
     g = geometry_of(ARGUMENTS, tile_table)
     strides = [tl.full([], ARGUMENTS[f"m_{axis}"], tl.int32) for axis in "b012"]
-    last = ARGUMENTS["m_last"]
-    key_mask = key_masks.key_mask_of(g, mask, strides, last, None, ARGUMENTS["HAS_KEY_MASK"])
+    kind = [ARGUMENTS[name] for name in ("MASK", "ENDS", "BY_ROW", "STEPS")]
+    last, has_key_mask, factors = ARGUMENTS["m_last"], ARGUMENTS["HAS_KEY_MASK"], ()
+    if has_key_mask:
+        factors = (masks.stage_factors(g, 1, *kind, ARGUMENTS["TABLES"]),)
+    key_mask = key_masks.key_mask_of(g, mask, strides, last, factors, has_key_mask)
     within = key_mask.within_block(tl.arange(0, math.prod(g.BLOCK)))
     biases = bias.bias_of(
         g, bias_tables, *(ARGUMENTS[name] for name in ("bias_size", "bias_middle", "BIAS_STRIDES"))
     )
-    kind = [ARGUMENTS[name] for name in ("MASK", "ENDS", "BY_ROW", "STEPS")]
     tables = masks.column_tables(g, *kind, ARGUMENTS["TABLES"])
     make = backward._mask if "PASS" in ARGUMENTS else forward_mask
     tile = g.tile(tile_id)
@@ -135,9 +137,7 @@ def walk_kernel(
         masked: Any = ()
         if ARGUMENTS["HAS_KEY_MASK"]:
             allowed = key_mask.of_block(tile, block, tl.arange(0, math.prod(g.BLOCK)), within)
-            masked = (
-                tl.where(allowed != 0, tl.full([tiling.ROWS, 1], 0.0, tl.float32), masks.MASKED),
-            )
+            masked = (gluon.masked_factor(key_mask, allowed),)
         s = window.scores(q, Keys(g), i, block, biases, masked, None, (DIM,))
         s = window.compare(s, block, i == 0)
         start, _ = g.block_start(block, tile.origin)

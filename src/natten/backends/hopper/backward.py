@@ -31,8 +31,8 @@ from .gluon_names import (
     store_wait,
     warpgroup_mma_wait,
 )
-from .key_masks import Additional, KeyMask, fetch_key_mask, key_mask_of
-from .masks import COMPARE, FIRST, Mask, TileMask, column_tables
+from .key_masks import Additional, KeyMask, key_mask_of, mask_blocks
+from .masks import COMPARE, FIRST, Mask, TileMask, column_tables, stage_factors
 from .pipeline import (
     TmaPipeline,
     TmaTensor,
@@ -181,10 +181,9 @@ def _step(
     PASS: gl.constexpr = ctx.PASS
     blocks = ctx.blocks
     DTYPE: gl.constexpr = ctx.grads[0].descriptor.dtype
-    M: gl.constexpr = tile.qk.shape[0]
-    start = blocks.start_of(stage, M, ctx.SCORES)  # [M, N]; of a mask of keys
+    masked = ctx.key_mask.factor(stage)
     s = tile.mask.scores(  # S = Q K^T
-        tile.qk, blocks, stage, block, bias, start, ctx.SCORES, ctx.QK_CHUNKS
+        tile.qk, blocks, stage, block, bias, masked, ctx.SCORES, ctx.QK_CHUNKS
     )
     gv = blocks.matrix(stage, GV)  # [N, DV]
     if LATE:
@@ -271,21 +270,13 @@ def _add_additional(ctx, tile, batch, acc, stage):
 
 
 @gluon.jit
-def _clean(ctx, is_unclean, tile, block, stage):
-    """If need be, set masked keys and values of the block in a stage to zero."""
-    ctx.key_mask.clean(is_unclean, tile, block, ctx.blocks, stage, QK)
-    ctx.key_mask.clean(is_unclean, tile, block, ctx.blocks, stage, GV)
-
-
-@gluon.jit
-def _walk(ctx, tile, first, operands, bias, is_unclean, stage, acc, acc_v):
+def _walk(ctx, tile, first, operands, bias, stage, acc, acc_v):
     """Sum over a warpgroup's blocks; the tile's first one is in that stage."""
     g, blocks = ctx.geometry, ctx.blocks
     before, end, count, block = g.own_blocks(first, tile)
     for i in range(before):
         blocks.consumer_skip(stage + i)
     if ctx.LATE:
-        _clean(ctx, is_unclean, tile, block, stage + before)
         acc, acc_v, ds = _step(
             ctx, operands, bias, block, stage + before, acc, acc_v, 0, False, True
         )
@@ -293,7 +284,6 @@ def _walk(ctx, tile, first, operands, bias, is_unclean, stage, acc, acc_v):
             if ctx.PASS == DKDV:
                 acc_v = wait(acc_v, 0)
             block = g.next_block(block, tile.blocks)
-            _clean(ctx, is_unclean, tile, block, stage + i)
             acc, acc_v, ds = _step(
                 ctx, operands, bias, block, stage + i, acc, acc_v, ds, True, False
             )
@@ -326,7 +316,6 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
     stage = 0  # of the tile's first block
     if (ctx.HAS_BIAS or ctx.HAS_MASKS) and not ctx.BESIDE:
         gdc_wait()  # until the kernel before, which made what is loaded here, has ended
-    is_unclean = ctx.key_mask.is_unclean()
     for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
         first = g.first_of(tile, WARPGROUP)
@@ -351,7 +340,7 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
         for i in range(ctx.heads_per_kv if g.OF_KEYS else 1):
             head = tile.head * ctx.heads_per_kv + i if g.OF_KEYS else tile.head
             bias = ctx.bias.of_tile(tile, first, head)
-            acc, acc_v = _walk(ctx, tile, first, operands, bias, is_unclean, stage, acc, acc_v)
+            acc, acc_v = _walk(ctx, tile, first, operands, bias, stage, acc, acc_v)
             stage += count
         if g.OF_KEYS:  # those of masked keys and values are zero, whatever these are
             acc = ctx.key_mask.of_rows(tile, first, acc)
@@ -407,12 +396,12 @@ def _mask(
 @kernel(
     gluon.jit,
     tensors="query key value grad_out lse_delta additional_keys additional_values "
-    "grad_query grad_key grad_value bias_tables tile_table unclean",
+    "grad_query grad_key grad_value bias_tables tile_table",
     masks="key_mask additional_mask",
 )
 def backward_kernel(
     query, key, value, grad_out, lse_delta, additional_keys, additional_values,
-    grad_query, grad_key, grad_value, bias_tables, tile_table, unclean, key_mask, additional_mask,
+    grad_query, grad_key, grad_value, bias_tables, tile_table, key_mask, additional_mask,
     O0, O1, O2, G0, G1, G2,
     q_b, q_0, q_1, q_2, q_h, q_c, k_b, k_0, k_1, k_2, k_h, k_c, v_b, v_0, v_1, v_2, v_h, v_c,
     m_b, m_0, m_1, m_2, m_last, N0, N1, N2, Q0, Q1, Q2, SN0, SN1, SN2, SQ0, SQ1, SQ2,
@@ -483,11 +472,14 @@ def backward_kernel(
         )
     if HAS_ADDITIONAL_MASK:
         own_mask = (additional_mask,)
-    masked = key_mask_of(g, key_mask, (m_b, m_0, m_1, m_2), m_last, unclean, HAS_KEY_MASK)
     # A masked key is a row of dK and dV, which are zero there.
-    HAS_STARTS: gl.constexpr = HAS_KEY_MASK and not OF_KEYS
+    MASKS_BLOCKS: gl.constexpr = HAS_KEY_MASK and not OF_KEYS
+    factors = ()
+    if MASKS_BLOCKS:
+        factors = (stage_factors(g, STAGES, MASK, ENDS, BY_ROW, STEPS, TABLES),)
+    masked = key_mask_of(g, key_mask, (m_b, m_0, m_1, m_2), m_last, factors, HAS_KEY_MASK)
     PIECES: gl.constexpr = volume(BLOCK) // volume(PIECE)
-    blocks = tma_pipeline(inner, STAGES, WARPGROUPS, PIECES, HAS_STARTS)
+    blocks = tma_pipeline(inner, STAGES, WARPGROUPS, PIECES, MASKS_BLOCKS)
     tables = column_tables(g, MASK, ENDS, BY_ROW, STEPS, TABLES)
     ROWS: gl.constexpr = volume(TILE) // TILE[2] if PACKED else 1
     tiles = (tma_pipeline(outer, 1, 1, ROWS),)
@@ -516,7 +508,7 @@ def backward_kernel(
     gl.warp_specialize(
         [(_sum_gradients, (ctx, 0)), (_sum_gradients, (ctx, 1))][:WARPGROUPS]
         + [(_fetch_tiles, (ctx,)), (_fetch_blocks, (ctx,))]
-        + [(fetch_key_mask, (masked, blocks, num_additional))][: 1 if HAS_STARTS else 0],
-        [WARPS, 1, 1, 1][2 - WARPGROUPS : 4 if HAS_STARTS else 3],
-        ([REGISTERS] + [FETCH_REGISTERS] * 3)[2 - WARPGROUPS : 4 if HAS_STARTS else 3],
+        + [(mask_blocks, (masked, (blocks,), num_additional))][: 1 if MASKS_BLOCKS else 0],
+        [WARPS, 1, 1, 1][2 - WARPGROUPS : 4 if MASKS_BLOCKS else 3],
+        ([REGISTERS] + [FETCH_REGISTERS] * 3)[2 - WARPGROUPS : 4 if MASKS_BLOCKS else 3],
     )

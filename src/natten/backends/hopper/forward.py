@@ -22,8 +22,8 @@ from .gluon_names import (
     store_wait,
     warpgroup_mma_wait,
 )
-from .key_masks import Additional, KeyMask, fetch_key_mask, key_mask_of
-from .masks import MASKED, Mask, column_tables
+from .key_masks import Additional, KeyMask, key_mask_of, mask_blocks
+from .masks import MASKED, Mask, column_tables, stage_factors
 from .pipeline import TmaPipeline, TmaTensor, allocate, slice_of, tma_bases, tma_pipeline
 from .products import add, kept, left_operand, multiply, scaled, store, wait, zeros
 
@@ -130,13 +130,6 @@ def _add(ctx, acc, p, stage):
 
 
 @gluon.jit
-def _clean(ctx, is_unclean, tile, block, stage):
-    """If need be, set masked keys and values of the block in a stage to zero."""
-    ctx.key_mask.clean(is_unclean, tile, block, ctx.keys, stage, 0)
-    ctx.key_mask.clean(is_unclean, tile, block, ctx.values, stage, 0)
-
-
-@gluon.jit
 def _skip(ctx, stage, first, end):
     """Hand blocks back unread, of those that begin with a stage."""
     for block in range(first, end):
@@ -156,7 +149,6 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
     stage = 0  # of the tile's first block
     if ctx.HAS_BIAS or ctx.HAS_MASKS:
         gdc_wait()  # until the kernel before, which made what is loaded here, has ended
-    is_unclean = ctx.key_mask.is_unclean()
     for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
         first = g.first_of(tile, WARPGROUP)
@@ -184,10 +176,9 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
                 stage += 1
 
         _skip(ctx, stage, 0, before)
-        _clean(ctx, is_unclean, tile, block, stage + before)
-        start = keys.start_of(stage + before, M, ctx.SCORES)  # [M, N]; of a mask of keys
         at = stage + before
-        s = mask.scores(q, keys, at, block, bias, start, ctx.SCORES, ctx.QK_CHUNKS)  # [M, N]
+        masked = ctx.key_mask.factor(at)
+        s = mask.scores(q, keys, at, block, bias, masked, ctx.SCORES, ctx.QK_CHUNKS)  # [M, N]
         s = warpgroup_mma_wait(0, deps=[s])
         keys.consumer_release(stage + before)
         if ctx.OWN_OUT:  # after the last scores the next tile's queries can come
@@ -199,9 +190,8 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
         # While the softmax of a block is computed, the values of the block before it are added.
         for i in range(before + 1, end):
             block = g.next_block(block, tile.blocks)
-            _clean(ctx, is_unclean, tile, block, stage + i)
-            start = keys.start_of(stage + i, M, ctx.SCORES)
-            s = mask.scores(q, keys, stage + i, block, bias, start, ctx.SCORES, ctx.QK_CHUNKS)
+            masked = ctx.key_mask.factor(stage + i)
+            s = mask.scores(q, keys, stage + i, block, bias, masked, ctx.SCORES, ctx.QK_CHUNKS)
             acc = _add(ctx, acc, p, stage + i - 1)
             s = warpgroup_mma_wait(len(ctx.V_CHUNKS), deps=[s])
             keys.consumer_release(stage + i)
@@ -268,13 +258,12 @@ def _out_buffer(queries, out, OWN_OUT: gl.constexpr, PIECES: gl.constexpr):
 
 @kernel(
     gluon.jit,
-    tensors="query key value out additional_keys additional_values lse bias_tables tile_table "
-    "unclean",
+    tensors="query key value out additional_keys additional_values lse bias_tables tile_table",
     masks="key_mask additional_mask",
 )
 def forward_kernel(
     query, key, value, out, additional_keys, additional_values, lse, bias_tables, tile_table,
-    unclean, key_mask, additional_mask,
+    key_mask, additional_mask,
     O0, O1, O2, G0, G1, G2,
     q_b, q_0, q_1, q_2, q_h, q_c, k_b, k_0, k_1, k_2, k_h, k_c, v_b, v_0, v_1, v_2, v_h, v_c,
     m_b, m_0, m_1, m_2, m_last, N0, N1, N2, Q0, Q1, Q2, SN0, SN1, SN2, SQ0, SQ1, SQ2,
@@ -342,10 +331,13 @@ def forward_kernel(
         )
     if HAS_ADDITIONAL_MASK:
         own_mask = (additional_mask,)
-    masked = key_mask_of(g, key_mask, (m_b, m_0, m_1, m_2), m_last, unclean, HAS_KEY_MASK)
+    factors = ()
+    if HAS_KEY_MASK:
+        factors = (stage_factors(g, STAGES, MASK, ENDS, BY_ROW, STEPS, TABLES),)
+    masked = key_mask_of(g, key_mask, (m_b, m_0, m_1, m_2), m_last, factors, HAS_KEY_MASK)
     PIECES: gl.constexpr = volume(BLOCK) // volume(PIECE)
     keys = tma_pipeline((k,), STAGES, WARPGROUPS, PIECES, HAS_KEY_MASK)
-    values = tma_pipeline((v,), STAGES, WARPGROUPS, PIECES)
+    values = tma_pipeline((v,), STAGES, WARPGROUPS, PIECES, HAS_KEY_MASK)
     ROWS: gl.constexpr = volume(TILE) // TILE[2] if PACKED else 1
     queries = (tma_pipeline((q,), 1, 1, ROWS),)
     if WARPGROUPS == 2:
@@ -367,7 +359,7 @@ def forward_kernel(
     gl.warp_specialize(
         [(_attend, (ctx, 0)), (_attend, (ctx, 1))][:WARPGROUPS]
         + [(_fetch_queries, (ctx,)), (_fetch_blocks, (ctx,))]
-        + [(fetch_key_mask, (masked, keys, num_additional))][: 1 if HAS_KEY_MASK else 0],
+        + [(mask_blocks, (masked, (keys, values), num_additional))][: 1 if HAS_KEY_MASK else 0],
         [WARPS, 1, 1, 1][2 - WARPGROUPS : 4 if HAS_KEY_MASK else 3],
         ([REGISTERS] + [FETCH_REGISTERS] * 3)[2 - WARPGROUPS : 4 if HAS_KEY_MASK else 3],
     )

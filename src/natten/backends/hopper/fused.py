@@ -15,7 +15,6 @@ from ..triton.fused import additional_gradients, rpb_gradient
 from ..triton.launch import contiguous, on_device
 from .channels import narrowed, narrowed_gradients, widened, widened_inputs
 from .descriptors import readable
-from .key_masks import FINDERS
 from .plan import Moved, Plan, plan_for
 from .tiles import MOST_MASKED
 
@@ -77,10 +76,9 @@ def _forward(
     others = scale, _dtype(inputs.rpb), documents, masks
     found = plan_for(query, key, value, additional_keys, rule, *others)
     with on_device(query):
-        unclean = _unclean(found, key, value, masks[0])
         found.forward.run(
             query=query, key=key, value=value, out=out, additional_keys=additional_keys,
-            additional_values=additional_values, lse=lse, unclean=unclean, key_mask=masks[0],
+            additional_values=additional_values, lse=lse, key_mask=masks[0],
             additional_mask=masks[1], **tables,
         )  # fmt: skip
     return out, lse
@@ -112,7 +110,6 @@ def _backward(
     others = scale, _dtype(inputs.rpb), documents, masks
     found = plan_for(query, key, value, additional_keys, rule, *others)
     with on_device(query):
-        unclean = _unclean(found, key, value, masks[0])
         of_additional = None
         if additional_keys is not None and found.dkdv_of_additional is not None:
             # Made here if these are copies: no other kernel may come between passes.
@@ -124,14 +121,13 @@ def _backward(
         found.dq.run(
             query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,
             additional_keys=additional_keys, additional_values=additional_values,
-            grad_query=grad_query, grad_key=None, grad_value=None, unclean=unclean,
-            key_mask=masks[0], additional_mask=masks[1], **tables,
+            grad_query=grad_query, grad_key=None, grad_value=None, key_mask=masks[0],
+            additional_mask=masks[1], **tables,
         )  # fmt: skip
         found.dkdv.run(
             query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,
             additional_keys=None, additional_values=None, grad_query=None, grad_key=grad_key,
-            grad_value=grad_value, unclean=None, key_mask=masks[0], additional_mask=None,
-            **tables,
+            grad_value=grad_value, key_mask=masks[0], additional_mask=None, **tables,
         )  # fmt: skip
         grad_additional: Sequence[Tensor | None]
         if additional_keys is not None and additional_values is not None:
@@ -178,15 +174,6 @@ def _masks(inputs: Inputs, additional_keys: Tensor | None) -> tuple[Tensor | Non
     return key_mask, None if additional_keys is None else additional_mask
 
 
-def _unclean(found: Plan | Moved, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor | None:
-    """What programs found that looked at masked keys and values; None without a mask."""
-    if mask is None:
-        return None
-    unclean = mask.new_empty(FINDERS.value, dtype=torch.int8)
-    found.unclean.run(key=key, value=value, unclean=unclean, key_mask=mask)
-    return unclean
-
-
 def _additional_gradients(
     found: Plan | Moved,
     query: Tensor,
@@ -204,7 +191,7 @@ def _additional_gradients(
         query=query, key=keys, value=values, grad_out=grad_out,
         lse_delta=lse_delta.flatten(1, -3), additional_keys=None, additional_values=None,
         grad_query=None, grad_key=grad_keys, grad_value=grad_values, bias_tables=None,
-        tile_table=None, unclean=None, key_mask=mask, additional_mask=None,
+        tile_table=None, key_mask=mask, additional_mask=None,
     )  # fmt: skip
     return grad_keys, grad_values
 

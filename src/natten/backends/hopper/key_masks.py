@@ -1,38 +1,22 @@
-"""Masks of keys: what the scores of a block start from, and what masked keys and values hold.
+"""Masks of keys: a warp of its own masks blocks that have been fetched, before they are read.
 
-A warp of its own reads the mask as it lies, and lays a number for each key beside the block of
-keys: 0, or ``MASKED`` if no query may attend the key. The product of the scores starts from these
-numbers, as from a bias, so that a mask costs a score nothing more.
+Scores are masked by a product, as ``masks.py`` tells: at two columns the rows' factor masks all
+rows, and the columns' factor, which lies beside the block, masked keys. Where the other mask is a
+product with two columns to spare, these are they, so that a mask costs a score nothing. Else there
+is one more step of the product, of 16 columns.
 
-In memory, masked keys and values may hold anything. Nearly always these are numbers of usual size,
-which weights of zero take away. NaN, infinity and huge numbers are left by no weight, so a small
-kernel looks for them first, in masked tokens alone. Only if it finds some, masked tokens of blocks
-are set to zero in shared memory, before products read them.
+In memory, masked keys and values may hold anything, and no weight of zero takes NaN or infinity
+away. So masked tokens of a block are set to zero in shared memory.
 """
 
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
 
-import triton
-import triton.language as tl
-
-from ..triton.launch import kernel
-from ..triton.primitives import load_mask
 from ..triton.windows import CIRCULAR
-from .geometry import WARPS, Geometry, volume, wrapped
-from .gluon_names import (
-    aggregate,
-    barrier,
-    fence_async_shared,
-    gdc_launch_dependents,
-    gdc_wait,
-    gl,
-    gluon,
-    reinterpret,
-)
-from .masks import MASKED
+from .geometry import Geometry, volume, wrapped
+from .gluon_names import aggregate, barrier, gdc_wait, gl, gluon, reinterpret
+from .masks import MASKED, ROOT
 
-# Programs that look at masked tokens, each of which says what it found.
-FINDERS = tl.constexpr(2048)
+LANES = gl.constexpr(32)  # threads of a warp
 
 
 @gluon.constexpr_function
@@ -49,7 +33,7 @@ class KeyMask:
     mask: gl.tuple  # where bool [batch or 1, *keys] is; () if there is none
     strides: gl.tuple  # of batch and three axes
     last: gl.tensor  # where a batch entry's last key is
-    unclean: gl.tuple  # where int8 [FINDERS] is, of kernels that have blocks of keys
+    factors: gl.tuple  # of kernels that have blocks of keys: columns' factors [STAGES, N, C]
 
     @gluon.jit
     def allowed(self, tile, position):
@@ -117,77 +101,129 @@ class KeyMask:
         return gl.where((allowed != 0)[:, None], x, 0.0)
 
     @gluon.jit
-    def is_unclean(self):
-        """Whether a masked key or value holds what no weight takes away."""
-        found = False
-        if len(self.unclean) > 0:
-            i = gl.arange(0, FINDERS, gl.BlockedLayout([16], [32], [WARPS], [0]))
-            found = gl.max(gl.load(self.unclean[0] + i).to(gl.int32), 0) > 0
+    def factor(self, stage):
+        """The columns' factor of a block's scores, ``[N, C]`` in a tuple; () without a mask."""
+        found = ()
+        if len(self.factors) > 0:
+            found = (self.factors[0].index(stage % self.factors[0].shape[0]),)
         return found
 
-    @gluon.jit
-    def clean(self, is_unclean, tile, block, pipeline, stage, WHICH: gl.constexpr):
-        """If need be, set the masked tokens of a tensor's block to zero, once it is there.
-
-        The two warpgroups of a program store the same, so that neither waits for the other.
-        """
-        if len(self.unclean) > 0:  # noqa: SIM102 (the other is known only when a kernel runs)
-            if is_unclean:
-                pipeline.consumer_wait(stage)
-                tokens = pipeline.matrix(stage, WHICH)  # [N, D]
-                N: gl.constexpr = tokens.shape[0]
-                # In memory, a token is in rows of at most 128 bytes. Those of the first 64 channels
-                # come first, token by token; in a row channels are swizzled, which zeros are not.
-                WORDS: gl.constexpr = min(32, tokens.shape[1] // 2)
-                ROWS: gl.constexpr = 512 // WORDS
-                THREADS: gl.constexpr = WORDS // 4
-                FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-                LAYOUT: gl.constexpr = gl.BlockedLayout(
-                    [1, 4], [32 // THREADS, THREADS], [WARPS, 1], [1, 0]
-                )
-                COUNT: gl.constexpr = N * tokens.shape[1] // (2 * WORDS * ROWS)
-                some = reinterpret(tokens, gl.int32, [COUNT, ROWS, WORDS], FLAT)
-                row = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-                # A bound that is known only now, so that the loop is not unrolled.
-                for i in range(COUNT * gl.minimum(self.geometry.heads, 1)):
-                    allowed = self.allowed_of_block(tile, block, (i * ROWS + row) % N)  # [ROWS]
-                    rows = some.index(i)  # [ROWS, WORDS]
-                    rows.store(gl.where((allowed != 0)[:, None], rows.load(LAYOUT), 0))
-                fence_async_shared()
-                barrier()
-
 
 @gluon.jit
-def key_mask_of(g, mask, strides, last, unclean, HAS_KEY_MASK: gl.constexpr):
-    """The mask of keys, if there is one."""
-    masks, found = (), ()
+def key_mask_of(g, mask, strides, last, factors, HAS_KEY_MASK: gl.constexpr):
+    """The mask of keys, if there is one; ``factors`` in a tuple where blocks are of keys."""
+    masks = ()
     if HAS_KEY_MASK:
         masks = (mask,)
-        if not g.OF_KEYS:
-            found = (unclean,)
-    return KeyMask(g, masks, strides, last, found)
+    return KeyMask(g, masks, strides, last, factors)
+
+
+# Each thread of the warp that masks has numbers of its own. To Triton they are one number of all
+# threads, which does no harm as long as threads that part meet no barrier.
 
 
 @gluon.jit
-def fetch_key_mask(key_mask, blocks, num_additional):
-    """Warp that lays the mask beside the blocks of keys; additional tokens come first."""
+def _lane(number):
+    """Which thread of its warp a thread is; some number is what Triton needs to ask."""
+    return gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r,r", [number], gl.int32, True, 1)
+
+
+@gluon.jit
+def _ballot(number):
+    """The bits of the warp's threads whose number is zero."""
+    BALLOT: gl.constexpr = """{
+        .reg .pred zero;
+        setp.eq.s32 zero, $1, 0;
+        vote.sync.ballot.b32 $0, zero, 0xffffffff;
+    }"""
+    return gl.inline_asm_elementwise(BALLOT, "=r,r", [number], gl.int32, False, 1)
+
+
+@gluon.jit
+def _shifted(bits, by):
+    """Bits from one on. This is done anew for each tensor, because of a shared number the compiler
+    would keep a predicate for each bit."""
+    return gl.inline_asm_elementwise(
+        "shr.b32 $0, $1, $2;", "=r,r,r", [bits, by], gl.int32, False, 1
+    )  # fmt: skip
+
+
+@gluon.jit
+def _clear(tokens, masked, lane):
+    """Set masked rows of ``tokens [N, D]`` to zero; bit ``k`` of ``masked[w]`` is of the token
+    ``32 w + k``.
+
+    In memory, a token is in rows of at most 128 bytes. Those of the first 64 channels come first,
+    token by token; in a row channels are swizzled, which zeros are not. Threads that have 16 bytes
+    each of a row are a group, and of ``G`` groups, group ``g`` has the tokens ``G i + g``.
+    """
+    WORDS: gl.constexpr = min(32, tokens.shape[1] // 2)
+    THREADS: gl.constexpr = WORDS // 4
+    GROUPS: gl.constexpr = LANES // THREADS
+    STEPS: gl.constexpr = tokens.shape[0] // GROUPS
+    PARTS: gl.constexpr = tokens.shape[1] // 2 // WORDS
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [GROUPS, THREADS], [1, 1], [1, 0])
+    rows = reinterpret(tokens, gl.int32, [PARTS * STEPS, GROUPS, WORDS], FLAT)
+    zeros = gl.zeros([GROUPS, WORDS], gl.int32, LAYOUT)
+    for w in gl.static_range(len(masked)):
+        own = _shifted(masked[w], lane // THREADS)  # of the tokens from the group's first on
+        for i in gl.static_range(THREADS):
+            for part in gl.static_range(PARTS):
+                barrier()  # so that Triton sees no need for one below, where threads part
+                if own & (1 << GROUPS * i) != 0:
+                    rows.index(part * STEPS + THREADS * w + i).store(zeros)
+
+
+@gluon.jit
+def _next(stage, STAGES: gl.constexpr):
+    """The stage after one. It begins again after two turns, which is all that waiting depends on:
+    of a number that only grew, the compiler would keep every address."""
+    return gl.where(stage == 2 * STAGES - 1, 0, stage + 1)
+
+
+@gluon.jit
+def mask_blocks(key_mask, pipelines, num_additional):
+    """Warp that masks blocks that have been fetched: of the first of the pipelines, which has keys,
+    and of others; additional tokens come first."""
     g = key_mask.geometry
     N: gl.constexpr = volume(g.BLOCK)
-    k = gl.arange(0, N, gl.BlockedLayout([1], [32], [1], [0]))
-    within = key_mask.within_block(k)  # [N]
+    STAGES: gl.constexpr = pipelines[0].STAGES
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 2], [LANES, 1], [1, 1], [1, 0])
+    lane = _lane(gl.program_id(0))
+    within = ()
+    for w in gl.static_range(N // LANES):
+        within = within + (key_mask.within_block(lane + LANES * w),)
     stage = 0
-    gdc_wait()
+    gdc_wait()  # until the kernel before, which may have made the mask, has ended
     for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
         for _ in range(0, num_additional, N):
-            blocks.produce_start(stage, k * 0.0)
-            stage += 1
+            for j in gl.static_range(len(pipelines)):
+                pipelines[j].masker_wait(stage)
+                pipelines[j].masker_release(stage)
+            stage = _next(stage, STAGES)
         block = (stage * 0, stage * 0, stage * 0)
         for _ in range(tile.blocks[0] * tile.blocks[1] * tile.blocks[2]):
-            allowed = key_mask.of_block(tile, block, k, within)
-            blocks.produce_start(stage, gl.where(allowed != 0, 0.0, MASKED))
+            allowed, masked = (), ()
+            for w in gl.static_range(N // LANES):
+                k = lane + LANES * w
+                allowed = allowed + (key_mask.of_block(tile, block, k, within[w]).to(gl.int32),)
+                masked = masked + (_ballot(allowed[w]),)
+            for j in gl.static_range(len(pipelines)):
+                pipelines[j].masker_wait(stage)
+                if j == 0:
+                    factor = key_mask.factor(stage)[0]  # [N, C]
+                    own = factor.slice(factor.shape[1] - 2, 2, 1)  # [N, 2]
+                    for w in gl.static_range(N // LANES):
+                        lowered = gl.where(allowed[w] == 0, -ROOT / 2, 0.0)
+                        rows = gl.full([LANES, 2], lowered, gl.bfloat16, ROWS)
+                        own.slice(LANES * w, LANES, 0).store(rows)
+                for WHICH in gl.static_range(len(pipelines[j].buffers)):
+                    _clear(pipelines[j].matrix(stage, WHICH), masked, lane)
+                pipelines[j].masker_release(stage)
             block = g.next_block(block, tile.blocks)
-            stage += 1
+            stage = _next(stage, STAGES)
 
 
 @aggregate
@@ -209,64 +245,3 @@ class Additional:
             at = batch.to(gl.int64) * self.strides[0] + c.to(gl.int64) * self.strides[1]
             present = present & (gl.load(self.mask[0] + at, mask=present, other=0).to(gl.int8) != 0)
         return gl.where(present[None, :], s, MASKED)
-
-
-@triton.jit
-def _too_large(x, at, apart, masked, LIMIT: tl.constexpr, WORDS: tl.constexpr, SHAPE: tl.constexpr):
-    """``SHAPE``: bits 15 and 31 say that of two numbers the first or the second is at least the
-    positive number of bits ``LIMIT``, or no number; of the tokens that are ``masked``. Tokens begin
-    ``at``, pairs of numbers, and are ``apart``."""
-    # TMA reads the tensors, so tokens begin where 16 bytes divide.
-    tokens = tl.multiple_of(at + tl.arange(0, SHAPE[0]) * apart, 4)[:, None]
-    c = tl.arange(0, SHAPE[1])[None, :]
-    words = x.to(tl.pointer_type(tl.int32)) + tokens + c
-    both = tl.load(words, mask=masked[:, None] & (c < WORDS), other=0)
-    return (both & 0x7FFF7FFF) + (0x8000 - LIMIT) * 0x10001
-
-
-@triton.jit
-def _offset(outer, token, strides, lengths, AXES: tl.constexpr):
-    """Of a token along the last axis, of the ``outer``-th row of tokens."""
-    offset = token.to(tl.int64) * strides[3]
-    if AXES > 1:
-        offset += (outer % lengths[2]).to(tl.int64) * strides[2]
-    if AXES > 2:
-        offset += (outer // lengths[2] % lengths[1]).to(tl.int64) * strides[1]
-    if AXES > 3:
-        offset += (outer // lengths[2] // lengths[1]).to(tl.int64) * strides[0]
-    return offset
-
-
-@kernel(triton.jit, tensors="key value unclean", masks="key_mask")
-def unclean_kernel(
-    key, value, unclean, key_mask,
-    k_0, k_1, k_2, k_3, k_h, v_0, v_1, v_2, v_3, v_h, m_0, m_1, m_2, m_3, L1, L2, L3,
-    chunks, tasks, heads,
-    LIMIT: tl.constexpr, AXES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    SHAPE: tl.constexpr,
-):  # fmt: skip
-    """Whether masked keys or values are too large or no numbers, of each program's share.
-
-    Tokens lie along up to four ``AXES``, the last of ``L3`` tokens in chunks. ``SHAPE`` are a
-    chunk's tokens and channels. Strides ``k`` and ``v``, and channels, count pairs of numbers.
-    ``LIMIT`` are bits of the least number that is too large.
-    """
-    gdc_wait()  # until the kernel before has ended
-    gdc_launch_dependents()  # the next one can be set up
-    T: tl.constexpr = SHAPE[0]
-    found = tl.zeros(SHAPE, dtype=tl.int32)
-    for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
-        outer = task // chunks if AXES > 1 else 0
-        first = (task - outer * chunks) * T
-        present = first + tl.arange(0, T) < L3  # [T]
-        at = _offset(outer, first, (m_0, m_1, m_2, m_3), (0, L1, L2), AXES)
-        masked = present & (load_mask(key_mask + at, tl.arange(0, T) * m_3, present) == 0)
-        k_at = _offset(outer, first, (k_0, k_1, k_2, k_3), (0, L1, L2), AXES)
-        v_at = _offset(outer, first, (v_0, v_1, v_2, v_3), (0, L1, L2), AXES)
-        for _ in range(heads):
-            found |= _too_large(key, k_at, k_3, masked, LIMIT, D, SHAPE)
-            found |= _too_large(value, v_at, v_3, masked, LIMIT, DV, SHAPE)
-            k_at += k_h
-            v_at += v_h
-    signs = ((found & -0x7FFF8000) != 0).to(tl.int32)
-    tl.store(unclean + tl.program_id(0), tl.max(tl.max(signs, 1), 0).to(tl.int8))

@@ -33,6 +33,17 @@ def _multiply(a, b, start, LAYOUT: gl.constexpr, CHUNKS: gl.constexpr):
         return multiply(a, b, LAYOUT, CHUNKS)
 
 
+@gluon.jit
+def _mask_keys(masked, start, M: gl.constexpr, SCORES: gl.constexpr):
+    """``start`` and the product of a mask of keys, ``[M, N]`` in a tuple, if there is a mask."""
+    if len(masked) > 0:
+        LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
+        rows = gl.full([M, 16], ROOT, gl.float32, LEFT).to(gl.bfloat16)
+        return (_multiply(rows, masked[0], start, SCORES, (16,)),)
+    else:
+        return start
+
+
 @aggregate
 class Mask:
     """How a warpgroup masks scores, the same for all tiles.
@@ -40,7 +51,8 @@ class Mask:
     The two factors of a ``PRODUCT`` have ``C = 16 STEPS`` columns: those of axis 0, of axis 1, and
     of axis 2, which end at ``ENDS``. Column ``c`` of an axis stands for position ``c`` of a block
     along it. With ``BY_ROW``, those of the last axis stand for where a row's window starts, and
-    each row is masked at its own.
+    each row is masked at its own. The last two columns may be those of a mask of keys
+    (``key_masks.py``), at which all rows are masked; then there are no tables.
     """
 
     geometry: Geometry
@@ -82,7 +94,9 @@ class Mask:
             from2, to2 = starts[2][:, None] - (c - ENDS[1]), ends[2][:, None] - (c - ENDS[1])
         from1, to1 = starts[1][:, None] - (c - ENDS[0]), ends[1][:, None] - (c - ENDS[0])
         from0, to0 = starts[0][:, None] - c, ends[0][:, None] - c
-        low = gl.where(c < ENDS[1], from1, gl.where(c < ENDS[2], from2, -FAR))
+        # Where there are no tables, all rows are masked at the columns of the mask of keys.
+        rest = -FAR if len(self.tables) > 0 else FAR
+        low = gl.where(c < ENDS[1], from1, gl.where(c < ENDS[2], from2, rest))
         high = gl.where(c < ENDS[1], to1, gl.where(c < ENDS[2], to2, FAR))
         return gl.where(c < ENDS[0], from0, low), gl.where(c < ENDS[0], to0, high)
 
@@ -100,38 +114,39 @@ class TileMask:
 
     @gluon.jit
     def scores(
-        self, q, keys, stage, block, bias, start, SCORES: gl.constexpr, CHUNKS: gl.constexpr
+        self, q, keys, stage, block, bias, masked, SCORES: gl.constexpr, CHUNKS: gl.constexpr
     ):  # fmt: skip
-        """Start ``S = Q K^T`` of a block, once it is there, with its bias, masked by a ``PRODUCT``;
-        from a mask of keys on, ``[M, N]`` in a tuple, if there is one. ``CHUNKS`` are of channels
-        (``products.py``)."""
-        found = bias.of_block(block, SCORES)  # [M, N], if there is a bias
-        if len(found) > 0 and len(start) > 0:
-            start = (found[0] + start[0],)
-        elif len(found) > 0:
-            start = found
+        """Start ``S = Q K^T`` of a block, once it is there, with its bias, masked by a ``PRODUCT``
+        and by a mask of keys, whose columns' factor ``[N, C]`` is in the tuple ``masked`` if there
+        is one. ``CHUNKS`` are of channels (``products.py``)."""
+        s = bias.of_block(block, SCORES)  # [M, N], if there is a bias
         if self.mask.KIND == PRODUCT:
-            rows, columns = self._factors(block)  # [M, C], [N, C]
+            rows, columns = self._factors(block)  # [M, C], [N, C] in a tuple
             keys.consumer_wait(stage)
-            k = keys.matrix(stage)  # [N, D]
-            s = _multiply(rows, columns, start, SCORES, rows.shape[1:])
-            s = add_product(q, k, s, CHUNKS)
+            if len(columns) == 0:
+                columns = masked  # of both masks
+            else:
+                s = _mask_keys(masked, s, q.shape[0], SCORES)
+            s = (_multiply(rows, columns[0], s, SCORES, rows.shape[1:]),)
         else:
             keys.consumer_wait(stage)
-            s = _multiply(q, keys.matrix(stage), start, SCORES, CHUNKS)
-        return s
+            s = _mask_keys(masked, s, q.shape[0], SCORES)
+        return _multiply(q, keys.matrix(stage), s, SCORES, CHUNKS)
 
     @gluon.jit
     def _factors(self, block):
-        """Rows' and columns' factors of the mask of a block."""
+        """Rows' factor of the mask of a block, and the columns', if a table has it."""
         ENDS: gl.constexpr = self.mask.ENDS
         low, high = self.factor
         start, along_last = self.mask.geometry.block_start(block, self.origin)
         c = gl.arange(0, low.shape[1], gl.SliceLayout(0, low.type.layout))  # [C]
         at = gl.where(c < ENDS[0], start[0], gl.where(c < ENDS[1], start[1], start[2]))[None, :]
         rows = gl.where((at < low) | (at >= high), ROOT, 0.0).to(gl.bfloat16)
-        tables = self.mask.tables[0]
-        return rows, tables.index(along_last if tables.shape[0] > 1 else 0)
+        columns = ()
+        if len(self.mask.tables) > 0:
+            tables = self.mask.tables[0]
+            columns = (tables.index(along_last if tables.shape[0] > 1 else 0),)
+        return rows, columns
 
     @gluon.jit
     def compare(self, s, block, IS_FIRST: gl.constexpr):
@@ -216,19 +231,43 @@ def _column_factor(
 
 
 @gluon.jit
+def _stored(
+    g, COUNT: gl.constexpr, IS_TABLE: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
+    STEPS: gl.constexpr,
+):  # fmt: skip
+    """That many columns' factors in shared memory, ``[COUNT, N, C]``; those of a table are of
+    blocks along the last axis, others are all of the first."""
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(32 * STEPS, 16, 2)
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [16 // STEPS, 2 * STEPS], [WARPS, 1], [1, 0])
+    shape: gl.constexpr = [COUNT, volume(g.BLOCK), 16 * STEPS]
+    factors = gl.allocate_shared_memory(gl.bfloat16, shape, SHARED)
+    for j in gl.static_range(COUNT):
+        factor = _column_factor(g, j if IS_TABLE else 0, ENDS, BY_ROW, STEPS, ROWS)
+        factors.index(j).store(factor)
+    fence_async_shared()
+    return factors
+
+
+@gluon.jit
 def column_tables(
     g, KIND: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr, STEPS: gl.constexpr,
     TABLES: gl.constexpr,
 ):  # fmt: skip
     """The columns' factors of a ``PRODUCT`` in shared memory, :class:`Mask`'s ``tables``."""
     found = ()
-    if KIND == PRODUCT:
-        SHARED: gl.constexpr = gl.NVMMASharedLayout(32 * STEPS, 16, 2)
-        ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [16 // STEPS, 2 * STEPS], [WARPS, 1], [1, 0])
-        shape: gl.constexpr = [TABLES, volume(g.BLOCK), 16 * STEPS]
-        tables = gl.allocate_shared_memory(gl.bfloat16, shape, SHARED)
-        for j in gl.static_range(TABLES):
-            tables.index(j).store(_column_factor(g, j, ENDS, BY_ROW, STEPS, ROWS))
-        fence_async_shared()
-        found = (tables,)
+    if KIND == PRODUCT and TABLES > 0:
+        found = (_stored(g, TABLES, True, ENDS, BY_ROW, STEPS),)
     return found
+
+
+@gluon.jit
+def stage_factors(
+    g, STAGES: gl.constexpr, KIND: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
+    STEPS: gl.constexpr, TABLES: gl.constexpr,
+):  # fmt: skip
+    """Columns' factors of a mask of keys, one for each stage, in shared memory: with those of a
+    ``PRODUCT`` that has no tables, else by themselves. In the last two columns are zeros."""
+    if KIND == PRODUCT and TABLES == 0:
+        return _stored(g, STAGES, False, ENDS, BY_ROW, STEPS)
+    else:
+        return _stored(g, STAGES, False, (0, 0, 0), False, 1)

@@ -4,6 +4,8 @@
 
 from .gluon_names import (
     aggregate,
+    barrier,
+    fence_async_shared,
     gl,
     gluon,
     load_block,
@@ -82,11 +84,11 @@ class TmaPipeline:
 
     A stage has a buffer for a block of each of some tensors, which are fetched together. A block
     may be fetched in pieces, which follow one another in the buffer. With a mask of keys, another
-    warp lays beside the block what its scores start from.
+    warp masks what has been fetched before the stage is full.
     """
 
     buffers: gl.tuple  # per tensor, [STAGES, PIECES, *piece, channels]
-    starts: gl.tuple  # with a mask of keys: float32 [STAGES, N]
+    fetched: gl.shared_memory_descriptor  # without a mask, that is full
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     STAGES: gl.constexpr
@@ -96,13 +98,13 @@ class TmaPipeline:
         """Once the stage is empty, announce how much will fill it."""
         index = stage % self.STAGES
         mbarrier.wait(self.empty.index(index), (stage // self.STAGES & 1) ^ 1)
-        mbarrier.expect(self.full.index(index), BYTES)
+        mbarrier.expect(self.fetched.index(index), BYTES)
 
     @gluon.jit
     def producer_commit(self, stage, tensors, bases, places):
         """Start to fetch each tensor's block, whose pieces are at ``places``.
 
-        The stage is full when all has arrived.
+        The stage is fetched when all has arrived.
         """
         index = stage % self.STAGES
         for WHICH in gl.static_range(len(tensors)):
@@ -116,7 +118,7 @@ class TmaPipeline:
                     piece = buffer.slice(PIECE, 1)
                 else:
                     piece = buffer.reshape(descriptor.block_type.shape)
-                load_block(descriptor, at, self.full.index(index), piece)
+                load_block(descriptor, at, self.fetched.index(index), piece)
 
     @gluon.jit
     def produce(self, stage, tensors, bases, places):
@@ -125,12 +127,16 @@ class TmaPipeline:
         self.producer_commit(stage, tensors, bases, places)
 
     @gluon.jit
-    def produce_start(self, stage, start):
-        """Once the stage is empty, lay there what the scores of its block start from, ``[N]``."""
-        index = stage % self.STAGES
-        mbarrier.wait(self.empty.index(index), (stage // self.STAGES & 1) ^ 1)
-        self.starts[0].index(index).store(start)
-        mbarrier.arrive(self.full.index(index), count=1)
+    def masker_wait(self, stage):
+        """Until the stage is fetched."""
+        mbarrier.wait(self.fetched.index(stage % self.STAGES), stage // self.STAGES & 1)
+
+    @gluon.jit
+    def masker_release(self, stage):
+        """What the warp has written to the stage is all: it is full."""
+        fence_async_shared()
+        barrier()
+        mbarrier.arrive(self.full.index(stage % self.STAGES), count=1)
 
     @gluon.jit
     def consumer_wait(self, stage):
@@ -154,38 +160,26 @@ class TmaPipeline:
         buffer = self.buffers[WHICH].index(stage % self.STAGES)  # [PIECES, *piece, channels]
         return buffer.reshape([rows_of(buffer), buffer.shape[4]])
 
-    @gluon.jit
-    def start_of(self, stage, M: gl.constexpr, SCORES: gl.constexpr):
-        """What lies beside the block of a stage, once it is there, for each of ``M`` rows,
-        ``[M, N]`` in a tuple; () if nothing does."""
-        found = ()
-        if len(self.starts) > 0:
-            N: gl.constexpr = self.starts[0].shape[1]
-            self.consumer_wait(stage)
-            buffer = self.starts[0].index(stage % self.STAGES)
-            columns = buffer.load(gl.SliceLayout(0, SCORES))  # [N]
-            zeros = gl.zeros([M, N], gl.float32, SCORES)
-            start, _ = gl.broadcast(columns[None, :], zeros)
-            found = (start,)
-        return found
-
 
 @gluon.jit
 def tma_pipeline(
     tensors, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PIECES: gl.constexpr,
-    HAS_STARTS: gl.constexpr = False,
+    IS_MASKED: gl.constexpr = False,
 ):  # fmt: skip
-    """A pipeline of blocks of the tensors, in pieces, which that many warpgroups consume."""
+    """A pipeline of blocks of the tensors, in pieces, which that many warpgroups consume; before,
+    a warp may mask them."""
     buffers = [allocate(tensor, STAGES, PIECES) for tensor in tensors]
-    starts = ()
-    if HAS_STARTS:
-        FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-        starts = (
-            gl.allocate_shared_memory(gl.float32, [STAGES, rows_of(buffers[0].index(0))], FLAT),
-        )
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full = _barriers(STAGES, 1)
+    fetched = full
+    if IS_MASKED:
+        fetched = _barriers(STAGES, 1)
+    return TmaPipeline(buffers, fetched, full, _barriers(STAGES, CONSUMERS), STAGES)
+
+
+@gluon.jit
+def _barriers(STAGES: gl.constexpr, COUNT: gl.constexpr):
+    """For each stage, a barrier at which that many arrive."""
+    barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for index in gl.static_range(STAGES):
-        mbarrier.init(full.index(index), count=2 if HAS_STARTS else 1)
-        mbarrier.init(empty.index(index), count=CONSUMERS)
-    return TmaPipeline(buffers, starts, full, empty, STAGES)
+        mbarrier.init(barriers.index(index), count=COUNT)
+    return barriers

@@ -41,7 +41,6 @@ from .descriptors import (
 )
 from .documents_plan import Packed, most_tiles
 from .forward import forward_kernel
-from .key_masks import FINDERS, unclean_kernel
 from .lse_delta import lse_delta_kernel
 from .passes import Passes
 from .programs import programs_of
@@ -212,37 +211,6 @@ class Plan:
             (self.key_mask_strides, self.additional_mask_strides),
         )  # fmt: skip
 
-    @cached_property
-    def unclean(self) -> Launch:
-        """What looks at masked keys and values."""
-        dims = self.dim, self.value_dim
-        words = 1 << (max(dims) // 2 - 1).bit_length()
-        tokens = 2048 // words
-        key, value = ([n // 2 for n in each] for each in self.strides[1:])
-        of_mask = self.key_mask_strides or (0,) * (len(key) - 2)
-        axes, lengths, *steps = _merged(
-            (self.batch, *self.key_space), key[:-2], value[:-2], of_mask
-        )
-        chunks = -(-lengths[-1] // tokens)
-        constants = {
-            # The least that is too large: 2^32, or where numbers are smaller, infinity.
-            "LIMIT": 0x7C00 if self.dtype == torch.float16 else 0x4F80,
-            "AXES": axes, "D": self.dim // 2, "DV": self.value_dim // 2,
-            "SHAPE": (tokens, words),
-        }  # fmt: skip
-        numbers = {
-            **{f"{name}_{i}": n for name, each in zip("kvm", steps) for i, n in enumerate(each)},
-            **{f"L{i}": n for i, n in enumerate(lengths) if i},
-            "k_h": key[-2], "v_h": value[-2], "heads": self.kv_heads,
-            "chunks": chunks, "tasks": math.prod(lengths[:-1]) * chunks,
-        }  # fmt: skip
-        are_long = [n > tiling.MOST for n in numbers.values()]
-        kept = compiled("unclean", self.device, self.dtype, *constants.values(), *are_long)
-        return Launch(
-            unclean_kernel, (FINDERS.value,), numbers | constants, kernels=kept,
-            launch_pdl=_can_overlap(),
-        )  # fmt: skip
-
     def _tiled(self, kind: str) -> _Launches:
         """A kernel with its tiles, or those among which the first call chooses."""
         problem = self._problem(kind)
@@ -269,6 +237,9 @@ class Plan:
         work = tiling.work(kind, self.dim, self.value_dim)
         is_packed = self.packed is not None
         mask = tiling.mask(kind, rule, self.space, self.key_space, tiles, work, is_packed)
+        heads_at_once = self._heads_at_once(work)
+        if self.key_mask_strides is not None and not of_keys:
+            tiles, mask, work = tiling.masked(tiles, mask, work)
         piece = tiling.piece(kind, rule, self.space, tiles, is_packed)
         boxes = tiling.boxes(tiles, of_keys, piece, is_packed)
         tile, block = tiling.tile_and_block(tiles, of_keys)
@@ -755,22 +726,6 @@ def _lengths(space: Shape, key_space: Shape, dilation: Shape) -> tuple[int, ...]
     for layout in (key_space, space):
         numbers += padded([n % d or d for n, d in zip(layout, dilation)], 1)
     return tuple(numbers)
-
-
-def _merged(lengths: Sequence[int], *strides: Sequence[int]) -> tuple[Any, ...]:
-    """How many axes there are, lengths of four, and strides of some tensors along them: of the axes
-    that are given, those along which all of the tensors lie like one axis are one."""
-    found: list[list[int]] = []  # an axis's length and strides, the last axis first
-    for n, *steps in reversed(list(zip(lengths, *strides))):
-        if n == 1:
-            continue
-        if found and all(step == found[-1][0] * last for step, last in zip(steps, found[-1][1:])):
-            found[-1][0] *= n
-        else:
-            found.append([n, *steps])
-    axes = max(1, len(found))
-    found += [[1, *(0 for _ in strides)]] * (4 - len(found))
-    return axes, *zip(*reversed(found))
 
 
 def _exact_thrice(x: float) -> float:

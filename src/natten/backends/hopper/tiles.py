@@ -241,7 +241,7 @@ class Mask(NamedTuple):
     ends: Shape = (0, 0, 0)  # of each axis's columns of a product
     by_row: bool = False
     steps: int = 1  # of 16 columns
-    tables: int = 1
+    tables: int = 1  # 0 if each stage has the columns' factor, with a mask of keys in it
 
 
 @lru_cache(maxsize=1024)
@@ -362,7 +362,7 @@ def _columns(tiles: Tiles, work: Work) -> int:
 
 def shared_bytes(tiles: Tiles, mask: Mask, work: Work, own_out: bool) -> int:
     """Bytes of shared memory of a multiprocessor's programs; 2176 each for barriers, bounds of
-    windows, what masks of keys have scores start from, and Triton."""
+    windows, and Triton."""
     columns = _columns(tiles, work)
     rows = warpgroups(tiles) * ROWS * (work.tile_channels + work.out_channels * own_out)
     blocks = tiles.num_stages * columns * work.block_channels
@@ -692,6 +692,23 @@ def fitted(tiles: Tiles, mask: Mask, work: Work) -> Tiles | None:
         if shared_bytes(tiles, mask, work, own) <= SHARED_MEMORY[90]:
             return tiles
     return None
+
+
+def masked(tiles: Tiles, mask: Mask, work: Work) -> tuple[Tiles, Mask, Work]:
+    """What a mask of keys makes of tiles, their mask and their work.
+
+    Each stage has a columns' factor of the mask of keys, as two columns of the other mask's where
+    these are free, else as a factor of its own. For want of shared memory there are fewer stages,
+    or fewer programs at once. What is computed stays the same.
+    """
+    if mask.kind == PRODUCT and mask.tables == 1 and mask.ends[-1] <= 16 * mask.steps - 2:
+        mask = mask._replace(tables=0)
+    columns = 16 if mask.tables else 16 * mask.steps
+    work = work._replace(block_channels=work.block_channels + columns)
+    while shared_bytes(tiles, mask, work, own_out(tiles, mask, work)) > SHARED_MEMORY[90]:
+        fewer = tiles._replace(resident_programs=tiles.resident_programs - 1)
+        tiles = fitted(tiles, mask, work) or fewer
+    return tiles, mask, work
 
 
 _Program = tuple[int, int, int, int]
