@@ -3,6 +3,7 @@ fetched by a stand-in for TMA."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -20,6 +21,7 @@ from triton.runtime.interpreter import TensorHandle
 
 from natten.backends.hopper import bias_gradient, bias_plan
 from natten.backends.hopper import plan as planning
+from natten.backends.hopper import tiles as tiling
 from natten.inputs import Inputs
 from natten.tiling import padded
 
@@ -54,7 +56,7 @@ class Tensor:
             own = (token >= 0) & (token < self.x.shape[axis + 1])
             found = found.index_select(axis, token.clamp(0, self.x.shape[axis + 1] - 1))
             real = real[..., None] & own
-        return (found * real[..., None]).flatten(0, 2)
+        return torch.where(real[..., None], found, 0.0).flatten(0, 2)
 
 
 class Pipeline:
@@ -84,17 +86,30 @@ def block(x: torch.Tensor) -> Any:
     return tl.tensor(TensorHandle(x.numpy(), tl.float32), tl.block_type(tl.float32, list(x.shape)))
 
 
-def lse_delta_of(tiles: Any, stage: Any, layout: Any) -> Any:
-    lse, delta, *_ = tiles.stages[int(stage)][2].split(1, 1)
-    return block(lse.contiguous()), block(delta.contiguous())
+class Beside:
+    """Numbers beside the blocks of a pipeline."""
+
+    def __init__(self, *_: Any) -> None:
+        self.stages: dict[int, torch.Tensor] = {}
+
+    def produce(self, stage: Any, numbers: Any) -> None:
+        self.stages[int(stage)] = torch.from_numpy(numbers.handle.data)
+
+    def consumer_wait(self, stage: Any) -> None:
+        assert int(stage) in self.stages
+
+    def load(self, stage: Any, axis: int, at: int, layout: Any) -> Any:
+        return block(self.stages[int(stage)].narrow(axis, at, 1).contiguous())
 
 
 @triton.jit
-def gradient_kernel(sums, bias_tables, TENSORS: tl.constexpr, ARGUMENTS: tl.constexpr):
+def gradient_kernel(
+    lse_delta, sums, bias_tables, key_mask, TENSORS: tl.constexpr, ARGUMENTS: tl.constexpr
+):
     """A program of the kernel, whose warps run one after another."""
     constants = (
         "MODES", "TILE", "BLOCK", "STAGES", "FETCH_REGISTERS", "BIAS_STRIDES", "QK_CHUNKS",
-        "V_CHUNKS",
+        "V_CHUNKS", "HAS_KEY_MASK",
     )  # fmt: skip
     numbers = {
         name: tl.full([], x, tl.float32 if isinstance(x, float) else tl.int32)
@@ -102,8 +117,9 @@ def gradient_kernel(sums, bias_tables, TENSORS: tl.constexpr, ARGUMENTS: tl.cons
         if name not in constants
     }
     bias_gradient.bias_gradient_kernel.fn(
-        **TENSORS, sums=sums, bias_tables=bias_tables, **{**ARGUMENTS, **numbers}
-    )
+        **TENSORS, lse_delta=lse_delta, sums=sums, bias_tables=bias_tables, key_mask=key_mask,
+        **{**ARGUMENTS, **numbers},
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -111,18 +127,16 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What the kernel's own module calls, in terms of PyTorch."""
 
     def one_after_another(roles: Any, *_: Any) -> None:
-        for role, arguments in roles[::-1]:
+        compute, *fetch = roles
+        for role, arguments in [*fetch, compute]:
             role(*arguments)
 
     def replace(dilation: Any, tile: Any, other: Any) -> None:
+        shapes = itertools.cycle((tile, other))  # of a program's two pipelines
         monkeypatch.setattr(bias_gradient, "TmaTensor", lambda x, *_: Tensor(x, dilation))
-        monkeypatch.setattr(
-            bias_gradient,
-            "tma_pipeline",
-            lambda tensors, *_: Pipeline(tile if len(tensors) == 3 else other),
-        )
+        monkeypatch.setattr(bias_gradient, "tma_pipeline", lambda *_: Pipeline(next(shapes)))
 
-    monkeypatch.setattr(bias_gradient, "row_lse_delta", lse_delta_of)
+    monkeypatch.setattr(bias_gradient, "beside", Beside)
     monkeypatch.setattr(bias_gradient, "gdc_wait", lambda: None)
     monkeypatch.setattr(bias_gradient, "warpgroup_mma_wait", lambda number, deps: deps[0])
     monkeypatch.setattr(gluon.Language, "warp_specialize", staticmethod(one_after_another), False)
@@ -137,33 +151,38 @@ def test_gradient_of_the_bias(problem: Any, stand_ins: Any) -> None:
     q, grad_out = (torch.randn(2, *shape, heads, DIM) for _ in range(2))
     k, v = (torch.randn(2, *shape, 1, DIM) for _ in range(2))
     rpb = torch.randn(heads, *(2 * n - 1 for n in rule.kernel_size))
-    inputs = Inputs(q, k, v, rpb)
-    exact = Inputs(*(None if x is None else x.double() for x in inputs))
+    key_mask = None
+    if rule.rank == 2:
+        key_mask = torch.rand(2, *shape) < 0.6
+        key_mask[1, : shape[0] // 2] = False  # some queries attend nothing
+        k[~key_mask], v[~key_mask] = math.nan, math.inf
+    exact = Inputs(q.double(), k.double(), v.double(), rpb.double(), key_mask=key_mask)
     out, lse = reference.forward(exact, rule, SCALE)
     expected = reference.backward(grad_out.double(), None, exact, out, lse, rule, SCALE).rpb
     delta = (out * grad_out).sum(-1)
-    lse_delta = torch.stack([lse / math.log(2), delta, delta * 0, delta * 0], -1).float()
+    exponent = torch.where(lse == -math.inf, math.inf, lse / math.log(2))
+    lse_delta = torch.stack([exponent, delta, delta * 0, delta * 0], -1).float()
 
-    half = torch.bfloat16
-    with_plan = planning.plan_for(q.to(half), k.to(half), v.to(half), None, rule, SCALE, rpb.dtype)
-    gradient = with_plan.bias_gradient
+    half = (x.to(torch.bfloat16) for x in (q, k, v))
+    masks = key_mask, None
+    found = planning.plan_for(*half, None, rule, SCALE, rpb.dtype, None, masks)
+    gradient = found.bias_gradient
     assert gradient is not None
-    biased, shape_of_sums = gradient.launch, gradient.shape
+    biased = gradient.launch
     arguments = biased.arguments
     stand_ins(padded(rule.dilation, 1), arguments["TILE"], arguments["BLOCK"])
-    tables = torch.full(biased.shape, math.nan)
-    biased.make.run(rpb=rpb, tables=tables)
-    sums = torch.full(shape_of_sums, math.nan)
-    tensors = {"query": q, "key": k, "value": v, "grad_out": grad_out, "lse_delta": lse_delta}
-    gradient_kernel[biased.grid](sums, tables, tensors, arguments)
-    found = torch.full((shape_of_sums[0], *rpb.shape), math.nan)
-    gradient.add_up.run(sums=sums, grad_rpb=found)
+    tables = biased.tables(rpb)
+    sums = torch.full(gradient.shape, math.nan)
+    tensors = {"query": q, "key": k, "value": v, "grad_out": grad_out}
+    gradient_kernel[biased.grid](lse_delta, sums, tables, key_mask, tensors, arguments)
+    grad = torch.full_like(rpb, math.nan)
+    gradient.add_up.run(sums=sums, grad_rpb=grad)
     assert expected is not None
-    torch.testing.assert_close(found.double().sum(0), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_sums_that_take_too_much_memory_are_left_to_the_portable_kernels() -> None:
-    cut = bias_plan.cut(rule_of((64, 64), 41, 1, 1, False), (64, 64))
+    cut = bias_plan.cut(rule_of((64, 64), 41, 1, 1, False), (64, 64), (tiling.ROWS,))
     blocks = math.prod(cut.blocks)
     assert bias_plan.splits_of(cut, 1, 2, 396) >= 1
     assert bias_plan.splits_of(cut, 1, 2**14 // blocks + 1, 396) == 0

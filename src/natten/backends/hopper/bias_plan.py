@@ -13,9 +13,8 @@ from torch import Tensor
 from ...neighborhood import Neighborhood, group_length
 from ...tiling import padded
 from ..interface import Shape
-from ..triton.backward import rpb_grad_sum_kernel
-from ..triton.launch import Launch, Wrapped, per_axis, summed
-from ..triton.plan import MOST_SUMS
+from ..triton.launch import Launch, Wrapped, per_axis
+from ..triton.plan import MOST_SUMS, sum_of_bias
 from ..triton.tiles import SHARED_MEMORY
 from .bias import bias_table_kernel
 from .passes import Passes
@@ -91,11 +90,21 @@ class Biased(Wrapped):
         found.launch = self.launch.moved(*where)
         return found
 
-    def run(self, rpb: Tensor, **tensors: Tensor | None) -> None:
-        """As :meth:`Launch.run`, with ``rpb`` instead of the tables."""
+    def tables(self, rpb: Tensor) -> Tensor:
+        """The tables of a contiguous bias. A kernel that follows this one waits for all of it, so
+        kernels that overlap are better launched when all of their tables are made."""
         tables = rpb.new_empty(self.shape, dtype=torch.float32)
         self.make.run(rpb=rpb, tables=tables)
-        self.launch.run(**tensors, bias_tables=tables)
+        return tables
+
+    def run(self, rpb: Tensor, bias_tables: Tensor | None = None, **tensors: Tensor | None) -> None:
+        """As :meth:`Launch.run`, with ``rpb`` instead of the tables, if these are not given."""
+        made = self.tables(rpb) if bias_tables is None else bias_tables
+        self.launch.run(**tensors, bias_tables=made)
+
+
+# What a program that sums dS costs beside its steps, in steps.
+_PROGRAM_STEPS = 4
 
 
 class Cut(NamedTuple):
@@ -120,22 +129,27 @@ class Cut(NamedTuple):
 
 def _cut(rule: Neighborhood, axis: int, n: int, tile: int, block: int) -> tuple[int, ...]:
     """``apart``, ``blocks``, ``steps`` and ``most`` of a :class:`Cut`, of an axis of ``n``
-    positions."""
-    k = rule.kernel_size[axis]
-    # A window begins half of it before its query, at the ends of an axis up to all of it.
-    apart = -(k // 2) - -(-(k - 1 - k // 2) // block) * block
-    blocks = -(-(tile + k - 1 - apart) // block)
+    positions: of all ways to lay blocks beside tiles, the one with the fewest steps."""
     start, end = rule.windows(axis, torch.arange(n, device="cpu"), n)
     first = torch.arange(0, n, tile, device="cpu")
-    low, high = start[first, None], end[(first + tile - 1).clamp(max=n - 1), None]
-    begin = first[:, None] + apart + block * torch.arange(blocks, device="cpu")  # [tiles, blocks]
-    counts = ((begin < high) & (begin + block > low)).sum(0)
-    return apart, blocks, int(counts.sum()), int(counts.max())
+    # Partners of each tile, from its first query on.
+    low, high = start[first] - first, end[(first + tile - 1).clamp(max=n - 1)] - first  # [tiles]
+    # Later, blocks would be as many until they begin after some tile's first partner.
+    shifts = (low % block).unique()[:, None]
+    begins, ends = (low - shifts) // block, (high - shifts + block - 1) // block  # [shifts, tiles]
+    ways = zip((ends - begins).sum(1).tolist(), (ends.amax(1) - begins.amin(1)).tolist())
+    (steps, blocks), way = min((each, way) for way, each in enumerate(ways))
+    begin, end = begins[way], ends[way]
+    least = int(begin.min())
+    at = least + torch.arange(blocks, device="cpu")[:, None]  # [blocks, 1]
+    most = int(((begin <= at) & (at < end)).sum(1).max())
+    return int(shifts[way]) + least * block, blocks, steps, most
 
 
 @lru_cache(maxsize=64)
-def cut(rule: Neighborhood, space: Shape) -> Cut:
-    """The cut with the fewest steps, and of those the one with the fewest blocks."""
+def cut(rule: Neighborhood, space: Shape, columns: tuple[int, ...]) -> Cut:
+    """The cut that fetches least, and of such the one with the fewest blocks, of as many
+    ``columns``."""
     lengths = tuple(group_length(n, d, 0) for n, d in zip(space, rule.dilation))
     missing = 3 - len(space)
 
@@ -146,12 +160,16 @@ def cut(rule: Neighborhood, space: Shape) -> Cut:
         return _cut(rule, axis - missing, lengths[axis - missing], tile, block)
 
     found = []
-    shapes = tile_shapes(ROWS, lengths)
-    for tile in shapes:
-        for block in shapes:
+    blocks_of = [shape for each in columns for shape in tile_shapes(each, lengths)]
+    for tile in tile_shapes(ROWS, lengths):
+        for block in blocks_of:
             apart, blocks, steps, most = zip(*map(of_axis, range(3), tile, block))
             found.append(Cut(tile, block, apart, blocks, math.prod(steps), math.prod(most)))
-    return min(found, key=lambda each: (each.steps, math.prod(each.blocks)))
+
+    def cost(each: Cut) -> tuple[int, int]:
+        return each.steps * (ROWS + math.prod(each.block)), math.prod(each.blocks)
+
+    return min(found, key=cost)
 
 
 class BiasGradient:
@@ -168,42 +186,58 @@ class BiasGradient:
     def __init__(
         self, cut: Cut, splits: int, launch: Biased, kernel_size: Shape, heads: int
     ) -> None:
-        blocks = math.prod(cut.blocks)
-        offsets = math.prod(2 * k - 1 for k in kernel_size)
         self.launch = launch
-        self.shape = splits, heads, blocks, math.prod(cut.tile), math.prod(cut.block)
-        arguments = {
-            **per_axis("K", kernel_size), **per_axis("O", cut.apart), "B1": cut.blocks[1],
-            "B2": cut.blocks[2], "first_head": 0, "blocks": blocks, "splits": 1,
-            "offsets": offsets, "Q_BLOCK": cut.tile, "KV_BLOCK": cut.block, "BLOCK": 32,
-        }  # fmt: skip
-        grid = -(-offsets // 32), splits * heads  # each split by itself, as so many heads
-        self.add_up = Launch(rpb_grad_sum_kernel, grid, arguments)
+        self.shape = splits, heads, math.prod(cut.blocks), math.prod(cut.tile), math.prod(cut.block)
+        self.add_up = sum_of_bias(padded(kernel_size, 1), *cut[:4], splits, heads)
+
+    def tables(self, rpb: Tensor) -> Tensor:
+        """As :meth:`Biased.tables`."""
+        return self.launch.tables(rpb)
 
     def run(self, rpb: Tensor, **tensors: Tensor | None) -> Tensor:
-        """The gradient of a contiguous bias."""
-        splits, *others = self.shape
-        sums = rpb.new_empty(splits, *others, dtype=torch.float32)
-        grads = rpb.new_empty(splits, *rpb.shape, dtype=torch.float32)
-        self.launch.run(rpb, **tensors, sums=sums)
-        self.add_up.run(sums=sums, grad_rpb=grads)
-        return summed(grads, 0).to(rpb.dtype)
+        """The gradient of a contiguous bias, whose tables may be given."""
+        sums = rpb.new_empty(self.shape, dtype=torch.float32)
+        grad = torch.empty_like(rpb)
+        self.launch.run(rpb=rpb, **tensors, sums=sums)
+        self.add_up.run(sums=sums, grad_rpb=grad)
+        return grad
 
 
-def programs_of(dim: int, value_dim: int) -> int:
-    """Programs of a multiprocessor that sum dS: with 128 channels registers suffice for two."""
-    return 3 if max(native(dim), native(value_dim)) <= 64 else 2
+def tables_of(launch: Any, rpb: Tensor | None) -> dict[str, Tensor]:
+    """The tables of a launch that reads some, as its argument."""
+    reads = rpb is not None and isinstance(launch, Biased | BiasGradient)
+    return {"bias_tables": launch.tables(rpb)} if reads else {}
+
+
+def columns(dim: int, value_dim: int) -> Shape:
+    """How many keys a block may have; of wide heads, 128 leave no room for two stages."""
+    return (ROWS, 2 * ROWS) if max(native(dim), native(value_dim)) == 32 else (ROWS,)
+
+
+def programs_and_stages(cut: Cut, dim: int, value_dim: int) -> tuple[int, int]:
+    """How many programs of a multiprocessor sum dS, and how many tiles and blocks fit the shared
+    memory of each: three programs, if they have registers and room for two stages, else two."""
+    columns, channels = math.prod(cut.block), native(dim) + native(value_dim)
+
+    def stages(programs: int) -> int:
+        # Beside them are what scores start from, and barriers.
+        room = SHARED_MEMORY[90] // programs - 4 * ROWS * columns - 2048
+        return min(4, room // (2 * (ROWS + columns) * channels + 8 * ROWS))
+
+    programs = 3 if columns == ROWS and stages(3) > 1 else 2
+    return programs, stages(programs)
 
 
 def splits_of(cut: Cut, sets: int, heads: int, programs: int) -> int:
-    """In how many splits tiles of ``sets`` batch entries and dilation groups are summed, so that
-    about as many ``programs`` have about as many; 0 if the sums would take too much memory."""
-    each = -(-cut.steps * sets * heads // programs)
-    sums = heads * math.prod(cut.blocks) * ROWS * ROWS
-    return min(-(-cut.most * sets // each), MOST_SUMS // sums)
+    """In how many splits tiles of ``sets`` batch entries and dilation groups are summed, where so
+    many ``programs`` run at once; 0 if the sums would take too much memory."""
+    longest, blocks = cut.most * sets, math.prod(cut.blocks)
+    pairs = math.prod(cut.tile + cut.block)
+    # Of blocks that few tiles attend, programs end soon: several count as one.
+    each = heads * -(-cut.steps // cut.most)
 
+    def cost(splits: int) -> int:
+        return -(-splits * each // programs) * (-(-longest // splits) + _PROGRAM_STEPS)
 
-def stages_of(dim: int, value_dim: int) -> int:
-    """How many tiles and blocks, which have as many tokens, fit the shared memory of a program."""
-    stage = 2 * ROWS * (2 * (native(dim) + native(value_dim)) + 8)
-    return min(4, (SHARED_MEMORY[90] // programs_of(dim, value_dim) - 2048) // stage)
+    most = min(longest, max(1, 4 * programs // each), MOST_SUMS // (heads * blocks * pairs))
+    return min(range(1, most + 1), key=cost, default=0)

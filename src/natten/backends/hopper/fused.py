@@ -13,6 +13,7 @@ from ...inputs import Gradients, Inputs
 from ...neighborhood import Rule
 from ..triton.fused import additional_gradients, rpb_gradient
 from ..triton.launch import contiguous, on_device
+from .bias_plan import tables_of
 from .channels import narrowed, narrowed_gradients, widened, widened_inputs
 from .descriptors import readable
 from .plan import Moved, Plan, plan_for
@@ -114,6 +115,9 @@ def _backward(
         if additional_keys is not None and found.dkdv_of_additional is not None:
             # Made here if these are copies: no other kernel may come between passes.
             of_additional = query.flatten(1, -3), grad_out.flatten(1, -3)
+        rpb = tables.get("rpb")
+        of_bias = None if rpb is None else found.bias_gradient
+        made = [tables_of(each, rpb) for each in (found.dq, found.dkdv, of_bias)]
         found.lse_delta[grad_lse is not None].run(
             out=out.contiguous(), lse=lse.contiguous(), grad_out=grad_out, grad_lse=grad_lse,
             lse_delta=lse_delta, grad_key=grad_key, grad_value=grad_value,
@@ -122,12 +126,12 @@ def _backward(
             query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,
             additional_keys=additional_keys, additional_values=additional_values,
             grad_query=grad_query, grad_key=None, grad_value=None, key_mask=masks[0],
-            additional_mask=masks[1], **tables,
+            additional_mask=masks[1], **tables, **made[0],
         )  # fmt: skip
         found.dkdv.run(
             query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,
             additional_keys=None, additional_values=None, grad_query=None, grad_key=grad_key,
-            grad_value=grad_value, key_mask=masks[0], additional_mask=None, **tables,
+            grad_value=grad_value, key_mask=masks[0], additional_mask=None, **tables, **made[1],
         )  # fmt: skip
         grad_additional: Sequence[Tensor | None]
         if additional_keys is not None and additional_values is not None:
@@ -141,13 +145,13 @@ def _backward(
             given = inputs.additional_keys, inputs.additional_values
             grad_additional = [None if x is None else x.new_zeros(x.shape) for x in given]
         grad_rpb = None
-        if inputs.rpb is not None:
-            named = {"query": query, "key": key, "value": value, "rpb": tables["rpb"]}
-            named |= {"grad_out": grad_out, "lse_delta": lse_delta}
+        if rpb is not None:
+            named = {"query": query, "key": key, "value": value, "rpb": rpb}
+            named |= {"grad_out": grad_out, "lse_delta": lse_delta, "key_mask": masks[0]}
             grad_rpb = (
-                rpb_gradient(found.portable, **named, key_mask=masks[0])
-                if found.bias_gradient is None
-                else found.bias_gradient.run(**named)
+                rpb_gradient(found.portable, **named)
+                if of_bias is None
+                else of_bias.run(**named, **made[2])
             )
     return Gradients(grad_query, grad_key, grad_value, grad_rpb, *grad_additional)
 

@@ -310,8 +310,8 @@ class Plan:
             whole = tiling.chunks(self.value_dim)
             constants["V_CHUNKS"] = (width,) if slices > 1 else whole
             if each != "forward":
-                # A kernel that makes a table for a pass comes before it.
-                constants["OVERLAP"] = table is None and not is_packed
+                # Between passes of packed documents, tables of their tiles are made.
+                constants["OVERLAP"] = not is_packed
                 constants["PASS"] = PASSES[each]
             if each == "dv":  # it has no values in shared memory, which would be as wide
                 constants["OWN_OUT"] = True
@@ -370,20 +370,20 @@ class Plan:
         """The gradient of the bias; None if it is left to the portable backend."""
         rule, heads = self.rule, self.heads
         is_own = self.queries == tiling.OWN and "circular" not in rule.boundary
-        if isinstance(rule, Dense) or not is_own or self.key_mask_strides is not None:
+        if isinstance(rule, Dense) or not is_own:
             return None
-        cut = bias_plan.cut(rule, self.space)
+        cut = bias_plan.cut(rule, self.space, bias_plan.columns(self.dim, self.value_dim))
         sets = self.batch * math.prod(rule.dilation)
-        programs = bias_plan.programs_of(self.dim, self.value_dim)
+        programs, stages = bias_plan.programs_and_stages(cut, self.dim, self.value_dim)
         splits = bias_plan.splits_of(cut, sets, heads, programs * _processors(self.device))
-        stages = bias_plan.stages_of(self.dim, self.value_dim)
         if splits == 0 or stages == 0:
             return None
         tiles = Tiles(cut.tile, cut.block, tiling.WARPS, stages)
         # Blocks are on a grid that begins anywhere before the first partner.
         table = bias_plan.table(rule.kernel_size, cut.tile, cut.block, earlier=cut.block)
         kernel = bias_gradient_kernel
-        first = *self.steps, *self.lengths[:3], *self._of_stored("dq")[:12]
+        of_grad_out, rows = self._of_stored("dq")[:6], self._of_stored("forward")
+        first = *self.steps, *self.mask_steps[:4], *self.lengths[:3], *of_grad_out, *rows
         numbers = {
             **dict(zip(kernel.arg_names[len(kernel.tensors) :], first)),
             **per_axis("K", rule.kernel_size),
@@ -403,13 +403,14 @@ class Plan:
             "TILE": cut.tile,
             "BLOCK": cut.block,
             "STAGES": stages,
-            "FETCH_REGISTERS": 24,
+            "FETCH_REGISTERS": 32,
             "BIAS_STRIDES": table.strides,
             "QK_CHUNKS": tiling.chunks(self.dim),
             "V_CHUNKS": tiling.chunks(self.value_dim),
+            "HAS_KEY_MASK": self.key_mask_strides is not None,
         }
         descriptors = self._descriptors("dq", tiles)
-        del descriptors["grad_query"]
+        del descriptors["grad_query"], descriptors["lse_delta"]
         launch = Launch(
             kernel, (math.prod(cut.blocks), splits, heads), numbers | constants, descriptors,
             num_warps=tiling.WARPS, maxnreg=65536 // programs // 256 // 8 * 8,

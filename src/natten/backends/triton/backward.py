@@ -491,9 +491,10 @@ def rpb_grad_kernel(
 @kernel(triton.jit, tensors="sums grad_rpb")
 def rpb_grad_sum_kernel(
     sums, grad_rpb, splits, K0, K1, K2, O0, O1, O2, B1, B2, first_head, blocks, offsets,
-    Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The bias's gradient ``[heads, offsets]`` from what :func:`rpb_grad_kernel` made."""
+    """The bias's gradient ``[heads, offsets]`` from what :func:`rpb_grad_kernel` made; a program
+    sums ``BLOCK`` offsets, of ``SPLITS`` splits at once."""
     M: tl.constexpr = Q_BLOCK[0] * Q_BLOCK[1] * Q_BLOCK[2]
     N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
     head = (first_head + tl.program_id(1)).to(tl.int64)
@@ -505,11 +506,19 @@ def rpb_grad_sum_kernel(
     p0 = r0[:, None] + (o0 - (K0 - 1) - O0)[None, :]
     p1 = r1[:, None] + (o1 - (K1 - 1) - O1)[None, :]
     p2 = r2[:, None] + (o2 - (K2 - 1) - O2)[None, :]
+    # No tile attends keys that are in no block.
+    here = (p0 >= 0) & (p1 >= 0) & (p1 < B1 * KV_BLOCK[1]) & (p2 >= 0) & (p2 < B2 * KV_BLOCK[2])
     block = (p0 // KV_BLOCK[0] * B1 + p1 // KV_BLOCK[1]) * B2 + p2 // KV_BLOCK[2]
     column = (p0 % KV_BLOCK[0] * KV_BLOCK[1] + p1 % KV_BLOCK[1]) * KV_BLOCK[2] + p2 % KV_BLOCK[2]
+    here = here & (block < blocks) & (at < offsets)[None, :]
     pair = (block * M + r[:, None]) * N + column
-    acc = tl.zeros([BLOCK], dtype=tl.float32)
-    for split_id in range(0, splits):
-        start = (split_id * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * blocks * M * N
-        acc += tl.sum(tl.load(sums + start + pair, mask=at[None, :] < offsets, other=0.0), 0)
+    # A number is seldom beside the next one: many have to be on their way at once.
+    acc = tl.zeros([SPLITS, M, BLOCK], dtype=tl.float32)
+    for first in range(0, splits, SPLITS):
+        split_id = first + tl.arange(0, SPLITS)  # [SPLITS]
+        start = split_id.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        start = (start * blocks * M * N)[:, None, None]
+        present = here[None, :, :] & (split_id < splits)[:, None, None]
+        acc += tl.load(sums + start + pair[None, :, :], mask=present, other=0.0)
+    acc = tl.sum(tl.sum(acc, 0), 0)  # [BLOCK]
     tl.store(grad_rpb + head * offsets + at, acc, mask=at < offsets)

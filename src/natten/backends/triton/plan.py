@@ -346,7 +346,6 @@ class Plan:
         pairs = math.prod(tiles.q_block), math.prod(tiles.kv_block)
         heads = max(1, min(self.heads, MOST_SUMS // (num_blocks * math.prod(pairs))))
         splits = self.splits_of_rpb(tiles.q_block, self.space, num_blocks * heads)
-        offsets = math.prod(2 * k - 1 for k in kernel_size)
         of_blocks = {
             **per_axis("O", apart), "B1": blocks[1], "B2": blocks[2],
             "Q_BLOCK": tiles.q_block, "KV_BLOCK": tiles.kv_block,
@@ -356,10 +355,6 @@ class Plan:
             **self.numbers, "batches": self.batch, **of_blocks, **self.constants,
             "MODES": self.modes, "HAS_KEY_MASK": self.has_key_mask,
         }  # fmt: skip
-        sums = {
-            **per_axis("K", kernel_size), **of_blocks, "blocks": num_blocks, "splits": splits,
-            "offsets": offsets, "BLOCK": 32,
-        }  # fmt: skip
         stages = tiling.stages_of_both(tiles, self.dim, self.value_dim, self.itemsize)
         options: dict[str, Any] = {"num_warps": tiles.num_warps, "num_stages": stages}
         launches = []
@@ -367,9 +362,40 @@ class Plan:
             count, these = min(heads, self.heads - first), {"first_head": first}
             grid = num_blocks, splits, count
             each = Launch(rpb_grad_kernel, grid, arguments | these, **options)
-            add_up = Launch(rpb_grad_sum_kernel, (-(-offsets // 32), count), sums | these)
+            add_up = sum_of_bias(
+                kernel_size, tiles.q_block, tiles.kv_block, apart, blocks, splits, count, first
+            )
             launches.append((each, add_up))
         return (splits, heads, num_blocks, *pairs), launches
+
+
+def sum_of_bias(
+    kernel_size: Shape,
+    tile: Shape,
+    block: Shape,
+    apart: Sequence[int],
+    blocks: Sequence[int],
+    splits: int,
+    heads: int,
+    first_head: int = 0,
+) -> Launch:
+    """What adds up ``sums`` of dS to the gradient of the bias of so many heads.
+
+    Args:
+        kernel_size: of the problem, of three axes.
+        tile, block: queries and keys of a sum.
+        apart: how far the first block is from its tile, per axis.
+        blocks: how many there are, per axis.
+        splits: how many sums there are of each block.
+    """
+    offsets = math.prod(2 * k - 1 for k in kernel_size)
+    at_once, warps = (16, 8) if splits > 16 else (8, 4)
+    arguments = {
+        **per_axis("K", kernel_size), **per_axis("O", apart), "B1": blocks[1], "B2": blocks[2],
+        "first_head": first_head, "blocks": math.prod(blocks), "splits": splits,
+        "offsets": offsets, "Q_BLOCK": tile, "KV_BLOCK": block, "BLOCK": 4, "SPLITS": at_once,
+    }  # fmt: skip
+    return Launch(rpb_grad_sum_kernel, (-(-offsets // 4), heads), arguments, num_warps=warps)
 
 
 def strides_of_mask(strides: Sequence[int]) -> dict[str, int]:
