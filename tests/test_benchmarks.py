@@ -325,3 +325,20 @@ def test_plain_attention_is_checked_before_it_is_measured(load):
     dense = plain.natten(dataclasses.replace(case, causal=False), *inputs)
     with pytest.raises(RuntimeError, match="small: output differs by"):
         plain.check(case, ours, dense, grad)
+
+
+def test_models_are_checked_before_they_are_measured(load, tmp_path, monkeypatch, capsys):
+    models = load("models")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for arguments, message in (([], "no GPU"), (["--models", "nat,resnet"], "unknown ['resnet']")):
+        with pytest.raises(SystemExit):
+            models.main([*arguments, "--out", str(tmp_path / "x.csv")])
+        assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_models_are_those_of_the_papers(load):
+    """NAT-tiny and DiNAT-tiny have 28 million parameters."""
+    models = load("models")
+    with torch.device("meta"):
+        parameters = [models.MODELS[name]().parameters() for name in ("nat-rpb", "dinat-rpb")]
+    assert [round(sum(p.numel() for p in each), -5) for each in parameters] == [27_900_000] * 2
