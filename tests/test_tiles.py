@@ -234,6 +234,14 @@ def test_programs_share_tiles_evenly(seed: int) -> None:
         assert longest(found) <= max(1.02 * sum(work) / 132, least) + 1
 
 
+@pytest.mark.parametrize(("processors", "resident"), [(1, 2), (2, 3)])
+def test_there_is_a_program_however_few_run_at_once(processors: int, resident: int) -> None:
+    """Also where one tile is so long that no number of programs shares the tiles evenly."""
+    blocks = [[1.0] * 7 + [100.0]]
+    found = programs.programs_of(blocks, (1000.0, 0.0), 1, 1, processors, resident)
+    assert found is None or 1 <= found <= processors * resident
+
+
 def test_long_tiles_of_a_row_have_programs_of_their_own() -> None:
     """Measured: a row's tiles of keys, of which those that take long come first."""
     rule, shape = Neighborhood.create(1, 2048), (32768,)

@@ -246,7 +246,6 @@ class Plan:
         warpgroups = tiling.warpgroups(tiles)
         registers, compute_registers, fetch_registers = tiling.registers(tiles, work)
         heads = self.kv_heads if of_keys else self.heads
-        heads_at_once = self._heads_at_once(work)
         each_cycles = tiling.cycles(tiles, mask, work)
         self.cuts[kind] = tiles, self._most_programs(kind, tiles, each_cycles, heads_at_once)
         programs, of_tiles = self.programs(kind, self.key_spans)

@@ -58,7 +58,7 @@ def programs_of(
     # What each processor has to do if all have as much.
     least = tiles.sum().item() / processors
     best, found = math.inf, most
-    for count in range(most, most - _FEWER - 1, -1):
+    for count in range(most, max(0, most - _FEWER - 1), -1):
         of_program = _in_turn(tiles, count)
         of_processor = _in_turn(of_program, processors)
         # Programs of a processor share its units, but one alone does not use them well.
