@@ -1,7 +1,7 @@
 """Attention by PyTorch's own kernels: of windows on CPUs, of all tokens on GPUs.
 
-On a GPU a problem is one call of PyTorch's kernel for all tokens, where that is what windows come
-to (:mod:`natten.backends.sdpa.whole`). What follows is about CPUs.
+On a GPU it is one call of PyTorch's kernel, for plain attention and for windows of the whole layout
+(:mod:`natten.backends.sdpa.whole`). What follows is about CPUs.
 
 As in :mod:`natten.backends.tiled`, queries are cut into tiles, and a tile attends the block of keys
 that holds its windows. Here a tile is one matrix in a call of PyTorch's kernel, which keeps no

@@ -1,4 +1,4 @@
-"""Neighborhood attention over tiles in plain PyTorch: the CPU default, and the fallback everywhere.
+"""Neighborhood attention over tiles in plain PyTorch, which runs on every device.
 
 Queries are cut into tiles (:mod:`natten.tiling`). Each tile is dense attention against the block of
 keys that holds its windows, with a mask. Equal tiles at regular distances, a grid of tiles, are one

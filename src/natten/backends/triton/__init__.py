@@ -5,7 +5,8 @@ or copied, except a tensor whose last stride is not 1. What is a compile-time co
 dims, tile shapes, how the windows of each axis go (causal, strided, truncated, circular, of one
 token), how many queries stand at a key where queries are a layout of their own, whether there is a
 bias, masks, additional tokens or packed documents, and the largest power of two (up to 16) that
-divides all strides.
+divides all strides. Small windows have a forward kernel of their own on NVIDIA's GPUs, in Gluon
+(:mod:`natten.backends.triton.small`).
 """
 
 from __future__ import annotations
