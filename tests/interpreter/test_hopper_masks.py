@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton", "3.6")  # the first with Gluon for Hopper
 
-import gluon  # (before the kernels)
+import gluon  # before the kernels
 import torch
 import triton
 import triton.language as tl

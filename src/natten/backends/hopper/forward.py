@@ -1,5 +1,5 @@
 """Forward on Hopper: blocks by TMA, products by wgmma; two warps fetch, one or two warpgroups
-compute.
+compute. With a mask of keys, a warp masks what was fetched (``key_masks.py``).
 
 A program takes tiles of queries in turn, so that the next tile is fetched while this one ends. Keys
 and values come block by block; a warpgroup hands back unread what its queries do not attend.
@@ -295,8 +295,7 @@ def forward_kernel(
     row, and steps are from a head to the next.
 
     Each of ``SLICES`` of the value's channels has programs of its own, along the grid's second
-    axis. ``QK_CHUNKS`` and ``V_CHUNKS`` are of
-    channels (``products.py``).
+    axis. ``QK_CHUNKS`` and ``V_CHUNKS`` are of channels (``products.py``).
     """
     part, documents = (), ()
     if PACKED:

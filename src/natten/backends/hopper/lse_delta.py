@@ -1,5 +1,5 @@
-"""What the passes of the backward find made: LSE and delta of each query, which both load by TMA,
-and gradients of keys that no query attends, which no tile stores."""
+"""What the passes of the backward find made: LSE and delta of each query, four numbers that
+they load by TMA, and gradients of keys that no query attends, which no tile stores."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Products of wgmma whose channels come in chunks.
 
-Blocks in shared memory have a power of two of channels, with zeros beside those of a head. Shapes
-are powers of two, so a product of fewer channels is made of two: of 64 and 32 channels for heads of
-96. A sum over blocks, ``[M, D]``, is a tuple of as many. Each is committed by itself, and counts
-where others are waited for.
+Blocks in shared memory have a power of two of channels: a head's, and what lies beside them, which
+are zeros or the next head's (``descriptors.py``). Shapes are powers of two, so a product of fewer
+channels is made of two: of 64 and 32 channels for heads of 96. A sum over blocks, ``[M, D]``, is a
+tuple of as many. Each is committed by itself, and counts where others are waited for.
 """
 
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.

@@ -46,7 +46,7 @@ MASK_KINDS = NONE, COMPARE, PRODUCT, FIRST = 0, 1, 2, 3
 
 @cache
 def native(channels: int) -> int:
-    """Channels of the kernels that run heads of so many: zeros beside their own."""
+    """Channels of the kernels that run heads of so many, which may be more."""
     return next(each for each in HEAD_DIMS if each >= channels)
 
 
