@@ -74,9 +74,7 @@ def nothing_attended(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return out, query.new_full(shape, -math.inf, dtype=dtype)
 
 
-def forward(
-    inputs: Inputs, rule: Rule, scale: float, tiles: tuple[int, ...] = ()
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, rule: Rule, scale: float) -> tuple[Tensor, Tensor]:
     """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``."""
     query, key, value, *_ = inputs
     shape, value_dim, dtype = query.shape[:-1], value.shape[-1], compute_dtype(query.dtype)
@@ -100,7 +98,7 @@ def forward(
 
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, inputs: Inputs, out: Tensor, lse: Tensor, rule: Rule,
-    scale: float, tiles: tuple[int, ...] = (),
+    scale: float,
 ) -> Gradients:  # fmt: skip
     """Gradients of the inputs."""
     query, key, value, _, *additional, _, _ = inputs

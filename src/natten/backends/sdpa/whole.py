@@ -161,9 +161,7 @@ def _for_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[-2] == heads else x.repeat_interleave(heads // x.shape[-2], -2)
 
 
-def forward(
-    inputs: Inputs, rule: Rule, scale: float, tiles: tuple[int, ...] = ()
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, rule: Rule, scale: float) -> tuple[Tensor, Tensor]:
     """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``."""
     query, key, value, *_ = inputs
     if query.numel() == 0 or key.numel() == 0:
@@ -184,7 +182,7 @@ def forward(
 
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, inputs: Inputs, out: Tensor, lse: Tensor, rule: Rule,
-    scale: float, tiles: tuple[int, ...] = (),
+    scale: float,
 ) -> Gradients:  # fmt: skip
     """Gradients of the inputs, in float32."""
     query, key, value, *_ = inputs
