@@ -402,6 +402,28 @@ def test_passes_overlap_where_they_follow_one_another(monkeypatch: pytest.Monkey
         assert [overlap for _, overlap in after[: len(expected)]] == expected, after
 
 
+@pytest.mark.parametrize(("dim", "kernels"), [(64, 1), (256, 2)])
+def test_passes_on_trial_wait_for_tables_of_a_bias(
+    dim: int, kernels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the tiles has tables of its own, which are made between the passes."""
+    monkeypatch.setattr(tuning, "wanted", lambda backward: 2)
+    monkeypatch.setattr(tuning, "lookup", lambda name: None)
+    x, rule = (
+        torch.empty(1, 24, 24, 2, dim, dtype=torch.bfloat16, device="meta"),
+        Neighborhood.create(2, 5),
+    )
+    shapes, strides = (x.shape,) * 3, (x.stride(),) * 3
+    for bias, overlap in ((None, True), (torch.float32, False)):
+        plan = planning.Plan(rule, 0.1, x.device, x.dtype, shapes, strides, 0, bias)
+        trials = plan.dkdv
+        assert isinstance(trials, launch.Trials) and len(trials.launches) == 2
+        for each in trials.launches.values():
+            made = each.launch if bias else each
+            passes = getattr(made, "launches", [made])
+            assert [found.arguments["OVERLAP"] for found in passes] == [overlap] * kernels
+
+
 def test_masked_scores_are_exact() -> None:
     """A column masked on three axes scores -3 * 2^100: its weight must be one, not infinite."""
     for scale in torch.rand(200).tolist():

@@ -217,7 +217,8 @@ class Plan:
         count = tuning.wanted(backward=kind != "forward")
         if count > 1 and tuning.lookup(name := tiling.key(*problem)) is None:
             candidates = tiling.candidates(*problem)[:count]
-            return Trials(name, {tiles: self._launch(kind, tiles) for tiles in candidates})
+            launches = {tiles: self._launch(kind, tiles, is_trial=True) for tiles in candidates}
+            return Trials(name, launches)
         return self._launch(kind, tiling.choose(*problem))
 
     def _problem(self, kind: str) -> tuple[Any, ...]:
@@ -232,7 +233,9 @@ class Plan:
             return self.rule
         return self.rule.fitted(self.space)
 
-    def _launch(self, kind: str, tiles: Tiles) -> Launch | Passes | Biased | Packed:
+    def _launch(
+        self, kind: str, tiles: Tiles, is_trial: bool = False
+    ) -> Launch | Passes | Biased | Packed:
         rule, of_keys = self.rule, kind == "dkdv"
         work = tiling.work(kind, self.dim, self.value_dim)
         is_packed = self.packed is not None
@@ -309,8 +312,9 @@ class Plan:
             whole = tiling.chunks(self.value_dim)
             constants["V_CHUNKS"] = (width,) if slices > 1 else whole
             if each != "forward":
-                # Between passes of packed documents, tables of their tiles are made.
-                constants["OVERLAP"] = not is_packed
+                # Between passes of packed documents, tables of their tiles are made, and between
+                # those on trial, which differ in their tiles, tables of the bias.
+                constants["OVERLAP"] = not is_packed and (table is None or not is_trial)
                 constants["PASS"] = PASSES[each]
             if each == "dv":  # it has no values in shared memory, which would be as wide
                 constants["OWN_OUT"] = True
