@@ -38,7 +38,7 @@ LAYERS = (
     ("distributed", "layouts over several ranks", ATTENDED),
     ("functional, varlen, unfused, modules", "the public functions and layers", ATTENDED),
     ("operators, gather", "operators and their derivatives", ATTENDED),
-    ("backends", "hopper, triton, sdpa, tiled, reference", ATTENDED),
+    ("backends", "hopper, sdpa, triton, tiled, reference", ATTENDED),
     ("neighborhood, tiling, documents, sequences, nested, _checks", "the rules", PARTLY),
     ("inputs, errors, softmax, caches, tuning, _library, _torch, ...", "the base", PARTLY),
 )
