@@ -202,8 +202,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--{name}: unknown {sorted(unknown)}; there are {', '.join(known)}")
     if not torch.cuda.is_available():
         parser.error("there is no GPU, so there is nothing to measure")
-    if importlib.util.find_spec("timm") is None:
-        print(f"without {', '.join(set(models) & set(TIMM))}: timm is not installed")
+    of_timm = [name for name in models if name in TIMM]
+    if of_timm and importlib.util.find_spec("timm") is None:
+        print(f"without {', '.join(of_timm)}: timm is not installed")
         models = [name for name in models if name not in TIMM]
     rows, used = [], " ".join(f"{name}={each}" for name, each in versions().items())
     print(f"{'model':12}{'mode':10}{'pass':11}{'images/s':>10}{'ms':>9}{'attention':>11}")
