@@ -26,6 +26,7 @@ from .. import triton
 from ..interface import KINDS, Backend, Problem, Shape, TileChooser
 from ..triton import releases, small_tiles
 from .tiles import (
+    FORWARD_SCALE,
     MOST,
     MOST_MASKED,
     OWN,
@@ -39,9 +40,8 @@ from .tiles import (
 # Keys of a query from which on copies of heads that TMA can not read pay.
 _WORTH_COPYING = 48
 
-# For heads of so many channels the kernel of small windows runs where it takes less by estimate;
-# estimates of these kernels are 2.15 of what they take.
-_SMALL_CHANNELS, _SMALL_CYCLES = 32, 0.95 / 2.15
+# For heads of so many channels the kernel of small windows runs where it takes less by estimate.
+_SMALL_CHANNELS, _SMALL_CYCLES = 32, 0.95 / FORWARD_SCALE
 
 
 class Hopper(Backend):

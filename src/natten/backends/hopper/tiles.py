@@ -44,6 +44,10 @@ PASSES = DQ, DKDV, DK, DV = 0, 1, 2, 3
 MASK_KINDS = NONE, COMPARE, PRODUCT, FIRST = 0, 1, 2, 3
 
 
+# Cycles by estimate for one that kernels take (hopper-log.md).
+FORWARD_SCALE, BACKWARD_SCALE = 2.15, 2.7
+
+
 @cache
 def native(channels: int) -> int:
     """Channels of the kernels that run heads of so many, which may be more."""
@@ -171,7 +175,6 @@ def work(kind: str, dim: int, value_dim: int) -> Work:
 
     Where dK and dV have a pass each, both have the same tiles, and this is what both do together.
     """
-    # Estimates of the forward are 2.15 of the cycles that it takes, of the backward 2.7.
     rows = row_cycles(dim) + row_cycles(value_dim)
     together = are_together(dim, value_dim)
     count, width = slices(dim, value_dim)
@@ -193,7 +196,7 @@ def work(kind: str, dim: int, value_dim: int) -> Work:
             pair_at_once=1.5,
             block_latency=1200.0,
             two_stage_cycles=40.0 if max(dim, width) == 64 else 0.0,
-            row_cycles=2.15 * rows,
+            row_cycles=FORWARD_SCALE * rows,
             may_be_alone=False,
             block_sizes=(64, 32) if max(dim, width) > 128 else (128, 64),
             smem_options=tuple(smem_options),
@@ -219,7 +222,7 @@ def work(kind: str, dim: int, value_dim: int) -> Work:
         pair_at_once=1.3,
         block_latency=2000.0 if of_keys else 1600.0,
         two_stage_cycles={32: 400.0, 64: 650.0, 128: 900.0}.get(widest, 3000.0),
-        row_cycles=2.7 * rows,
+        row_cycles=BACKWARD_SCALE * rows,
         may_be_alone=widest > 128,
         block_sizes=_gradient_block_sizes(of_keys, widest),
         # A block is held while the next one's scores are made.
