@@ -166,8 +166,8 @@ def _overload(name: str) -> Any:
         return None
 
 
-#: Attention on CPUs with the LSE, and its gradient; None where the backend ``sdpa`` can not run.
-#: They are overloads, because looking one up takes as long as half a call.
+#: Attention on CPUs with the LSE, and its gradient; None where the backend ``sdpa`` can not run on
+#: them. They are overloads, because looking one up takes as long as half a call.
 cpu_attention = _overload("_scaled_dot_product_flash_attention_for_cpu")
 cpu_attention_backward = _overload("_scaled_dot_product_flash_attention_for_cpu_backward")
 
