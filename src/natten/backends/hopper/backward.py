@@ -95,7 +95,7 @@ class Operands:
 
 
 @gluon.jit
-def row_lse_delta(tiles, tile_iteration, SCORES: gl.constexpr):
+def _row_lse_delta(tiles, tile_iteration, SCORES: gl.constexpr):
     """LSE and delta of queries that are rows, ``[M, 1]`` each."""
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     buffer = tiles.buffers[LSE_DELTA].index(tile_iteration % tiles.STAGES)  # [1, *tile, 4]
@@ -190,8 +190,8 @@ def _step(
         acc = _added(ctx, acc, ds, stage - 1)
     if ctx.EARLY:
         dp = multiply(tile.gv, gv, ctx.SCORES, ctx.V_CHUNKS)  # dP = dO V^T, [M, N]
-    BESIDE: gl.constexpr = (len(acc) if LATE else 0) + (len(ctx.V_CHUNKS) if ctx.EARLY else 0)
-    s = warpgroup_mma_wait(BESIDE, deps=[s])  # [M, N]
+    LATER: gl.constexpr = (len(acc) if LATE else 0) + (len(ctx.V_CHUNKS) if ctx.EARLY else 0)
+    s = warpgroup_mma_wait(LATER, deps=[s])  # [M, N]
     if PASS == DQ:
         lse, delta = tile.lse_delta  # [M, 1]
     else:
@@ -331,7 +331,7 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
         lse_delta = ()
         if not g.OF_KEYS:
             # Rows that are no query have zeros, and gradients that nobody reads.
-            lse_delta = row_lse_delta(tiles, tile_iteration, ctx.SCORES)
+            lse_delta = _row_lse_delta(tiles, tile_iteration, ctx.SCORES)
         operands = Operands(mask, qk, gv, lse_delta)
         if ctx.HAS_ADDITIONAL:
             acc, stage = _add_additional(ctx, operands, tile.batch, acc, stage)

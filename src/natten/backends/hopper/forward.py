@@ -180,7 +180,7 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
         masked = ctx.key_mask.factor(at)
         s = mask.scores(q, keys, at, block, bias, masked, ctx.SCORES, ctx.QK_CHUNKS)  # [M, N]
         s = warpgroup_mma_wait(0, deps=[s])
-        keys.consumer_release(stage + before)
+        keys.consumer_release(at)
         if ctx.OWN_OUT:  # after the last scores the next tile's queries can come
             queries.consumer_release(tile_iteration, before + 1 == end)
         s = mask.compare(s, block, True)
