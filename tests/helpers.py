@@ -178,7 +178,9 @@ def run_interpreted(*arguments: str) -> None:
     fails, if none runs, or if the process dies; the message is what pytest said there.
     """
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    # Coverage is of what the CPU runs (pyproject.toml), so it is not measured there.
+    others = "PYTEST_", "COVERAGE_"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(others)}
     done = subprocess.run(
         [
             sys.executable,
