@@ -55,7 +55,7 @@ class Beside:
 
     @gluon.jit
     def load(self, stage, AXIS: gl.constexpr, AT: gl.constexpr, LAYOUT: gl.constexpr):
-        """The numbers of a stage, of those at some place along an axis."""
+        """The numbers of a stage at an index ``AT`` of an axis."""
         return self.numbers.index(stage % self.STAGES).slice(AT, 1, AXIS).load(LAYOUT)
 
 

@@ -661,11 +661,7 @@ class Part(Plan):
 
     @cached_property
     def lse_delta(self) -> dict[bool, Launch]:
-        programs, numbers = self.before_passes(self.key_spans)
-        return {
-            given: launch.moved((programs,), numbers)
-            for given, launch in self.plan.lse_delta.items()
-        }
+        return _moved_each(self.plan.lse_delta, *self.before_passes(self.key_spans))
 
     @cached_property
     def portable(self) -> portable.Part:
@@ -675,26 +671,13 @@ class Part(Plan):
         return portable.Part(plan, self.rule.offset, *where)
 
 
-class Moved:
-    """The plan of other queries of a ``part``'s layout, as ``rule`` says: kernels have other first
-    numbers, and tiles of other keys."""
+class Moved(portable.OtherQueries):
+    """The plan of a ``part``'s queries that ``rule``'s offset says, which have tiles of other
+    keys."""
 
     def __init__(self, part: Part, rule: Neighborhood) -> None:
-        self.part, self.rule = part, rule
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.part, name)
-
-    @cached_property
-    def forward(self) -> _Launches:
-        return self._moved(self.part.forward)
-
-    @cached_property
-    def dq(self) -> _Launches:
-        return self._moved(self.part.dq)
-
-    def _moved(self, launch: Any) -> Any:
-        return launch.moved(launch.grid, self.part.first_query(self.rule))
+        super().__init__(part, part.first_query(rule))
+        self.rule = rule
 
     @cached_property
     def dkdv(self) -> _Launches:
@@ -709,15 +692,18 @@ class Moved:
 
     @cached_property
     def lse_delta(self) -> dict[bool, Launch]:
-        programs, numbers = self.part.before_passes(self.key_spans)
-        return {
-            given: launch.moved((programs,), numbers)
-            for given, launch in self.part.lse_delta.items()
-        }
+        return _moved_each(self.part.lse_delta, *self.part.before_passes(self.key_spans))
 
     @cached_property
     def portable(self) -> portable.Part | portable.Moved:
         return self.part.portable.at(self.rule.offset)
+
+
+def _moved_each(
+    launches: dict[bool, Launch], programs: int, numbers: tuple[int, ...]
+) -> dict[bool, Launch]:
+    """:attr:`Plan.lse_delta` for another part."""
+    return {given: launch.moved((programs,), numbers) for given, launch in launches.items()}
 
 
 @lru_cache(maxsize=1024)

@@ -2,7 +2,7 @@
 
 Of ``n`` programs, each takes every ``n``-th tile. Tiles near the ends of a layout have fewer
 blocks. Where ``n`` and the tiles of a head have a common factor, a program has tiles at the same
-few places of all heads, so that some programs have long ones only and are waited for. A few
+few positions of all heads, so that some programs have long ones only and are waited for. A few
 programs less than could run at once have all kinds of tiles.
 
 A program of its own costs each tile what it takes to start, but where tiles differ much, those that

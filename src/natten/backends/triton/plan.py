@@ -510,30 +510,36 @@ class Part:
         return (splits, heads, blocks, *pairs), moved
 
 
-class Moved:
-    """The plan of other queries of a ``part``'s layout, from ``offset`` on: its kernels' first
-    numbers are others."""
+class OtherQueries:
+    """The plan of other queries of a ``part``'s layout: its kernels' first numbers are others."""
 
-    def __init__(self, part: Part, offset: Shape) -> None:
-        self.part, self._offset = part, padded(offset, 0)
+    def __init__(self, part: Any, numbers: tuple[int, ...]) -> None:
+        self.part, self._numbers = part, numbers
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.part, name)
 
     def _moved(self, launch: Any) -> Any:
-        return launch.moved(launch.grid, self._offset)
+        return launch.moved(launch.grid, self._numbers)
 
     @cached_property
-    def forward(self) -> Launch:
+    def forward(self) -> Any:
         return self._moved(self.part.forward)
+
+    @cached_property
+    def dq(self) -> Any:
+        return self._moved(self.part.dq)
+
+
+class Moved(OtherQueries):
+    """The plan of a ``part``'s queries from ``offset`` on."""
+
+    def __init__(self, part: Part, offset: Shape) -> None:
+        super().__init__(part, padded(offset, 0))
 
     @cached_property
     def small(self) -> Launch | None:
         return None if self.part.small is None else self._moved(self.part.small)
-
-    @cached_property
-    def dq(self) -> Launch:
-        return self._moved(self.part.dq)
 
     @cached_property
     def dq_with_grad_lse(self) -> Launch:
