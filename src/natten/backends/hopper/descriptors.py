@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from ...neighborhood import group_length
+from ...tiling import padded
 from ...tuning import Bounded, cached
 from ..interface import Shape
 from ..triton.fast_launch import KEPT
@@ -41,13 +42,21 @@ from .tiles import MOST
 
 
 class View(NamedTuple):
-    """Shape and strides for TMA; how far apart along the first axis are batch entries, tokens
-    along three axes, and heads, and along the last axis heads, if they are there; and how many
-    numbers before the tensor the view begins."""
+    """How TMA sees a tensor.
+
+    Attributes:
+        shape, strides: of five axes: where a group's tokens begin, three axes of these, channels.
+        steps: how far apart along the first axis are batch entries, tokens along three axes, and
+            heads, and along the last axis heads, if they are there.
+        long_groups: per axis, how many dilation groups have as many positions as there are at most;
+            the others have one less.
+        before: how many numbers before the tensor the view begins.
+    """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     steps: tuple[int, ...]
+    long_groups: tuple[int, ...] = (1, 1, 1)
     before: int = 0
 
 
@@ -68,6 +77,14 @@ class Describe:
     def __init__(self, view: View, block: Sequence[int], layout: Any) -> None:
         self.view, self.block, self.layout = view, list(block), layout
         self.maps = Bounded(KEPT)
+        self._newest = self  # of tensors that lie alike, as keys and values do
+
+    def of(self, view: View) -> Describe:
+        """The same of tensors that have another view."""
+        found = self._newest
+        if found.view is not view:
+            found = self._newest = Describe(view, self.block, self.layout)
+        return found
 
     def __call__(self, tensor: Tensor) -> TensorDescriptor:
         """The descriptor; the tensor is on the current device."""
@@ -83,7 +100,7 @@ class Describe:
         return found
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def view(
     shape: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], joined: bool = False
 ) -> View:
@@ -95,29 +112,37 @@ def view(
         joined: whether heads that lie side by side are one axis with their channels.
     """
     batch, *space, heads, channels = shape
+    of_batch, *apart, of_head, _ = stride
+    missing = 3 - len(space)
     # A valid stride where there is one position; of one head, so that bases of a contiguous tensor
     # are its rows.
-    width, missing = -(-channels // 8) * 8, 3 - len(space)
-    lengths, strides, groups, starts = ([each] * missing for each in (1, width, 1, 0))
-    before = 0
-    for n, step, d in zip(space, stride[1:-2], dilation):
-        length = group_length(n, d, 0)
+    width = -(-channels // 8) * 8
+    joined = joined and heads > 1 and of_head == channels
+    starts = of_batch if batch > 1 else 0, *apart, 0 if joined else of_head if heads > 1 else width
+    unit, steps = _steps(starts, dilation)
+    lengths, strides, long_groups = [1] * missing, [width] * missing, [1] * missing
+    bases, before = 1 + (batch - 1) * steps[0] + (heads - 1) * steps[4], 0
+    for n, step, d, start in zip(space, apart, dilation, steps[1 + missing :]):
+        length, longer = group_length(n, d, 0), n % d
         lengths.append(length)
         strides.append(step * d if length > 1 else width)
-        groups.append(d + n % d)  # where long ones begin later
-        starts.append(step if d > 1 else 0)
-        before += step * d if n % d else 0
-    per_head = channels if joined and heads > 1 and stride[-2] == channels else 0
-    head = 0 if per_head else stride[-2] if heads > 1 else width
-    starts = [stride[0] if batch > 1 else 0, *starts, head]
-    unit = math.gcd(*starts) or width
-    steps = (*(start // unit for start in starts), per_head)
-    bases = 1
-    for count, step in zip((batch, *groups, heads), steps):
-        bases += (count - 1) * step
-    if per_head:
-        channels *= heads
-    return View((bases, *lengths, channels), (unit, *strides, 1), steps, before)
+        long_groups.append(longer or d)
+        if d > 1:
+            bases += (d + longer - 1) * start  # where long ones begin later
+            before += step * d if longer else 0
+    per_head = channels if joined else 0
+    sizes = bases, *lengths, channels * heads if joined else channels
+    return View(sizes, (unit or width, *strides, 1), (*steps, per_head), tuple(long_groups), before)
+
+
+@lru_cache(maxsize=256)
+def _steps(starts: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """How far apart bases are, and by how many of them batch entries, groups of three axes, and
+    heads are, given how far these are."""
+    batch, *apart, head = starts
+    found = batch, *padded([n if d > 1 else 0 for n, d in zip(apart, dilation)], 0), head
+    unit = math.gcd(*found)
+    return unit, tuple([n // (unit or 1) for n in found])
 
 
 @lru_cache(maxsize=1024)

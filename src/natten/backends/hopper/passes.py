@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..triton.launch import Launch, Wrapped
-from .descriptors import Describe
+from .descriptors import View
 
 
 class Passes(Wrapped):
@@ -20,15 +20,12 @@ class Passes(Wrapped):
         self._unread = [[name for name in names if each.tensors[name] is None] for each in launches]
 
     def moved(
-        self, grid: Sequence[int], numbers: Sequence[Any],
-        descriptors: Sequence[Mapping[str, Describe]],
-    ) -> Passes:  # fmt: skip
-        """As :meth:`Launch.moved`, with descriptors for each launch."""
-        moved = (
-            each.moved((grid[0], *each.grid[1:]), numbers, own)
-            for each, own in zip(self.launches, descriptors)
+        self, grid: Sequence[int], numbers: Sequence[Any], views: Mapping[str, View]
+    ) -> Passes:
+        """As :meth:`Launch.moved`."""
+        return Passes(
+            [each.moved((grid[0], *each.grid[1:]), numbers, views) for each in self.launches]
         )
-        return Passes([*moved])
 
     def run(self, **tensors: Tensor | None) -> None:
         """As :meth:`Launch.run`."""

@@ -17,7 +17,6 @@ from ... import tuning
 from ...documents import Documents, Sizes
 from ...neighborhood import Dense, Neighborhood, Rule
 from ...tiling import padded
-from ...tuning import Bounded
 from ..interface import Shape, Tiles
 from ..triton import plan as portable
 from ..triton.launch import Launch, Trials, per_axis
@@ -95,17 +94,21 @@ class Plan:
         self.rule, self.shapes, self.strides = rule, shapes, strides
         self.tokens, self.key_tokens = shapes[0][1:-2], shapes[1][1:-2]
         self.space, self.key_space = self.tokens, self.key_tokens
-        dilation = rule.dilation
         if self.packed is not None:
             _, self.space, self.key_space = self.packed
-            dilation = (1,)
         self.query, self.key, self.value = map(self._view, shapes, strides)
         self.steps = *self.query.steps, *self.key.steps, *self.value.steps
         self.mask_steps: tuple[int, ...] = (0,) * 5
         if key_mask is not None:
             last = sum((n - 1) * step for n, step in zip(self.key_space, key_mask[1:]))
             self.mask_steps = *strides_of_mask(key_mask).values(), last
-        self.lengths = _lengths(self.tokens, self.key_tokens, dilation)
+        # Of keys and of queries, positions of the longest dilation group per axis; then of both,
+        # how many groups are as long.
+        key, query = self.key, self.query
+        lengths = *key.shape[1:4], *query.shape[1:4]
+        if self.packed is not None:
+            lengths = *padded(self.key_tokens, 1), *padded(self.tokens, 1)
+        self.lengths = *lengths, *key.long_groups, *query.long_groups
 
     def _view(self, shape: Shape, stride: Shape) -> View:
         if self.packed is not None:
@@ -544,45 +547,37 @@ class Plan:
 
     def _descriptors(self, each: str, boxes: Tiles) -> dict[str, Describe]:
         """Descriptors of the tensors of one of :meth:`_passes`, in blocks of these tiles."""
-        return self._of_queries(each, boxes) | self._of_keys(each, boxes)
-
-    def _of_queries(self, each: str, tiles: Tiles) -> dict[str, Describe]:
-        """Of the tensors that have the layout of queries."""
-
-        def of(view: View, width: int) -> Describe:
-            return self._describe(view, tiles.q_block, width)
-
-        def written(channels: int) -> View:
-            return self._contiguous(self.tokens, self.heads, channels)
-
+        kind = each if each in ("forward", "dq") else "dkdv"
         dim, (_, width) = tiling.native(self.dim), self._slices(each)
-        found = {"query": of(self.query, dim)}
-        if each == "forward":
-            found["out"] = of(written(self.value_dim), width)
-        else:
-            found["grad_out"] = of(self._grad_out, width)
-            found["lse_delta"] = describe(written(4), (1, *tiles.q_block, 4), torch.float32)
-        if each == "dq":
-            found["grad_query"] = of(written(self.dim), dim)
+        unread = {"dk": ("grad_value",), "dv": ("value", "grad_key")}.get(each, ())
+        found = {}
+        for name, shown in (self._views_of_queries(kind) | self._views_of_keys(kind)).items():
+            block = boxes.kv_block if name in _OF_KEYS else boxes.q_block
+            if name == "lse_delta":
+                found[name] = describe(shown, (1, *block, 4), torch.float32)
+            elif name not in unread:
+                channels = dim if name in _AS_WIDE_AS_QUERIES else width
+                found[name] = self._describe(shown, block, channels)
         return found
 
-    def _of_keys(self, each: str, tiles: Tiles) -> dict[str, Describe]:
-        """As :meth:`_of_queries`, of keys."""
+    def _views_of_queries(self, kind: str) -> dict[str, View]:
+        """Of a kind of kernel, the views of the tensors that have the layout of queries."""
+        found = {"query": self.query}
+        if kind == "forward":
+            found["out"] = self._contiguous(self.tokens, self.heads, self.value_dim)
+        else:
+            found["grad_out"] = self._grad_out
+            found["lse_delta"] = self._contiguous(self.tokens, self.heads, 4)
+        if kind == "dq":
+            found["grad_query"] = self._contiguous(self.tokens, self.heads, self.dim)
+        return found
 
-        def of(view: View, width: int) -> Describe:
-            return self._describe(view, tiles.kv_block, width)
-
-        def written(channels: int) -> View:
-            return self._contiguous(self.key_tokens, self.kv_heads, channels)
-
-        dim, (_, width) = tiling.native(self.dim), self._slices(each)
-        found = {"key": of(self.key, dim)}
-        if each != "dv":
-            found["value"] = of(self.value, width)
-        if each in ("dkdv", "dk"):
-            found["grad_key"] = of(written(self.dim), dim)
-        if each in ("dkdv", "dv"):
-            found["grad_value"] = of(written(self.value_dim), width)
+    def _views_of_keys(self, kind: str) -> dict[str, View]:
+        """As :meth:`_views_of_queries`, of keys."""
+        found = {"key": self.key, "value": self.value}
+        if kind == "dkdv":
+            found["grad_key"] = self._contiguous(self.key_tokens, self.kv_heads, self.dim)
+            found["grad_value"] = self._contiguous(self.key_tokens, self.kv_heads, self.value_dim)
         return found
 
     def _additional(self, each: str, tiles: Tiles) -> dict[str, Describe]:
@@ -625,19 +620,15 @@ class Part(Plan):
         strides: Sequence[Shape],
         key_mask: Shape | None,
     ) -> None:
-        self.__dict__.update(plan.kept)
-        self.plan, self.moved = plan, Bounded(portable.KEPT_PARTS)
+        self.plan, self.offset, self.packed = plan, rule.offset, None
         self._lay(rule, shapes, strides, key_mask)
 
-    def at(self, rule: Neighborhood) -> Part | Moved:
-        """The plan of the queries that ``rule``'s offset says."""
-        if rule.query_offset == self.rule.offset:
-            return self
-        found: Moved | None = self.moved.get(rule.query_offset)
-        if found is None:
-            found = Moved(self, rule)
-            self.moved.keep(rule.query_offset, found)
-        return found
+    def __getattr__(self, name: str) -> Any:
+        """What both plans share."""
+        kept = self.plan.kept
+        if name not in kept:
+            raise AttributeError(name)
+        return kept[name]
 
     def _tiled(self, kind: str) -> Launch | Passes | Biased:
         plan, launch = self.plan, getattr(self.plan, kind)
@@ -647,17 +638,12 @@ class Part(Plan):
             grid = programs, *grid[1:]
             numbers = *numbers, *of_tiles, *self._of_stored(kind)
         # Views of tensors that lie alike are one object.
-        tiles, _ = self.cuts[kind]
-        descriptors: list[dict[str, Describe]] = []
-        for each in self._passes(kind):
-            own: dict[str, Describe] = {}
-            if self.query is not plan.query:
-                own = self._of_queries(each, tiles)
-            if self.key is not plan.key or self.value is not plan.value:
-                own = {**own, **self._of_keys(each, tiles)}
-            descriptors.append(own)
-        moved = descriptors if len(descriptors) > 1 else descriptors[0]
-        return launch.moved(grid, numbers, moved)
+        views: dict[str, View] = {}
+        if self.query is not plan.query:
+            views |= self._views_of_queries(kind)
+        if self.key is not plan.key or self.value is not plan.value:
+            views |= self._views_of_keys(kind)
+        return launch.moved(grid, numbers, views)
 
     @cached_property
     def lse_delta(self) -> dict[bool, Launch]:
@@ -695,8 +681,8 @@ class Moved(portable.OtherQueries):
         return _moved_each(self.part.lse_delta, *self.part.before_passes(self.key_spans))
 
     @cached_property
-    def portable(self) -> portable.Part | portable.Moved:
-        return self.part.portable.at(self.rule.offset)
+    def portable(self) -> portable.Moved:
+        return portable.Moved(self.part.portable, self.rule.offset)
 
 
 def _moved_each(
@@ -704,18 +690,6 @@ def _moved_each(
 ) -> dict[bool, Launch]:
     """:attr:`Plan.lse_delta` for another part."""
     return {given: launch.moved((programs,), numbers) for given, launch in launches.items()}
-
-
-@lru_cache(maxsize=1024)
-def _lengths(space: Shape, key_space: Shape, dilation: Shape) -> tuple[int, ...]:
-    """Of keys and of queries, positions of the longest dilation group per axis; then of both, from
-    which group on there is one less."""
-    numbers: list[int] = []
-    for layout in (key_space, space):
-        numbers += padded([-(-n // d) for n, d in zip(layout, dilation)], 1)
-    for layout in (key_space, space):
-        numbers += padded([n % d or d for n, d in zip(layout, dilation)], 1)
-    return tuple(numbers)
 
 
 def _exact_thrice(x: float) -> float:
@@ -727,6 +701,9 @@ def _exact_thrice(x: float) -> float:
 # How much longer the portable kernel takes for a pair of a query and an additional token, where all
 # processors have work (measured: hopper-log.md).
 _PORTABLE_TIME = 8.0
+
+_OF_KEYS = frozenset(("key", "value", "grad_key", "grad_value"))
+_AS_WIDE_AS_QUERIES = frozenset(("query", "key", "grad_query", "grad_key"))
 
 # Of the kernel before the passes, queries and keys of a program.
 _ROWS_AT_ONCE, _KEYS_AT_ONCE = 16, 64
@@ -792,19 +769,25 @@ def plan_for(
         return _plan(rule, *others, shapes, strides, num_additional, bias_dtype, packed, of_masks)
     batch, *space, heads, dim = query.shape
     key_mask, additional_mask = of_masks
-    made = portable.common(
+    parts = portable.parts_of(
         "hopper", *portable.windows_of(rule), *others, batch, heads, dim, key.shape[-2],
         value.shape[-1], num_additional, bias_dtype, key_mask is not None, additional_mask,
     )  # fmt: skip
-    where = shapes, strides, key_mask
-    part: Part | None = made["parts"].get(where)
+    lie, offset = (shapes, strides, key_mask), rule.query_offset
+    part: Part | None = parts.get(lie)
     if part is None:
         # Nothing that kernels are compiled for depends on more than these sizes.
-        sizes = tiling.model_sizes(rule, tuple(space), key.shape[1:-2])
-        if sizes not in made:
-            made[sizes] = Plan(
-                rule, *others, shapes, strides, num_additional, bias_dtype, None, of_masks
-            )
-        part = Part(made[sizes], rule, *where)
-        made["parts"].keep(where, part)
-    return part.at(rule)
+        sizes = tiling.model_sizes(rule, space, key.shape[1:-2])
+        plan = parts.plans.get(sizes)
+        if plan is None:
+            plan = Plan(rule, *others, shapes, strides, num_additional, bias_dtype, None, of_masks)
+            parts.plans.keep(sizes, plan)
+        part = Part(plan, rule, *lie)
+        parts.keep(lie, part)
+    if part.offset == offset:
+        return part
+    moved: Moved | None = parts.moved.get((part, offset))
+    if moved is None:
+        moved = Moved(part, rule)
+        parts.moved.keep((part, offset), moved)
+    return moved

@@ -68,6 +68,7 @@ def chunks(channels: int) -> Shape:
     return (width,) if width == 32 or 2 * rest >= width else (width // 2, rest)
 
 
+@cache
 def has_unused_channels(channels: int) -> bool:
     """Whether a block has channels that products do not take, which take a head's and no others."""
     return native(channels) > channels == sum(chunks(channels))
@@ -267,24 +268,19 @@ def _model(rule: Rule, shape: Shape, key_shape: Shape) -> tuple[Rule, Shape, Sha
     return own, shape, key_shape
 
 
-def model_sizes(rule: Neighborhood, shape: Shape, key_shape: Shape) -> tuple[Shape, ...]:
+def model_sizes(
+    rule: Neighborhood, shape: Sequence[int], key_shape: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
     """Per axis, queries and keys of the problem for which the tiles of a part are chosen."""
-    found = []
-    for k, d, r, length, key_length in zip(
-        rule.kernel_size, rule.dilation, rule.queries_per_key, shape, key_shape
-    ):
-        count, most = _count_and_most(-(-length // d), k, r)
-        n = -(-key_length // d)
-        n = roomy(n) if n < most else most
-        found.append((min(count, r * n), n))
-    return tuple(found)
+    axes = zip(rule.kernel_size, rule.dilation, rule.queries_per_key, shape, key_shape)
+    return tuple([_model_size(*each) for each in axes])
 
 
-@lru_cache(maxsize=1024)
-def _count_and_most(count: int, k: int, r: int) -> tuple[int, int]:
-    """Queries of an axis, rounded up, and the most keys that matter to their tiles."""
-    count = roomy(count)
-    return count, roomy(-(-count // r) + k)
+def _model_size(k: int, d: int, r: int, length: int, key_length: int) -> tuple[int, int]:
+    count, n = roomy(-(-length // d)), -(-key_length // d)
+    most = roomy(-(-count // r) + k)  # keys that matter to tiles
+    n = roomy(n) if n < most else most
+    return min(count, r * n), n
 
 
 def mask_of(sliding: bool, axes: Sequence[Axis], tiles: Tiles, work: Work) -> Mask:

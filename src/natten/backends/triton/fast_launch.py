@@ -35,6 +35,10 @@ class Describe(Protocol):
 
     def __call__(self, tensor: Tensor) -> Any: ...
 
+    def of(self, view: Any) -> Describe:
+        """What does so of tensors that have another view."""
+        ...
+
 
 Described = Mapping[str, Describe | None]
 

@@ -131,17 +131,24 @@ class Launch:
         self,
         grid: Iterable[int],
         numbers: Sequence[Any],
-        descriptors: Mapping[str, Describe] = _NOTHING,
+        views: Mapping[str, Any] = _NOTHING,
     ) -> Launch:
         """The same kernel with another grid, other ``numbers`` in the place of as many first ones,
-        and descriptors of other tensors. Nothing is compiled for it."""
+        and descriptors of tensors that have other ``views``. Nothing is compiled for it."""
         found = object.__new__(Launch)
-        found.__dict__.update(self.__dict__)
+        found.kernel, found.options = self.kernel, self.options
+        found._in_order, found._may_be_unaligned = self._in_order, self._may_be_unaligned
+        found._kernels, found._launchers = self._kernels, self._launchers
         found.grid = (*grid, 1, 1)[:3]
         found.values = (*numbers, *self.values[len(numbers) :])
-        if descriptors:
-            found.tensors = {**self.tensors, **descriptors}
-            found.kept = Bounded(KEPT)
+        found.tensors, found.kept = self.tensors, self.kept
+        if views:
+            tensors = dict(self.tensors)
+            for name, view in views.items():
+                describe = tensors.get(name)
+                if describe is not None:
+                    tensors[name] = describe.of(view)
+            found.tensors, found.kept = tensors, Bounded(KEPT)
         return found
 
     # Not __call__: calling an object by keywords copies them once more.

@@ -426,7 +426,7 @@ class Part:
         strides: Sequence[Shape],
         key_mask: Shape | None,
     ) -> None:
-        self.plan, self.offset, self.moved = plan, offset, Bounded(KEPT_PARTS)
+        self.plan, self.offset = plan, offset
         self._strides = strides
         self.space, self.key_space = shapes[0][1:-2], shapes[1][1:-2]
         missing = 3 - len(self.space)
@@ -438,16 +438,6 @@ class Part:
         # ``P``, the strides ``q``, ``k`` and ``v``, then ``L`` and ``KEY_L``.
         self._numbers = numbers
         self._mask_strides = () if key_mask is None else (*strides_of_mask(key_mask).values(),)
-
-    def at(self, offset: Shape) -> Part | Moved:
-        """The plan of the queries from ``offset`` on."""
-        if offset == self.offset:
-            return self
-        found: Moved | None = self.moved.get(offset)
-        if found is None:
-            found = Moved(self, offset)
-            self.moved.keep(offset, found)
-        return found
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.plan, name)
@@ -555,16 +545,28 @@ class Moved(OtherQueries):
         return shape, [(self._moved(each), add_up) for each, add_up in launches]
 
 
-# Of one layout, parts that take turns, and of one kind, layouts: the lengths of a growing cache of
-# keys come again in all layers, and with the next stream.
-KEPT_PARTS, KEPT_LAYOUTS = 16, 128
+# Of one kind, layouts, as the lengths of a growing cache of keys come again in all layers and with
+# the next stream; and parts of these that take turns.
+KEPT_LAYOUTS, KEPT_PARTS = 128, 256
+
+
+class Parts(Bounded):
+    """Plans of parts of one kind, one for each layout, by how their tensors lie.
+
+    Attributes:
+        plans: those that parts are made of, by what decides what their kernels are compiled for.
+        moved: of these parts, other queries, by the part and their offset.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(KEPT_LAYOUTS)
+        self.plans, self.moved = Bounded(KEPT_LAYOUTS), Bounded(KEPT_PARTS)
 
 
 @tuning.cached
-def common(*kind: Any) -> dict[Any, Any]:
-    """What parts share that differ in where they are, a dictionary; ``kind`` says what else they
-    are. It begins with its ``"parts"``, by how their tensors lie, of which there are none yet."""
-    return {"parts": Bounded(KEPT_LAYOUTS)}
+def parts_of(*kind: Any) -> Parts:
+    """What parts share that differ in where they are; ``kind`` says what else they are."""
+    return Parts()
 
 
 def windows_of(rule: Neighborhood) -> tuple[Any, ...]:
@@ -617,20 +619,28 @@ def plan_for(
         return _cached_plan(rule, *what)
     assert rule.query_offset is not None
     batch, *space, heads, dim = query.shape
-    made = common(
+    parts = parts_of(
         *windows_of(rule), scale, query.device, query.dtype, batch, tiling.part_size(tuple(space)),
         heads, dim, key.shape[-2], value.shape[-1],
         math.gcd(16, *strides[0][:-1], *strides[1][:-1], *strides[2][:-1]), *others,
         of_masks[0] is not None, of_masks[1],
     )  # fmt: skip
-    where = shapes, strides, of_masks[0]
-    part: Part | None = made["parts"].get(where)
+    lie, offset = (shapes, strides, of_masks[0]), rule.query_offset
+    part: Part | None = parts.get(lie)
     if part is None:
-        if "plan" not in made:
-            made["plan"] = Plan(rule, *what)
-        part = Part(made["plan"], rule.query_offset, *where)
-        made["parts"].keep(where, part)
-    return part.at(rule.query_offset)
+        plan = parts.plans.get(())
+        if plan is None:
+            plan = Plan(rule, *what)
+            parts.plans.keep((), plan)
+        part = Part(plan, offset, *lie)
+        parts.keep(lie, part)
+    if part.offset == offset:
+        return part
+    moved: Moved | None = parts.moved.get((part, offset))
+    if moved is None:
+        moved = Moved(part, offset)
+        parts.moved.keep((part, offset), moved)
+    return moved
 
 
 def mask_strides(mask: Tensor | None) -> tuple[int, ...] | None:

@@ -24,7 +24,7 @@ from ...tiling import padded
 from ..interface import Shape
 from . import tiles as tiling
 from .launch import Launch, contiguous, kernel, on_device, per_axis, readable, strides_of
-from .plan import common, has_shared_kernels, sizes, tile_counts, windows_of
+from .plan import has_shared_kernels, parts_of, sizes, tile_counts, windows_of
 from .primitives import (
     before,
     bias_offset,
@@ -354,9 +354,9 @@ def _map_launch(
     align = math.gcd(16, *(s for letter in each.aligned for s in named[letter].values()))
     made: dict[str, Any] = {}
     if has_shared_kernels(rule, *strides):
-        made = common(
+        made = parts_of(
             *windows_of(rule), name, device, dtypes, batch, heads, dim, space, align, tf32
-        )
+        ).plans
     if "tiles" not in made:
         made["tiles"] = tiling.choose(each.kind, rule, space, key_space, narrow, narrow, itemsize)
     tiles = made["tiles"]
