@@ -79,12 +79,13 @@ class Documents(NamedTuple):
 
 
 def roomy(length: int) -> int:
-    """``length`` rounded up by at most a quarter, so that few different sizes need a plan."""
-    return roomy_layout((length,))[0]
+    """``length`` rounded up to three binary digits, by at most a quarter, so that few different
+    sizes need a plan."""
+    step = max(length.bit_length() - 3, 0)
+    return -(-length >> step) << step
 
 
 @lru_cache(maxsize=1024)
 def roomy_layout(layout: tuple[int, ...]) -> tuple[int, ...]:
-    """A token layout with every axis rounded up to three binary digits, by at most a quarter."""
-    steps = [max(length.bit_length() - 3, 0) for length in layout]
-    return tuple([-(-length >> step) << step for length, step in zip(layout, steps)])
+    """A token layout with every axis rounded up as :func:`roomy` does."""
+    return tuple([roomy(length) for length in layout])

@@ -272,10 +272,11 @@ def attend(
         before, last = kept.last
         if part[2] != part[3]:
             check_value_layout(inputs.key, inputs.value)
-        known = last.moved(window[_OFFSET], inputs, part[1:] != before[1:])
+        offset, is_resized = window[_OFFSET], part[1] != before[1] or part[2] != before[2]
+        known = last.moved(offset, inputs, is_resized)
         if part[1] != before[1]:
             warn_of_heads_first(inputs.query)
-        if _is_builtin(window[_OFFSET]):
+        if known.rule.offset is offset or _is_builtin(offset):
             kept.keep(part, known)
     return known(inputs, plain)
 

@@ -187,12 +187,12 @@ class Neighborhood:
         Raises:
             ArgumentError: they do not fit.
         """
-        rank = self.rank
-        for layout in (shape, key_shape):
-            if len(layout) != rank:
-                raise ArgumentError(
-                    f"`kernel_size` has {rank} axes, but the token layout is {tuple(layout)}."
-                )
+        rank = len(self.kernel_size)
+        if len(shape) != rank or len(key_shape) != rank:
+            wrong = key_shape if len(shape) == rank else shape
+            raise ArgumentError(
+                f"`kernel_size` has {rank} axes, but the token layout is {tuple(wrong)}."
+            )
         axes = zip(key_shape, self.kernel_size, self.stride, self.dilation, self.boundary)
         for axis, (length, k, s, d, border) in enumerate(axes):
             if border == "truncate":

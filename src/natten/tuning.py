@@ -237,8 +237,9 @@ def cached(function: Function) -> Function:
 class Bounded(dict[Any, Any]):
     """A dictionary that stays small, because it is emptied when it is full."""
 
+    __slots__ = ("most",)
+
     def __init__(self, most: int) -> None:
-        super().__init__()
         self.most = most
 
     def keep(self, key: Any, value: Any) -> None:

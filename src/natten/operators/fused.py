@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,17 +138,18 @@ class Call:
     def moved(self, offset: Any, inputs: Inputs, is_resized: bool) -> Call:
         """The call of another part of a layout: of other queries, those from ``offset`` on, and of
         tensors that differ in their token layouts only, and do so only if it ``is_resized``."""
-        given = cast(Neighborhood, self.given).moved(offset)
+        assert isinstance(self.given, Neighborhood)
+        given, chosen = self.given.moved(offset), self._chosen
         shape, key_shape = inputs.query.shape[1:-2], inputs.key.shape[1:-2]
-        if not is_resized:
+        if is_resized:
+            given.check(shape, key_shape)
+            # What :func:`backends.interface.roomy_part` looks at, and the rule's simplest form.
+            rule = simplified(given, inputs)
+            kind = rule.boundary, roomy_layout(shape), roomy_layout(key_shape)
+            chosen = self._choices.setdefault(kind, {})
+        else:
             given.check_queries(shape, key_shape)
             rule = given if self.rule is self.given else simplified(given, inputs)
-            return Call(rule, self.scale, self.choice, given, self._chosen, self._choices)
-        given.check(shape, key_shape)
-        rule = simplified(given, inputs)
-        # What :func:`backends.interface.roomy_part` looks at, and the rule's simplest form.
-        kind = rule.boundary, roomy_layout(shape), roomy_layout(key_shape)
-        chosen = self._choices.setdefault(kind, {})
         return Call(rule, self.scale, self.choice, given, chosen, self._choices)
 
     def arguments(self) -> tuple[Any, ...]:
