@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -251,9 +252,22 @@ def _windows(rule: Rule, length: int, key_length: int) -> list[_Windows]:
     return found
 
 
-def axis_runs(rule: Rule, axis: int, length: int, key_length: int, tile: int) -> list[Run]:
+class Cut(list[Run]):
+    """One way to cut an axis: its runs, with what they cost."""
+
+    @cached_property
+    def cost(self) -> TileCost:
+        return axis_cost(self)
+
+    @cached_property
+    def cost_of_triangles(self) -> TileCost:
+        """The cost where triangular tiles need no mask."""
+        return axis_cost(self, triangles=True)
+
+
+def axis_runs(rule: Rule, axis: int, length: int, key_length: int, tile: int) -> Cut:
     """Cut an axis of ``length`` queries and ``key_length`` keys into tiles of ``tile`` queries."""
-    runs: list[Run] = []
+    runs = Cut()
     for windows in _windows(rule.of_axis(axis), length, key_length):
         n = len(windows.start)
         count = n // tile
@@ -298,14 +312,14 @@ def _merge_tiles(windows: _Windows, first: int, size: int, count: int) -> list[R
     return runs
 
 
-def window_runs(rule: Rule, axis: int, length: int, key_length: int, between: bool) -> list[Run]:
+def window_runs(rule: Rule, axis: int, length: int, key_length: int, between: bool) -> Cut:
     """Cut an axis of ``length`` queries and ``key_length`` keys where windows change.
 
     At each end many queries share one window, which is their tile's block of keys. The other
     queries lie in one tile or, with ``between``, in one tile for each window. Without ``between``
     the tiles at the two ends have one size and are one run.
     """
-    runs: list[Run] = []
+    runs = Cut()
     for windows in _windows(rule.of_axis(axis), length, key_length):
         edges = windows.edges
         if not between and len(edges) > 3:
@@ -380,11 +394,11 @@ class Floor(NamedTuple):
     product: float  # per query-key pair
     key: float  # per key of a tile
     tile: float
-    run: float
+    run: float  # that is not the first
 
 
 def cheapest(
-    options: Sequence[Sequence[list[Run]]],
+    options: Sequence[Sequence[Cut]],
     cost: Callable[[Sequence[TileCost]], float],
     floor: Floor,
     triangles: bool = False,
@@ -397,14 +411,14 @@ def cheapest(
         floor: bounds that cost from below, so that few ways have to be looked at.
         triangles: as in :func:`axis_cost`.
     """
-    costs = [[axis_cost(runs, triangles) for runs in axis] for axis in options]
+    costs = [[cut.cost_of_triangles if triangles else cut.cost for cut in axis] for axis in options]
     sums = [(1, 1, 1, 1)]
     for axis in costs:
         counts = [(each.products, each.keys, each.tiles, each.runs) for each in axis]
         sums = [(p * a, k * b, t * c, r * d) for p, k, t, r in sums for a, b, c, d in counts]
     # Sums are rounded, and a bound must stay one.
-    by = [0.999999 * each for each in floor]
-    bounds = [p * by[0] + k * by[1] + t * by[2] + r * by[3] for p, k, t, r in sums]
+    product, key, tile, run = (0.999999 * each for each in floor)
+    bounds = [p * product + k * key + t * tile + (r - 1) * run for p, k, t, r in sums]
     ways = list(itertools.product(*(range(len(axis)) for axis in options)))
     best, at = math.inf, 0
     for i in sorted(range(len(ways)), key=bounds.__getitem__):
@@ -416,22 +430,16 @@ def cheapest(
     return best, tuple(tuple(axis[way]) for axis, way in zip(options, ways[at]))
 
 
-def _bytes(options: list[list[Run]]) -> int:
-    return sum(run.bytes() for runs in options for run in runs)
+def cuts_bytes(cuts: Sequence[Cut]) -> int:
+    """About how many bytes ways to cut an axis take."""
+    return sum(512 + sum(run.bytes() for run in cut) for cut in cuts)
 
 
-@kept(_bytes)
-def _uniform(rule: Rule, length: int, key_length: int) -> list[list[Run]]:
+@kept(cuts_bytes)
+def even_cuts(rule: Rule, length: int, key_length: int) -> list[Cut]:
+    """A rule's only axis, cut into tiles of one size, for every size that is worth trying."""
     sizes = _candidates(rule, 0, length)
     return [axis_runs(rule, 0, length, key_length, size) for size in sizes]
-
-
-def uniform(
-    rule: Rule, shape: tuple[int, ...], key_shape: tuple[int, ...]
-) -> list[list[list[Run]]]:
-    """For each axis, its runs of tiles of one size, for every size that is worth trying."""
-    lengths = zip(shape, key_shape)
-    return [_uniform(rule.of_axis(axis), *each) for axis, each in enumerate(lengths)]
 
 
 def tiles(
@@ -460,4 +468,7 @@ def tiles(
         matrices * (PRODUCT + PRODUCT_DIM * head_dim), matrices * 2 * head_dim * COPY,
         matrices * _TILE, _RUN,
     )  # fmt: skip
-    return cheapest(uniform(rule, shape, key_shape), cost, floor)
+    options = [
+        even_cuts(rule.of_axis(axis), *each) for axis, each in enumerate(zip(shape, key_shape))
+    ]
+    return cheapest(options, cost, floor)

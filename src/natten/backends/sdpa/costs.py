@@ -10,7 +10,16 @@ import torch
 
 from ...caches import kept
 from ...neighborhood import Dense, Rule, group_length
-from ...tiling import Floor, Run, TileCost, axis_runs, cheapest, uniform, window_runs
+from ...tiling import (
+    Cut,
+    Floor,
+    TileCost,
+    axis_runs,
+    cheapest,
+    cuts_bytes,
+    even_cuts,
+    window_runs,
+)
 from ..tiled.grids import Plan
 
 MASK = 1 << 22  # the largest number of pairs of a tile that needs a mask; 16 MB in float32
@@ -71,7 +80,7 @@ class Costs(NamedTuple):
         """What tiles cost at least."""
         return Floor(
             matrices * (self.product + self.product_dim * dim),
-            matrices * (self.key + self.read) * dim, matrices * self.block, 0.0,
+            matrices * (self.key + self.read) * dim, matrices * self.block, self.run,
         )  # fmt: skip
 
 
@@ -138,16 +147,18 @@ def plan_for(
     return Plan.of(*found, rule)
 
 
-def _options(
-    rule: Rule, shape: tuple[int, ...], key_shape: tuple[int, ...]
-) -> list[list[list[Run]]]:
+def _options(rule: Rule, shape: tuple[int, ...], key_shape: tuple[int, ...]) -> list[list[Cut]]:
     """For each axis, the ways to cut it that are worth trying."""
-    options = []
-    for axis, sizes in enumerate(uniform(rule, shape, key_shape)):
-        lengths = shape[axis], key_shape[axis]
-        longest = group_length(shape[axis], rule.dilation[axis], 0)
-        ways = [*sizes, axis_runs(rule, axis, *lengths, longest)]
-        if not is_causal(rule):
-            ways += [window_runs(rule, axis, *lengths, between) for between in (False, True)]
-        options.append([way for i, way in enumerate(ways) if way not in ways[:i]])
-    return options
+    by_windows = not is_causal(rule)
+    lengths = zip(shape, key_shape)
+    return [_cuts(rule.of_axis(axis), *each, by_windows) for axis, each in enumerate(lengths)]
+
+
+@kept(lambda cuts: cuts_bytes(cuts[-3:]))  # those of one size are kept as such
+def _cuts(rule: Rule, length: int, key_length: int, by_windows: bool) -> list[Cut]:
+    """Of a rule's only axis; ``by_windows``: also where windows change."""
+    longest = group_length(length, rule.dilation[0], 0)
+    cuts = [*even_cuts(rule, length, key_length), axis_runs(rule, 0, length, key_length, longest)]
+    if by_windows:
+        cuts += [window_runs(rule, 0, length, key_length, each) for each in (False, True)]
+    return [cut for i, cut in enumerate(cuts) if cut not in cuts[:i]]

@@ -63,6 +63,11 @@ class _View(NamedTuple):
         return x.as_strided(self.shape, self.stride, x.storage_offset() + self.offset)
 
 
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    return (*[math.prod(shape[i:]) for i in range(1, len(shape))], 1)
+
+
 def _as_one(sizes: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
     """Size and stride of dimensions merged into one; None if they have no common stride."""
     size, stride = sizes[-1], strides[-1]
@@ -133,11 +138,12 @@ class TileViews:
         """Whether views serve for all tiles and blocks of keys, if the inputs are contiguous."""
         if self.num_additional or self.per_kv > 1:
             return False
-        batch = sizes.batch
-        query = torch.empty(batch, *sizes.shape, sizes.heads, self.width, device="meta")
-        key = torch.empty(batch, *sizes.key_shape, sizes.kv_heads, self.width, device="meta")
-        views = self._view(query, 0, self.kv_heads), self._view(key, 0, None)
-        return all(view.merged is None for view in views)
+        layouts = (sizes.shape, sizes.heads, self.kv_heads), (sizes.key_shape, self.kv_heads, None)
+        for space, heads, kv_heads in layouts:
+            shape = torch.Size((sizes.batch, *space, heads, self.width))
+            if self._view_of(0, kv_heads, shape, _contiguous(shape)).merged is not None:
+                return False
+        return True
 
     @property
     def mask(self) -> Tensor | None:
@@ -206,7 +212,12 @@ class TileViews:
 
     def _view(self, x: Tensor, index: int, kv_heads: int | None) -> _View:
         """Where the tiles of queries lie, or the blocks of keys if ``kv_heads`` is None."""
-        key = index, kv_heads, x.shape, x.stride()
+        return self._view_of(index, kv_heads, x.shape, x.stride())
+
+    def _view_of(
+        self, index: int, kv_heads: int | None, shape: tuple[int, ...], stride: tuple[int, ...]
+    ) -> _View:
+        key = index, kv_heads, shape, stride
         view: _View | None = self._views.get(key)
         if view is None:
             view = self._find_view(*key)
@@ -226,14 +237,14 @@ class TileViews:
             lead = tuple(part.stop - part.start for part in chunk)
             sizes = (*lead, *sizes[len(lead) :])
         heads, tokens = self.matrices, len(sizes) - 1 - self.rank
-        cuts = [slice(0, heads), slice(heads, tokens), slice(tokens, -1), slice(-1, None)]
-        cuts = cuts[:-1] if numbers else cuts
+        cuts = [slice(0, heads), slice(heads, tokens), slice(tokens, -1)]
         parts = [_as_one(sizes[cut], steps[cut]) for cut in cuts]
+        end = len(sizes) - numbers
+        channels = slice(-1, end)  # numbers have none
         if None in parts:
-            merged = tuple(math.prod(sizes[cut]) for cut in cuts)
-            if numbers:
-                sizes, steps = sizes[:-1], steps[:-1]
-            return _View(sizes, steps, offset, merged, False)
+            merged = *[math.prod(sizes[cut]) for cut in cuts], *sizes[channels]
+            return _View(sizes[:end], steps[:end], offset, merged, False)
+        parts += zip(sizes[channels], steps[channels])
         sizes, steps = zip(*(part for part in parts if part is not None))
         ready = numbers or (
             self._fits(sizes, steps)

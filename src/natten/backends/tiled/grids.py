@@ -135,22 +135,30 @@ class TileGrid:
         return make_mask(self.looks)
 
 
-# Of each axis, where each query's window starts and ends inside the block of keys, and its length.
-Looks = tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]
+# Of an axis, where each query's window starts and ends inside the block of keys, and its length.
+Look = tuple[tuple[int, ...], tuple[int, ...], int]
+Looks = tuple[Look, ...]
 
 
 def make_mask(looks: Looks) -> Tensor:
     """The mask of a tile, 0 where a query attends a key and -inf elsewhere."""
-    mask = torch.zeros(1, 1, device="cpu")
-    for starts, ends, key_size in looks:
-        position = torch.arange(key_size, device="cpu")
-        lower, upper = torch.tensor([starts, ends], device="cpu")[..., None]
-        outside = (position < lower) | (position >= upper)
-        own = torch.zeros(outside.shape, device="cpu").masked_fill_(outside, -math.inf)
+    if len(looks) == 1:
+        return _axis_mask(looks[0])
+    mask, *others = map(_kept_axis_mask, looks)  # tiles share them that differ along other axes
+    for own in others:
         mask = outer(mask, own, torch.add)
     return mask
 
 
+def _axis_mask(look: Look) -> Tensor:
+    starts, ends, key_size = look
+    position = torch.arange(key_size, device="cpu")
+    lower, upper = torch.tensor([starts, ends], device="cpu")[..., None]
+    outside = (position < lower) | (position >= upper)
+    return torch.zeros(outside.shape, device="cpu").masked_fill_(outside, -math.inf)
+
+
+_kept_axis_mask = kept(lambda mask: mask.nbytes)(_axis_mask)
 _kept_mask = kept(lambda mask: mask.nbytes)(make_mask)
 
 
@@ -164,12 +172,11 @@ def geometry(
         kv_heads: heads of keys and values, which split the heads of queries.
         shape, stride: of the tensor that is viewed.
     """
-    heads = [(shape[-2], stride[-2])]
+    heads, between_heads = [shape[-2]], [stride[-2]]
     if kv_heads is not None:
         per_kv = shape[-2] // kv_heads
-        heads = [(kv_heads, per_kv * stride[-2]), (per_kv, stride[-2])]
-    offset = 0
-    count, group, inner = [], [], []
+        heads, between_heads = [kv_heads, per_kv], [per_kv * stride[-2], stride[-2]]
+    repeats, between_tiles, groups, sizes, apart, offset = [], [], [], [], [], 0
     for run, d, step in zip(grid.runs, grid.dilation, stride[1:]):
         if kv_heads is None:
             first, start, size, tiles_apart = (
@@ -181,13 +188,18 @@ def geometry(
         else:
             first, start, size, tiles_apart = run.group, run.query_start, run.query_size, run.step
             d = run.apart
-        count.append((run.repeats, tiles_apart * d * step))
-        group.append((run.groups, step))
-        inner.append((size, d * step))
+        repeats.append(run.repeats)
+        groups.append(run.groups)
+        sizes.append(size)
+        between_tiles.append(tiles_apart * d * step)
+        apart.append(d * step)
         offset += (start * d + first) * step
-    batch, channels = (shape[0], stride[0]), (shape[-1], stride[-1])
-    view_shape, view_stride = zip(*count, *group, batch, *heads, *inner, channels)
-    return view_shape, view_stride, offset
+    between_groups = stride[1 : 1 + len(groups)]
+    return (
+        (*repeats, *groups, shape[0], *heads, *sizes, shape[-1]),
+        (*between_tiles, *between_groups, stride[0], *between_heads, *apart, stride[-1]),
+        offset,
+    )
 
 
 class Plan(NamedTuple):
