@@ -102,6 +102,12 @@ def test_calls_take_turns(load, monkeypatch):
     assert "".join(seen[-6:]) == "abbaab"
 
 
+def test_first_calls_of_sizes(load):
+    sizes = load("new_sizes")
+    cells = sizes.measure(sizes.Kind(((4, 9),) * 2, 3, 8), 1, random.Random(0))
+    assert len(cells) == 6 and all(float(each) > 0 for each in (cells[0], cells[3]))
+
+
 def test_windows_of_nearly_all_pairs(load):
     near, rng = load("near_full"), random.Random(0)
     for _ in range(5):
