@@ -285,7 +285,7 @@ def dkdv_kernel(
                 row_lse_delta = load_lse_delta(lse_delta, row, real)
             position = key_positions(plus(a, r), p.span.n_keys, MODES, PER_KEY)  # [M] per axis
             at = row_index[:, None] - bias_index(position, p.kernel_size)[None, :]  # [N, M]
-            s = scores(k, q, scale, rpb, at, p.kernel_size, head, HAS_RPB, False, PRECISION)
+            s = scores(k, q, scale, rpb, at, p.kernel_size, head, None, HAS_RPB, False, PRECISION)
             s += mask_bias(a, rows.starts, rows.ends, Q_BLOCK, MODES)  # [N, M]
             if RING and PER_KEY[2] > 0:
                 s = tl.where(real[None, :], s, float("-inf"))
@@ -317,7 +317,7 @@ def dkdv_kernel(
                 lse_delta_rows += step * 4
             position = key_positions(plus(a, r), p.span.n_keys, MODES, PER_KEY)  # [M] per axis
             at = row_index[:, None] - bias_index(position, p.kernel_size)[None, :]  # [N, M]
-            s = scores(k, q, scale, rpb, at, p.kernel_size, head, HAS_RPB, True, PRECISION)
+            s = scores(k, q, scale, rpb, at, p.kernel_size, head, None, HAS_RPB, True, PRECISION)
             dk_acc, dv_acc = _dkdv_step(dk_acc, dv_acc, q, k, v, g, row_lse_delta, s, PRECISION)
 
     if HAS_KEY_MASK:

@@ -210,9 +210,11 @@ class Plan:
             "HAS_KEY_MASK": self.has_key_mask, "PACKED": self.packed,
         }  # fmt: skip
         grid = (programs,) if found is None else (programs, *found(programs))
-        made = Launch(
-            kernel, grid, arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages
-        )
+        options: dict[str, Any] = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+        if self.has_key_mask:
+            sizes = self.dim, self.value_dim, self.itemsize
+            options |= tiling.register_limit(kind, *sizes, tiles.num_warps)
+        made = Launch(kernel, grid, arguments, **options)
         return made if found is None else Split(made, ("grad_key", "grad_value"), found)
 
     def _shares(self, tiles: tiling.Tiles) -> Callable[[int], tuple[int, int]] | None:

@@ -150,27 +150,34 @@ def load_mask(mask, offset, present):
 
 
 @triton.jit
-def _gathered(x):
-    """``x [N]``, made by a thread each and read by those that need it, through shared memory.
+def packed(allowed, lane, AXIS: tl.constexpr):
+    """What a mask holds of 32 keys, key ``lane`` along an axis, as bits of a word.
 
-    Else each thread would load all bytes of a mask that it needs, and keep an address for each.
+    Each warp has all of them, one a thread, so that this takes one instruction, and no shared
+    memory as a conversion to the layout of scores would.
     """
-    return tl.gather(x, tl.arange(0, x.shape[0]), 0)
+    return tl.sum((allowed != 0).to(tl.int32) << lane, AXIS)
 
 
 @triton.jit
-def allowed_rows(allowed):
-    """What :func:`load_mask` gave, for the loads of keys and values, ``[N]``."""
-    return _gathered(allowed.to(tl.int8)) != 0
+def bit(word, i):
+    """Whether bit ``i`` of a word is set, of 32.
+
+    A thread's columns of a product differ by 1 and by multiples of 8, so that it shifts a word once
+    by what depends on the thread, and then looks at bits whose places are constants.
+    """
+    return ((word >> (i & 6)) >> (i & 25)) & 1 != 0
 
 
 @triton.jit
 def hidden(allowed):
     """What :func:`load_mask` gave, to be added to scores, ``[1, N]``: -inf for masked keys.
 
-    A sum, unlike a choice, becomes one instruction with the product that scales the scores.
+    It is made by a thread each and read by those that need it, through shared memory. Else each
+    thread would load all bytes of a mask that it needs, and keep an address for each.
     """
-    return _gathered(tl.where(allowed, 0.0, float("-inf")))[None, :]
+    x = tl.where(allowed, 0.0, float("-inf"))
+    return tl.gather(x, tl.arange(0, x.shape[0]), 0)[None, :]
 
 
 @triton.jit
@@ -205,19 +212,27 @@ def biases(rpb, at, kernel_size, head, scale, INSIDE: tl.constexpr):
 
 @triton.jit
 def scores(
-    a, b, scale, rpb, at, kernel_size, head,
+    a, b, scale, rpb, at, kernel_size, head, allowed,
     HAS_RPB: tl.constexpr, IS_FULL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Exponents of two, ``(a b^T * scale + bias) * log2 e``, of rows ``a [R, D]`` and ``b [C, D]``;
     ``at [R, C]``: where the biases are from the middle of the head's. If the block is not
-    ``IS_FULL``, pairs that are not attended may have any.
+    ``IS_FULL``, pairs that are not attended may have any. Columns that are not ``allowed [C]`` are
+    -inf, unless that is None; their ``b`` are zeros, and the scale is not zero.
 
     The product starts from the bias. Added later, it has Triton compute the softmax in the layout
-    of the load, too.
+    of the load, too. In partial blocks it also starts from what hides columns: that is what Triton
+    makes of the sum. In full blocks, which have less to do beside products, a choice is faster.
     """
     if HAS_RPB:
         bias = biases(rpb, at, kernel_size, head, scale, IS_FULL)  # [R, C]
         s = tl.dot(a, tl.trans(b), bias, input_precision=PRECISION)
     else:
         s = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    if allowed is not None:
+        hides = tl.where(scale < 0.0, float("inf"), float("-inf"))  # before it is scaled
+        if IS_FULL:
+            s = tl.where(allowed[None, :], s, hides)
+        else:
+            s += tl.where(allowed, 0.0, hides)[None, :]
     return s * (scale * LOG2E)

@@ -105,6 +105,20 @@ def _limits(
     return rows, cols
 
 
+def register_limit(
+    kind: str, dim: int, value_dim: int, itemsize: int, num_warps: int
+) -> dict[str, int]:
+    """An option that limits a thread's registers, where a kernel with a mask of keys has one.
+
+    Without a mask, registers of an H100 have room for three programs of narrow heads at once. With
+    one ptxas takes a few more, and there is room for two, unless it is told not to.
+    """
+    wide = max(padded_channels(dim), padded_channels(value_dim)) * itemsize // 2
+    if kind == "dkdv" or itemsize > 2 or wide > 32 or num_warps > 4 or gpu().capability != 90:
+        return {}
+    return {"maxnreg": 168}
+
+
 def _stages(kind: str, rows: int, cols: int, channels: int, itemsize: int) -> int:
     """Blocks in flight; more than two pay where a tile's own operands leave room."""
     if cols * channels * itemsize > 40_000:

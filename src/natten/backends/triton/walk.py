@@ -13,11 +13,10 @@ import triton.language as tl
 
 from .primitives import (
     LOG2E,
-    allowed_rows,
     before,
     bias_index,
+    bit,
     coordinates,
-    hidden,
     key_tokens,
     load_mask,
     load_rows,
@@ -26,6 +25,7 @@ from .primitives import (
     minimum,
     minus,
     outside,
+    packed,
     plus,
     row_number,
     scores,
@@ -338,6 +338,51 @@ def keys_of_block(p, view, a, c, within, MODES: tl.constexpr, ALIGN: tl.constexp
 
 
 @triton.jit
+def _keys_of_word(FIRST: tl.constexpr, KV_BLOCK: tl.constexpr):
+    """Positions inside a block of 32 of its keys, from the ``FIRST`` one on, ``[32]`` per axis. Of
+    a smaller block, keys come again."""
+    N: tl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
+    return coordinates((FIRST + tl.arange(0, 32)) % N, KV_BLOCK)
+
+
+@triton.jit
+def mask_rows(key_mask, p, a, MODES: tl.constexpr, KV_BLOCK: tl.constexpr):
+    """Addresses of what a mask holds of a block of keys that begins at ``a``: of its first 32 keys
+    and of the others, ``[32]`` each."""
+    c, d = _keys_of_word(0, KV_BLOCK), _keys_of_word(32, KV_BLOCK)
+    c_within = within_block(c, p.dilation, p.mask.strides, 1)
+    d_within = within_block(d, p.dilation, p.mask.strides, 1)
+    c_start, c_at = keys_of_block(p, p.mask, a, c, c_within, MODES, 1)
+    d_start, d_at = keys_of_block(p, p.mask, a, d, d_within, MODES, 1)
+    return key_mask + c_start + c_at, key_mask + d_start + d_at
+
+
+@triton.jit
+def present_rows(a, high, is_there, KV_BLOCK: tl.constexpr):
+    """Which of :func:`mask_rows` are of keys before ``high``, none if no block is there."""
+    c, d = _keys_of_word(0, KV_BLOCK), _keys_of_word(32, KV_BLOCK)
+    return before(plus(a, c), high) & is_there, before(plus(a, d), high) & is_there
+
+
+@triton.jit
+def load_mask_rows(at, present, N: tl.constexpr):
+    """What a mask holds of a block of ``N`` keys, for :func:`allowed_keys`."""
+    first = tl.load(at[0], mask=present[0], other=0)
+    second = first
+    if N > 32:
+        second = tl.load(at[1], mask=present[1], other=0)
+    return first, second
+
+
+@triton.jit
+def allowed_keys(mask, N: tl.constexpr):
+    """Which of at most 64 keys may be attended, ``[N]``; ``mask``: of :func:`load_mask_rows`."""
+    i, lane = tl.arange(0, N), tl.arange(0, 32)
+    word = tl.where(i < 32, packed(mask[0], lane, 0), packed(mask[1], lane, 0))
+    return bit(word, i & 31)
+
+
+@triton.jit
 def _mask_bias(a, start, end, T: tl.constexpr, MODE: tl.constexpr):
     """``[R, T]``: zero where position ``a + column`` lies in ``start .. end``, else -inf."""
     p = a + tl.arange(0, T)[None, :]
@@ -382,28 +427,39 @@ def walk_keys(
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     k_within = within_block(c, p.dilation, p.key.strides, ALIGN)  # [N]
     v_within = within_block(c, p.dilation, p.value.strides, ALIGN)  # [N]
-    m_within = within_block(c, p.dilation, p.mask.strides, 1)  # [N]; compiles away without one
     position = key_positions(rows.position, p.span.n_keys, MODES, PER_KEY)  # [M] per axis
     row_index = bias_index(position, p.kernel_size)  # [M]; compiles away without a bias
     blocks = count_blocks(rows, KV_BLOCK)
 
     # Partial blocks come first, so that what masks need is not kept beside full ones.
+    if HAS_KEY_MASK:
+        scale = tl.where(scale == 0.0, 1e-30, scale)  # as good as zero, but hides keys
+        # Bytes are loaded a whole step ahead; truth values, which Triton has to convert, at the
+        # beginning of a step. Only full blocks are found in that time.
+        mask_bytes = key_mask.to(tl.pointer_type(tl.int8), bitcast=True)
+        after = plus(rows.low, times(partial_block(0, blocks), KV_BLOCK))
+        m_rows = mask_rows(mask_bytes, p, after, MODES, KV_BLOCK)
+        m_present = present_rows(after, rows.high, blocks.num_partial > 0, KV_BLOCK)
+        mask = load_mask_rows(m_rows, m_present, N)
     for block in range(0, blocks.num_partial):
-        a = plus(rows.low, times(partial_block(block, blocks), KV_BLOCK))
-        present = before(plus(a, c), rows.high)  # [N]
         if HAS_KEY_MASK:
-            m_start, m_at = keys_of_block(p, p.mask, a, c, m_within, MODES, 1)
-            allowed = load_mask(key_mask + m_start, m_at, present)  # [N]
-            present = allowed_rows(allowed)
+            allowed = allowed_keys(mask, N)  # [N]
+            a, after = after, plus(rows.low, times(partial_block(block + 1, blocks), KV_BLOCK))
+            m_rows = mask_rows(mask_bytes, p, after, MODES, KV_BLOCK)
+            m_present = present_rows(after, rows.high, block + 1 < blocks.num_partial, KV_BLOCK)
+            mask = load_mask_rows(m_rows, m_present, N)
+            present = allowed
+        else:
+            a = plus(rows.low, times(partial_block(block, blocks), KV_BLOCK))
+            present = before(plus(a, c), rows.high)  # [N]
+            allowed = None
         k_start, k_at = keys_of_block(p, p.key, a, c, k_within, MODES, ALIGN)
         v_start, v_at = keys_of_block(p, p.value, a, c, v_within, MODES, ALIGN)
         k = load_rows(key + k_start, k_at, present, d, D)  # [N, D]
         v = load_rows(value + v_start, v_at, present, dv, DV)  # [N, DV]
         at = bias_index(plus(a, c), p.kernel_size)[None, :] - row_index[:, None]  # [M, N]
-        s = scores(q, k, scale, rpb, at, p.kernel_size, p.head, HAS_RPB, False, PRECISION)
+        s = scores(q, k, scale, rpb, at, p.kernel_size, p.head, allowed, HAS_RPB, False, PRECISION)
         s += mask_bias(a, rows.starts, rows.ends, KV_BLOCK, MODES)  # [M, N]
-        if HAS_KEY_MASK:
-            s += hidden(allowed)
         state = STEP(state, operands, q, k, v, s, PRECISION)
 
     low, full_block = plus(rows.low, times(blocks.first_full, KV_BLOCK)), (0, 0, 0)
@@ -413,7 +469,11 @@ def walk_keys(
     v_rows = value + (v_start + v_at)[:, None] + dv[None, :]  # [N, DV]
     k_steps = full_block_steps(blocks.full, p.dilation, p.key.strides, KV_BLOCK)
     v_steps = full_block_steps(blocks.full, p.dilation, p.value.strides, KV_BLOCK)
-    for _ in range(0, blocks.num_full):
+    if HAS_KEY_MASK:
+        m_rows = mask_rows(key_mask, p, low, MODES, KV_BLOCK)
+        m_steps = full_block_steps(blocks.full, p.dilation, p.mask.strides, KV_BLOCK)
+        mask = load_mask_rows(m_rows, (blocks.num_full > 0, blocks.num_full > 0), N)
+    for block in range(0, blocks.num_full):
         a = plus(low, times(full_block, KV_BLOCK))
         if RING:
             k_start, k_at = keys_of_block(p, p.key, a, c, k_within, MODES, ALIGN)
@@ -421,20 +481,26 @@ def walk_keys(
             k_rows = key + (k_start + k_at)[:, None] + d[None, :]
             v_rows = value + (v_start + v_at)[:, None] + dv[None, :]
         if HAS_KEY_MASK:
-            m_start, m_at = keys_of_block(p, p.mask, a, c, m_within, MODES, 1)
-            allowed = tl.load(key_mask + m_start + m_at)  # [N]
-            present = allowed_rows(allowed)
-            k, v = load_some(k_rows, present, d, D), load_some(v_rows, present, dv, DV)
+            allowed = allowed_keys(mask, N)  # [N]
+            k, v = load_some(k_rows, allowed, d, D), load_some(v_rows, allowed, dv, DV)
         else:
+            allowed = None
             k, v = load_tile(k_rows, d, D), load_tile(v_rows, dv, DV)  # [N, D], [N, DV]
         full_block, ended = next_full_block(full_block, blocks.full)
+        if HAS_KEY_MASK:
+            if RING:
+                after = plus(low, times(full_block, KV_BLOCK))
+                m_rows = mask_rows(key_mask, p, after, MODES, KV_BLOCK)
+            else:
+                m_step = full_block_step(m_steps, ended, 1)
+                m_rows = m_rows[0] + m_step, m_rows[1] + m_step
+            is_there = block + 1 < blocks.num_full
+            mask = load_mask_rows(m_rows, (is_there, is_there), N)
         if not RING:
             k_rows += full_block_step(k_steps, ended, ALIGN)
             v_rows += full_block_step(v_steps, ended, ALIGN)
         at = bias_index(plus(a, c), p.kernel_size)[None, :] - row_index[:, None]  # [M, N]
-        s = scores(q, k, scale, rpb, at, p.kernel_size, p.head, HAS_RPB, True, PRECISION)
-        if HAS_KEY_MASK:
-            s += hidden(allowed)
+        s = scores(q, k, scale, rpb, at, p.kernel_size, p.head, allowed, HAS_RPB, True, PRECISION)
         state = STEP(state, operands, q, k, v, s, PRECISION)
     return state
 
