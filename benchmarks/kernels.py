@@ -50,6 +50,7 @@ MORE = [
     Variant("FLUX bias", (256, 256), 80, 128, bias=True),
     Variant("NAT fp32 bias", (56, 56), 7, 32, dtype=torch.float32, bias=True),
     Variant("Hunyuan", (30, 48, 80), (18, 24, 24), 128),
+    Variant("NAT masked", (56, 56), 7, 32, masked=True),
     Variant("HDiT masked", (64, 64), 13, 64, num_additional=5, masked=True),
     Variant("NAT circular", (56, 56), 7, 32, boundary="circular"),
     Variant("NAT part bias", (56, 56), 7, 32, bias=True, part=(28, 56)),

@@ -131,11 +131,17 @@ def test_plan():
     assert launch.arguments["BLOCKS"] == (1, 1, 1) and not launch.arguments["HAS_RPB"]
     bias = query.new_empty(4, 13, 13)
     assert plan(query, query[..., :2, :], rpb=bias).small.arguments["HAS_RPB"]
+    mask = torch.empty(2, 56, 56, dtype=torch.bool, device="meta")
+    launch = plan(query, query, key_mask=mask).small
+    assert launch.arguments["HAS_KEY_MASK"] and launch.arguments["m_1"] == 56
+    far_apart = torch.empty(1, 1, dtype=torch.bool, device="meta").as_strided(
+        (2, 56, 56), (1, 1, 2**28)
+    )
     dilated = Neighborhood.create(2, 7, dilation=(2, 3))
     launch = plan(query, query, dilated).small
     assert launch.grid[1] == 6 and launch.arguments["DILATED"]
     for without in (
-        plan(query, query, key_mask=torch.empty(2, 56, 56, dtype=torch.bool, device="meta")),
+        plan(query, query, key_mask=far_apart),
         plan(query, query, additional=query.new_empty(2, 3, 4, 32)),
         plan(query, query, tiles=(8, 8, 4, 16)),
         plan(query.float(), query.float()),
@@ -148,9 +154,12 @@ def test_plans_of_parts():
     """Another part runs the same kernel with other numbers, if there is room for it."""
     keys = torch.empty(2, 70, 60, 4, 32, dtype=torch.bfloat16, device="meta")
 
+    mask = torch.empty(2, 70, 60, dtype=torch.bool, device="meta")
+
     def part(rows, columns, length, at):
+        rule = Neighborhood.create(2, 7, query_offset=at)
         queries = keys[:, :rows, :columns].contiguous()
-        return plan(queries, keys[:, :length], Neighborhood.create(2, 7, query_offset=at)).small
+        return plan(queries, keys[:, :length], rule, key_mask=mask[:, :length]).small
 
     first = part(28, 56, 56, (28, 0))
     assert first.arguments["PART"] and first.grid == (28, 1, 8)
@@ -167,6 +176,7 @@ def test_plans_of_parts():
         _, down, across = tiles.program()
         assert other.grid == (-(-rows // down) * -(-columns // across), 1, 8)
         assert other.arguments["T2"] == -(-columns // across)
+        assert other.arguments["m_b"] == 70 * 60
 
 
 def test_hopper_leaves_small_windows_to_it():
@@ -181,6 +191,7 @@ def test_hopper_leaves_small_windows_to_it():
 
     dilated = Neighborhood.create(2, 7, dilation=16)
     assert "small windows" in slower((512, 512), dilated)
+    assert "small windows" in slower((512, 512), dilated, masked=True)
     assert slower((512, 512), dilated, bias=True) is None
     assert slower((512, 512), dilated, batch=2**14) is None
     assert slower((512, 512), dilated, additional=True) is None
@@ -216,12 +227,14 @@ ON_GPU = {
     ),
 }
 PART = (18, 31)  # queries
+MASKED = ("bias", "dilated", "strided", "ring", "video", "row", "dilated part")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ON_GPU)
 def test_on_gpu(monkeypatch, name):
-    """Output and LSE against float64, of two query heads a key head; bfloat16 rounds to 2**-9."""
+    """Output and LSE against float64, of two query heads a key head; bfloat16 rounds to 2**-9. What
+    is masked is NaN, and a mask of ones changes no bit."""
     shape, dim, with_bias, options = ON_GPU[name]
     rule = Neighborhood.create(len(shape), **options)
     monkeypatch.setattr(tiling, "forward_cycles", lambda *_: float("inf"))
@@ -237,18 +250,30 @@ def test_on_gpu(monkeypatch, name):
         bias[1].masked_fill_(torch.rand_like(bias[1]) < 0.5, -torch.inf)
     for name_of_cache in ("_cached_plan", "common"):
         monkeypatch.setattr(plans, name_of_cache, getattr(plans, name_of_cache).__wrapped__)
-    found = plans.plan_for(query, key, value, bias, None, rule, dim**-0.5).small
-    if found is None:
-        pytest.skip("no halo fits in this GPU's shared memory")
-    out = torch.full_like(query, torch.nan)
-    lse = torch.full(query.shape[:-1], torch.nan, device="cuda")
-    found.run(query=query, key=key, value=value, rpb=bias, out=out, lse=lse)
+
+    def run(mask):
+        found = plans.plan_for(query, key, value, bias, None, rule, dim**-0.5, masks=(mask, None))
+        if found.small is None:
+            pytest.skip("no halo fits in this GPU's shared memory")
+        out = torch.full_like(query, torch.nan)
+        lse = torch.full(query.shape[:-1], torch.nan, device="cuda")
+        found.small.run(
+            query=query, key=key, value=value, rpb=bias, out=out, lse=lse, key_mask=mask
+        )
+        return out, lse
+
+    mask = None
+    if name in MASKED:
+        every = torch.ones(1, *shape, dtype=torch.bool, device="cuda")
+        assert all(map(torch.equal, run(every), run(None)))
+        mask = torch.rand(2, *shape, device="cuda") < 0.3
+        key[~mask], value[~mask] = torch.nan, torch.nan
     exact = [None if x is None else x.double() for x in (query, key, value, bias)]
-    expected, expected_lse = neighborhood_attention_generic(
-        *exact[:3], rpb=exact[3], return_lse=True, backend="reference", **options
+    expected = neighborhood_attention_generic(
+        *exact[:3], rpb=exact[3], key_mask=mask, return_lse=True, backend="reference", **options
     )
-    assert_close(name, expected, out, 1e-2)
-    assert_close(name, expected_lse, lse, 1e-2)
+    for a, b in zip(expected, run(mask)):
+        assert_close(name, a, b, 1e-2)
 
 
 @pytest.mark.gpu

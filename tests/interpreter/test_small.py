@@ -32,8 +32,8 @@ class Copies:
     """``async_copy``: copies are there when a program has met at a barrier."""
 
     @staticmethod
-    def load_async(stage: Any, at: Any) -> None:
-        copies.append(tl.load(at).handle.data)
+    def load_async(stage: Any, at: Any, mask: Any = None) -> None:
+        copies.append(tl.load(at, mask, None if mask is None else 0.0).handle.data)
 
     @staticmethod
     def barrier() -> None:
@@ -64,14 +64,15 @@ def load_values(value, first, START, W, DV, KV_BLOCK, HALO):
 
 @triton.jit
 def small_kernel(
-    query, key, value, rpb, out, lse, NUMBERS: tl.constexpr, CONSTANTS: tl.constexpr
+    query, key, value, rpb, out, lse, key_mask, NUMBERS: tl.constexpr, CONSTANTS: tl.constexpr
 ):  # fmt: skip
     """A program of the kernel; the interpreter takes annotations for those of portable kernels."""
     numbers = {
         name: tl.full([], x, tl.float32 if isinstance(x, float) else tl.int32)
         for name, x in NUMBERS.items()
     }
-    small.small_forward_kernel.fn(query, key, value, rpb, out, lse, **numbers, **CONSTANTS)
+    tensors = query, key, value, rpb, out, lse, key_mask
+    small.small_forward_kernel.fn(*tensors, **numbers, **CONSTANTS)
 
 
 # A layout, whether there is a bias, and the rule.
@@ -84,6 +85,7 @@ CASES = {
     "part": ((9, 16), True, {"kernel_size": (3, 5), "dilation": (1, 3), "query_offset": (2, 4)}),
 }
 PART = (5, 8)  # queries
+MASKED = ("strided", "ring", "video", "part")  # keys and values that are NaN where they are masked
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -107,12 +109,18 @@ def test_small_windows(monkeypatch, name):
     monkeypatch.setattr(small, "_load_values", load_values)
     for name_of_cache in ("_cached_plan", "common"):
         monkeypatch.setattr(plans, name_of_cache, getattr(plans, name_of_cache).__wrapped__)
-    launch = plans.plan_for(query, key, value, bias, None, rule, 0.5).small
+    mask = None
+    if name in MASKED:
+        mask = torch.rand(1, *shape, 2)[..., 1] < 0.4  # some queries attend nothing
+        key[~mask], value[~mask] = torch.nan, torch.nan
+    masks = mask, None
+    launch = plans.plan_for(query, key, value, bias, None, rule, 0.5, masks=masks).small
     out, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:-1], torch.nan)
     numbers = {name: launch.arguments[name] for name in launch.kernel.numbers}
     constants = {name: x for name, x in launch.arguments.items() if name not in numbers}
-    small_kernel[launch.grid](query, key, value, bias, out, lse, numbers, constants)
-    inputs = Inputs(*(None if x is None else x.double() for x in (query, key, value, bias)))
+    small_kernel[launch.grid](query, key, value, bias, out, lse, mask, numbers, constants)
+    exact = (None if x is None else x.double() for x in (query, key, value, bias))
+    inputs = Inputs(*exact, key_mask=mask)
     expected, expected_lse = reference.forward(inputs, rule, 0.5)
     # Weights and output are rounded to 2**-11.
     assert_close(name, expected, out, 2e-3)

@@ -153,7 +153,7 @@ class Hopper(Backend):
         if problem.operation != "attention" or problem.head_dim > _SMALL_CHANNELS:
             return None
         batch, *_, heads, _ = problem.shape
-        if problem.bias or problem.additional or problem.masked:
+        if problem.bias or problem.additional:
             return None
         if batch * heads >= small_tiles.MOST_HEADS:
             return None

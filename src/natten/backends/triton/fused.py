@@ -43,7 +43,9 @@ def forward(
     found = plan_for(query, key, value, rpb, additional_keys, rule, scale, documents, tiles, masks)
     with on_device(query):
         if found.small is not None and is_aligned(query, key, value):
-            found.small.run(query=query, key=key, value=value, rpb=rpb, out=out, lse=lse)
+            found.small.run(
+                query=query, key=key, value=value, rpb=rpb, out=out, lse=lse, key_mask=masks[0]
+            )
             return out, lse
         found.forward.run(
             query=query, key=key, value=value, rpb=rpb, additional_keys=additional_keys,

@@ -128,10 +128,10 @@ class Plan:
         self.per_kv = self.heads // self.kv_heads
         self.dim, self.value_dim = query[-1], value[-1]
         self.modes = modes(rule, self.key_space if packed is None else [2] * len(self.space))
-        self.all_strides = strides
         self.query_strides, *others = map(strides_of, "qkv", strides)
         self.strides = self.query_strides | others[0] | others[1]
         key_mask, additional_mask = masks
+        self.all_strides = with_mask(strides, key_mask)
         self.has_key_mask = key_mask is not None
         self.has_additional_mask = additional_mask is not None and bool(num_additional)
         self.key_mask_strides = strides_of_mask(key_mask or (0,))
@@ -242,7 +242,7 @@ class Plan:
     def small(self) -> Launch | None:
         """The forward of small windows, where it runs in the place of :attr:`forward`."""
         is_asked = any(map(any, self.asked["forward"]))
-        if is_asked or self.packed or self.has_key_mask or self.num_additional:
+        if is_asked or self.packed or self.num_additional:
             return None
         if math.gcd(8, *self.strides.values()) < 8:  # rows are copied 16 bytes at once
             return None
@@ -262,13 +262,13 @@ class Plan:
         from .small import small_forward_kernel  # Triton must have Gluon
 
         known = {
-            **self.strides, **self.sizes, **per_axis("T", counts), **self.numbers,
-            "heads": self.heads, "MODES": self.modes, "DILATED": grid[1] > 1,
+            **self.strides, **self.key_mask_strides, **self.sizes, **per_axis("T", counts),
+            **self.numbers, "heads": self.heads, "MODES": self.modes, "DILATED": grid[1] > 1,
             "PART": self.rule.query_offset is not None,
             "WARPS": tiles.warps, "Q_BLOCK": tiles.q_block, "KV_BLOCK": tiles.kv_block,
             "BLOCKS": tiles.blocks(windows), "HALO": halo,
             "CHUNK": small_tiles.rows_of_copy(math.prod(halo)), "ALIGN": constants["ALIGN"],
-            "D": self.dim, "HAS_RPB": self.bias,
+            "D": self.dim, "HAS_RPB": self.bias, "HAS_KEY_MASK": self.has_key_mask,
         }  # fmt: skip
         kernel = small_forward_kernel
         arguments = {name: known[name] for name in kernel.arg_names[len(kernel.tensors) :]}
@@ -406,6 +406,13 @@ def strides_of_mask(strides: Sequence[int]) -> dict[str, int]:
     return dict(zip(("m_b", "m_0", "m_1", "m_2"), (batch, *padded(space, 0))))
 
 
+def with_mask(
+    strides: Sequence[Sequence[int]], key_mask: Sequence[int] | None
+) -> list[Sequence[int]]:
+    """Strides of all tensors ``[batch, *space, heads, channels]``, and of a mask as of such."""
+    return [*strides, *([] if key_mask is None else [(*key_mask, 0, 0)])]
+
+
 class Part:
     """The plan of a part of a layout: that of another part, whose kernels have other numbers. Those
     that differ are a kernel's first ones.
@@ -429,7 +436,7 @@ class Part:
         key_mask: Shape | None,
     ) -> None:
         self.plan, self.offset = plan, offset
-        self._strides = strides
+        self._strides, self._key_mask = strides, key_mask
         self.space, self.key_space = shapes[0][1:-2], shapes[1][1:-2]
         missing = 3 - len(self.space)
         none, one = (0,) * missing, (1,) * missing
@@ -465,11 +472,12 @@ class Part:
         launch = self.plan.small
         if launch is None:
             return None
-        found = self.plan.small_grid(self.space, self.key_space, self._strides)
+        strides = with_mask(self._strides, self._key_mask)
+        found = self.plan.small_grid(self.space, self.key_space, strides)
         if found is None:
             return None
         grid, counts = found
-        return launch.moved(grid, (*self._numbers, *counts))
+        return launch.moved(grid, (*self._numbers, *counts, *self._mask_strides))
 
     @cached_property
     def dq(self) -> Launch:

@@ -12,7 +12,7 @@ it loads tensors, not what lies at addresses. So matrices are loaded by PTX (``l
 
 # Gluon reads annotations as objects: no ``from __future__``.
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton.language as tl
 from triton.experimental import gluon
@@ -37,6 +37,7 @@ def _from_triton(function: Any) -> Any:
 
 
 before = _from_triton(primitives.before)
+bit = _from_triton(primitives.bit)
 bias_index = _from_triton(primitives.bias_index)
 bias_offset = _from_triton(primitives.bias_offset)
 coordinates = _from_triton(primitives.coordinates)
@@ -45,6 +46,7 @@ key_tokens = _from_triton(primitives.key_tokens)
 minimum = _from_triton(primitives.minimum)
 minus = _from_triton(primitives.minus)
 outside = _from_triton(primitives.outside)
+packed = _from_triton(primitives.packed)
 plus = _from_triton(primitives.plus)
 row_number = _from_triton(primitives.row_number)
 times = _from_triton(primitives.times)
@@ -123,6 +125,12 @@ def phases(channels):
 def copy_layout(warps, channels):
     """Of ``[rows, channels]`` on their way to shared memory: 16 bytes a thread."""
     return gl.BlockedLayout([1, 8], [256 // channels, channels // 8], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def lane_layout(warps):
+    """Of ``[W, 32]``: one key a thread."""
+    return gl.BlockedLayout([1, 1], [1, 32], [warps, 1], [1, 0])
 
 
 # --- shared memory ------------------------------------------------------------------------------
@@ -206,13 +214,18 @@ def _load_values(
 
 @gluon.jit
 def _copy(
-    tensor, start, tokens, origin, strides, stage, CHANNELS: gl.constexpr, ALIGN: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    tensor, start, tokens, origin, strides, stage, allowed, CHANNELS: gl.constexpr,
+    ALIGN: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Start to copy rows of tokens, ``[rows]`` per axis, to shared memory."""
+    """Start to copy rows of tokens, ``[rows]`` per axis, to shared memory. Rows that are not
+    ``allowed``, unless that is None, are zeros there."""
     at = tensor + start + _offset(tokens, origin, strides)[:, None]
     at += gl.arange(0, CHANNELS, gl.SliceLayout(0, LAYOUT))[None, :]
-    load_async(stage, gl.multiple_of(at, [2 * ALIGN, 2 * ALIGN]))
+    at = gl.multiple_of(at, [2 * ALIGN, 2 * ALIGN])
+    if allowed is None:
+        load_async(stage, at)
+    else:
+        load_async(stage, at, mask=gl.expand_dims(allowed, 1))
 
 
 # --- where tiles are, and what they reach -------------------------------------------------------
@@ -309,6 +322,45 @@ def _mask(y, start, end, MODE: gl.constexpr):
     return mask
 
 
+# --- masks of keys ------------------------------------------------------------------------------
+
+
+class KeyMask(NamedTuple):
+    """Where a mask of keys is, and the keys of a program's dilation group."""
+
+    origin_at: Any  # address of what it holds of the token ``origin``
+    origin: Any  # a token nearby, per axis
+    strides: Any  # per axis
+    group: Any  # per axis
+    dilation: Any  # per axis
+    n: Any  # keys of the group, per axis
+
+
+@gluon.jit
+def _allowed(mask, y, MODES: gl.constexpr):
+    """Whether keys at positions ``y`` may be attended."""
+    x = _tokens(y, mask.group, mask.dilation, mask.n, MODES)
+    return gl.load(mask.origin_at + _offset(x, mask.origin, mask.strides)) != 0
+
+
+@gluon.jit
+def _allowed_keys(mask, first, MODES: gl.constexpr, KV_BLOCK: gl.constexpr, LAYOUT: gl.constexpr):
+    """Which keys of each warp's block may be attended, ``[W, N]`` in a layout; ``first``: where it
+    begins, per axis ``[W]`` in the layout of lanes."""
+    N: gl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
+    W: gl.constexpr = first[2].shape[0]
+    lane = gl.arange(0, 32, gl.SliceLayout(0, lane_layout(W)))
+    i = gl.expand_dims(gl.arange(0, N, gl.SliceLayout(0, LAYOUT)), 0)  # [1, N]
+    words = gl.zeros([W, N], gl.int32, LAYOUT)
+    for word in gl.static_range(N // 32):
+        c = coordinates(32 * word + lane, KV_BLOCK)  # [32] per axis
+        allowed = _allowed(mask, plus(_expanded(first, 1), _expanded(c, 0)), MODES)  # [W, 32]
+        own = packed(allowed, gl.expand_dims(lane, 0), 1)  # [W]
+        own = gl.expand_dims(gl.convert_layout(own, gl.SliceLayout(1, LAYOUT)), 1)
+        words = gl.where(i // 32 == word, own, words)
+    return bit(words, i % 32)
+
+
 @gluon.jit
 def _biases(rpb, i, y, kernel_size, head, scale):
     """What ``rpb`` adds to the scores of queries ``i [W, 16]`` and keys ``y [W, N]``, per axis,
@@ -324,15 +376,16 @@ def _biases(rpb, i, y, kernel_size, head, scale):
 # --- the kernel ---------------------------------------------------------------------------------
 
 
-@kernel(gluon.jit, tensors="query key value rpb out lse")
+@kernel(gluon.jit, tensors="query key value rpb out lse", masks="key_mask")
 def small_forward_kernel(
-    query, key, value, rpb, out, lse,
+    query, key, value, rpb, out, lse, key_mask,
     P0, P1, P2, q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, T0, T1, T2, K0, K1, K2, S0, S1, S2, D0, D1, D2,
-    heads, per_kv, scale,
+    L0, L1, L2, KEY_L0, KEY_L1, KEY_L2, T0, T1, T2, m_b, m_0, m_1, m_2,
+    K0, K1, K2, S0, S1, S2, D0, D1, D2, heads, per_kv, scale,
     MODES: gl.constexpr, DILATED: gl.constexpr, PART: gl.constexpr, WARPS: gl.constexpr,
     Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr, BLOCKS: gl.constexpr, HALO: gl.constexpr,
     CHUNK: gl.constexpr, ALIGN: gl.constexpr, D: gl.constexpr, HAS_RPB: gl.constexpr,
+    HAS_KEY_MASK: gl.constexpr,
 ):  # fmt: skip
     """Numbers as in ``forward_kernel``; ``P`` and ``KEY_L`` are not read unless queries are a
     ``PART``, which are counted as keys are. All per axis: the tiles of ``WARPS``, of ``Q_BLOCK``
@@ -383,11 +436,18 @@ def small_forward_kernel(
         key.dtype.element_ty, [2 * CHUNKS, CHUNK, D],
         gl.SwizzledSharedLayout(8, PHASES[0], PHASES[1], [1, 0]),
     )  # fmt: skip
+    m_strides, allowed = (m_0, m_1, m_2), None
+    m_start = token_offset(batch * m_b, origin, m_strides, 1)
+    mask = KeyMask(key_mask + m_start if HAS_KEY_MASK else 0, origin, m_strides, group, dilation, n)
     for chunk in gl.static_range(CHUNKS):
         row = chunk * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, COPY))
-        x = _tokens(plus(low, coordinates(row, HALO)), group, dilation, n, MODES)
-        _copy(key, k_start, x, origin, k_strides, stages.index(chunk), D, ALIGN, COPY)
-        _copy(value, v_start, x, origin, v_strides, stages.index(CHUNKS + chunk), D, ALIGN, COPY)
+        position = plus(low, coordinates(row, HALO))
+        x = _tokens(position, group, dilation, n, MODES)
+        if HAS_KEY_MASK:
+            allowed = _allowed(mask, position, MODES)
+        k_stage, v_stage = stages.index(chunk), stages.index(CHUNKS + chunk)
+        _copy(key, k_start, x, origin, k_strides, k_stage, allowed, D, ALIGN, COPY)
+        _copy(value, v_start, x, origin, v_strides, v_stage, allowed, D, ALIGN, COPY)
     async_copy.commit_group()
 
     i = _queries(begin, WARPS, Q_BLOCK, gl.SliceLayout(2, QUERY))
@@ -409,6 +469,8 @@ def small_forward_kernel(
     v_low = _lows(begin, last, n, kernel_size, stride, MODES, WARPS, Q_BLOCK, OF_VALUES)
     k_low, v_low = minus(k_low, low), minus(v_low, low)
     s_low = _lows(begin, last, n, kernel_size, stride, MODES, WARPS, Q_BLOCK, OF_SCORES)
+    OF_LANES: gl.constexpr = gl.SliceLayout(1, lane_layout(W))
+    m_low = _lows(begin, last, n, kernel_size, stride, MODES, WARPS, Q_BLOCK, OF_LANES)
     c = _expanded(coordinates(gl.arange(0, N, gl.SliceLayout(0, N_ROWS)), KV_BLOCK), 0)  # [1, N]
 
     scale_log2 = scale * LOG2E  # scores times it are exponents of two
@@ -422,7 +484,7 @@ def small_forward_kernel(
         k = _load_keys(key, plus(k_low, first), W, D, KV_BLOCK, HALO)
         k = gl.convert_layout(k, RIGHT)  # [W, D, N]
 
-        # The product starts from masks and biases.
+        # The product starts from masks and biases. Keys that a mask takes away are zeros.
         y = plus(_expanded(plus(s_low, first), 1), c)  # [W, N] per axis
         s = _mask(y[2], starts[2], ends[2], MODES[2])  # [W, 16, N]
         s = gl.minimum(s, _mask(y[1], starts[1], ends[1], MODES[1]))
@@ -430,6 +492,9 @@ def small_forward_kernel(
         if HAS_RPB:
             s += _biases(rpb, i, y, kernel_size, head, scale)
             s = gl.maximum(s, MASKED, propagate_nan=tl.PropagateNan.ALL)  # of a bias of -inf
+        if HAS_KEY_MASK:
+            of_block = _allowed_keys(mask, plus(m_low, first), MODES, KV_BLOCK, N_ROWS)  # [W, N]
+            s = gl.where(gl.expand_dims(of_block, 1), s, MASKED)
         s = mma_v2(q, k, s)
 
         new_max = gl.max(s, 2) * scale_log2  # [W, 16]

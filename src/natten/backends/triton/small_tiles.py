@@ -87,7 +87,7 @@ def choose(
     bias: bool, scale: float,
 ) -> tuple[float, SmallTiles] | None:  # fmt: skip
     """Cycles of a multiprocessor per batch entry, head and dilation group, and tiles; None if the
-    portable kernel runs a problem, which has neither masks nor additional tokens.
+    portable kernel runs a problem, which has no additional tokens.
 
     That is where this one can not, where it takes longer by estimate, and where the other one's
     tiles are to be measured, or were.
