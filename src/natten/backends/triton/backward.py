@@ -242,6 +242,9 @@ def dkdv_kernel(
     k = load_rows(key, k_at, rows.real, d, D)  # [N, D]
     v_at = token_offset(p.value.start, y, p.value.strides, ALIGN)
     v = load_rows(value, v_at, rows.real, dv, DV)  # [N, DV]
+    if HAS_KEY_MASK:
+        m_at = token_offset(p.mask.start, y, p.mask.strides, 1)
+        allowed = load_mask(key_mask, m_at, rows.real)  # [N]
 
     r = coordinates(tl.arange(0, M), Q_BLOCK)  # [M] per axis
     heads = kv_heads * per_kv
@@ -322,9 +325,8 @@ def dkdv_kernel(
 
     if HAS_KEY_MASK:
         # What a masked key makes of its numbers, which may be NaN, stays in its own row.
-        at = token_offset(p.mask.start, y, p.mask.strides, 1)
-        allowed = load_mask(key_mask, at, rows.real)[:, None]
-        dk_acc, dv_acc = tl.where(allowed, dk_acc, 0.0), tl.where(allowed, dv_acc, 0.0)
+        dk_acc = tl.where(allowed[:, None], dk_acc, 0.0)
+        dv_acc = tl.where(allowed[:, None], dv_acc, 0.0)
     at = row_number(p.key_first, y, p.key_shape, kv_heads, p.kv_head)
     if SPLIT:
         at = at * (tl.num_programs(1) * tl.num_programs(2))
