@@ -248,7 +248,7 @@ def test_on_gpu(monkeypatch, name):
         bias = torch.randn(4, *(2 * k - 1 for k in rule.kernel_size), **new)
         bias[0] = -300.0
         bias[1].masked_fill_(torch.rand_like(bias[1]) < 0.5, -torch.inf)
-    for name_of_cache in ("_cached_plan", "common"):
+    for name_of_cache in ("_cached_plan", "parts_of"):
         monkeypatch.setattr(plans, name_of_cache, getattr(plans, name_of_cache).__wrapped__)
 
     def run(mask):

@@ -107,7 +107,7 @@ def test_small_windows(monkeypatch, name):
     monkeypatch.setattr(small, "async_copy", Copies)
     monkeypatch.setattr(small, "_load_keys", load_keys)
     monkeypatch.setattr(small, "_load_values", load_values)
-    for name_of_cache in ("_cached_plan", "common"):
+    for name_of_cache in ("_cached_plan", "parts_of"):
         monkeypatch.setattr(plans, name_of_cache, getattr(plans, name_of_cache).__wrapped__)
     mask = None
     if name in MASKED:
