@@ -67,8 +67,9 @@ def test_tiles_are_rows_that_fit(rule: Rule, space: Any, kind: str) -> None:
             assert tiling.shared_bytes(tiles, mask, work, own) <= 227 * 1024
             for shape in tiles[:2]:
                 assert shape[2] >= 8  # the pattern of shared memory has eight rows
-            piece = tiling.piece(kind, rule, space, tiles, packed=True)
-            boxes = tiling.boxes(tiles, kind == "dkdv", piece, packed=True)
+            pieces = tiling.pieces(kind, rule, space, tiles, packed=True)
+            assert pieces.piece == pieces.at_seam
+            boxes = tiling.boxes(tiles, kind == "dkdv", pieces.piece, packed=True)
             assert boxes[:2] == tuple((1, 1, shape[2]) for shape in tiles[:2])
 
 

@@ -100,6 +100,7 @@ def geometry_of(arguments):
         "DILATED",
         "QUERIES",
         "PIECE",
+        "SEAM_PIECE",
         "HEADS_FIRST",
         "OF_KEYS",
     )

@@ -131,7 +131,7 @@ def check(
         visible = torch.zeros(len(token), pairs.shape[1], dtype=torch.int64)
         for block_start, block_places, scores in blocks:
             unmasked = (scores > -(2.0**99))[real]
-            found, there = boxes(block_places, block_width, other_tokens)
+            found, there = boxes(block_places.found, block_width, other_tokens)
             column, is_column = expected_of(block_start + grid(*arguments["BLOCK"]), other[0])
             if pairs.shape[1] == 0:
                 continue

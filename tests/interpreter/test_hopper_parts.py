@@ -91,7 +91,7 @@ def geometry_of(arguments: dict[str, Any], tile_table: Any = None) -> Any:
     numbers_of_tiles = "num_tiles", "heads", "heads_at_once"
     names = (
         "MODES", "TILE", "BLOCK", "SPLIT_AXIS", "WARPGROUPS", "DILATED", "QUERIES", "PIECE",
-        "HEADS_FIRST",
+        "SEAM_PIECE", "HEADS_FIRST",
     )  # fmt: skip
     return geometry.Geometry(
         **numbers(length="N", window="K", stride="S", dilation="D", tiles="T"),
@@ -104,6 +104,16 @@ def geometry_of(arguments: dict[str, Any], tile_table: Any = None) -> Any:
 
 
 FOUND: list[Any] = []  # what the program below saw
+
+
+class Places:
+    """A pipeline that notes where a block's pieces are, and which ones they are."""
+
+    def produce(
+        self, stage: Any, tensors: Any, bases: Any, places: Any, at_seam: bool = False
+    ) -> None:
+        self.found = [numbers(x) for x in places]
+        self.pieces = "SEAM_PIECE" if at_seam else "PIECE"
 
 
 @triton.jit
@@ -142,10 +152,12 @@ def walk_kernel(
         s = window.compare(s, block, i == 0)
         start, _ = g.block_start(block, tile.origin)
         scores = torch.from_numpy(s.handle.data)
-        blocks.append((numbers(start), [numbers(x) for x in g.places(other, start)], scores))
+        places = Places()
+        g.fetch(places, i, (), (), other, start)
+        blocks.append((numbers(start), places, scores))
         block = g.next_block(block, tile.blocks)
-    places = [numbers(x) for x in g.places_of_tile(own, first)]
-    FOUND.append((side(own), side(other), numbers(first), places, blocks))
+    loaded = [numbers(x) for x in g.places_of_tile(own, first)]
+    FOUND.append((side(own), side(other), numbers(first), loaded, blocks))
 
 
 def forward_mask(g: Any, tables: Any, *kind: Any) -> Any:
@@ -245,11 +257,12 @@ def check(kind: str, queries: Any, keys: Any, rule: Rule, tiles: Tiles, most: in
         for start, places, scores in blocks:
             unmasked = scores > -(2.0**99)
             if (start >= other[0]).any() and "circular" not in rule.boundary:
-                (place,) = places
+                (place,) = places.found
                 check_load(place, other, start, views[1])
                 assert not unmasked[is_row].any()
                 continue
-            at = torch.cat([place + grid(*arguments["PIECE"]) for place in places])
+            of_piece = grid(*arguments[places.pieces])
+            at = torch.cat([place + of_piece for place in places.found])
             columns, is_column = tokens_of(other, at, layouts[1], rule.dilation, views[1])
             assert (is_plain and of_keys) or not unmasked[is_row][:, ~is_column].any()
             visible.index_add_(1, columns[is_column], unmasked[:, is_column].long())

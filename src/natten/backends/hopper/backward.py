@@ -160,7 +160,7 @@ def _fetch_blocks(ctx):
             block = (stage * 0, stage * 0, stage * 0)
             for _ in range(tile.blocks[0] * tile.blocks[1] * tile.blocks[2]):
                 start, _ = g.block_start(block, tile.origin)
-                ctx.blocks.produce(stage, ctx.inner, bases, g.places(side, start))
+                g.fetch(ctx.blocks, stage, ctx.inner, bases, side, start)
                 block = g.next_block(block, tile.blocks)
                 stage += 1
     if ctx.BESIDE:
@@ -396,12 +396,13 @@ def _mask(
 @kernel(
     gluon.jit,
     tensors="query key value grad_out lse_delta additional_keys additional_values "
-    "grad_query grad_key grad_value bias_tables tile_table",
+    "grad_query grad_key grad_value qk_at_seam gv_at_seam lse_delta_at_seam bias_tables tile_table",
     masks="key_mask additional_mask",
 )
 def backward_kernel(
     query, key, value, grad_out, lse_delta, additional_keys, additional_values,
-    grad_query, grad_key, grad_value, bias_tables, tile_table, key_mask, additional_mask,
+    grad_query, grad_key, grad_value, qk_at_seam, gv_at_seam, lse_delta_at_seam,
+    bias_tables, tile_table, key_mask, additional_mask,
     O0, O1, O2, G0, G1, G2,
     q_b, q_0, q_1, q_2, q_h, q_c, k_b, k_0, k_1, k_2, k_h, k_c, v_b, v_0, v_1, v_2, v_h, v_c,
     m_b, m_0, m_1, m_2, m_last, N0, N1, N2, Q0, Q1, Q2, SN0, SN1, SN2, SQ0, SQ1, SQ2,
@@ -414,16 +415,19 @@ def backward_kernel(
     STAGES: gl.constexpr, MASK: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
     REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, WARPGROUPS: gl.constexpr,
-    DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr, HEADS_FIRST: gl.constexpr,
+    DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr,
+    SEAM_PIECE: gl.constexpr, HEADS_FIRST: gl.constexpr,
     PACKED: gl.constexpr, BIAS_STRIDES: gl.constexpr, QK_CHUNKS: gl.constexpr,
     V_CHUNKS: gl.constexpr, SLICES: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
     HAS_ADDITIONAL_MASK: gl.constexpr, OVERLAP: gl.constexpr, PASS: gl.constexpr,
 ):  # fmt: skip
     """One pass: dQ from tiles of queries, or dK, dV, or both from tiles of keys.
 
-    The first ten tensors are descriptors. Numbers are as in the forward kernel; the gradients that
-    a pass stores have the steps ``d``, and tiles of keys begin at ``F``. The pass of dV may have
-    ``SLICES``. With ``OVERLAP``, passes follow one another with no other kernel in between.
+    The first ten tensors are descriptors. So are the next three where a block at the seam of a ring
+    comes in smaller ``SEAM_PIECE``s, those of what blocks are of. Numbers are as in the forward
+    kernel; the gradients that a pass stores have the steps ``d``, and tiles of keys begin at ``F``.
+    The pass of dV may have ``SLICES``. With ``OVERLAP``, passes follow one another with no other
+    kernel in between.
     """
     OF_KEYS: gl.constexpr = PASS != DQ
     part, documents = (), ()
@@ -443,32 +447,35 @@ def backward_kernel(
         tiles=(T0, T1, T2), part=part, tile_table=documents, num_tiles=num_tiles, heads=heads,
         heads_at_once=heads_at_once, MODES=MODES, TILE=TILE, BLOCK=BLOCK, SPLIT_AXIS=SPLIT_AXIS,
         WARPGROUPS=WARPGROUPS, DILATED=DILATED, QUERIES=QUERIES, PIECE=PIECE,
-        HEADS_FIRST=HEADS_FIRST, OF_KEYS=OF_KEYS,
+        SEAM_PIECE=SEAM_PIECE, HEADS_FIRST=HEADS_FIRST, OF_KEYS=OF_KEYS,
     )  # fmt: skip
     of_slice = slice_of(grad_out, SLICES)
+    qk_pieces, gv_pieces, lse_delta_pieces = (), (), ()
+    if SEAM_PIECE != PIECE:  # of the tensors that have blocks
+        qk_pieces, gv_pieces, lse_delta_pieces = (qk_at_seam,), (gv_at_seam,), (lse_delta_at_seam,)
     of_queries = (
-        TmaTensor(query, (q_b, q_0, q_1, q_2, q_h, q_c), ()),
-        TmaTensor(grad_out, (g_b, g_0, g_1, g_2, g_h, g_c), of_slice),
-        TmaTensor(lse_delta, (l_b, l_0, l_1, l_2, l_h, l_c), ()),
+        TmaTensor(query, (q_b, q_0, q_1, q_2, q_h, q_c), (), qk_pieces),
+        TmaTensor(grad_out, (g_b, g_0, g_1, g_2, g_h, g_c), of_slice, gv_pieces),
+        TmaTensor(lse_delta, (l_b, l_0, l_1, l_2, l_h, l_c), (), lse_delta_pieces),
     )
-    of_keys = (TmaTensor(key, (k_b, k_0, k_1, k_2, k_h, k_c), ()),)
+    of_keys = (TmaTensor(key, (k_b, k_0, k_1, k_2, k_h, k_c), (), qk_pieces),)
     if PASS != DV:
-        of_keys += (TmaTensor(value, (v_b, v_0, v_1, v_2, v_h, v_c), ()),)
+        of_keys += (TmaTensor(value, (v_b, v_0, v_1, v_2, v_h, v_c), (), gv_pieces),)
     grad_steps = (d_b, d_0, d_1, heads, 1, 0)
     if OF_KEYS:
         outer, inner = of_keys, of_queries
-        grads = (TmaTensor(grad_value if PASS == DV else grad_key, grad_steps, of_slice),)
+        grads = (TmaTensor(grad_value if PASS == DV else grad_key, grad_steps, of_slice, ()),)
         if PASS == DKDV:
-            grads += (TmaTensor(grad_value, grad_steps, ()),)
+            grads += (TmaTensor(grad_value, grad_steps, (), ()),)
     else:
         outer, inner = of_queries, of_keys
-        grads = (TmaTensor(grad_query, grad_steps, ()),)
+        grads = (TmaTensor(grad_query, grad_steps, (), ()),)
     additional, own_mask = (), ()
     if HAS_ADDITIONAL:
         steps = (additional_b, 0, 0, 0, 1, 0)
         additional = (
-            TmaTensor(additional_keys, steps, ()),
-            TmaTensor(additional_values, steps, ()),
+            TmaTensor(additional_keys, steps, (), ()),
+            TmaTensor(additional_values, steps, (), ()),
         )
     if HAS_ADDITIONAL_MASK:
         own_mask = (additional_mask,)

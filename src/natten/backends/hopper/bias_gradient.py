@@ -342,15 +342,15 @@ def bias_gradient_kernel(
         length=(N0, N1, N2), window=(K0, K1, K2), stride=(S0, S1, S2), dilation=(D0, D1, D2),
         tiles=(N0, N1, N2), part=(), tile_table=(), num_tiles=batches, heads=batches,
         heads_at_once=batches, MODES=MODES, TILE=TILE, BLOCK=BLOCK, SPLIT_AXIS=0, WARPGROUPS=1,
-        DILATED=True, QUERIES=OWN, PIECE=BLOCK, HEADS_FIRST=False, OF_KEYS=False,
+        DILATED=True, QUERIES=OWN, PIECE=BLOCK, SEAM_PIECE=BLOCK, HEADS_FIRST=False, OF_KEYS=False,
     )  # fmt: skip
     of_queries = (
-        TmaTensor(query, (q_b, q_0, q_1, q_2, q_h, q_c), ()),
-        TmaTensor(grad_out, (g_b, g_0, g_1, g_2, g_h, g_c), ()),
+        TmaTensor(query, (q_b, q_0, q_1, q_2, q_h, q_c), (), ()),
+        TmaTensor(grad_out, (g_b, g_0, g_1, g_2, g_h, g_c), (), ()),
     )
     of_keys = (
-        TmaTensor(key, (k_b, k_0, k_1, k_2, k_h, k_c), ()),
-        TmaTensor(value, (v_b, v_0, v_1, v_2, v_h, v_c), ()),
+        TmaTensor(key, (k_b, k_0, k_1, k_2, k_h, k_c), (), ()),
+        TmaTensor(value, (v_b, v_0, v_1, v_2, v_h, v_c), (), ()),
     )
     block, split_id, head = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     splits, heads = gl.num_programs(1), gl.num_programs(2)

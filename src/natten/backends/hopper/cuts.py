@@ -28,9 +28,8 @@ QUERY_KINDS = OWN, PART, FINER = 0, 1, 2
 # What a block costs that a warpgroup hands back, of one that it computes: the other works alone.
 IDLE = 0.15
 
-# The most pieces of a block, and the least tokens of a piece: shared memory has a pattern of eight
-# rows.
-PIECES, PIECE_ROWS = 4, 8
+# The least tokens of a piece of a block: shared memory has a pattern of eight rows.
+PIECE_ROWS = 8
 
 
 def queries(rule: Rule, shape: Sequence[int]) -> int:
@@ -70,9 +69,41 @@ def tiled(
     return [(0, group_length(n, d, 0)) for n, d in zip(shape, rule.dilation)]
 
 
-def in_pieces(pieces: int) -> float:
-    """What a block in so many pieces costs, of one that is fetched at once."""
-    return 1 + 0.02 * (pieces - 1)
+# What a further piece of a block costs, or a row of packed documents, of a block that is fetched at
+# once; and as how many tokens are computed while a piece is fetched (hopper-log.md).
+_PIECE_COST, _ROW_COST, _PIECE_TOKENS = 0.03, 0.02, 13
+
+
+def _in_pieces(tokens: int, piece: Shape) -> float:
+    """What a block of so many tokens costs in pieces. One warp fetches them one after another,
+    which may take longer than to compute the block."""
+    count = tokens // math.prod(piece)
+    return max(1 + _PIECE_COST * (count - 1), count * _PIECE_TOKENS / tokens)
+
+
+class Pieces(NamedTuple):
+    """What of a block is fetched at once."""
+
+    piece: Shape
+    at_seam: Shape  # of a block that goes on at the other end of a ring; it divides the piece
+    cost: float  # of a block, on average, if one that is fetched at once costs 1
+
+
+def in_rows(tiles: Tiles, of_keys: bool) -> Pieces:
+    """Rows of a block, as packed documents are fetched."""
+    _, (planes, rows, size) = tile_and_block(tiles, of_keys)
+    row = 1, 1, size
+    return Pieces(row, row, 1 + _ROW_COST * (planes * rows - 1))
+
+
+def _largest(block: Shape, small: Shape) -> Shape:
+    """The largest piece of a block in which the tokens of small ones follow one another."""
+    found = block
+    for axis in range(2):
+        if small[axis] > 1:
+            found = (*block[: axis + 1], *small[axis + 1 :])
+            break
+    return found
 
 
 class Axis(NamedTuple):
@@ -175,16 +206,18 @@ class AxisCuts:
             self._least[tile, block] = found
         return found
 
-    def sizes(self, tile: int, block: int, groups: int) -> list[tuple[int, float]]:
-        """Sizes that a piece of a block may have, and the blocks of all tiles; no size that a
-        larger one equals."""
+    def sizes(self, tile: int, block: int, groups: int) -> list[tuple[int, float, float]]:
+        """Sizes that a piece of a block at the seam may have, the blocks of all tiles, and which
+        part of them is at the seam; no size that a larger one equals."""
         if self.ring is None:
-            return [(block, self.cut(tile, block, groups, block).blocks)]
+            return [(block, self.cut(tile, block, groups, block).blocks, 0.0)]
         found: dict[float, int] = {}
         for i in range(block.bit_length()):
             cut = self.cut(tile, block, groups, block >> i)
             found.setdefault(cut.blocks if cut.fits else math.inf, block >> i)
-        return [(size, blocks) for blocks, size in found.items()]
+        counts = self._look(tile, groups).counts
+        crossing = groups * sum(count for (seam, _), count in counts.items() if seam is not None)
+        return [(size, blocks, min(crossing / blocks, 1.0)) for blocks, size in found.items()]
 
     def _cut(self, tile: int, block: int, groups: int, piece: int) -> Axis:
         counts, masked, at_end = self._look(tile, groups)
@@ -308,38 +341,42 @@ class Cuts:
         return [sorted(found[0], reverse=True)] if self.of_keys and len(found) == 1 else found
 
     def __call__(self, tiles: Tiles) -> tuple[Axis, ...]:
-        return self.in_pieces(tiles, self.piece(tiles))
+        return self.in_pieces(tiles, self.pieces(tiles).at_seam)
 
-    def in_pieces(self, tiles: Tiles, piece: Shape) -> tuple[Axis, ...]:
-        """Cut three axes, with blocks in such pieces."""
+    def in_pieces(self, tiles: Tiles, at_seam: Shape) -> tuple[Axis, ...]:
+        """Cut three axes, with blocks in such pieces at the seam of a ring."""
         tile, block = tile_and_block(tiles, self.of_keys)
-        return tuple(map(self.axis, range(3), tile, block, self._groups(tiles), piece))
+        return tuple(map(self.axis, range(3), tile, block, self._groups(tiles), at_seam))
 
     @staticmethod
     def _groups(tiles: Tiles) -> list[int]:
         """Warpgroups along each axis."""
         return [warpgroups(tiles) if axis == tiles.split_axis else 1 for axis in range(3)]
 
-    def piece(self, tiles: Tiles) -> Shape:
-        """What of a block is fetched at once: on rings perhaps a piece, so that blocks begin only
+    def pieces(self, tiles: Tiles) -> Pieces:
+        """What of a block is fetched at once: on rings perhaps pieces, so that blocks begin only
         little before a tile's first partner where pieces have to meet at the seam."""
         tile, block = tile_and_block(tiles, self.of_keys)
         if not self.has_rings:
-            return block
-        volume, best, found = math.prod(block), math.inf, block
-        least = max(PIECE_ROWS, volume // PIECES)
+            return Pieces(block, block, 1.0)
+        volume, found, lowest = math.prod(block), Pieces(block, block, 1.0), math.inf
         sizes = map(self._sizes, range(3), tile, block, self._groups(tiles))
         for choice in itertools.product(*sizes):
-            (a, b, c), blocks = zip(*choice)
-            tokens = a * b * c
-            cost = math.prod(blocks) * in_pieces(volume // tokens)
-            if tokens >= least and cost < best:
-                best, found = cost, (a, b, c)
+            (a, b, c), blocks, crossing = zip(*choice)
+            small = a, b, c
+            piece = _largest(block, small)
+            split = zip(crossing, small, piece)
+            usual = math.prod(1 - part for part, size, whole in split if size < whole)
+            cost = usual * _in_pieces(volume, piece) + (1 - usual) * _in_pieces(volume, small)
+            if math.prod(small) >= PIECE_ROWS and math.prod(blocks) * cost < lowest:
+                lowest, found = math.prod(blocks) * cost, Pieces(piece, small, cost)
         return found
 
-    def _sizes(self, axis: int, tile: int, block: int, groups: int) -> list[tuple[int, float]]:
+    def _sizes(
+        self, axis: int, tile: int, block: int, groups: int
+    ) -> list[tuple[int, float, float]]:
         if axis < self.missing:
-            return [(block, 1)]
+            return [(block, 1, 0.0)]
         return self.axes[axis - self.missing].sizes(tile, block, groups)
 
 

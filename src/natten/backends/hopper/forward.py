@@ -97,9 +97,8 @@ def _fetch_blocks(ctx):
         block = (stage * 0, stage * 0, stage * 0)
         for _ in range(tile.blocks[0] * tile.blocks[1] * tile.blocks[2]):
             start, _ = g.block_start(block, tile.origin)
-            places = g.places(side, start)
-            ctx.keys.produce(stage, (ctx.key,), (k_base,), places)
-            ctx.values.produce(stage, (ctx.value,), (v_base,), places)
+            g.fetch(ctx.keys, stage, (ctx.key,), (k_base,), side, start)
+            g.fetch(ctx.values, stage, (ctx.value,), (v_base,), side, start)
             block = g.next_block(block, tile.blocks)
             stage += 1
     gdc_launch_dependents()  # the next kernel can be set up, and waits for this one's end
@@ -258,12 +257,13 @@ def _out_buffer(queries, out, OWN_OUT: gl.constexpr, PIECES: gl.constexpr):
 
 @kernel(
     gluon.jit,
-    tensors="query key value out additional_keys additional_values lse bias_tables tile_table",
+    tensors="query key value out additional_keys additional_values key_at_seam value_at_seam "
+    "lse bias_tables tile_table",
     masks="key_mask additional_mask",
 )
 def forward_kernel(
-    query, key, value, out, additional_keys, additional_values, lse, bias_tables, tile_table,
-    key_mask, additional_mask,
+    query, key, value, out, additional_keys, additional_values, key_at_seam, value_at_seam,
+    lse, bias_tables, tile_table, key_mask, additional_mask,
     O0, O1, O2, G0, G1, G2,
     q_b, q_0, q_1, q_2, q_h, q_c, k_b, k_0, k_1, k_2, k_h, k_c, v_b, v_0, v_1, v_2, v_h, v_c,
     m_b, m_0, m_1, m_2, m_last, N0, N1, N2, Q0, Q1, Q2, SN0, SN1, SN2, SQ0, SQ1, SQ2,
@@ -274,14 +274,16 @@ def forward_kernel(
     STAGES: gl.constexpr, MASK: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
     REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, WARPGROUPS: gl.constexpr,
-    DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr, HEADS_FIRST: gl.constexpr,
+    DILATED: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr,
+    SEAM_PIECE: gl.constexpr, HEADS_FIRST: gl.constexpr,
     PACKED: gl.constexpr, BIAS_STRIDES: gl.constexpr, QK_CHUNKS: gl.constexpr,
     V_CHUNKS: gl.constexpr, SLICES: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
     HAS_ADDITIONAL_MASK: gl.constexpr,
 ):  # fmt: skip
-    """The first six tensors are descriptors. Their steps are :class:`TmaTensor`'s: ``q_b`` from a
-    batch entry to the next, ``q_0`` .. ``q_2`` from a token to the next, ``q_h`` from a head,
-    or ``q_c`` if heads lie along the channels.
+    """The first six tensors are descriptors. So are the next two where a block at the seam of a
+    ring comes in smaller ``SEAM_PIECE``s, of keys and of values. Steps are :class:`TmaTensor`'s:
+    ``q_b`` from a batch entry to the next, ``q_0`` .. ``q_2`` from a token to the next, ``q_h``
+    from a head, or ``q_c`` if heads lie along the channels.
 
     The other numbers are :class:`Geometry`'s, per axis: positions ``N`` of a dilation group, window
     ``K``, stride ``S``, dilation ``D``, tiles ``T``. What follows is :class:`Part`'s: queries
@@ -314,19 +316,22 @@ def forward_kernel(
         tiles=(T0, T1, T2), part=part, tile_table=documents, num_tiles=num_tiles, heads=heads,
         heads_at_once=heads_at_once, MODES=MODES, TILE=TILE, BLOCK=BLOCK, SPLIT_AXIS=SPLIT_AXIS,
         WARPGROUPS=WARPGROUPS, DILATED=DILATED, QUERIES=QUERIES, PIECE=PIECE,
-        HEADS_FIRST=HEADS_FIRST, OF_KEYS=False,
+        SEAM_PIECE=SEAM_PIECE, HEADS_FIRST=HEADS_FIRST, OF_KEYS=False,
     )  # fmt: skip
     of_slice = slice_of(value, SLICES)
-    q = TmaTensor(query, (q_b, q_0, q_1, q_2, q_h, q_c), ())
-    k = TmaTensor(key, (k_b, k_0, k_1, k_2, k_h, k_c), ())
-    v = TmaTensor(value, (v_b, v_0, v_1, v_2, v_h, v_c), of_slice)
-    o = TmaTensor(out, (o_b, o_0, o_1, heads, 1, 0), of_slice)
+    key_pieces, value_pieces = (), ()
+    if SEAM_PIECE != PIECE:
+        key_pieces, value_pieces = (key_at_seam,), (value_at_seam,)
+    q = TmaTensor(query, (q_b, q_0, q_1, q_2, q_h, q_c), (), ())
+    k = TmaTensor(key, (k_b, k_0, k_1, k_2, k_h, k_c), (), key_pieces)
+    v = TmaTensor(value, (v_b, v_0, v_1, v_2, v_h, v_c), of_slice, value_pieces)
+    o = TmaTensor(out, (o_b, o_0, o_1, heads, 1, 0), of_slice, ())
     additional, own_mask = (), ()
     if HAS_ADDITIONAL:
         steps = (additional_b, 0, 0, 0, 1, 0)
         additional = (
-            TmaTensor(additional_keys, steps, ()),
-            TmaTensor(additional_values, steps, of_slice),
+            TmaTensor(additional_keys, steps, (), ()),
+            TmaTensor(additional_values, steps, of_slice, ()),
         )
     if HAS_ADDITIONAL_MASK:
         own_mask = (additional_mask,)

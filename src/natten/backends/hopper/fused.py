@@ -79,8 +79,8 @@ def _forward(
     with on_device(query):
         found.forward.run(
             query=query, key=key, value=value, out=out, additional_keys=additional_keys,
-            additional_values=additional_values, lse=lse, key_mask=masks[0],
-            additional_mask=masks[1], **tables,
+            additional_values=additional_values, key_at_seam=key, value_at_seam=value, lse=lse,
+            key_mask=masks[0], additional_mask=masks[1], **tables,
         )  # fmt: skip
     return out, lse
 
@@ -125,13 +125,16 @@ def _backward(
         found.dq.run(
             query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,
             additional_keys=additional_keys, additional_values=additional_values,
-            grad_query=grad_query, grad_key=None, grad_value=None, key_mask=masks[0],
+            grad_query=grad_query, grad_key=None, grad_value=None, qk_at_seam=key,
+            gv_at_seam=value, lse_delta_at_seam=None, key_mask=masks[0],
             additional_mask=masks[1], **tables, **made[0],
         )  # fmt: skip
         found.dkdv.run(
             query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,
             additional_keys=None, additional_values=None, grad_query=None, grad_key=grad_key,
-            grad_value=grad_value, key_mask=masks[0], additional_mask=None, **tables, **made[1],
+            grad_value=grad_value, qk_at_seam=query, gv_at_seam=grad_out,
+            lse_delta_at_seam=lse_delta, key_mask=masks[0], additional_mask=None, **tables,
+            **made[1],
         )  # fmt: skip
         grad_additional: Sequence[Tensor | None]
         if additional_keys is not None and additional_values is not None:
@@ -191,11 +194,13 @@ def _additional_gradients(
     dkdv = found.dkdv_of_additional
     assert dkdv is not None
     grad_keys, grad_values = torch.empty_like(keys), torch.empty_like(values)
+    lse_delta = lse_delta.flatten(1, -3)
     dkdv.run(
-        query=query, key=keys, value=values, grad_out=grad_out,
-        lse_delta=lse_delta.flatten(1, -3), additional_keys=None, additional_values=None,
-        grad_query=None, grad_key=grad_keys, grad_value=grad_values, bias_tables=None,
-        tile_table=None, key_mask=mask, additional_mask=None,
+        query=query, key=keys, value=values, grad_out=grad_out, lse_delta=lse_delta,
+        additional_keys=None, additional_values=None, grad_query=None, grad_key=grad_keys,
+        grad_value=grad_values, qk_at_seam=query, gv_at_seam=grad_out,
+        lse_delta_at_seam=lse_delta, bias_tables=None, tile_table=None, key_mask=mask,
+        additional_mask=None,
     )  # fmt: skip
     return grad_keys, grad_values
 

@@ -14,7 +14,9 @@ a tile's or a warpgroup's keys even so, it has one block that is all masked.
 On a circular axis partners are counted before the modulo. A block may then be fetched in pieces,
 each of which is a box somewhere on the ring; its tokens follow one another piece by piece. Of a
 tile whose partners go on at the other end, blocks begin a little earlier, so that pieces meet at
-the seam.
+the seam. Smaller pieces need fewer positions for that. So the pieces of a block that crosses the
+seam may be smaller than those of all others; inside a piece they follow one another, so that every
+block has its tokens in the same order.
 
 Packed documents are layouts of their own sizes. Which tiles there are, of which document, is read
 from a table (``documents.py``). Rows of a document lie one after another in memory, and how far
@@ -52,6 +54,15 @@ def piece_start(block, piece, number):
     # Triton 3.8 has no remainder of a number by one of its constants.
     at = row // rows, row - row // rows * rows, number - row * columns
     return [i * size for i, size in zip(at, piece)]
+
+
+@gluon.constexpr_function
+def small_piece_start(block, piece, small, number):
+    """Where a block's small piece of that number begins; those of a piece follow one another."""
+    each = volume(piece) // volume(small)
+    at = piece_start(block, piece, number // each)
+    inside = piece_start(piece, small, number - number // each * each)
+    return [a + b for a, b in zip(at, inside)]
 
 
 @gluon.constexpr_function
@@ -213,6 +224,7 @@ class Geometry:
     DILATED: gl.constexpr
     QUERIES: gl.constexpr
     PIECE: gl.constexpr  # of a block, fetched at once
+    SEAM_PIECE: gl.constexpr  # of a block that crosses the seam of a ring
     HEADS_FIRST: gl.constexpr  # tiles at one position come before those at the next
     OF_KEYS: gl.constexpr  # tiles are of keys, blocks of queries
 
@@ -330,7 +342,7 @@ class Geometry:
         if self.MODES[AXIS] >= windows.CIRCULAR:
             n = self.length[AXIS]
             seam = gl.where(origin < 0, 0, n)
-            PIECE: gl.constexpr = self.PIECE[AXIS]
+            PIECE: gl.constexpr = self.SEAM_PIECE[AXIS]
             at_seam = seam - (seam - origin + PIECE - 1) // PIECE * PIECE
             origin = gl.where((origin < 0) | (end > n), at_seam, origin)
         blocks = (end - origin + BLOCK - 1) // BLOCK
@@ -455,10 +467,10 @@ class Geometry:
         return at
 
     @gluon.jit
-    def _piece_at(self, start, NUMBER: gl.constexpr, AXIS: gl.constexpr):
-        """Where the piece of that number of a block begins along an axis, modulo the ring."""
+    def _piece_at(self, start, SMALL: gl.constexpr, NUMBER: gl.constexpr, AXIS: gl.constexpr):
+        """Where the small piece of that number of a block begins along an axis, modulo the ring."""
         position = start[AXIS]
-        AT: gl.constexpr = piece_start(self.BLOCK, self.PIECE, NUMBER)[AXIS]
+        AT: gl.constexpr = small_piece_start(self.BLOCK, self.PIECE, SMALL, NUMBER)[AXIS]
         if AT > 0:
             position += AT
         if self.MODES[AXIS] >= windows.CIRCULAR:
@@ -466,16 +478,37 @@ class Geometry:
         return position
 
     @gluon.jit
-    def places(self, side, start):
+    def _places(self, side, start, AT_SEAM: gl.constexpr):
         """Where TMA finds the pieces of a block of a side's tokens, which begins at ``start``."""
-        PIECES: gl.constexpr = volume(self.BLOCK) // volume(self.PIECE)
+        SMALL: gl.constexpr = self.SEAM_PIECE if AT_SEAM else self.PIECE
         found = ()
-        for i in gl.static_range(PIECES):
-            p0 = self._piece_at(start, i, 0)
-            p1 = self._piece_at(start, i, 1)
-            p2 = self._piece_at(start, i, 2)
+        for i in gl.static_range(volume(self.BLOCK) // volume(SMALL)):
+            p0 = self._piece_at(start, SMALL, i, 0)
+            p1 = self._piece_at(start, SMALL, i, 1)
+            p2 = self._piece_at(start, SMALL, i, 2)
             found = found + (side.load_at((p0, p1, p2)),)
         return found
+
+    @gluon.jit
+    def _crosses_seam(self, start):
+        """Whether a block that begins at ``start`` may have a piece on both ends of a ring."""
+        found = False
+        for AXIS in gl.static_range(3):
+            if self.SEAM_PIECE[AXIS] < self.PIECE[AXIS]:
+                n = self.length[AXIS]
+                found = (wrapped(start[AXIS], n) + self.BLOCK[AXIS] > n) | found
+        return found
+
+    @gluon.jit
+    def fetch(self, pipeline, stage, tensors, bases, side, start):
+        """Have a pipeline fetch a block of a side's tokens, which begins at ``start``."""
+        if self.SEAM_PIECE == self.PIECE:
+            pipeline.produce(stage, tensors, bases, self._places(side, start, False))
+        else:
+            if self._crosses_seam(start):
+                pipeline.produce(stage, tensors, bases, self._places(side, start, True), True)
+            else:
+                pipeline.produce(stage, tensors, bases, self._places(side, start, False))
 
     @gluon.jit
     def row_of_tile(self, first, NUMBER: gl.constexpr):

@@ -24,6 +24,7 @@ class TmaTensor:
     descriptor: tensor_descriptor
     steps: gl.tuple
     slice: gl.tuple  # () unless a program has a slice only
+    at_seam: gl.tuple  # the descriptor of small pieces, at the seam of a ring; () if there are none
 
     @gluon.jit
     def tma_base(self, batch, group, head):
@@ -73,9 +74,10 @@ def rows_of(buffer):
 
 
 @gluon.constexpr_function
-def _bytes(tensors, pieces):
+def _bytes(tensors, pieces, at_seam):
     """Bytes of that many pieces of each of the tensors."""
-    return pieces * sum(tensor.descriptor.block_type.nbytes for tensor in tensors)
+    every = [tensor.at_seam[0] if at_seam else tensor.descriptor for tensor in tensors]
+    return pieces * sum(each.block_type.nbytes for each in every)
 
 
 @aggregate
@@ -101,15 +103,19 @@ class TmaPipeline:
         mbarrier.expect(self.fetched.index(index), BYTES)
 
     @gluon.jit
-    def producer_commit(self, stage, tensors, bases, places):
+    def producer_commit(self, stage, tensors, bases, places, AT_SEAM: gl.constexpr):
         """Start to fetch each tensor's block, whose pieces are at ``places``.
 
         The stage is fetched when all has arrived.
         """
         index = stage % self.STAGES
         for WHICH in gl.static_range(len(tensors)):
-            descriptor = tensors[WHICH].descriptor
             buffer = self.buffers[WHICH].index(index)  # [PIECES, *piece, channels]
+            if AT_SEAM:
+                descriptor = tensors[WHICH].at_seam[0]
+                buffer = buffer.reshape([len(places)] + descriptor.block_type.shape[1:])
+            else:
+                descriptor = tensors[WHICH].descriptor
             for PIECE in gl.static_range(len(places)):
                 place = places[PIECE]
                 base, channel = bases[WHICH]
@@ -121,10 +127,10 @@ class TmaPipeline:
                 load_block(descriptor, at, self.fetched.index(index), piece)
 
     @gluon.jit
-    def produce(self, stage, tensors, bases, places):
-        """Acquire and commit."""
-        self.producer_acquire(stage, _bytes(tensors, len(places)))
-        self.producer_commit(stage, tensors, bases, places)
+    def produce(self, stage, tensors, bases, places, AT_SEAM: gl.constexpr = False):
+        """Acquire and commit; ``AT_SEAM``: in the smaller pieces."""
+        self.producer_acquire(stage, _bytes(tensors, len(places), AT_SEAM))
+        self.producer_commit(stage, tensors, bases, places, AT_SEAM)
 
     @gluon.jit
     def masker_wait(self, stage):

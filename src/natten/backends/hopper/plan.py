@@ -246,8 +246,8 @@ class Plan:
         heads_at_once = self._heads_at_once(work)
         if self.key_mask_strides is not None and not of_keys:
             tiles, mask, work = tiling.masked(tiles, mask, work)
-        piece = tiling.piece(kind, rule, self.space, tiles, is_packed)
-        boxes = tiling.boxes(tiles, of_keys, piece, is_packed)
+        pieces = tiling.pieces(kind, rule, self.space, tiles, is_packed)
+        boxes = tiling.boxes(tiles, of_keys, pieces.piece, is_packed)
         tile, block = tiling.tile_and_block(tiles, of_keys)
         warpgroups = tiling.warpgroups(tiles)
         registers, compute_registers, fetch_registers = tiling.registers(tiles, work)
@@ -295,7 +295,8 @@ class Plan:
             "FETCH_REGISTERS": fetch_registers,
             "DILATED": max(rule.dilation) > 1,
             "QUERIES": self.queries,
-            "PIECE": piece,
+            "PIECE": pieces.piece,
+            "SEAM_PIECE": pieces.at_seam,
             "HEADS_FIRST": isinstance(rule, Dense) or heads_at_once > 1,
             "PACKED": is_packed,
             "BIAS_STRIDES": (),
@@ -304,7 +305,7 @@ class Plan:
         }
         table = None
         if self.bias_dtype is not None:
-            table = self._table(kernel_size, tiles, of_keys, piece)
+            table = self._table(kernel_size, tiles, of_keys, pieces.at_seam)
             numbers |= {"bias_size": table.size, "bias_middle": table.middle}
             constants["BIAS_STRIDES"] = table.strides
         launches = []
@@ -326,6 +327,9 @@ class Plan:
                 *constants.values(),
             )  # fmt: skip
             descriptors = self._descriptors(each, boxes) | self._additional(each, tiles)
+            if pieces.at_seam != pieces.piece:
+                small = tiling.boxes(tiles, of_keys, pieces.at_seam, is_packed)
+                descriptors |= self._at_seam(each, small)
             launches.append(
                 Launch(
                     kernel,
@@ -579,6 +583,15 @@ class Plan:
             found["grad_key"] = self._contiguous(self.key_tokens, self.kv_heads, self.dim)
             found["grad_value"] = self._contiguous(self.key_tokens, self.kv_heads, self.value_dim)
         return found
+
+    def _at_seam(self, each: str, boxes: Tiles) -> dict[str, Describe]:
+        """Descriptors of the tensors that have blocks, in smaller pieces."""
+        found = self._descriptors(each, boxes)
+        if each == "forward":
+            return {f"{name}_at_seam": found[name] for name in ("key", "value")}
+        names = ("key", "value", "") if each == "dq" else ("query", "grad_out", "lse_delta")
+        at_seam = zip(("qk", "gv", "lse_delta"), names)
+        return {f"{one}_at_seam": found[name] for one, name in at_seam if name}
 
     def _additional(self, each: str, tiles: Tiles) -> dict[str, Describe]:
         """Descriptors of additional tokens."""

@@ -25,8 +25,9 @@ from .cuts import (
     PIECE_ROWS,
     WARPS,
     Axis,
+    Pieces,
     cuts,
-    in_pieces,
+    in_rows,
     queries,
     tile_and_block,
     warpgroups,
@@ -334,13 +335,14 @@ def mask(
     return mask_of(slides(kind, rule) and not packed, axes, tiles, work)
 
 
-def piece(kind: str, rule: Rule, shape: Shape, tiles: Tiles, packed: bool = False) -> Shape:
+def pieces(kind: str, rule: Rule, shape: Shape, tiles: Tiles, packed: bool = False) -> Pieces:
     """What of a block is fetched at once."""
     if packed:
-        return row(tile_and_block(tiles, kind == "dkdv")[1])
+        return in_rows(tiles, kind == "dkdv")
     if "circular" in rule.boundary:
-        return cuts(kind == "dkdv", rule, shape, shape).piece(tiles)
-    return tile_and_block(tiles, kind == "dkdv")[1]
+        return cuts(kind == "dkdv", rule, shape, shape).pieces(tiles)
+    _, block = tile_and_block(tiles, kind == "dkdv")
+    return Pieces(block, block, 1.0)
 
 
 def _any_axes(kind: str, rule: Neighborhood, tiles: Tiles) -> tuple[Axis, ...]:
@@ -634,16 +636,13 @@ class _Search:
         return filter(None, (self._priced(Tiles(*both, *program)) for program in programs))
 
     def _priced(self, tiles: Tiles) -> tuple[float, Tiles] | None:
-        piece = self.cuts.piece(tiles)
-        if self.packed:
-            _, piece = map(row, tile_and_block(tiles, self.of_keys))
-        axes = self.cuts.in_pieces(tiles, piece)
+        pieces = in_rows(tiles, self.of_keys) if self.packed else self.cuts.pieces(tiles)
+        axes = self.cuts.in_pieces(tiles, pieces.at_seam)
         priced = self.ways.priced(tiles, self._mask(tiles, axes))
         if priced is None or not all(axis.fits for axis in axes):
             return None
         stages, each = priced
-        pieces = _columns(tiles, self.ways.work) // math.prod(piece)
-        each = each._replace(block=each.block * in_pieces(pieces))
+        each = each._replace(block=each.block * pieces.cost)
         return _cost(axes, tiles, each), tiles._replace(num_stages=stages)
 
     def _mask(self, tiles: Tiles, axes: Sequence[Axis]) -> Mask:
