@@ -77,7 +77,9 @@ def _digit(number, base, ONE: gl.constexpr):
     if ONE:
         return number * 0, number
     else:
-        return number % base, number // base
+        # Without signs, a division takes fewer instructions.
+        rest = (number.to(gl.uint32) // base.to(gl.uint32)).to(gl.int32)
+        return number - rest * base, rest
 
 
 @gluon.jit
@@ -375,7 +377,8 @@ class Geometry:
         if self.HEADS_FIRST:
             rest = rest * self.heads_at_once + tile_id % self.heads_at_once
         group = self._group((g0, g1, g2))
-        return self._tile_at(group, rest // self.heads, rest % self.heads, (t0, t1, t2))
+        head, batch = _digit(rest, self.heads, False)
+        return self._tile_at(group, batch, head, (t0, t1, t2))
 
     @gluon.jit
     def _tile_of_document(self, tile_id):
@@ -565,6 +568,8 @@ class Geometry:
         of all; and the first, as :meth:`block_start` counts."""
         SIZE: gl.constexpr = self.BLOCK[self.SPLIT_AXIS]
         count = tile.blocks[0] * tile.blocks[1] * tile.blocks[2]
+        if self.WARPGROUPS == 1:  # all of the tile's
+            return 0, count, count, (count * 0, count * 0, count * 0)
         layer = count // tile.blocks[self.SPLIT_AXIS]
         start, end, _, _ = self.reach(tile.group, first, self.SPLIT_AXIS)
         if _from_the_end(self.MODES, self.OF_KEYS):
