@@ -1,13 +1,15 @@
 """A random sweep of problems on a GPU against the float64 oracle.
 
-    python tests/sweep.py [--problems 1000] [--backend triton] [--processes 12] [--seed 0]
+    python tests/sweep.py [--problems 1000] [--backend triton] [--seconds 600] [--seed 0]
     python tests/sweep.py --masked  # problems with masks of keys only
 
-This is not a test file of pytest, because it compiles kernels for a minute. Problems of one kind
-run the same compiled kernels (dtype, head dims, tiles, which axes are strided or causal,
-boundaries, queries per key) and differ in sizes, windows and offsets. In about a third of them
-queries are a part of the layout or finer than keys, or windows are truncated or circular. Outputs
-are poisoned before every call. It prints failures, the worst errors, and a summary.
+This is not a test file of pytest, because it compiles kernels for minutes. Problems of one kind
+run the same compiled kernels, as far as they can (dtype, head dims, tiles, which axes are strided
+or causal, boundaries, queries per key), and differ in sizes, windows and offsets; two each have the
+same windows. In about a third of them queries are a part of the layout or finer than keys, or
+windows are truncated or circular. Where the portable backend has a kernel of small windows, it
+runs. Outputs are poisoned before every call. It prints failures, the worst errors, and a summary,
+also when its time is over.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from torch import Tensor
 from natten import backends
 from natten.backends import Problem
 from natten.backends.rings import runner_of
+from natten.backends.triton import small_tiles
 from natten.inputs import Gradients, Inputs
 from natten.neighborhood import BOUNDARIES, Dense, Neighborhood
 from natten.varlen import VarlenLayout
@@ -99,6 +102,9 @@ def kinds(backend: str) -> list[Kind]:
         )  # fmt: skip
     if backend == "hopper":  # parts of rings are padded
         found += [with_rings(kind, wider) for kind in found[: len(found) // 3]]
+    else:
+        found += [with_small_heads(*each) for each in enumerate(found[:20])]
+    rng.shuffle(found)  # a sweep that is cut off has kinds of all sorts
     return found
 
 
@@ -111,6 +117,15 @@ def with_rings(kind: Kind, rng: random.Random) -> Kind:
     return kind._replace(
         causal=causal, unit=None, boundary=tuple(boundary), per_key=(1,) * rank, part=False
     )
+
+
+def with_small_heads(number: int, kind: Kind) -> Kind:
+    """The kind with heads that the kernel of small windows has, and without what it has not."""
+    dtype, dim = (torch.bfloat16, torch.float16)[number % 2], (16, 32, 64)[number // 2 % 3]
+    return kind._replace(
+        dtype=dtype, dim=dim, value_dim=dim, additional=False, masked=False,
+        tile=TILES[64][kind.rank], per_key=(1,) * kind.rank,
+    )  # fmt: skip
 
 
 def random_borders(
@@ -127,23 +142,28 @@ def random_borders(
     return boundary, per_key, is_usual or rng.random() < 0.7
 
 
-def random_rule(kind: Kind, rng: random.Random) -> tuple[list[int], list[int], Neighborhood]:
-    """Token layouts of queries and of keys, which may have odd sizes, and windows that fit."""
-    axes = []
+def random_rule(
+    kind: Kind, rng: random.Random, alike: random.Random
+) -> tuple[list[int], list[int], Neighborhood]:
+    """Token layouts of queries and of keys, which may have odd sizes, and windows that fit; those
+    of which ``alike`` is the same have the same windows, and layouts of about the same size."""
+    axes, most_keys = [], alike.choice([300, 300, 9])
     for axis in range(kind.rank):
         boundary, r = kind.boundary[axis], kind.per_key[axis]
-        n = 1 if axis == kind.unit else rng.randint(2, max(2, MOST[kind.rank] // r))
-        d = rng.randint(1, min(rng.choice([1, 1, 4]), n))
+        n = 1 if axis == kind.unit else alike.randint(2, max(2, MOST[kind.rank] // r))
+        d = alike.randint(1, min(alike.choice([1, 1, 4]), n))
         if BACKEND == "hopper" and (r > 1 or kind.operation == "packed"):  # no kernel has both
             d = 1
         fitting = n // d
         if boundary == "truncate":
-            fitting += rng.choice([0, 3, n])
-        k = rng.randint(1, fitting)
+            fitting += alike.choice([0, 3, n])
+        k = alike.randint(1, min(fitting, most_keys))
         strided = kind.strided[axis] and k > 1 and n > 1
         if kind.strided[axis] and not strided and fitting > 1:
             k, strided = 2, True
-        s = rng.randint(2, k) if strided else 1
+        s = alike.randint(2, k) if strided else 1
+        if axis != kind.unit:
+            n += rng.choice([0, 1, 2])
         if boundary == "circular":  # the stride divides the ring
             n = -(-n // (s * d)) * s * d
         offset = rng.randint(0, r * n - 1) if kind.part else 0
@@ -159,6 +179,17 @@ def random_rule(kind: Kind, rng: random.Random) -> tuple[list[int], list[int], N
 
 
 BACKEND = "triton"
+
+
+def has_small_kernel(inputs: Inputs, rule: Any, scale: float) -> bool:
+    """Whether the portable backend has the kernel of small windows for a problem."""
+    query, key, value = inputs[:3]
+    if not isinstance(rule, Neighborhood) or inputs.key_mask is not None:
+        return False
+    if inputs.additional_keys is not None:
+        return False
+    sizes = query.shape[1:-2], key.shape[1:-2], query.shape[-1], value.shape[-1], query.itemsize
+    return small_tiles.choose(rule, *sizes, inputs.rpb is not None, scale) is not None
 
 
 def ratio(expected: Tensor, actual: Tensor, value_dim: int = 1) -> float:
@@ -227,9 +258,9 @@ def masked(inputs: Inputs, rng: random.Random) -> tuple[Inputs, Inputs]:
     return inputs._replace(additional_mask=own), hidden
 
 
-def check(kind: Kind, rng: random.Random) -> dict[str, float]:
+def check(kind: Kind, rng: random.Random, alike: random.Random) -> dict[str, float]:
     """The error ratios of all results of a random problem of a kind."""
-    space, key_space, rule = random_rule(kind, rng)
+    space, key_space, rule = random_rule(kind, rng, alike)
     module: Any = backends.named(BACKEND)
     if kind.operation == "unfused":
         return check_unfused(kind, module, space, key_space, rule, rng)
@@ -240,7 +271,7 @@ def check(kind: Kind, rng: random.Random) -> dict[str, float]:
         key_space = [rng.randint(1, 200)]
     options: dict[str, Any] = {"tiles": kind.tile * 4} if BACKEND == "triton" else {}
     if kind.operation == "packed":
-        layout = VarlenLayout([random_rule(kind, rng)[1] for _ in range(rng.randint(1, 4))])
+        layout = VarlenLayout([random_rule(kind, rng, rng)[1] for _ in range(rng.randint(1, 4))])
         batch, space, key_space = 1, [layout.total_tokens], [layout.total_tokens]
         options["documents"] = layout.documents(rule, torch.device(DEVICE))
         device = torch.device(DEVICE)
@@ -283,7 +314,10 @@ def check(kind: Kind, rng: random.Random) -> dict[str, float]:
             grad_out.double(), None if grad_lse is None else grad_lse.double(),
             exact, out, lse, rule_, scale,
         )  # fmt: skip
-    found, found_lse = module.forward(inputs, rule_, scale, **options)
+    of_forward = options
+    if BACKEND == "triton" and kind.operation == "fused" and has_small_kernel(inputs, rule, scale):
+        of_forward = {}
+    found, found_lse = module.forward(inputs, rule_, scale, **of_forward)
     errors = {"out": ratio(out, found), "lse": ratio(lse, found_lse)}
     if BACKEND == "hopper" and kind.operation != "packed":  # masked keys have another's backward
         problem = Problem.of("gradient", inputs, rule_, scale)
@@ -345,8 +379,21 @@ def check_unfused(
     return errors
 
 
-def work(backend: str, jobs: list[tuple[Kind, int]], results: Any) -> None:
-    """Run jobs, ``(kind, seed)``, and send ``(kind, seed, errors or message)``."""
+def traits(kind: Kind) -> list[str]:
+    """What the summary counts."""
+    return [
+        kind.operation,
+        *sorted({f"{each} axes" for each in kind.boundary} - {"shift axes"}),
+        *["parts"] * kind.part,
+        *["finer queries"] * (max(kind.per_key) > 1),
+        *["biases"] * kind.rpb,
+        *["masks"] * kind.masked,
+    ]
+
+
+def work(backend: str, jobs: Any, results: Any) -> None:
+    """Run jobs, ``(kind, seed, seed of problems that are alike)``, and send ``(kind, seed, errors
+    or message)``."""
     global BACKEND
     BACKEND = backend
     torch.set_num_threads(1)
@@ -357,13 +404,24 @@ def work(backend: str, jobs: list[tuple[Kind, int]], results: Any) -> None:
         triton.set_allocator(
             lambda size, align, _: torch.empty(size, dtype=torch.int8, device="cuda")
         )
-    for kind, seed in jobs:
+    for kind, seed, alike in iter(jobs.get, None):
         torch.manual_seed(seed)
         try:
-            results.put((kind, seed, check(kind, random.Random(seed))))
+            results.put((kind, seed, check(kind, *map(random.Random, (seed, alike)))))
         except Exception as error:
             results.put((kind, seed, f"{type(error).__name__}: {str(error)[:300]}"))
-    results.put(None)
+            if has_no_gpu():
+                break
+
+
+def has_no_gpu() -> bool:
+    """Whether this process has lost its GPU, as it does for good where a kernel fails."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def main() -> None:
@@ -371,7 +429,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problems", type=int, default=1000)
     parser.add_argument("--backend", default="triton", choices=("triton", "hopper"))
-    parser.add_argument("--processes", type=int, default=12)
+    parser.add_argument("--processes", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=600, help="stop after so many")
     parser.add_argument("--masked", action="store_true", help="only problems with masks of keys")
@@ -379,29 +437,31 @@ def main() -> None:
     start, pool = time.time(), kinds(args.backend)
     if args.masked:
         pool = [kind for kind in pool if kind.masked]
-    jobs = [(pool[i % len(pool)], args.seed + i) for i in range(args.problems)]
     context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    # Each kind belongs to one process, so that its kernels compile once.
-    shares: list[list[tuple[Kind, int]]] = [[] for _ in range(args.processes)]
-    for kind, seed in jobs:
-        shares[pool.index(kind) % args.processes].append((kind, seed))
-    workers = [context.Process(target=work, args=(args.backend, s, results)) for s in shares if s]
-    for worker in workers:
-        worker.start()
-    done, failures, running = Counter(), 0, len(workers)
+    jobs, results = context.Queue(), context.Queue()
+    # Jobs that run at once are of different kinds, so that no two processes compile the same
+    # kernels; later jobs find these on disk.
+    for seed in range(args.seed, args.seed + args.problems):
+        round_, number = divmod(seed, len(pool))
+        jobs.put((pool[number], seed, f"{number} {round_ // 2}"))
+    workers = []
+    for _ in range(args.processes):
+        jobs.put(None)
+        workers.append(context.Process(target=work, args=(args.backend, jobs, results)))
+        workers[-1].start()
+    total = failures = 0
+    done: Counter[str] = Counter()
     worst: dict[tuple[str, str], float] = {}
-    while running and time.time() - start < args.seconds:
+    while total < args.problems and time.time() - start < args.seconds:
         try:
-            got = results.get(timeout=5)
+            kind, seed, errors = results.get(timeout=5)
         except queue.Empty:
-            print(f"{done.total()} of {len(jobs)}, {time.time() - start:.0f} s", flush=True)
+            print(f"{total} of {args.problems}, {time.time() - start:.0f} s", flush=True)
+            if not any(worker.is_alive() for worker in workers):
+                break
             continue
-        if got is None:
-            running -= 1
-            continue
-        kind, seed, errors = got
-        done[kind.operation] += 1
+        total += 1
+        done.update(traits(kind))
         if isinstance(errors, str):
             failures += 1
             print("ERROR", seed, kind, errors, flush=True)
@@ -417,9 +477,9 @@ def main() -> None:
         worker.terminate()
     table = "  ".join(f"{dtype} {name} {e:.1e}" for (dtype, name), e in sorted(worst.items()))
     print(table)
-    total = done.total()
     print(f"{args.backend}: {total} problems {dict(done)}, {failures} failures", end=", ")
     print(f"{time.time() - start:.0f} s")
+    jobs.cancel_join_thread()  # jobs that nobody takes are not waited for
     raise SystemExit(failures > 0 or total < args.problems)
 
 
