@@ -248,3 +248,21 @@ def test_long_tiles_of_a_row_have_programs_of_their_own() -> None:
     tiles = hopper.choose("dkdv", rule, shape, shape, 128, 128)
     blocks = cuts.cuts(True, rule, shape, shape).blocks_of_tiles(tiles)
     assert programs.programs_of(blocks, (3000.0, 3000.0), 1, 1, 132, 1) is None
+
+
+def test_tiles_of_a_part_lie_within_strides() -> None:
+    """A part may begin amid a stride: tiles that are short along it compute fewer pairs then."""
+    shape, key_shape = (15, 48, 80), (30, 48, 80)
+    sizes = (18, 24, 24), (16, 8, 8)
+    pairs = []
+    for offset in (0, 5, 15):
+        rule = Neighborhood.create(3, *sizes, query_offset=(offset, 0, 0))
+        chosen = hopper.choose("forward", rule, shape, key_shape, 128, 128)
+        assert chosen.q_block == (1, 8, 8)
+        other = chosen._replace(q_block=(4, 4, 4))  # as cheap by estimate
+        pairs += [
+            hopper.computed_pairs("forward", rule, shape, key_shape, tiles)
+            for tiles in (chosen, other)
+        ]
+    assert all(ours <= theirs for ours, theirs in zip(pairs[::2], pairs[1::2]))
+    assert sum(pairs[::2]) < 0.95 * sum(pairs[1::2])

@@ -583,6 +583,18 @@ class _Search:
                 [shape for shape in shapes if shape[2] >= PIECE_ROWS]
                 for shapes in _tiles_and_blocks(lengths, self.ways.work, kv_lengths)
             )
+        if kv_lengths is not None and not self.of_keys and isinstance(rule, Neighborhood):
+            # The part begins where a stride does, and many that it stands for do not.
+            self.tiles.sort(key=self._strides_within)
+
+    def _strides_within(self, tile: Shape) -> float:
+        """Where a part may begin anywhere, how often a tile of queries lies across the ends of
+        strides, whose windows differ; of equally cheap tiles, those are better that do so less."""
+        rule, missing = self.rule, self.cuts.missing
+        assert isinstance(rule, Neighborhood)
+        sizes = self.cuts.q_lengths, self.cuts.kv_lengths
+        axes = zip(tile[missing:], *sizes, rule.stride, rule.queries_per_key)
+        return sum((size - 1) / (s * r) for size, n, m, s, r in axes if s > 1 and n < m * r)
 
     def every(self) -> list[Tiles]:
         """All tiles that fit, cheapest first."""
