@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -65,7 +66,8 @@ def test_blocks_of_a_window():
     windows = small.windows_of(NAT)
     assert (tiles.blocks(windows), tiles.halo(windows)) == ((1, 1, 1), (1, 14, 16))
     assert tiles.program() == (1, 8, 8)
-    assert small.shared_bytes(14 * 16, 32) == 2 * 256 * 32 * 2
+    assert small.shared_bytes(14 * 16, 32, 2) == 2 * 256 * 32 * 2
+    assert small.shared_bytes(14 * 16, 32, 4) == 2 * 224 * 32 * 4
 
 
 SIZES = (56, 56), (56, 56), 32, 32, 2, False, 0.2
@@ -101,7 +103,7 @@ def test_choice_by_gpu(monkeypatch, capability):
     if found is not None:
         halo = found[1].halo(small.windows_of(NAT))
         keys = halo[0] * halo[1] * halo[2]
-        assert 2 * small.shared_bytes(keys, 32) < tiling.SHARED_MEMORY[capability]
+        assert 2 * small.shared_bytes(keys, 32, 2) < tiling.SHARED_MEMORY[capability]
 
 
 def test_room():
@@ -123,7 +125,7 @@ def plan(query: torch.Tensor, key: torch.Tensor, rule: Neighborhood = NAT, **opt
     )
 
 
-def test_plan():
+def test_plan(monkeypatch):
     """A plan has the kernel only of what it computes."""
     query = torch.empty(2, 56, 56, 4, 32, dtype=torch.bfloat16, device="meta")
     launch = plan(query, query).small
@@ -140,11 +142,14 @@ def test_plan():
     dilated = Neighborhood.create(2, 7, dilation=(2, 3))
     launch = plan(query, query, dilated).small
     assert launch.grid[1] == 6 and launch.arguments["DILATED"]
+    assert plan(query.float(), query.float()).small is None
+    monkeypatch.setattr(tiling, "allows_tf32", lambda: True)
+    found = plan(query.float()[..., :1, :], query.float()).small
+    assert math.prod(found.arguments["KV_BLOCK"]) <= 64 and found.arguments["CHUNK"] == 32
     for without in (
         plan(query, query, key_mask=far_apart),
         plan(query, query, additional=query.new_empty(2, 3, 4, 32)),
         plan(query, query, tiles=(8, 8, 4, 16)),
-        plan(query.float(), query.float()),
         plan(query, query.new_empty(2, 56, 56, 4, 36)[..., :32]),
     ):
         assert without.small is None
@@ -231,15 +236,18 @@ MASKED = ("bias", "dilated", "strided", "ring", "video", "row", "dilated part")
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ON_GPU)
-def test_on_gpu(monkeypatch, name):
-    """Output and LSE against float64, of two query heads a key head; bfloat16 rounds to 2**-9. What
-    is masked is NaN, and a mask of ones changes no bit."""
+def test_on_gpu(monkeypatch, name, dtype):
+    """Output and LSE against float64, of two query heads a key head. bfloat16 rounds to 2**-9. TF32
+    cuts off what is below 2**-10, so that errors of a sum do not cancel. What is masked is NaN, and
+    a mask of ones changes no bit."""
     shape, dim, with_bias, options = ON_GPU[name]
     rule = Neighborhood.create(len(shape), **options)
     monkeypatch.setattr(tiling, "forward_cycles", lambda *_: float("inf"))
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     torch.manual_seed(0)
-    new = {"dtype": torch.bfloat16, "device": "cuda"}
+    new = {"dtype": dtype, "device": "cuda"}
     queries = shape if rule.query_offset is None else PART
     query = torch.randn(2, *queries, 4, dim, **new)
     key, value = (torch.randn(2, *shape, 2, dim, **new) for _ in range(2))
@@ -273,7 +281,7 @@ def test_on_gpu(monkeypatch, name):
         *exact[:3], rpb=exact[3], key_mask=mask, return_lse=True, backend="reference", **options
     )
     for a, b in zip(expected, run(mask)):
-        assert_close(name, a, b, 1e-2)
+        assert_close(name, a, b, 1e-2 if dtype == torch.bfloat16 else 4e-3)
 
 
 @pytest.mark.gpu
@@ -294,6 +302,26 @@ def test_tensors_that_16_bytes_do_not_divide(monkeypatch):
     moved = torch.cat([query.new_zeros(1), query.flatten()])[1:].view(query.shape)
     expected, actual = (na2d(x, x, x, 7, backend="triton") for x in (query, moved))
     assert_close("output", expected, actual, 1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim, window, with_bias", [(32, 7, True), (64, 13, False)])
+def test_gradients_rounded_to_tf32(monkeypatch, dim, window, with_bias):
+    """Output and gradients against float64. TF32 cuts off what is below 2**-10 of a number; a
+    gradient is of four products in a row."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    torch.manual_seed(0)
+    leaves = [torch.randn(2, 29, 37, 2, dim, device="cuda") for _ in range(3)]
+    if with_bias:
+        leaves.append(torch.randn(2, 2 * window - 1, 2 * window - 1, device="cuda"))
+    grad = torch.randn_like(leaves[0])
+    found = []
+    for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
+        given = [x.to(dtype).requires_grad_() for x in leaves]
+        out = na2d(*given[:3], window, rpb=given[3] if with_bias else None, backend=backend)
+        found.append((out, *torch.autograd.grad(out, given, grad.to(dtype))))
+    for a, b in zip(*found):
+        assert_close("output or gradient", a, b, 6e-3)
 
 
 @pytest.mark.gpu

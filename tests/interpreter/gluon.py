@@ -104,7 +104,10 @@ experimental.gluon = _module(
 )
 _module(".language")
 _module(".language.nvidia")
-_module(".language.nvidia.ampere", async_copy=None, mma_v2=_product)
+_module(
+    ".language.nvidia.ampere", async_copy=None,
+    mma_v2=lambda a, b, acc, input_precision: _product(a, b, acc),
+)  # fmt: skip
 
 
 def masked_factor(key_mask, allowed):

@@ -3,11 +3,12 @@
 The fewer queries a tile has, the fewer pairs it computes in vain: with windows of 7x7 a tile of 64
 queries computes 4.9 times what is needed, one of 16 queries 2.6 times. A product has no fewer rows
 than 16, which is what one warp multiplies (mma.sync). So each warp has a tile of its own, which no
-other warp waits for.
+other warp waits for. Numbers have two bytes, or four that products may round to TF32.
 
 The tiles of a program lie beside one another. What they reach, the halo, is copied to shared memory
 once, keys and values. There each warp's blocks begin somewhere else, which Gluon has no words for:
-it loads tensors, not what lies at addresses. So matrices are loaded by PTX (``ldmatrix``).
+it loads tensors, not what lies at addresses. So matrices are loaded by PTX (``ldmatrix``), and
+values of four bytes, which it does not transpose, one by one.
 """
 
 # Gluon reads annotations as objects: no ``from __future__``.
@@ -84,47 +85,53 @@ def _layout(warps, shape, registers, lanes):
 
 
 @gluon.constexpr_function
-def query_layout(warps, channels):
-    """Of ``[W, 16, channels]`` in memory, two channels at a time, as products have them."""
-    registers = [[0, 1], [8, 0], *([0, bit] for bit in _bits(channels, 8))]
+def row_layout(warps, channels, n):
+    """Of ``[W, 16, channels]`` in memory, ``n`` channels at a time: as products have a left operand
+    of which ``n`` are four bytes, and sums, of which they have two."""
+    registers = [[0, bit] for bit in _bits(n)] + [[8, 0]]
+    registers += [[0, bit] for bit in _bits(channels, 4 * n)]
     return _layout(
-        warps, [16, channels], registers, [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+        warps, [16, channels], registers, [[0, n], [0, 2 * n], [1, 0], [2, 0], [4, 0]]
     )  # fmt: skip
 
 
 @gluon.constexpr_function
-def key_layout(warps, rows, channels):
-    """Of keys ``[W, rows, channels]`` as ``ldmatrix`` loads them: four matrices have 32 channels of
-    8 keys, or 16 of 16."""
-    registers = [[0, 1], [0, 8], *([0, bit] for bit in _bits(channels, 16))]
+def key_layout(warps, rows, channels, size):
+    """Of keys ``[W, rows, channels]`` as ``ldmatrix`` loads them: four matrices have 64 bytes of 8
+    keys, or 32 of 16; ``size``: of a number, in bytes."""
+    n = 4 // size
+    registers = [[0, bit] for bit in (*_bits(n), 4 * n, *_bits(channels, 8 * n))]
     registers += [[bit, 0] for bit in _bits(rows, 8)]
     return _layout(
-        warps, [rows, channels], registers, [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+        warps, [rows, channels], registers, [[0, n], [0, 2 * n], [1, 0], [2, 0], [4, 0]]
     )  # fmt: skip
 
 
 @gluon.constexpr_function
-def value_layout(warps, rows, channels):
+def value_layout(warps, rows, channels, size):
     """Of values ``[W, rows, channels]`` as ``ldmatrix`` loads them, transposed: four matrices have
-    16 keys and 16 channels."""
-    registers = [[1, 0], [8, 0], *([0, bit] for bit in _bits(channels, 8))]
-    registers += [[bit, 0] for bit in _bits(rows, 16)]
+    16 keys and 16 channels. Of values of four bytes, products have 8 keys."""
+    keys = 16 * 2 // size
+    registers = [[bit, 0] for bit in (1, *_bits(keys, 8))]
+    registers += [[0, bit] for bit in _bits(channels, 8)]
+    registers += [[bit, 0] for bit in _bits(rows, keys)]
     return _layout(
         warps, [rows, channels], registers, [[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]]
     )  # fmt: skip
 
 
 @gluon.constexpr_function
-def phases(channels):
+def phases(row_bytes):
     """Rows that lie in all banks of shared memory, and in how many ways their pieces of 16 bytes
     take turns, so that those of eight rows are in different banks."""
-    return max(1, 64 // channels), min(8, channels // 8)
+    return max(1, 128 // row_bytes), min(8, row_bytes // 16)
 
 
 @gluon.constexpr_function
-def copy_layout(warps, channels):
+def copy_layout(warps, channels, size):
     """Of ``[rows, channels]`` on their way to shared memory: 16 bytes a thread."""
-    return gl.BlockedLayout([1, 8], [256 // channels, channels // 8], [warps, 1], [1, 0])
+    pieces = channels * size // 16
+    return gl.BlockedLayout([1, 16 // size], [32 // pieces, pieces], [warps, 1], [1, 0])
 
 
 @gluon.constexpr_function
@@ -144,36 +151,45 @@ def _row(c, HALO: gl.constexpr):
 
 @gluon.jit
 def _address(
-    at, piece, far, far_piece, CHANNELS: gl.constexpr, KV_BLOCK: gl.constexpr, HALO: gl.constexpr
+    at, piece, far, far_piece, ROW: gl.constexpr, KV_BLOCK: gl.constexpr, HALO: gl.constexpr
 ):  # fmt: skip
-    """Bytes from the first row to 16 of them, a piece, of a block's key ``at + far``.
+    """Bytes from the first row to 16 of them, a piece, of a block's key ``at + far``; ``ROW``: the
+    bytes of a row.
 
     The halo and blocks have rows of 8 keys or a multiple. So ``far``, multiples of 8, does not
     change how pieces take turns, and of all addresses a thread computes a few; the others are
     constants added.
     """
-    PHASES: gl.constexpr = phases(CHANNELS)
+    PHASES: gl.constexpr = phases(ROW)
     row = _row(at, HALO)
     turned = (piece ^ (row // PHASES[0] % PHASES[1])) * 16 ^ far_piece * 16
-    return (row + _row(coordinates(far, KV_BLOCK), HALO)) * (2 * CHANNELS) + turned
+    return (row + _row(coordinates(far, KV_BLOCK), HALO)) * ROW + turned
 
 
-_LDMATRIX = """{
+_LOAD = """{
     .reg .u32 at;
     mov.u32 at, global_smem;
-    add.u32 at, at, $4;
-    ldmatrix.sync.aligned.m8n8.x4.%sshared.b16 {$0, $1, $2, $3}, [at];
+    add.u32 at, at, %s;
+    %s, [at];
 }"""
-LOAD, LOAD_TRANSPOSED = gl.constexpr(_LDMATRIX % ""), gl.constexpr(_LDMATRIX % "trans.")
+_MATRICES = "ldmatrix.sync.aligned.m8n8.x4%s.shared.b16 {$0, $1, $2, $3}"
+MATRICES = gl.constexpr(_LOAD % ("$4", _MATRICES % ""))
+MATRICES_TRANSPOSED = gl.constexpr(_LOAD % ("$4", _MATRICES % ".trans"))
+ONE = gl.constexpr(_LOAD % ("$1", "ld.shared.b32 $0"))
 
 
 @gluon.jit
 def _load_matrices(at, tensor, LOAD: gl.constexpr):
-    """Four matrices of 8x8 numbers for every 8 registers, of which lane ``8 j + i`` has ``at``, the
-    address of row ``i`` of matrix ``j``. The program has no other shared memory."""
-    return gl.inline_asm_elementwise(
-        LOAD, "=r,=r,=r,=r,r,r,r,r,r,r,r,r", [at], tensor.dtype.element_ty, False, 8
-    )
+    """Four matrices of 8 rows of 16 bytes for every four registers, of which lane ``8 j + i`` has
+    ``at``, the address of row ``i`` of matrix ``j``. The program has no other shared memory."""
+    if tensor.dtype.element_ty.primitive_bitwidth == 32:
+        x = gl.inline_asm_elementwise(LOAD, "=r,=r,=r,=r,r,r,r,r", [at], gl.int32, False, 4)
+        x = x.to(tensor.dtype.element_ty, bitcast=True)
+    else:
+        x = gl.inline_asm_elementwise(
+            LOAD, "=r,=r,=r,=r,r,r,r,r,r,r,r,r", [at], tensor.dtype.element_ty, False, 8
+        )
+    return x
 
 
 @gluon.jit
@@ -183,17 +199,19 @@ def _load_keys(
     """A block of keys of each warp, ``[W, D, N]``; ``first``: where it begins in the halo, per axis
     ``[W]``."""
     N: gl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
-    LAYOUT: gl.constexpr = key_layout(W, N, D)
+    SIZE: gl.constexpr = key.dtype.element_ty.primitive_bitwidth // 8
+    LAYOUT: gl.constexpr = key_layout(W, N, D, SIZE)
     n = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
     d = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-    lane = n % 8 * 4 + d % 8 // 2
-    if D == 16:
+    byte = d * SIZE
+    lane = n % 8 * 4 + byte % 16 // 4
+    if D * SIZE == 32:
         near, far, piece, far_piece = lane // 16 * 8 + lane % 8, n // 16 * 16, lane // 8 % 2, d * 0
     else:
-        near, far, piece, far_piece = lane % 8, n // 8 * 8, lane // 8, d // 32 * 4
+        near, far, piece, far_piece = lane % 8, n // 8 * 8, lane // 8, byte // 64 * 4
     at = plus(_expanded(_expanded(first, 1), 2), coordinates(near, KV_BLOCK))
-    k = _load_matrices(_address(at, piece, far, far_piece, D, KV_BLOCK, HALO), key, LOAD)
-    return gl.permute(k, (0, 2, 1))
+    at = _address(at, piece, far, far_piece, D * SIZE, KV_BLOCK, HALO)
+    return gl.permute(_load_matrices(at, key, MATRICES), (0, 2, 1))
 
 
 @gluon.jit
@@ -203,25 +221,52 @@ def _load_values(
 ):  # fmt: skip
     """As :func:`_load_keys`, values ``[W, N, DV]``, which begin ``START`` bytes later."""
     N: gl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
-    LAYOUT: gl.constexpr = value_layout(W, N, DV)
+    SIZE: gl.constexpr = value.dtype.element_ty.primitive_bitwidth // 8
+    LAYOUT: gl.constexpr = value_layout(W, N, DV, SIZE)
     n = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
     d = gl.arange(0, DV, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-    lane = d % 8 * 4 + n % 8 // 2
-    at = plus(_expanded(_expanded(first, 1), 2), coordinates(lane % 16, KV_BLOCK))
-    at = _address(at, lane // 16, n // 16 * 16, d // 16 * 2, DV, KV_BLOCK, HALO)
-    return _load_matrices(START + at, value, LOAD_TRANSPOSED)
+    if SIZE == 4:
+        at = plus(_expanded(_expanded(first, 1), 2), coordinates(n % 8, KV_BLOCK))
+        at = _address(at, d // 4, n // 8 * 8, d * 0, DV * SIZE, KV_BLOCK, HALO) + d % 4 * 4
+        v = gl.inline_asm_elementwise(ONE, "=r,r", [START + at], gl.int32, False, 1)
+        v = v.to(value.dtype.element_ty, bitcast=True)
+    else:
+        lane = d % 8 * 4 + n % 8 // 2
+        at = plus(_expanded(_expanded(first, 1), 2), coordinates(lane % 16, KV_BLOCK))
+        at = _address(at, lane // 16, n // 16 * 16, d // 16 * 2, DV * SIZE, KV_BLOCK, HALO)
+        v = _load_matrices(START + at, value, MATRICES_TRANSPOSED)
+    return v
+
+
+@gluon.jit
+def _keys_of_products(x, AXIS: gl.constexpr):
+    """Numbers of four bytes, of three axes, in another order of keys, along axis 1 or 2: of 8 in
+    order, those at even places before the others.
+
+    The product that gives the scores leaves to a thread those of two neighboring keys. The next one
+    wants of it two that are four apart; which ones does not matter if values are in the same order.
+    So no number goes from thread to thread.
+    """
+    SHAPE: gl.constexpr = x.shape
+    if AXIS == 1:
+        x = gl.reshape(x, [SHAPE[0], SHAPE[1] // 8, 4, 2, SHAPE[2]])
+        x = gl.permute(x, (0, 1, 3, 2, 4))
+    else:
+        x = gl.reshape(x, [SHAPE[0], SHAPE[1], SHAPE[2] // 8, 4, 2])
+        x = gl.permute(x, (0, 1, 2, 4, 3))
+    return gl.reshape(x, SHAPE)
 
 
 @gluon.jit
 def _copy(
-    tensor, start, tokens, origin, strides, stage, allowed, CHANNELS: gl.constexpr,
-    ALIGN: gl.constexpr, LAYOUT: gl.constexpr,
+    tensor, start, tokens, origin, strides, stage, allowed, D: gl.constexpr, ALIGN: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Start to copy rows of tokens, ``[rows]`` per axis, to shared memory. Rows that are not
-    ``allowed``, unless that is None, are zeros there."""
+    """Start to copy rows of tokens, ``[rows]`` per axis, to shared memory; ``ALIGN``: bytes. Rows
+    that are not ``allowed``, unless that is None, are zeros there."""
     at = tensor + start + _offset(tokens, origin, strides)[:, None]
-    at += gl.arange(0, CHANNELS, gl.SliceLayout(0, LAYOUT))[None, :]
-    at = gl.multiple_of(at, [2 * ALIGN, 2 * ALIGN])
+    at += gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
+    at = gl.multiple_of(at, [ALIGN, ALIGN])
     if allowed is None:
         load_async(stage, at)
     else:
@@ -394,14 +439,17 @@ def small_forward_kernel(
     """
     W: gl.constexpr = WARPS[0] * WARPS[1] * WARPS[2]
     PRODUCT: gl.constexpr = product_layout(W)
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
-    RIGHT: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 2)
+    SIZE: gl.constexpr = query.dtype.element_ty.primitive_bitwidth // 8
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 4 // SIZE)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 4 // SIZE)
     M_ROWS: gl.constexpr = gl.SliceLayout(2, PRODUCT)  # [W, 16]
     N_ROWS: gl.constexpr = gl.SliceLayout(1, PRODUCT)  # [W, N]
     N: gl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
-    QUERY: gl.constexpr = query_layout(W, D)
-    COPY: gl.constexpr = copy_layout(W, D)
-    PHASES: gl.constexpr = phases(D)
+    QUERY: gl.constexpr = row_layout(W, D, 4 // SIZE)
+    OUT: gl.constexpr = row_layout(W, D, 2)
+    COPY: gl.constexpr = copy_layout(W, D, SIZE)
+    PHASES: gl.constexpr = phases(D * SIZE)
+    BYTES: gl.constexpr = ALIGN * SIZE
     CHUNKS: gl.constexpr = (HALO[0] * HALO[1] * HALO[2] + CHUNK - 1) // CHUNK
 
     kernel_size, stride = (K0, K1, K2), (S0, S1, S2)
@@ -434,7 +482,7 @@ def small_forward_kernel(
     v_start = token_offset(batch * v_b + kv_head * v_h, origin, v_strides, 1)
     stages = gl.allocate_shared_memory(
         key.dtype.element_ty, [2 * CHUNKS, CHUNK, D],
-        gl.SwizzledSharedLayout(8, PHASES[0], PHASES[1], [1, 0]),
+        gl.SwizzledSharedLayout(16 // SIZE, PHASES[0], PHASES[1], [1, 0]),
     )  # fmt: skip
     m_strides, allowed = (m_0, m_1, m_2), None
     m_start = token_offset(batch * m_b, origin, m_strides, 1)
@@ -446,8 +494,8 @@ def small_forward_kernel(
         if HAS_KEY_MASK:
             allowed = _allowed(mask, position, MODES)
         k_stage, v_stage = stages.index(chunk), stages.index(CHUNKS + chunk)
-        _copy(key, k_start, x, origin, k_strides, k_stage, allowed, D, ALIGN, COPY)
-        _copy(value, v_start, x, origin, v_strides, v_stage, allowed, D, ALIGN, COPY)
+        _copy(key, k_start, x, origin, k_strides, k_stage, allowed, D, BYTES, COPY)
+        _copy(value, v_start, x, origin, v_strides, v_stage, allowed, D, BYTES, COPY)
     async_copy.commit_group()
 
     i = _queries(begin, WARPS, Q_BLOCK, gl.SliceLayout(2, QUERY))
@@ -456,14 +504,14 @@ def small_forward_kernel(
     origin = key_tokens(begin, group, dilation, n, MODES)
     at = query + token_offset(batch * q_b + head * q_h, minus(origin, offset), q_strides, 1)
     at += gl.expand_dims(_offset(x, origin, q_strides), 2) + d
-    q = gl.load(gl.multiple_of(at, [2 * ALIGN, 2 * ALIGN, 2 * ALIGN]))
+    q = gl.load(gl.multiple_of(at, [BYTES, BYTES, BYTES]))
     q = gl.convert_layout(q, LEFT)  # [W, 16, D]
 
     i = minimum(_queries(begin, WARPS, Q_BLOCK, M_ROWS), last)  # [W, 16] per axis
     starts, ends = _windows(i, n, kernel_size, stride, MODES)
     # Where each warp's keys begin, per axis [W]; of those in shared memory, in the halo.
-    OF_KEYS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, key_layout(W, N, D)))
-    OF_VALUES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, value_layout(W, N, D)))
+    OF_KEYS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, key_layout(W, N, D, SIZE)))
+    OF_VALUES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, value_layout(W, N, D, SIZE)))
     OF_SCORES: gl.constexpr = gl.SliceLayout(1, N_ROWS)
     k_low = _lows(begin, last, n, kernel_size, stride, MODES, WARPS, Q_BLOCK, OF_KEYS)
     v_low = _lows(begin, last, n, kernel_size, stride, MODES, WARPS, Q_BLOCK, OF_VALUES)
@@ -495,7 +543,7 @@ def small_forward_kernel(
         if HAS_KEY_MASK:
             of_block = _allowed_keys(mask, plus(m_low, first), MODES, KV_BLOCK, N_ROWS)  # [W, N]
             s = gl.where(gl.expand_dims(of_block, 1), s, MASKED)
-        s = mma_v2(q, k, s)
+        s = mma_v2(q, k, s, "tf32")
 
         new_max = gl.max(s, 2) * scale_log2  # [W, 16]
         if HAS_RPB:  # as on Hopper: above all scores, whose rounding errors may be large
@@ -507,11 +555,14 @@ def small_forward_kernel(
         row_max = new_max
 
         v = _load_values(
-            value, plus(v_low, first), 2 * CHUNKS * CHUNK * D, W, D, KV_BLOCK, HALO
+            value, plus(v_low, first), CHUNKS * CHUNK * D * SIZE, W, D, KV_BLOCK, HALO
         )  # fmt: skip
+        p = p.to(value.dtype.element_ty)
+        if SIZE == 4:
+            v, p = _keys_of_products(v, 1), _keys_of_products(p, 2)
         v = gl.convert_layout(v, RIGHT)  # [W, N, D]
-        p = gl.convert_layout(p.to(value.dtype.element_ty), LEFT)
-        acc = mma_v2(p, v, acc * gl.expand_dims(rescale, 2))  # [W, 16, D]
+        p = gl.convert_layout(p, LEFT)
+        acc = mma_v2(p, v, acc * gl.expand_dims(rescale, 2), "tf32")  # [W, 16, D]
 
     found = row_max > 0.5 * MASKED * scale_log2  # a bias of -inf may leave nothing to attend
     real = before(_queries(begin, WARPS, Q_BLOCK, M_ROWS), end)
@@ -523,8 +574,9 @@ def small_forward_kernel(
 
     inverse = gl.where(found, 1.0 / row_sum, 0.0)
     o = (acc * gl.expand_dims(inverse, 2)).to(out.dtype.element_ty)  # O = acc / row_sum
-    i = _queries(begin, WARPS, Q_BLOCK, gl.SliceLayout(2, QUERY))
+    i = _queries(begin, WARPS, Q_BLOCK, gl.SliceLayout(2, OUT))
     x = minus(key_tokens(i, group, dilation, n, MODES), offset)
-    at = out + gl.expand_dims(row_number(first_row, x, shape, heads, head) * D, 2) + d
+    at = out + gl.expand_dims(row_number(first_row, x, shape, heads, head) * D, 2)
+    at += gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, OUT)))[None, None, :]
     at = gl.multiple_of(at, [2 * ROWS, 2 * ROWS, 2 * ROWS])
-    gl.store(at, gl.convert_layout(o, QUERY), mask=gl.expand_dims(before(i, end), 2))
+    gl.store(at, gl.convert_layout(o, OUT), mask=gl.expand_dims(before(i, end), 2))

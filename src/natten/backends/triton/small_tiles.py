@@ -26,6 +26,8 @@ CHANNELS = (16, 32, 64)
 _QUERIES = 16  # of a warp
 _WARPS = (4, 8)  # of a program
 _COLUMNS = (32, 64, 128)  # keys of a step
+# Of float32 at most: for more, registers have no room beside channels of queries and sums.
+_COLUMNS_OF_FLOAT32 = {16: 64, 32: 64, 64: 32}
 REGISTERS = 128  # of a thread at most, so that 16 warps run at once
 _WARPS_AT_ONCE = 65536 // (32 * REGISTERS)
 MOST_HEADS = 2**16  # of all batch entries, along an axis of the grid; one less at most
@@ -71,15 +73,16 @@ def _apart(stride: int, positions: int) -> int:
     return -(-positions // stride) * stride
 
 
-def rows_of_copy(keys: int) -> int:
-    """Rows of the halo that are copied at once."""
-    return min(128, 1 << (keys - 1).bit_length())
+def rows_of_copy(keys: int, itemsize: int) -> int:
+    """Rows of the halo that are copied at once. There is room for whole numbers of these, so where
+    numbers have four bytes, they are fewer."""
+    return min(128 if itemsize == 2 else 32, 1 << (keys - 1).bit_length())
 
 
-def shared_bytes(keys: int, dim: int) -> int:
+def shared_bytes(keys: int, dim: int, itemsize: int) -> int:
     """Shared memory of a program."""
-    rows = rows_of_copy(keys)
-    return 2 * 2 * dim * rows * -(-keys // rows)
+    rows = rows_of_copy(keys, itemsize)
+    return 2 * dim * itemsize * rows * -(-keys // rows)
 
 
 def choose(
@@ -92,16 +95,18 @@ def choose(
     That is where this one can not, where it takes longer by estimate, and where the other one's
     tiles are to be measured, or were.
     """
-    if itemsize != 2 or dim != value_dim or dim not in CHANNELS or not 1e-20 < scale < 1e6:
+    gpu, sizes = tiling.gpu(), (shape, key_shape, dim, value_dim, itemsize, bias)
+    if itemsize > 2 and not gpu.tf32:
+        return None
+    if dim != value_dim or dim not in CHANNELS or not 1e-20 < scale < 1e6:
         return None
     if not isinstance(rule, Neighborhood) or max(rule.queries_per_key) > 1 or not _runs_here():
         return None
     if rule.query_offset is not None:  # so that parts of about one size have the same tiles
         shape = tiling.part_size(tuple(shape))
-    gpu, sizes = tiling.gpu(), (shape, key_shape, dim, value_dim, itemsize, bias)
     if tuning.wanted(backward=False) > 1 or tuning.lookup(tiling.key("forward", rule, *sizes)):
         return None
-    found = cheapest(rule, shape, dim, gpu.shared)
+    found = cheapest(rule, shape, dim, itemsize, gpu.shared)
     if found is None or found[0] >= tiling.forward_cycles(rule, *sizes):
         return None
     return found
@@ -120,7 +125,7 @@ def _runs_here() -> bool:
 
 @lru_cache(maxsize=1024)
 def cheapest(
-    rule: Neighborhood, shape: Shape, dim: int, shared: int
+    rule: Neighborhood, shape: Shape, dim: int, itemsize: int, shared: int
 ) -> tuple[float, SmallTiles] | None:
     """Cycles and tiles, the cheapest, and of equally cheap ones those with the smallest halo; None
     if no halo fits in shared memory, of which a program may have ``shared`` bytes."""
@@ -132,7 +137,7 @@ def cheapest(
             math.prod(tiles.halo(windows)),
             tiles,
         )
-        for program, (cycles, tiles) in _programs(windows, rule.rank, dim, shared).items()
+        for program, (cycles, tiles) in _programs(windows, rule.rank, dim, itemsize, shared).items()
     )
     found = min(costs, default=None)
     return None if found is None else (found[0], found[2])
@@ -140,12 +145,14 @@ def cheapest(
 
 @lru_cache(maxsize=64)
 def _programs(
-    windows: Windows, rank: int, dim: int, shared: int
+    windows: Windows, rank: int, dim: int, itemsize: int, shared: int
 ) -> dict[Shape, tuple[float, SmallTiles]]:
     """By the queries of a program, its cycles and tiles, the cheapest that fit."""
     found: dict[Shape, tuple[float, SmallTiles]] = {}
     for tiles in _every(rank):
-        cycles = _cycles(tiles, windows, dim, shared)
+        if itemsize > 2 and math.prod(tiles.kv_block) > _COLUMNS_OF_FLOAT32[dim]:
+            continue
+        cycles = _cycles(tiles, windows, dim, itemsize, shared)
         program = tiles.program()
         if cycles is not None and (program not in found or cycles < found[program][0]):
             found[program] = cycles, tiles
@@ -174,19 +181,25 @@ def _shapes(volume: int, rank: int) -> list[Shape]:
 # (benchmarks/results/hopper-log.md). They pass for all warps that run at once.
 _MORE_WARPS = 1.13  # times as many, where more warps than four wait for one another
 _WARP_CYCLES, _BLOCK_CYCLES, _KEY_CYCLES, _CHANNEL_CYCLES = 4550.0, 450.0, 10.0, 0.66
+_FLOAT32 = 1.6  # times as many, with numbers of four bytes
 
 
-def _cycles(tiles: SmallTiles, windows: Windows, dim: int, shared: int) -> float | None:
+def _cycles(
+    tiles: SmallTiles, windows: Windows, dim: int, itemsize: int, shared: int
+) -> float | None:
     """Cycles of a multiprocessor that a program costs; None if two do not fit at once."""
     halo = math.prod(tiles.halo(windows))
-    if 2 * 2 * dim * halo > shared:  # windows may be huge
+    if 2 * dim * itemsize * halo > shared:  # windows may be huge
         return None
-    programs = (shared + _SHARED_OF_PROGRAM) // (shared_bytes(halo, dim) + _SHARED_OF_PROGRAM)
+    needed = shared_bytes(halo, dim, itemsize)
+    programs = (shared + _SHARED_OF_PROGRAM) // (needed + _SHARED_OF_PROGRAM)
     warps = math.prod(tiles.warps)
     programs = min(programs, _WARPS_AT_ONCE // warps)
     blocks, keys = math.prod(tiles.blocks(windows)), math.prod(tiles.kv_block)
     each = _WARP_CYCLES + blocks * (_BLOCK_CYCLES + keys * (_KEY_CYCLES + _CHANNEL_CYCLES * dim))
     waiting = 1.0 if warps == min(_WARPS) else _MORE_WARPS
+    if itemsize > 2:
+        waiting *= _FLOAT32
     return waiting * each / programs if programs > 1 else None
 
 

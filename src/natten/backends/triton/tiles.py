@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import tuning
+from ..._torch import allows_tf32
 from ...documents import roomy
 from ...neighborhood import Dense, Neighborhood, Rule, queries_before
 from ...tiling import group_kinds, padded, reach
@@ -46,11 +47,13 @@ class Gpu(NamedTuple):
         capability: NVIDIA's, as 90 for 9.0; 0 for AMD's.
         shared: bytes of shared memory that a program may have.
         multiprocessors: how many there are; by default an H100's.
+        tf32: whether its products of float32 may be rounded to TF32.
     """
 
     capability: int
     shared: int
     multiprocessors: int = 132
+    tf32: bool = False
 
 
 def gpu_of(capability: int) -> Gpu:
@@ -60,17 +63,20 @@ def gpu_of(capability: int) -> Gpu:
 
 def gpu() -> Gpu:
     """The current GPU; an H100 where there is none."""
-    return _gpu(torch.cuda.current_device()) if torch.cuda.is_available() else gpu_of(90)
+    index = torch.cuda.current_device() if torch.cuda.is_available() else None
+    return _gpu(index, allows_tf32())
 
 
 @lru_cache(maxsize=64)
-def _gpu(index: int) -> Gpu:
+def _gpu(index: int | None, tf32: bool) -> Gpu:
+    if index is None:
+        return gpu_of(90)._replace(tf32=tf32)
     from triton.runtime import driver  # only who has a GPU needs it
 
     shared = driver.active.utils.get_device_properties(index)["max_shared_mem"]
     major, minor = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(index)
     count = torch.cuda.get_device_properties(index).multi_processor_count
-    return Gpu(10 * major + minor, shared, count)
+    return Gpu(10 * major + minor, shared, count, tf32)
 
 
 def padded_channels(channels: int) -> int:
@@ -238,7 +244,8 @@ def key(
     """The name of a problem in :mod:`natten.tuning`."""
     rule, shape, key_shape = typical(rule, shape, key_shape)
     sizes = "-".join("x".join(map(str, each)) for each in (shape, key_shape))
-    return f"triton-{kind}-{sizes}-{rule}-{dim}-{value_dim}-{itemsize}{'-bias' * bias}"
+    others = "-bias" * bias + "-tf32" * (itemsize > 2 and gpu().tf32)
+    return f"triton-{kind}-{sizes}-{rule}-{dim}-{value_dim}-{itemsize}{others}"
 
 
 def choose(
