@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from natten import tuning
+from natten._torch import allows_tf32
 from natten.backends import Backend, Problem, named
 from natten.backends.hopper.tiles import DK, DKDV, DQ, DV
 from natten.backends.triton import tiles as tiling
@@ -54,6 +55,7 @@ class Variant(NamedTuple):
     masked: bool = False
     plain: bool = False  # attention of all keys, or causal; part: the queries' length
     packed: bool = False  # documents up to this layout
+    tf32: bool = False  # whether products of float32 may be rounded to TF32
 
 
 class Kernel(NamedTuple):
@@ -149,9 +151,20 @@ def launches(
     def keep(launch: Launch, **tensors: Any) -> None:
         found.append((launch, tensors))
 
-    with mock.patch.object(Launch, "run", keep):
+    with mock.patch.object(Launch, "run", keep), _rounding(variant.tf32):
         call(variant)
     return found
+
+
+@contextlib.contextmanager
+def _rounding(tf32: bool) -> Iterator[None]:
+    """Whether products of float32 may be rounded to TF32."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 class _Driver:
@@ -181,7 +194,7 @@ def _compiler(target: GPUTarget, shared: int) -> Iterator[None]:
     gpu = tiling.Gpu(target.arch if target.backend == "cuda" else 0, shared)
     try:
         with (
-            mock.patch.object(tiling, "gpu", lambda: gpu),
+            mock.patch.object(tiling, "gpu", lambda: gpu._replace(tf32=allows_tf32())),
             tempfile.TemporaryDirectory() as folder,
             knobs.cache.scope(),
             knobs.nvidia.scope(),

@@ -37,6 +37,8 @@ PORTABLE = [
     Variant("NAT", (56, 56), 7, 32),
     Variant("NAT fp16 bias", (56, 56), 7, 32, dtype=FP16, bias=True),
     Variant("NAT fp32", (56, 56), 7, 32, dtype=torch.float32),
+    Variant("NAT TF32", (56, 56), 7, 32, dtype=torch.float32, tf32=True),
+    Variant("HDiT TF32", (64, 64), 13, 64, dtype=torch.float32, tf32=True),
     Variant("HDiT", (64, 64), 13, 64),
     Variant("FLUX", (256, 256), 80, 128),
     Variant("video", (16, 32, 32), (7, 11, 11), 64),
@@ -107,7 +109,7 @@ TARGETS |= {"gfx942": SHARED_MEMORY[0], "90a": SHARED_MEMORY[90]}
 KNOWN: dict[tuple[str, str], dict[str, int]] = {
     # No GPU of these generations was there. As sm_80 code on an H200 other tiles are slower, but
     # for HDiT (3 % faster): h200.md.
-    ("80", "dkdv"): {"HDiT": 6, "FLUX": 2, "video": 15},
+    ("80", "dkdv"): {"HDiT": 6, "FLUX": 2, "video": 15, "HDiT TF32": 8},
     ("86", "dkdv"): {"HDiT": 4, "FLUX": 3, "video": 9},
     # The portable kernels where the Hopper kernels do not run: a few of 500 to 700 instructions
     # that mask a block. dP before the weights takes more of them, and less time; products that

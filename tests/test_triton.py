@@ -82,6 +82,28 @@ def test_gpus_have_tiles_of_their_own(monkeypatch):
     assert large != small
 
 
+def test_tiles_of_products_rounded_to_tf32(monkeypatch):
+    """Two warps have 32 rows, a warpgroup has 64 of dQ. Neither half precision nor wide heads have
+    other tiles than without, and tiles that were measured are of one kind of products."""
+    tiles = pytest.importorskip("natten.backends.triton.tiles")
+    rule, shape = Neighborhood.create(2, 13), (64, 64)
+
+    def chosen(dim, itemsize):
+        kinds = "forward", "dq", "dkdv"
+        return [tiles.choose(kind, rule, shape, shape, dim, dim, itemsize) for kind in kinds]
+
+    problem = "dq", rule, shape, shape, 64, 64
+    names = [tiles.key(*problem, n) for n in (4, 2)]
+    exact = [*map(chosen, (64, 128, 64), (4, 4, 2))]
+    monkeypatch.setattr(tiles, "allows_tf32", lambda: True)
+    rounded = [*map(chosen, (64, 128, 64), (4, 4, 2))]
+    assert rounded[1:] == exact[1:]
+    assert [each.num_warps for each in exact[0]] == [4, 4, 4]
+    assert [each.num_warps for each in rounded[0]] == [2, 4, 2]
+    assert [torch.Size(each.q_block).numel() for each in rounded[0]] == [32, 64, 32]
+    assert [tiles.key(*problem, n) for n in (4, 2)] == [names[0] + "-tf32", names[1]]
+
+
 def test_tiles_asked_for_are_used(caplog):
     plan = pytest.importorskip("natten.backends.triton.plan")
     rule, x = Neighborhood.create(2, 5), torch.empty(1, 30, 20, 1, 64, dtype=torch.bfloat16)

@@ -84,6 +84,13 @@ def padded_channels(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
+def _rounds(dim: int, value_dim: int, itemsize: int, gpu: Gpu) -> bool:
+    """Whether tiles are those of products that are rounded to TF32. Sums of wide heads have no room
+    in two warps; they have the tiles of exact products."""
+    channels = max(padded_channels(dim), padded_channels(value_dim))
+    return itemsize > 2 and gpu.tf32 and gpu.capability > 0 and channels <= 64
+
+
 def _limits(
     kind: str, dim: int, value_dim: int, itemsize: int, bias: bool, gpu: Gpu
 ) -> tuple[int, int]:
@@ -92,12 +99,16 @@ def _limits(
     Tiles of 64 rows, one warpgroup, leave room for several programs per multiprocessor, which hide
     each other's waiting. Beside two sums of wide heads there is room for 32 columns. Of the widest
     values, a tile of 16 keys fills registers: they are there beside their sum. Exact products of 32
-    bits have both operands in registers, whole. With narrow heads, addresses of biases take the
-    most registers; beside the weights of dK and dV there is room for them only where products read
-    shared memory (NVIDIA's from 9.0 on) or where there are 512 registers (AMD).
+    bits have both operands in registers, whole. Where they are rounded to TF32, a warpgroup's need
+    blocks transposed in shared memory, number by number, which pays for dQ only. With narrow heads,
+    addresses of biases take the most registers; beside the weights of dK and dV there is room for
+    them only where products read shared memory (NVIDIA's from 9.0 on) or where there are 512
+    registers (AMD).
     """
     wide = max(padded_channels(dim), padded_channels(value_dim)) * itemsize // 2
     rows, cols = max(16, min(64, 16384 // wide)), max(16, min(64, 8192 // wide))
+    if kind == "dq" and _rounds(dim, value_dim, itemsize, gpu):
+        return 64, 32
     if itemsize > 2:
         return min(32, rows), min(32, cols)
     if kind == "dkdv" and wide == 128:
@@ -455,6 +466,8 @@ def _ways(
     for rows, (cols, block) in itertools.product(rows_of_tiles, blocks):
         products = max(rows, 32) * max(cols, 32) / (64 * 32) * sum(dims) / 128
         num_warps = 8 if rows >= 128 else 4  # eight are two warpgroups of 64 rows each
+        if rows < 64 and _rounds(dim, value_dim, itemsize, gpu):
+            num_warps = 2  # each has 16 of 32 rows; two more would compute the same
         num_stages = _stages(kind, rows, cols, sum(dims), itemsize)
         while num_stages > 1 and not fits(rows, cols, num_stages):
             num_stages -= 1
