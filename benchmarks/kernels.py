@@ -86,6 +86,8 @@ HOPPER = [
     Variant("additional", (64, 64), 13, 64, num_additional=5),
     Variant("NAT circular", (56, 56), 7, 32, boundary="circular"),
     Variant("HDiT circular", (64, 64), 13, 64, boundary="circular"),
+    Variant("near full", (37, 67), (37, 65), 128),
+    Variant("near full 64", (21, 9, 19), (20, 9, 18), 64),
     Variant("plain", (4096,), (), 128, plain=True),
     Variant("plain causal", (4096,), (), 128, causal=True, plain=True),
     Variant("plain causal 64", (1000,), (), 64, causal=True, part=(700,), plain=True),

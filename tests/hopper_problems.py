@@ -113,6 +113,20 @@ RINGS = [
 ]  # fmt: skip
 
 
+# Windows that are few along each axis: layouts and rules.
+FLAT = [
+    (shape, Neighborhood.create(len(shape), window, **options))
+    for shape, window, options in (
+        ((70,), 62, {"stride": 5}),
+        ((13,), 5, {"is_causal": True, "boundary": "truncate"}),
+        ((9, 21), (8, 15), {}),
+        ((11, 16), (11, 9), {"stride": (1, 4)}),
+        ((12, 6), (12, 3), {"dilation": (1, 2)}),
+        ((5, 6, 9), (4, 9, 9), {"boundary": ("shift", "truncate", "circular")}),
+        ((7, 5, 8), (6, 4, 8), {"is_causal": (True, False, False), "stride": (3, 2, 1)}),
+    )
+]
+
 # Of plain attention: queries, keys, the rule.
 PLAIN = [
     ((length,), (key_length,), Dense(causal))

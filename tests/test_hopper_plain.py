@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import hopper, reference
-from hopper_problems import PLAIN, id_of
+from hopper_problems import FLAT, PLAIN, id_of
 
 pytest.importorskip("triton", "3.6")  # the first with Gluon for Hopper
 
@@ -22,6 +22,7 @@ from natten import tuning
 from natten.backends import Problem
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
+from natten.backends.hopper.flat import flattened
 from natten.backends.interface import KINDS
 from natten.backends.triton.launch import Launch
 from natten.inputs import Inputs
@@ -76,6 +77,44 @@ def test_heads_whose_blocks_stay_in_the_cache_have_tiles_in_turn(kind: str) -> N
         assert 24 % n == 0
 
 
+def test_windows_of_nearly_the_whole_layout_are_a_row() -> None:
+    """Where tiles of the layout's axes waste more than masks of a row cost, and nothing else is
+    asked for than windows."""
+
+    def masks(
+        shape: Any, rule: Neighborhood, more: int = 0, lacks_a_row: bool = False, **others: Any
+    ) -> set[Any]:
+        sizes = 1, *shape, 4, 128
+        q = torch.empty(sizes, dtype=torch.bfloat16, device="meta")
+        if lacks_a_row:
+            q = q.new_empty(1, *(n + 1 for n in shape), 4, 128)[(slice(None), *map(slice, shape))]
+        additional = q.new_empty(1, more, 4, 128) if more else None
+        plan = planning.plan_for(q, q, q, additional, rule, 1.0, **others)
+        launches: list[Any] = [getattr(plan, kind) for kind in KINDS]
+        found = {each.arguments["MASK"] for each in launches}
+        rows = [plan.in_a_row("forward"), plan.in_a_row("gradient")]
+        assert any(row and row.columns for row in rows) == (tiling.COLUMNS in found)
+        return found
+
+    uneven, nearly = (37, 67), Neighborhood.create(2, (37, 65))
+    assert masks(uneven, nearly) == {tiling.COLUMNS}
+    assert masks((17, 17, 11), Neighborhood.create(3, (16, 16, 10))) == {tiling.COLUMNS}
+    whole = Neighborhood.create(2, uneven)
+    assert masks(uneven, whole) == {tiling.FIRST, tiling.NONE}
+    mask = torch.ones(1, *uneven, dtype=torch.bool, device="meta")
+    for options in (
+        {"more": 3}, {"bias_dtype": torch.float32}, {"masks": (mask, None)}, {"lacks_a_row": True},
+    ):  # fmt: skip
+        assert tiling.COLUMNS not in masks(uneven, nearly, **options), options
+    part = Neighborhood.create(2, (37, 65), query_offset=(0, 0))
+    small, even = Neighborhood.create(2, 31), Neighborhood.create(2, 60)
+    for shape, rule in ((uneven, part), (uneven, small), ((64, 64), even)):
+        assert tiling.COLUMNS not in masks(shape, rule), rule
+    name = tiling.key("dq", nearly, uneven, uneven, 128, 128, 2)
+    with tuning.trial(name, list(tiling.choose("dq", nearly, uneven, uneven, 128, 128))):
+        assert tiling.COLUMNS in masks(uneven, nearly) != {tiling.COLUMNS}  # tiles were measured
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_keys() -> None:
@@ -84,6 +123,39 @@ def test_no_keys() -> None:
     out, lse = hopper.forward(inputs, Dense(), 1.0)
     assert not out.any() and (lse == -torch.inf).all()
     assert not any(x.any() for x in hopper.backward(out, None, inputs, out, lse, Dense(), 1.0)[:3])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("shape", "rule"), FLAT)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 80), (32, 24)])
+def test_results_of_a_row(
+    shape: Any, rule: Any, dims: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever windows would cost. The output's memory is NaN first, as PyTorch fills it."""
+    always = lambda kinds, rule, space, *dims: flattened(rule, space)  # noqa: E731
+    monkeypatch.setattr(tiling, "in_a_row", always)
+    tuning._forget_choices()
+    dim, value_dim = dims
+    sizes = (4, dim), (2, dim), (2, value_dim), (4, value_dim)
+    tensors = [torch.randn(2, *shape, *size, device="cuda", dtype=torch.bfloat16) for size in sizes]
+    *qkv, grad = tensors
+    inputs, exact_inputs = Inputs(*qkv), Inputs(*(x.double() for x in qkv))
+    exact = reference.forward(exact_inputs, rule, 0.3)
+    expected = [*exact]
+    expected += reference.backward(grad.double(), None, exact_inputs, *exact, rule, 0.3)[:3]
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            out, lse = hopper.forward(inputs, rule, 0.3)
+            found = [out, lse, *hopper.backward(grad, None, inputs, out, lse, rule, 0.3)[:3]]
+            for name, right, x in zip("olqkv", expected, found):
+                error = (x - right).square().mean().sqrt() / right.square().mean().sqrt()
+                assert error < (1e-4 if name == "l" else 2e-2), name
+    finally:
+        torch.use_deterministic_algorithms(False)
+        tuning._forget_choices()
 
 
 # heads, heads of keys, head dim, value dim, gradient of the LSE, dtype

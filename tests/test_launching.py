@@ -194,8 +194,8 @@ def run_forward(query: Tensor, key: Tensor, out: Tensor, lse: Tensor) -> None:
     plan = hopper_plan.plan_for(query, key, key, None, RULE, 0.125)
     plan.forward.run(
         query=query, key=key, value=key, out=out, additional_keys=None, additional_values=None,
-        key_at_seam=key, value_at_seam=key, lse=lse, bias_tables=None, tile_table=None,
-        key_mask=None, additional_mask=None,
+        query_columns=None, key_columns=None, key_at_seam=key, value_at_seam=key, lse=lse,
+        bias_tables=None, tile_table=None, key_mask=None, additional_mask=None,
     )  # fmt: skip
 
 

@@ -15,14 +15,17 @@ import gluon  # before the kernels
 import torch
 import triton
 import triton.language as tl
-from hopper_problems import PROBLEMS, each_way, name_of, partners, rule_of
+from hopper_problems import FLAT, PROBLEMS, each_way, name_of, partners, rule_of
 
 from natten import tuning
 from natten.backends.hopper import backward, bias, key_masks, masks
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
+from natten.backends.hopper.flat import Flat, flattened
+from natten.backends.hopper.flat_plan import FlatColumns
 from natten.backends.hopper.geometry import Geometry
 from natten.backends.interface import KINDS
+from natten.neighborhood import window_mask
 from natten.tiling import padded
 
 DIM = 64  # of heads
@@ -71,7 +74,7 @@ def walk(g, mask, key_mask, bias, tile, warpgroup, scores, starts, first_tokens)
     q, keys = tl.full([tiling.ROWS, 16], 0, tl.bfloat16), Keys(key_mask, tile)
     for i in range(int(end) - int(before)):
         keys.block = block
-        s = of_tile.scores(q, keys, i, block, biases, keys.factor(), None, (DIM,))
+        s = of_tile.scores(q, (), keys, i, block, biases, keys.factor(), None, (DIM,))
         s = of_tile.compare(s, block, i == 0)
         at = (i * tiling.ROWS + rows[:, None]) * math.prod(g.BLOCK) + columns[None, :]
         tl.store(scores + at, s)
@@ -300,3 +303,17 @@ def test_tiles_cover_every_token_once(problem, kind):
             elsewhere = torch.cat([place[:, [0, 2, 3, 4]], first], 1).view(-1, at_once, 7)
             assert (elsewhere == elsewhere[:, :1]).all()
         assert (covered == 1).all()
+
+
+@pytest.mark.parametrize(("shape", "rule"), FLAT)
+def test_columns_of_a_row_are_the_windows(shape, rule):
+    """The product of both factors is 0 where a query attends a key, else -2^100 for each axis that
+    hides it, and of tokens beyond the layout's no query attends any."""
+    flat, tokens = flattened(rule, shape), math.prod(shape)
+    assert isinstance(flat, Flat)
+    factors = FlatColumns(flat, tokens).make(torch.device("cpu"))
+    query, key = (factors[name].double() for name in ("query_columns", "key_columns"))
+    found = query @ key.T / 2.0**100
+    assert torch.equal(found[:tokens, :tokens] == 0, window_mask(rule, shape, shape))
+    assert (found[:tokens, tokens:] < 0).all() and len(found) % 128 == 0
+    assert {-1.0, -2.0, -3.0, 0.0} >= set(found.unique().tolist())

@@ -148,7 +148,7 @@ def walk_kernel(
         if ARGUMENTS["HAS_KEY_MASK"]:
             allowed = key_mask.of_block(tile, block, tl.arange(0, math.prod(g.BLOCK)), within)
             masked = (gluon.masked_factor(key_mask, allowed),)
-        s = window.scores(q, Keys(g), i, block, biases, masked, None, (DIM,))
+        s = window.scores(q, (), Keys(g), i, block, biases, masked, None, (DIM,))
         s = window.compare(s, block, i == 0)
         start, _ = g.block_start(block, tile.origin)
         scores = torch.from_numpy(s.handle.data)

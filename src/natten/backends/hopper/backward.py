@@ -32,12 +32,13 @@ from .gluon_names import (
     warpgroup_mma_wait,
 )
 from .key_masks import Additional, KeyMask, key_mask_of, mask_blocks
-from .masks import COMPARE, FIRST, Mask, TileMask, column_tables, stage_factors
+from .masks import COLUMNS, COMPARE, FIRST, Mask, TileMask, column_tables, stage_factors
 from .pipeline import (
     TmaPipeline,
     TmaTensor,
     allocate,
     rows_of,
+    shared_by_heads,
     slice_of,
     tma_bases,
     tma_pipeline,
@@ -46,7 +47,7 @@ from .products import add, kept, left_operand, multiply, store, times, wait, zer
 from .tiles import PASSES
 
 # Tensors of a pipeline: query or key; the gradient of the output or value; and with queries four
-# numbers of each: LSE in exponents of two, delta, zeros.
+# numbers of each: LSE in exponents of two, delta, zeros. With COLUMNS, theirs are the last.
 QK, GV, LSE_DELTA = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 LSE, DELTA = gl.constexpr(0), gl.constexpr(1)
 DQ, DKDV, DK, DV = map(gl.constexpr, PASSES)
@@ -91,6 +92,7 @@ class Operands:
     mask: TileMask
     qk: gl.shared_memory_descriptor  # query or key, [M, D]
     gv: gl.shared_memory_descriptor  # gradient of the output or value, [M, DV]; not of dV
+    columns: gl.tuple  # the rows' factor of a mask, [M, C], if it came with the tile
     lse_delta: gl.tuple  # of queries: both [M, 1]
 
 
@@ -183,7 +185,7 @@ def _step(
     DTYPE: gl.constexpr = ctx.grads[0].descriptor.dtype
     masked = ctx.key_mask.factor(stage)
     s = tile.mask.scores(  # S = Q K^T
-        tile.qk, blocks, stage, block, bias, masked, ctx.SCORES, ctx.QK_CHUNKS
+        tile.qk, tile.columns, blocks, stage, block, bias, masked, ctx.SCORES, ctx.QK_CHUNKS
     )
     gv = blocks.matrix(stage, GV)  # [N, DV]
     if LATE:
@@ -332,7 +334,10 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
         if not g.OF_KEYS:
             # Rows that are no query have zeros, and gradients that nobody reads.
             lse_delta = _row_lse_delta(tiles, tile_iteration, ctx.SCORES)
-        operands = Operands(mask, qk, gv, lse_delta)
+        columns = ()
+        if mask.mask.KIND == COLUMNS:
+            columns = (tiles.matrix(tile_iteration, len(tiles.buffers) - 1),)  # [M, C]
+        operands = Operands(mask, qk, gv, columns, lse_delta)
         if ctx.HAS_ADDITIONAL:
             acc, stage = _add_additional(ctx, operands, tile.batch, acc, stage)
         count = tile.blocks[0] * tile.blocks[1] * tile.blocks[2]
@@ -395,14 +400,15 @@ def _mask(
 
 @kernel(
     gluon.jit,
-    tensors="query key value grad_out lse_delta additional_keys additional_values "
-    "grad_query grad_key grad_value qk_at_seam gv_at_seam lse_delta_at_seam bias_tables tile_table",
+    tensors="query key value grad_out lse_delta additional_keys additional_values query_columns "
+    "key_columns grad_query grad_key grad_value qk_at_seam gv_at_seam lse_delta_at_seam "
+    "bias_tables tile_table",
     masks="key_mask additional_mask",
 )
 def backward_kernel(
     query, key, value, grad_out, lse_delta, additional_keys, additional_values,
-    grad_query, grad_key, grad_value, qk_at_seam, gv_at_seam, lse_delta_at_seam,
-    bias_tables, tile_table, key_mask, additional_mask,
+    query_columns, key_columns, grad_query, grad_key, grad_value,
+    qk_at_seam, gv_at_seam, lse_delta_at_seam, bias_tables, tile_table, key_mask, additional_mask,
     O0, O1, O2, G0, G1, G2,
     q_b, q_0, q_1, q_2, q_h, q_c, k_b, k_0, k_1, k_2, k_h, k_c, v_b, v_0, v_1, v_2, v_h, v_c,
     m_b, m_0, m_1, m_2, m_last, N0, N1, N2, Q0, Q1, Q2, SN0, SN1, SN2, SQ0, SQ1, SQ2,
@@ -423,11 +429,11 @@ def backward_kernel(
 ):  # fmt: skip
     """One pass: dQ from tiles of queries, or dK, dV, or both from tiles of keys.
 
-    The first ten tensors are descriptors. So are the next three where a block at the seam of a ring
-    comes in smaller ``SEAM_PIECE``s, those of what blocks are of. Numbers are as in the forward
-    kernel; the gradients that a pass stores have the steps ``d``, and tiles of keys begin at ``F``.
-    The pass of dV may have ``SLICES``. With ``OVERLAP``, passes follow one another with no other
-    kernel in between.
+    The first twelve tensors are descriptors. So are the next three where a block at the seam of a
+    ring comes in smaller ``SEAM_PIECE``s, those of what blocks are of. Numbers are as in the
+    forward kernel; the gradients that a pass stores have the steps ``d``, and tiles of keys begin
+    at ``F``. The pass of dV may have ``SLICES``. With ``OVERLAP``, passes follow one another with
+    no other kernel in between.
     """
     OF_KEYS: gl.constexpr = PASS != DQ
     part, documents = (), ()
@@ -461,6 +467,9 @@ def backward_kernel(
     of_keys = (TmaTensor(key, (k_b, k_0, k_1, k_2, k_h, k_c), (), qk_pieces),)
     if PASS != DV:
         of_keys += (TmaTensor(value, (v_b, v_0, v_1, v_2, v_h, v_c), (), gv_pieces),)
+    if MASK == COLUMNS:
+        of_queries += (shared_by_heads(query_columns),)
+        of_keys += (shared_by_heads(key_columns),)
     grad_steps = (d_b, d_0, d_1, heads, 1, 0)
     if OF_KEYS:
         outer, inner = of_keys, of_queries

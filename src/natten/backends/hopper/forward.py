@@ -23,8 +23,16 @@ from .gluon_names import (
     warpgroup_mma_wait,
 )
 from .key_masks import Additional, KeyMask, key_mask_of, mask_blocks
-from .masks import MASKED, Mask, column_tables, stage_factors
-from .pipeline import TmaPipeline, TmaTensor, allocate, slice_of, tma_bases, tma_pipeline
+from .masks import COLUMNS, MASKED, Mask, column_tables, stage_factors
+from .pipeline import (
+    TmaPipeline,
+    TmaTensor,
+    allocate,
+    shared_by_heads,
+    slice_of,
+    tma_bases,
+    tma_pipeline,
+)
 from .products import add, kept, left_operand, multiply, scaled, store, wait, zeros
 
 
@@ -36,8 +44,8 @@ class Context:
     mask: Mask
     key_mask: KeyMask
     bias: Bias
-    query: TmaTensor
-    key: TmaTensor
+    query: gl.tuple  # TmaTensor, with COLUMNS a second one
+    key: gl.tuple  # likewise
     value: TmaTensor
     out: TmaTensor
     lse: gl.tensor
@@ -64,7 +72,7 @@ def _fetch_queries(ctx):
     tile_iteration = 0
     for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
-        side, tensors = tile.group.queries, (ctx.query,)
+        side, tensors = tile.group.queries, ctx.query
         bases = tma_bases(tensors, tile.batch, side.bases, tile.head)
         places = g.places_of_tile(side, g.first_of(tile, 0))
         gdc_wait()  # until the kernel before has ended; what comes first need not
@@ -83,7 +91,7 @@ def _fetch_blocks(ctx):
     for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
         side, head = tile.group.keys, tile.head // ctx.heads_per_kv
-        k_base = ctx.key.tma_base(tile.batch, side.bases, head)
+        k_bases = tma_bases(ctx.key, tile.batch, side.bases, head)
         v_base = ctx.value.tma_base(tile.batch, side.bases, head)
         gdc_wait()
         if ctx.HAS_ADDITIONAL:
@@ -97,7 +105,7 @@ def _fetch_blocks(ctx):
         block = (stage * 0, stage * 0, stage * 0)
         for _ in range(tile.blocks[0] * tile.blocks[1] * tile.blocks[2]):
             start, _ = g.block_start(block, tile.origin)
-            g.fetch(ctx.keys, stage, (ctx.key,), (k_base,), side, start)
+            g.fetch(ctx.keys, stage, ctx.key, k_bases, side, start)
             g.fetch(ctx.values, stage, (ctx.value,), (v_base,), side, start)
             block = g.next_block(block, tile.blocks)
             stage += 1
@@ -161,6 +169,9 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
         row_sum = gl.zeros([M], gl.float32, ROWS)  # [M]
         queries.consumer_wait(tile_iteration)
         q = queries.matrix(tile_iteration)  # [M, D]
+        rows = ()
+        if ctx.mask.KIND == COLUMNS:
+            rows = (queries.matrix(tile_iteration, 1),)  # [M, C]
         if ctx.HAS_ADDITIONAL:
             for position in range(0, ctx.additional.count, N):
                 keys.consumer_wait(stage)
@@ -177,7 +188,7 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
         _skip(ctx, stage, 0, before)
         at = stage + before
         masked = ctx.key_mask.factor(at)
-        s = mask.scores(q, keys, at, block, bias, masked, ctx.SCORES, ctx.QK_CHUNKS)  # [M, N]
+        s = mask.scores(q, rows, keys, at, block, bias, masked, ctx.SCORES, ctx.QK_CHUNKS)  # [M, N]
         s = warpgroup_mma_wait(0, deps=[s])
         keys.consumer_release(at)
         if ctx.OWN_OUT:  # after the last scores the next tile's queries can come
@@ -190,7 +201,9 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
         for i in range(before + 1, end):
             block = g.next_block(block, tile.blocks)
             masked = ctx.key_mask.factor(stage + i)
-            s = mask.scores(q, keys, stage + i, block, bias, masked, ctx.SCORES, ctx.QK_CHUNKS)
+            s = mask.scores(
+                q, rows, keys, stage + i, block, bias, masked, ctx.SCORES, ctx.QK_CHUNKS
+            )
             acc = _add(ctx, acc, p, stage + i - 1)
             s = warpgroup_mma_wait(len(ctx.V_CHUNKS), deps=[s])
             keys.consumer_release(stage + i)
@@ -257,13 +270,14 @@ def _out_buffer(queries, out, OWN_OUT: gl.constexpr, PIECES: gl.constexpr):
 
 @kernel(
     gluon.jit,
-    tensors="query key value out additional_keys additional_values key_at_seam value_at_seam "
+    tensors="query key value out additional_keys additional_values query_columns key_columns "
+    "key_at_seam value_at_seam "
     "lse bias_tables tile_table",
     masks="key_mask additional_mask",
 )
 def forward_kernel(
-    query, key, value, out, additional_keys, additional_values, key_at_seam, value_at_seam,
-    lse, bias_tables, tile_table, key_mask, additional_mask,
+    query, key, value, out, additional_keys, additional_values, query_columns, key_columns,
+    key_at_seam, value_at_seam, lse, bias_tables, tile_table, key_mask, additional_mask,
     O0, O1, O2, G0, G1, G2,
     q_b, q_0, q_1, q_2, q_h, q_c, k_b, k_0, k_1, k_2, k_h, k_c, v_b, v_0, v_1, v_2, v_h, v_c,
     m_b, m_0, m_1, m_2, m_last, N0, N1, N2, Q0, Q1, Q2, SN0, SN1, SN2, SQ0, SQ1, SQ2,
@@ -280,7 +294,7 @@ def forward_kernel(
     V_CHUNKS: gl.constexpr, SLICES: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
     HAS_ADDITIONAL_MASK: gl.constexpr,
 ):  # fmt: skip
-    """The first six tensors are descriptors. So are the next two where a block at the seam of a
+    """The first eight tensors are descriptors. So are the next two where a block at the seam of a
     ring comes in smaller ``SEAM_PIECE``s, of keys and of values. Steps are :class:`TmaTensor`'s:
     ``q_b`` from a batch entry to the next, ``q_0`` .. ``q_2`` from a token to the next, ``q_h``
     from a head, or ``q_c`` if heads lie along the channels.
@@ -322,8 +336,11 @@ def forward_kernel(
     key_pieces, value_pieces = (), ()
     if SEAM_PIECE != PIECE:
         key_pieces, value_pieces = (key_at_seam,), (value_at_seam,)
-    q = TmaTensor(query, (q_b, q_0, q_1, q_2, q_h, q_c), (), ())
-    k = TmaTensor(key, (k_b, k_0, k_1, k_2, k_h, k_c), (), key_pieces)
+    q = (TmaTensor(query, (q_b, q_0, q_1, q_2, q_h, q_c), (), ()),)
+    k = (TmaTensor(key, (k_b, k_0, k_1, k_2, k_h, k_c), (), key_pieces),)
+    if MASK == COLUMNS:
+        q += (shared_by_heads(query_columns),)
+        k += (shared_by_heads(key_columns),)
     v = TmaTensor(value, (v_b, v_0, v_1, v_2, v_h, v_c), of_slice, value_pieces)
     o = TmaTensor(out, (o_b, o_0, o_1, heads, 1, 0), of_slice, ())
     additional, own_mask = (), ()
@@ -340,12 +357,12 @@ def forward_kernel(
         factors = (stage_factors(g, STAGES, MASK, ENDS, BY_ROW, STEPS, TABLES),)
     masked = key_mask_of(g, key_mask, (m_b, m_0, m_1, m_2), m_last, factors, HAS_KEY_MASK)
     PIECES: gl.constexpr = volume(BLOCK) // volume(PIECE)
-    keys = tma_pipeline((k,), STAGES, WARPGROUPS, PIECES, HAS_KEY_MASK)
+    keys = tma_pipeline(k, STAGES, WARPGROUPS, PIECES, HAS_KEY_MASK)
     values = tma_pipeline((v,), STAGES, WARPGROUPS, PIECES, HAS_KEY_MASK)
     ROWS: gl.constexpr = volume(TILE) // TILE[2] if PACKED else 1
-    queries = (tma_pipeline((q,), 1, 1, ROWS),)
+    queries = (tma_pipeline(q, 1, 1, ROWS),)
     if WARPGROUPS == 2:
-        queries += (tma_pipeline((q,), 1, 1, ROWS),)
+        queries += (tma_pipeline(q, 1, 1, ROWS),)
     outs = [_out_buffer(each, o, OWN_OUT, ROWS) for each in queries]
     tables = column_tables(g, MASK, ENDS, BY_ROW, STEPS, TABLES)
     ctx = Context(

@@ -80,7 +80,7 @@ def _forward(
         found.forward.run(
             query=query, key=key, value=value, out=out, additional_keys=additional_keys,
             additional_values=additional_values, key_at_seam=key, value_at_seam=value, lse=lse,
-            key_mask=masks[0], additional_mask=masks[1], **tables,
+            key_mask=masks[0], additional_mask=masks[1], **tables, **found.made_columns("forward"),
         )  # fmt: skip
     return out, lse
 
@@ -117,6 +117,7 @@ def _backward(
             of_additional = query.flatten(1, -3), grad_out.flatten(1, -3)
         rpb = tables.get("rpb")
         of_bias = None if rpb is None else found.bias_gradient
+        tables |= found.made_columns("gradient")
         made = [tables_of(each, rpb) for each in (found.dq, found.dkdv, of_bias)]
         found.lse_delta[grad_lse is not None].run(
             out=out.contiguous(), lse=lse.contiguous(), grad_out=grad_out, grad_lse=grad_lse,
@@ -197,10 +198,10 @@ def _additional_gradients(
     lse_delta = lse_delta.flatten(1, -3)
     dkdv.run(
         query=query, key=keys, value=values, grad_out=grad_out, lse_delta=lse_delta,
-        additional_keys=None, additional_values=None, grad_query=None, grad_key=grad_keys,
-        grad_value=grad_values, qk_at_seam=query, gv_at_seam=grad_out,
-        lse_delta_at_seam=lse_delta, bias_tables=None, tile_table=None, key_mask=mask,
-        additional_mask=None,
+        additional_keys=None, additional_values=None, query_columns=None, key_columns=None,
+        grad_query=None, grad_key=grad_keys, grad_value=grad_values, qk_at_seam=query,
+        gv_at_seam=grad_out, lse_delta_at_seam=lse_delta, bias_tables=None, tile_table=None,
+        key_mask=mask, additional_mask=None,
     )  # fmt: skip
     return grad_keys, grad_values
 

@@ -3,7 +3,8 @@
 With ``PRODUCT``, a mask is one more step of the product that gives the scores: per axis, one factor
 says which positions of the block a row must not see, the other which position a column has, and
 their product is 0 or about -2^100. Where that takes too many columns, ``COMPARE`` looks at every
-score of a partial block. With ``FIRST``, only a tile's first block is partial.
+score of a partial block. With ``FIRST``, only a tile's first block is partial. With ``COLUMNS``,
+both factors of a product are tables that come with tiles and blocks (``flat.py``).
 """
 
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
@@ -14,7 +15,7 @@ from .gluon_names import aggregate, fence_async_shared, gl, gluon
 from .products import add_product, multiply
 from .tiles import MASK_KINDS
 
-NONE, COMPARE, PRODUCT, FIRST = map(gl.constexpr, MASK_KINDS)
+NONE, COMPARE, PRODUCT, FIRST, COLUMNS = map(gl.constexpr, MASK_KINDS)
 
 # What a masked score is lowered to or by, up to three times. Finite, and its multiples by the scale
 # are exact (the host sees to it), so that a row that has seen only masked columns has weights of
@@ -114,20 +115,26 @@ class TileMask:
 
     @gluon.jit
     def scores(
-        self, q, keys, stage, block, bias, masked, SCORES: gl.constexpr, CHUNKS: gl.constexpr
+        self, q, rows, keys, stage, block, bias, masked, SCORES: gl.constexpr, CHUNKS: gl.constexpr
     ):  # fmt: skip
         """Start ``S = Q K^T`` of a block, once it is there, with its bias, masked by a ``PRODUCT``
         and by a mask of keys, whose columns' factor ``[N, C]`` is in the tuple ``masked`` if there
-        is one. ``CHUNKS`` are of channels (``products.py``)."""
+        is one. With ``COLUMNS``, the rows' factor ``[M, C]`` is in the tuple ``rows``, and the
+        columns' one is the last tensor of ``keys``. ``CHUNKS`` are of channels (``products.py``).
+        """
         s = bias.of_block(block, SCORES)  # [M, N], if there is a bias
         if self.mask.KIND == PRODUCT:
-            rows, columns = self._factors(block)  # [M, C], [N, C] in a tuple
+            factor, columns = self._factors(block)  # [M, C], [N, C] in a tuple
             keys.consumer_wait(stage)
             if len(columns) == 0:
                 columns = masked  # of both masks
             else:
                 s = _mask_keys(masked, s, q.shape[0], SCORES)
-            s = (_multiply(rows, columns[0], s, SCORES, rows.shape[1:]),)
+            s = (_multiply(factor, columns[0], s, SCORES, factor.shape[1:]),)
+        elif self.mask.KIND == COLUMNS:
+            keys.consumer_wait(stage)
+            columns = keys.matrix(stage, len(keys.buffers) - 1)  # [N, C]
+            s = (multiply(rows[0], columns, SCORES, (16,)),)
         else:
             keys.consumer_wait(stage)
             s = _mask_keys(masked, s, q.shape[0], SCORES)

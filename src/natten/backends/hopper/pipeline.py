@@ -45,6 +45,12 @@ class TmaTensor:
 
 
 @gluon.jit
+def shared_by_heads(descriptor):
+    """A tensor of tokens that all batch entries and heads share."""
+    return TmaTensor(descriptor, (0, 0, 0, 0, 0, 0), (), ())
+
+
+@gluon.jit
 def slice_of(tensor, SLICES: gl.constexpr):
     """The first channel of the program's slice of a tensor, whose blocks have one slice."""
     first = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import struct
 from collections.abc import Sequence
@@ -39,6 +40,8 @@ from .descriptors import (
     view,
 )
 from .documents_plan import Packed, most_tiles
+from .flat import COLUMNS, Flat, columns_of_rule
+from .flat_plan import NAMES, FlatColumns
 from .forward import forward_kernel
 from .lse_delta import lse_delta_kernel
 from .passes import Passes
@@ -205,6 +208,41 @@ class Plan:
             self.kv_heads * self.value_dim // 8,
         )  # fmt: skip
 
+    def in_a_row(self, pass_: str) -> Plan | None:
+        """The plan of all tokens in a row, if that is faster (``flat.py``): "forward", or of the
+        "gradient"."""
+        return self._rows[pass_ == "forward"]
+
+    @cached_property
+    def _rows(self) -> tuple[Plan | None, Plan | None]:
+        return self._row("dq", "dkdv"), self._row("forward")
+
+    def _row(self, *kinds: str) -> Plan | None:
+        others = self.packed, self.bias_dtype, self.key_mask_strides, self.num_additional or None
+        if any(each is not None for each in others):
+            return None
+        dims = tiling.aligned(self.dim), tiling.aligned(self.value_dim)
+        rule = tiling.in_a_row(kinds, self.rule, self.space, *dims)
+        shapes, strides = zip(*map(_row_of, self.shapes, self.strides))
+        if rule is None or None in strides:
+            return None
+        if any(tuning.lookup(tiling.key(*self._problem(kind))) is not None for kind in kinds):
+            return None  # tiles of windows were measured
+        found: Plan = _plan(rule, self.scale, self.device, self.dtype, shapes, strides, 0)
+        return found
+
+    @cached_property
+    def columns(self) -> FlatColumns | None:
+        """What makes the factors of a flat rule's mask."""
+        return FlatColumns(self.rule, self.tokens[0]) if isinstance(self.rule, Flat) else None
+
+    def made_columns(self, pass_: str) -> dict[str, Tensor | None]:
+        """The factors of masks that kernels of a pass read, None if there are none."""
+        row = self.in_a_row(pass_)
+        if row is None or row.columns is None:
+            return dict.fromkeys(NAMES)
+        return row.columns.make(self.device)
+
     @cached_property
     def portable(self) -> portable.Plan | portable.Part:
         """The portable backend's: what every query reaches is as there."""
@@ -216,6 +254,9 @@ class Plan:
 
     def _tiled(self, kind: str) -> _Launches:
         """A kernel with its tiles, or those among which the first call chooses."""
+        row = self.in_a_row("forward" if kind == "forward" else "gradient")
+        if row is not None:
+            return getattr(row, kind)  # of the same tensors, whose tokens it sees in a row
         problem = self._problem(kind)
         count = tuning.wanted(backward=kind != "forward")
         if count > 1 and tuning.lookup(name := tiling.key(*problem)) is None:
@@ -240,7 +281,7 @@ class Plan:
         self, kind: str, tiles: Tiles, is_trial: bool = False
     ) -> Launch | Passes | Biased | Packed:
         rule, of_keys = self.rule, kind == "dkdv"
-        work = tiling.work(kind, self.dim, self.value_dim)
+        work = tiling.work(kind, self.dim, self.value_dim, columns_of_rule(rule))
         is_packed = self.packed is not None
         mask = tiling.mask(kind, rule, self.space, self.key_space, tiles, work, is_packed)
         heads_at_once = self._heads_at_once(work)
@@ -330,6 +371,7 @@ class Plan:
             if pieces.at_seam != pieces.piece:
                 small = tiling.boxes(tiles, of_keys, pieces.at_seam, is_packed)
                 descriptors |= self._at_seam(each, small)
+            descriptors |= self._of_columns(tiles)
             launches.append(
                 Launch(
                     kernel,
@@ -606,6 +648,17 @@ class Plan:
                 found[f"additional_{name}"] = self._describe(view, block, width)
         return found
 
+    def _of_columns(self, tiles: Tiles) -> dict[str, Describe]:
+        """Descriptors of the factors of a flat rule's mask."""
+        if self.columns is None:
+            return {}
+        view = contiguous_view((1, self.columns.shape[0], 1, COLUMNS), (1,))
+        blocks = {"query_columns": tiles.q_block, "key_columns": tiles.kv_block}
+        return {
+            name: describe(view, (1, *block, COLUMNS), torch.bfloat16)
+            for name, block in blocks.items()
+        }
+
     def _describe(self, view: View, block: Shape, width: int) -> Describe:
         """Descriptors of blocks with so many channels, which may be more than there are."""
         return describe(view, (1, *block, width), self.dtype)
@@ -696,6 +749,19 @@ class Moved(portable.OtherQueries):
     @cached_property
     def portable(self) -> portable.Moved:
         return portable.Moved(self.part.portable, self.rule.offset)
+
+
+def _row_of(shape: Shape, stride: Shape) -> tuple[Shape, Shape | None]:
+    """Shape and stride of a tensor whose tokens are one axis; no stride if they are not equally far
+    apart."""
+    batch, *space, heads, channels = shape
+    row = batch, math.prod(space), heads, channels
+    steps = [(n, step) for n, step in zip(space, stride[1:-2]) if n > 1]
+    for (_, outer), (n, inner) in itertools.pairwise(steps):
+        if outer != n * inner:
+            return row, None
+    step = steps[-1][1] if steps else heads * channels
+    return row, (stride[0], step, *stride[-2:])
 
 
 def _moved_each(

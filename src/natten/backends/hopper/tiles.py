@@ -32,6 +32,7 @@ from .cuts import (
     tile_and_block,
     warpgroups,
 )
+from .flat import Flat, columns_of_rule, flattened
 
 ROWS = 64  # tokens of a warpgroup
 HEAD_DIMS = (32, 64, 128, 256, 512)  # channels that there are kernels for; of keys, up to 256
@@ -41,8 +42,9 @@ MOST_MASKED = 2**29  # blocks may begin at the last key of a mask and exceed it 
 # Passes of the backward: what each of them sums.
 PASSES = DQ, DKDV, DK, DV = 0, 1, 2, 3
 
-# Scores are not masked, by compare, by a product, or by compare in the first block only.
-MASK_KINDS = NONE, COMPARE, PRODUCT, FIRST = 0, 1, 2, 3
+# Scores are not masked, by compare, by a product, by compare in the first block only, or by a
+# product whose factors come with tiles and blocks.
+MASK_KINDS = NONE, COMPARE, PRODUCT, FIRST, COLUMNS = 0, 1, 2, 3, 4
 
 
 # Cycles by estimate for one that kernels take (hopper-log.md).
@@ -112,6 +114,8 @@ def row_cycles(channels: int) -> float:
     return channels // 64 * box + last
 
 
+_COLUMNS_CYCLES = 1.7  # likewise, for a token's columns of a mask
+
 _LINE = 128  # bytes of a line of the L2 cache
 
 
@@ -172,11 +176,20 @@ class Work(NamedTuple):
     smem_options: tuple[tuple[int, bool], ...]  # stages, whether outputs have their own: best first
 
 
-def work(kind: str, dim: int, value_dim: int) -> Work:
+def work(kind: str, dim: int, value_dim: int, columns: int = 0) -> Work:
     """Of a kind of kernel. A query has 16 bytes of LSE and delta.
 
     Where dK and dV have a pass each, both have the same tiles, and this is what both do together.
+    Tokens may have so many ``columns`` of a mask beside their channels.
     """
+    if columns:
+        found = work(kind, dim, value_dim)
+        scale = FORWARD_SCALE if kind == "forward" else BACKWARD_SCALE
+        return found._replace(
+            tile_channels=found.tile_channels + columns,
+            block_channels=found.block_channels + columns,
+            row_cycles=found.row_cycles + scale * _COLUMNS_CYCLES,
+        )
     rows = row_cycles(dim) + row_cycles(value_dim)
     together = are_together(dim, value_dim)
     count, width = slices(dim, value_dim)
@@ -258,6 +271,7 @@ def _model(rule: Rule, shape: Shape, key_shape: Shape) -> tuple[Rule, Shape, Sha
     new offset or a longer cache of keys has the same tiles, and the same compiled kernels.
     """
     if isinstance(rule, Dense):
+        rule = Flat() if isinstance(rule, Flat) else rule
         return rule, roomy_layout(shape), roomy_layout(key_shape)
     if rule.is_self_attention:
         return rule, shape, key_shape
@@ -312,6 +326,8 @@ def slides(kind: str, rule: Rule) -> bool:
 
 def plain_mask(rule: Dense, key_length: int | None, tiles: Tiles, work: Work) -> Mask:
     """How tiles of plain attention are masked; None: key lengths differ."""
+    if isinstance(rule, Flat):
+        return Mask(COLUMNS)
     columns = _columns(tiles, work)
     if rule.causal:  # the keys of a warpgroup's own positions are in one block, which is first
         return Mask(FIRST if columns % ROWS == 0 else COMPARE)
@@ -413,7 +429,7 @@ def cycles(tiles: Tiles, mask: Mask, work: Work) -> Cycles:
     columns = _columns(tiles, work)
     # While one waits, others compute; warpgroups of one program wait for the same blocks.
     at_once = tiles.resident_programs * (1 if warpgroups(tiles) == 1 else work.pair_at_once)
-    channels = work.product_channels + 16 * mask.steps * (mask.kind == PRODUCT)
+    channels = work.product_channels + 16 * mask.steps * (mask.kind in (PRODUCT, COLUMNS))
     block = columns * channels / 32 + columns * work.column_cycles + _BLOCK_CYCLES
     block += work.block_latency / at_once + work.two_stage_cycles * (tiles.num_stages == 2)
     # TMA fetches meanwhile, which may take longer; warpgroups of one program share what it fetches.
@@ -505,6 +521,28 @@ def cycles_of(
     return math.inf if found is None else found[0]
 
 
+@lru_cache(maxsize=1024)
+def in_a_row(
+    kinds: tuple[str, ...], rule: Rule, space: Shape, dim: int, value_dim: int
+) -> Dense | None:
+    """The rule of all tokens in a row, if kernels of these kinds take less for it by estimate than
+    for the windows."""
+    row = flattened(rule, space)
+    if row is None:
+        return None
+    assert isinstance(rule, Neighborhood)
+    groups = math.prod(rule.dilation) if queries(rule, space) == OWN else 1
+    tokens = (math.prod(space),)
+    ours = theirs = 0.0
+    for kind in kinds:
+        # Not of the rounded length for which tiles are chosen.
+        search = _Search(kind, row, tokens, tokens, dim, value_dim)
+        priced = search.priced(choose(kind, row, tokens, tokens, dim, value_dim))
+        ours += math.inf if priced is None else priced[0]
+        theirs += groups * cycles_of(kind, rule, space, space, dim, value_dim)
+    return row if ours < theirs else None
+
+
 def has_tiles(
     kind: str, rule: Neighborhood, shape: Shape, key_shape: Shape, dim: int, value_dim: int
 ) -> bool:
@@ -528,8 +566,8 @@ def _usual(*problem: Any) -> Tiles | None:
 class _Ways:
     """How a kind of kernel may run, for heads of some width: what does not depend on a layout."""
 
-    def __init__(self, kind: str, dim: int, value_dim: int) -> None:
-        self.work = work(kind, dim, value_dim)
+    def __init__(self, kind: str, dim: int, value_dim: int, columns: int) -> None:
+        self.work = work(kind, dim, value_dim, columns)
         self.programs = cache(self._programs)
         self._priced: dict[Any, tuple[int, Cycles] | None] = {}
 
@@ -572,7 +610,7 @@ class _Search:
         packed: bool = False,
     ) -> None:
         self.of_keys, self.packed = kind == "dkdv", packed
-        self.ways = _ways(kind, dim, value_dim)
+        self.ways = _ways(kind, dim, value_dim, columns_of_rule(rule))
         self.cuts = cuts(self.of_keys, rule, shape, key_shape)
         self.kind, self.rule, self.slides = kind, rule, slides(kind, rule)
         kv_lengths = None if queries(rule, shape) == OWN else self.cuts.kv_lengths

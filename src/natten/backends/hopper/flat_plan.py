@@ -1,0 +1,49 @@
+"""What a layout decides about the factors of a mask of its tokens in a row (``flat.py``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...tiling import padded
+from ..triton.launch import Launch, per_axis
+from ..triton.windows import modes
+from .flat import COLUMNS, Flat
+from .flat_columns import columns_kernel
+
+NAMES = "query_columns", "key_columns"  # of both factors, as tensors of kernels
+
+# Tokens of a program of the kernel, and what divides the rows of a factor: no block of keys has
+# more tokens, so that none goes on beyond the last row.
+_AT_ONCE, _ROWS = 64, 128
+
+
+class FlatColumns:
+    """The factors of a rule's mask, and what makes them."""
+
+    def __init__(self, rule: Flat, tokens: int) -> None:
+        assert rule.rule is not None
+        windows, columns = rule.rule, rule.columns
+        self.shape = -(-tokens // _ROWS) * _ROWS, COLUMNS
+        arguments: dict[str, Any] = {
+            "tokens": tokens,
+            **per_axis("N", rule.space),
+            **per_axis("K", windows.kernel_size),
+            **per_axis("S", windows.stride),
+            **per_axis("D", windows.dilation),
+            **per_axis("E", columns.ends),
+            "MODES": modes(windows, rule.space),
+            "BY_POSITION": padded(columns.by_position, False),
+            "M": _AT_ONCE,
+            "C": COLUMNS,
+        }
+        self.launch = Launch(columns_kernel, (self.shape[0] // _AT_ONCE,), arguments)
+
+    def make(self, device: torch.device) -> dict[str, Tensor | None]:
+        """Both factors by name, made for each call: a CUDA graph may outlive what a plan keeps."""
+        made = torch.empty(2, *self.shape, dtype=torch.bfloat16, device=device)
+        factors: dict[str, Tensor | None] = dict(zip(NAMES, made))
+        self.launch.run(**factors)
+        return factors
