@@ -20,6 +20,7 @@ pytest.importorskip("triton", "3.6")  # the first with Gluon for Hopper
 
 from natten import tuning
 from natten.backends import Problem
+from natten.backends.hopper import ds_plan
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
 from natten.backends.hopper.flat import flattened
@@ -115,6 +116,54 @@ def test_windows_of_nearly_the_whole_layout_are_a_row() -> None:
         assert tiling.COLUMNS in masks(uneven, nearly) != {tiling.COLUMNS}  # tiles were measured
 
 
+def test_when_dq_is_made_of_ds_in_memory() -> None:
+    def share(length: int, key_length: int, sets: int) -> Any:
+        return ds_plan.share_of(length, key_length, sets, 1, 132)
+
+    assert share(4096, 4096, 64) == (8, 128) and share(16384, 16384, 24) == (1, 64)
+    assert share(32768, 32768, 24) is share(4096, 77, 64) is share(1024, 1024, 64) is None
+    for length, sets in itertools.product((2048, 3000, 5000, 8192, 15000), (1, 7, 64)):
+        found = share(length, length, sets)
+        assert found is None or 2 * found.sets * length**2 <= max(2**28, 2 * length**2)
+    plan = plan_of(4096, 4096, False, 4, 16, 16)  # of 64 channels
+    assert plan.through_memory is None
+
+
+@pytest.mark.parametrize(("kv_heads", "count"), [(6, 4), (2, 3), (6, 12), (2, 1)])
+def test_every_tile_is_made_once_where_its_ds_is(
+    kv_heads: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What launches say of tiles, as kernels number them."""
+    monkeypatch.setattr(ds_plan, "share_of", lambda *_: ds_plan.Share(count, 64))
+    tuning._forget_choices()
+    q, k = (
+        torch.empty(2, n, h, 128, dtype=torch.bfloat16, device="meta")
+        for n, h in ((700, 6), (300, kv_heads))
+    )
+    plan = planning.plan_for(q, k, k, None, Dense(), 1.0)
+    both, per_kv = plan.through_memory, 6 // kv_heads
+    assert both is not None and both.shape == (count * per_kv, 300, 704)
+    keys, queries = [], []
+    for leaving, from_ds in both.launches:
+        a, b = leaving.arguments, from_ds.arguments
+        made = set()
+        for tile_id in range(a["first_tile"], a["num_tiles"]):
+            rest, at_once = tile_id // a["heads_at_once"], a["heads_at_once"]
+            which = rest // a["T2"] * at_once + tile_id % at_once  # batch entry and head of keys
+            keys.append((which, rest % a["T2"]))
+            made.add(which)
+        first = a["first_tile"] // a["T2"]
+        assert made == set(range(first, first + len(made))) and len(made) <= count
+        assert b["first"] == first and b["count"] == len(made) * per_kv
+        for tile_id in range(b["num_tiles"]):
+            which = first + tile_id % b["count"] // per_kv
+            assert which in made
+            queries.append((which, tile_id % b["count"] % per_kv, tile_id // b["count"]))
+    assert sorted(keys) == [*itertools.product(range(2 * kv_heads), range(3))]
+    assert sorted(queries) == [*itertools.product(range(2 * kv_heads), range(per_kv), range(6))]
+    tuning._forget_choices()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_keys() -> None:
@@ -206,6 +255,7 @@ def test_results(each: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -> No
         grads = hopper.backward(grad_out, grad_lse, inputs, out, lse, rule, scale)
         return [out, lse, *(x for x in grads[:3] if x is not None)]
 
+    monkeypatch.setattr(ds_plan, "share_of", lambda *_: None)
     layout = (rule, (length,), (key_length,), dim, value_dim)
     kinds = KINDS if has_gradient else KINDS[:1]
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
@@ -231,6 +281,49 @@ def test_results(each: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -> No
                 assert error < limit * size, name
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("share", [(1, 64), (3, 128), (4, 64)])
+@pytest.mark.parametrize(
+    ("length", "key_length", "kv_heads", "dims", "dtype"),
+    [
+        (1000, 1000, 4, (128, 128), torch.bfloat16),
+        (300, 77, 2, (112, 72), torch.float16),
+        (77, 700, 1, (128, 96), torch.bfloat16),
+    ],
+)
+def test_gradients_through_memory(
+    length: int, key_length: int, kv_heads: int, dims: Any, dtype: torch.dtype, share: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """dQ of dS in memory. PyTorch fills what is not initialized with NaN."""
+    dim, value_dim = dims
+    monkeypatch.setattr(ds_plan, "share_of", lambda *_: ds_plan.Share(*share))
+    tuning._forget_choices()
+    sizes = (length, 4, dim), (key_length, kv_heads, dim), (key_length, kv_heads, value_dim)
+    inputs = Inputs(*(torch.randn(2, *size, device="cuda", dtype=dtype) for size in sizes))
+    grads = torch.randn(2, length, 4, value_dim, device="cuda", dtype=dtype)
+    grad_lse = torch.randn(2, length, 4, device="cuda")
+    exact_inputs, rule, scale = Inputs(*(x.double() for x in inputs[:3])), Dense(), dim**-0.5
+    exact = reference.forward(exact_inputs, rule, scale)
+    double = grads.double(), grad_lse.double()
+    expected = reference.backward(*double, exact_inputs, *exact, rule, scale)
+    out, lse = hopper.forward(inputs, rule, scale)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found, again = (
+            hopper.backward(grads, grad_lse, inputs, out, lse, rule, scale) for _ in range(2)
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, right, x, same in zip("qkv", expected, found, again):
+        assert x is not None and same is not None and right is not None
+        error = (x - right).square().mean().sqrt() / right.square().mean().sqrt()
+        assert torch.equal(x, same) and error < (2e-2 if dtype == torch.bfloat16 else 4e-3), name
+    tuning._forget_choices()
 
 
 def additional_plan(space: Any, heads: int, num_additional: int) -> planning.Plan:

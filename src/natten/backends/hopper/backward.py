@@ -11,6 +11,9 @@ weights. That of dV needs no dP, and so it can sum slices of the channels.
 
 No pass reads what another one makes. So where one follows another, its programs start as soon as
 there is room, beside the last programs of the one before.
+
+Of plain attention, dK and dV may leave dS^T in memory, of some heads at a time. Then dQ is one
+product of it, where a pass of its own would make scores and dP again (``dq_from_ds.py``).
 """
 
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
@@ -54,6 +57,15 @@ DQ, DKDV, DK, DV = map(gl.constexpr, PASSES)
 
 
 @aggregate
+class LeftDs:
+    """Where dS^T is left in memory, ``[heads, keys, queries]``."""
+
+    tensor: TmaTensor
+    buffers: gl.tuple  # of each warpgroup, [1, 1, 1, M, N]
+    first_tile: gl.tensor  # of heads whose dS there is room for
+
+
+@aggregate
 class Context:
     """What the roles of a program share; ``masks``, ``tiles`` and ``buffers`` are per warpgroup."""
 
@@ -83,6 +95,15 @@ class Context:
     NEXT_BESIDE: gl.constexpr  # and the next one beside this
     SUM_CHUNKS: gl.constexpr  # of ``acc``
     SCORES: gl.constexpr  # layout of [M, N]
+    left_ds: gl.tuple  # a LeftDs, if dS is left in memory
+
+    @gluon.jit
+    def first_program(self):
+        """The number of the program's first tile."""
+        first = gl.program_id(0)
+        if len(self.left_ds) > 0:
+            first += self.left_ds[0].first_tile
+        return first
 
 
 @aggregate
@@ -94,6 +115,7 @@ class Operands:
     gv: gl.shared_memory_descriptor  # gradient of the output or value, [M, DV]; not of dV
     columns: gl.tuple  # the rows' factor of a mask, [M, C], if it came with the tile
     lse_delta: gl.tuple  # of queries: both [M, 1]
+    ds: gl.tuple  # where dS is left: of which first head, and first key; and a buffer
 
 
 @gluon.jit
@@ -119,7 +141,7 @@ def _fetch_tiles(ctx):
     """Warp that fetches each warpgroup's tiles."""
     g = ctx.geometry
     tile_iteration = 0
-    for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
+    for tile_id in range(ctx.first_program(), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
         side = g.own_side(tile)
         bases = tma_bases(ctx.outer, tile.batch, side.bases, tile.head)
@@ -142,7 +164,7 @@ def _fetch_blocks(ctx):
         if not ctx.BESIDE:
             gdc_wait()  # so that the next kernel finds what this one waited for
         gdc_launch_dependents()  # the next kernel can start where there is room
-    for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
+    for tile_id in range(ctx.first_program(), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
         if g.OF_KEYS:
             first_head, heads = tile.head * ctx.heads_per_kv, ctx.heads_per_kv
@@ -233,9 +255,11 @@ def _added(ctx, acc, ds, stage):
 
 
 @gluon.jit
-def _add(ctx, acc, acc_v, ds, stage):
+def _add(ctx, tile, block, head, acc, acc_v, ds, stage):
     """Add dS of the block in a stage, or its weights, and hand the block back."""
     acc = _added(ctx, acc, ds, stage)
+    if len(ctx.left_ds) > 0:
+        _leave(ctx, tile, block, head, ds)
     if ctx.PASS == DKDV:
         found = wait(acc + acc_v, 0)
         acc, acc_v = found[: len(acc)], found[len(acc) :]
@@ -243,6 +267,17 @@ def _add(ctx, acc, acc_v, ds, stage):
         acc = wait(acc, 0)
     ctx.blocks.consumer_release(stage)
     return acc, acc_v
+
+
+@gluon.jit
+def _leave(ctx, tile, block, head, ds):
+    """Start to write dS^T of a block to memory."""
+    first, key, buffer = tile.ds
+    query, _ = ctx.geometry.block_start(block, tile.mask.origin)
+    store_wait(0)  # the block before has left the buffer
+    buffer.reshape([rows_of(buffer), buffer.shape[4]]).store(gl.convert_layout(ds, ctx.SCORES))
+    fence_async_shared()
+    ctx.left_ds[0].tensor.store((first + head, query[2]), (0, 0, key), buffer)
 
 
 @gluon.jit
@@ -272,8 +307,9 @@ def _add_additional(ctx, tile, batch, acc, stage):
 
 
 @gluon.jit
-def _walk(ctx, tile, first, operands, bias, stage, acc, acc_v):
-    """Sum over a warpgroup's blocks; the tile's first one is in that stage."""
+def _walk(ctx, tile, first, operands, bias, head, stage, acc, acc_v):
+    """Sum over a warpgroup's blocks; the tile's first one is in that stage. ``head`` counts the
+    query heads that share a key head."""
     g, blocks = ctx.geometry, ctx.blocks
     before, end, count, block = g.own_blocks(first, tile)
     for i in range(before):
@@ -289,19 +325,19 @@ def _walk(ctx, tile, first, operands, bias, stage, acc, acc_v):
             acc, acc_v, ds = _step(
                 ctx, operands, bias, block, stage + i, acc, acc_v, ds, True, False
             )
-        acc, acc_v = _add(ctx, acc, acc_v, ds, stage + end - 1)
+        acc, acc_v = _add(ctx, operands, block, head, acc, acc_v, ds, stage + end - 1)
     else:
         if operands.mask.mask.KIND == FIRST:
             at = stage + before
             acc, acc_v, ds = _step(ctx, operands, bias, block, at, acc, acc_v, 0, False, True)
-            acc, acc_v = _add(ctx, acc, acc_v, ds, at)
+            acc, acc_v = _add(ctx, operands, block, head, acc, acc_v, ds, at)
             block = g.next_block(block, tile.blocks)
             before += 1
         for i in range(before, end):
             acc, acc_v, ds = _step(
                 ctx, operands, bias, block, stage + i, acc, acc_v, 0, False, False
             )
-            acc, acc_v = _add(ctx, acc, acc_v, ds, stage + i)
+            acc, acc_v = _add(ctx, operands, block, head, acc, acc_v, ds, stage + i)
             block = g.next_block(block, tile.blocks)
     for i in range(end, count):
         blocks.consumer_skip(stage + i)
@@ -318,7 +354,7 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
     stage = 0  # of the tile's first block
     if (ctx.HAS_BIAS or ctx.HAS_MASKS) and not ctx.BESIDE:
         gdc_wait()  # until the kernel before, which made what is loaded here, has ended
-    for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
+    for tile_id in range(ctx.first_program(), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
         first = g.first_of(tile, WARPGROUP)
         mask = ctx.masks[WARPGROUP].of_tile(tile, first, ctx.SCORES)
@@ -337,7 +373,12 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
         columns = ()
         if mask.mask.KIND == COLUMNS:
             columns = (tiles.matrix(tile_iteration, len(tiles.buffers) - 1),)  # [M, C]
-        operands = Operands(mask, qk, gv, columns, lse_delta)
+        place = ()
+        if len(ctx.left_ds) > 0:
+            left = ctx.left_ds[0]
+            number = tile.batch * g.heads + tile.head - left.first_tile // g.tiles[2]
+            place = (number * ctx.heads_per_kv, first[2], left.buffers[WARPGROUP])
+        operands = Operands(mask, qk, gv, columns, lse_delta, place)
         if ctx.HAS_ADDITIONAL:
             acc, stage = _add_additional(ctx, operands, tile.batch, acc, stage)
         count = tile.blocks[0] * tile.blocks[1] * tile.blocks[2]
@@ -345,7 +386,7 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
         for i in range(ctx.heads_per_kv if g.OF_KEYS else 1):
             head = tile.head * ctx.heads_per_kv + i if g.OF_KEYS else tile.head
             bias = ctx.bias.of_tile(tile, first, head)
-            acc, acc_v = _walk(ctx, tile, first, operands, bias, stage, acc, acc_v)
+            acc, acc_v = _walk(ctx, tile, first, operands, bias, i, stage, acc, acc_v)
             stage += count
         if g.OF_KEYS:  # those of masked keys and values are zero, whatever these are
             acc = ctx.key_mask.of_rows(tile, first, acc)
@@ -401,13 +442,13 @@ def _mask(
 @kernel(
     gluon.jit,
     tensors="query key value grad_out lse_delta additional_keys additional_values query_columns "
-    "key_columns grad_query grad_key grad_value qk_at_seam gv_at_seam lse_delta_at_seam "
+    "key_columns ds grad_query grad_key grad_value qk_at_seam gv_at_seam lse_delta_at_seam "
     "bias_tables tile_table",
     masks="key_mask additional_mask",
 )
 def backward_kernel(
     query, key, value, grad_out, lse_delta, additional_keys, additional_values,
-    query_columns, key_columns, grad_query, grad_key, grad_value,
+    query_columns, key_columns, ds, grad_query, grad_key, grad_value,
     qk_at_seam, gv_at_seam, lse_delta_at_seam, bias_tables, tile_table, key_mask, additional_mask,
     O0, O1, O2, G0, G1, G2,
     q_b, q_0, q_1, q_2, q_h, q_c, k_b, k_0, k_1, k_2, k_h, k_c, v_b, v_0, v_1, v_2, v_h, v_c,
@@ -416,7 +457,7 @@ def backward_kernel(
     l_b, l_0, l_1, l_2, l_h, l_c,
     d_b, d_0, d_1, additional_b, K0, K1, K2, S0, S1, S2, D0, D1, D2, R0, R1, R2,
     heads, heads_per_kv, heads_at_once, num_additional, scale_log2, bias_size, bias_middle,
-    a_b, a_0,
+    a_b, a_0, first_tile,
     MODES: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, SPLIT_AXIS: gl.constexpr,
     STAGES: gl.constexpr, MASK: gl.constexpr, ENDS: gl.constexpr, BY_ROW: gl.constexpr,
     STEPS: gl.constexpr, TABLES: gl.constexpr, HAS_ADDITIONAL: gl.constexpr, OWN_OUT: gl.constexpr,
@@ -426,14 +467,16 @@ def backward_kernel(
     PACKED: gl.constexpr, BIAS_STRIDES: gl.constexpr, QK_CHUNKS: gl.constexpr,
     V_CHUNKS: gl.constexpr, SLICES: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
     HAS_ADDITIONAL_MASK: gl.constexpr, OVERLAP: gl.constexpr, PASS: gl.constexpr,
+    LEAVE_DS: gl.constexpr,
 ):  # fmt: skip
     """One pass: dQ from tiles of queries, or dK, dV, or both from tiles of keys.
 
-    The first twelve tensors are descriptors. So are the next three where a block at the seam of a
+    The first thirteen tensors are descriptors. So are the next three where a block at the seam of a
     ring comes in smaller ``SEAM_PIECE``s, those of what blocks are of. Numbers are as in the
     forward kernel; the gradients that a pass stores have the steps ``d``, and tiles of keys begin
     at ``F``. The pass of dV may have ``SLICES``. With ``OVERLAP``, passes follow one another with
-    no other kernel in between.
+    no other kernel in between. To ``LEAVE_DS``, tiles are those of the heads that ``ds`` has room
+    for, from ``first_tile`` on.
     """
     OF_KEYS: gl.constexpr = PASS != DQ
     part, documents = (), ()
@@ -503,6 +546,13 @@ def backward_kernel(
     if WARPGROUPS == 2:
         tiles += (tma_pipeline(outer, 1, 1, ROWS),)
         masks += (_mask(g, tables, MASK, ENDS, BY_ROW, STEPS),)
+    left_ds = ()
+    if LEAVE_DS:
+        tensor = shared_by_heads(ds)
+        buffers = (allocate(tensor, 1, 1).index(0),)
+        if WARPGROUPS == 2:
+            buffers += (allocate(tensor, 1, 1).index(0),)
+        left_ds = (LeftDs(tensor, buffers, first_tile),)
     WIDTH: gl.constexpr = grads[0].descriptor.block_type.shape[4]
     ctx = Context(
         geometry=g, masks=masks, key_mask=masked,
@@ -516,6 +566,7 @@ def backward_kernel(
         HAS_BIAS=len(BIAS_STRIDES) > 0, OWN_OUT=OWN_OUT,
         # Registers do not suffice for dP with two sums, nor for adding late to two of 128 channels.
         PASS=PASS, EARLY=len(grads) == 1 and PASS != DV, LATE=PASS != DKDV or WIDTH < 128,
+        left_ds=left_ds,
         BESIDE=OVERLAP and PASS != DQ, NEXT_BESIDE=OVERLAP and PASS != DKDV and PASS != DV,
         QK_CHUNKS=QK_CHUNKS, V_CHUNKS=V_CHUNKS, SUM_CHUNKS=V_CHUNKS if PASS == DV else QK_CHUNKS,
         SCORES=mma_layout(volume(BLOCK)),

@@ -123,17 +123,21 @@ def _backward(
             out=out.contiguous(), lse=lse.contiguous(), grad_out=grad_out, grad_lse=grad_lse,
             lse_delta=lse_delta, grad_key=grad_key, grad_value=grad_value,
         )  # fmt: skip
-        found.dq.run(
+        dkdv: Any = found.through_memory
+        of_dkdv: Tensor | None = grad_query
+        if dkdv is None:
+            dkdv, of_dkdv = found.dkdv, None
+            found.dq.run(
+                query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,
+                additional_keys=additional_keys, additional_values=additional_values, ds=None,
+                grad_query=grad_query, grad_key=None, grad_value=None, qk_at_seam=key,
+                gv_at_seam=value, lse_delta_at_seam=None, key_mask=masks[0],
+                additional_mask=masks[1], **tables, **made[0],
+            )  # fmt: skip
+        dkdv.run(
             query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,
-            additional_keys=additional_keys, additional_values=additional_values,
-            grad_query=grad_query, grad_key=None, grad_value=None, qk_at_seam=key,
-            gv_at_seam=value, lse_delta_at_seam=None, key_mask=masks[0],
-            additional_mask=masks[1], **tables, **made[0],
-        )  # fmt: skip
-        found.dkdv.run(
-            query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,
-            additional_keys=None, additional_values=None, grad_query=None, grad_key=grad_key,
-            grad_value=grad_value, qk_at_seam=query, gv_at_seam=grad_out,
+            additional_keys=None, additional_values=None, ds=None, grad_query=of_dkdv,
+            grad_key=grad_key, grad_value=grad_value, qk_at_seam=query, gv_at_seam=grad_out,
             lse_delta_at_seam=lse_delta, key_mask=masks[0], additional_mask=None, **tables,
             **made[1],
         )  # fmt: skip
@@ -198,7 +202,7 @@ def _additional_gradients(
     lse_delta = lse_delta.flatten(1, -3)
     dkdv.run(
         query=query, key=keys, value=values, grad_out=grad_out, lse_delta=lse_delta,
-        additional_keys=None, additional_values=None, query_columns=None, key_columns=None,
+        additional_keys=None, additional_values=None, query_columns=None, key_columns=None, ds=None,
         grad_query=None, grad_key=grad_keys, grad_value=grad_values, qk_at_seam=query,
         gv_at_seam=grad_out, lse_delta_at_seam=lse_delta, bias_tables=None, tile_table=None,
         key_mask=mask, additional_mask=None,

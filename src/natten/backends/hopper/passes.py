@@ -1,4 +1,4 @@
-"""Several launches of a kernel in the place of one."""
+"""Launches that share what is compiled, and several in the place of one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
+from ...tuning import cached
 from ..triton.launch import Launch, Wrapped
 from .descriptors import View
+
+
+@cached
+def compiled(*constants: Any) -> list[Any]:
+    """Where the kernel of these constants is kept, once it is compiled."""
+    return []
 
 
 class Passes(Wrapped):

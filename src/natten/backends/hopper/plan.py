@@ -24,7 +24,7 @@ from ..triton.launch import Launch, Trials, per_axis
 from ..triton.plan import MaskStrides, mask_strides, strides_of_mask
 from ..triton.primitives import LOG2E
 from ..triton.windows import modes
-from . import bias_plan
+from . import bias_plan, ds_plan
 from . import tiles as tiling
 from .backward import backward_kernel
 from .bias_gradient import bias_gradient_kernel
@@ -40,11 +40,12 @@ from .descriptors import (
     view,
 )
 from .documents_plan import Packed, most_tiles
+from .ds_plan import ThroughMemory
 from .flat import COLUMNS, Flat, columns_of_rule
 from .flat_plan import NAMES, FlatColumns
 from .forward import forward_kernel
 from .lse_delta import lse_delta_kernel
-from .passes import Passes
+from .passes import Passes, compiled
 from .programs import programs_of
 
 # The passes of the kinds of kernels that sum gradients.
@@ -208,6 +209,33 @@ class Plan:
             self.kv_heads * self.value_dim // 8,
         )  # fmt: skip
 
+    @cached_property
+    def through_memory(self) -> ThroughMemory | None:
+        """The backward of plain attention that makes dQ of dS in memory, if that takes less."""
+        row = self.in_a_row("gradient")
+        if row is not None:
+            return row.through_memory
+        rule, width = self.rule, tiling.native(self.value_dim)
+        if not isinstance(rule, Dense) or rule.causal:
+            return None
+        if tiling.chunks(self.dim) != (_THROUGH_MEMORY,) or width != _THROUGH_MEMORY:
+            return None
+        others = self.packed, self.num_additional or None, self.key_mask_strides
+        dkdv = self.dkdv
+        if any(each is not None for each in others) or not isinstance(dkdv, Launch):
+            return None
+        lengths, sets = (self.space[0], self.key_space[0]), self.batch * self.kv_heads
+        processors = _processors(self.device)
+        share = ds_plan.share_of(*lengths, sets, self.heads // self.kv_heads, processors)
+        if share is None:
+            return None
+        tiles, _ = self.cuts["dkdv"]
+        work = tiling.work("dkdv", self.dim, self.value_dim, columns_of_rule(rule))
+        mask = tiling.mask("dkdv", rule, self.space, self.key_space, tiles, work)
+        grad_query = self._contiguous(self.tokens, self.heads, self.dim)
+        tiles = ds_plan.beside_ds(tiles, mask, work)
+        return ThroughMemory(dkdv, tiles, self.key, grad_query, self.device, self.dtype, share)
+
     def in_a_row(self, pass_: str) -> Plan | None:
         """The plan of all tokens in a row, if that is faster (``flat.py``): "forward", or of the
         "gradient"."""
@@ -318,6 +346,8 @@ class Plan:
             "bias_middle": 0,
             **dict(zip(("a_b", "a_0"), self.additional_mask_strides or (0, 0))),
         }
+        if kind != "forward":
+            numbers["first_tile"] = 0
         constants = {
             "MODES": self.modes,
             "TILE": tile,
@@ -361,6 +391,7 @@ class Plan:
                 # those on trial, which differ in their tiles, tables of the bias.
                 constants["OVERLAP"] = not is_packed and (table is None or not is_trial)
                 constants["PASS"] = PASSES[each]
+                constants["LEAVE_DS"] = False
             if each == "dv":  # it has no values in shared memory, which would be as wide
                 constants["OWN_OUT"] = True
             kept = compiled(
@@ -784,6 +815,10 @@ _PORTABLE_TIME = 8.0
 _OF_KEYS = frozenset(("key", "value", "grad_key", "grad_value"))
 _AS_WIDE_AS_QUERIES = frozenset(("query", "key", "grad_query", "grad_key"))
 
+# Channels of products for which dQ through memory takes less. With fewer of them, dS takes longer
+# to store and to load than what is saved (measured: hopper-log.md).
+_THROUGH_MEMORY = 128
+
 # Of the kernel before the passes, queries and keys of a program.
 _ROWS_AT_ONCE, _KEYS_AT_ONCE = 16, 64
 
@@ -813,12 +848,6 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132  # an H100's, for who compiles without one
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@tuning.cached
-def compiled(*constants: Any) -> list[Any]:
-    """Where the kernel of these constants is kept, once it is compiled."""
-    return []
 
 
 # Calls of one shape come again: a model has few.
