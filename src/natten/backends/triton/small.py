@@ -356,9 +356,10 @@ def _offset(tokens, origin, strides):
 
 
 @gluon.jit
-def _mask(y, start, end, MODE: gl.constexpr):
-    """``[W, 16, N]``: zero where keys ``y [W, N]`` lie in ``start .. end [W, 16]``."""
-    if MODE == UNIT:
+def _mask(y, start, end, MODE: gl.constexpr, SIZE: gl.constexpr):
+    """``[W, 16, N]``: zero where keys ``y [W, N]`` lie in ``start .. end [W, 16]``; ``SIZE``:
+    of all blocks, which may have more keys than one along an axis of one token."""
+    if MODE == UNIT and SIZE == 1:
         mask = 0.0
     else:
         y = gl.expand_dims(y, 1)
@@ -534,9 +535,9 @@ def small_forward_kernel(
 
         # The product starts from masks and biases. Keys that a mask takes away are zeros.
         y = plus(_expanded(plus(s_low, first), 1), c)  # [W, N] per axis
-        s = _mask(y[2], starts[2], ends[2], MODES[2])  # [W, 16, N]
-        s = gl.minimum(s, _mask(y[1], starts[1], ends[1], MODES[1]))
-        s = gl.minimum(s, _mask(y[0], starts[0], ends[0], MODES[0]))
+        s = _mask(y[2], starts[2], ends[2], MODES[2], BLOCKS[2] * KV_BLOCK[2])  # [W, 16, N]
+        s = gl.minimum(s, _mask(y[1], starts[1], ends[1], MODES[1], BLOCKS[1] * KV_BLOCK[1]))
+        s = gl.minimum(s, _mask(y[0], starts[0], ends[0], MODES[0], BLOCKS[0] * KV_BLOCK[0]))
         if HAS_RPB:
             s += _biases(rpb, i, y, kernel_size, head, scale)
             s = gl.maximum(s, MASKED, propagate_nan=tl.PropagateNan.ALL)  # of a bias of -inf
