@@ -80,7 +80,7 @@ CASES = {
     "dilated": ((7, 12), True, {"kernel_size": (3, 5), "dilation": (1, 2)}),
     "strided": ((9, 11), False, {"kernel_size": (5, 6), "stride": (2, 3)}),
     "truncated": ((7, 9), True, {"kernel_size": (3, 12), "boundary": ("shift", "truncate")}),
-    "one row": ((1, 20), True, {"kernel_size": (1, 5), "boundary": "truncate"}),
+    "one row": ((1, 20), True, {"kernel_size": (1, 5), "dilation": (2, 1), "boundary": "truncate"}),
     "ring": ((6, 10), False, {"kernel_size": (3, 5), "boundary": "circular"}),
     "video": ((2, 5, 6), False, {"kernel_size": (2, 3, 3), "is_causal": (True, False, False)}),
     "part": ((9, 16), True, {"kernel_size": (3, 5), "dilation": (1, 3), "query_offset": (2, 4)}),

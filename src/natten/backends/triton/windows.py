@@ -50,7 +50,9 @@ def modes(rule: Rule, key_shape: Sequence[int]) -> tuple[int, ...]:
     found = []
     for axis, length in enumerate(key_shape):
         is_strided = rule.stride[axis] > 1
-        if length == 1 and rule.kernel_size[axis] == 1 and rule.is_self_attention:
+        # With a dilation, a truncated axis has groups of no token.
+        is_unit = max(length, rule.kernel_size[axis], rule.dilation[axis]) == 1
+        if is_unit and rule.is_self_attention:
             mode = UNIT
         elif rule.is_causal[axis]:
             mode = CAUSAL_STRIDED if is_strided else CAUSAL
