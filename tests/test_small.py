@@ -115,6 +115,10 @@ def test_room():
     assert not small.has_room(halo, ring, shape, (50_000 * 32, 32), grid)
     assert not small.has_room(halo, NAT, shape, (2**28, 32), grid)
     assert not small.has_room(halo, NAT, shape, (1, 1), (1, 1, 70_001))
+    # Three planes of 8x8 keys are copied as 256 rows, the last ones of a fourth plane.
+    video, shape = Neighborhood.create(3, 3), (9, 9, 9)
+    assert small.has_room((3, 8, 8), video, shape, (2**28, 9, 1), grid)
+    assert not small.has_room((3, 8, 8), video, shape, (2**29, 9, 1), grid)
 
 
 def plan(query: torch.Tensor, key: torch.Tensor, rule: Neighborhood = NAT, **options):

@@ -30,6 +30,7 @@ _COLUMNS = (32, 64, 128)  # keys of a step
 _COLUMNS_OF_FLOAT32 = {16: 64, 32: 64, 64: 32}
 REGISTERS = 128  # of a thread at most, so that 16 warps run at once
 _WARPS_AT_ONCE = 65536 // (32 * REGISTERS)
+_MOST_ROWS = 128  # of a halo, copied at once
 MOST_HEADS = 2**16  # of all batch entries, along an axis of the grid; one less at most
 _SHARED_OF_PROGRAM = 1024  # bytes that a program takes beside its own
 
@@ -76,7 +77,7 @@ def _apart(stride: int, positions: int) -> int:
 def rows_of_copy(keys: int, itemsize: int) -> int:
     """Rows of the halo that are copied at once. There is room for whole numbers of these, so where
     numbers have four bytes, they are fewer."""
-    return min(128 if itemsize == 2 else 32, 1 << (keys - 1).bit_length())
+    return min(_MOST_ROWS if itemsize == 2 else 32, 1 << (keys - 1).bit_length())
 
 
 def shared_bytes(keys: int, dim: int, itemsize: int) -> int:
@@ -208,6 +209,9 @@ def has_room(
 ) -> bool:
     """Whether numbers of 32 bits say how far tokens of a halo are apart in memory, with ``strides``
     of each axis, and the GPU has such a grid. On a ring, tokens may be as far apart as the ends."""
+    # The last rows that are copied at once may be of planes beyond the halo.
+    plane = halo[1] * halo[2]
+    halo = halo[0] + -(-_MOST_ROWS // plane), *halo[1:]
     apart = 0
     axes = zip(shape, halo[-rule.rank :], rule.dilation, rule.boundary, strides)
     for length, keys, dilation, boundary, stride in axes:
