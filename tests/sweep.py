@@ -123,8 +123,8 @@ def with_small_heads(number: int, kind: Kind) -> Kind:
     """The kind with heads that the kernel of small windows has, and without what it has not."""
     dtype, dim = (torch.bfloat16, torch.float16)[number % 2], (16, 32, 64)[number // 2 % 3]
     return kind._replace(
-        dtype=dtype, dim=dim, value_dim=dim, additional=False, masked=False,
-        tile=TILES[64][kind.rank], per_key=(1,) * kind.rank,
+        dtype=dtype, dim=dim, value_dim=dim, additional=False, tile=TILES[64][kind.rank],
+        per_key=(1,) * kind.rank,
     )  # fmt: skip
 
 
@@ -184,9 +184,7 @@ BACKEND = "triton"
 def has_small_kernel(inputs: Inputs, rule: Any, scale: float) -> bool:
     """Whether the portable backend has the kernel of small windows for a problem."""
     query, key, value = inputs[:3]
-    if not isinstance(rule, Neighborhood) or inputs.key_mask is not None:
-        return False
-    if inputs.additional_keys is not None:
+    if not isinstance(rule, Neighborhood) or inputs.additional_keys is not None:
         return False
     sizes = query.shape[1:-2], key.shape[1:-2], query.shape[-1], value.shape[-1], query.itemsize
     return small_tiles.choose(rule, *sizes, inputs.rpb is not None, scale) is not None
