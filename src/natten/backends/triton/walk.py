@@ -377,6 +377,7 @@ def load_mask_rows(at, present, N: tl.constexpr):
 @triton.jit
 def allowed_keys(mask, N: tl.constexpr):
     """Which of at most 64 keys may be attended, ``[N]``; ``mask``: of :func:`load_mask_rows`."""
+    tl.static_assert(N <= 64)
     i, lane = tl.arange(0, N), tl.arange(0, 32)
     word = tl.where(i < 32, packed(mask[0], lane, 0), packed(mask[1], lane, 0))
     return bit(word, i & 31)
