@@ -260,9 +260,10 @@ def _beside(i, first, full):
 
 
 @triton.jit
-def partial_block(i, blocks):
+def partial_block(i, blocks, AHEAD: tl.constexpr = False):
     """Index per axis of the ``i``-th partial block: first come those that are not full on axis 0,
-    then of the others those that are not on axis 1, then those that are not on axis 2."""
+    then of the others those that are not on axis 1, then those that are not on axis 2. ``AHEAD``:
+    there may be no such block, which must not divide by zero."""
     count, first, full = blocks.counts, blocks.first_full, blocks.full
     on0 = (count[0] - full[0]) * count[1] * count[2]
     on1 = full[0] * (count[1] - full[1]) * count[2]
@@ -270,6 +271,8 @@ def partial_block(i, blocks):
     i -= tl.where(is0, 0, tl.where(is2, on0 + on1, on0))
     n1 = tl.where(is0, count[1], tl.where(is2, full[1], count[1] - full[1]))
     n2 = tl.where(is2, count[2] - full[2], count[2])
+    if AHEAD:
+        n1, n2 = tl.maximum(n1, 1), tl.maximum(n2, 1)
     j0, j1, j2 = i // (n1 * n2), i // n2 % n1, i % n2
     j0 = tl.where(is0, _beside(j0, first[0], full[0]), j0 + first[0])
     j1 = tl.where(is0, j1, tl.where(is2, j1 + first[1], _beside(j1, first[1], full[1])))
@@ -438,14 +441,15 @@ def walk_keys(
         # Bytes are loaded a whole step ahead; truth values, which Triton has to convert, at the
         # beginning of a step. Only full blocks are found in that time.
         mask_bytes = key_mask.to(tl.pointer_type(tl.int8), bitcast=True)
-        after = plus(rows.low, times(partial_block(0, blocks), KV_BLOCK))
+        after = plus(rows.low, times(partial_block(0, blocks, True), KV_BLOCK))
         m_rows = mask_rows(mask_bytes, p, after, MODES, KV_BLOCK)
         m_present = present_rows(after, rows.high, blocks.num_partial > 0, KV_BLOCK)
         mask = load_mask_rows(m_rows, m_present, N)
     for block in range(0, blocks.num_partial):
         if HAS_KEY_MASK:
             allowed = allowed_keys(mask, N)  # [N]
-            a, after = after, plus(rows.low, times(partial_block(block + 1, blocks), KV_BLOCK))
+            a, number = after, partial_block(block + 1, blocks, True)
+            after = plus(rows.low, times(number, KV_BLOCK))
             m_rows = mask_rows(mask_bytes, p, after, MODES, KV_BLOCK)
             m_present = present_rows(after, rows.high, block + 1 < blocks.num_partial, KV_BLOCK)
             mask = load_mask_rows(m_rows, m_present, N)
