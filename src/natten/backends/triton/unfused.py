@@ -24,7 +24,7 @@ from ...tiling import padded
 from ..interface import Shape
 from . import tiles as tiling
 from .launch import Launch, contiguous, kernel, on_device, per_axis, readable, strides_of
-from .plan import has_shared_kernels, parts_of, sizes, tile_counts, windows_of
+from .plan import has_shared_kernels, sizes, tile_counts, windows_of
 from .primitives import (
     before,
     bias_offset,
@@ -334,6 +334,13 @@ _MAPS = {
 
 
 @tuning.cached
+def _made_for_parts(*kind: Any) -> dict[str, Any]:
+    """Tiles and launch of a map, once they are made, which parts share that differ in where they
+    are; ``kind`` says what else they are."""
+    return {}
+
+
+@tuning.cached
 def _map_launch(
     name: str,
     rule: Neighborhood,
@@ -354,9 +361,9 @@ def _map_launch(
     align = math.gcd(16, *(s for letter in each.aligned for s in named[letter].values()))
     made: dict[str, Any] = {}
     if has_shared_kernels(rule, *strides):
-        made = parts_of(
+        made = _made_for_parts(
             *windows_of(rule), name, device, dtypes, batch, heads, dim, space, align, tf32
-        ).plans
+        )
     if "tiles" not in made:
         made["tiles"] = tiling.choose(each.kind, rule, space, key_space, narrow, narrow, itemsize)
     tiles = made["tiles"]
