@@ -96,6 +96,17 @@ def test_another_part_is_other_numbers() -> None:
     assert sum(is_shared) > len(is_shared) // 2
 
 
+def test_other_queries_of_wide_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the gradients of keys and of values have a launch each."""
+    monkeypatch.setattr(f"{__name__}.DIM", 256)
+    rules = [Neighborhood.create(1, 9, query_offset=at) for at in (5, 40)]
+    first, moved = (plan_of((20,), (100,), rule) for rule in rules)
+    alone = planning.Plan(rules[1], *plan_arguments((20,), (100,)))
+    assert isinstance(moved, planning.Moved) and moved.part is first
+    for each, expected in zip(moved.dkdv.launches, alone.dkdv.launches, strict=True):
+        assert_same(each, expected)
+
+
 def test_keys_that_no_query_attends_have_no_tiles() -> None:
     """Their gradients are zeros; the kernel has half of the tiles for half of the queries."""
     queries, keys, rule = part((28, 56), (56, 56), 7, query_offset=(28, 0))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ...tuning import cached
 from ..triton.launch import Launch, Wrapped
-from .descriptors import View
 
 
 @cached
@@ -26,13 +25,9 @@ class Passes(Wrapped):
         names = "value", "grad_key", "grad_value"
         self._unread = [[name for name in names if each.tensors[name] is None] for each in launches]
 
-    def moved(
-        self, grid: Sequence[int], numbers: Sequence[Any], views: Mapping[str, View]
-    ) -> Passes:
+    def moved(self, grid: Sequence[int], *others: Any) -> Passes:
         """As :meth:`Launch.moved`."""
-        return Passes(
-            [each.moved((grid[0], *each.grid[1:]), numbers, views) for each in self.launches]
-        )
+        return Passes([each.moved((grid[0], *each.grid[1:]), *others) for each in self.launches])
 
     def run(self, **tensors: Tensor | None) -> None:
         """As :meth:`Launch.run`."""
