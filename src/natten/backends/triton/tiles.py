@@ -291,11 +291,14 @@ def _is_asked(tile: Shape, asked: Shape) -> bool:
     return not any(asked) or tile[3 - len(asked) :] == asked
 
 
-@lru_cache(maxsize=1024)
 def forward_cycles(rule: Rule, shape: Shape, key_shape: Shape, *sizes: Any) -> float:
     """Cycles of a multiprocessor per batch entry, head and dilation group, with the cheapest tiles;
     ``sizes`` as of :func:`choose`."""
-    problem = "forward", *typical(rule, shape, key_shape), *sizes, gpu()
+    return _cycles_of("forward", *typical(rule, shape, key_shape), *sizes, gpu())
+
+
+@lru_cache(maxsize=1024)
+def _cycles_of(*problem: Any) -> float:
     cost, _ = _Search(*problem).cheapest()
     return cost * _CYCLES
 
