@@ -130,7 +130,7 @@ KNOWN: dict[tuple[str, str], dict[str, int]] = {
     # dK and dV have two sums.
     ("gfx942", "dkdv"): {"FLUX": 86},
     # "FLUX" with Triton 3.8. A bias takes four registers of a thread for addresses.
-    ("90a", "backward dK dV"): {"FLUX": 1, "wan bias": 16},
+    ("90a", "backward dK dV"): {"FLUX": 1, "wan bias": 17},
 }
 # Kernels whose products are known to wait for one another: with three axes ptxas copies the sums
 # of dK and dV between the loops of partial and of full blocks. Faster all the same than what
