@@ -892,10 +892,5 @@ def plan_for(
             parts.plans.keep(sizes, plan)
         part = Part(plan, rule, *lie)
         parts.keep(lie, part)
-    if part.offset == offset:
-        return part
-    moved: Moved | None = parts.moved.get((part, offset))
-    if moved is None:
-        moved = Moved(part, rule)
-        parts.moved.keep((part, offset), moved)
-    return moved
+    found: Part | Moved = parts.at(part, offset, lambda: Moved(part, rule))
+    return found

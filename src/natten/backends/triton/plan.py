@@ -574,6 +574,16 @@ class Parts(Bounded):
         super().__init__(KEPT_LAYOUTS)
         self.plans, self.moved = Bounded(KEPT_LAYOUTS), Bounded(KEPT_PARTS)
 
+    def at(self, part: Any, offset: Shape | None, move: Callable[[], Any]) -> Any:
+        """A part, or if its queries have another offset, what ``move`` makes of it."""
+        if part.offset == offset:
+            return part
+        moved = self.moved.get((part, offset))
+        if moved is None:
+            moved = move()
+            self.moved.keep((part, offset), moved)
+        return moved
+
 
 @tuning.cached
 def parts_of(*kind: Any) -> Parts:
@@ -646,13 +656,8 @@ def plan_for(
             parts.plans.keep((), plan)
         part = Part(plan, offset, *lie)
         parts.keep(lie, part)
-    if part.offset == offset:
-        return part
-    moved: Moved | None = parts.moved.get((part, offset))
-    if moved is None:
-        moved = Moved(part, offset)
-        parts.moved.keep((part, offset), moved)
-    return moved
+    found: Part | Moved = parts.at(part, offset, lambda: Moved(part, offset))
+    return found
 
 
 def mask_strides(mask: Tensor | None) -> tuple[int, ...] | None:
