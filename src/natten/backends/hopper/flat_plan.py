@@ -1,13 +1,17 @@
-"""What a layout decides about the factors of a mask of its tokens in a row (``flat.py``)."""
+"""What a layout decides about its tokens in a row (``flat.py``): how they lie, and the factors of
+their mask."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...tiling import padded
+from ..interface import Shape
 from ..triton.launch import Launch, per_axis
 from ..triton.windows import modes
 from .flat import COLUMNS, Flat
@@ -18,6 +22,19 @@ NAMES = "query_columns", "key_columns"  # of both factors, as tensors of kernels
 # Tokens of a program of the kernel, and what divides the rows of a factor: no block of keys has
 # more tokens, so that none goes on beyond the last row.
 _AT_ONCE, _ROWS = 64, 128
+
+
+def row_of(shape: Shape, stride: Shape) -> tuple[Shape, Shape | None]:
+    """Shape and stride of a tensor whose tokens are one axis; no stride if they are not equally far
+    apart."""
+    batch, *space, heads, channels = shape
+    row = batch, math.prod(space), heads, channels
+    steps = [(n, step) for n, step in zip(space, stride[1:-2]) if n > 1]
+    for (_, outer), (n, inner) in itertools.pairwise(steps):
+        if outer != n * inner:
+            return row, None
+    step = steps[-1][1] if steps else heads * channels
+    return row, (stride[0], step, *stride[-2:])
 
 
 class FlatColumns:

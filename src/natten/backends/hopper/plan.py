@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import math
 import struct
 from collections.abc import Sequence
@@ -42,7 +41,7 @@ from .descriptors import (
 from .documents_plan import Packed, most_tiles
 from .ds_plan import ThroughMemory
 from .flat import COLUMNS, Flat, columns_of_rule
-from .flat_plan import NAMES, FlatColumns
+from .flat_plan import NAMES, FlatColumns, row_of
 from .forward import forward_kernel
 from .lse_delta import lse_delta_kernel
 from .passes import Passes, compiled
@@ -251,7 +250,7 @@ class Plan:
             return None
         dims = tiling.aligned(self.dim), tiling.aligned(self.value_dim)
         rule = tiling.in_a_row(kinds, self.rule, self.space, *dims)
-        shapes, strides = zip(*map(_row_of, self.shapes, self.strides))
+        shapes, strides = zip(*map(row_of, self.shapes, self.strides))
         if rule is None or None in strides:
             return None
         if any(tuning.lookup(tiling.key(*self._problem(kind))) is not None for kind in kinds):
@@ -780,19 +779,6 @@ class Moved(portable.OtherQueries):
     @cached_property
     def portable(self) -> portable.Moved:
         return portable.Moved(self.part.portable, self.rule.offset)
-
-
-def _row_of(shape: Shape, stride: Shape) -> tuple[Shape, Shape | None]:
-    """Shape and stride of a tensor whose tokens are one axis; no stride if they are not equally far
-    apart."""
-    batch, *space, heads, channels = shape
-    row = batch, math.prod(space), heads, channels
-    steps = [(n, step) for n, step in zip(space, stride[1:-2]) if n > 1]
-    for (_, outer), (n, inner) in itertools.pairwise(steps):
-        if outer != n * inner:
-            return row, None
-    step = steps[-1][1] if steps else heads * channels
-    return row, (stride[0], step, *stride[-2:])
 
 
 def _moved_each(
