@@ -373,12 +373,12 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
         columns = ()
         if mask.mask.KIND == COLUMNS:
             columns = (tiles.matrix(tile_iteration, len(tiles.buffers) - 1),)  # [M, C]
-        place = ()
+        ds = ()
         if len(ctx.left_ds) > 0:
             left = ctx.left_ds[0]
             number = tile.batch * g.heads + tile.head - left.first_tile // g.tiles[2]
-            place = (number * ctx.heads_per_kv, first[2], left.buffers[WARPGROUP])
-        operands = Operands(mask, qk, gv, columns, lse_delta, place)
+            ds = (number * ctx.heads_per_kv, first[2], left.buffers[WARPGROUP])
+        operands = Operands(mask, qk, gv, columns, lse_delta, ds)
         if ctx.HAS_ADDITIONAL:
             acc, stage = _add_additional(ctx, operands, tile.batch, acc, stage)
         count = tile.blocks[0] * tile.blocks[1] * tile.blocks[2]

@@ -62,8 +62,8 @@ def _fetch(ctx):
         bases = [ctx.tensors[KEY].tma_base(batch, none, kv_head), (which, query)]
         gdc_wait()  # until the kernel before, which made dS, has ended
         for i in range(ctx.num_blocks):
-            place = (0, 0, (ctx.num_blocks - 1 - i) * N)
-            ctx.blocks.produce(stage, ctx.tensors, bases, (place,))
+            at = (0, 0, (ctx.num_blocks - 1 - i) * N)
+            ctx.blocks.produce(stage, ctx.tensors, bases, (at,))
             stage += 1
     gdc_launch_dependents()  # the next kernel can be set up, and waits for this one's end
 

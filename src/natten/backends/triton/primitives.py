@@ -164,7 +164,7 @@ def bit(word, i):
     """Whether bit ``i`` of a word is set, of 32.
 
     A thread's columns of a product differ by 1 and by multiples of 8, so that it shifts a word once
-    by what depends on the thread, and then looks at bits whose places are constants.
+    by what depends on the thread, and then looks at bits whose numbers are constants.
     """
     return ((word >> (i & 6)) >> (i & 25)) & 1 != 0
 

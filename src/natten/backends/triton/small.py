@@ -241,7 +241,7 @@ def _load_values(
 @gluon.jit
 def _keys_of_products(x, AXIS: gl.constexpr):
     """Numbers of four bytes, of three axes, in another order of keys, along axis 1 or 2: of 8 in
-    order, those at even places before the others.
+    order, the even ones before the others.
 
     The product that gives the scores leaves to a thread those of two neighboring keys. The next one
     wants of it two that are four apart; which ones does not matter if values are in the same order.
@@ -356,10 +356,10 @@ def _offset(tokens, origin, strides):
 
 
 @gluon.jit
-def _mask(y, start, end, MODE: gl.constexpr, SIZE: gl.constexpr):
-    """``[W, 16, N]``: zero where keys ``y [W, N]`` lie in ``start .. end [W, 16]``; ``SIZE``:
+def _mask(y, start, end, MODE: gl.constexpr, EXTENT: gl.constexpr):
+    """``[W, 16, N]``: zero where keys ``y [W, N]`` lie in ``start .. end [W, 16]``; ``EXTENT``:
     of all blocks, which may have more keys than one along an axis of one token."""
-    if MODE == UNIT and SIZE == 1:
+    if MODE == UNIT and EXTENT == 1:
         mask = 0.0
     else:
         y = gl.expand_dims(y, 1)
