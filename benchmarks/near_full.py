@@ -18,6 +18,7 @@ import argparse
 import math
 import random
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -47,6 +48,11 @@ class Row(NamedTuple):
     pass_: str
     backend: str
     problem: str
+
+    def line(self) -> str:
+        """What is printed of it."""
+        times = f"{self.ratio:6.2f}  same {self.same:5.2f}  {self.ours:9.2f} ms"
+        return f"{times}  {self.backend:6}  {self.pass_:18}{self.problem}"
 
 
 def draw(rng: random.Random, dtype: torch.dtype, device: str = "cpu") -> Case:
@@ -128,7 +134,7 @@ def measure(case: Case, passes: list[str], rounds: int, device: str = "cpu") -> 
 
 
 def main() -> None:
-    """Measure, and print the problems with the lowest ratios."""
+    """Measure, print each time to standard error, and last the problems with the lowest ratios."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -146,7 +152,9 @@ def main() -> None:
     rng, rows = random.Random(args.seed), []
     for _ in range(args.draws):
         case = draw(rng, getattr(torch, args.dtype), args.device)
-        rows += measure(case, args.passes.split(","), args.rounds, args.device)
+        for row in measure(case, args.passes.split(","), args.rounds, args.device):
+            rows.append(row)
+            print(row.line(), file=sys.stderr, flush=True)
     for pass_ in args.passes.split(","):
         own = sorted(row for row in rows if row.pass_ == pass_)
         target = TARGET[args.device]
@@ -154,11 +162,7 @@ def main() -> None:
         middle = statistics.median(row.ratio for row in own)
         print(f"{pass_}: median {middle:.2f}, {below} of {len(own)} below {target}; the lowest:")
         for row in own[: args.worst]:
-            print(
-                f"{row.ratio:6.2f}  same {row.same:5.2f}  {row.ours:9.2f} ms  {row.backend:6}"
-                f"  {row.problem}",
-                flush=True,
-            )
+            print(row.line())
 
 
 if __name__ == "__main__":
