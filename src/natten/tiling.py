@@ -392,6 +392,7 @@ class Floor(NamedTuple):
     """What tiles cost at least."""
 
     product: float  # per query-key pair
+    mask: float  # per query-key pair of a tile that needs a mask
     key: float  # per key of a tile
     tile: float
     run: float  # that is not the first
@@ -412,13 +413,19 @@ def cheapest(
         triangles: as in :func:`axis_cost`.
     """
     costs = [[cut.cost_of_triangles if triangles else cut.cost for cut in axis] for axis in options]
-    sums = [(1, 1, 1, 1)]
+    sums = [(1, 1, 1, 1, 1)]
     for axis in costs:
-        counts = [(each.products, each.keys, each.tiles, each.runs) for each in axis]
-        sums = [(p * a, k * b, t * c, r * d) for p, k, t, r in sums for a, b, c, d in counts]
+        counts = [(each.products, each.full, each.keys, each.tiles, each.runs) for each in axis]
+        sums = [
+            (p * a, f * b, k * c, t * d, r * e)
+            for p, f, k, t, r in sums
+            for a, b, c, d, e in counts
+        ]
     # Sums are rounded, and a bound must stay one.
-    product, key, tile, run = (0.999999 * each for each in floor)
-    bounds = [p * product + k * key + t * tile + (r - 1) * run for p, k, t, r in sums]
+    product, mask, key, tile, run = (0.999999 * each for each in floor)
+    bounds = [
+        p * product + (p - f) * mask + k * key + t * tile + (r - 1) * run for p, f, k, t, r in sums
+    ]
     ways = list(itertools.product(*(range(len(axis)) for axis in options)))
     best, at = math.inf, 0
     for i in sorted(range(len(ways)), key=bounds.__getitem__):
@@ -465,7 +472,7 @@ def tiles(
         )
 
     floor = Floor(
-        matrices * (PRODUCT + PRODUCT_DIM * head_dim), matrices * 2 * head_dim * COPY,
+        matrices * (PRODUCT + PRODUCT_DIM * head_dim), 0.0, matrices * 2 * head_dim * COPY,
         matrices * _TILE, _RUN,
     )  # fmt: skip
     options = [

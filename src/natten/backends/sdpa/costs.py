@@ -79,7 +79,7 @@ class Costs(NamedTuple):
     def floor(self, matrices: int, dim: int) -> Floor:
         """What tiles cost at least."""
         return Floor(
-            matrices * (self.product + self.product_dim * dim),
+            matrices * (self.product + self.product_dim * dim), matrices * self.mask,
             matrices * (self.key + self.read) * dim, matrices * self.block, self.run,
         )  # fmt: skip
 

@@ -23,7 +23,8 @@ VIEWS = 16  # how many are kept for a grid of tiles; about 1 KB each
 @kept(lambda mask: mask.nbytes)
 def _mask(looks: Looks, dtype: torch.dtype, num_additional: int) -> Tensor:
     """The mask of tiles; the additional keys come last, and all queries attend them."""
-    return F.pad(make_mask(looks).to(dtype), (0, num_additional))
+    mask = make_mask(looks).to(dtype)
+    return F.pad(mask, (0, num_additional)) if num_additional else mask
 
 
 class Sizes(NamedTuple):
