@@ -9,8 +9,9 @@
 The problems are ``SPECTRUM`` of ``cases.py``, or are drawn at random from ranges that people use:
 number 3 of seed 1 is always the same problem, called ``random-1-3``. Kernels are compiled first, in
 many processes at once. Then each problem is timed, forward and forward+backward, beside dense
-attention by the first of PyTorch's kernels that runs it, cuDNN's before others. Each row is written
-when it is measured. ``report.py`` makes the table and the picture.
+attention by the first of PyTorch's kernels that runs it, cuDNN's before others. Products of float32
+may be rounded to TF32, as the floor assumes, but with ``--exact``. Each row is written when it is
+measured. ``report.py`` makes the table and the picture.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from natten.profiler.report import BOTH, FORWARD
 from natten.profiler.tune import computed_over_needed
 
 # What kernels of an H200 reach at best, a second: bytes of DRAM, operations of products in half
-# precision and of float32's, and exponentials, 16 a clock on 132 multiprocessors at 1.75 GHz.
+# precision and in TF32, and exponentials, 16 a clock on 132 multiprocessors at 1.75 GHz.
 BYTES, HALF, SINGLE, EXPONENTIALS = 4.2e12, 790e12, 400e12, 132 * 16 * 1.75e9
 # A deterministic backward without atomic additions makes two passes, of dQ and of dK and dV. They
 # compute seven products where the forward has two, and move about 3.5 times its bytes: each reads
@@ -271,14 +272,14 @@ def compile_cases(cases: Sequence[Case], backward: bool) -> None:
     natten.compile_ahead(calls)
 
 
-def compile_in_processes(names: Sequence[str], backward: bool) -> None:
+def compile_in_processes(names: Sequence[str], backward: bool, exact: bool) -> None:
     """As :func:`compile_cases`, in as many processes as there are processors.
 
     Kernels of Gluon take much of Python's time, in which a process has one thread.
     """
     count = min(len(names), os.cpu_count() or 1)
     command = [sys.executable, __file__, "--device", "cuda", "--compile-only"]
-    command += ["--passes", BOTH if backward else FORWARD]
+    command += ["--passes", BOTH if backward else FORWARD, *["--exact"] * exact]
     running = [
         subprocess.Popen([*command, "--cases", ",".join(names[i::count])]) for i in range(count)
     ]
@@ -336,6 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--dense-ms", type=int, default=DENSE_MS, metavar="MS",
         help="leave out dense attention that takes longer; 0: all of it (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument("--exact", action="store_true", help="no products in TF32")
     parser.add_argument("--no-eager", action="store_true", help="time kernels only")
     parser.add_argument("--small", action="store_true", help="few tokens, to try this program")
     parser.add_argument("--compile-only", action="store_true", help="compile, measure nothing")
@@ -363,6 +365,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.dense_ms < 0:
         parser.error(f"--dense-ms must be at least 0, got {args.dense_ms}")
     torch.set_num_threads(args.threads)
+    if args.device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = not args.exact
     cases = [small(case) if args.small else case for case in found.values() if case is not None]
     if args.compile_only:
         compile_cases(cases, BOTH in passes)
@@ -375,7 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--out: {error}")
     if args.device == "cuda" and not args.small and not args.no_compile:
         start = time.time()
-        compile_in_processes(names, BOTH in passes)
+        compile_in_processes(names, BOTH in passes, args.exact)
         print(f"compiled in {time.time() - start:.0f} s", flush=True)
     records, failed = [], []
     for case in cases:
