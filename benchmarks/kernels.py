@@ -90,6 +90,7 @@ HOPPER = [
     Variant("near full 64", (21, 9, 19), (20, 9, 18), 64),
     Variant("plain", (4096,), (), 128, plain=True),
     Variant("plain 1k", (1024,), (), 128, plain=True),
+    Variant("plain 64", (4096,), (), 64, plain=True),
     Variant("plain causal", (4096,), (), 128, causal=True, plain=True),
     Variant("plain causal 64", (1000,), (), 64, causal=True, part=(700,), plain=True),
     Variant("packed", (64, 64), 7, 64, packed=True),

@@ -31,11 +31,12 @@ from natten.neighborhood import Dense, Neighborhood
 
 
 def plan_of(
-    length: int, key_length: int, causal: bool, batch: int = 1, heads: int = 4, kv_heads: int = 4
-) -> planning.Plan:
+    length: int, key_length: int, causal: bool, batch: int = 1, heads: int = 4, kv_heads: int = 4,
+    dim: int = 64,
+) -> planning.Plan:  # fmt: skip
     """The plan of a problem on tensors without data."""
     q, k = (
-        torch.empty(batch, n, h, 64, dtype=torch.bfloat16, device="meta")
+        torch.empty(batch, n, h, dim, dtype=torch.bfloat16, device="meta")
         for n, h in ((length, heads), (key_length, kv_heads))
     )
     return planning.plan_for(q, k, k, None, Dense(causal), 1.0)
@@ -76,6 +77,31 @@ def test_heads_whose_blocks_stay_in_the_cache_have_tiles_in_turn(kind: str) -> N
     assert shared > own if kind != "dkdv" else shared < own
     for n in (shared, own):
         assert 24 % n == 0
+
+
+def test_where_two_warpgroups_share_keys() -> None:
+    """As measured on an H200, and where a program for each would leave processors idle."""
+
+    def warpgroups(batch: int, length: int, causal: bool = False, dim: int = 64) -> int:
+        launch = plan_of(length, length, causal, batch, 16, 16, dim).forward
+        assert isinstance(launch, Launch)
+        return int(launch.arguments["WARPGROUPS"])
+
+    assert [warpgroups(2**14 // n, n) for n in (512, 1024, 2048, 4096)] == [2, 2, 2, 2]
+    assert warpgroups(64, 197) == warpgroups(16, 1024, True) == warpgroups(16, 1024, dim=32) == 1
+    assert warpgroups(1, 1024) == 1
+
+
+def test_tiles_that_were_measured_are_no_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(1024, 1024, False, 16, 16, 16)
+    tiles = tiling.choose(*plan._problem("forward"))
+    monkeypatch.setattr(tuning, "lookup", lambda name: list(tiles))
+    plan = planning.Plan(
+        plan.rule, plan.scale, plan.device, plan.dtype, plan.shapes, plan.strides, 0
+    )  # fmt: skip
+    launch = plan.forward
+    assert isinstance(launch, Launch)
+    assert launch.arguments["WARPGROUPS"] == tiles.num_warps // 4 == 1
 
 
 def test_windows_of_nearly_the_whole_layout_are_a_row() -> None:

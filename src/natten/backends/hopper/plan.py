@@ -312,6 +312,8 @@ class Plan:
         is_packed = self.packed is not None
         mask = tiling.mask(kind, rule, self.space, self.key_space, tiles, work, is_packed)
         heads_at_once = self._heads_at_once(work)
+        if kind == "forward" and not is_trial:
+            tiles = self._paired(tiles, mask, work)
         if self.key_mask_strides is not None and not of_keys:
             tiles, mask, work = tiling.masked(tiles, mask, work)
         pieces = tiling.pieces(kind, rule, self.space, tiles, is_packed)
@@ -425,6 +427,20 @@ class Plan:
         if table is None:
             return launch
         return Biased(launch, table, kernel_size, self.heads, self.scale, is_reversed=of_keys)
+
+    def _paired(self, tiles: Tiles, mask: tiling.Mask, work: tiling.Work) -> Tiles:
+        """:func:`tiles.paired` of plain attention whose tiles are alike and fill all processors."""
+        rule, (tokens, *_), (keys, *_) = self.rule, self.space, self.key_space
+        is_alike = isinstance(rule, Dense) and not rule.causal and self.columns is None
+        if not is_alike or self.packed is not None:
+            return tiles
+        if tuning.lookup(tiling.key(*self._problem("forward"))) is not None:
+            return tiles  # that were measured
+        count = self.batch * self.heads * -(-tokens // (2 * tiling.ROWS))
+        if count < _processors(self.device):
+            return tiles
+        blocks = -(-keys // math.prod(tiles.kv_block))
+        return tiling.paired(tiles, mask, work, tokens, blocks)
 
     def _passes(self, kind: str) -> tuple[str, ...]:
         """What a kind of kernel runs: itself, or a pass for each of two gradients."""

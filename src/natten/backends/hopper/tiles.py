@@ -415,6 +415,8 @@ _BLOCK_CYCLES, _TILE_CYCLES, _TILE_LATENCY = 100.0, 500.0, 3000.0
 _EXPOSED = 0.05  # of a block, where TMA takes longer
 _COMPARE_CYCLES = 4.0  # of a column of a partial block
 
+_L2_BYTES = 30.0  # that L2 gives a multiprocessor in a cycle, if all fetch (hopper-log.md)
+
 
 class Cycles(NamedTuple):
     """Cycles of a multiprocessor."""
@@ -740,6 +742,28 @@ def fitted(tiles: Tiles, mask: Mask, work: Work) -> Tiles | None:
         if shared_bytes(tiles, mask, work, own) <= SHARED_MEMORY[90]:
             return tiles
     return None
+
+
+def paired(tiles: Tiles, mask: Mask, work: Work, tokens: int, blocks: int) -> Tiles:
+    """Tiles of plain attention that all have so many blocks: two programs as one of two
+    warpgroups, if that takes less by estimate.
+
+    The warpgroups share what is fetched, of which L2 gives a multiprocessor so many bytes a cycle.
+    They wait for blocks no more than two programs do, but begin and end their tiles together.
+    Of so many ``tokens``, more may be none.
+    """
+    pair = fitted(tiles._replace(num_warps=2 * WARPS, resident_programs=1), mask, work)
+    if pair is None or warpgroups(tiles) > 1 or tiles.resident_programs != 2:
+        return tiles
+    fetched = FORWARD_SCALE * 2 * work.block_channels / _L2_BYTES  # cycles of a token
+    alike = work._replace(pair_at_once=2.0, row_cycles=max(work.row_cycles, fetched))
+
+    def cost(each: Tiles) -> float:
+        rows = ROWS * warpgroups(each)
+        block, tile = cycles(each, mask, alike).block, cycles(each, mask, work).tile
+        return -(-tokens // rows) * rows * (blocks * block + tile)
+
+    return min(tiles, pair, key=cost)
 
 
 def masked(tiles: Tiles, mask: Mask, work: Work) -> tuple[Tiles, Mask, Work]:
