@@ -320,9 +320,20 @@ def test_heads_that_are_joined_have_the_next_heads_channels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dim", "is_joined"), [(48, True), (80, True), (96, True), (64, False), (72, False)]
-)
-def test_heads_are_joined_where_no_other_channel_is_multiplied(dim: int, is_joined: bool) -> None:
+    ("dim", "is_joined", "cleared"),
+    [
+        (48, True, 0), (80, True, 0), (96, True, 0), (64, False, 0), (32, False, 0),
+        (72, False, 0), (40, True, 8), (24, True, 8), (16, False, 0), (104, True, 24),
+        (320, True, 0), (328, False, 0),
+    ],
+)  # fmt: skip
+def test_narrow_heads_are_joined(dim: int, is_joined: bool, cleared: int) -> None:
+    """Products find zeros, or no channel, where blocks have the next head's."""
+    first, end = tiling.cleared(dim)
+    assert end - first == cleared and (cleared == 0 or first == dim)
+    assert tiling.is_joined(dim) == is_joined
+    if dim > 256:  # values only
+        return
     x = torch.empty(1, 24, 24, 3, dim, dtype=torch.bfloat16, device="meta")
     plan = planning.plan_for(x, x, x, None, Neighborhood.create(2, 7), 1.0)
     width = 3 * dim if is_joined else dim
@@ -334,7 +345,8 @@ def test_heads_are_joined_where_no_other_channel_is_multiplied(dim: int, is_join
         tensors = getattr(plan, kind).tensors
         assert {tensors[name].view.shape[-1] for name in loaded} == {width}
         assert {tensors[name].view.shape[-1] for name in stored} == {dim}
-    assert sum(tiling.chunks(dim)) == dim or not is_joined
+        arguments = getattr(plan, kind).arguments
+        assert arguments["QK_CLEARED"] == arguments["V_CLEARED"] == (first, end)
 
 
 def last_base(view: descriptors.View, batch: int, dilation: Any, heads: int) -> int:

@@ -40,6 +40,8 @@ from .pipeline import (
     TmaPipeline,
     TmaTensor,
     allocate,
+    clear_blocks,
+    clears,
     rows_of,
     shared_by_heads,
     slice_of,
@@ -191,6 +193,14 @@ def _fetch_blocks(ctx):
         gdc_wait()  # who waits for the end of this kernel waits for that of the one before, too
     if not ctx.NEXT_BESIDE:
         gdc_launch_dependents()  # the next kernel can be set up, and waits for this one's end
+
+
+@gluon.jit
+def _clear_blocks(ctx):
+    """Warp that clears blocks."""
+    heads = ctx.heads_per_kv if ctx.geometry.OF_KEYS else 1
+    count = ctx.additional.count if ctx.HAS_ADDITIONAL else 0
+    clear_blocks(ctx.blocks, ctx.geometry, ctx.first_program(), count, heads)
 
 
 @gluon.jit
@@ -467,7 +477,7 @@ def backward_kernel(
     PACKED: gl.constexpr, BIAS_STRIDES: gl.constexpr, QK_CHUNKS: gl.constexpr,
     V_CHUNKS: gl.constexpr, SLICES: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
     HAS_ADDITIONAL_MASK: gl.constexpr, OVERLAP: gl.constexpr, PASS: gl.constexpr,
-    LEAVE_DS: gl.constexpr,
+    LEAVE_DS: gl.constexpr, QK_CLEARED: gl.constexpr, V_CLEARED: gl.constexpr,
 ):  # fmt: skip
     """One pass: dQ from tiles of queries, or dK, dV, or both from tiles of keys.
 
@@ -538,13 +548,18 @@ def backward_kernel(
         factors = (stage_factors(g, STAGES, MASK, ENDS, BY_ROW, STEPS, TABLES),)
     masked = key_mask_of(g, key_mask, (m_b, m_0, m_1, m_2), m_last, factors, HAS_KEY_MASK)
     PIECES: gl.constexpr = volume(BLOCK) // volume(PIECE)
-    blocks = tma_pipeline(inner, STAGES, WARPGROUPS, PIECES, MASKS_BLOCKS)
+    # The weights of dV have no sum over the values' channels.
+    CLEARED: gl.constexpr = QK_CLEARED if PASS == DV else QK_CLEARED + V_CLEARED
+    HAS_WARP: gl.constexpr = MASKS_BLOCKS or clears(CLEARED)  # beside those that fetch
+    blocks = tma_pipeline(
+        inner, STAGES, WARPGROUPS, PIECES, MASKS_BLOCKS, CLEARED, not MASKS_BLOCKS
+    )
     tables = column_tables(g, MASK, ENDS, BY_ROW, STEPS, TABLES)
     ROWS: gl.constexpr = volume(TILE) // TILE[2] if PACKED else 1
-    tiles = (tma_pipeline(outer, 1, 1, ROWS),)
+    tiles = (tma_pipeline(outer, 1, 1, ROWS, False, CLEARED),)
     masks = (_mask(g, tables, MASK, ENDS, BY_ROW, STEPS),)
     if WARPGROUPS == 2:
-        tiles += (tma_pipeline(outer, 1, 1, ROWS),)
+        tiles += (tma_pipeline(outer, 1, 1, ROWS, False, CLEARED),)
         masks += (_mask(g, tables, MASK, ENDS, BY_ROW, STEPS),)
     left_ds = ()
     if LEAVE_DS:
@@ -575,7 +590,8 @@ def backward_kernel(
     gl.warp_specialize(
         [(_sum_gradients, (ctx, 0)), (_sum_gradients, (ctx, 1))][:WARPGROUPS]
         + [(_fetch_tiles, (ctx,)), (_fetch_blocks, (ctx,))]
-        + [(mask_blocks, (masked, (blocks,), num_additional))][: 1 if MASKS_BLOCKS else 0],
-        [WARPS, 1, 1, 1][2 - WARPGROUPS : 4 if MASKS_BLOCKS else 3],
-        ([REGISTERS] + [FETCH_REGISTERS] * 3)[2 - WARPGROUPS : 4 if MASKS_BLOCKS else 3],
+        + [(mask_blocks, (masked, (blocks,), num_additional))][: 1 if MASKS_BLOCKS else 0]
+        + [(_clear_blocks, (ctx,))][: 1 if HAS_WARP and not MASKS_BLOCKS else 0],
+        [WARPS, 1, 1, 1][2 - WARPGROUPS : 4 if HAS_WARP else 3],
+        ([REGISTERS] + [FETCH_REGISTERS] * 3)[2 - WARPGROUPS : 4 if HAS_WARP else 3],
     )

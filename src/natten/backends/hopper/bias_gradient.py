@@ -329,7 +329,8 @@ def bias_gradient_kernel(
     batches, heads_per_kv, scale_log2, bias_size, bias_middle,
     MODES: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
     FETCH_REGISTERS: gl.constexpr, BIAS_STRIDES: gl.constexpr, QK_CHUNKS: gl.constexpr,
-    V_CHUNKS: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
+    V_CHUNKS: gl.constexpr, HAS_KEY_MASK: gl.constexpr, QK_CLEARED: gl.constexpr,
+    V_CLEARED: gl.constexpr,
 ):  # fmt: skip
     """dS of one block of keys for each tile of queries, summed over a split of the tiles, into
     ``sums [splits, heads, blocks, queries, keys]``.
@@ -368,7 +369,9 @@ def bias_gradient_kernel(
     M: gl.constexpr = volume(TILE)
     N: gl.constexpr = volume(BLOCK)
     at = (split_id.to(gl.int64) * heads + head) * gl.num_programs(0) + block
-    tiles, blocks = tma_pipeline(of_queries, STAGES, 1, 1), tma_pipeline(of_keys, STAGES, 1, 1)
+    CLEARED: gl.constexpr = QK_CLEARED + V_CLEARED
+    tiles = tma_pipeline(of_queries, STAGES, 1, 1, False, CLEARED)
+    blocks = tma_pipeline(of_keys, STAGES, 1, 1, False, CLEARED)
     of_columns, masks = (), ()
     if HAS_KEY_MASK:
         of_columns, masks = (beside(blocks, [1, N]),), (key_mask,)

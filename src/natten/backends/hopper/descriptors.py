@@ -4,9 +4,10 @@ A tensor ``[batch, *space, heads, channels]`` becomes ``[bases, n0, n1, n2, chan
 axis of everywhere that the rows of a batch entry's head and dilation group may begin, and positions
 inside a group per axis. So every layout with contiguous channels is read in place, whatever its
 strides. Blocks may have more channels than a head: TMA fills them with zeros, and does not store
-them. But TMA takes up to four times as long for a row that it has to fill. So where products take
-no channel beyond a head's own, heads that lie side by side are one axis with their channels, and a
-block has the next head's channels instead of zeros. No head's numbers depend on another one's.
+them. But TMA takes up to four times as long for a row that it has to fill. So heads that lie side
+by side are one axis with their channels, and a block has the next head's channels instead of zeros,
+where products take none of them, or where kernels set those to zero in less time (``tiles.py``,
+``pipeline.py``). No head's numbers depend on another one's.
 
 Where a dilation does not divide an axis, groups have ``n`` positions, and from one group on one
 less. The axis has one bound for all of them. So the view begins ``dilation`` tokens before the

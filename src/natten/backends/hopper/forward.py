@@ -28,6 +28,8 @@ from .pipeline import (
     TmaPipeline,
     TmaTensor,
     allocate,
+    clear_blocks,
+    clears,
     shared_by_heads,
     slice_of,
     tma_bases,
@@ -110,6 +112,13 @@ def _fetch_blocks(ctx):
             block = g.next_block(block, tile.blocks)
             stage += 1
     gdc_launch_dependents()  # the next kernel can be set up, and waits for this one's end
+
+
+@gluon.jit
+def _clear_blocks(ctx):
+    """Warp that clears keys."""
+    count = ctx.additional.count if ctx.HAS_ADDITIONAL else 0
+    clear_blocks(ctx.keys, ctx.geometry, gl.program_id(0), count, 1)
 
 
 @gluon.jit
@@ -292,7 +301,7 @@ def forward_kernel(
     SEAM_PIECE: gl.constexpr, HEADS_FIRST: gl.constexpr,
     PACKED: gl.constexpr, BIAS_STRIDES: gl.constexpr, QK_CHUNKS: gl.constexpr,
     V_CHUNKS: gl.constexpr, SLICES: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
-    HAS_ADDITIONAL_MASK: gl.constexpr,
+    HAS_ADDITIONAL_MASK: gl.constexpr, QK_CLEARED: gl.constexpr, V_CLEARED: gl.constexpr,
 ):  # fmt: skip
     """The first eight tensors are descriptors. So are the next two where a block at the seam of a
     ring comes in smaller ``SEAM_PIECE``s, of keys and of values. Steps are :class:`TmaTensor`'s:
@@ -311,7 +320,9 @@ def forward_kernel(
     row, and steps are from a head to the next.
 
     Each of ``SLICES`` of the value's channels has programs of its own, along the grid's second
-    axis. ``QK_CHUNKS`` and ``V_CHUNKS`` are of channels (``products.py``).
+    axis. ``QK_CHUNKS`` and ``V_CHUNKS`` are of channels (``products.py``), and ``CLEARED`` are
+    those that :class:`TmaPipeline` sets to zero; values need it not, as there is no sum over their
+    channels.
     """
     part, documents = (), ()
     if PACKED:
@@ -357,12 +368,13 @@ def forward_kernel(
         factors = (stage_factors(g, STAGES, MASK, ENDS, BY_ROW, STEPS, TABLES),)
     masked = key_mask_of(g, key_mask, (m_b, m_0, m_1, m_2), m_last, factors, HAS_KEY_MASK)
     PIECES: gl.constexpr = volume(BLOCK) // volume(PIECE)
-    keys = tma_pipeline(k, STAGES, WARPGROUPS, PIECES, HAS_KEY_MASK)
+    HAS_WARP: gl.constexpr = HAS_KEY_MASK or clears(QK_CLEARED)  # beside those that fetch
+    keys = tma_pipeline(k, STAGES, WARPGROUPS, PIECES, HAS_KEY_MASK, QK_CLEARED, not HAS_KEY_MASK)
     values = tma_pipeline((v,), STAGES, WARPGROUPS, PIECES, HAS_KEY_MASK)
     ROWS: gl.constexpr = volume(TILE) // TILE[2] if PACKED else 1
-    queries = (tma_pipeline(q, 1, 1, ROWS),)
+    queries = (tma_pipeline(q, 1, 1, ROWS, False, QK_CLEARED),)
     if WARPGROUPS == 2:
-        queries += (tma_pipeline(q, 1, 1, ROWS),)
+        queries += (tma_pipeline(q, 1, 1, ROWS, False, QK_CLEARED),)
     outs = [_out_buffer(each, o, OWN_OUT, ROWS) for each in queries]
     tables = column_tables(g, MASK, ENDS, BY_ROW, STEPS, TABLES)
     ctx = Context(
@@ -380,7 +392,8 @@ def forward_kernel(
     gl.warp_specialize(
         [(_attend, (ctx, 0)), (_attend, (ctx, 1))][:WARPGROUPS]
         + [(_fetch_queries, (ctx,)), (_fetch_blocks, (ctx,))]
-        + [(mask_blocks, (masked, (keys, values), num_additional))][: 1 if HAS_KEY_MASK else 0],
-        [WARPS, 1, 1, 1][2 - WARPGROUPS : 4 if HAS_KEY_MASK else 3],
-        ([REGISTERS] + [FETCH_REGISTERS] * 3)[2 - WARPGROUPS : 4 if HAS_KEY_MASK else 3],
+        + [(mask_blocks, (masked, (keys, values), num_additional))][: 1 if HAS_KEY_MASK else 0]
+        + [(_clear_blocks, (ctx,))][: 1 if HAS_WARP and not HAS_KEY_MASK else 0],
+        [WARPS, 1, 1, 1][2 - WARPGROUPS : 4 if HAS_WARP else 3],
+        ([REGISTERS] + [FETCH_REGISTERS] * 3)[2 - WARPGROUPS : 4 if HAS_WARP else 3],
     )

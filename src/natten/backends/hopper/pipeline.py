@@ -2,6 +2,7 @@
 
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
 
+from .cuts import WARPS as _WARPS
 from .gluon_names import (
     aggregate,
     barrier,
@@ -13,6 +14,9 @@ from .gluon_names import (
     store_block,
     tensor_descriptor,
 )
+
+WARPS = gl.constexpr(_WARPS)  # of a warpgroup
+NOTHING = gl.constexpr((0, 0))  # channels to set to zero: none
 
 
 @aggregate
@@ -86,6 +90,31 @@ def _bytes(tensors, pieces, at_seam):
     return pieces * sum(each.block_type.nbytes for each in every)
 
 
+@gluon.constexpr_function
+def clears(cleared):
+    """Whether there are channels to set to zero, in any of some ranges: of each, the first channel
+    and the end."""
+    return any(first < end for first, end in zip(cleared[::2], cleared[1::2]))
+
+
+@gluon.constexpr_function
+def _row_layout(channels, warps):
+    """Of channels of rows, ``[rows, channels]``: 16 bytes a thread."""
+    lanes = min(4, max(1, channels // 8))
+    return gl.BlockedLayout([1, min(8, channels)], [32 // lanes, lanes], [warps, 1], [1, 0])
+
+
+@gluon.jit
+def _clear(matrix, FIRST: gl.constexpr, END: gl.constexpr, WARPS: gl.constexpr):
+    """Set channels of rows to zero, from one up to another."""
+    if FIRST < END:
+        ROWS: gl.constexpr = matrix.shape[0]
+        COUNT: gl.constexpr = FIRST & -FIRST  # shared memory has slices of powers of two
+        zeros = gl.zeros([ROWS, COUNT], matrix.dtype, _row_layout(COUNT, WARPS))
+        matrix.slice(FIRST, COUNT, 1).store(zeros)
+        _clear(matrix, FIRST + COUNT, END, WARPS)
+
+
 @aggregate
 class TmaPipeline:
     """Stages that are filled and emptied in turn; ``stage`` counts all that went through.
@@ -93,13 +122,19 @@ class TmaPipeline:
     A stage has a buffer for a block of each of some tensors, which are fetched together. A block
     may be fetched in pieces, which follow one another in the buffer. With a mask of keys, another
     warp masks what has been fetched before the stage is full.
+
+    Of heads that are joined (``descriptors.py``), a block has channels of the next head. A sum over
+    channels must not find them, not even beside zeros, as 0 times infinity is NaN. So they are set
+    to zero before, by a warp if there is one for that, else by each warpgroup.
     """
 
     buffers: gl.tuple  # per tensor, [STAGES, PIECES, *piece, channels]
-    fetched: gl.shared_memory_descriptor  # without a mask, that is full
+    fetched: gl.shared_memory_descriptor  # without such a warp, that is full
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     STAGES: gl.constexpr
+    CLEARED: gl.constexpr  # of each of the first buffers, channels: the first, and the end
+    BY_WARP: gl.constexpr  # whether a warp sets them to zero
 
     @gluon.jit
     def producer_acquire(self, stage, BYTES: gl.constexpr):
@@ -151,8 +186,23 @@ class TmaPipeline:
         mbarrier.arrive(self.full.index(stage % self.STAGES), count=1)
 
     @gluon.jit
+    def clear(self, stage, WARPS: gl.constexpr):
+        """Start to set channels to zero, by so many warps."""
+        for WHICH in gl.static_range(len(self.CLEARED) // 2):
+            matrix = self.matrix(stage, WHICH)
+            _clear(matrix, self.CLEARED[2 * WHICH], self.CLEARED[2 * WHICH + 1], WARPS)
+
+    @gluon.jit
     def consumer_wait(self, stage):
-        """Until the stage is full."""
+        """Until the stage is full, and what is to be zero is."""
+        self._wait(stage)
+        if clears(self.CLEARED) and not self.BY_WARP:
+            self.clear(stage, WARPS)
+            fence_async_shared()
+            barrier()
+
+    @gluon.jit
+    def _wait(self, stage):
         mbarrier.wait(self.full.index(stage % self.STAGES), stage // self.STAGES & 1)
 
     @gluon.jit
@@ -163,7 +213,7 @@ class TmaPipeline:
     @gluon.jit
     def consumer_skip(self, stage):
         """Hand the stage back unread."""
-        self.consumer_wait(stage)
+        self._wait(stage)
         self.consumer_release(stage)
 
     @gluon.jit
@@ -176,16 +226,36 @@ class TmaPipeline:
 @gluon.jit
 def tma_pipeline(
     tensors, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PIECES: gl.constexpr,
-    IS_MASKED: gl.constexpr = False,
+    IS_MASKED: gl.constexpr = False, CLEARED: gl.constexpr = NOTHING,
+    BY_WARP: gl.constexpr = False,
 ):  # fmt: skip
     """A pipeline of blocks of the tensors, in pieces, which that many warpgroups consume; before,
-    a warp may mask them."""
+    a warp may mask them, or set channels to zero if there are some to be ``CLEARED``."""
     buffers = [allocate(tensor, STAGES, PIECES) for tensor in tensors]
     full = _barriers(STAGES, 1)
     fetched = full
-    if IS_MASKED:
+    if IS_MASKED or (BY_WARP and clears(CLEARED)):
         fetched = _barriers(STAGES, 1)
-    return TmaPipeline(buffers, fetched, full, _barriers(STAGES, CONSUMERS), STAGES)
+    return TmaPipeline(
+        buffers, fetched, full, _barriers(STAGES, CONSUMERS), STAGES, CLEARED, BY_WARP
+    )
+
+
+@gluon.jit
+def clear_blocks(blocks, g, first_tile, num_additional, heads):
+    """Warp that sets channels of blocks to zero: of a tile's additional tokens, and of so many
+    heads' blocks."""
+    N: gl.constexpr = g.BLOCK[0] * g.BLOCK[1] * g.BLOCK[2]
+    stage = 0
+    for tile_id in range(first_tile, g.num_tiles, gl.num_programs(0)):
+        tile = g.tile(tile_id)
+        count = (num_additional + N - 1) // N
+        count += tile.blocks[0] * tile.blocks[1] * tile.blocks[2] * heads
+        for _ in range(count):
+            blocks.masker_wait(stage)
+            blocks.clear(stage, 1)
+            blocks.masker_release(stage)
+            stage += 1
 
 
 @gluon.jit

@@ -116,7 +116,12 @@ class Plan:
     def _view(self, shape: Shape, stride: Shape) -> View:
         if self.packed is not None:
             return packed_view(shape, stride)
-        return view(shape, stride, self.rule.dilation, tiling.has_unused_channels(shape[-1]))
+        return view(shape, stride, self.rule.dilation, tiling.is_joined(shape[-1]))
+
+    def _cleared(self) -> dict[str, Shape]:
+        """What kernels set to zero of the channels of queries and keys, and of values."""
+        dims = (0, 0) if self.packed is not None else (self.dim, self.value_dim)
+        return dict(zip(("QK_CLEARED", "V_CLEARED"), map(tiling.cleared, dims)))
 
     def _units(self) -> list[int]:
         """Per axis, 1 if there is one token now and always."""
@@ -374,6 +379,7 @@ class Plan:
             "BIAS_STRIDES": (),
             "HAS_KEY_MASK": self.key_mask_strides is not None,
             "HAS_ADDITIONAL_MASK": self.additional_mask_strides is not None and not of_keys,
+            **self._cleared(),
         }
         table = None
         if self.bias_dtype is not None:
@@ -506,6 +512,7 @@ class Plan:
             "QK_CHUNKS": tiling.chunks(self.dim),
             "V_CHUNKS": tiling.chunks(self.value_dim),
             "HAS_KEY_MASK": self.key_mask_strides is not None,
+            **self._cleared(),
         }
         descriptors = self._descriptors("dq", tiles)
         del descriptors["grad_query"], descriptors["lse_delta"]

@@ -42,6 +42,10 @@ MOST_MASKED = 2**29  # blocks may begin at the last key of a mask and exceed it 
 # Passes of the backward: what each of them sums.
 PASSES = DQ, DKDV, DK, DV = 0, 1, 2, 3
 
+# Channels of heads of which blocks have the next head's, which a product must not find: to set
+# these to zero takes less than it takes TMA to fill rows (measured: hopper-log.md).
+_WORTH_CLEARING = (24, 40, 104)
+
 # Scores are not masked, by compare, by a product, by compare in the first block only, or by a
 # product whose factors come with tiles and blocks.
 MASK_KINDS = NONE, COMPARE, PRODUCT, FIRST, COLUMNS = 0, 1, 2, 3, 4
@@ -72,9 +76,19 @@ def chunks(channels: int) -> Shape:
 
 
 @cache
-def has_unused_channels(channels: int) -> bool:
-    """Whether a block has channels that products do not take, which take a head's and no others."""
-    return native(channels) > channels == sum(chunks(channels))
+def is_joined(channels: int) -> bool:
+    """Whether a block has the next head's channels beside a head's own, of heads side by side:
+    where products take none of them, or where to set these to zero takes less than to fill rows."""
+    return native(channels) > channels and (
+        channels == sum(chunks(channels)) or channels in _WORTH_CLEARING
+    )
+
+
+@cache
+def cleared(channels: int) -> tuple[int, int]:
+    """Channels that products take of a block and that are the next head's: the first, and the
+    end."""
+    return (channels, sum(chunks(channels))) if is_joined(channels) else (0, 0)
 
 
 @cache
@@ -104,12 +118,13 @@ def row_cycles(channels: int) -> float:
     """Cycles that TMA takes for a token's channels of a head, in boxes of 64 (hopper-log.md).
 
     It is slow where rows do not begin where 32 bytes do, and where it has zeros to fill in. With
-    the next head's channels beside them, boxes take 2.5 alone; 3.3 fits the times of kernels.
+    the next head's channels beside them, boxes take 2.5 to 4.1 alone; 3.3 fits the times of
+    kernels where heads begin at multiples of 32 bytes.
     """
     if native(channels) == channels:
         return 1.7 * max(1, channels // 64)
-    if has_unused_channels(channels):
-        return 3.3 * (native(channels) // 64)
+    if is_joined(channels):
+        return 3.3 * max(1, native(channels) // 64)
     box, last = (2.5, 3.9) if channels % 16 == 0 else (4.3, 6.5)
     return channels // 64 * box + last
 
