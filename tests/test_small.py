@@ -89,6 +89,11 @@ def test_choice():
         sizes = list(SIZES)
         sizes[at] = value
         assert small.choose(NAT, *sizes) is None, (at, value)
+    # Narrower heads have the products of wider ones, if whole words of their numbers are copied.
+    for dim in (18, 20, 24):
+        more, same = small.choose(NAT, *SIZES[:2], dim, dim, *SIZES[4:])
+        assert more > cycles and same == tiles
+    assert small.choose(NAT, *SIZES[:2], 21, 21, *SIZES[4:]) is None
     # Most of a halo is waste where windows are large, and the largest fit nowhere.
     for window in (40, (1, 2**30)):
         rule = Neighborhood.create(2, window, boundary="truncate")
@@ -154,7 +159,7 @@ def test_plan(monkeypatch):
         plan(query, query, key_mask=far_apart),
         plan(query, query, additional=query.new_empty(2, 3, 4, 32)),
         plan(query, query, tiles=(8, 8, 4, 16)),
-        plan(query, query.new_empty(2, 56, 56, 4, 36)[..., :32]),
+        plan(query, query.new_empty(2, 56, 56, 4, 33)[..., :32]),
     ):
         assert without.small is None
 
@@ -191,11 +196,11 @@ def test_plans_of_parts():
 def test_hopper_leaves_small_windows_to_it():
     hopper = named("hopper")
 
-    def slower(shape, rule, batch=8, **options):
-        query = (batch, *shape, 4, 16)
+    def slower(shape, rule, batch=8, dim=16, **options):
+        query = (batch, *shape, 4, dim)
         given = {"scale": 0.2, "key_shape": shape, "rule": rule, **options}
         return hopper.slower(
-            Problem("attention", torch.device("cuda"), torch.bfloat16, 16, 16, query, **given)
+            Problem("attention", torch.device("cuda"), torch.bfloat16, dim, dim, query, **given)
         )
 
     dilated = Neighborhood.create(2, 7, dilation=16)
@@ -206,6 +211,11 @@ def test_hopper_leaves_small_windows_to_it():
     assert slower((512, 512), dilated, additional=True) is None
     assert slower((64, 64), Neighborhood.create(2, 31)) is None
     assert slower((64,), Dense()) is None
+    # Copies of heads that TMA can not read take longer than what the kernel saves otherwise.
+    nat = Neighborhood.create(2, 7)
+    assert "small windows" in slower((56, 56), nat, dim=20)
+    assert slower((56, 56), nat, dim=24) is None
+    assert slower((64, 64), Neighborhood.create(2, 31), dim=20) is None
 
 
 # --- on a GPU -----------------------------------------------------------------------------------

@@ -87,6 +87,7 @@ CASES = {
 }
 PART = (5, 8)  # queries
 MASKED = ("strided", "ring", "video", "part")  # keys and values that are NaN where they are masked
+NARROW = ("dilated", "ring", "part")  # heads of fewer channels than products have
 FLOAT32 = ("strided", "part")  # whose products may be rounded to TF32; others are of float16
 
 
@@ -97,8 +98,9 @@ def test_small_windows(monkeypatch, name):
     rule = Neighborhood.create(len(shape), **options)
     queries = shape if rule.query_offset is None else PART
     dtype = torch.float32 if name in FLOAT32 else torch.float16
-    query = torch.randn(1, *queries, 2, 16, dtype=dtype)
-    key, value = (torch.randn(1, *shape, 1, 16, dtype=dtype) for _ in range(2))
+    dim = 12 if name in NARROW else 16
+    query = torch.randn(1, *queries, 2, dim, dtype=dtype)
+    key, value = (torch.randn(1, *shape, 1, dim, dtype=dtype) for _ in range(2))
     bias = None
     if with_bias:
         bias = torch.randn(2, *(2 * k - 1 for k in rule.kernel_size), dtype=dtype)

@@ -30,6 +30,7 @@ from .tiles import (
     MOST,
     MOST_MASKED,
     OWN,
+    aligned,
     are_together,
     cycles_of,
     has_empty_box,
@@ -39,6 +40,9 @@ from .tiles import (
 
 # Keys of a query from which on copies of heads that TMA can not read pay.
 _WORTH_COPYING = 48
+
+# Cycles of a multiprocessor that a number takes to be copied (hopper-log.md).
+_COPY_CYCLES = 0.3
 
 # For heads of so many channels the kernel of small windows runs where it takes less by estimate.
 _SMALL_CHANNELS, _SMALL_CYCLES = 32, 0.95 / FORWARD_SCALE
@@ -143,9 +147,8 @@ class Hopper(Backend):
         if any(dim % 8 for dim in dims):
             plain = problem.key_shape or problem.shape[1:-2]
             keys = plain if isinstance(rule, Dense) else rule.kernel_size
-            if math.prod(keys) >= _WORTH_COPYING:
-                return None
-            return "copies heads that 8 does not divide, which takes longer than such small windows"
+            if math.prod(keys) < _WORTH_COPYING:
+                return "copies heads that 8 does not divide, too slow for such small windows"
         return self._small_window(problem, rule)
 
     def _small_window(self, problem: Problem, rule: Rule) -> str | None:
@@ -157,9 +160,15 @@ class Hopper(Backend):
             return None
         if batch * heads >= small_tiles.MOST_HEADS:
             return None
-        sizes = rule, problem.shape[1:-2], problem.key_shape, problem.head_dim, problem.value_dim
-        theirs = small_tiles.choose(*sizes, problem.dtype.itemsize, False, problem.scale)
-        if theirs is None or theirs[0] >= _SMALL_CYCLES * cycles_of("forward", *sizes):
+        sizes = rule, problem.shape[1:-2], problem.key_shape
+        dims = problem.head_dim, problem.value_dim
+        theirs = small_tiles.choose(*sizes, *dims, problem.dtype.itemsize, False, problem.scale)
+        if theirs is None:
+            return None
+        ours = cycles_of("forward", *sizes, *map(aligned, dims))
+        if any(dim % 8 for dim in dims):
+            ours += FORWARD_SCALE * _COPY_CYCLES * 2 * math.prod(sizes[1]) * sum(dims)
+        if theirs[0] >= _SMALL_CYCLES * ours:
             return None
         return "takes longer than the kernel of `triton` for small windows"
 

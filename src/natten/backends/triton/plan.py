@@ -244,8 +244,8 @@ class Plan:
         is_asked = any(map(any, self.asked["forward"]))
         if is_asked or self.packed or self.num_additional:
             return None
-        at_once = 16 // self.itemsize  # rows are copied 16 bytes at once
-        if math.gcd(at_once, *self.strides.values()) < at_once:
+        # Rows are copied 16 bytes at once, or 8 or 4 where heads lie no further apart.
+        if self.itemsize * math.gcd(16, *self.strides.values()) < 4:
             return None
         sizes = self.space, self.key_space, self.dim, self.value_dim, self.itemsize
         found = small_tiles.choose(self.rule, *sizes, self.bias, self.scale)
@@ -269,8 +269,8 @@ class Plan:
             "WARPS": tiles.warps, "Q_BLOCK": tiles.q_block, "KV_BLOCK": tiles.kv_block,
             "BLOCKS": tiles.blocks(windows), "HALO": halo,
             "CHUNK": small_tiles.rows_of_copy(math.prod(halo), self.itemsize),
-            "ALIGN": constants["ALIGN"], "D": self.dim, "HAS_RPB": self.bias,
-            "HAS_KEY_MASK": self.has_key_mask,
+            "ALIGN": constants["ALIGN"], "C": self.dim, "D": small_tiles.width(self.dim),
+            "HAS_RPB": self.bias, "HAS_KEY_MASK": self.has_key_mask,
         }  # fmt: skip
         kernel = small_forward_kernel
         arguments = {name: known[name] for name in kernel.arg_names[len(kernel.tensors) :]}

@@ -259,18 +259,25 @@ def _keys_of_products(x, AXIS: gl.constexpr):
 
 @gluon.jit
 def _copy(
-    tensor, start, tokens, origin, strides, stage, allowed, D: gl.constexpr, ALIGN: gl.constexpr,
+    tensor, start, tokens, origin, strides, stage, allowed, C: gl.constexpr, ALIGN: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Start to copy rows of tokens, ``[rows]`` per axis, to shared memory; ``ALIGN``: bytes. Rows
-    that are not ``allowed``, unless that is None, are zeros there."""
-    at = tensor + start + _offset(tokens, origin, strides)[:, None]
-    at += gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
-    at = gl.multiple_of(at, [ALIGN, ALIGN])
+    that are not ``allowed``, unless that is None, are zeros there, and so are channels from ``C``
+    on."""
+    D: gl.constexpr = stage.shape[1]
+    d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
+    at = gl.multiple_of(tensor + start + _offset(tokens, origin, strides)[:, None] + d, [ALIGN] * 2)
+    if allowed is not None:
+        allowed = gl.expand_dims(allowed, 1)
+        if C < D:
+            allowed = allowed & (d < C)
+    elif C < D:
+        allowed = d < C
     if allowed is None:
         load_async(stage, at)
     else:
-        load_async(stage, at, mask=gl.expand_dims(allowed, 1))
+        load_async(stage, at, mask=allowed)
 
 
 # --- where tiles are, and what they reach -------------------------------------------------------
@@ -430,13 +437,14 @@ def small_forward_kernel(
     K0, K1, K2, S0, S1, S2, D0, D1, D2, heads, per_kv, scale,
     MODES: gl.constexpr, DILATED: gl.constexpr, PART: gl.constexpr, WARPS: gl.constexpr,
     Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr, BLOCKS: gl.constexpr, HALO: gl.constexpr,
-    CHUNK: gl.constexpr, ALIGN: gl.constexpr, D: gl.constexpr, HAS_RPB: gl.constexpr,
-    HAS_KEY_MASK: gl.constexpr,
+    CHUNK: gl.constexpr, ALIGN: gl.constexpr, C: gl.constexpr, D: gl.constexpr,
+    HAS_RPB: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
 ):  # fmt: skip
     """Numbers as in ``forward_kernel``; ``P`` and ``KEY_L`` are not read unless queries are a
     ``PART``, which are counted as keys are. All per axis: the tiles of ``WARPS``, of ``Q_BLOCK``
     queries each, are beside one another; each visits ``BLOCKS`` of ``KV_BLOCK`` keys, which
     together lie in ``HALO``. The grid has tiles, dilation groups, and heads of all batch entries.
+    Heads have ``C`` channels, and products ``D``, of which the others are zeros.
     """
     W: gl.constexpr = WARPS[0] * WARPS[1] * WARPS[2]
     PRODUCT: gl.constexpr = product_layout(W)
@@ -495,8 +503,8 @@ def small_forward_kernel(
         if HAS_KEY_MASK:
             allowed = _allowed(mask, position, MODES)
         k_stage, v_stage = stages.index(chunk), stages.index(CHUNKS + chunk)
-        _copy(key, k_start, x, origin, k_strides, k_stage, allowed, D, BYTES, COPY)
-        _copy(value, v_start, x, origin, v_strides, v_stage, allowed, D, BYTES, COPY)
+        _copy(key, k_start, x, origin, k_strides, k_stage, allowed, C, BYTES, COPY)
+        _copy(value, v_start, x, origin, v_strides, v_stage, allowed, C, BYTES, COPY)
     async_copy.commit_group()
 
     i = _queries(begin, WARPS, Q_BLOCK, gl.SliceLayout(2, QUERY))
@@ -505,7 +513,8 @@ def small_forward_kernel(
     origin = key_tokens(begin, group, dilation, n, MODES)
     at = query + token_offset(batch * q_b + head * q_h, minus(origin, offset), q_strides, 1)
     at += gl.expand_dims(_offset(x, origin, q_strides), 2) + d
-    q = gl.load(gl.multiple_of(at, [BYTES, BYTES, BYTES]))
+    at = gl.multiple_of(at, [BYTES, BYTES, BYTES])
+    q = gl.load(at, mask=d < C, other=0) if C < D else gl.load(at)
     q = gl.convert_layout(q, LEFT)  # [W, 16, D]
 
     i = minimum(_queries(begin, WARPS, Q_BLOCK, M_ROWS), last)  # [W, 16] per axis
@@ -577,7 +586,11 @@ def small_forward_kernel(
     o = (acc * gl.expand_dims(inverse, 2)).to(out.dtype.element_ty)  # O = acc / row_sum
     i = _queries(begin, WARPS, Q_BLOCK, gl.SliceLayout(2, OUT))
     x = minus(key_tokens(i, group, dilation, n, MODES), offset)
-    at = out + gl.expand_dims(row_number(first_row, x, shape, heads, head) * D, 2)
-    at += gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, OUT)))[None, None, :]
-    at = gl.multiple_of(at, [2 * ROWS, 2 * ROWS, 2 * ROWS])
-    gl.store(at, gl.convert_layout(o, OUT), mask=gl.expand_dims(before(i, end), 2))
+    at = out + gl.expand_dims(row_number(first_row, x, shape, heads, head) * C, 2)
+    d = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, OUT)))[None, None, :]
+    OUT_BYTES: gl.constexpr = 16 if C % 16 == 0 else (C & -C) * SIZE
+    at = gl.multiple_of(at + d, [OUT_BYTES, OUT_BYTES, OUT_BYTES])
+    real = gl.expand_dims(before(i, end), 2)
+    if C < D:
+        real = real & (d < C)
+    gl.store(at, gl.convert_layout(o, OUT), mask=real)

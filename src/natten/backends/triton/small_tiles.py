@@ -22,7 +22,7 @@ from ..interface import Shape
 from . import releases
 from . import tiles as tiling
 
-CHANNELS = (16, 32, 64)
+CHANNELS = (16, 32, 64)  # of products
 _QUERIES = 16  # of a warp
 _WARPS = (4, 8)  # of a program
 _COLUMNS = (32, 64, 128)  # keys of a step
@@ -33,6 +33,11 @@ _WARPS_AT_ONCE = 65536 // (32 * REGISTERS)
 _MOST_ROWS = 128  # of a halo, copied at once
 MOST_HEADS = 2**16  # of all batch entries, along an axis of the grid; one less at most
 _SHARED_OF_PROGRAM = 1024  # bytes that a program takes beside its own
+
+
+def width(dim: int) -> int:
+    """Channels that products have for heads of so many."""
+    return next(each for each in CHANNELS if each >= dim)
 
 
 class SmallTiles(NamedTuple):
@@ -99,7 +104,9 @@ def choose(
     gpu, sizes = tiling.gpu(), (shape, key_shape, dim, value_dim, itemsize, bias)
     if itemsize > 2 and not gpu.tf32:
         return None
-    if dim != value_dim or dim not in CHANNELS or not 1e-20 < scale < 1e6:
+    if dim * itemsize % 4:  # no fewer bytes are copied at once
+        return None
+    if dim != value_dim or dim > CHANNELS[-1] or not 1e-20 < scale < 1e6:
         return None
     if not isinstance(rule, Neighborhood) or max(rule.queries_per_key) > 1 or not _runs_here():
         return None
@@ -107,10 +114,19 @@ def choose(
         shape = tiling.part_size(tuple(shape))
     if tuning.wanted(backward=False) > 1 or tuning.lookup(tiling.key("forward", rule, *sizes)):
         return None
-    found = cheapest(rule, shape, dim, itemsize, gpu.shared)
-    if found is None or found[0] >= tiling.forward_cycles(rule, *sizes):
+    found = cheapest(rule, shape, width(dim), itemsize, gpu.shared)
+    if found is None:
         return None
-    return found
+    cycles, tiles = found[0] * _narrower(dim, itemsize), found[1]
+    return None if cycles >= tiling.forward_cycles(rule, *sizes) else (cycles, tiles)
+
+
+def _narrower(dim: int, itemsize: int) -> float:
+    """How much longer heads take that are narrower than products: rows lie across more lines of
+    the cache, and come in smaller pieces."""
+    if dim in CHANNELS:
+        return 1.0
+    return 1.15 if dim * itemsize % 16 == 0 else 1.3
 
 
 def _runs_here() -> bool:
