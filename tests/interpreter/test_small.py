@@ -54,11 +54,11 @@ def loaded(first: Any, kv_block: Any, halo: Any, of_values: bool) -> Any:
     return tl.tensor(TensorHandle(x, tl.float32), tl.block_type(tl.float32, list(x.shape)))
 
 
-def load_keys(key, first, W, D, KV_BLOCK, HALO):
+def load_keys(key, first, start, W, D, KV_BLOCK, HALO):
     return tl.permute(loaded(first, KV_BLOCK, HALO, False), (0, 2, 1))
 
 
-def load_values(value, first, START, W, DV, KV_BLOCK, HALO):
+def load_values(value, first, start, W, DV, KV_BLOCK, HALO):
     return loaded(first, KV_BLOCK, HALO, True)
 
 
@@ -111,8 +111,8 @@ def test_small_windows(monkeypatch, name):
     monkeypatch.setattr(small, "barrier", Copies.barrier)
     monkeypatch.setattr(small, "load_async", Copies.load_async)
     monkeypatch.setattr(small, "async_copy", Copies)
-    monkeypatch.setattr(small, "_load_keys", load_keys)
-    monkeypatch.setattr(small, "_load_values", load_values)
+    monkeypatch.setattr(small, "load_keys", load_keys)
+    monkeypatch.setattr(small, "load_values", load_values)
     for name_of_cache in ("_cached_plan", "parts_of"):
         monkeypatch.setattr(plans, name_of_cache, getattr(plans, name_of_cache).__wrapped__)
     mask = None
