@@ -113,7 +113,7 @@ TARGETS |= {"gfx942": SHARED_MEMORY[0], "90a": SHARED_MEMORY[90]}
 KNOWN: dict[tuple[str, str], dict[str, int]] = {
     # No GPU of these generations was there. As sm_80 code on an H200 other tiles are slower, but
     # for HDiT (3 % faster): h200.md.
-    ("80", "dkdv"): {"HDiT": 6, "FLUX": 2, "video": 15, "HDiT TF32": 8},
+    ("80", "dkdv"): {"HDiT": 6, "FLUX": 2, "video": 15},
     ("86", "dkdv"): {"HDiT": 4, "FLUX": 3, "video": 9},
     # The portable kernels where the Hopper kernels do not run: a few of 500 to 700 instructions
     # that mask a block. dP before the weights takes more of them, and less time; products that

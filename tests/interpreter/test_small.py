@@ -105,7 +105,7 @@ def test_small_windows(monkeypatch, name):
     if with_bias:
         bias = torch.randn(2, *(2 * k - 1 for k in rule.kernel_size), dtype=dtype)
         bias[1].masked_fill_(torch.rand_like(bias[1]) < 0.5, -torch.inf)
-    monkeypatch.setattr(small_tiles, "_runs_here", lambda: True)
+    monkeypatch.setattr(small_tiles, "runs_here", lambda: True)
     monkeypatch.setattr(tiling, "forward_cycles", lambda *_: float("inf"))
     monkeypatch.setattr(tiling, "allows_tf32", lambda: dtype == torch.float32)
     monkeypatch.setattr(small, "barrier", Copies.barrier)

@@ -47,6 +47,9 @@ def forward(
                 query=query, key=key, value=value, rpb=rpb, out=out, lse=lse, key_mask=masks[0]
             )
             return out, lse
+        if found.bands_forward is not None and is_aligned(query, key, value):
+            found.bands_forward.run(query=query, key=key, value=value, out=out, lse=lse)
+            return out, lse
         found.forward.run(
             query=query, key=key, value=value, rpb=rpb, additional_keys=additional_keys,
             additional_values=additional_values, documents=table, out=out, lse=lse,

@@ -22,7 +22,7 @@ from ...neighborhood import Dense, Neighborhood, Rule, queries_before
 from ...tiling import padded
 from ...tuning import Bounded
 from ..interface import Shape
-from . import small_tiles
+from . import band_tiles, small_tiles
 from . import tiles as tiling
 from .backward import (
     additional_kernel,
@@ -291,6 +291,62 @@ class Plan:
         farthest = [max(along) for along in zip(*(each[1:-2] for each in strides))]
         has_room = small_tiles.has_room(halo, self.rule, key_space, farthest, grid)
         return (grid, counts) if has_room else None
+
+    @cached_property
+    def bands_forward(self) -> Launch | None:
+        """The forward of bands, where it runs in the place of :attr:`forward`."""
+        return self._bands("forward")
+
+    @cached_property
+    def bands_dq(self) -> Launch | None:
+        """dQ and ``lse_delta`` by bands, where it runs in the place of :attr:`dq`."""
+        return self._bands("dq")
+
+    @cached_property
+    def bands_dkdv(self) -> Launch | None:
+        """dK and dV by bands, where it runs in the place of :attr:`dkdv`."""
+        return self._bands("dkdv")
+
+    def _bands(self, kind: str) -> Launch | None:
+        is_asked = any(map(any, self.asked[kind]))
+        if is_asked or self.packed or self.num_additional or self.has_key_mask:
+            return None
+        if math.gcd(4, *self.strides.values()) < 4:  # rows are copied 16 bytes at once
+            return None
+        sizes = self.space, self.key_space, self.dim, self.value_dim, self.itemsize
+        tiles = band_tiles.choose(kind, self.rule, *sizes, self.bias, self.scale)
+        if tiles is None:
+            return None
+        if kind == "dkdv" and self._shares(tiling.choose(*self._problem(kind, self.bias))):
+            return None
+        assert isinstance(self.rule, Neighborhood)
+        heads = self.batch * (self.kv_heads if kind == "dkdv" else self.heads)
+        grid, counts = band_tiles.grid(self.rule, self.space, tiles.program(), heads)
+        if not self._has_room_for_lines(tiles.halo, grid):
+            return None
+        from .bands import KERNELS  # Triton must have Gluon
+
+        known = {
+            **self.strides, **self.sizes, **per_axis("T", counts), **self.numbers,
+            "heads": self.heads, "MODES": self.modes, "DILATED": grid[1] > 1,
+            "W": band_tiles.WARPS, "TILE": tiles.tile, "BLOCK": tiles.block, "HALO": tiles.halo,
+            "ALIGN": self.constants["ALIGN"], "D": self.dim,
+        }  # fmt: skip
+        kernel = KERNELS[kind]
+        arguments = {name: known[name] for name in kernel.arg_names[len(kernel.tensors) :]}
+        return Launch(
+            kernel, grid, arguments, num_warps=band_tiles.WARPS,
+            maxnreg=band_tiles.registers(kind, self.dim),
+        )  # fmt: skip
+
+    def _has_room_for_lines(self, halo: int, grid: Shape) -> bool:
+        """Whether numbers of 32 bits say where in a line a token is, of ``dO``, too, and where an
+        entry of the batch has a row of ``lse_delta``."""
+        assert isinstance(self.rule, Neighborhood)
+        farthest = [max(along) for along in zip(*(each[1:-2] for each in self.all_strides))]
+        line = 1, 1, halo
+        has_room = small_tiles.has_room(line, self.rule, self.key_space, farthest, grid)
+        return has_room and 4 * self.dim * self.heads * math.prod(self.space) < 2**31
 
     @cached_property
     def dq(self) -> Launch | Split | Trials:

@@ -32,7 +32,7 @@ REGISTERS = 128  # of a thread at most, so that 16 warps run at once
 _WARPS_AT_ONCE = 65536 // (32 * REGISTERS)
 _MOST_ROWS = 128  # of a halo, copied at once
 MOST_HEADS = 2**16  # of all batch entries, along an axis of the grid; one less at most
-_SHARED_OF_PROGRAM = 1024  # bytes that a program takes beside its own
+SHARED_OF_PROGRAM = 1024  # bytes that a program takes beside its own
 
 
 def width(dim: int) -> int:
@@ -108,7 +108,7 @@ def choose(
         return None
     if dim != value_dim or dim > CHANNELS[-1] or not 1e-20 < scale < 1e6:
         return None
-    if not isinstance(rule, Neighborhood) or max(rule.queries_per_key) > 1 or not _runs_here():
+    if not isinstance(rule, Neighborhood) or max(rule.queries_per_key) > 1 or not runs_here():
         return None
     if rule.query_offset is not None:  # so that parts of about one size have the same tiles
         shape = tiling.part_size(tuple(shape))
@@ -129,7 +129,7 @@ def _narrower(dim: int, itemsize: int) -> float:
     return 1.15 if dim * itemsize % 16 == 0 else 1.3
 
 
-def _runs_here() -> bool:
+def runs_here() -> bool:
     """Whether this is an NVIDIA GPU, and a Triton that is known to compile Gluon's kernels well."""
     version = releases.version()
     return (
@@ -181,13 +181,13 @@ def _every(rank: int) -> list[SmallTiles]:
     """All tiles that are looked at. Along the last axis a block has 8 keys or a multiple, as rows
     of matrices do."""
     least = _COLUMNS if rank < 3 else _COLUMNS[:1]
-    blocks = [shape for n in least for shape in _shapes(n, rank) if 8 <= shape[2] <= 32]
-    warps = [shape for n in _WARPS for shape in _shapes(n, rank)]
-    queries = [shape for shape in _shapes(_QUERIES, rank) if rank == 1 or max(shape) <= 8]
+    blocks = [shape for n in least for shape in shapes(n, rank) if 8 <= shape[2] <= 32]
+    warps = [shape for n in _WARPS for shape in shapes(n, rank)]
+    queries = [shape for shape in shapes(_QUERIES, rank) if rank == 1 or max(shape) <= 8]
     return [SmallTiles(*each) for each in itertools.product(queries, blocks, warps)]
 
 
-def _shapes(volume: int, rank: int) -> list[Shape]:
+def shapes(volume: int, rank: int) -> list[Shape]:
     """Three-axis shapes of powers of two with so many tokens."""
     sizes = [1 << i for i in range(volume.bit_length())]
     axes = [sizes if axis >= 3 - rank else [1] for axis in range(3)]
@@ -209,7 +209,7 @@ def _cycles(
     if 2 * dim * itemsize * halo > shared:  # windows may be huge
         return None
     needed = shared_bytes(halo, dim, itemsize)
-    programs = (shared + _SHARED_OF_PROGRAM) // (needed + _SHARED_OF_PROGRAM)
+    programs = (shared + SHARED_OF_PROGRAM) // (needed + SHARED_OF_PROGRAM)
     warps = math.prod(tiles.warps)
     programs = min(programs, _WARPS_AT_ONCE // warps)
     blocks, keys = math.prod(tiles.blocks(windows)), math.prod(tiles.kv_block)

@@ -183,7 +183,7 @@ _NO_AXIS = _AxisTiles(1, 1, dict.fromkeys(_SIZES, 1))
 
 
 @lru_cache(maxsize=256)
-def _reach(
+def reaches(
     rule: Rule, length: int, key_length: int, group: int, of_keys: bool
 ) -> tuple[list[int], list[int]]:
     """First and one-past-last partner of each token of one axis; ``of_keys``: of keys."""
@@ -191,14 +191,14 @@ def _reach(
     return start.tolist(), end.tolist()
 
 
-def _spans(start: list[int], end: list[int], size: int) -> Counter[int]:
+def spans_of(start: list[int], end: list[int], size: int) -> Counter[int]:
     """How many positions each tile of ``size`` reaches, given what each position reaches; tiles
     that reach as many are counted."""
     stops = end[size - 1 :: size] + (end[-1:] if len(end) % size else [])
     return Counter(map(sub, stops, start[::size]))
 
 
-def _visited(spans: Counter[int], size: int) -> int:
+def visited_by(spans: Counter[int], size: int) -> int:
     """How many blocks of ``size`` tiles visit."""
     return sum(count * -(-span // size) for span, count in spans.items())
 
@@ -206,11 +206,11 @@ def _visited(spans: Counter[int], size: int) -> int:
 @lru_cache(maxsize=1024)
 def _axis(rule: Rule, length: int, key_length: int, of_keys: bool, size: int) -> _AxisTiles | None:
     """One axis, cut into tiles of ``size``; None if they are much longer than it is."""
-    start, end = _reach(rule, length, key_length, 0, of_keys)
+    start, end = reaches(rule, length, key_length, 0, of_keys)
     if size > 16 and size >= 2 * len(start):
         return None
-    spans = _spans(start, end, size)
-    return _AxisTiles(size, spans.total(), {s: _visited(spans, s) for s in _SIZES})
+    spans = spans_of(start, end, size)
+    return _AxisTiles(size, spans.total(), {s: visited_by(spans, s) for s in _SIZES})
 
 
 # Windows are not counted as longer, nor parts: tiles have at most 128 rows.
@@ -505,7 +505,7 @@ def computed_pairs(kind: str, rule: Rule, shape: Shape, key_shape: Shape, tiles:
         if isinstance(rule, Neighborhood) and not rule.is_self_attention:
             kinds = [(group, 1) for group in range(d)]
         for group, groups in kinds:
-            reached = _reach(rule.of_axis(axis), length, key_length, group, of_keys)
-            visited += groups * _visited(_spans(*reached, tile[i]), other[i])
+            reached = reaches(rule.of_axis(axis), length, key_length, group, of_keys)
+            visited += groups * visited_by(spans_of(*reached, tile[i]), other[i])
         pairs *= visited
     return pairs
