@@ -84,18 +84,31 @@ def backward(
     masks = inputs.key_mask, inputs.additional_mask
     found = plan_for(query, key, value, rpb, additional_keys, rule, scale, documents, tiles, masks)
     with on_device(query):
-        dq = found.dq if grad_lse is None else found.dq_with_grad_lse
-        dq.run(
-            query=query, key=key, value=value, rpb=rpb, additional_keys=additional_keys,
-            additional_values=additional_values, documents=table, out=out, lse=lse,
-            grad_out=grad_out, grad_lse=None if grad_lse is None else contiguous(grad_lse),
-            lse_delta=lse_delta, grad_query=grad_query, key_mask=masks[0],
-            additional_mask=masks[1],
-        )  # fmt: skip
-        found.dkdv.run(
-            query=query, key=key, value=value, rpb=rpb, documents=table, grad_out=grad_out,
-            lse_delta=lse_delta, grad_key=grad_key, grad_value=grad_value, key_mask=masks[0],
-        )  # fmt: skip
+        of_bands = is_aligned(query, key, value, grad_out, out)
+        if of_bands and grad_lse is None and found.bands_dq is not None:
+            found.bands_dq.run(
+                query=query, key=key, value=value, out=out, lse=lse, grad_out=grad_out,
+                lse_delta=lse_delta, grad_query=grad_query,
+            )  # fmt: skip
+        else:
+            dq = found.dq if grad_lse is None else found.dq_with_grad_lse
+            dq.run(
+                query=query, key=key, value=value, rpb=rpb, additional_keys=additional_keys,
+                additional_values=additional_values, documents=table, out=out, lse=lse,
+                grad_out=grad_out, grad_lse=None if grad_lse is None else contiguous(grad_lse),
+                lse_delta=lse_delta, grad_query=grad_query, key_mask=masks[0],
+                additional_mask=masks[1],
+            )  # fmt: skip
+        if of_bands and found.bands_dkdv is not None:
+            found.bands_dkdv.run(
+                query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,
+                grad_key=grad_key, grad_value=grad_value,
+            )  # fmt: skip
+        else:
+            found.dkdv.run(
+                query=query, key=key, value=value, rpb=rpb, documents=table, grad_out=grad_out,
+                lse_delta=lse_delta, grad_key=grad_key, grad_value=grad_value, key_mask=masks[0],
+            )  # fmt: skip
         if additional_keys is not None and additional_values is not None:
             grad_additional = additional_gradients(
                 found, query, additional_keys, additional_values, grad_out, lse_delta, masks[1]
