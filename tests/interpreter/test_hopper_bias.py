@@ -171,7 +171,8 @@ def test_gradient_of_the_bias(problem: Any, stand_ins: Any) -> None:
     biased = gradient.launch
     arguments = biased.arguments
     stand_ins(padded(rule.dilation, 1), arguments["TILE"], arguments["BLOCK"])
-    tables = biased.tables(rpb)
+    tables = biased.room(rpb)
+    biased.fill(tables, rpb)
     sums = torch.full(gradient.shape, math.nan)
     tensors = {"query": q, "key": k, "value": v, "grad_out": grad_out}
     gradient_kernel[biased.grid](lse_delta, sums, tables, key_mask, tensors, arguments)

@@ -62,6 +62,8 @@ class Biased(Wrapped):
         table: of a head.
         kernel_size, heads, scale: of the problem.
         is_reversed: rows of scores are keys.
+        beside: tables are made beside the kernel before, in memory that it does not use.
+        overlap: kernels may be set up while the one before ends.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class Biased(Wrapped):
         heads: int,
         scale: float,
         is_reversed: bool = False,
+        beside: bool = False,
+        overlap: bool = False,
     ) -> None:
         self.launch, self.shape = launch, (heads, table.size)
         self.make = Launch(
@@ -79,8 +83,9 @@ class Biased(Wrapped):
             {
                 **per_axis("K", kernel_size), **per_axis("B", table.before),
                 "T0": table.strides[0], "T1": table.strides[1], "size": table.size,
-                "sign": -1 if is_reversed else 1, "scale": scale, "N": 1024,
+                "sign": -1 if is_reversed else 1, "scale": scale, "beside": int(beside), "N": 1024,
             },
+            launch_pdl=overlap,
         )  # fmt: skip
 
     def moved(self, *where: Any) -> Biased:
@@ -90,17 +95,21 @@ class Biased(Wrapped):
         found.launch = self.launch.moved(*where)
         return found
 
-    def tables(self, rpb: Tensor) -> Tensor:
-        """The tables of a contiguous bias. A kernel that follows this one waits for all of it, so
-        kernels that overlap are better launched when all of their tables are made."""
-        tables = rpb.new_empty(self.shape, dtype=torch.float32)
+    def room(self, rpb: Tensor) -> Tensor:
+        """Where tables can be made."""
+        return rpb.new_empty(self.shape, dtype=torch.float32)
+
+    def fill(self, tables: Tensor, rpb: Tensor) -> None:
+        """Make the tables of a contiguous bias. A kernel that follows this one waits for all of it,
+        so kernels that overlap are better launched when all of their tables are made."""
         self.make.run(rpb=rpb, tables=tables)
-        return tables
 
     def run(self, rpb: Tensor, bias_tables: Tensor | None = None, **tensors: Tensor | None) -> None:
         """As :meth:`Launch.run`, with ``rpb`` instead of the tables, if these are not given."""
-        made = self.tables(rpb) if bias_tables is None else bias_tables
-        self.launch.run(**tensors, bias_tables=made)
+        if bias_tables is None:
+            bias_tables = self.room(rpb)
+            self.fill(bias_tables, rpb)
+        self.launch.run(**tensors, bias_tables=bias_tables)
 
 
 # What a program that sums dS costs beside its steps, in steps.
@@ -190,10 +199,6 @@ class BiasGradient:
         self.shape = splits, heads, math.prod(cut.blocks), math.prod(cut.tile), math.prod(cut.block)
         self.add_up = sum_of_bias(padded(kernel_size, 1), *cut[:4], splits, heads)
 
-    def tables(self, rpb: Tensor) -> Tensor:
-        """As :meth:`Biased.tables`."""
-        return self.launch.tables(rpb)
-
     def run(self, rpb: Tensor, **tensors: Tensor | None) -> Tensor:
         """The gradient of a contiguous bias, whose tables may be given."""
         sums = rpb.new_empty(self.shape, dtype=torch.float32)
@@ -203,10 +208,28 @@ class BiasGradient:
         return grad
 
 
-def tables_of(launch: Any, rpb: Tensor | None) -> dict[str, Tensor]:
-    """The tables of a launch that reads some, as its argument."""
-    reads = rpb is not None and isinstance(launch, Biased | BiasGradient)
-    return {"bias_tables": launch.tables(rpb)} if reads else {}
+class Tables:
+    """The tables that some launches read, made together.
+
+    Memory for them is had first: another kernel may run while they are made.
+    """
+
+    def __init__(self, launches: Sequence[Any], rpb: Tensor | None) -> None:
+        self._made: list[tuple[Biased, Tensor, Tensor] | None] = []
+        for launch in launches:
+            biased = launch.launch if isinstance(launch, BiasGradient) else launch
+            if rpb is not None and isinstance(biased, Biased):
+                self._made.append((biased, biased.room(rpb), rpb))
+            else:
+                self._made.append(None)
+
+    def make(self) -> list[dict[str, Tensor]]:
+        """The tables of each launch, as its argument; {} of one that reads none."""
+        for each in self._made:
+            if each is not None:
+                biased, tables, rpb = each
+                biased.fill(tables, rpb)
+        return [{} if each is None else {"bias_tables": each[1]} for each in self._made]
 
 
 def columns(dim: int, value_dim: int) -> Shape:

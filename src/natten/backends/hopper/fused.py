@@ -13,7 +13,7 @@ from ...inputs import Gradients, Inputs
 from ...neighborhood import Rule
 from ..triton.fused import additional_gradients, rpb_gradient
 from ..triton.launch import contiguous, on_device
-from .bias_plan import tables_of
+from .bias_plan import Tables
 from .channels import narrowed, narrowed_gradients, widened, widened_inputs
 from .descriptors import readable
 from .plan import Moved, Plan, plan_for
@@ -118,11 +118,12 @@ def _backward(
         rpb = tables.get("rpb")
         of_bias = None if rpb is None else found.bias_gradient
         tables |= found.made_columns("gradient")
-        made = [tables_of(each, rpb) for each in (found.dq, found.dkdv, of_bias)]
+        of_passes = Tables((found.dq, found.dkdv, of_bias), rpb)
         found.lse_delta[grad_lse is not None].run(
             out=out.contiguous(), lse=lse.contiguous(), grad_out=grad_out, grad_lse=grad_lse,
             lse_delta=lse_delta, grad_key=grad_key, grad_value=grad_value,
         )  # fmt: skip
+        made = of_passes.make()
         dkdv: Any = found.through_memory
         of_dkdv: Tensor | None = grad_query
         if dkdv is None:

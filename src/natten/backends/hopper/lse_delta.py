@@ -9,6 +9,7 @@ import triton.language as tl
 from ..triton.backward import make_lse_delta
 from ..triton.launch import kernel
 from ..triton.primitives import coordinates, load_rows
+from .gluon_names import gdc_launch_dependents
 
 
 @triton.jit
@@ -31,6 +32,7 @@ def lse_delta_kernel(
 ):  # fmt: skip
     """:func:`make_lse_delta` of contiguous tensors, by the first programs. The others store zeros:
     of keys ``[tokens]`` in layouts ``N``, those from ``F`` to ``E`` have tiles."""
+    gdc_launch_dependents()  # tables of a bias are made meanwhile; passes wait for the end
     of_rows = tl.cdiv(rows, M)
     if tl.program_id(0) < of_rows:
         row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)  # [M]

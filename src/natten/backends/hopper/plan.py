@@ -432,7 +432,9 @@ class Plan:
             )  # fmt: skip
         if table is None:
             return launch
-        return Biased(launch, table, kernel_size, self.heads, self.scale, is_reversed=of_keys)
+        others = kernel_size, self.heads, self.scale, of_keys
+        beside = kind != "forward" and not is_trial
+        return Biased(launch, table, *others, beside=beside, overlap=_can_overlap())
 
     def _paired(self, tiles: Tiles, mask: tiling.Mask, work: tiling.Work) -> Tiles:
         """:func:`tiles.paired` of plain attention whose tiles are alike and fill all processors."""
@@ -521,7 +523,8 @@ class Plan:
             num_warps=tiling.WARPS, maxnreg=65536 // programs // 256 // 8 * 8,
             launch_pdl=_can_overlap(),
         )  # fmt: skip
-        biased = Biased(launch, table, rule.kernel_size, heads, self.scale)
+        others = rule.kernel_size, heads, self.scale
+        biased = Biased(launch, table, *others, beside=True, overlap=_can_overlap())
         return BiasGradient(cut, splits, biased, rule.kernel_size, heads)
 
     @cached_property
