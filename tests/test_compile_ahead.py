@@ -219,13 +219,18 @@ def test_kernels_of_calls(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> Non
     calls = [good(), good(requires_grad=True), biased, {**good(), "backend": "tiled"}]
     calls += [dict.fromkeys(("query", "key", "value"), meta(1, 9, 1, 32))]
     natten.compile_ahead([*calls, {**good(requires_grad=True), "rpb": meta(2, 9, 9)}])
+    x = meta(2, 16, 16, 2, 32, dtype=torch.bfloat16, requires_grad=True)
+    two = {**dict.fromkeys(("query", "key", "value"), x), "kernel_size": 5}
     passes = ["lse_delta_kernel", "backward_kernel", "backward_kernel"]
     portable = ["dq_kernel", "dkdv_kernel", "rpb_grad_kernel", "rpb_grad_sum_kernel"]
     forward = ["forward_kernel"]
     assert compiled[:6] == [forward, forward, passes, forward, portable, forward]
-    table, gradient = ["bias_table_kernel"], ["bias_gradient_kernel", "rpb_grad_sum_kernel"]
+    table, gradient = ["bias_table_kernel"], ["bias_gradient_kernel", "bias_sum_kernel"]
     assert compiled[6] == table + forward
     assert [name for name in compiled[7] if name not in table] == passes + gradient
+    natten.compile_ahead([{**two, "rpb": meta(2, 9, 9)}])  # one kernel makes dQ and of the bias
+    summed = [passes[0], gradient[0], passes[1], gradient[1]]
+    assert [name for name in compiled[9] if name not in table] == summed
     assert len(tables) == 1  # one kernel, whatever the tiles and whichever way
 
 

@@ -394,6 +394,7 @@ def test_passes_overlap_where_they_follow_one_another(monkeypatch: pytest.Monkey
     """Nothing is launched or copied between them that they read."""
     q, keys = (torch.empty(2, 9, n, 4, 64, dtype=torch.bfloat16, device="meta") for n in (11, 512))
     apart = q.transpose(1, 2).contiguous().transpose(1, 2)  # tokens that do not lie in a row
+    narrow = q.new_empty(*q.shape[:-1], 32)
     found: list[Any] = []
 
     def run(self: launch.Launch, **tensors: Any) -> None:
@@ -406,10 +407,12 @@ def test_passes_overlap_where_they_follow_one_another(monkeypatch: pytest.Monkey
         (Inputs(apart, q, q, None, keys[:, 0], keys[:, 0]), [True, True, True]),
         # Tables are made before.
         (Inputs(q, q, q, q.new_empty(4, 9, 9)), [True, True]),
+        # One kernel makes dQ and the bias's gradient.
+        (Inputs(narrow, narrow, narrow, q.new_empty(4, 9, 9)), [None, True]),
     ):
         found.clear()
         with _Copies(found):
-            hopper_fused.backward(q, None, inputs, q, lse, rule, 0.1)
+            hopper_fused.backward(inputs.query, None, inputs, inputs.query, lse, rule, 0.1)
         names = [name for name, _ in found]
         tables = names.count("bias_table_kernel")
         after = found[names.index("lse_delta_kernel") + 1 + tables :]
@@ -613,6 +616,7 @@ GRADIENTS = [
     (2, 1, 20, 12, 5, True, torch.bfloat16, torch.float32),
     (2, 1, 80, 96, 0, False, torch.float16, None),
     (2, 2, 64, 64, 0, False, torch.float16, torch.float16),
+    (2, 1, 32, 24, 0, True, torch.bfloat16, torch.bfloat16),
 ]
 
 
@@ -640,11 +644,12 @@ def test_backward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -
     exact_inputs = Inputs(*double[2:])
     exact = reference.forward(exact_inputs, rule, scale)
     expected = reference.backward(*double[:2], exact_inputs, *exact, rule, scale)
-    # Pairwise: the passes do not know of each other's tiles.
+    # Pairwise: the passes do not know of each other's tiles. With none, as they are chosen, one
+    # kernel may make dQ and the bias's gradient.
     choices = itertools.zip_longest(
         *(each_way(x, rule, shape, dim, value_dim) for x in ("dq", "dkdv"))
     )
-    for choice in choices:
+    for choice in ((None, None), *choices):
         results = []
         for processors in (132, 1):  # with one, a program takes many tiles
             monkeypatch.setattr(planning, "_processors", lambda _, n=processors: n)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,13 +20,13 @@ from helpers import reference
 from hopper_problems import name_of, rule_of
 from triton.runtime.interpreter import TensorHandle
 
-from natten.backends.hopper import bias_gradient, bias_plan
+from natten.backends.hopper import bias_gradient, products, sets_plan
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
 from natten.inputs import Inputs
 from natten.tiling import padded
 
-DIM, SCALE = 8, 0.5
+SCALE = 0.5
 # shape, window, stride, dilation, causal
 SMALL = [
     ((19,), 7, 1, 1, False),
@@ -45,6 +46,22 @@ class Tensor:
 
     def tma_base(self, *base: Any) -> Any:
         return base
+
+    def store(self, base: Any, place: Any, buffer: Any) -> None:
+        """Write a box, as far as it is in the layout."""
+        batch, group, head = base
+        rows = torch.from_numpy(buffer.value.handle.data).reshape(*buffer.shape, -1)
+        for inside in itertools.product(*map(range, buffer.shape)):
+            at = [
+                (int(p) + i) * d + int(g) for p, i, d, g in zip(place, inside, self.dilation, group)
+            ]
+            if all(x < n for x, n in zip(at, self.x.shape[1:4])):
+                assert self.x[(int(batch), *at, int(head))].isnan().all()  # written once
+                self.x[(int(batch), *at, int(head))] = rows[inside]
+
+    @property
+    def descriptor(self) -> Any:
+        return SimpleNamespace(dtype=tl.float32)
 
     def box(self, base: Any, place: Any, shape: Any) -> torch.Tensor:
         """``[tokens, channels]`` of a box, zeros beyond the layout."""
@@ -104,12 +121,13 @@ class Beside:
 
 @triton.jit
 def gradient_kernel(
-    lse_delta, sums, bias_tables, key_mask, TENSORS: tl.constexpr, ARGUMENTS: tl.constexpr
-):
+    lse_delta, sums, of_offsets, bias_tables, key_mask, TENSORS: tl.constexpr,
+    ARGUMENTS: tl.constexpr,
+):  # fmt: skip
     """A program of the kernel, whose warps run one after another."""
     constants = (
         "MODES", "TILE", "BLOCK", "STAGES", "FETCH_REGISTERS", "BIAS_STRIDES", "QK_CHUNKS",
-        "V_CHUNKS", "HAS_KEY_MASK",
+        "V_CHUNKS", "HAS_KEY_MASK", "BLOCKS", "BLOCK_STAGES", "HAS_DQ",
     )  # fmt: skip
     numbers = {
         name: tl.full([], x, tl.float32 if isinstance(x, float) else tl.int32)
@@ -117,7 +135,8 @@ def gradient_kernel(
         if name not in constants
     }
     bias_gradient.bias_gradient_kernel.fn(
-        **TENSORS, lse_delta=lse_delta, sums=sums, bias_tables=bias_tables, key_mask=key_mask,
+        **TENSORS, lse_delta=lse_delta, sums=sums, of_offsets=of_offsets, bias_tables=bias_tables,
+        key_mask=key_mask,
         **{**ARGUMENTS, **numbers},
     )  # fmt: skip
 
@@ -133,32 +152,46 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def replace(dilation: Any, tile: Any, other: Any) -> None:
         shapes = itertools.cycle((tile, other))  # of a program's two pipelines
+        buffers = SimpleNamespace(index=lambda _: SimpleNamespace(shape=tile))
         monkeypatch.setattr(bias_gradient, "TmaTensor", lambda x, *_: Tensor(x, dilation))
+        monkeypatch.setattr(bias_gradient, "allocate", lambda *_: buffers)
         monkeypatch.setattr(bias_gradient, "tma_pipeline", lambda *_: Pipeline(next(shapes)))
 
     monkeypatch.setattr(bias_gradient, "beside", Beside)
-    monkeypatch.setattr(bias_gradient, "gdc_wait", lambda: None)
-    monkeypatch.setattr(bias_gradient, "warpgroup_mma_wait", lambda number, deps: deps[0])
+
+    def store(acc: Any, buffer: Any, *_: Any) -> None:
+        buffer.value = acc[0]
+
+    monkeypatch.setattr(bias_gradient, "barrier", lambda: None)
+    monkeypatch.setattr(bias_gradient, "store", store)
+    monkeypatch.setattr(bias_gradient, "store_wait", lambda number: None)
+    for module in (bias_gradient, products):
+        monkeypatch.setattr(
+            module, "warpgroup_mma_wait",
+            lambda number, deps: deps[0] if len(deps) == 1 else deps,
+        )  # fmt: skip
     monkeypatch.setattr(gluon.Language, "warp_specialize", staticmethod(one_after_another), False)
     return replace
 
 
+@pytest.mark.parametrize("has_dq", [False, True], ids=["alone", "dq"])
 @pytest.mark.parametrize("problem", SMALL, ids=name_of)
-def test_gradient_of_the_bias(problem: Any, stand_ins: Any) -> None:
+def test_gradient_of_the_bias(problem: Any, has_dq: bool, stand_ins: Any) -> None:
     shape, *parameters = problem
+    dim = 32 if has_dq else 8
     rule, heads = rule_of(shape, *parameters), 2
     torch.manual_seed(0)
-    q, grad_out = (torch.randn(2, *shape, heads, DIM) for _ in range(2))
-    k, v = (torch.randn(2, *shape, 1, DIM) for _ in range(2))
+    q, grad_out = (torch.randn(2, *shape, heads, dim) for _ in range(2))
+    k, v = (torch.randn(2, *shape, 1, dim) for _ in range(2))
     rpb = torch.randn(heads, *(2 * n - 1 for n in rule.kernel_size))
     key_mask = None
-    if rule.rank == 2:
+    if rule.rank == 2 and not has_dq:
         key_mask = torch.rand(2, *shape) < 0.6
         key_mask[1, : shape[0] // 2] = False  # some queries attend nothing
         k[~key_mask], v[~key_mask] = math.nan, math.inf
     exact = Inputs(q.double(), k.double(), v.double(), rpb.double(), key_mask=key_mask)
     out, lse = reference.forward(exact, rule, SCALE)
-    expected = reference.backward(grad_out.double(), None, exact, out, lse, rule, SCALE).rpb
+    grads = reference.backward(grad_out.double(), None, exact, out, lse, rule, SCALE)
     delta = (out * grad_out).sum(-1)
     exponent = torch.where(lse == -math.inf, math.inf, lse / math.log(2))
     lse_delta = torch.stack([exponent, delta, delta * 0, delta * 0], -1).float()
@@ -166,7 +199,7 @@ def test_gradient_of_the_bias(problem: Any, stand_ins: Any) -> None:
     half = (x.to(torch.bfloat16) for x in (q, k, v))
     masks = key_mask, None
     found = planning.plan_for(*half, None, rule, SCALE, rpb.dtype, None, masks)
-    gradient = found.bias_gradient
+    gradient = found.dq_and_bias if has_dq else found.bias_gradient
     assert gradient is not None
     biased = gradient.launch
     arguments = biased.arguments
@@ -174,16 +207,22 @@ def test_gradient_of_the_bias(problem: Any, stand_ins: Any) -> None:
     tables = biased.room(rpb)
     biased.fill(tables, rpb)
     sums = torch.full(gradient.shape, math.nan)
-    tensors = {"query": q, "key": k, "value": v, "grad_out": grad_out}
-    gradient_kernel[biased.grid](lse_delta, sums, tables, key_mask, tensors, arguments)
+    of_offsets = torch.full(gradient.offsets_shape, math.nan)
+    dq = torch.full_like(q, math.nan)
+    tensors = {"query": q, "key": k, "value": v, "grad_out": grad_out, "grad_query": dq}
+    gradient_kernel[biased.grid](
+        lse_delta, sums, of_offsets, tables, key_mask, tensors, arguments
+    )  # fmt: skip
     grad = torch.full_like(rpb, math.nan)
-    gradient.add_up.run(sums=sums, grad_rpb=grad)
-    assert expected is not None
-    torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-4)
+    gradient.add_up.run(of_offsets=of_offsets, grad_rpb=grad)
+    assert grads.rpb is not None
+    torch.testing.assert_close(grad.double(), grads.rpb, rtol=1e-4, atol=1e-4)
+    if has_dq:
+        torch.testing.assert_close(dq.double(), grads.query, rtol=1e-4, atol=1e-4)
 
 
 def test_sums_that_take_too_much_memory_are_left_to_the_portable_kernels() -> None:
-    cut = bias_plan.cut(rule_of((64, 64), 41, 1, 1, False), (64, 64), (tiling.ROWS,))
+    cut = sets_plan.cut(rule_of((64, 64), 41, 1, 1, False), (64, 64), (tiling.ROWS,))
     blocks = math.prod(cut.blocks)
-    assert bias_plan.splits_of(cut, 1, 2, 396) >= 1
-    assert bias_plan.splits_of(cut, 1, 2**14 // blocks + 1, 396) == 0
+    assert sets_plan.splits_of(cut, 1, 2, 396) >= 1
+    assert sets_plan.splits_of(cut, 1, 2**14 // blocks + 1, 396) == 0

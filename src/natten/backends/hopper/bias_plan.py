@@ -1,24 +1,23 @@
-"""What shapes decide about a relative positional bias: its tables, how its gradient is summed."""
+"""Launches of kernels that read a relative positional bias from tables, and of its gradient."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...neighborhood import Neighborhood, group_length
 from ...tiling import padded
 from ..interface import Shape
 from ..triton.launch import Launch, Wrapped, per_axis
-from ..triton.plan import MOST_SUMS, sum_of_bias
-from ..triton.tiles import SHARED_MEMORY
 from .bias import bias_table_kernel
+from .bias_sum import bias_sum_kernel
 from .passes import Passes
-from .tiles import ROWS, native, tile_shapes
+
+if TYPE_CHECKING:
+    from .sets_plan import InSets
 
 
 class Table(NamedTuple):
@@ -112,99 +111,57 @@ class Biased(Wrapped):
         self.launch.run(**tensors, bias_tables=bias_tables)
 
 
-# What a program that sums dS costs beside its steps, in steps.
-_PROGRAM_STEPS = 4
-
-
-class Cut(NamedTuple):
-    """How the gradient of a bias is cut: a program has one of the blocks of a tile, which is as far
-    from every tile.
-
-    Attributes:
-        tile, block: queries and keys of a step.
-        apart: how far the first block is from its tile, per axis.
-        blocks: how many there are, per axis.
-        steps: how many tiles attend a block, summed over the blocks; of a dilation group.
-        most: the same of the block that most tiles attend.
-    """
-
-    tile: Shape
-    block: Shape
-    apart: Shape
-    blocks: Shape
-    steps: int
-    most: int
-
-
-def _cut(rule: Neighborhood, axis: int, n: int, tile: int, block: int) -> tuple[int, ...]:
-    """``apart``, ``blocks``, ``steps`` and ``most`` of a :class:`Cut`, of an axis of ``n``
-    positions: of all ways to lay blocks beside tiles, the one with the fewest steps."""
-    start, end = rule.windows(axis, torch.arange(n, device="cpu"), n)
-    first = torch.arange(0, n, tile, device="cpu")
-    # Partners of each tile, from its first query on.
-    low, high = start[first] - first, end[(first + tile - 1).clamp(max=n - 1)] - first  # [tiles]
-    # Later, blocks would be as many until they begin after some tile's first partner.
-    shifts = (low % block).unique()[:, None]
-    begins, ends = (low - shifts) // block, (high - shifts + block - 1) // block  # [shifts, tiles]
-    ways = zip((ends - begins).sum(1).tolist(), (ends.amax(1) - begins.amin(1)).tolist())
-    (steps, blocks), way = min((each, way) for way, each in enumerate(ways))
-    begin, end = begins[way], ends[way]
-    least = int(begin.min())
-    at = least + torch.arange(blocks, device="cpu")[:, None]  # [blocks, 1]
-    most = int(((begin <= at) & (at < end)).sum(1).max())
-    return int(shifts[way]) + least * block, blocks, steps, most
-
-
-@lru_cache(maxsize=64)
-def cut(rule: Neighborhood, space: Shape, columns: tuple[int, ...]) -> Cut:
-    """The cut that fetches least, and of such the one with the fewest blocks, of as many
-    ``columns``."""
-    lengths = tuple(group_length(n, d, 0) for n, d in zip(space, rule.dilation))
-    missing = 3 - len(space)
-
-    @cache
-    def of_axis(axis: int, tile: int, block: int) -> tuple[int, ...]:
-        if axis < missing:
-            return 0, 1, 1, 1
-        return _cut(rule, axis - missing, lengths[axis - missing], tile, block)
-
-    found = []
-    blocks_of = [shape for each in columns for shape in tile_shapes(each, lengths)]
-    for tile in tile_shapes(ROWS, lengths):
-        for block in blocks_of:
-            apart, blocks, steps, most = zip(*map(of_axis, range(3), tile, block))
-            found.append(Cut(tile, block, apart, blocks, math.prod(steps), math.prod(most)))
-
-    def cost(each: Cut) -> tuple[int, int]:
-        return each.steps * (ROWS + math.prod(each.block)), math.prod(each.blocks)
-
-    return min(found, key=cost)
+# Of the kernel that adds up splits.
+_OFFSETS_AT_ONCE, _SPLITS_AT_ONCE = 16, 64
 
 
 class BiasGradient:
     """The gradient of the bias: dS is summed over tiles pair by pair, then over the pairs that have
-    the same bias.
+    the same bias, and these sums of all splits and blocks are added up.
 
     Args:
-        cut: of the tiles.
-        splits: in how many splits tiles are summed.
+        tiles: how they are taken.
         launch: of the kernel that sums them.
-        kernel_size, heads: of the problem.
     """
 
-    def __init__(
-        self, cut: Cut, splits: int, launch: Biased, kernel_size: Shape, heads: int
-    ) -> None:
+    def __init__(self, tiles: InSets, launch: Biased) -> None:
         self.launch = launch
-        self.shape = splits, heads, math.prod(cut.blocks), math.prod(cut.tile), math.prod(cut.block)
-        self.add_up = sum_of_bias(padded(kernel_size, 1), *cut[:4], splits, heads)
+        cut, region, (*_, heads) = tiles.cut, tiles.region, launch.grid
+        programs = tiles.splits, heads, math.prod(tiles.programs_of_tile)
+        self.shape = *programs, math.prod(cut.tile), math.prod(region)
+        self.offsets_shape = *programs, math.prod(t + n - 1 for t, n in zip(cut.tile, region))
+        kernel_size = tiles.rule.kernel_size
+        offsets = math.prod(2 * k - 1 for k in kernel_size)
+        self.add_up = Launch(
+            bias_sum_kernel, (-(-offsets // _OFFSETS_AT_ONCE), heads),
+            {
+                **per_axis("K", kernel_size), **per_axis("A", cut.apart),
+                **per_axis("B", tiles.programs_of_tile), "splits": tiles.splits,
+                "TILE": cut.tile, "BLOCK": region,
+                "OFFSETS": _OFFSETS_AT_ONCE, "SPLITS": _SPLITS_AT_ONCE,
+            },
+            launch_pdl=launch.make.options["launch_pdl"],
+        )  # fmt: skip
 
     def run(self, rpb: Tensor, **tensors: Tensor | None) -> Tensor:
         """The gradient of a contiguous bias, whose tables may be given."""
+        return self.added_up(rpb, self.summed(rpb, **tensors))
+
+    def summed(
+        self, rpb: Tensor, grad_query: Tensor | None = None, **tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The sums of each program; with ``grad_query``, it makes dQ."""
         sums = rpb.new_empty(self.shape, dtype=torch.float32)
+        of_offsets = rpb.new_empty(self.offsets_shape, dtype=torch.float32)
+        self.launch.run(
+            rpb=rpb, **tensors, sums=sums, of_offsets=of_offsets, grad_query=grad_query
+        )  # fmt: skip
+        return sums, of_offsets
+
+    def added_up(self, rpb: Tensor, summed: tuple[Tensor, Tensor]) -> Tensor:
+        """The gradient of a bias like ``rpb`` of these sums."""
         grad = torch.empty_like(rpb)
-        self.launch.run(rpb=rpb, **tensors, sums=sums)
-        self.add_up.run(sums=sums, grad_rpb=grad)
+        self.add_up.run(of_offsets=summed[1], grad_rpb=grad)
         return grad
 
 
@@ -230,37 +187,3 @@ class Tables:
                 biased, tables, rpb = each
                 biased.fill(tables, rpb)
         return [{} if each is None else {"bias_tables": each[1]} for each in self._made]
-
-
-def columns(dim: int, value_dim: int) -> Shape:
-    """How many keys a block may have; of wide heads, 128 leave no room for two stages."""
-    return (ROWS, 2 * ROWS) if max(native(dim), native(value_dim)) == 32 else (ROWS,)
-
-
-def programs_and_stages(cut: Cut, dim: int, value_dim: int) -> tuple[int, int]:
-    """How many programs of a multiprocessor sum dS, and how many tiles and blocks fit the shared
-    memory of each: three programs, if they have registers and room for two stages, else two."""
-    columns, channels = math.prod(cut.block), native(dim) + native(value_dim)
-
-    def stages(programs: int) -> int:
-        # Beside them are what scores start from, and barriers.
-        room = SHARED_MEMORY[90] // programs - 4 * ROWS * columns - 2048
-        return min(4, room // (2 * (ROWS + columns) * channels + 8 * ROWS))
-
-    programs = 3 if columns == ROWS and stages(3) > 1 else 2
-    return programs, stages(programs)
-
-
-def splits_of(cut: Cut, sets: int, heads: int, programs: int) -> int:
-    """In how many splits tiles of ``sets`` batch entries and dilation groups are summed, where so
-    many ``programs`` run at once; 0 if the sums would take too much memory."""
-    longest, blocks = cut.most * sets, math.prod(cut.blocks)
-    pairs = math.prod(cut.tile + cut.block)
-    # Of blocks that few tiles attend, programs end soon: several count as one.
-    each = heads * -(-cut.steps // cut.most)
-
-    def cost(splits: int) -> int:
-        return -(-splits * each // programs) * (-(-longest // splits) + _PROGRAM_STEPS)
-
-    most = min(longest, max(1, 4 * programs // each), MOST_SUMS // (heads * blocks * pairs))
-    return min(range(1, most + 1), key=cost, default=0)

@@ -116,9 +116,11 @@ def _backward(
             # Made here if these are copies: no other kernel may come between passes.
             of_additional = query.flatten(1, -3), grad_out.flatten(1, -3)
         rpb = tables.get("rpb")
-        of_bias = None if rpb is None else found.bias_gradient
+        dq_and_bias = None if rpb is None else found.dq_and_bias
+        of_bias = None if rpb is None or dq_and_bias is not None else found.bias_gradient
         tables |= found.made_columns("gradient")
-        of_passes = Tables((found.dq, found.dkdv, of_bias), rpb)
+        of_dq = found.dq if dq_and_bias is None else dq_and_bias
+        of_passes = Tables((of_dq, found.dkdv, of_bias), rpb)
         found.lse_delta[grad_lse is not None].run(
             out=out.contiguous(), lse=lse.contiguous(), grad_out=grad_out, grad_lse=grad_lse,
             lse_delta=lse_delta, grad_key=grad_key, grad_value=grad_value,
@@ -126,7 +128,14 @@ def _backward(
         made = of_passes.make()
         dkdv: Any = found.through_memory
         of_dkdv: Tensor | None = grad_query
-        if dkdv is None:
+        if dq_and_bias is not None:
+            assert rpb is not None
+            dkdv, of_dkdv = found.dkdv, None
+            summed = dq_and_bias.summed(
+                query=query, key=key, value=value, rpb=rpb, grad_out=grad_out,
+                lse_delta=lse_delta, key_mask=None, grad_query=grad_query, **made[0],
+            )  # fmt: skip
+        elif dkdv is None:
             dkdv, of_dkdv = found.dkdv, None
             found.dq.run(
                 query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,
@@ -154,7 +163,9 @@ def _backward(
             given = inputs.additional_keys, inputs.additional_values
             grad_additional = [None if x is None else x.new_zeros(x.shape) for x in given]
         grad_rpb = None
-        if rpb is not None:
+        if rpb is not None and dq_and_bias is not None:
+            grad_rpb = dq_and_bias.added_up(rpb, summed)
+        elif rpb is not None:
             named = {"query": query, "key": key, "value": value, "rpb": rpb}
             named |= {"grad_out": grad_out, "lse_delta": lse_delta, "key_mask": masks[0]}
             grad_rpb = (

@@ -23,7 +23,7 @@ from ..triton.launch import Launch, Trials, per_axis
 from ..triton.plan import MaskStrides, mask_strides, strides_of_mask
 from ..triton.primitives import LOG2E
 from ..triton.windows import modes
-from . import bias_plan, ds_plan
+from . import bias_plan, ds_plan, sets_plan
 from . import tiles as tiling
 from .backward import backward_kernel
 from .bias_gradient import bias_gradient_kernel
@@ -474,20 +474,45 @@ class Plan:
     @cached_property
     def bias_gradient(self) -> BiasGradient | None:
         """The gradient of the bias; None if it is left to the portable backend."""
-        rule, heads = self.rule, self.heads
-        is_own = self.queries == tiling.OWN and "circular" not in rule.boundary
-        if isinstance(rule, Dense) or not is_own:
+        rule, dims = self._rule_of_sets, (self.dim, self.value_dim)
+        if rule is None:
             return None
-        cut = bias_plan.cut(rule, self.space, bias_plan.columns(self.dim, self.value_dim))
-        sets = self.batch * math.prod(rule.dilation)
-        programs, stages = bias_plan.programs_and_stages(cut, self.dim, self.value_dim)
-        splits = bias_plan.splits_of(cut, sets, heads, programs * _processors(self.device))
-        if splits == 0 or stages == 0:
+        sizes = self.space, self._sets, self.heads, dims, _processors(self.device)
+        found = sets_plan.block_by_block(rule, *sizes)
+        return None if found is None else self._bias_gradient(found, has_dq=False)
+
+    @cached_property
+    def dq_and_bias(self) -> BiasGradient | None:
+        """What makes dQ and the gradient of the bias, if one kernel does; not if tiles of dQ alone
+        are to be measured, or were."""
+        rule = self._rule_of_sets
+        others = self.key_mask_strides, self.num_additional or None
+        if rule is None or self.bias_dtype is None or any(x is not None for x in others):
             return None
-        tiles = Tiles(cut.tile, cut.block, tiling.WARPS, stages)
-        # Blocks are on a grid that begins anywhere before the first partner.
-        table = bias_plan.table(rule.kernel_size, cut.tile, cut.block, earlier=cut.block)
-        kernel = bias_gradient_kernel
+        if max(tiling.native(self.dim), tiling.native(self.value_dim)) > sets_plan.WHOLE_CHANNELS:
+            return None
+        is_measured = tuning.lookup(tiling.key(*self._problem("dq"))) is not None
+        if is_measured or tuning.wanted(backward=True) > 1:
+            return None
+        sizes = self.space, self._sets, self.heads, _processors(self.device)
+        found = sets_plan.all_blocks(rule, *sizes)
+        return None if found is None else self._bias_gradient(found, has_dq=True)
+
+    @property
+    def _rule_of_sets(self) -> Neighborhood | None:
+        """The rule, if a tile looks alike in all dilation groups."""
+        rule, is_own = self.rule, self.queries == tiling.OWN and self.packed is None
+        if isinstance(rule, Dense) or not is_own or "circular" in rule.boundary:
+            return None
+        return rule
+
+    @property
+    def _sets(self) -> int:
+        """Batch entries and dilation groups."""
+        return self.batch * math.prod(self.rule.dilation)
+
+    def _bias_gradient(self, found: sets_plan.InSets, has_dq: bool) -> BiasGradient:
+        kernel, rule, cut, table = bias_gradient_kernel, found.rule, found.cut, found.table
         of_grad_out, rows = self._of_stored("dq")[:6], self._of_stored("forward")
         first = *self.steps, *self.mask_steps[:4], *self.lengths[:3], *of_grad_out, *rows
         numbers = {
@@ -496,10 +521,9 @@ class Plan:
             **per_axis("S", rule.stride),
             **per_axis("D", rule.dilation),
             **per_axis("A", cut.apart),
-            "B1": cut.blocks[1],
-            "B2": cut.blocks[2],
+            **dict(zip(("B1", "B2"), found.programs_of_tile[1:])),
             "batches": self.batch,
-            "heads_per_kv": heads // self.kv_heads,
+            "heads_per_kv": self.heads // self.kv_heads,
             "scale_log2": _exact_thrice(self.scale * LOG2E.value),
             "bias_size": table.size,
             "bias_middle": table.middle,
@@ -508,24 +532,30 @@ class Plan:
             "MODES": self.modes,
             "TILE": cut.tile,
             "BLOCK": cut.block,
-            "STAGES": stages,
-            "FETCH_REGISTERS": 32,
+            "BLOCKS": found.blocks,
+            "STAGES": found.stages[0],
+            "BLOCK_STAGES": found.stages[1],
+            "FETCH_REGISTERS": found.fetch_registers,
             "BIAS_STRIDES": table.strides,
             "QK_CHUNKS": tiling.chunks(self.dim),
             "V_CHUNKS": tiling.chunks(self.value_dim),
             "HAS_KEY_MASK": self.key_mask_strides is not None,
             **self._cleared(),
+            "HAS_DQ": has_dq,
         }
+        tiles = Tiles(cut.tile, cut.block, tiling.WARPS, found.stages[0])
         descriptors = self._descriptors("dq", tiles)
-        del descriptors["grad_query"], descriptors["lse_delta"]
+        del descriptors["lse_delta"]
+        if not has_dq:
+            del descriptors["grad_query"]
+        grid = math.prod(found.programs_of_tile), found.splits, self.heads
         launch = Launch(
-            kernel, (math.prod(cut.blocks), splits, heads), numbers | constants, descriptors,
-            num_warps=tiling.WARPS, maxnreg=65536 // programs // 256 // 8 * 8,
-            launch_pdl=_can_overlap(),
+            kernel, grid, numbers | constants, descriptors, num_warps=tiling.WARPS,
+            maxnreg=65536 // found.programs // 256 // 8 * 8, launch_pdl=_can_overlap(),
         )  # fmt: skip
-        others = rule.kernel_size, heads, self.scale
+        others = rule.kernel_size, self.heads, self.scale
         biased = Biased(launch, table, *others, beside=True, overlap=_can_overlap())
-        return BiasGradient(cut, splits, biased, rule.kernel_size, heads)
+        return BiasGradient(found, biased)
 
     @cached_property
     def key_spans(self) -> list[tuple[int, int]]:
