@@ -13,6 +13,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -685,10 +686,20 @@ MASKED = [
 ]
 
 
+@pytest.fixture
+def no_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No windows run as a row of tokens, which has kernels of its own and no mask of keys."""
+    monkeypatch.setattr(tiling, "in_a_row", lambda *_: None)
+    tuning._forget_choices()
+    yield
+    tuning._forget_choices()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
 @pytest.mark.parametrize("tensors", MASKED)
+@pytest.mark.usefixtures("no_rows")
 def test_masks(problem: Any, tensors: Any) -> None:
     """What is masked reaches nothing, whatever it is; a mask that hides nothing changes nothing."""
     shape, *parameters = problem
