@@ -423,7 +423,7 @@ def spectrum_summary(images: str) -> list[str]:
         f"![Floor over time of each problem, forward and backward]({images}/spectrum.svg)",
         "",
         f"Floor / natten, geometric mean: {', '.join(parts)}. Forward, dense attention is faster "
-        f"in {len(slower)} of the {compared} problems where it was measured"
+        f"in {len(slower) or 'none'} of the {compared} problems where it was measured"
         f"{': ' + ', '.join(slower) if slower else ''}.",
         "",
         f"{times.machine()}; kernel times, medians of one run.",
