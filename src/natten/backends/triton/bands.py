@@ -339,7 +339,7 @@ def bands_forward_kernel(
     QUERY: gl.constexpr = row_layout(W, D, 1)
     COPY: gl.constexpr = copy_layout(W, D, 4)
     PHASES: gl.constexpr = phases(4 * D)
-    BYTES: gl.constexpr = 4 * ALIGN
+    BYTES: gl.constexpr = min(16, 4 * ALIGN)  # that addresses are known to be multiples of
     LINES: gl.constexpr = BLOCK[0] * BLOCK[1]
     OF_VALUES: gl.constexpr = LINES * HALO * D * 4  # bytes from a band's keys to its values
 
@@ -420,7 +420,7 @@ def bands_dq_kernel(
     QUERY: gl.constexpr = row_layout(W, D, 1)
     COPY: gl.constexpr = copy_layout(W, D, 4)
     PHASES: gl.constexpr = phases(4 * D)
-    BYTES: gl.constexpr = 4 * ALIGN
+    BYTES: gl.constexpr = min(16, 4 * ALIGN)  # that addresses are known to be multiples of
     LINES: gl.constexpr = BLOCK[0] * BLOCK[1]
     OF_VALUES: gl.constexpr = LINES * HALO * D * 4  # bytes from a band's keys to its values
 
@@ -501,7 +501,7 @@ def bands_dkdv_kernel(
     KEY: gl.constexpr = row_layout(W, D, 1)
     COPY: gl.constexpr = copy_layout(W, D, 4)
     PHASES: gl.constexpr = phases(4 * D)
-    BYTES: gl.constexpr = 4 * ALIGN
+    BYTES: gl.constexpr = min(16, 4 * ALIGN)  # that addresses are known to be multiples of
     LINES: gl.constexpr = BLOCK[0] * BLOCK[1]
     OF_GRADS: gl.constexpr = LINES * HALO * D * 4  # bytes from a band's queries to their dO
 
