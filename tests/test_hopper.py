@@ -677,6 +677,32 @@ def test_backward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -
                 assert error < 2 * (1e-2 if dtype == torch.bfloat16 else 2e-3) * size, name
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dim", [24, 40, 56, 104])
+def test_no_number_of_the_next_head(dim: int, masked: bool) -> None:
+    """A head has the same bits beside heads of Inf and NaN as beside zeros, whose channels a block
+    may have next to its own."""
+    rule, scale = Neighborhood.create(2, 7), dim**-0.5
+    tensors = [torch.randn(2, 13, 21, 3, dim, device="cuda", dtype=torch.bfloat16) for _ in "qkvg"]
+    mask = torch.rand(2, 13, 21, device="cuda") < 0.8 if masked else None
+
+    def middle_head(others: float) -> list[torch.Tensor]:
+        q, k, v, grad = [x.clone() for x in tensors]
+        for x in (q, k, v, grad):
+            x[..., ::2, :] = others
+        inputs = Inputs(q, k, v, key_mask=mask)
+        out, lse = hopper.forward(inputs, rule, scale)
+        grads = hopper.backward(grad, None, inputs, out, lse, rule, scale)[:3]
+        return [x[..., 1, :] for x in (out, lse[..., None], *grads) if x is not None]
+
+    found = middle_head(0.0)
+    assert all(x.isfinite().all() for x in found)
+    for others in (math.inf, math.nan):
+        assert all(torch.equal(a, b) for a, b in zip(found, middle_head(others)))
+
+
 # heads, heads of keys, head dim, value dim, additional tokens, dtype, dtype of a bias
 MASKED = [
     (2, 2, 64, 64, 0, torch.bfloat16, None),
