@@ -193,11 +193,12 @@ def test_lines_that_heads_lie_across(channels: int) -> None:
 
 
 def test_heads_that_tma_is_slow_with_share_what_is_fetched() -> None:
-    """Measured: pairs of warpgroups take 20 % less with 40 and 72 channels, 12 % with 56."""
+    """Measured: pairs of warpgroups take 20 % less with 72 channels, 12 % with 56. With 40, of which
+    blocks have the next head's channels, they take 12 % more."""
     rule, shape = Neighborhood.create(2, 13), (64, 64)
-    for dim, warps in ((40, 8), (48, 4), (56, 8), (64, 4), (72, 8), (80, 8), (96, 8)):
+    for dim, warps in ((40, 4), (48, 4), (56, 8), (64, 4), (72, 8), (80, 8), (96, 8)):
         assert hopper.choose("forward", rule, shape, shape, dim, dim).num_warps == warps
-    for dim, warps in ((40, 8), (48, 4), (56, 8), (64, 4)):
+    for dim, warps in ((40, 4), (48, 4), (56, 8), (64, 4)):
         assert hopper.choose("dq", rule, shape, shape, dim, dim).num_warps == warps
 
 
