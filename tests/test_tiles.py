@@ -193,8 +193,8 @@ def test_lines_that_heads_lie_across(channels: int) -> None:
 
 
 def test_heads_that_tma_is_slow_with_share_what_is_fetched() -> None:
-    """Measured: pairs of warpgroups take 20 % less with 72 channels, 12 % with 56. With 40, of which
-    blocks have the next head's channels, they take 12 % more."""
+    """Measured: pairs of warpgroups take 20 % less with 72 channels, 12 % with 56. With 40 they
+    take 12 % more, as blocks have the next head's channels."""
     rule, shape = Neighborhood.create(2, 13), (64, 64)
     for dim, warps in ((40, 4), (48, 4), (56, 8), (64, 4), (72, 8), (80, 8), (96, 8)):
         assert hopper.choose("forward", rule, shape, shape, dim, dim).num_warps == warps
