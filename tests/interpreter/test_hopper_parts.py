@@ -235,7 +235,7 @@ def check(kind: str, queries: Any, keys: Any, rule: Rule, tiles: Tiles, most: in
         tables = torch.full(launch.shape, math.nan)
         launch.make.run(rpb=rpb, tables=tables)
         added = relative_bias(rule, queries, keys, rpb)[0] / 0.5
-    layouts, views = (queries, keys), (plan.query, plan.key)
+    layouts, views = (queries, keys), (plan.views.query, plan.views.key)
     if of_keys:
         wanted, added, layouts, views = wanted.T, added.T, layouts[::-1], views[::-1]
     is_plain = isinstance(rule, Dense)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ...tiling import padded
-from ..interface import Shape
+from ..interface import Shape, Tiles
 from ..triton.launch import Launch, per_axis
 from ..triton.windows import modes
+from .descriptors import Describe, contiguous_view, describe
 from .flat import COLUMNS, Flat
 from .flat_columns import columns_kernel
 
@@ -57,6 +58,14 @@ class FlatColumns:
             "C": COLUMNS,
         }
         self.launch = Launch(columns_kernel, (self.shape[0] // _AT_ONCE,), arguments)
+
+    def descriptors(self, tiles: Tiles) -> dict[str, Describe]:
+        """Descriptors of both factors by name, in blocks of these tiles."""
+        view = contiguous_view((1, self.shape[0], 1, COLUMNS), (1,))
+        blocks = zip(NAMES, (tiles.q_block, tiles.kv_block))
+        return {
+            name: describe(view, (1, *block, COLUMNS), torch.bfloat16) for name, block in blocks
+        }
 
     def make(self, device: torch.device) -> dict[str, Tensor | None]:
         """Both factors by name, made for each call: a CUDA graph may outlive what a plan keeps."""

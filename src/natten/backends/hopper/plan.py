@@ -1,4 +1,4 @@
-"""What a call's shapes decide, worked out once: views, tiles, grids, constants of its kernels."""
+"""What a call's shapes decide, worked out once: tiles, grids, constants of its kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ...tiling import padded
 from ..interface import Shape, Tiles
 from ..triton import plan as portable
 from ..triton.launch import Launch, Trials, per_axis
-from ..triton.plan import MaskStrides, mask_strides, strides_of_mask
+from ..triton.plan import MaskStrides, mask_strides
 from ..triton.primitives import LOG2E
 from ..triton.windows import modes
 from . import bias_plan, ds_plan, sets_plan
@@ -29,23 +29,16 @@ from .backward import backward_kernel
 from .bias_gradient import bias_gradient_kernel
 from .bias_plan import Biased, BiasGradient
 from .cuts import cuts, tile_sizes, tiled
-from .descriptors import (
-    Describe,
-    View,
-    contiguous_strides,
-    contiguous_view,
-    describe,
-    packed_view,
-    view,
-)
+from .descriptors import View, contiguous_strides
 from .documents_plan import Packed, most_tiles
 from .ds_plan import ThroughMemory
-from .flat import COLUMNS, Flat, columns_of_rule
+from .flat import Flat, columns_of_rule
 from .flat_plan import NAMES, FlatColumns, row_of
 from .forward import forward_kernel
 from .lse_delta import lse_delta_kernel
 from .passes import Passes, compiled
 from .programs import programs_of
+from .views import Views
 
 # The passes of the kinds of kernels that sum gradients.
 PASSES = {"dq": tiling.DQ, "dkdv": tiling.DKDV, "dk": tiling.DK, "dv": tiling.DV}
@@ -99,24 +92,8 @@ class Plan:
         self.space, self.key_space = self.tokens, self.key_tokens
         if self.packed is not None:
             _, self.space, self.key_space = self.packed
-        self.query, self.key, self.value = map(self._view, shapes, strides)
-        self.steps = *self.query.steps, *self.key.steps, *self.value.steps
-        self.mask_steps: tuple[int, ...] = (0,) * 5
-        if key_mask is not None:
-            last = sum((n - 1) * step for n, step in zip(self.key_space, key_mask[1:]))
-            self.mask_steps = *strides_of_mask(key_mask).values(), last
-        # Of keys and of queries, positions of the longest dilation group per axis; then of both,
-        # how many groups are as long.
-        key, query = self.key, self.query
-        lengths = *key.shape[1:4], *query.shape[1:4]
-        if self.packed is not None:
-            lengths = *padded(self.key_tokens, 1), *padded(self.tokens, 1)
-        self.lengths = *lengths, *key.long_groups, *query.long_groups
-
-    def _view(self, shape: Shape, stride: Shape) -> View:
-        if self.packed is not None:
-            return packed_view(shape, stride)
-        return view(shape, stride, self.rule.dilation, tiling.is_joined(shape[-1]))
+        others = self.dtype, self.num_additional, self.packed, key_mask
+        self.views = Views(rule, shapes, strides, *others)
 
     def _cleared(self) -> dict[str, Shape]:
         """What kernels set to zero of the channels of queries and keys, and of values."""
@@ -129,18 +106,6 @@ class Plan:
             return list(self.space)
         # A window of more than one key is of a cache that grows.
         return [max(each) for each in zip(self.space, self.key_space, self.rule.kernel_size)]
-
-    def _contiguous(self, tokens: Shape, heads: int, channels: int) -> View:
-        """Of a tensor that a kernel writes, and of LSE and delta."""
-        shape = self.batch, *tokens, heads, channels
-        if self.packed is not None:
-            return packed_view(shape, contiguous_strides(shape))
-        return contiguous_view(shape, self.rule.dilation)
-
-    @property
-    def _grad_out(self) -> View:
-        shape = self.batch, *self.tokens, self.heads, self.value_dim
-        return self._view(shape, contiguous_strides(shape))
 
     @cached_property
     def forward(self) -> _Launches:
@@ -236,9 +201,10 @@ class Plan:
         tiles, _ = self.cuts["dkdv"]
         work = tiling.work("dkdv", self.dim, self.value_dim, columns_of_rule(rule))
         mask = tiling.mask("dkdv", rule, self.space, self.key_space, tiles, work)
-        grad_query = self._contiguous(self.tokens, self.heads, self.dim)
-        tiles = ds_plan.beside_ds(tiles, mask, work)
-        return ThroughMemory(dkdv, tiles, self.key, grad_query, self.device, self.dtype, share)
+        return ThroughMemory(
+            dkdv, ds_plan.beside_ds(tiles, mask, work), self.views.key, self.views.grad_query,
+            self.device, self.dtype, share,
+        )  # fmt: skip
 
     def in_a_row(self, pass_: str) -> Plan | None:
         """The plan of all tokens in a row, if that is faster (``flat.py``): "forward", or of the
@@ -332,7 +298,7 @@ class Plan:
         programs, of_tiles = self.programs(kind, self.key_spans)
         num_additional = 0 if of_keys else self.num_additional
         kernel = forward_kernel if kind == "forward" else backward_kernel
-        first = *self.location(rule), *of_tiles, *self._of_stored(kind)
+        first = *self.location(rule), *of_tiles, *self.views.steps_of_stored(kind)
         kernel_size, stride = (
             ((), ()) if isinstance(rule, Dense) else (rule.kernel_size, rule.stride)
         )
@@ -405,11 +371,13 @@ class Plan:
                 each, self.device, self.dtype, tiling.native(self.dim), width, registers,
                 *constants.values(),
             )  # fmt: skip
-            descriptors = self._descriptors(each, boxes) | self._additional(each, tiles)
+            descriptors = self.views.descriptors(each, boxes, width)
+            descriptors |= self.views.additional(each, tiles, width)
             if pieces.at_seam != pieces.piece:
                 small = tiling.boxes(tiles, of_keys, pieces.at_seam, is_packed)
-                descriptors |= self._at_seam(each, small)
-            descriptors |= self._of_columns(tiles)
+                descriptors |= self.views.at_seam(each, small, width)
+            if self.columns is not None:
+                descriptors |= self.columns.descriptors(tiles)
             launches.append(
                 Launch(
                     kernel,
@@ -513,8 +481,10 @@ class Plan:
 
     def _bias_gradient(self, found: sets_plan.InSets, has_dq: bool) -> BiasGradient:
         kernel, rule, cut, table = bias_gradient_kernel, found.rule, found.cut, found.table
-        of_grad_out, rows = self._of_stored("dq")[:6], self._of_stored("forward")
-        first = *self.steps, *self.mask_steps[:4], *self.lengths[:3], *of_grad_out, *rows
+        views = self.views
+        of_grad_out, rows = views.steps_of_stored("dq")[:6], views.steps_of_stored("forward")
+        read = *views.steps, *views.mask_steps[:4], *views.lengths[:3]
+        first = *read, *of_grad_out, *rows
         numbers = {
             **dict(zip(kernel.arg_names[len(kernel.tensors) :], first)),
             **per_axis("K", rule.kernel_size),
@@ -544,7 +514,7 @@ class Plan:
             "HAS_DQ": has_dq,
         }
         tiles = Tiles(cut.tile, cut.block, tiling.WARPS, found.stages[0])
-        descriptors = self._descriptors("dq", tiles)
+        descriptors = views.descriptors("dq", tiles, self._slices("dq")[1])
         del descriptors["lse_delta"]
         if not has_dq:
             del descriptors["grad_query"]
@@ -570,7 +540,8 @@ class Plan:
     def location(self, rule: Rule) -> tuple[int, ...]:
         """The first numbers of all kernels: where the queries are, how tensors lie, how long axes
         are."""
-        return *self.first_query(rule), *self.steps, *self.mask_steps, *self.lengths
+        views = self.views
+        return *self.first_query(rule), *views.steps, *views.mask_steps, *views.lengths
 
     def first_query(self, rule: Rule) -> tuple[int, ...]:
         """Per axis, how many queries of its dilation group come before the first one; then that
@@ -628,18 +599,6 @@ class Plan:
         tokens, sizes = self.key_tokens if of_keys else self.tokens, self.cuts[kind][0]
         return most_tiles(self.packed, tile_sizes(sizes, of_keys), math.prod(tokens), of_keys)
 
-    def _of_stored(self, kind: str) -> tuple[int, ...]:
-        """Numbers that follow: how the tensors lie that kernels made, all of them contiguous."""
-        tokens, heads = (self.tokens, self.heads)
-        if kind == "dkdv":
-            tokens, heads = self.key_tokens, self.kv_heads
-        # Of what a kernel stores, bases are rows.
-        rows = contiguous_strides((self.batch, *padded(tokens, 1), heads))[:3]
-        if kind == "forward":
-            return rows
-        lse_delta = self._contiguous(self.tokens, self.heads, 4)
-        return *self._grad_out.steps, *lse_delta.steps, *rows
-
     def _heads_at_once(self, work: tiling.Work) -> int:
         """Of how many heads tiles at one position follow one another.
 
@@ -676,78 +635,6 @@ class Plan:
             excess = tiling.excess(kind, self._typical_rule, self.space, self.key_space, tiles)
         # A key head's tile walks the blocks of all heads that share it.
         return excess * (self.heads // self.kv_heads if kind == "dkdv" else 1) >= _UNEVEN
-
-    def _descriptors(self, each: str, boxes: Tiles) -> dict[str, Describe]:
-        """Descriptors of the tensors of one of :meth:`_passes`, in blocks of these tiles."""
-        kind = each if each in ("forward", "dq") else "dkdv"
-        dim, (_, width) = tiling.native(self.dim), self._slices(each)
-        unread = {"dk": ("grad_value",), "dv": ("value", "grad_key")}.get(each, ())
-        found = {}
-        for name, shown in (self._views_of_queries(kind) | self._views_of_keys(kind)).items():
-            block = boxes.kv_block if name in _OF_KEYS else boxes.q_block
-            if name == "lse_delta":
-                found[name] = describe(shown, (1, *block, 4), torch.float32)
-            elif name not in unread:
-                channels = dim if name in _AS_WIDE_AS_QUERIES else width
-                found[name] = self._describe(shown, block, channels)
-        return found
-
-    def _views_of_queries(self, kind: str) -> dict[str, View]:
-        """Of a kind of kernel, the views of the tensors that have the layout of queries."""
-        found = {"query": self.query}
-        if kind == "forward":
-            found["out"] = self._contiguous(self.tokens, self.heads, self.value_dim)
-        else:
-            found["grad_out"] = self._grad_out
-            found["lse_delta"] = self._contiguous(self.tokens, self.heads, 4)
-        if kind == "dq":
-            found["grad_query"] = self._contiguous(self.tokens, self.heads, self.dim)
-        return found
-
-    def _views_of_keys(self, kind: str) -> dict[str, View]:
-        """As :meth:`_views_of_queries`, of keys."""
-        found = {"key": self.key, "value": self.value}
-        if kind == "dkdv":
-            found["grad_key"] = self._contiguous(self.key_tokens, self.kv_heads, self.dim)
-            found["grad_value"] = self._contiguous(self.key_tokens, self.kv_heads, self.value_dim)
-        return found
-
-    def _at_seam(self, each: str, boxes: Tiles) -> dict[str, Describe]:
-        """Descriptors of the tensors that have blocks, in smaller pieces."""
-        found = self._descriptors(each, boxes)
-        if each == "forward":
-            return {f"{name}_at_seam": found[name] for name in ("key", "value")}
-        names = ("key", "value", "") if each == "dq" else ("query", "grad_out", "lse_delta")
-        at_seam = zip(("qk", "gv", "lse_delta"), names)
-        return {f"{one}_at_seam": found[name] for one, name in at_seam if name}
-
-    def _additional(self, each: str, tiles: Tiles) -> dict[str, Describe]:
-        """Descriptors of additional tokens."""
-        found = {}
-        if self.num_additional and each in ("forward", "dq"):
-            _, width = self._slices(each)
-            widths = tiling.native(self.dim), width
-            for name, dim, width in zip(("keys", "values"), (self.dim, self.value_dim), widths):
-                shape = (self.batch, self.num_additional, self.kv_heads, dim)
-                block = (1, 1, math.prod(tiles.kv_block))
-                view = contiguous_view(shape, (1,))
-                found[f"additional_{name}"] = self._describe(view, block, width)
-        return found
-
-    def _of_columns(self, tiles: Tiles) -> dict[str, Describe]:
-        """Descriptors of the factors of a flat rule's mask."""
-        if self.columns is None:
-            return {}
-        view = contiguous_view((1, self.columns.shape[0], 1, COLUMNS), (1,))
-        blocks = {"query_columns": tiles.q_block, "key_columns": tiles.kv_block}
-        return {
-            name: describe(view, (1, *block, COLUMNS), torch.bfloat16)
-            for name, block in blocks.items()
-        }
-
-    def _describe(self, view: View, block: Shape, width: int) -> Describe:
-        """Descriptors of blocks with so many channels, which may be more than there are."""
-        return describe(view, (1, *block, width), self.dtype)
 
 
 class Part(Plan):
@@ -788,13 +675,14 @@ class Part(Plan):
         if kind == "dkdv" or self.space != plan.space:
             programs, of_tiles = self.programs(kind, self.key_spans)
             grid = programs, *grid[1:]
-            numbers = *numbers, *of_tiles, *self._of_stored(kind)
+            numbers = *numbers, *of_tiles, *self.views.steps_of_stored(kind)
         # Views of tensors that lie alike are one object.
+        own, others = self.views, plan.views
         views: dict[str, View] = {}
-        if self.query is not plan.query:
-            views |= self._views_of_queries(kind)
-        if self.key is not plan.key or self.value is not plan.value:
-            views |= self._views_of_keys(kind)
+        if own.query is not others.query:
+            views |= own.of_queries(kind)
+        if own.key is not others.key or own.value is not others.value:
+            views |= own.of_keys(kind)
         return launch.moved(grid, numbers, views)
 
     @cached_property
@@ -853,9 +741,6 @@ def _exact_thrice(x: float) -> float:
 # How much longer the portable kernel takes for a pair of a query and an additional token, where all
 # processors have work (measured: hopper-log.md).
 _PORTABLE_TIME = 8.0
-
-_OF_KEYS = frozenset(("key", "value", "grad_key", "grad_value"))
-_AS_WIDE_AS_QUERIES = frozenset(("query", "key", "grad_query", "grad_key"))
 
 # Channels of products for which dQ through memory takes less. With fewer of them, dS takes longer
 # to store and to load than what is saved (measured: hopper-log.md).
