@@ -1,5 +1,6 @@
 """A call is not checked again if it is like an earlier one in all that matters."""
 
+import operator
 import threading
 from unittest.mock import Mock
 
@@ -276,8 +277,8 @@ def single(q, k, v, offset):
 def test_few_calls_are_kept():
     kept = tuning.Kept()
     for i in range(3000):
-        kept.keep(i, -i)
-        assert kept[i] == -i
+        assert kept.find(i, operator.neg, i) == -i
+        assert kept.find(i, pytest.fail) == -i
         assert len(kept) <= 1024
     tuning._caches.remove(kept)
 

@@ -242,6 +242,14 @@ class Bounded(dict[Any, Any]):
     def __init__(self, most: int) -> None:
         self.most = most
 
+    def find(self, key: Any, make: Callable[..., Any], *args: Any) -> Any:
+        """The value at ``key``. If there is none, ``make(*args)`` makes it, and it is kept."""
+        found = self.get(key)
+        if found is None:
+            found = make(*args)
+            self.keep(key, found)
+        return found
+
     def keep(self, key: Any, value: Any) -> None:
         """Store ``value`` at ``key``."""
         if len(self) >= self.most:

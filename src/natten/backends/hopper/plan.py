@@ -809,15 +809,13 @@ def plan_for(
         value.shape[-1], num_additional, bias_dtype, key_mask is not None, additional_mask,
     )  # fmt: skip
     lie, offset = (shapes, strides, key_mask), rule.query_offset
-    part: Part | None = parts.get(lie)
-    if part is None:
+
+    def make() -> Part:
         # Nothing that kernels are compiled for depends on more than these sizes.
         sizes = tiling.model_sizes(rule, space, key.shape[1:-2])
-        plan = parts.plans.get(sizes)
-        if plan is None:
-            plan = Plan(rule, *others, shapes, strides, num_additional, bias_dtype, None, of_masks)
-            parts.plans.keep(sizes, plan)
-        part = Part(plan, rule, *lie)
-        parts.keep(lie, part)
+        what = rule, *others, shapes, strides, num_additional, bias_dtype, None, of_masks
+        return Part(parts.plans.find(sizes, Plan, *what), rule, *lie)
+
+    part: Part = parts.find(lie, make)
     found: Part | Moved = parts.at(part, offset, lambda: Moved(part, rule))
     return found

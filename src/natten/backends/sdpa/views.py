@@ -219,10 +219,7 @@ class TileViews:
         self, index: int, kv_heads: int | None, shape: tuple[int, ...], stride: tuple[int, ...]
     ) -> _View:
         key = index, kv_heads, shape, stride
-        view: _View | None = self._views.get(key)
-        if view is None:
-            view = self._find_view(*key)
-            self._views.keep(key, view)
+        view: _View = self._views.find(key, self._find_view, *key)
         return view
 
     def _find_view(

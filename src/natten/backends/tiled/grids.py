@@ -86,11 +86,7 @@ class TileGrid:
 
     def _view(self, x: Tensor, kv_heads: int | None) -> Tensor:
         key = kv_heads, x.shape, x.stride()
-        found = self._geometries.get(key)
-        if found is None:
-            found = geometry(self, *key)
-            self._geometries.keep(key, found)
-        shape, stride, offset = found
+        shape, stride, offset = self._geometries.find(key, geometry, self, *key)
         return x.as_strided(shape, stride, x.storage_offset() + offset)
 
     def chunks(self, query: Tensor, key: Tensor, num_additional: int = 0) -> Iterator[Chunk]:

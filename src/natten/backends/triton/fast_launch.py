@@ -153,10 +153,7 @@ def _short_way(compiled: Any, describe: Described) -> tuple[Callable[..., None],
     ) -> tuple[Any, ...]:
         # Memory is allocated where memory was freed.
         key = tuple(addresses)
-        found = what.kept.get(key)
-        if found is None:
-            found = flat(what.tensors, addresses, tensors)
-            what.kept.keep(key, found)
+        found = what.kept.find(key, flat, what.tensors, addresses, tensors)
         return complete(what, found, stream)
 
     return launch, arguments
@@ -266,6 +263,9 @@ def _flattener(
     unused = (None,) * (len(inspect.signature(encode).parameters) - 2)  # from Triton 3.8 on
     meta = dict(zip((name for name, make in describe.items() if make is not None), metas))
 
+    def encode_one(name: str, make: Describe, x: Tensor) -> Any:
+        return encode(make(x), meta[name], *unused)
+
     def flat(describe: Described, addresses: Addresses, tensors: Tensors) -> list[Any]:
         found: list[Any] = []
         for address, (name, make) in zip(addresses, describe.items()):
@@ -273,11 +273,7 @@ def _flattener(
             if make is None or x is None:
                 found.append(address)
                 continue
-            known = make.maps.get(address)
-            if known is None:
-                known = encode(make(x), meta[name], *unused)
-                make.maps.keep(address, known)
-            found += known
+            found += make.maps.find(address, encode_one, name, make, x)
         return found
 
     return flat

@@ -634,11 +634,7 @@ class Parts(Bounded):
         """A part, or if its queries have another offset, what ``move`` makes of it."""
         if part.offset == offset:
             return part
-        moved = self.moved.get((part, offset))
-        if moved is None:
-            moved = move()
-            self.moved.keep((part, offset), moved)
-        return moved
+        return self.moved.find((part, offset), move)
 
 
 @tuning.cached
@@ -704,14 +700,11 @@ def plan_for(
         of_masks[0] is not None, of_masks[1],
     )  # fmt: skip
     lie, offset = (shapes, strides, of_masks[0]), rule.query_offset
-    part: Part | None = parts.get(lie)
-    if part is None:
-        plan = parts.plans.get(())
-        if plan is None:
-            plan = Plan(rule, *what)
-            parts.plans.keep((), plan)
-        part = Part(plan, offset, *lie)
-        parts.keep(lie, part)
+
+    def make() -> Part:
+        return Part(parts.plans.find((), Plan, rule, *what), offset, *lie)
+
+    part: Part = parts.find(lie, make)
     found: Part | Moved = parts.at(part, offset, lambda: Moved(part, offset))
     return found
 
