@@ -83,6 +83,14 @@ class Source(NamedTuple):
     columns: Any  # how far the tokens of a line are from its first one
 
 
+class Bands(NamedTuple):
+    """Two tensors whose bands are copied together, and shared memory for two bands of both."""
+
+    a: Any  # a :class:`Source`
+    b: Any  # likewise
+    stages: Any  # [4 * lines of a band, HALO, D]
+
+
 # --- where rows are, and what they reach --------------------------------------------------------
 
 
@@ -208,10 +216,10 @@ def _offset(x, strides):
 
 @gluon.jit
 def _source(
-    first, strides, walk, MODES: gl.constexpr, HALO: gl.constexpr, LAYOUT: gl.constexpr
+    first, strides, walk, MODES: gl.constexpr, W: gl.constexpr, HALO: gl.constexpr, D: gl.constexpr
 ):  # fmt: skip
-    """The :class:`Source` of a tensor."""
-    position = walk.low[2] + gl.arange(0, HALO, gl.SliceLayout(1, LAYOUT))
+    """The :class:`Source` of a tensor, given the address of its first token."""
+    position = walk.low[2] + gl.arange(0, HALO, gl.SliceLayout(1, copy_layout(W, D, 4)))
     line = walk.low[0], walk.low[1], position
     x = present_tokens(line, walk.group, walk.dilation, walk.n, MODES)
     origin = present_tokens(walk.low, walk.group, walk.dilation, walk.n, MODES)
@@ -229,11 +237,12 @@ def _copy_line(
 
 @gluon.jit
 def _copy_band(
-    a, a_shift, b, b_shift, walk, band, stages, stage, MODES: gl.constexpr, BLOCK: gl.constexpr,
-    HALO: gl.constexpr, D: gl.constexpr, BYTES: gl.constexpr, LAYOUT: gl.constexpr,
+    bands, a_shift, b_shift, walk, band, stage, MODES: gl.constexpr, W: gl.constexpr,
+    BLOCK: gl.constexpr, HALO: gl.constexpr, D: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
-    """Start to copy a band of two sources, each so much farther on. Columns that no row reaches are
-    zeros."""
+    """Start to copy a band of both tensors, of each from so much farther on, to a stage. Columns
+    that no row reaches are zeros."""
+    LAYOUT: gl.constexpr = copy_layout(W, D, 4)
     LINES: gl.constexpr = BLOCK[0] * BLOCK[1]
     first0, first1 = _first_of_band(walk, band, BLOCK)
     columns = gl.arange(0, HALO, gl.SliceLayout(1, LAYOUT))
@@ -242,9 +251,25 @@ def _copy_band(
         position = first0 + line // BLOCK[1], first1 + line % BLOCK[1], walk.low[2]
         x = present_tokens(position, walk.group, walk.dilation, walk.n, MODES)
         at = 2 * LINES * stage + line
-        _copy_line(a, a_shift, x, reached, stages.index(at), D, BYTES, LAYOUT)
-        _copy_line(b, b_shift, x, reached, stages.index(at + LINES), D, BYTES, LAYOUT)
+        _copy_line(bands.a, a_shift, x, reached, bands.stages.index(at), D, BYTES, LAYOUT)
+        _copy_line(bands.b, b_shift, x, reached, bands.stages.index(at + LINES), D, BYTES, LAYOUT)
     async_copy.commit_group()
+
+
+@gluon.jit
+def _first_band(
+    a, b, walk, MODES: gl.constexpr, W: gl.constexpr, BLOCK: gl.constexpr, HALO: gl.constexpr,
+    D: gl.constexpr, BYTES: gl.constexpr,
+):  # fmt: skip
+    """The :class:`Bands` of two sources, of which the first band is on its way."""
+    PHASES: gl.constexpr = phases(4 * D)
+    stages = gl.allocate_shared_memory(
+        a.first.dtype.element_ty, [4 * BLOCK[0] * BLOCK[1], HALO, D],
+        gl.SwizzledSharedLayout(4, PHASES[0], PHASES[1], [1, 0]),
+    )  # fmt: skip
+    bands = Bands(a, b, stages)
+    _copy_band(bands, 0, 0, walk, 0, 0, MODES, W, BLOCK, HALO, D, BYTES)
+    return bands
 
 
 @gluon.jit
@@ -337,11 +362,9 @@ def bands_forward_kernel(
     PRODUCT: gl.constexpr = product_layout(W)
     M_ROWS: gl.constexpr = gl.SliceLayout(2, PRODUCT)  # [W, 16]
     QUERY: gl.constexpr = row_layout(W, D, 1)
-    COPY: gl.constexpr = copy_layout(W, D, 4)
-    PHASES: gl.constexpr = phases(4 * D)
     BYTES: gl.constexpr = min(16, 4 * ALIGN)  # that addresses are known to be multiples of
-    LINES: gl.constexpr = BLOCK[0] * BLOCK[1]
-    OF_VALUES: gl.constexpr = LINES * HALO * D * 4  # bytes from a band's keys to its values
+    # Bytes from a band's keys to its values.
+    OF_VALUES: gl.constexpr = BLOCK[0] * BLOCK[1] * HALO * D * 4
 
     shape = (L0, L1, L2)
     walk = _walk(
@@ -353,14 +376,10 @@ def bands_forward_kernel(
     batch = (gl.program_id(2) // heads).to(gl.int64)
     head = (gl.program_id(2) % heads).to(gl.int64)
     kv_head = head // per_kv
-    stages = gl.allocate_shared_memory(
-        key.dtype.element_ty, [4 * LINES, HALO, D],
-        gl.SwizzledSharedLayout(4, PHASES[0], PHASES[1], [1, 0]),
-    )  # fmt: skip
     k_first, v_first = key + batch * k_b + kv_head * k_h, value + batch * v_b + kv_head * v_h
-    keys = _source(k_first, (k_0, k_1, k_2), walk, MODES, HALO, COPY)
-    values = _source(v_first, (v_0, v_1, v_2), walk, MODES, HALO, COPY)
-    _copy_band(keys, 0, values, 0, walk, 0, stages, 0, MODES, BLOCK, HALO, D, BYTES, COPY)
+    keys = _source(k_first, (k_0, k_1, k_2), walk, MODES, W, HALO, D)
+    values = _source(v_first, (v_0, v_1, v_2), walk, MODES, W, HALO, D)
+    bands = _first_band(keys, values, walk, MODES, W, BLOCK, HALO, D, BYTES)
 
     i = minimum(_rows(walk, W, TILE, gl.SliceLayout(2, QUERY)), walk.last)
     token = key_tokens(i, walk.group, walk.dilation, walk.n, MODES)
@@ -379,10 +398,7 @@ def bands_forward_kernel(
         barrier()
         stage = band % 2
         if band + 1 < walk.bands:
-            _copy_band(
-                keys, 0, values, 0, walk, band + 1, stages, 1 - stage, MODES, BLOCK, HALO, D, BYTES,
-                COPY,
-            )  # fmt: skip
+            _copy_band(bands, 0, 0, walk, band + 1, 1 - stage, MODES, W, BLOCK, HALO, D, BYTES)
         first = stage * (2 * OF_VALUES)
         for block in range(0, walk.blocks):
             y = _positions(walk, band, starts, block, W, BLOCK)
@@ -418,11 +434,9 @@ def bands_dq_kernel(
     M_ROWS: gl.constexpr = gl.SliceLayout(2, PRODUCT)  # [W, 16]
     N: gl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
     QUERY: gl.constexpr = row_layout(W, D, 1)
-    COPY: gl.constexpr = copy_layout(W, D, 4)
-    PHASES: gl.constexpr = phases(4 * D)
     BYTES: gl.constexpr = min(16, 4 * ALIGN)  # that addresses are known to be multiples of
-    LINES: gl.constexpr = BLOCK[0] * BLOCK[1]
-    OF_VALUES: gl.constexpr = LINES * HALO * D * 4  # bytes from a band's keys to its values
+    # Bytes from a band's keys to its values.
+    OF_VALUES: gl.constexpr = BLOCK[0] * BLOCK[1] * HALO * D * 4
 
     shape = (L0, L1, L2)
     walk = _walk(
@@ -434,14 +448,10 @@ def bands_dq_kernel(
     batch = (gl.program_id(2) // heads).to(gl.int64)
     head = (gl.program_id(2) % heads).to(gl.int64)
     kv_head = head // per_kv
-    stages = gl.allocate_shared_memory(
-        key.dtype.element_ty, [4 * LINES, HALO, D],
-        gl.SwizzledSharedLayout(4, PHASES[0], PHASES[1], [1, 0]),
-    )  # fmt: skip
     k_first, v_first = key + batch * k_b + kv_head * k_h, value + batch * v_b + kv_head * v_h
-    keys = _source(k_first, (k_0, k_1, k_2), walk, MODES, HALO, COPY)
-    values = _source(v_first, (v_0, v_1, v_2), walk, MODES, HALO, COPY)
-    _copy_band(keys, 0, values, 0, walk, 0, stages, 0, MODES, BLOCK, HALO, D, BYTES, COPY)
+    keys = _source(k_first, (k_0, k_1, k_2), walk, MODES, W, HALO, D)
+    values = _source(v_first, (v_0, v_1, v_2), walk, MODES, W, HALO, D)
+    bands = _first_band(keys, values, walk, MODES, W, BLOCK, HALO, D, BYTES)
 
     i = minimum(_rows(walk, W, TILE, gl.SliceLayout(2, QUERY)), walk.last)
     token = key_tokens(i, walk.group, walk.dilation, walk.n, MODES)
@@ -470,10 +480,7 @@ def bands_dq_kernel(
         barrier()
         stage = band % 2
         if band + 1 < walk.bands:
-            _copy_band(
-                keys, 0, values, 0, walk, band + 1, stages, 1 - stage, MODES, BLOCK, HALO, D, BYTES,
-                COPY,
-            )  # fmt: skip
+            _copy_band(bands, 0, 0, walk, band + 1, 1 - stage, MODES, W, BLOCK, HALO, D, BYTES)
         first = stage * (2 * OF_VALUES)
         for block in range(0, walk.blocks):
             y = _positions(walk, band, starts, block, W, BLOCK)
@@ -499,11 +506,9 @@ def bands_dkdv_kernel(
     M_ROWS: gl.constexpr = gl.SliceLayout(2, PRODUCT)  # [W, 16]
     N: gl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
     KEY: gl.constexpr = row_layout(W, D, 1)
-    COPY: gl.constexpr = copy_layout(W, D, 4)
-    PHASES: gl.constexpr = phases(4 * D)
     BYTES: gl.constexpr = min(16, 4 * ALIGN)  # that addresses are known to be multiples of
-    LINES: gl.constexpr = BLOCK[0] * BLOCK[1]
-    OF_GRADS: gl.constexpr = LINES * HALO * D * 4  # bytes from a band's queries to their dO
+    # Bytes from a band's queries to their dO.
+    OF_GRADS: gl.constexpr = BLOCK[0] * BLOCK[1] * HALO * D * 4
 
     shape = (L0, L1, L2)
     walk = _walk(
@@ -515,16 +520,12 @@ def bands_dkdv_kernel(
     kv_heads = heads // per_kv
     batch = (gl.program_id(2) // kv_heads).to(gl.int64)
     kv_head = (gl.program_id(2) % kv_heads).to(gl.int64)
-    stages = gl.allocate_shared_memory(
-        query.dtype.element_ty, [4 * LINES, HALO, D],
-        gl.SwizzledSharedLayout(4, PHASES[0], PHASES[1], [1, 0]),
-    )  # fmt: skip
     first_row, first_head = batch * L0 * L1 * L2, kv_head * per_kv
     q_first, row_start = query + batch * q_b + first_head * q_h, first_row * heads + first_head
-    queries = _source(q_first, (q_0, q_1, q_2), walk, MODES, HALO, COPY)
+    queries = _source(q_first, (q_0, q_1, q_2), walk, MODES, W, HALO, D)
     row_strides = token_strides(shape, heads * D)
-    grads = _source(grad_out + row_start * D, row_strides, walk, MODES, HALO, COPY)
-    _copy_band(queries, 0, grads, 0, walk, 0, stages, 0, MODES, BLOCK, HALO, D, BYTES, COPY)
+    grads = _source(grad_out + row_start * D, row_strides, walk, MODES, W, HALO, D)
+    bands = _first_band(queries, grads, walk, MODES, W, BLOCK, HALO, D, BYTES)
 
     i = minimum(_rows(walk, W, TILE, gl.SliceLayout(2, KEY)), walk.last)
     token = key_tokens(i, walk.group, walk.dilation, walk.n, MODES)
@@ -546,9 +547,8 @@ def bands_dkdv_kernel(
         if number + 1 < every:
             after = (number + 1) // walk.bands
             _copy_band(
-                queries, q_h.to(gl.int64) * after, grads, after * D, walk,
-                number + 1 - after * walk.bands, stages, 1 - stage, MODES, BLOCK, HALO, D, BYTES,
-                COPY,
+                bands, q_h.to(gl.int64) * after, after * D, walk, number + 1 - after * walk.bands,
+                1 - stage, MODES, W, BLOCK, HALO, D, BYTES,
             )  # fmt: skip
         first = stage * (2 * OF_GRADS)
         shared = number // walk.bands  # query head of the key's
