@@ -103,8 +103,8 @@ def block(x: torch.Tensor) -> Any:
     return tl.tensor(TensorHandle(x.numpy(), tl.float32), tl.block_type(tl.float32, list(x.shape)))
 
 
-class Beside:
-    """Numbers beside the blocks of a pipeline."""
+class StageNumbers:
+    """Numbers that go with the blocks of a pipeline."""
 
     def __init__(self, *_: Any) -> None:
         self.stages: dict[int, torch.Tensor] = {}
@@ -157,7 +157,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(bias_gradient, "allocate", lambda *_: buffers)
         monkeypatch.setattr(bias_gradient, "tma_pipeline", lambda *_: Pipeline(next(shapes)))
 
-    monkeypatch.setattr(bias_gradient, "beside", Beside)
+    monkeypatch.setattr(bias_gradient, "stage_numbers", StageNumbers)
 
     def store(acc: Any, buffer: Any, *_: Any) -> None:
         buffer.value = acc[0]

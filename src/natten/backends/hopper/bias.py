@@ -101,18 +101,18 @@ def bias_of(g, tables, size, middle, STRIDES: gl.constexpr):
 
 @kernel(triton.jit, tensors="rpb tables")
 def bias_table_kernel(
-    rpb, tables, K0, K1, K2, B0, B1, B2, T0, T1, size, sign, scale, beside, N: tl.constexpr,
+    rpb, tables, K0, K1, K2, B0, B1, B2, T0, T1, size, sign, scale, waits_at_end, N: tl.constexpr,
 ):  # fmt: skip
     """Each head's table from ``rpb [heads, 2 K - 1, ...]``: along an axis, key position minus query
     position from ``-B`` on, or with a ``sign`` of -1 query position minus key position.
 
     Strides of a table are ``T0``, ``T1`` and 1. Where no pair is attended it is zero.
 
-    It may run ``beside`` the kernel before, which does not make the bias. Then it waits for that at
-    its end, so that who follows finds both done.
+    The kernel before does not make the bias. Where it does not use the tables' memory either, both
+    may run at once: this one then ``waits_at_end``, so that who follows finds both done.
     """
-    gdc_launch_dependents()  # the next kernel can be set up, or run beside this one
-    if beside == 0:
+    gdc_launch_dependents()  # the next kernel can be set up, or run at the same time
+    if waits_at_end == 0:
         gdc_wait()
     head, at = tl.program_id(1).to(tl.int64), tl.program_id(0) * N + tl.arange(0, N)
     o0 = sign * (at // T0 - B0) + K0 - 1  # [N]

@@ -39,8 +39,8 @@ tiles_that_attend = from_triton(windows.tiles_that_attend)
 
 
 @aggregate
-class Beside:
-    """Numbers that a warp lays beside the blocks of a pipeline."""
+class StageNumbers:
+    """Numbers that go with the blocks of a pipeline, which a warp lays in shared memory."""
 
     numbers: gl.shared_memory_descriptor  # float32 [STAGES, *SHAPE]
     full: gl.shared_memory_descriptor
@@ -67,15 +67,15 @@ class Beside:
 
 
 @gluon.jit
-def beside(pipeline, SHAPE: gl.constexpr):
-    """Numbers of that shape, of two axes, beside each block of a pipeline."""
+def stage_numbers(pipeline, SHAPE: gl.constexpr):
+    """Room for numbers of that shape, of two axes, for each stage of a pipeline."""
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     STAGES: gl.constexpr = pipeline.STAGES
     numbers = gl.allocate_shared_memory(gl.float32, [STAGES] + SHAPE, FLAT)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for index in gl.static_range(STAGES):
         mbarrier.init(full.index(index), count=1)
-    return Beside(numbers, full, pipeline.empty, STAGES)
+    return StageNumbers(numbers, full, pipeline.empty, STAGES)
 
 
 @aggregate
@@ -91,8 +91,8 @@ class Context:
     mask_strides: gl.tuple  # of batch and three axes
     tiles: TmaPipeline
     blocks: TmaPipeline
-    of_rows: Beside  # LSE and delta, [M, 2]
-    of_columns: gl.tuple  # of a mask of keys: a Beside of ones and zeros, [1, N]
+    of_rows: StageNumbers  # LSE and delta, [M, 2]
+    of_columns: gl.tuple  # of a mask of keys: StageNumbers of ones and zeros, [1, N]
     dq: gl.tuple  # a TmaTensor and a buffer [1, *tile, D], if the program makes it
     sums: gl.tensor  # where the program's [blocks, M, N] are
     of_offsets: gl.tensor  # where its sums of pairs with the same bias are
@@ -100,18 +100,19 @@ class Context:
     scale_log2: gl.tensor  # scores times it are exponents of two
     QK_CHUNKS: gl.constexpr  # channels of queries and keys, as products take them
     V_CHUNKS: gl.constexpr  # of values
+    IS_FIRST_PASS: gl.constexpr  # of a backward: the one that makes dQ
 
     @gluon.jit
     def begin(self):
         """Wait for the kernel before, unless that is a pass of the same backward, which makes
         nothing of what is read here."""
-        if len(self.dq) > 0:
+        if self.IS_FIRST_PASS:
             gdc_wait()
 
     @gluon.jit
     def end(self):
         """Who waits for the end of this kernel waits for that of the one before, too."""
-        if len(self.dq) == 0:
+        if not self.IS_FIRST_PASS:
             gdc_wait()
             gdc_launch_dependents()  # the next kernel can be set up, and waits for this one's end
 
@@ -135,14 +136,14 @@ def _fetch_blocks(ctx):
     COUNT: gl.constexpr = volume(walk.BLOCKS)
     t, group, batch = walk.first_step()
     ctx.begin()
-    if len(ctx.dq) > 0:
+    if ctx.IS_FIRST_PASS:
         gdc_launch_dependents()  # the next pass can start where there is room
     for step in range(walk.end - walk.begin):
         bases = tma_bases(ctx.of_keys, batch, group, ctx.kv_head)
         first = walk.first_token(t)
         for NUMBER in gl.static_range(COUNT):
-            place = walk.block_start(first, NUMBER)
-            ctx.blocks.produce(step * COUNT + NUMBER, ctx.of_keys, bases, (place,))
+            block_start = walk.block_start(first, NUMBER)
+            ctx.blocks.produce(step * COUNT + NUMBER, ctx.of_keys, bases, (block_start,))
         t, group, batch = walk.next_step(t, group, batch)
 
 
@@ -421,14 +422,14 @@ def bias_gradient_kernel(
         tensor = TmaTensor(grad_query, (l_b, l_0, l_1, heads, 1, 0), (), ())
         dq = (tensor, allocate(tensor, 1, 1).index(0))
     if HAS_KEY_MASK:
-        of_columns, masks = (beside(blocks, [1, N]),), (key_mask,)
+        of_columns, masks = (stage_numbers(blocks, [1, N]),), (key_mask,)
     ctx = Context(
         walk=walk, of_queries=of_queries, of_keys=of_keys, lse_delta=lse_delta + head * 4,
         rows=(l_b, l_0, l_1, heads), key_mask=masks, mask_strides=(m_b, m_0, m_1, m_2),
-        tiles=tiles, blocks=blocks, of_rows=beside(tiles, [M, 2]), of_columns=of_columns, dq=dq,
-        sums=sums + at * PAIRS, of_offsets=of_offsets + at * OFFSETS,
+        tiles=tiles, blocks=blocks, of_rows=stage_numbers(tiles, [M, 2]), of_columns=of_columns,
+        dq=dq, sums=sums + at * PAIRS, of_offsets=of_offsets + at * OFFSETS,
         kv_head=head // heads_per_kv, scale_log2=scale_log2, QK_CHUNKS=QK_CHUNKS,
-        V_CHUNKS=V_CHUNKS,
+        V_CHUNKS=V_CHUNKS, IS_FIRST_PASS=HAS_DQ,
     )  # fmt: skip
     # Triton has no variable for a list of functions, so the roles are put together in place.
     gl.warp_specialize(

@@ -61,7 +61,7 @@ class Biased(Wrapped):
         table: of a head.
         kernel_size, heads, scale: of the problem.
         is_reversed: rows of scores are keys.
-        beside: tables are made beside the kernel before, in memory that it does not use.
+        waits_at_end: tables are made while the kernel before runs, in memory that it does not use.
         overlap: kernels may be set up while the one before ends.
     """
 
@@ -73,7 +73,7 @@ class Biased(Wrapped):
         heads: int,
         scale: float,
         is_reversed: bool = False,
-        beside: bool = False,
+        waits_at_end: bool = False,
         overlap: bool = False,
     ) -> None:
         self.launch, self.shape = launch, (heads, table.size)
@@ -82,7 +82,8 @@ class Biased(Wrapped):
             {
                 **per_axis("K", kernel_size), **per_axis("B", table.before),
                 "T0": table.strides[0], "T1": table.strides[1], "size": table.size,
-                "sign": -1 if is_reversed else 1, "scale": scale, "beside": int(beside), "N": 1024,
+                "sign": -1 if is_reversed else 1, "scale": scale,
+                "waits_at_end": int(waits_at_end), "N": 1024,
             },
             launch_pdl=overlap,
         )  # fmt: skip

@@ -18,9 +18,10 @@ def offsets_of(tile, block):
 
 
 @triton.jit
-def _place(o, A, B, AT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
+def _block_and_offset(o, A, B, AT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
     """Of the blocks along an axis with keys at offset ``o`` from a query, the one ``AT`` before the
-    last: its number, the offset's number among those of a block, and whether there is such one."""
+    last: its number, the offset's number among those of a block, and whether there is such a
+    block."""
     last = o - A + TILE - 1  # the offset's number in the first block
     block = last // BLOCK - AT
     at = last - block * BLOCK
@@ -49,11 +50,11 @@ def bias_sum_kernel(
         split_id = first + tl.arange(0, SPLITS)  # [SPLITS]
         program = (split_id.to(tl.int64) * heads + head) * blocks
         for j0 in tl.static_range((TILE[0] + 2 * BLOCK[0] - 2) // BLOCK[0]):
-            b0, e0, here0 = _place(o0, A0, B0, j0, TILE[0], BLOCK[0])
+            b0, e0, here0 = _block_and_offset(o0, A0, B0, j0, TILE[0], BLOCK[0])
             for j1 in tl.static_range((TILE[1] + 2 * BLOCK[1] - 2) // BLOCK[1]):
-                b1, e1, here1 = _place(o1, A1, B1, j1, TILE[1], BLOCK[1])
+                b1, e1, here1 = _block_and_offset(o1, A1, B1, j1, TILE[1], BLOCK[1])
                 for j2 in tl.static_range((TILE[2] + 2 * BLOCK[2] - 2) // BLOCK[2]):
-                    b2, e2, here2 = _place(o2, A2, B2, j2, TILE[2], BLOCK[2])
+                    b2, e2, here2 = _block_and_offset(o2, A2, B2, j2, TILE[2], BLOCK[2])
                     here = (real & here0 & here1 & here2)[None, :] & (split_id < splits)[:, None]
                     at = ((b0 * B1 + b1) * B2 + b2) * EACH + (e0 * E1 + e1) * E2 + e2
                     at = of_offsets + (program * EACH)[:, None] + at[None, :]

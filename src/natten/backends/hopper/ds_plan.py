@@ -87,7 +87,7 @@ def _room(heads: int, length: int, key_length: int) -> Shape:
     return heads, key_length, -(-length // 8) * 8
 
 
-def beside_ds(tiles: Tiles, mask: tiling.Mask, work: tiling.Work) -> Tiles:
+def with_room_for_ds(tiles: Tiles, mask: tiling.Mask, work: tiling.Work) -> Tiles:
     """Tiles of dK and dV with fewer stages, if need be, so that there is room for dS of blocks."""
     own = 2 * math.prod(tiles.kv_block) * math.prod(tiles.q_block) * tiling.warpgroups(tiles)
     for stages in range(tiles.num_stages, 1, -1):
@@ -103,7 +103,7 @@ class ThroughMemory:
 
     Args:
         dkdv: the usual launch of dK and dV.
-        tiles: of dK and dV beside dS.
+        tiles: of dK and dV, with room for dS.
         key, grad_query: how these tensors lie.
         device, dtype: theirs.
         share: of the sets of heads.

@@ -201,9 +201,9 @@ class Plan:
         tiles, _ = self.cuts["dkdv"]
         work = tiling.work("dkdv", self.dim, self.value_dim, columns_of_rule(rule))
         mask = tiling.mask("dkdv", rule, self.space, self.key_space, tiles, work)
+        tiles, views = ds_plan.with_room_for_ds(tiles, mask, work), self.views
         return ThroughMemory(
-            dkdv, ds_plan.beside_ds(tiles, mask, work), self.views.key, self.views.grad_query,
-            self.device, self.dtype, share,
+            dkdv, tiles, views.key, views.grad_query, self.device, self.dtype, share
         )  # fmt: skip
 
     def in_a_row(self, pass_: str) -> Plan | None:
@@ -401,8 +401,8 @@ class Plan:
         if table is None:
             return launch
         others = kernel_size, self.heads, self.scale, of_keys
-        beside = kind != "forward" and not is_trial
-        return Biased(launch, table, *others, beside=beside, overlap=_can_overlap())
+        at_end = kind != "forward" and not is_trial
+        return Biased(launch, table, *others, waits_at_end=at_end, overlap=_can_overlap())
 
     def _paired(self, tiles: Tiles, mask: tiling.Mask, work: tiling.Work) -> Tiles:
         """:func:`tiles.paired` of plain attention whose tiles are alike and fill all processors."""
@@ -524,7 +524,7 @@ class Plan:
             maxnreg=65536 // found.programs // 256 // 8 * 8, launch_pdl=_can_overlap(),
         )  # fmt: skip
         others = rule.kernel_size, self.heads, self.scale
-        biased = Biased(launch, table, *others, beside=True, overlap=_can_overlap())
+        biased = Biased(launch, table, *others, waits_at_end=True, overlap=_can_overlap())
         return BiasGradient(found, biased)
 
     @cached_property
