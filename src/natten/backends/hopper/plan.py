@@ -23,7 +23,7 @@ from ..triton.launch import Launch, Trials, per_axis
 from ..triton.plan import MaskStrides, mask_strides
 from ..triton.primitives import LOG2E
 from ..triton.windows import modes
-from . import bias_plan, ds_plan, sets_plan
+from . import bias_tables, ds_plan, sets_plan
 from . import tiles as tiling
 from .backward import backward_kernel
 from .bias_gradient import bias_gradient_kernel
@@ -431,13 +431,13 @@ class Plan:
 
     def _table(
         self, kernel_size: Shape, tiles: Tiles, of_keys: bool, piece: Shape
-    ) -> bias_plan.Table:
+    ) -> bias_tables.Table:
         """The table of the bias for a kernel's tiles."""
         _, block = tiling.tile_and_block(tiles, of_keys)
         # On a ring blocks may begin up to a piece earlier.
         boundary = padded(self.rule.boundary, "shift")
         earlier = [n if each == "circular" else 1 for n, each in zip(piece, boundary)]
-        return bias_plan.table(kernel_size, tile_sizes(tiles, of_keys), block, earlier)
+        return bias_tables.table(kernel_size, tile_sizes(tiles, of_keys), block, earlier)
 
     @cached_property
     def bias_gradient(self) -> BiasGradient | None:

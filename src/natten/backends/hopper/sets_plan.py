@@ -14,7 +14,7 @@ from ...neighborhood import Neighborhood, group_length
 from ..interface import Shape
 from ..triton.plan import MOST_SUMS
 from ..triton.tiles import SHARED_MEMORY
-from .bias_plan import Table, table
+from .bias_tables import Table, table
 from .tiles import ROWS, native, tile_shapes
 
 # What a program that sums dS costs beside its steps, in steps.
