@@ -144,11 +144,44 @@ def _product(
     return torch.baddbmm(added, a, b, alpha=scale, out=out)
 
 
+class _Loaded(NamedTuple):
+    """A chunk of queries, keys and values, each ``[matrices, tokens, channels]``, and scores."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scores: Tensor  # [matrices, rows, columns]
+    empty: Tensor | None  # rows that nothing is left for, whose scores are 0
+
+
+def _load_chunk(
+    inputs: Inputs, grid: TileGrid, views: tuple[Tensor, Tensor, Tensor], chunk: Chunk,
+    sizes: _Sizes, bias: Tensor | None, masks: tuple[Tensor, Tensor] | None, scale: float,
+    scratch: Scratch,
+) -> _Loaded:  # fmt: skip
+    """Copy a chunk, and compute its scores. ``views``: of the queries, keys and values of all
+    tiles."""
+    q_view, k_view, v_view = views
+    rows = sizes.per_kv * math.prod(grid.query_sizes)
+    cols = math.prod(grid.key_sizes) + sizes.num_additional
+    part = q_view[chunk]
+    n = part.numel() // (rows * sizes.dim)
+    q = load(scratch("q", n, rows, sizes.dim), part)
+    k = scratch("k", n, cols, sizes.dim)
+    k = _load_keys(k, grid, k_view, chunk, inputs.additional_keys)
+    v = scratch("v", n, cols, sizes.value_dim)
+    v = _load_keys(v, grid, v_view, chunk, inputs.additional_values)
+    masked = _masked_keys(scratch("m", n, cols, 1), grid, masks, chunk, k, v)
+    s = _scores(q, k, bias, masked, chunk[-1], scale, scratch("s", n, rows, cols))
+    may_be_empty = inputs.rpb is not None or masks is not None  # a bias may be -inf
+    return _Loaded(q, k, v, s, _take_empty(s) if may_be_empty else None)
+
+
 def forward(
     inputs: Inputs, rule: Rule, scale: float, tiles: tuple[int, ...] = ()
 ) -> tuple[Tensor, Tensor]:
     """Output ``[batch, *space, heads, value dim]`` and LSE ``[batch, *space, heads]``."""
-    query, key, value, rpb, additional_keys, additional_values, *_ = inputs
+    query, key, value, rpb, *_ = inputs
     dtype = compute_dtype(query.dtype)
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=dtype)
@@ -156,10 +189,8 @@ def forward(
         return out, lse
     sizes = _Sizes.of(inputs)
     scratch, masks = Scratch(query, dtype), _masks(inputs, sizes)
-    may_be_empty = rpb is not None or masks is not None  # a bias may be -inf
     for grid in grids_for(rule, query, key, (sizes.dim + sizes.value_dim) // 2):
-        q_view = grid.queries(query, sizes.kv_heads)
-        k_view, v_view = grid.keys(key), grid.keys(value)
+        views = grid.queries(query, sizes.kv_heads), grid.keys(key), grid.keys(value)
         out_view = grid.queries(out, sizes.kv_heads)
         lse_view = grid.queries(lse[..., None], sizes.kv_heads)
         rows = sizes.per_kv * math.prod(grid.query_sizes)
@@ -170,21 +201,13 @@ def forward(
             continue
         bias = _score_bias(grid, rpb, rule, sizes, query, dtype)
         for chunk in grid.chunks(query, key, sizes.num_additional):
-            part = q_view[chunk]
-            n = part.numel() // (rows * sizes.dim)
-            q = load(scratch("q", n, rows, sizes.dim), part)
-            k = _load_keys(scratch("k", n, cols, sizes.dim), grid, k_view, chunk, additional_keys)
-            v = scratch("v", n, cols, sizes.value_dim)
-            v = _load_keys(v, grid, v_view, chunk, additional_values)
-            masked = _masked_keys(scratch("m", n, cols, 1), grid, masks, chunk, k, v)
-            s = scratch("s", n, rows, cols)
-            s = _scores(q, k, bias, masked, chunk[-1], scale, s)
-            empty = _take_empty(s) if may_be_empty else None
+            loaded = _load_chunk(inputs, grid, views, chunk, sizes, bias, masks, scale, scratch)
+            _, _, v, s, empty = loaded
             row_max = s.amax(-1, keepdim=True)
             p = torch.softmax(s, -1, out=s)
             # The largest weight is exp(row_max - LSE).
             row_lse = row_max.sub_(p.amax(-1, keepdim=True).log_())
-            o = torch.bmm(p, v, out=scratch("o", n, rows, sizes.value_dim))
+            o = torch.bmm(p, v, out=scratch("o", len(v), rows, sizes.value_dim))
             if empty is not None:
                 o.masked_fill_(empty, 0.0)
                 row_lse.masked_fill_(empty, -math.inf)
@@ -214,10 +237,8 @@ def backward(
         grad_keys = additional_keys.new_zeros(additional_keys.shape, dtype=dtype)
         grad_values = additional_values.new_zeros(additional_values.shape, dtype=dtype)
     scratch, masks = Scratch(query, dtype), _masks(inputs, sizes)
-    may_be_empty = rpb is not None or masks is not None  # a bias may be -inf
     for grid in grids_for(rule, query, key, (sizes.dim + sizes.value_dim) // 2):
-        q_view = grid.queries(query, sizes.kv_heads)
-        k_view, v_view = grid.keys(key), grid.keys(value)
+        views = grid.queries(query, sizes.kv_heads), grid.keys(key), grid.keys(value)
         do_view = grid.queries(grad_out, sizes.kv_heads)
         dl_view = None if grad_lse is None else grid.queries(grad_lse[..., None], sizes.kv_heads)
         dq_view = grid.queries(grad_query, sizes.kv_heads)
@@ -233,19 +254,12 @@ def backward(
         if rpb is not None:
             grad_bias = query.new_zeros(sizes.kv_heads, rows, windowed, dtype=dtype)
         for chunk in grid.chunks(query, key, sizes.num_additional):
-            part = q_view[chunk]
-            n = part.numel() // (rows * sizes.dim)
-            q = load(scratch("q", n, rows, sizes.dim), part)
-            k = _load_keys(scratch("k", n, cols, sizes.dim), grid, k_view, chunk, additional_keys)
-            v = scratch("v", n, cols, sizes.value_dim)
-            v = _load_keys(v, grid, v_view, chunk, additional_values)
+            loaded = _load_chunk(inputs, grid, views, chunk, sizes, bias, masks, scale, scratch)
+            q, k, v, s, empty = loaded
+            n = len(q)
             do = load(scratch("do", n, rows, sizes.value_dim), do_view[chunk])
 
-            masked = _masked_keys(scratch("m", n, cols, 1), grid, masks, chunk, k, v)
-            p = scratch("s", n, rows, cols)
-            p = _scores(q, k, bias, masked, chunk[-1], scale, p)
-            empty = _take_empty(p) if may_be_empty else None
-            torch.softmax(p, -1, out=p)
+            p = torch.softmax(s, -1, out=s)
             if empty is not None:
                 p.masked_fill_(empty, 0.0)
                 do.masked_fill_(empty, 0.0)
