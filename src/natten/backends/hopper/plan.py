@@ -746,8 +746,8 @@ _PORTABLE_TIME = 8.0
 # to store and to load than what is saved (measured: hopper-log.md).
 _THROUGH_MEMORY = 128
 
-# Of the kernel before the passes, queries and keys of a program.
-_ROWS_AT_ONCE, _KEYS_AT_ONCE = 16, 64
+# Of the kernel before the passes, queries and keys of a program (measured: hopper-log.md).
+_ROWS_AT_ONCE, _KEYS_AT_ONCE = 32, 64
 
 # Bytes of blocks that stay in the L2 cache, of 50 MB, while other tensors pass.
 _CACHED = 2**24
