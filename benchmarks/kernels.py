@@ -79,6 +79,8 @@ HOPPER = [
     Variant("d96", (64, 64), 13, 96),
     Variant("wan d80", (21, 45, 80), (9, 17, 25), 80),
     Variant("d20", (64, 64), 13, 20),
+    Variant("d44", (64, 64), 13, 44),
+    Variant("d22", (64, 64), 13, 22),
     Variant("wide", (64, 64), 13, 256),
     Variant("two widths", (64, 64), 13, 128, value_dim=64),
     Variant("wide values", (64, 64), 9, 64, value_dim=512),

@@ -193,6 +193,48 @@ def test_small_windows_do_not_pay_for_copies() -> None:
     small, large = (rule_of((16, 16), window, 1, 1, False) for window in (3, 9))
     assert slower(20, small) and not slower(24, small) and not slower(20, large)
     assert not slower(20, Dense()) and hopper.slower(PLAIN._replace(head_dim=20, rule=None)) is None
+    # Of as many channels of values, two heads are read where they are, but not beside a bias.
+    alike = PLAIN._replace(head_dim=20, value_dim=20, rule=small, operation="gradient")
+    assert hopper.slower(alike) is None
+    for change in ({"bias": True}, {"shape": (1, 16, 16, 3, 20)}, {"operation": "packed"}):
+        assert "copies" in str(hopper.slower(alike._replace(**change)))
+
+
+@pytest.mark.parametrize(
+    ("dim", "value_dim", "heads", "kv_heads", "has_more", "expected"),
+    [
+        (64, 128, 3, 1, True, True), (20, 20, 2, 2, False, True), (20, 20, 3, 3, False, False),
+        (20, 20, 4, 2, False, False), (20, 24, 2, 2, False, False), (24, 20, 2, 2, False, False),
+        (20, 20, 2, 2, True, False), (22, 22, 4, 4, False, False), (7, 7, 8, 8, False, False),
+        (124, 124, 8, 8, False, True), (132, 132, 8, 8, False, False),
+    ],
+)  # fmt: skip
+def test_half_aligned_heads_are_read_in_place(
+    dim: int, value_dim: int, heads: int, kv_heads: int, has_more: bool, expected: bool
+) -> None:
+    assert tiling.reads_in_place(dim, value_dim, heads, kv_heads, has_more) == expected
+
+
+@pytest.mark.parametrize("dim", [4, 12, 20, 28, 44, 60, 108, 124])
+def test_half_aligned_heads_are_loaded_with_what_is_beside_them(dim: int) -> None:
+    """A box begins where TMA can, has the head, and zeros where its products find no more of it."""
+    heads = 4
+    x = torch.empty(1, 24, 24, heads, dim, dtype=torch.bfloat16, device="meta")
+    plan = planning.plan_for(x, x, x, None, Neighborhood.create(2, 7), 1.0)
+    for kind, loaded, stored in (
+        ("forward", ("query", "key", "value"), ("out",)),
+        ("dq", ("query", "key", "value", "grad_out"), ("grad_query",)),
+        ("dkdv", ("query", "key", "value", "grad_out"), ("grad_key", "grad_value")),
+    ):
+        tensors, arguments = getattr(plan, kind).tensors, getattr(plan, kind).arguments
+        assert {tensors[name].view.shape[-1] for name in loaded} == {heads * dim}
+        assert {tensors[name] for name in stored} == {None}
+        first, end = arguments["QK_CLEARED"]
+        assert first == dim and end == sum(arguments["QK_CHUNKS"]) >= dim + 4
+        assert arguments["V_CLEARED"] == (first, end)
+        for name in loaded:
+            per_head = tensors[name].view.steps[-1]
+            assert [h * per_head % 8 for h in range(heads)] == [0, 4, 0, 4]
 
 
 @pytest.mark.parametrize(("narrow", "wide"), [(20, 24), (12, 16), (7, 8), (250, 256)])
@@ -551,6 +593,8 @@ TENSORS = [
     (4, 2, 96, 72, 5, torch.bfloat16, torch.float32),
     (1, 1, 8, 40, 0, torch.float16, None),
     (2, 1, 20, 12, 5, torch.bfloat16, torch.float32),
+    (4, 4, 20, 20, 0, torch.bfloat16, None),
+    (2, 2, 44, 44, 0, torch.float16, None),
     (2, 1, 7, 80, 0, torch.float16, None),
     (2, 1, 136, 200, 0, torch.bfloat16, None),
     (3, 1, 32, 32, 0, torch.bfloat16, torch.bfloat16),
@@ -615,6 +659,8 @@ GRADIENTS = [
     (2, 2, 256, 200, 0, False, torch.float16, torch.float16),
     (4, 2, 32, 128, 0, True, torch.bfloat16, None),
     (2, 1, 20, 12, 5, True, torch.bfloat16, torch.float32),
+    (4, 4, 12, 12, 0, True, torch.bfloat16, None),
+    (2, 2, 44, 44, 0, False, torch.float16, None),
     (2, 1, 80, 96, 0, False, torch.float16, None),
     (2, 2, 64, 64, 0, False, torch.float16, torch.float16),
     (2, 1, 32, 24, 0, True, torch.bfloat16, torch.bfloat16),
@@ -680,27 +726,30 @@ def test_backward(problem: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dim", [24, 40, 56, 104])
+@pytest.mark.parametrize("dim", [12, 20, 24, 28, 40, 44, 56, 104, 108])
 def test_no_number_of_the_next_head(dim: int, masked: bool) -> None:
-    """A head has the same bits beside heads of Inf and NaN as beside zeros, whose channels a block
-    may have next to its own."""
+    """Heads have the same bits beside heads of Inf and NaN as beside zeros, whose channels a block
+    may have next to its own; of 12, 20, 28, 44 and 108 channels, odd ones on both sides."""
     rule, scale = Neighborhood.create(2, 7), dim**-0.5
-    tensors = [torch.randn(2, 13, 21, 3, dim, device="cuda", dtype=torch.bfloat16) for _ in "qkvg"]
+    tensors = [torch.randn(2, 13, 21, 4, dim, device="cuda", dtype=torch.bfloat16) for _ in "qkvg"]
     mask = torch.rand(2, 13, 21, device="cuda") < 0.8 if masked else None
 
-    def middle_head(others: float) -> list[torch.Tensor]:
+    def every_second(first: int, others: float) -> list[torch.Tensor]:
         q, k, v, grad = [x.clone() for x in tensors]
         for x in (q, k, v, grad):
-            x[..., ::2, :] = others
+            x[..., 1 - first :: 2, :] = others
         inputs = Inputs(q, k, v, key_mask=mask)
         out, lse = hopper.forward(inputs, rule, scale)
         grads = hopper.backward(grad, None, inputs, out, lse, rule, scale)[:3]
-        return [x[..., 1, :] for x in (out, lse[..., None], *grads) if x is not None]
+        every = (out, lse[..., None], *grads)
+        return [x[..., first::2, :] for x in every if x is not None]
 
-    found = middle_head(0.0)
-    assert all(x.isfinite().all() for x in found)
-    for others in (math.inf, math.nan):
-        assert all(torch.equal(a, b) for a, b in zip(found, middle_head(others)))
+    for first in (0, 1):
+        found = every_second(first, 0.0)
+        assert all(x.isfinite().all() for x in found)
+        for others in (math.inf, math.nan):
+            again = every_second(first, others)
+            assert all(torch.equal(a, b) for a, b in zip(found, again))
 
 
 # heads, heads of keys, head dim, value dim, additional tokens, dtype, dtype of a bias

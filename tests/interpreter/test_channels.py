@@ -10,8 +10,10 @@ pytest.importorskip("triton", "3.6")  # the first with Gluon for Hopper
 
 import gluon  # noqa: F401
 import torch
+import triton
+import triton.language as tl
 
-from natten.backends.hopper import channels
+from natten.backends.hopper import channels, head_rows
 from natten.inputs import Gradients, Inputs
 
 # Views of a tensor [2, 5, 6, 3, C], each with strides of another kind.
@@ -48,3 +50,33 @@ def test_all_tensors_with_channels_are_widened() -> None:
     assert [None if x is None else x.shape[-1] for x in wide[:6]] == [24, 24, 16, 5, 24, 16]
     grads = channels.narrowed_gradients(Gradients(*wide[:6]), inputs)
     assert all(torch.equal(x, y) for x, y in zip(grads, inputs[:6]) if x is not None is not y)
+
+
+def loaded(sums, head, sizes):
+    """A head's sums ``[M, D]`` of ``[heads, M, channels]``, in chunks of so many channels."""
+    row, found, start = (head * 4 + tl.arange(0, 4)[:, None]) * sum(sizes), [], 0
+    for size in sizes:
+        found.append(tl.load(sums + row + start + tl.arange(0, size)[None, :]))
+        start += size
+    return found
+
+
+@triton.jit
+def store_kernel(out, sums, heads, SIZES: tl.constexpr, CHANNELS: tl.constexpr):
+    """Store the sums of each head; of four tokens, one is none."""
+    rows, token = head_rows.HeadRows(out, (), (), CHANNELS), tl.arange(0, 4)
+    for i in range(heads):
+        head = tl.full([], i, tl.int32)
+        rows.store(loaded(sums, head, SIZES), token * heads + head, token < 3, head)
+
+
+@pytest.mark.parametrize(("dim", "sizes"), [(20, (32,)), (28, (32,)), (44, (32, 16)), (12, (32,))])
+def test_half_aligned_heads_are_stored_beside_others(dim: int, sizes: tuple[int, ...]) -> None:
+    heads, width = 4, sum(sizes)
+    sums = torch.randn(heads, 4, width)
+    out = torch.full((4, heads, dim), torch.nan)
+    store_kernel[(1,)](out, sums, heads, sizes, dim)
+    for head in range(heads):
+        first = head * dim % 8
+        assert torch.equal(out[:3, head], sums[head, :3, first : first + dim])
+    assert out[3].isnan().all()

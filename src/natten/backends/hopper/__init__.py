@@ -36,6 +36,7 @@ from .tiles import (
     has_empty_box,
     has_tiles,
     queries,
+    reads_in_place,
 )
 
 # Keys of a query from which on copies of heads that TMA can not read pay.
@@ -46,6 +47,15 @@ _COPY_CYCLES = 0.3
 
 # For heads of so many channels the kernel of small windows runs where it takes less by estimate.
 _SMALL_CHANNELS, _SMALL_CYCLES = 32, 0.95 / FORWARD_SCALE
+
+
+def _copies(problem: Problem) -> bool:
+    """Whether heads are copied to wider ones, if there are as many of keys as of queries."""
+    dims = problem.head_dim, problem.value_dim
+    if problem.operation == "packed":
+        return any(dim % 8 for dim in dims)
+    has_more = problem.bias or problem.additional or problem.masked
+    return not reads_in_place(*dims, problem.shape[-2], problem.shape[-2], has_more)
 
 
 class Hopper(Backend):
@@ -144,11 +154,11 @@ class Hopper(Backend):
         is_finer = max(rule.queries_per_key) > 1
         if problem.operation == "gradient" and is_finer and not are_together(*dims):
             return "has few tiles of keys beside queries that are finer, and wide heads take long"
-        if any(dim % 8 for dim in dims):
+        if _copies(problem):
             plain = problem.key_shape or problem.shape[1:-2]
             keys = plain if isinstance(rule, Dense) else rule.kernel_size
             if math.prod(keys) < _WORTH_COPYING:
-                return "copies heads that 8 does not divide, too slow for such small windows"
+                return "copies heads of such a width, too slow for such small windows"
         return self._small_window(problem, rule)
 
     def _small_window(self, problem: Problem, rule: Rule) -> str | None:
@@ -166,7 +176,7 @@ class Hopper(Backend):
         if theirs is None:
             return None
         ours = cycles_of("forward", *sizes, *map(aligned, dims))
-        if any(dim % 8 for dim in dims):
+        if _copies(problem):
             ours += FORWARD_SCALE * _COPY_CYCLES * 2 * math.prod(sizes[1]) * sum(dims)
         if theirs[0] >= _SMALL_CYCLES * ours:
             return None

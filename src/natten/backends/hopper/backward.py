@@ -34,14 +34,17 @@ from .gluon_names import (
     store_wait,
     warpgroup_mma_wait,
 )
+from .head_rows import stored_tensor
 from .key_masks import Additional, KeyMask, key_mask_of, mask_blocks
 from .masks import COLUMNS, COMPARE, FIRST, Mask, TileMask, column_tables, stage_factors
 from .pipeline import (
     TmaPipeline,
     TmaTensor,
     allocate,
+    are_half_aligned,
     clear_blocks,
     clears,
+    first_row,
     rows_of,
     shared_by_heads,
     slice_of,
@@ -78,7 +81,7 @@ class Context:
     outer: gl.tuple  # tensors of tiles: of queries, or of keys
     inner: gl.tuple  # tensors of blocks: of keys, or of queries
     additional: Additional
-    grads: gl.tuple  # what the pass sums: dQ, dK, dV, or dK and dV
+    grads: gl.tuple  # what the pass sums, dQ, dK, dV, or dK and dV: TmaTensors, or HeadRows
     heads_per_kv: gl.tensor
     scale_log2: gl.tensor  # scores times it are exponents of two
     tiles: gl.tuple  # pipelines
@@ -87,6 +90,7 @@ class Context:
     HAS_ADDITIONAL: gl.constexpr
     HAS_MASKS: gl.constexpr  # of keys or of additional ones
     HAS_BIAS: gl.constexpr
+    HALF_ALIGNED: gl.constexpr  # heads, of which TMA can not store every one (``head_rows.py``)
     OWN_OUT: gl.constexpr  # gradients do not take the place of their tiles
     PASS: gl.constexpr
     EARLY: gl.constexpr  # dP is made beside the scores, else after the weights, if at all
@@ -146,7 +150,7 @@ def _fetch_tiles(ctx):
     for tile_id in range(ctx.first_program(), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
         side = g.own_side(tile)
-        bases = tma_bases(ctx.outer, tile.batch, side.bases, tile.head)
+        bases = tma_bases(ctx.outer, tile.batch, side.bases, tile.head, ctx.HALF_ALIGNED)
         if not ctx.BESIDE:
             gdc_wait()  # until the kernel before has ended; what comes first need not
         places = g.places_of_tile(side, g.first_of(tile, 0))
@@ -182,7 +186,7 @@ def _fetch_blocks(ctx):
                 ctx.blocks.produce(stage, tensors, bases, ((0, 0, position),))
                 stage += 1
         for head in range(first_head, first_head + heads):
-            bases = tma_bases(ctx.inner, tile.batch, side.bases, head)
+            bases = tma_bases(ctx.inner, tile.batch, side.bases, head, ctx.HALF_ALIGNED)
             block = (stage * 0, stage * 0, stage * 0)
             for _ in range(tile.blocks[0] * tile.blocks[1] * tile.blocks[2]):
                 start, _ = g.block_start(block, tile.origin)
@@ -214,7 +218,7 @@ def _step(
     """
     PASS: gl.constexpr = ctx.PASS
     blocks = ctx.blocks
-    DTYPE: gl.constexpr = ctx.grads[0].descriptor.dtype
+    DTYPE: gl.constexpr = ctx.inner[QK].descriptor.dtype
     masked = ctx.key_mask.factor(stage)
     s = tile.mask.scores(  # S = Q K^T
         tile.qk, tile.columns, blocks, stage, block, bias, masked, ctx.SCORES, ctx.QK_CHUNKS
@@ -359,7 +363,7 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
     """Warpgroup that makes the gradients of its tokens of each tile."""
     g, tiles = ctx.geometry, ctx.tiles[WARPGROUP]
     M: gl.constexpr = volume(g.TILE)
-    DTYPE: gl.constexpr = ctx.grads[0].descriptor.dtype
+    DTYPE: gl.constexpr = ctx.inner[QK].descriptor.dtype
     tile_iteration = 0
     stage = 0  # of the tile's first block
     if (ctx.HAS_BIAS or ctx.HAS_MASKS) and not ctx.BESIDE:
@@ -371,7 +375,7 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
 
         acc = zeros(M, ctx.SUM_CHUNKS)  # [M, D]
         acc_v = zeros(M, ctx.V_CHUNKS) if ctx.PASS == DKDV else acc  # dV, [M, DV]
-        tiles.consumer_wait(tile_iteration)
+        tiles.consumer_wait(tile_iteration, tile.head)
         qk = tiles.matrix(tile_iteration, QK)  # [M, D]
         gv = qk
         if ctx.PASS != DV:
@@ -408,19 +412,28 @@ def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
             has_partners = g.other_side(tile).length[2] > 0
             acc, acc_v = kept(acc, has_partners), kept(acc_v, has_partners)
 
-        store_wait(0)  # the tile before has left the buffers
-        buffers = ctx.buffers[WARPGROUP]
+        if not ctx.HALF_ALIGNED:
+            store_wait(0)  # the tile before has left the buffers
         if ctx.PASS != DV:
             acc = times(acc, ctx.scale_log2 * LN2)
-        store(acc, buffers[0], ctx.SUM_CHUNKS, DTYPE)
-        if ctx.PASS == DKDV:
-            store(acc_v, buffers[1], ctx.V_CHUNKS, DTYPE)
-        fence_async_shared()
         side = g.own_side(tile)
-        base = ctx.grads[0].tma_base(tile.batch, side.bases, tile.head)
-        g.store_tile(ctx.grads[0], base, side, first, buffers[0])
-        if ctx.PASS == DKDV:
-            g.store_tile(ctx.grads[1], base, side, first, buffers[1])
+        if ctx.HALF_ALIGNED:
+            steps = ctx.grads[0].steps
+            base = first_row(steps, tile.batch, side.group, tile.head)
+            row, real = g.rows(base, steps, side, g.tokens(first, ctx.SCORES))
+            ctx.grads[0].store(acc, row, real, tile.head)
+            if ctx.PASS == DKDV:
+                ctx.grads[1].store(acc_v, row, real, tile.head)
+        else:
+            buffers = ctx.buffers[WARPGROUP]
+            store(acc, buffers[0], ctx.SUM_CHUNKS, DTYPE)
+            if ctx.PASS == DKDV:
+                store(acc_v, buffers[1], ctx.V_CHUNKS, DTYPE)
+            fence_async_shared()
+            base = ctx.grads[0].tma_base(tile.batch, side.bases, tile.head)
+            g.store_tile(ctx.grads[0], base, side, first, buffers[0])
+            if ctx.PASS == DKDV:
+                g.store_tile(ctx.grads[1], base, side, first, buffers[1])
         if not ctx.OWN_OUT:
             store_wait(0)
             tiles.consumer_release(tile_iteration)
@@ -481,12 +494,12 @@ def backward_kernel(
 ):  # fmt: skip
     """One pass: dQ from tiles of queries, or dK, dV, or both from tiles of keys.
 
-    The first thirteen tensors are descriptors. So are the next three where a block at the seam of a
-    ring comes in smaller ``SEAM_PIECE``s, those of what blocks are of. Numbers are as in the
-    forward kernel; the gradients that a pass stores have the steps ``d``, and tiles of keys begin
-    at ``F``. The pass of dV may have ``SLICES``. With ``OVERLAP``, passes follow one another with
-    no other kernel in between. To ``LEAVE_DS``, tiles are those of the heads that ``ds`` has room
-    for, from ``first_tile`` on.
+    The first thirteen tensors are descriptors, but gradients of heads that TMA can not store. So
+    are the next three where a block at the seam of a ring comes in smaller ``SEAM_PIECE``s, those
+    of what blocks are of. Numbers are as in the forward kernel; the gradients that a pass stores
+    have the steps ``d``, and tiles of keys begin at ``F``. The pass of dV may have ``SLICES``. With
+    ``OVERLAP``, passes follow one another with no other kernel in between. To ``LEAVE_DS``, tiles
+    are those of the heads that ``ds`` has room for, from ``first_tile`` on.
     """
     OF_KEYS: gl.constexpr = PASS != DQ
     part, documents = (), ()
@@ -523,15 +536,17 @@ def backward_kernel(
     if MASK == COLUMNS:
         of_queries += (shared_by_heads(query_columns),)
         of_keys += (shared_by_heads(key_columns),)
+    HALF_ALIGNED: gl.constexpr = are_half_aligned(QK_CLEARED)
     grad_steps = (d_b, d_0, d_1, heads, 1, 0)
     if OF_KEYS:
         outer, inner = of_keys, of_queries
-        grads = (TmaTensor(grad_value if PASS == DV else grad_key, grad_steps, of_slice, ()),)
+        of_first = grad_value if PASS == DV else grad_key
+        grads = (stored_tensor(of_first, grad_steps, of_slice, QK_CLEARED),)
         if PASS == DKDV:
-            grads += (TmaTensor(grad_value, grad_steps, (), ()),)
+            grads += (stored_tensor(grad_value, grad_steps, (), QK_CLEARED),)
     else:
         outer, inner = of_queries, of_keys
-        grads = (TmaTensor(grad_query, grad_steps, (), ()),)
+        grads = (stored_tensor(grad_query, grad_steps, (), QK_CLEARED),)
     additional, own_mask = (), ()
     if HAS_ADDITIONAL:
         steps = (additional_b, 0, 0, 0, 1, 0)
@@ -568,7 +583,7 @@ def backward_kernel(
         if WARPGROUPS == 2:
             buffers += (allocate(tensor, 1, 1).index(0),)
         left_ds = (LeftDs(tensor, buffers, first_tile),)
-    WIDTH: gl.constexpr = grads[0].descriptor.block_type.shape[4]
+    WIDTH: gl.constexpr = query.block_type.shape[4]
     ctx = Context(
         geometry=g, masks=masks, key_mask=masked,
         bias=bias_of(g, bias_tables, bias_size, bias_middle, BIAS_STRIDES),
@@ -576,9 +591,10 @@ def backward_kernel(
         additional=Additional(additional, num_additional, own_mask, (a_b, a_0)),
         heads_per_kv=heads_per_kv, scale_log2=scale_log2,
         tiles=tiles, blocks=blocks,
-        buffers=[_buffers(each, grads, OWN_OUT, ROWS) for each in tiles],
+        buffers=[_buffers(each, grads, OWN_OUT and not HALF_ALIGNED, ROWS) for each in tiles],
         HAS_ADDITIONAL=HAS_ADDITIONAL, HAS_MASKS=HAS_KEY_MASK or HAS_ADDITIONAL_MASK,
-        HAS_BIAS=len(BIAS_STRIDES) > 0, OWN_OUT=OWN_OUT,
+        HAS_BIAS=len(BIAS_STRIDES) > 0, HALF_ALIGNED=HALF_ALIGNED,
+        OWN_OUT=OWN_OUT or HALF_ALIGNED,
         # Registers do not suffice for dP with two sums, nor for adding late to two of 128 channels.
         PASS=PASS, EARLY=len(grads) == 1 and PASS != DV, LATE=PASS != DKDV or WIDTH < 128,
         left_ds=left_ds,

@@ -1,4 +1,5 @@
-"""Heads whose width 8 does not divide, which TMA can not read: copies with zeros beside them."""
+"""Heads whose width 8 does not divide, where kernels can not read them in place: copies with zeros
+beside them."""
 
 from __future__ import annotations
 

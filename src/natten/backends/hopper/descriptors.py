@@ -7,7 +7,8 @@ strides. Blocks may have more channels than a head: TMA fills them with zeros, a
 them. But TMA takes up to four times as long for a row that it has to fill. So heads that lie side
 by side are one axis with their channels, and a block has the next head's channels instead of zeros,
 where products take none of them, or where kernels set those to zero in less time (``tiles.py``,
-``pipeline.py``). No head's numbers depend on another one's.
+``pipeline.py``). Heads that are half aligned can be read in no other way, with channels of the head
+before, too (``head_rows.py``). No head's numbers depend on another one's.
 
 Where a dilation does not divide an axis, groups have ``n`` positions, and from one group on one
 less. The axis has one bound for all of them. So the view begins ``dilation`` tokens before the
@@ -182,6 +183,8 @@ def readable(x: Tensor, dilation: Sequence[int]) -> Tensor:
         if x.is_contiguous():
             return x
         strides = [s for n, s in zip(x.shape[:-1], x.stride()[:-1]) if n > 1]
+        if x.stride(-2) == x.shape[-1]:  # side by side, heads are one axis with their channels
+            strides = [s for n, s in zip(x.shape[:-2], x.stride()[:-2]) if n > 1]
         aligned = x.stride(-1) == 1 and all(s > 0 and s % 8 == 0 for s in strides)
         if aligned and view(x.shape, x.stride(), dilation).shape[0] <= MOST:
             return x

@@ -22,14 +22,17 @@ from .gluon_names import (
     store_wait,
     warpgroup_mma_wait,
 )
+from .head_rows import stored_tensor
 from .key_masks import Additional, KeyMask, key_mask_of, mask_blocks
 from .masks import COLUMNS, MASKED, Mask, column_tables, stage_factors
 from .pipeline import (
     TmaPipeline,
     TmaTensor,
     allocate,
+    are_half_aligned,
     clear_blocks,
     clears,
+    first_row,
     shared_by_heads,
     slice_of,
     tma_bases,
@@ -49,7 +52,7 @@ class Context:
     query: gl.tuple  # TmaTensor, with COLUMNS a second one
     key: gl.tuple  # likewise
     value: TmaTensor
-    out: TmaTensor
+    out: gl.tuple  # a TmaTensor, or HeadRows where TMA can not store heads
     lse: gl.tensor
     additional: Additional
     heads_per_kv: gl.tensor
@@ -61,6 +64,7 @@ class Context:
     HAS_ADDITIONAL: gl.constexpr
     HAS_MASKS: gl.constexpr  # of keys or of additional ones
     HAS_BIAS: gl.constexpr
+    HALF_ALIGNED: gl.constexpr  # heads, of which TMA can not store every one (``head_rows.py``)
     OWN_OUT: gl.constexpr  # outputs do not take the place of their queries
     QK_CHUNKS: gl.constexpr  # channels of queries and keys, as products take them
     V_CHUNKS: gl.constexpr  # of values
@@ -75,7 +79,7 @@ def _fetch_queries(ctx):
     for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
         side, tensors = tile.group.queries, ctx.query
-        bases = tma_bases(tensors, tile.batch, side.bases, tile.head)
+        bases = tma_bases(tensors, tile.batch, side.bases, tile.head, ctx.HALF_ALIGNED)
         places = g.places_of_tile(side, g.first_of(tile, 0))
         gdc_wait()  # until the kernel before has ended; what comes first need not
         ctx.queries[0].produce(tile_iteration, tensors, bases, places)
@@ -93,8 +97,8 @@ def _fetch_blocks(ctx):
     for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
         side, head = tile.group.keys, tile.head // ctx.heads_per_kv
-        k_bases = tma_bases(ctx.key, tile.batch, side.bases, head)
-        v_base = ctx.value.tma_base(tile.batch, side.bases, head)
+        k_bases = tma_bases(ctx.key, tile.batch, side.bases, head, ctx.HALF_ALIGNED)
+        v_base = ctx.value.tma_base(tile.batch, side.bases, head, ctx.HALF_ALIGNED)
         gdc_wait()
         if ctx.HAS_ADDITIONAL:
             tensors = ctx.additional.tensors
@@ -134,7 +138,7 @@ def _softmax(ctx, s, row_max, row_sum):
     p = gl.exp2(s * ctx.scale_log2 - new_max[:, None])  # [M, N]
     rescale = gl.exp2(row_max - new_max)  # [M]
     row_sum = row_sum * rescale + gl.sum(p, 1)  # [M]
-    p = gl.convert_layout(p.to(ctx.out.descriptor.dtype), left_operand(ctx.V_CHUNKS[0]))
+    p = gl.convert_layout(p.to(ctx.value.descriptor.dtype), left_operand(ctx.V_CHUNKS[0]))
     return p, new_max, row_sum, rescale
 
 
@@ -169,14 +173,14 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
         tile = g.tile(tile_id)
         first = g.first_of(tile, WARPGROUP)
         before, end, count, block = g.own_blocks(first, tile)
-        i0, i1, i2 = g.tokens(first, ctx.SCORES)  # [M]
+        tokens = g.tokens(first, ctx.SCORES)  # [M]
         mask = ctx.mask.of_tile(tile, first, ctx.SCORES)
         bias = ctx.bias.of_tile(tile, first, tile.head)
 
         acc = zeros(M, ctx.V_CHUNKS)  # [M, DV]
         row_max = gl.full([M], float("-inf"), gl.float32, ROWS)  # [M]
         row_sum = gl.zeros([M], gl.float32, ROWS)  # [M]
-        queries.consumer_wait(tile_iteration)
+        queries.consumer_wait(tile_iteration, tile.head)
         q = queries.matrix(tile_iteration)  # [M, D]
         rows = ()
         if ctx.mask.KIND == COLUMNS:
@@ -228,7 +232,8 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
         values.consumer_release(stage + end - 1)
         _skip(ctx, stage, end, count)
 
-        store_wait(0)  # the tile before has left the buffer
+        if not ctx.HALF_ALIGNED:
+            store_wait(0)  # the tile before has left the buffer
         inverse = 1.0 / row_sum  # [M]
         if ctx.HAS_BIAS:  # of -inf, which may leave nothing to attend
             inverse = gl.where(row_sum > 0, inverse, 0.0)
@@ -240,25 +245,22 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
             has_keys = tile.group.keys.length[2] > 0
             out = kept(out, has_keys)
             row_max = gl.where(has_keys, row_max, float("-inf"))
-        store(out, out_buffer, ctx.V_CHUNKS, ctx.out.descriptor.dtype)
-        fence_async_shared()
-        side = tile.group.queries
-        base = ctx.out.tma_base(tile.batch, side.bases, tile.head)
-        g.store_tile(ctx.out, base, side, first, out_buffer)
+        side, tensor = tile.group.queries, ctx.out[0]
+        if not ctx.HALF_ALIGNED:
+            store(out, out_buffer, ctx.V_CHUNKS, tensor.descriptor.dtype)
+            fence_async_shared()
+            base = tensor.tma_base(tile.batch, side.bases, tile.head)
+            g.store_tile(tensor, base, side, first, out_buffer)
         if not ctx.OWN_OUT:
             store_wait(0)
             queries.consumer_release(tile_iteration)
         # A contiguous tensor's bases are its rows.
-        base, _channel = ctx.out.tma_base(tile.batch, side.group, tile.head)
-        steps = ctx.out.steps
-        if len(side.document) > 0:
-            row = base + side.token((i0, i1, i2)).to(gl.int64) * steps[3]
-        else:
-            row = base + i0 * (g.dilation[0] * steps[1]) + i1 * (g.dilation[1] * steps[2])
-            row += i2 * (g.dilation[2] * steps[3])
-        real = (i0 < side.length[0]) & (i1 < side.length[1]) & (i2 < side.length[2])
-        if len(ctx.out.slice) > 0:  # programs of the other slices have the same
-            real = real & (ctx.out.slice[0] == 0)
+        base = first_row(tensor.steps, tile.batch, side.group, tile.head)
+        row, real = g.rows(base, tensor.steps, side, tokens)
+        if ctx.HALF_ALIGNED:
+            tensor.store(out, row, real, tile.head)
+        if len(tensor.slice) > 0:  # programs of the other slices have the same
+            real = real & (tensor.slice[0] == 0)
         row_lse = (row_max + gl.log2(row_sum)) * LN2  # [M]
         if ctx.HAS_MASKS:
             row_lse = gl.where(attends, row_lse, float("-inf"))
@@ -303,8 +305,9 @@ def forward_kernel(
     V_CHUNKS: gl.constexpr, SLICES: gl.constexpr, HAS_KEY_MASK: gl.constexpr,
     HAS_ADDITIONAL_MASK: gl.constexpr, QK_CLEARED: gl.constexpr, V_CLEARED: gl.constexpr,
 ):  # fmt: skip
-    """The first eight tensors are descriptors. So are the next two where a block at the seam of a
-    ring comes in smaller ``SEAM_PIECE``s, of keys and of values. Steps are :class:`TmaTensor`'s:
+    """The first eight tensors are descriptors, but outputs of heads that TMA can not store. So are
+    the next two where a block at the seam of a ring comes in smaller ``SEAM_PIECE``s, of keys and
+    of values. Steps are :class:`TmaTensor`'s:
     ``q_b`` from a batch entry to the next, ``q_0`` .. ``q_2`` from a token to the next, ``q_h``
     from a head, or ``q_c`` if heads lie along the channels.
 
@@ -353,7 +356,8 @@ def forward_kernel(
         q += (shared_by_heads(query_columns),)
         k += (shared_by_heads(key_columns),)
     v = TmaTensor(value, (v_b, v_0, v_1, v_2, v_h, v_c), of_slice, value_pieces)
-    o = TmaTensor(out, (o_b, o_0, o_1, heads, 1, 0), of_slice, ())
+    HALF_ALIGNED: gl.constexpr = are_half_aligned(QK_CLEARED)
+    o = stored_tensor(out, (o_b, o_0, o_1, heads, 1, 0), of_slice, QK_CLEARED)
     additional, own_mask = (), ()
     if HAS_ADDITIONAL:
         steps = (additional_b, 0, 0, 0, 1, 0)
@@ -375,17 +379,18 @@ def forward_kernel(
     queries = (tma_pipeline(q, 1, 1, ROWS, False, QK_CLEARED),)
     if WARPGROUPS == 2:
         queries += (tma_pipeline(q, 1, 1, ROWS, False, QK_CLEARED),)
-    outs = [_out_buffer(each, o, OWN_OUT, ROWS) for each in queries]
+    outs = [_out_buffer(each, o, OWN_OUT and not HALF_ALIGNED, ROWS) for each in queries]
     tables = column_tables(g, MASK, ENDS, BY_ROW, STEPS, TABLES)
     ctx = Context(
         geometry=g, mask=Mask(g, tables, (), MASK, ENDS, BY_ROW, STEPS), key_mask=masked,
         bias=bias_of(g, bias_tables, bias_size, bias_middle, BIAS_STRIDES),
-        query=q, key=k, value=v, out=o, lse=lse,
+        query=q, key=k, value=v, out=(o,), lse=lse,
         additional=Additional(additional, num_additional, own_mask, (a_b, a_0)),
         heads_per_kv=heads_per_kv, scale_log2=scale_log2,
         queries=queries, keys=keys, values=values, outs=outs,
         HAS_ADDITIONAL=HAS_ADDITIONAL, HAS_MASKS=HAS_KEY_MASK or HAS_ADDITIONAL_MASK,
-        HAS_BIAS=len(BIAS_STRIDES) > 0, OWN_OUT=OWN_OUT, QK_CHUNKS=QK_CHUNKS, V_CHUNKS=V_CHUNKS,
+        HAS_BIAS=len(BIAS_STRIDES) > 0, HALF_ALIGNED=HALF_ALIGNED,
+        OWN_OUT=OWN_OUT or HALF_ALIGNED, QK_CHUNKS=QK_CHUNKS, V_CHUNKS=V_CHUNKS,
         SCORES=mma_layout(volume(BLOCK)),
     )  # fmt: skip
     # Triton has no variable for a list of functions, so the roles are put together in place.

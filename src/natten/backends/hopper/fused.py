@@ -17,7 +17,7 @@ from .bias_plan import Tables
 from .channels import narrowed, narrowed_gradients, widened, widened_inputs
 from .descriptors import readable
 from .plan import Moved, Plan, plan_for
-from .tiles import MOST_MASKED
+from .tiles import MOST_MASKED, reads_in_place
 
 
 def forward(
@@ -27,7 +27,7 @@ def forward(
 
     With ``documents``, batch is 1 and space is the tokens of all of them.
     """
-    if not _need_widening(inputs):
+    if _are_in_place(inputs, documents):
         return _forward(inputs, rule, scale, documents)
     with on_device(inputs.query):
         out, lse = _forward(widened_inputs(inputs), rule, scale, documents)
@@ -45,7 +45,7 @@ def backward(
     documents: Documents | None = None,
 ) -> Gradients:
     """Gradients of the inputs."""
-    if not _need_widening(inputs):
+    if _are_in_place(inputs, documents):
         return _backward(grad_out, grad_lse, inputs, out, lse, rule, scale, documents)
     with on_device(inputs.query):
         wide, grad_out, out = widened_inputs(inputs), widened(grad_out), widened(out)
@@ -53,15 +53,18 @@ def backward(
         return narrowed_gradients(grads, inputs)
 
 
-def _need_widening(inputs: Inputs) -> bool:
-    """Whether TMA can not read heads of that width."""
-    return inputs.query.shape[-1] % 8 > 0 or inputs.value.shape[-1] % 8 > 0
+def _are_in_place(inputs: Inputs, documents: Documents | None) -> bool:
+    """Whether kernels read heads where they are, without copies that are wider."""
+    heads, dim = inputs.query.shape[-2:]
+    kv_heads, value_dim = inputs.value.shape[-2:]
+    more = *inputs[3:], documents
+    return reads_in_place(dim, value_dim, heads, kv_heads, any(x is not None for x in more))
 
 
 def _forward(
     inputs: Inputs, rule: Rule, scale: float, documents: Documents | None
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`forward`, of heads that 8 divides."""
+    """As :func:`forward`, of heads that need no copies."""
     query = inputs.query
     *rows, _ = query.shape
     out = query.new_empty(*rows, inputs.value.shape[-1])
@@ -95,7 +98,7 @@ def _backward(
     scale: float,
     documents: Documents | None,
 ) -> Gradients:
-    """As :func:`backward`, of heads that 8 divides."""
+    """As :func:`backward`, of heads that need no copies."""
     if inputs.query.numel() == 0 or inputs.key.numel() == 0:
         return Gradients.zeros(inputs)
     grad_query, grad_key, grad_value = [

@@ -438,6 +438,18 @@ class Geometry:
         return i0, i1, first[2] + row % TILE[2]
 
     @gluon.jit
+    def rows(self, base, steps, side, tokens):
+        """Rows of a side's tokens, per axis ``[M]``, in a contiguous tensor, where those of a head
+        and dilation group begin at ``base`` and are such ``steps`` apart; and which there are."""
+        i0, i1, i2 = tokens
+        if len(side.document) > 0:
+            row = base + side.token((i0, i1, i2)).to(gl.int64) * steps[3]
+        else:
+            row = base + i0 * (self.dilation[0] * steps[1]) + i1 * (self.dilation[1] * steps[2])
+            row += i2 * (self.dilation[2] * steps[3])
+        return row, (i0 < side.length[0]) & (i1 < side.length[1]) & (i2 < side.length[2])
+
+    @gluon.jit
     def block_start(self, block, origin):
         """First position of a tile's block, per axis, and its number along the last axis.
 

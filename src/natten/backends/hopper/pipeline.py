@@ -31,12 +31,14 @@ class TmaTensor:
     at_seam: gl.tuple  # the descriptor of small pieces, at the seam of a ring; () if there are none
 
     @gluon.jit
-    def tma_base(self, batch, group, head):
+    def tma_base(self, batch, group, head, HALF_ALIGNED: gl.constexpr = False):
         """Where the rows of a batch entry's head and dilation group begin along the first axis, and
-        the program's channels along the last one."""
-        base = batch * self.steps[0] + head * self.steps[4]
-        base += group[0] * self.steps[1] + group[1] * self.steps[2] + group[2] * self.steps[3]
+        the program's channels along the last one; of half aligned heads, those that TMA can begin
+        with, which may be four before."""
+        base = first_row(self.steps, batch, group, head)
         channel = head * self.steps[5]
+        if HALF_ALIGNED:
+            channel = channel & -8
         if len(self.slice) > 0:
             channel += self.slice[0]
         return base, channel
@@ -46,6 +48,13 @@ class TmaTensor:
         """Start to write a tile ``[1, *tile, channels]`` whose first token is ``first``."""
         at = [base[0], first[0], first[1], first[2], base[1]]
         store_block(self.descriptor, at, buffer)
+
+
+@gluon.jit
+def first_row(steps, batch, group, head):
+    """Where the rows of a batch entry's head and dilation group begin, of such steps."""
+    row = batch * steps[0] + head * steps[4]
+    return row + (group[0] * steps[1] + group[1] * steps[2] + group[2] * steps[3])
 
 
 @gluon.jit
@@ -64,9 +73,9 @@ def slice_of(tensor, SLICES: gl.constexpr):
 
 
 @gluon.jit
-def tma_bases(tensors, batch, group, head):
+def tma_bases(tensors, batch, group, head, HALF_ALIGNED: gl.constexpr = False):
     """:meth:`TmaTensor.tma_base` of each tensor."""
-    return [tensor.tma_base(batch, group, head) for tensor in tensors]
+    return [tensor.tma_base(batch, group, head, HALF_ALIGNED) for tensor in tensors]
 
 
 @gluon.jit
@@ -98,6 +107,13 @@ def clears(cleared):
 
 
 @gluon.constexpr_function
+def are_half_aligned(cleared):
+    """Whether heads of which a kernel clears these channels begin at multiples of 8 bytes, and not
+    all of them at those of 16 (``head_rows.py``)."""
+    return cleared[0] % 8 > 0
+
+
+@gluon.constexpr_function
 def _row_layout(channels, warps):
     """Of channels of rows, ``[rows, channels]``: 16 bytes a thread."""
     lanes = min(4, max(1, channels // 8))
@@ -113,6 +129,22 @@ def _clear(matrix, FIRST: gl.constexpr, END: gl.constexpr, WARPS: gl.constexpr):
         zeros = gl.zeros([ROWS, COUNT], matrix.dtype, _row_layout(COUNT, WARPS))
         matrix.slice(FIRST, COUNT, 1).store(zeros)
         _clear(matrix, FIRST + COUNT, END, WARPS)
+
+
+@gluon.jit
+def _clear_beside(matrix, head, FIRST: gl.constexpr, END: gl.constexpr, WARPS: gl.constexpr):
+    """Set to zero what ``matrix [N, D]`` has beside a head, up to channel ``END``. The head is all
+    before ``FIRST``, or if it is half aligned and odd, as many channels after the first four."""
+    if FIRST % 8 > 0:
+        ROWS: gl.constexpr = matrix.shape[0]
+        zeros = gl.zeros([ROWS, 4], matrix.dtype, _row_layout(4, WARPS))
+        if head % 2 == 0:
+            matrix.slice(FIRST, 4, 1).store(zeros)
+        else:
+            matrix.slice(0, 4, 1).store(zeros)
+        _clear(matrix, FIRST + 4, END, WARPS)
+    else:
+        _clear(matrix, FIRST, END, WARPS)
 
 
 @aggregate
@@ -186,18 +218,18 @@ class TmaPipeline:
         mbarrier.arrive(self.full.index(stage % self.STAGES), count=1)
 
     @gluon.jit
-    def clear(self, stage, WARPS: gl.constexpr):
-        """Start to set channels to zero, by so many warps."""
+    def clear(self, stage, head, WARPS: gl.constexpr):
+        """Start to set channels beside a head's to zero, by so many warps."""
         for WHICH in gl.static_range(len(self.CLEARED) // 2):
             matrix = self.matrix(stage, WHICH)
-            _clear(matrix, self.CLEARED[2 * WHICH], self.CLEARED[2 * WHICH + 1], WARPS)
+            _clear_beside(matrix, head, self.CLEARED[2 * WHICH], self.CLEARED[2 * WHICH + 1], WARPS)
 
     @gluon.jit
-    def consumer_wait(self, stage):
-        """Until the stage is full, and what is to be zero is."""
+    def consumer_wait(self, stage, head=0):
+        """Until the stage is full, and what is to be zero beside a ``head`` is."""
         self._wait(stage)
         if clears(self.CLEARED) and not self.BY_WARP:
-            self.clear(stage, WARPS)
+            self.clear(stage, head, WARPS)
             fence_async_shared()
             barrier()
 
@@ -253,7 +285,7 @@ def clear_blocks(blocks, g, first_tile, num_additional, heads):
         count += tile.blocks[0] * tile.blocks[1] * tile.blocks[2] * heads
         for _ in range(count):
             blocks.masker_wait(stage)
-            blocks.clear(stage, 1)
+            blocks.clear(stage, tile.head, 1)
             blocks.masker_release(stage)
             stage += 1
 

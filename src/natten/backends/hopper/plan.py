@@ -185,7 +185,7 @@ class Plan:
         if row is not None:
             return row.through_memory
         rule, width = self.rule, tiling.native(self.value_dim)
-        if not isinstance(rule, Dense) or rule.causal:
+        if not isinstance(rule, Dense) or rule.causal or tiling.are_half_aligned(self.dim):
             return None
         if tiling.chunks(self.dim) != (_THROUGH_MEMORY,) or width != _THROUGH_MEMORY:
             return None

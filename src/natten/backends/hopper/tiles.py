@@ -66,6 +66,28 @@ def aligned(channels: int) -> int:
     return -(-channels // 8) * 8
 
 
+def are_half_aligned(channels: int) -> bool:
+    """Whether of heads side by side every second one begins amid 16 bytes, at a multiple of 8."""
+    return channels % 8 == 4
+
+
+def reads_in_place(
+    dim: int, value_dim: int, heads: int, kv_heads: int, has_more: bool = False
+) -> bool:
+    """Whether kernels read heads where they are, not wider copies: 8 divides their width, or heads
+    are half aligned, and TMA reads four channels more.
+
+    Then a head of queries must begin as that of keys and of values does, for products to find the
+    same channels in one place, and tokens at multiples of 16 bytes. Copies remain if a call
+    ``has_more``: a bias, masks, additional tokens or documents, which have kernels, warps or views
+    of their own. Wider heads have sums in other registers.
+    """
+    if dim % 8 == value_dim % 8 == 0:
+        return True
+    is_alike = dim == value_dim and heads == kv_heads
+    return is_alike and are_half_aligned(dim) and dim <= 128 and heads % 2 == 0 and not has_more
+
+
 @cache
 def chunks(channels: int) -> Shape:
     """What products of heads of so many channels are made of: all that kernels have, or half of
@@ -78,9 +100,10 @@ def chunks(channels: int) -> Shape:
 @cache
 def is_joined(channels: int) -> bool:
     """Whether a block has the next head's channels beside a head's own, of heads side by side:
-    where products take none of them, or where to set these to zero takes less than to fill rows."""
+    where products take none of them, or where to set these to zero takes less than to fill rows;
+    or where TMA can not read a head alone."""
     return native(channels) > channels and (
-        channels == sum(chunks(channels)) or channels in _WORTH_CLEARING
+        channels == sum(chunks(channels)) or channels in _WORTH_CLEARING or channels % 8 > 0
     )
 
 

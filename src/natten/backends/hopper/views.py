@@ -28,6 +28,7 @@ from .descriptors import (
     view,
 )
 
+_STORED = "out", "grad_query", "grad_key", "grad_value"
 _OF_KEYS = frozenset(("key", "value", "grad_key", "grad_value"))
 _AS_WIDE_AS_QUERIES = frozenset(("query", "key", "grad_query", "grad_key"))
 
@@ -137,7 +138,8 @@ class Views:
         return *self._grad_out.steps, *self._lse_delta.steps, *rows
 
     def descriptors(self, kernel: str, boxes: Tiles, width: int) -> dict[str, Describe]:
-        """Descriptors of a kernel's tensors, in blocks of these tiles.
+        """Descriptors of the tensors that a kernel loads and stores by TMA, in blocks of these
+        tiles.
 
         Args:
             kernel: which one of five.
@@ -146,13 +148,15 @@ class Views:
         """
         kind = kernel if kernel in ("forward", "dq") else "dkdv"
         dim = tiling.native(self._dim)
-        unread = {"dk": ("grad_value",), "dv": ("value", "grad_key")}.get(kernel, ())
+        others = {"dk": ("grad_value",), "dv": ("value", "grad_key")}.get(kernel, ())
+        if tiling.are_half_aligned(self._dim):
+            others = _STORED  # without TMA
         found = {}
         for name, shown in (self.of_queries(kind) | self.of_keys(kind)).items():
             block = boxes.kv_block if name in _OF_KEYS else boxes.q_block
             if name == "lse_delta":
                 found[name] = describe(shown, (1, *block, 4), torch.float32)
-            elif name not in unread:
+            elif name not in others:
                 channels = dim if name in _AS_WIDE_AS_QUERIES else width
                 found[name] = describe(shown, (1, *block, channels), self._dtype)
         return found
