@@ -201,6 +201,24 @@ def test_small_windows_do_not_pay_for_copies() -> None:
 
 
 @pytest.mark.parametrize(
+    ("layout", "heads", "window", "dim", "is_slower"),
+    [
+        ((64, 64), 8, 13, 12, True), ((64, 64), 8, 13, 20, False), ((64, 64), 8, 13, 28, False),
+        ((56, 56), 2, 7, 12, True), ((56, 56), 2, 7, 20, True),
+    ],
+)  # fmt: skip
+def test_half_aligned_heads_run_where_they_were_faster(
+    layout: Any, heads: int, window: int, dim: int, is_slower: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward, on an H200 (hopper-log.md)."""
+    small = importlib.import_module("natten.backends.triton.small_tiles")
+    monkeypatch.setattr(small, "runs_here", lambda: True)
+    rule, shape = Neighborhood.create(2, window), (8, *layout, heads, dim)
+    problem = PLAIN._replace(head_dim=dim, value_dim=dim, rule=rule, shape=shape, key_shape=layout)
+    assert (hopper.slower(problem) is not None) == is_slower
+
+
+@pytest.mark.parametrize(
     ("dim", "value_dim", "heads", "kv_heads", "has_more", "expected"),
     [
         (64, 128, 3, 1, True, True), (20, 20, 2, 2, False, True), (20, 20, 3, 3, False, False),

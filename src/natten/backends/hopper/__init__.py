@@ -42,8 +42,9 @@ from .tiles import (
 # Keys of a query from which on copies of heads that TMA can not read pay.
 _WORTH_COPYING = 48
 
-# Cycles of a multiprocessor that a number takes to be copied (hopper-log.md).
-_COPY_CYCLES = 0.3
+# Cycles of a multiprocessor that a number takes to be copied, and a token's row of a head to be
+# stored without TMA (hopper-log.md).
+_COPY_CYCLES, _ROW_CYCLES = 0.3, 8.0
 
 # For heads of so many channels the kernel of small windows runs where it takes less by estimate.
 _SMALL_CHANNELS, _SMALL_CYCLES = 32, 0.95 / FORWARD_SCALE
@@ -176,8 +177,9 @@ class Hopper(Backend):
         if theirs is None:
             return None
         ours = cycles_of("forward", *sizes, *map(aligned, dims))
-        if _copies(problem):
-            ours += FORWARD_SCALE * _COPY_CYCLES * 2 * math.prod(sizes[1]) * sum(dims)
+        if any(dim % 8 for dim in dims):
+            each = 2 * sum(dims) * _COPY_CYCLES if _copies(problem) else _ROW_CYCLES
+            ours += FORWARD_SCALE * each * math.prod(sizes[1])
         if theirs[0] >= _SMALL_CYCLES * ours:
             return None
         return "takes longer than the kernel of `triton` for small windows"

@@ -126,7 +126,7 @@ def _narrower(dim: int, itemsize: int) -> float:
     the cache, and come in smaller pieces."""
     if dim in CHANNELS:
         return 1.0
-    return 1.15 if dim * itemsize % 16 == 0 else 1.3
+    return 1.15 if dim * itemsize % 16 == 0 else 1.2
 
 
 def runs_here() -> bool:
