@@ -22,6 +22,8 @@ NAMES = (
     "_C._are_functorch_transforms_active",
     "_C._len_torch_dispatch_stack",
     "_ops._len_torch_dispatch_stack_pre_dispatch",
+    "_C._get_tracing_state",
+    "_C._is_any_autocast_enabled",
     "_C._get_dispatch_mode",
     "_C._TorchDispatchModeKey",
     "_subclasses.FakeTensor",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._numbers import entries, integer, real
 from ._ranks import SHAPES
+from ._torch import may_autocast
 from ._warnings import warn_once
 from .errors import ArgumentError, UnsupportedError
 from .neighborhood import Neighborhood
@@ -277,6 +278,8 @@ def autocast_tensors(*tensors: Any) -> tuple[Any, ...]:
 
     Tensors of float64 stay as they are, and so do tensors on another device.
     """
+    if not may_autocast():
+        return tensors
     for first in tensors:
         if isinstance(first, Tensor):
             break

@@ -41,6 +41,16 @@ pre_dispatch_modes: Callable[[], int] = _private(
     "_ops._len_torch_dispatch_stack_pre_dispatch", lambda: 1
 )
 
+#: What ``torch.jit``'s tracer records calls in, None if it does not record; otherwise whether.
+is_jit_tracing: Callable[[], Any] = _private("_C._get_tracing_state", torch.jit.is_tracing)
+
+#: Whether autocast may be on for any kind of device; of MPS some releases do not say so.
+may_autocast: Callable[[], bool] = (
+    _private("_C._is_any_autocast_enabled", lambda: True)
+    if not torch.backends.mps.is_built()
+    else lambda: True
+)
+
 
 def _has_proxy_mode() -> bool:
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)

@@ -13,6 +13,7 @@ from .._torch import (
     dispatch_modes,
     in_forward_mode,
     in_nested_forward_mode,
+    is_jit_tracing,
     is_legacy_batch,
     is_transformed,
     pre_dispatch_modes,
@@ -26,7 +27,7 @@ def is_plain(tensors: Sequence[Any]) -> bool:
     The dispatcher costs as much time on the host as a small kernel takes on a GPU.
     """
     return not (
-        torch.jit.is_tracing()
+        is_jit_tracing()
         or is_transformed()
         or dispatch_modes()
         or pre_dispatch_modes()
