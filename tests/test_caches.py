@@ -8,7 +8,7 @@ import torch
 
 import natten
 from natten import caches, tiling
-from natten.backends.sdpa import costs, fused
+from natten.backends.sdpa import costs, fused, views
 from natten.backends.tiled import grids
 from natten.caches import Store
 from natten.inputs import Inputs
@@ -95,3 +95,23 @@ def test_two_hundred_layouts(masks, monkeypatch):
     assert made > 4 * caches.MOST
     caches.STORE.forget(lambda key: True)
     assert tensor_bytes() - before < 1 << 20
+
+
+@pytest.mark.parametrize("is_small", [True, False])
+def test_views_hold_small_masks_and_count_them(is_small, monkeypatch):
+    """So a call of few tokens does not ask the store, and the store knows what it could free."""
+    caches.STORE.forget(lambda key: True)
+    if not is_small:
+        monkeypatch.setattr(views, "OWN_MASK", 1 << 10)
+    x, rule = torch.zeros(1, 96, 1, 8), natten.Neighborhood.create(1, 95)
+    (tiles,) = fused._tile_views(rule, 1.0, Inputs(x, x, x), False)
+    mask, size = tiles.mask, tiles.bytes()
+    caches.STORE.forget(lambda key: True)
+    assert (tiles.mask is mask) == is_small
+    assert (size >= mask.nbytes) == is_small
+
+
+def test_equal_looks_share_a_mask():
+    a, b = (grids.Looks([((0, 1), (3, 4), 4)]) for _ in range(2))
+    assert a is not b and a == b and hash(a) == hash(b)
+    assert grids._kept_mask(a) is grids._kept_mask(b)

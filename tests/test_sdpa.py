@@ -106,7 +106,7 @@ def test_the_ends_are_one_call_on_views(batch, heads, monkeypatch, fresh):
     inputs = Inputs(query, query, query)
     ends, between = fused._tile_views(Neighborhood.create(1, 391), 1.0, inputs, False)
     assert [each.chunks for each in (ends, between)] == [[None], [None]]
-    for x in (*ends.inputs(inputs, 0), *between.inputs(inputs, 0)):
+    for x in (*ends.load_all(inputs, 0), *between.load_all(inputs, 0)):
         assert x.untyped_storage().data_ptr() == query.untyped_storage().data_ptr()
     assert ends.load(query, 0).shape == (2, batch * heads, 196, 16)
 

@@ -23,6 +23,7 @@ class Store:
         self.most = most
         self.bytes = 0
         self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._newest: tuple[Any, int] | None = None  # saves that a repeated key is hashed again
         self._lock = threading.Lock()
 
     def find(
@@ -43,14 +44,16 @@ class Store:
         with self._lock:
             found = self._entries.get(key)
             if found is not None:
-                self._entries.move_to_end(key)
+                if found is not self._newest:
+                    self._entries.move_to_end(key)
+                    self._newest = found
                 return found[0]
         value = make(*args)
         needed = size(value) + _ENTRY
         with self._lock:
             self._drop(key)
             if needed <= self.most:
-                self._entries[key] = value, needed
+                self._entries[key] = self._newest = value, needed
                 self.bytes += needed
                 while self.bytes > self.most:
                     self._drop(next(iter(self._entries)))
@@ -65,6 +68,7 @@ class Store:
     def _drop(self, key: Hashable) -> None:
         _, size = self._entries.pop(key, (None, 0))
         self.bytes -= size
+        self._newest = None  # or it would outlive its entry
 
 
 STORE = Store(MOST)

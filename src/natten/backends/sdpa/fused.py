@@ -13,7 +13,7 @@ from ...inputs import Gradients, Inputs, compute_dtype
 from ...neighborhood import Rule
 from ..tiled.grids import Plan
 from .costs import plan_for
-from .views import Sizes, TileViews
+from .views import Sizes, TileViews, contiguous
 
 
 def _exact(x: Tensor) -> Tensor:
@@ -63,8 +63,11 @@ def heads_last(x: Tensor, like: Tensor, channels: int) -> Tensor:
 
 def _tokens_first(x: Tensor, shape: torch.Size) -> Tensor:
     """``[batch, heads, tokens, ...]`` as ``[*shape, ...]``, which is the kernel's memory layout."""
-    rest = x.shape[3:]
-    return x.transpose_(1, 2).contiguous().resize_(*shape, *rest)
+    sizes = (*shape, *x.shape[3:])
+    steps, axis = contiguous(sizes), len(shape) - 1  # which the heads are
+    if x.stride() == (steps[0], steps[axis], steps[axis - 1], *steps[axis + 1 :]):
+        return x.as_strided_(sizes, steps)
+    return x.transpose_(1, 2).contiguous().resize_(sizes)
 
 
 def nothing_attended(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,12 +88,12 @@ def forward(inputs: Inputs, rule: Rule, scale: float) -> tuple[Tensor, Tensor]:
         inputs = _all_exact(inputs)
     grids = _tile_views(rule, scale, inputs, half)
     if grids[0].alone:
-        out, lse = grids[0].forward(*grids[0].inputs(inputs, 0))
+        out, lse = grids[0].forward(*grids[0].load_all(inputs, 0))
         return heads_last(out, query, value_dim), _tokens_first(lse, shape)
     out, lse = query.new_empty(*shape, value_dim), query.new_empty(shape, dtype=dtype)
     for views in grids:
         for index in range(len(views.chunks)):
-            own_out, own_lse = views.forward(*views.inputs(inputs, index))
+            own_out, own_lse = views.forward(*views.load_all(inputs, index))
             views.store(out, index, own_out)
             views.store(lse, index, own_lse)
     return out, lse
@@ -117,12 +120,11 @@ def backward(
     grad_additional = [None if x is None else x.new_zeros(x.shape, dtype=dtype) for x in additional]
     for views in grids:
         for index, chunk in enumerate(views.chunks):
-            q, k, v = views.inputs(inputs, index)
-            grad = views.load(grad_out, index)
             if half:
+                q, k, v, grad = views.load_all(inputs, index, grad_out)
                 own_out, own_lse = views.forward(q, k, v)
             else:
-                own_out, own_lse = views.load(out, index), views.load(lse, index)
+                q, k, v, grad, own_out, own_lse = views.load_all(inputs, index, grad_out, out, lse)
             if grad_lse is not None:
                 grad[..., value_dim] = views.load(grad_lse, index)
                 own_out[..., value_dim] = -1.0
@@ -141,4 +143,6 @@ def backward(
             for x, total in zip(dkv, grad_kv):
                 views.add(total, index, x)
     grads = (grad_query, *grad_kv, None, *grad_additional)
-    return Gradients(*(None if x is None else x.to(query.dtype) for x in grads))
+    if half:
+        grads = tuple([None if x is None else x.to(query.dtype) for x in grads])
+    return Gradients(*grads)

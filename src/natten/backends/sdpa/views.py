@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from ...tuning import Bounded
 from ..tiled.grids import Chunk, Looks, TileGrid, add_kv_blocks, geometry, make_mask
 
 COPIED = 1 << 21  # the most numbers that are copied before a call; 8 MB in float32
+OWN_MASK = 1 << 19  # bytes; a larger mask is the store's only
 VIEWS = 16  # how many are kept for a grid of tiles; about 1 KB each
 
 
@@ -64,7 +66,8 @@ class _View(NamedTuple):
         return x.as_strided(self.shape, self.stride, x.storage_offset() + self.offset)
 
 
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+@functools.lru_cache
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a contiguous tensor."""
     return (*[math.prod(shape[i:]) for i in range(1, len(shape))], 1)
 
@@ -110,7 +113,12 @@ class TileViews:
         self.matrices = 2 * self.rank + (
             self.alone or sizes.heads > 1 or sizes.num_additional is not None
         )
-        self._views = Bounded(VIEWS)
+        self._views, self._known = Bounded(VIEWS), Bounded(VIEWS)
+        # Small masks are kept here, too, because asking the store takes a part of a small call.
+        mask_bytes = math.prod(grid.query_sizes) * (self.cols + self.num_additional)
+        mask_bytes *= dtype.itemsize * self.masked
+        self._mask_bytes = mask_bytes if mask_bytes <= OWN_MASK else 0
+        self._mask: Tensor | None = None
         self.chunks: list[Chunk | None] = [None]
         if not (self.alone or self._all_views(sizes)):
             self.chunks = list(self._chunks(sizes))
@@ -118,8 +126,8 @@ class TileViews:
                 self._views.clear()
 
     def bytes(self) -> int:
-        """About how many bytes the views take."""
-        return 1024 * (1 + VIEWS) + 512 * len(self.chunks)
+        """About how many bytes the views take, with their mask."""
+        return 1024 * (1 + 2 * VIEWS) + 512 * len(self.chunks) + self._mask_bytes
 
     def _chunks(self, sizes: Sizes) -> Iterable[Chunk | None]:
         """Slices of tiles for which no more numbers are copied than the inputs hold."""
@@ -142,22 +150,54 @@ class TileViews:
         layouts = (sizes.shape, sizes.heads, self.kv_heads), (sizes.key_shape, self.kv_heads, None)
         for space, heads, kv_heads in layouts:
             shape = torch.Size((sizes.batch, *space, heads, self.width))
-            if self._view_of(0, kv_heads, shape, _contiguous(shape)).merged is not None:
+            if self._view_of(0, kv_heads, shape, contiguous(shape)).merged is not None:
                 return False
         return True
 
     @property
     def mask(self) -> Tensor | None:
         """The mask that is added to the scores; the store of masks is bounded and may drop it."""
-        return _mask(self.grid.looks, self.dtype, self.num_additional) if self.masked else None
+        if self._mask is None and self.masked:
+            mask: Tensor = _mask(self.grid.looks, self.dtype, self.num_additional)
+            if not self._mask_bytes:
+                return mask
+            self._mask = mask
+        return self._mask
 
-    def inputs(self, inputs: Inputs, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of a chunk, with the same numbers of heads and channels."""
+    def load_all(self, inputs: Inputs, index: int, *queries: Tensor) -> Sequence[Tensor]:
+        """Queries, keys and values of a chunk, with the same numbers of heads and channels, and
+        what :meth:`load` makes of ``queries``."""
+        # Where all of them are views, which is the rule, they are looked up together, in one
+        # function. The calls before have driven Python's code out of the processor's caches, so
+        # that a small call waits for each further function.
+        query, key, value, *_ = inputs
+        tensors = query, key, value, *queries
+        strides: tuple[Any, ...] = (index,)
+        for x in tensors:
+            strides += (x.stride(),)
+        known: list[_View] = self._known.find(strides, self._known_views, index, tensors)
+        if known:
+            found = []
+            for x, view in zip(tensors, known):
+                shape, stride, offset, *_ = view
+                # Without an offset it keeps the tensor's own.
+                at = x.storage_offset() + offset if offset else None
+                found.append(x.as_strided(shape, stride, at))
+            return found
         return (
             self.load(inputs.query, index),
             self._keys(inputs.key, inputs.additional_keys, index),
             self._keys(inputs.value, inputs.additional_values, index),
+            *[self.load(x, index) for x in queries],
         )
+
+    def _known_views(self, index: int, tensors: Sequence[Tensor]) -> list[_View]:
+        """Views of query, key, value and further tensors of queries; none if any is a copy."""
+        views = [
+            self._view(x, index, None if 1 <= i <= 2 else self.kv_heads)
+            for i, x in enumerate(tensors)
+        ]
+        return views if all(view.ready for view in views) else []
 
     def _keys(self, x: Tensor, additional: Tensor | None, index: int) -> Tensor:
         view = self._view(x, index, None)

@@ -120,7 +120,7 @@ class TileGrid:
     @cached_property
     def looks(self) -> Looks:
         """What decides the mask; tiles of many layouts look alike."""
-        return tuple((run.starts, run.ends, run.key_size) for run in self.runs)
+        return Looks((run.starts, run.ends, run.key_size) for run in self.runs)
 
     def mask(self) -> Tensor | None:
         """The mask that is added to scores, float32 ``[queries, keys]``; None for full blocks."""
@@ -133,7 +133,18 @@ class TileGrid:
 
 # Of an axis, where each query's window starts and ends inside the block of keys, and its length.
 Look = tuple[tuple[int, ...], tuple[int, ...], int]
-Looks = tuple[Look, ...]
+
+
+class Looks(tuple[Look, ...]):
+    """The looks of all axes. They are hashed once, because every call looks its masks up, and
+    hashing the windows of many queries takes as long as a small call."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
 
 
 def make_mask(looks: Looks) -> Tensor:
