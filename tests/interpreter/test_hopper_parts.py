@@ -110,8 +110,9 @@ class Places:
     """A pipeline that notes where a block's pieces are, and which ones they are."""
 
     def produce(
-        self, stage: Any, tensors: Any, bases: Any, places: Any, at_seam: bool = False
-    ) -> None:
+        self, stage: Any, tensors: Any, bases: Any, places: Any, at_seam: bool = False,
+        TOKENS: int = 0,
+    ) -> None:  # fmt: skip
         self.found = [numbers(x) for x in places]
         self.pieces = "SEAM_PIECE" if at_seam else "PIECE"
 

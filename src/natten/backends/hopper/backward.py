@@ -22,7 +22,7 @@ from ..triton.launch import kernel
 from ..triton.primitives import LN2
 from .bias import Bias, bias_of
 from .documents import num_tiles_of
-from .geometry import OWN, WARPS, Geometry, Part, mma_layout, volume
+from .geometry import OWN, WARPS, Geometry, Part, fetched_tokens, mma_layout, rows_held, volume
 from .gluon_names import (
     aggregate,
     fence_async_shared,
@@ -146,6 +146,7 @@ def _column_lse_delta(blocks, stage, WHICH: gl.constexpr, SCORES: gl.constexpr):
 def _fetch_tiles(ctx):
     """Warp that fetches each warpgroup's tiles."""
     g = ctx.geometry
+    TOKENS: gl.constexpr = fetched_tokens(g.TILE)
     tile_iteration = 0
     for tile_id in range(ctx.first_program(), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
@@ -154,10 +155,10 @@ def _fetch_tiles(ctx):
         if not ctx.BESIDE:
             gdc_wait()  # until the kernel before has ended; what comes first need not
         places = g.places_of_tile(side, g.first_of(tile, 0))
-        ctx.tiles[0].produce(tile_iteration, ctx.outer, bases, places)
+        ctx.tiles[0].produce(tile_iteration, ctx.outer, bases, places, TOKENS=TOKENS)
         if g.WARPGROUPS == 2:
             places = g.places_of_tile(side, g.first_of(tile, 1))
-            ctx.tiles[1].produce(tile_iteration, ctx.outer, bases, places)
+            ctx.tiles[1].produce(tile_iteration, ctx.outer, bases, places, TOKENS=TOKENS)
         tile_iteration += 1  # noqa: SIM113
 
 
@@ -182,7 +183,7 @@ def _fetch_blocks(ctx):
         if ctx.HAS_ADDITIONAL:
             tensors = ctx.additional.tensors
             bases = tma_bases(tensors, tile.batch, side.group, first_head)
-            for position in range(0, ctx.additional.count, volume(g.BLOCK)):
+            for position in range(0, ctx.additional.count, rows_held(g.BLOCK)):
                 ctx.blocks.produce(stage, tensors, bases, ((0, 0, position),))
                 stage += 1
         for head in range(first_head, first_head + heads):
@@ -297,7 +298,7 @@ def _leave(ctx, tile, block, head, ds):
 @gluon.jit
 def _add_additional(ctx, tile, batch, acc, stage):
     """Add the additional tokens' part of dQ; they come from a stage on."""
-    N: gl.constexpr = volume(ctx.geometry.BLOCK)
+    N: gl.constexpr = rows_held(ctx.geometry.BLOCK)
     DTYPE: gl.constexpr = tile.gv.dtype
     blocks = ctx.blocks
     lse, delta = tile.lse_delta  # [M, 1]
@@ -362,7 +363,7 @@ def _walk(ctx, tile, first, operands, bias, head, stage, acc, acc_v):
 def _sum_gradients(ctx, WARPGROUP: gl.constexpr):
     """Warpgroup that makes the gradients of its tokens of each tile."""
     g, tiles = ctx.geometry, ctx.tiles[WARPGROUP]
-    M: gl.constexpr = volume(g.TILE)
+    M: gl.constexpr = rows_held(g.TILE)
     DTYPE: gl.constexpr = ctx.inner[QK].descriptor.dtype
     tile_iteration = 0
     stage = 0  # of the tile's first block
@@ -458,7 +459,7 @@ def _mask(
     bounds = ()
     if KIND == COMPARE:
         FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-        bounds = (gl.allocate_shared_memory(gl.int32, [6, volume(g.TILE)], FLAT),)
+        bounds = (gl.allocate_shared_memory(gl.int32, [6, rows_held(g.TILE)], FLAT),)
     return Mask(g, tables, bounds, KIND, ENDS, BY_ROW, STEPS)
 
 
@@ -569,6 +570,8 @@ def backward_kernel(
     blocks = tma_pipeline(
         inner, STAGES, WARPGROUPS, PIECES, MASKS_BLOCKS, CLEARED, not MASKS_BLOCKS
     )
+    if fetched_tokens(BLOCK) > 0:
+        blocks.fill()
     tables = column_tables(g, MASK, ENDS, BY_ROW, STEPS, TABLES)
     ROWS: gl.constexpr = volume(TILE) // TILE[2] if PACKED else 1
     tiles = (tma_pipeline(outer, 1, 1, ROWS, False, CLEARED),)
@@ -600,7 +603,7 @@ def backward_kernel(
         left_ds=left_ds,
         BESIDE=OVERLAP and PASS != DQ, NEXT_BESIDE=OVERLAP and PASS != DKDV and PASS != DV,
         QK_CHUNKS=QK_CHUNKS, V_CHUNKS=V_CHUNKS, SUM_CHUNKS=V_CHUNKS if PASS == DV else QK_CHUNKS,
-        SCORES=mma_layout(volume(BLOCK)),
+        SCORES=mma_layout(rows_held(BLOCK)),
     )  # fmt: skip
     # Triton has no variable for a list of functions, so the roles are put together in place.
     gl.warp_specialize(

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..triton.launch import kernel
-from .geometry import OWN, Geometry, volume
+from .geometry import OWN, Geometry, rows_held
 from .gluon_names import aggregate, gdc_launch_dependents, gdc_wait, gl, gluon
 from .masks import MASKED
 
@@ -82,7 +82,7 @@ class TileBias:
             at = gl.minimum(gl.maximum(at, LEAST), self.bias.size - MARGIN)
             row0, row1, row2 = g.tokens((0, 0, 0), SCORES)  # [M] each
             rows = row0 * STRIDES[0] + row1 * STRIDES[1] + row2
-            c = gl.arange(0, volume(g.BLOCK), gl.SliceLayout(0, SCORES))  # [N]
+            c = gl.arange(0, rows_held(g.BLOCK), gl.SliceLayout(0, SCORES))  # [N]
             columns = g.in_block(c, 0) * STRIDES[0] + g.in_block(c, 1) * STRIDES[1]
             columns += g.in_block(c, 2)
             table = self.bias.tables[0] + self.head.to(gl.int64) * self.bias.size

@@ -42,6 +42,11 @@ def queries(rule: Rule, shape: Sequence[int]) -> int:
     return PART if rule.query_offset is not None or ragged else OWN
 
 
+def rows_held(shape: Sequence[int]) -> int:
+    """Rows of a matrix that holds a tile or a block, as kernels have them: a power of two."""
+    return 1 << (math.prod(shape) - 1).bit_length()
+
+
 def warpgroups(tiles: Tiles) -> int:
     """How many of a program compute: one or two."""
     return tiles.num_warps // WARPS

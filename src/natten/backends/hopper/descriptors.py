@@ -39,6 +39,7 @@ from ...tiling import padded
 from ...tuning import Bounded, cached
 from ..interface import Shape
 from ..triton.fast_launch import KEPT
+from .cuts import rows_held
 from .gluon_names import TensorDescriptor, gl
 from .tiles import MOST
 
@@ -74,10 +75,18 @@ class _Earlier:
 
 
 class Describe:
-    """A function of a tensor that has a view: its descriptor, for blocks of one shape and dtype."""
+    """A function of a tensor that has a view: its descriptor, for blocks of one shape and dtype.
+
+    Types of kernels are powers of two. So of other blocks the type has its tokens in a row, and
+    room for more; TMA copies a :attr:`box`, whose tokens it has in a row, too.
+    """
 
     def __init__(self, view: View, block: Sequence[int], layout: Any) -> None:
-        self.view, self.block, self.layout = view, list(block), layout
+        self.view, self.box, self.layout = view, list(block), layout
+        self.block = self.box
+        tokens = block[1:-1]
+        if any(n & (n - 1) for n in tokens):
+            self.block = [1, 1, 1, rows_held(tokens), block[-1]]
         self.maps = Bounded(KEPT)
         self._newest = self  # of tensors that lie alike, as keys and values do
 
@@ -85,7 +94,7 @@ class Describe:
         """The same of tensors that have another view."""
         found = self._newest
         if found.view is not view:
-            found = self._newest = Describe(view, self.block, self.layout)
+            found = self._newest = Describe(view, self.box, self.layout)
         return found
 
     def __call__(self, tensor: Tensor) -> TensorDescriptor:

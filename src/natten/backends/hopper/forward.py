@@ -11,7 +11,7 @@ from ..triton.launch import kernel
 from ..triton.primitives import LN2, ROUNDING
 from .bias import Bias, bias_of
 from .documents import num_tiles_of
-from .geometry import OWN, WARPS, Geometry, Part, mma_layout, volume
+from .geometry import OWN, WARPS, Geometry, Part, fetched_tokens, mma_layout, rows_held, volume
 from .gluon_names import (
     aggregate,
     fence_async_shared,
@@ -75,6 +75,7 @@ class Context:
 def _fetch_queries(ctx):
     """Warp that fetches each warpgroup's queries."""
     g = ctx.geometry
+    TOKENS: gl.constexpr = fetched_tokens(g.TILE)
     tile_iteration = 0
     for tile_id in range(gl.program_id(0), g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
@@ -82,10 +83,10 @@ def _fetch_queries(ctx):
         bases = tma_bases(tensors, tile.batch, side.bases, tile.head, ctx.HALF_ALIGNED)
         places = g.places_of_tile(side, g.first_of(tile, 0))
         gdc_wait()  # until the kernel before has ended; what comes first need not
-        ctx.queries[0].produce(tile_iteration, tensors, bases, places)
+        ctx.queries[0].produce(tile_iteration, tensors, bases, places, TOKENS=TOKENS)
         if g.WARPGROUPS == 2:
             places = g.places_of_tile(side, g.first_of(tile, 1))
-            ctx.queries[1].produce(tile_iteration, tensors, bases, places)
+            ctx.queries[1].produce(tile_iteration, tensors, bases, places, TOKENS=TOKENS)
         tile_iteration += 1  # noqa: SIM113
 
 
@@ -103,7 +104,7 @@ def _fetch_blocks(ctx):
         if ctx.HAS_ADDITIONAL:
             tensors = ctx.additional.tensors
             bases = tma_bases(tensors, tile.batch, side.group, head)
-            for position in range(0, ctx.additional.count, volume(g.BLOCK)):
+            for position in range(0, ctx.additional.count, rows_held(g.BLOCK)):
                 places = ((0, 0, position),)
                 ctx.keys.produce(stage, tensors[:1], (bases[0],), places)
                 ctx.values.produce(stage, tensors[1:], (bases[1],), places)
@@ -162,8 +163,8 @@ def _attend(ctx, WARPGROUP: gl.constexpr):
     """Warpgroup that computes the attention of its queries of each tile."""
     g, keys, values = ctx.geometry, ctx.keys, ctx.values
     queries, out_buffer = ctx.queries[WARPGROUP], ctx.outs[WARPGROUP]
-    M: gl.constexpr = volume(g.TILE)
-    N: gl.constexpr = volume(g.BLOCK)
+    M: gl.constexpr = rows_held(g.TILE)
+    N: gl.constexpr = rows_held(g.BLOCK)
     ROWS: gl.constexpr = gl.SliceLayout(1, ctx.SCORES)
     tile_iteration = 0
     stage = 0  # of the tile's first block
@@ -375,6 +376,9 @@ def forward_kernel(
     HAS_WARP: gl.constexpr = HAS_KEY_MASK or clears(QK_CLEARED)  # beside those that fetch
     keys = tma_pipeline(k, STAGES, WARPGROUPS, PIECES, HAS_KEY_MASK, QK_CLEARED, not HAS_KEY_MASK)
     values = tma_pipeline((v,), STAGES, WARPGROUPS, PIECES, HAS_KEY_MASK)
+    if fetched_tokens(BLOCK) > 0:
+        keys.fill()
+        values.fill()
     ROWS: gl.constexpr = volume(TILE) // TILE[2] if PACKED else 1
     queries = (tma_pipeline(q, 1, 1, ROWS, False, QK_CLEARED),)
     if WARPGROUPS == 2:
@@ -391,7 +395,7 @@ def forward_kernel(
         HAS_ADDITIONAL=HAS_ADDITIONAL, HAS_MASKS=HAS_KEY_MASK or HAS_ADDITIONAL_MASK,
         HAS_BIAS=len(BIAS_STRIDES) > 0, HALF_ALIGNED=HALF_ALIGNED,
         OWN_OUT=OWN_OUT or HALF_ALIGNED, QK_CHUNKS=QK_CHUNKS, V_CHUNKS=V_CHUNKS,
-        SCORES=mma_layout(volume(BLOCK)),
+        SCORES=mma_layout(rows_held(BLOCK)),
     )  # fmt: skip
     # Triton has no variable for a list of functions, so the roles are put together in place.
     gl.warp_specialize(

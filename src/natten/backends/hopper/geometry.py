@@ -1,6 +1,7 @@
 """Where a program's tiles and blocks are: the geometry that forward and backward walk.
 
-A tile is 64 tokens of each warpgroup, queries or keys; a block is tokens of the other kind. Tiles
+A tile is up to 64 tokens of each warpgroup, queries or keys; a block is tokens of the other kind.
+Where they are fewer than a matrix has rows, the last rows stand for none (``uneven.py``). Tiles
 of two warpgroups are neighbors along ``SPLIT_AXIS``. Blocks begin at the first partner of the
 tile's first token and are walked with ``SPLIT_AXIS`` outermost, so that those with partners of one
 warpgroup's tokens follow one another. Partners of a query are the keys of its window, those of a
@@ -44,6 +45,19 @@ TABLE_WIDTH = gl.constexpr(documents.TABLE_WIDTH)
 def volume(shape):
     """Tokens of a shape of three axes."""
     return shape[0] * shape[1] * shape[2]
+
+
+@gluon.constexpr_function
+def rows_held(shape):
+    """Rows of a matrix that holds a shape's tokens: a power of two. The last ones may be none."""
+    return 1 << (shape[0] * shape[1] * shape[2] - 1).bit_length()
+
+
+@gluon.constexpr_function
+def fetched_tokens(shape):
+    """Tokens of a shape that TMA fetches, 0 if they fill the matrix that holds them."""
+    tokens = shape[0] * shape[1] * shape[2]
+    return tokens if tokens & (tokens - 1) else 0
 
 
 @gluon.constexpr_function
@@ -430,9 +444,12 @@ class Geometry:
 
     @gluon.jit
     def tokens(self, first, LAYOUT: gl.constexpr):
-        """Tokens of a warpgroup's rows, per axis ``[M]``; they may be past the end."""
+        """Tokens of a warpgroup's rows, per axis ``[M]``; they may be past the end. Rows that are
+        no token are as the last one that is."""
         TILE: gl.constexpr = self.TILE
-        row = gl.arange(0, volume(TILE), gl.SliceLayout(1, LAYOUT))  # [M]
+        row = gl.arange(0, rows_held(TILE), gl.SliceLayout(1, LAYOUT))  # [M]
+        if fetched_tokens(TILE) > 0:
+            row = gl.minimum(row, volume(TILE) - 1)
         i0 = first[0] + row // (TILE[1] * TILE[2])
         i1 = first[1] + row // TILE[2] % TILE[1]
         return i0, i1, first[2] + row % TILE[2]
@@ -447,7 +464,11 @@ class Geometry:
         else:
             row = base + i0 * (self.dilation[0] * steps[1]) + i1 * (self.dilation[1] * steps[2])
             row += i2 * (self.dilation[2] * steps[3])
-        return row, (i0 < side.length[0]) & (i1 < side.length[1]) & (i2 < side.length[2])
+        real = (i0 < side.length[0]) & (i1 < side.length[1]) & (i2 < side.length[2])
+        if fetched_tokens(self.TILE) > 0:  # the matrix's last rows are none
+            number = gl.arange(0, rows_held(self.TILE), i0.type.layout)
+            real = real & (number < volume(self.TILE))
+        return row, real
 
     @gluon.jit
     def block_start(self, block, origin):
@@ -469,8 +490,11 @@ class Geometry:
 
     @gluon.jit
     def in_block(self, k, AXIS: gl.constexpr):
-        """Positions along an axis, inside a block, of its tokens ``k``."""
+        """Positions along an axis, inside a block, of its tokens ``k``; those that are none are as
+        the last one that is."""
         BLOCK: gl.constexpr = self.BLOCK
+        if fetched_tokens(BLOCK) > 0:
+            k = gl.minimum(k, volume(BLOCK) - 1)
         PIECE: gl.constexpr = self.PIECE
         COUNTS: gl.constexpr = [BLOCK[0] // PIECE[0], BLOCK[1] // PIECE[1], BLOCK[2] // PIECE[2]]
         if len(self.tile_table) > 0:  # pieces are rows
@@ -518,7 +542,8 @@ class Geometry:
     def fetch(self, pipeline, stage, tensors, bases, side, start):
         """Have a pipeline fetch a block of a side's tokens, which begins at ``start``."""
         if self.SEAM_PIECE == self.PIECE:
-            pipeline.produce(stage, tensors, bases, self._places(side, start, False))
+            places = self._places(side, start, False)
+            pipeline.produce(stage, tensors, bases, places, TOKENS=fetched_tokens(self.BLOCK))
         else:
             if self._crosses_seam(start):
                 pipeline.produce(stage, tensors, bases, self._places(side, start, True), True)

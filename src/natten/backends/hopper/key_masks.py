@@ -12,7 +12,7 @@ away. So masked tokens of a block are set to zero in shared memory.
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
 
 from ..triton.windows import CIRCULAR
-from .geometry import Geometry, volume, wrapped
+from .geometry import Geometry, rows_held, wrapped
 from .gluon_names import aggregate, barrier, gdc_wait, gl, gluon, reinterpret
 from .masks import MASKED, ROOT
 
@@ -187,7 +187,7 @@ def mask_blocks(key_mask, pipelines, num_additional):
     """Warp that masks blocks that have been fetched: of the first of the pipelines, which has keys,
     and of others; additional tokens come first."""
     g = key_mask.geometry
-    N: gl.constexpr = volume(g.BLOCK)
+    N: gl.constexpr = rows_held(g.BLOCK)
     STAGES: gl.constexpr = pipelines[0].STAGES
     ROWS: gl.constexpr = gl.BlockedLayout([1, 2], [LANES, 1], [1, 1], [1, 0])
     lane = _lane(gl.program_id(0))

@@ -10,7 +10,7 @@ both factors of a product are tables that come with tiles and blocks (``flat.py`
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
 
 from ..triton.windows import UNIT
-from .geometry import WARPS, Geometry, Group, volume
+from .geometry import WARPS, Geometry, Group, fetched_tokens, rows_held
 from .gluon_names import aggregate, fence_async_shared, gl, gluon
 from .products import add_product, multiply
 from .tiles import MASK_KINDS
@@ -95,8 +95,9 @@ class Mask:
             from2, to2 = starts[2][:, None] - (c - ENDS[1]), ends[2][:, None] - (c - ENDS[1])
         from1, to1 = starts[1][:, None] - (c - ENDS[0]), ends[1][:, None] - (c - ENDS[0])
         from0, to0 = starts[0][:, None] - c, ends[0][:, None] - c
-        # Where there are no tables, all rows are masked at the columns of the mask of keys.
-        rest = -FAR if len(self.tables) > 0 else FAR
+        # Where there are no tables, all rows are masked at the columns of the mask of keys; and at
+        # the last column, if some of a block's are no key.
+        rest = FAR if len(self.tables) == 0 or fetched_tokens(g.BLOCK) > 0 else -FAR
         low = gl.where(c < ENDS[1], from1, gl.where(c < ENDS[2], from2, rest))
         high = gl.where(c < ENDS[1], to1, gl.where(c < ENDS[2], to2, FAR))
         return gl.where(c < ENDS[0], from0, low), gl.where(c < ENDS[0], to0, high)
@@ -223,7 +224,7 @@ def _column_factor(
     column's position do not have the key.
     """
     BLOCK: gl.constexpr = g.BLOCK
-    k = gl.arange(0, volume(BLOCK), gl.SliceLayout(1, LAYOUT))[:, None]  # [N, 1]
+    k = gl.arange(0, rows_held(BLOCK), gl.SliceLayout(1, LAYOUT))[:, None]  # [N, 1]
     c = gl.arange(0, STEPS * 16, gl.SliceLayout(0, LAYOUT))[None, :]  # [1, C]
     start = c - ENDS[1]
     if BY_ROW:
@@ -234,6 +235,8 @@ def _column_factor(
     own1 = g.in_block(k, 1) == c - ENDS[0]
     own0 = g.in_block(k, 0) == c
     own = gl.where(c < ENDS[0], own0, gl.where(c < ENDS[1], own1, own2 & (c < ENDS[2])))
+    if fetched_tokens(BLOCK) > 0:
+        own = gl.where(k < fetched_tokens(BLOCK), own, c == STEPS * 16 - 1)
     return gl.where(own, -ROOT, 0.0).to(gl.bfloat16)
 
 
@@ -246,7 +249,7 @@ def _stored(
     blocks along the last axis, others are all of the first."""
     SHARED: gl.constexpr = gl.NVMMASharedLayout(32 * STEPS, 16, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [16 // STEPS, 2 * STEPS], [WARPS, 1], [1, 0])
-    shape: gl.constexpr = [COUNT, volume(g.BLOCK), 16 * STEPS]
+    shape: gl.constexpr = [COUNT, rows_held(g.BLOCK), 16 * STEPS]
     factors = gl.allocate_shared_memory(gl.bfloat16, shape, SHARED)
     for j in gl.static_range(COUNT):
         factor = _column_factor(g, j if IS_TABLE else 0, ENDS, BY_ROW, STEPS, ROWS)

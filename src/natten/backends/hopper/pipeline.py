@@ -93,10 +93,17 @@ def rows_of(buffer):
 
 
 @gluon.constexpr_function
-def _bytes(tensors, pieces, at_seam):
-    """Bytes of that many pieces of each of the tensors."""
+def _bytes(tensors, pieces, at_seam, tokens):
+    """Bytes of that many pieces of each of the tensors, in which so many tokens are fetched; 0
+    stands for all that there is room for."""
     every = [tensor.at_seam[0] if at_seam else tensor.descriptor for tensor in tensors]
-    return pieces * sum(each.block_type.nbytes for each in every)
+    total = 0
+    for each in every:
+        size = each.block_type.nbytes
+        if tokens > 0:
+            size = size // rows_of(each.block_type) * tokens
+        total += size
+    return pieces * total
 
 
 @gluon.constexpr_function
@@ -145,6 +152,15 @@ def _clear_beside(matrix, head, FIRST: gl.constexpr, END: gl.constexpr, WARPS: g
         _clear(matrix, FIRST + 4, END, WARPS)
     else:
         _clear(matrix, FIRST, END, WARPS)
+
+
+@gluon.jit
+def _fill(matrix):
+    """Lay zeros in a matrix, or if it is of LSE and delta a large number."""
+    DTYPE: gl.constexpr = matrix.dtype
+    LAYOUT: gl.constexpr = _row_layout(matrix.shape[1], WARPS)
+    NUMBER: gl.constexpr = 1e30 if gl.float32 == DTYPE else 0.0
+    matrix.store(gl.full(matrix.shape, NUMBER, DTYPE, LAYOUT))
 
 
 @aggregate
@@ -200,9 +216,13 @@ class TmaPipeline:
                 load_block(descriptor, at, self.fetched.index(index), piece)
 
     @gluon.jit
-    def produce(self, stage, tensors, bases, places, AT_SEAM: gl.constexpr = False):
-        """Acquire and commit; ``AT_SEAM``: in the smaller pieces."""
-        self.producer_acquire(stage, _bytes(tensors, len(places), AT_SEAM))
+    def produce(
+        self, stage, tensors, bases, places, AT_SEAM: gl.constexpr = False,
+        TOKENS: gl.constexpr = 0,
+    ):  # fmt: skip
+        """Acquire and commit; ``AT_SEAM``: in the smaller pieces. ``TOKENS``: of a piece, if they
+        are fewer than there is room for."""
+        self.producer_acquire(stage, _bytes(tensors, len(places), AT_SEAM, TOKENS))
         self.producer_commit(stage, tensors, bases, places, AT_SEAM)
 
     @gluon.jit
@@ -223,6 +243,15 @@ class TmaPipeline:
         for WHICH in gl.static_range(len(self.CLEARED) // 2):
             matrix = self.matrix(stage, WHICH)
             _clear_beside(matrix, head, self.CLEARED[2 * WHICH], self.CLEARED[2 * WHICH + 1], WARPS)
+
+    @gluon.jit
+    def fill(self):
+        """Before all else, lay in all rows what they keep if nothing is fetched to them: zeros, and
+        as LSE of queries so much that they attend nothing."""
+        for WHICH in gl.static_range(len(self.buffers)):
+            for STAGE in gl.static_range(self.STAGES):
+                _fill(self.matrix(STAGE, WHICH))
+        fence_async_shared()
 
     @gluon.jit
     def consumer_wait(self, stage, head=0):

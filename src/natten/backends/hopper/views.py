@@ -7,7 +7,6 @@ A kernel's ``kind`` is "forward", "dq" or "dkdv". Wide values have "dk" and "dv"
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +17,7 @@ from ...tiling import padded
 from ..interface import Shape, Tiles
 from ..triton.plan import strides_of_mask
 from . import tiles as tiling
+from .cuts import rows_held
 from .descriptors import (
     Describe,
     View,
@@ -178,6 +178,6 @@ class Views:
         dims, widths = (self._dim, self._value_dim), (tiling.native(self._dim), width)
         for name, dim, channels in zip(("keys", "values"), dims, widths):
             shape = self._batch, self._num_additional, self._kv_heads, dim
-            block = 1, 1, 1, math.prod(tiles.kv_block), channels
+            block = 1, 1, 1, rows_held(tiles.kv_block), channels
             found[f"additional_{name}"] = describe(contiguous_view(shape, (1,)), block, self._dtype)
         return found

@@ -32,6 +32,8 @@ class Describe(Protocol):
     """Makes a descriptor of a tensor."""
 
     maps: Bounded  # what Triton makes of descriptors, by the tensors' addresses
+    block: list[int]  # what a kernel's type says that TMA copies
+    box: list[int]  # what it copies, if that is less
 
     def __call__(self, tensor: Tensor) -> Any: ...
 
@@ -64,6 +66,18 @@ class Launch(Protocol):
 Launcher = Callable[[Launch, Addresses, Tensors], None]
 # Of a launch, its tensors and the stream: what the function in C takes.
 Arguments = Callable[[Launch, Addresses, Tensors, int], tuple[Any, ...]]
+
+
+def fit_boxes(compiled: Any, describe: Described) -> None:
+    """Have TMA copy boxes of which a kernel's types say that they are larger.
+
+    Triton encodes tensor maps as what it keeps beside a compiled kernel says, which it reads anew
+    in each process.
+    """
+    makers = [make for make in describe.values() if make is not None]
+    for meta, make in zip(compiled.metadata.tensordesc_meta, makers, strict=True):
+        if make.box != make.block:
+            meta["block_size"] = [*make.box[:-1], meta["block_size"][-1]]
 
 
 def build_launcher(compiled: Any) -> None:

@@ -22,7 +22,16 @@ from torch import Tensor
 from ... import compiling, tuning
 from ...tiling import padded
 from ...tuning import Bounded
-from .fast_launch import KEPT, Describe, Described, Launcher, build_launcher, described, launcher
+from .fast_launch import (
+    KEPT,
+    Describe,
+    Described,
+    Launcher,
+    build_launcher,
+    described,
+    fit_boxes,
+    launcher,
+)
 
 _log = logging.getLogger("natten")
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -180,6 +189,8 @@ class Launch:
             return
         if keep:  # threads compile for tensors whose addresses 16 divides
             compiling.await_kernel(self._compiled_for(named))
+        if any(make is not None and make.box != make.block for make in self.tensors.values()):
+            fit_boxes(self.kernel.warmup(grid=self.grid, **arguments), self.tensors)
         compiled = self.kernel[self.grid](**arguments)
         if keep and compiled is not None:  # the interpreter compiles nothing
             self._kernels.append(compiled)
