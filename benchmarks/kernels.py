@@ -73,6 +73,7 @@ HOPPER = [
     Variant("FLUX strided", (256, 256), 80, 128, stride=16),
     Variant("Hunyuan", (30, 48, 80), (18, 24, 24), 128),
     Variant("Hunyuan strided", (30, 48, 80), (18, 24, 24), 128, stride=(16, 8, 8)),
+    Variant("wan strided", (21, 45, 80), (9, 15, 24), 128, stride=(3, 5, 8)),
     Variant("causal", (30, 32, 32), (30, 16, 16), 128, causal=(True, False, False)),
     Variant("weather", (13, 91, 180), (5, 7, 7), 48),
     Variant("d72", (64, 64), 13, 72),

@@ -189,9 +189,11 @@ def test_the_short_way_passes_what_triton_passes(
         assert len(first) == len(short) and (not NEW or len(short) == 16)
 
 
-def run_forward(query: Tensor, key: Tensor, out: Tensor, lse: Tensor) -> None:
+def run_forward(
+    query: Tensor, key: Tensor, out: Tensor, lse: Tensor, rule: Neighborhood = RULE
+) -> None:
     """Launch the Hopper kernel, without additional tokens."""
-    plan = hopper_plan.plan_for(query, key, key, None, RULE, 0.125)
+    plan = hopper_plan.plan_for(query, key, key, None, rule, 0.125)
     plan.forward.run(
         query=query, key=key, value=key, out=out, additional_keys=None, additional_values=None,
         query_columns=None, key_columns=None, key_at_seam=key, value_at_seam=key, lse=lse,
@@ -214,6 +216,27 @@ def test_a_map_is_encoded_once_per_address(
     for x, encoded in ((q, 4), (q, every), (q, every), (q.clone(), every + 1), (q, every + 1)):
         run_forward(x, q, out, lse)
         assert encode.call_count == encoded
+
+
+def test_boxes_may_be_smaller_than_types(
+    launched: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Types are powers of two. Triton and the short way encode the tokens that there are."""
+    encode = Mock(return_value="map")
+    monkeypatch.setattr(driver.active.utils, ENCODE, encode)
+    rule = Neighborhood.create(3, (9, 15, 24), (3, 5, 8))
+    q = torch.empty(1, 21, 45, 80, 1, 64, dtype=torch.bfloat16)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    launch = hopper_plan.plan_for(q, q, q, None, rule, 0.125).forward
+    assert launch.arguments["TILE"] == (3, 5, 4)
+    of_query = launch.tensors["query"]
+    assert of_query.block == [1, 1, 1, 64, 64] and of_query.box == [1, 3, 5, 4, 64]
+    for _ in range(2):
+        run_forward(q, q, out, lse, rule)
+        boxes = [call.args[4] for call in encode.call_args_list]
+        assert boxes[0] == boxes[-1] == [1, 3, 5, 4, 64]  # of queries and outputs
+        assert boxes[1] == boxes[-2] == [1, *launch.arguments["BLOCK"], 64]
+        encode.reset_mock()
 
 
 def test_the_stream_is_asked_each_time(launched: Launches, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from natten.tiling import reach
 hopper = pytest.importorskip("natten.backends.hopper.tiles")
 triton = pytest.importorskip("natten.backends.triton.tiles")
 cuts = pytest.importorskip("natten.backends.hopper.cuts")
+uneven = pytest.importorskip("natten.backends.hopper.uneven")
 programs = pytest.importorskip("natten.backends.hopper.programs")
 
 Problem = tuple[Neighborhood, tuple[int, ...], tuple[int, ...]]
@@ -128,6 +129,62 @@ def test_the_search_prices_few(monkeypatch: pytest.MonkeyPatch) -> None:
         priced.clear()
         assert few < len(search.every()) / 20
         priced.clear()
+
+
+def test_tiles_follow_strides() -> None:
+    """A tile of one stride, or of a part of it, has one window, and its blocks no mask."""
+    rule, shape = Neighborhood.create(3, (9, 15, 24), (3, 5, 8)), (21, 45, 80)
+    pairs = math.prod(shape) * math.prod(rule.kernel_size)
+    for kind in KINDS:
+        tiles = hopper.choose(kind, rule, shape, shape, 128, 128)
+        tile, _ = cuts.tile_and_block(tiles, kind == "dkdv")
+        assert tile == (3, 5, 4) and tiles.split_axis == 2 and tiles.num_warps == 8
+        assert hopper.computed_pairs(kind, rule, shape, shape, tiles) < 1.15 * pairs
+        # Of other strides, and where a part may begin anywhere, all are powers of two.
+        part = Neighborhood.create(3, (9, 15, 24), (3, 5, 8), query_offset=0)
+        even = Neighborhood.create(3, (9, 15, 24), (1, 4, 8))
+        packed = hopper.candidates(kind, rule, shape, shape, 128, 128, packed=True)
+        others = [hopper.candidates(kind, each, shape, shape, 128, 128) for each in (part, even)]
+        for each in itertools.chain(packed, *others):
+            assert all(n & (n - 1) == 0 for n in each.q_block + each.kv_block)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_tiles_and_blocks_of_other_sizes(seed: int) -> None:
+    """They follow strides, most of a matrix is tokens, and blocks cover what a tile reaches."""
+    draw = random.Random(seed)
+    lengths = tuple(draw.randint(20, 60) for _ in range(3))
+    strides = tuple(draw.choice((1, 3, 5, 6, 7, 8)) for _ in range(3))
+    windows = tuple(s * draw.randint(1, 3) for s in strides)
+    for count, tile, span in uneven.tiles_of_strides(64, lengths, windows, strides):
+        assert 48 < math.prod(tile) <= 64
+        assert all(s % n == 0 or n % s == 0 for n, s in zip(tile, strides))
+        assert count == math.prod(-(-n // size) for n, size in zip(lengths, tile))
+        for n, k, s, size, reached in zip(lengths, windows, strides, tile, span):
+            rule = Neighborhood.create(1, k, s)
+            first, last = (x.tolist() for x in reach(rule, 0, n, n, 0, False))
+            spans = (last[min(i + size, n) - 1] - first[i] for i in range(0, n, size))
+            assert max(spans) <= reached
+        for columns in (64, 128):
+            for number, block in uneven.blocks_of_span(span, strides, columns):
+                assert columns * 3 // 4 < math.prod(block) <= columns
+                assert number == math.prod(-(-n // size) for n, size in zip(span, block))
+
+
+def test_small_windows_have_tiles_of_any_size() -> None:
+    """In large layouts, where they are estimated to take less, whatever the price."""
+    rule, shape = Neighborhood.create(2, 7), (128, 128)
+    for kind in KINDS:
+        search = hopper._Search(kind, rule, shape, shape, 64, 64)
+        cost, tiles = search.cheapest()
+        tile, _ = cuts.tile_and_block(tiles, kind == "dkdv")
+        assert tile == (1, 6, 10)
+        search.uneven = []
+        assert cost < 0.96 * search.cheapest()[0]
+        # Small layouts share kernels, and pieces of rings divide blocks.
+        ring = Neighborhood.create(2, 7, boundary="circular")
+        assert not hopper._Search(kind, rule, (64, 64), (64, 64), 64, 64).uneven
+        assert not hopper._Search(kind, ring, shape, shape, 64, 64).uneven
 
 
 def test_plain_attention_has_tiles() -> None:

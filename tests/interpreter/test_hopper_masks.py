@@ -6,6 +6,7 @@ They are the kernels' own code, run on scores of zero.
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 
@@ -21,6 +22,7 @@ from natten import tuning
 from natten.backends.hopper import backward, bias, key_masks, masks
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
+from natten.backends.hopper.cuts import rows_held
 from natten.backends.hopper.flat import Flat, flattened
 from natten.backends.hopper.flat_plan import FlatColumns
 from natten.backends.hopper.geometry import Geometry
@@ -45,7 +47,7 @@ class Keys:
 
     def __init__(self, key_mask, tile):
         self.key_mask, self.tile = key_mask, tile
-        self.rows = math.prod(key_mask.geometry.BLOCK)
+        self.rows = rows_held(key_mask.geometry.BLOCK)
 
     def consumer_wait(self, stage):
         pass
@@ -68,7 +70,8 @@ def walk(g, mask, key_mask, bias, tile, warpgroup, scores, starts, first_tokens)
     for axis in range(3):
         tl.store(first_tokens + axis, first[axis])
     of_tile, biases = mask.of_tile(tile, first, None), bias.of_tile(tile, first, tile.head)
-    rows, columns = tl.arange(0, tiling.ROWS), tl.arange(0, math.prod(g.BLOCK))
+    width = rows_held(g.BLOCK)
+    rows, columns = tl.arange(0, tiling.ROWS), tl.arange(0, width)
     before, end, count, block = g.own_blocks(first, tile)
     assert 0 <= before < end <= count
     q, keys = tl.full([tiling.ROWS, 16], 0, tl.bfloat16), Keys(key_mask, tile)
@@ -76,7 +79,7 @@ def walk(g, mask, key_mask, bias, tile, warpgroup, scores, starts, first_tokens)
         keys.block = block
         s = of_tile.scores(q, (), keys, i, block, biases, keys.factor(), None, (DIM,))
         s = of_tile.compare(s, block, i == 0)
-        at = (i * tiling.ROWS + rows[:, None]) * math.prod(g.BLOCK) + columns[None, :]
+        at = (i * tiling.ROWS + rows[:, None]) * width + columns[None, :]
         tl.store(scores + at, s)
         start, _ = g.block_start(block, tile.origin)
         for axis in range(3):
@@ -122,7 +125,7 @@ def masks_kernel(
     biases = bias.bias_of(g, tables, *table)
     kind = [ARGUMENTS[name] for name in ("MASK", "ENDS", "BY_ROW", "STEPS")]
     columns = masks.column_tables(g, *kind, ARGUMENTS["TABLES"])
-    size = math.prod(g.BLOCK) * tiling.ROWS
+    size = rows_held(g.BLOCK) * tiling.ROWS
     strides = [tl.full([], ARGUMENTS[f"m_{axis}"], tl.int32) for axis in "b012"]
     has_key_mask, factors = ARGUMENTS["HAS_KEY_MASK"], ()
     if has_key_mask and not g.OF_KEYS:
@@ -157,6 +160,12 @@ def grid(*sizes):
     return torch.cartesian_prod(*(torch.arange(n) for n in sizes)).reshape(-1, 3)
 
 
+def held(shape):
+    """:func:`grid` of what a matrix holds, whose last rows are as the last token."""
+    tokens = grid(*shape)
+    return tokens[torch.arange(rows_held(shape)).clamp(max=len(tokens) - 1)]
+
+
 def some_tiles(counts):
     """Numbers of tiles: one in the middle, and some at the ends of all axes, so that along any two
     axes each end meets each."""
@@ -169,7 +178,8 @@ def some_tiles(counts):
 def launch_of(kind, rule, shape, tiles, batch=1, heads=1, scale=1.0, bias_dtype=None, mask=None):
     """A launch, and its arguments with how the kernel makes its masks."""
     q = torch.empty(batch, *shape, heads, DIM, dtype=torch.bfloat16)
-    with tuning.trial(tiling.key(kind, rule, shape, shape, DIM, DIM, 2), list(tiles)):
+    measured = tuning.trial(tiling.key(kind, rule, shape, shape, DIM, DIM, 2), list(tiles))
+    with measured, mock.patch.object(tiling, "choose", lambda *_: tiles):  # a candidate or not
         plan = planning.plan_for(q, q, q, None, rule, scale, bias_dtype, None, (mask, None))
         launch = getattr(plan, kind)
     if kind != "forward":
@@ -193,15 +203,20 @@ def check(kind, rule, shape, tiles, rpb=None, key_mask=None):
     ids = some_tiles(counts) + math.prod(counts) * (math.prod(rule.dilation) - 1)  # last group
     most = math.prod(axis.most for axis in tiling.cuts(kind == "dkdv", rule, shape, shape)(tiles))
     sizes = arguments["WARPGROUPS"] * len(ids), most
-    scores = torch.full((*sizes, tiling.ROWS, math.prod(arguments["BLOCK"])), -math.inf)
+    width = rows_held(arguments["BLOCK"])
+    scores = torch.full((*sizes, tiling.ROWS, width), -math.inf)
     starts = torch.full((*sizes, 3), 1 << 20, dtype=torch.int32)  # where there is no block
     first = torch.zeros(sizes[0], 3, dtype=torch.int32)
     masks_kernel[(1,)](
         ids, scores, starts, first, tables, key_mask, len(ids), most, ARGUMENTS=arguments
     )
-    tokens = first[:, None] + grid(*arguments["TILE"])  # [tiles, rows, 3]
-    at = starts[:, :, None] + grid(*arguments["BLOCK"])  # [tiles, blocks, columns, 3]
-    expected, needed, offsets = torch.tensor(True), torch.tensor(1), []
+    tokens = first[:, None] + held(arguments["TILE"])  # [tiles, rows, 3]
+    at = starts[:, :, None] + held(arguments["BLOCK"])  # [tiles, blocks, columns, 3]
+    # Columns that are no token are masked; of dK and dV, what is there adds nothing.
+    of_block = torch.arange(width) < math.prod(arguments["BLOCK"])
+    expected, needed, offsets = of_block, torch.tensor(1), []
+    if kind == "dkdv":
+        scores[..., ~of_block] = -math.inf
     for axis in range(3):
         missing, n = 3 - len(shape), arguments[f"N{axis}"]
         start, stop = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
@@ -246,6 +261,30 @@ def test_masks_are_the_windows_and_scores_have_the_bias(problem, kind):
         check(kind, rule, shape, tiles, rpb if i % 2 == 0 else None, own)
 
 
+# Problems, and tiles and blocks that are no powers of two; warpgroups.
+STRIDED = (7, 11, 13), (6, 5, 8), (3, 5, 4)
+OTHER_SIZES = [
+    ((*STRIDED, 1, False), (3, 5, 4), (1, 8, 8), 2),
+    ((*STRIDED, 1, (True, False, False)), (2, 4, 8), (3, 5, 4), 1),
+    (((14, 38), (7, 9), (7, 7), (1, 2), False), (1, 7, 7), (1, 7, 9), 1),
+    (((13, 22), (5, 7), 1, 1, False), (1, 6, 10), (1, 3, 20), 2),
+    (((12, 20), (9, 15), (3, 5), 1, False), (1, 3, 20), (1, 12, 5), 1),  # blocks are full
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("problem", "tile", "block", "groups"), OTHER_SIZES)
+def test_tiles_and_blocks_need_not_be_powers_of_two(problem, tile, block, groups, kind):
+    shape, *parameters = problem
+    rule, work = rule_of(shape, *parameters), tiling.work(kind, DIM, DIM)
+    queries, keys = (block, tile) if kind == "dkdv" else (tile, block)
+    tiles = tiling.Tiles(queries, keys, 4 * groups, 2, 2, 3 - groups)
+    tiles = tiling.fitted(tiles, tiling.mask(kind, rule, shape, shape, tiles, work), work)
+    rpb = torch.randn(1, *(2 * k - 1 for k in rule.kernel_size))
+    mask = (torch.rand(*reversed(shape), 1) < 0.7).permute(*range(rule.rank, -1, -1))
+    check(kind, rule, shape, tiles, rpb, mask if kind != "dkdv" else None)
+
+
 @triton.jit
 def rows_kernel(found, key_mask, tile_id, ARGUMENTS: tl.constexpr):
     """Ones in the rows of a tile of keys, but zeros in those of masked keys."""
@@ -269,7 +308,7 @@ def test_gradients_of_masked_keys_are_zero(dilation):
     last = math.prod(arguments[f"T{axis}"] for axis in range(3)) * (2 * dilation**2 - 1)
     found = torch.full((tiling.ROWS, 16), math.nan)
     rows_kernel[(1,)](found, mask, last, ARGUMENTS=arguments)
-    tokens = grid(*arguments["TILE"])[:, 1:] * dilation + dilation - 1
+    tokens = held(arguments["TILE"])[:, 1:] * dilation + dilation - 1
     real = (tokens < torch.tensor(shape)).all(-1)
     expected = mask[1][tuple(tokens[real].T)].float()
     assert torch.equal(found[real], expected[:, None].expand(-1, 16))

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache, partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from ... import tuning
@@ -29,10 +30,12 @@ from .cuts import (
     cuts,
     in_rows,
     queries,
+    rows_held,
     tile_and_block,
     warpgroups,
 )
 from .flat import Flat, columns_of_rule, flattened
+from .uneven import blocks_of_span, may_be_uneven, tiles_of_strides
 
 ROWS = 64  # tokens of a warpgroup
 HEAD_DIMS = (32, 64, 128, 256, 512)  # channels that there are kernels for; of keys, up to 256
@@ -336,9 +339,16 @@ def _model_size(k: int, d: int, r: int, length: int, key_length: int) -> tuple[i
     return min(count, r * n), n
 
 
+def _is_padded(shape: Shape) -> bool:
+    """Whether some rows or columns of a tile or a block are no token."""
+    return rows_held(shape) > math.prod(shape)
+
+
 def mask_of(sliding: bool, axes: Sequence[Axis], tiles: Tiles, work: Work) -> Mask:
     """How three axes are masked; ``sliding``: every token of the last has a window of its own."""
-    if not any(axis.masked for axis in axes):
+    # A column of a product masks those of a block that are no key.
+    rest = int(not work.of_keys and _is_padded(tiles.kv_block))
+    if not any(axis.masked for axis in axes) and not rest:
         return Mask()
     # The windows of a tile's queries start in as many places, at the same distances everywhere.
     by_row = sliding and axes[2].masked and axes[2].tile < axes[2].block
@@ -347,10 +357,11 @@ def mask_of(sliding: bool, axes: Sequence[Axis], tiles: Tiles, work: Work) -> Ma
     if by_row:
         widths[2] = axes[2].tile
     tables = axes[2].most if by_row else 1
-    if sum(widths) > 32 or tables > 8 or not work.has_mask_registers:
+    columns = sum(widths) + rest
+    if columns > 32 or tables > 8 or not work.has_mask_registers:
         return Mask(COMPARE)
     ends = tuple(itertools.accumulate(widths))
-    return Mask(PRODUCT, ends, by_row, 1 if sum(widths) <= 16 else 2, tables)
+    return Mask(PRODUCT, ends, by_row, 1 if columns <= 16 else 2, tables)
 
 
 def slides(kind: str, rule: Rule) -> bool:
@@ -411,8 +422,8 @@ def _any_axes(kind: str, rule: Neighborhood, tiles: Tiles) -> tuple[Axis, ...]:
 
 
 def _columns(tiles: Tiles, work: Work) -> int:
-    """Tokens of a block."""
-    return math.prod(tile_and_block(tiles, work.of_keys)[1])
+    """Columns of a block's scores."""
+    return rows_held(tile_and_block(tiles, work.of_keys)[1])
 
 
 def shared_bytes(tiles: Tiles, mask: Mask, work: Work, own_out: bool) -> int:
@@ -452,6 +463,10 @@ def _has_registers(tiles: Tiles, work: Work) -> bool:
 _BLOCK_CYCLES, _TILE_CYCLES, _TILE_LATENCY = 100.0, 500.0, 3000.0
 _EXPOSED = 0.05  # of a block, where TMA takes longer
 _COMPARE_CYCLES = 4.0  # of a column of a partial block
+
+# What a block costs more if it or its tile is no power of two, of small windows (hopper-log.md),
+# and how many such tiles with blocks are priced.
+_UNEVEN_COST, _UNEVEN = 1.03, 10
 
 _L2_BYTES = 30.0  # that L2 gives a multiprocessor in a cycle, if all fetch (hopper-log.md)
 
@@ -661,6 +676,9 @@ class _Search:
                 [shape for shape in shapes if shape[2] >= PIECE_ROWS]
                 for shapes in _tiles_and_blocks(lengths, self.ways.work, kv_lengths)
             )
+        self.uneven: list[tuple[Shape, Shape]] = []  # tiles with blocks
+        if isinstance(rule, Neighborhood) and kv_lengths is None and not packed:
+            self.uneven = self._find_uneven(rule) if may_be_uneven(rule, shape) else []
         if kv_lengths is not None and not self.of_keys and isinstance(rule, Neighborhood):
             # The part begins where a stride does, and many that it stands for do not.
             self.tiles.sort(key=self._strides_within)
@@ -674,10 +692,25 @@ class _Search:
         axes = zip(tile[missing:], *sizes, rule.stride, rule.queries_per_key)
         return sum((size - 1) / (s * r) for size, n, m, s, r in axes if s > 1 and n < m * r)
 
+    def _find_uneven(self, rule: Neighborhood) -> list[tuple[Shape, Shape]]:
+        """The best tiles with blocks that are no powers of two (``uneven.py``), by what all blocks
+        take about."""
+        windows, strides = padded(rule.kernel_size, 1), padded(rule.stride, 1)
+        found = []
+        lengths = padded(self.cuts.q_lengths, 1)
+        for count, tile, span in tiles_of_strides(ROWS, lengths, windows, strides):
+            for columns in self.ways.work.block_sizes:
+                _, per_block, per_tile = self.ways.programs(columns, rule.rank)
+                for blocks, block in blocks_of_span(span, strides, columns):
+                    if tile not in self.tiles or block not in self.blocks:
+                        found.append((count * (blocks * per_block + per_tile), tile, block))
+        found.sort(key=itemgetter(0))
+        return [(tile, block) for _, tile, block in found[:_UNEVEN]]
+
     def every(self) -> list[Tiles]:
         """All tiles that fit, cheapest first."""
         costs: dict[Tiles, float] = {}
-        for tile, block in itertools.product(self.tiles, self.blocks):
+        for tile, block in [*itertools.product(self.tiles, self.blocks), *self.uneven]:
             costs.update((tiles, cost) for cost, tiles in self._fitting(tile, block))
         return sorted(costs, key=costs.__getitem__)
 
@@ -689,23 +722,36 @@ class _Search:
         for i in sorted(range(len(bounds)), key=bounds.__getitem__):
             if bounds[i] > best:
                 break
-            tile, block = divmod(i, len(self.blocks))
-            for cost, tiles in self._fitting(self.tiles[tile], self.blocks[block]):
+            for cost, tiles in self._fitting(*self._pair(i)):
                 if cost < best or (cost == best and i < at):
                     best, found, at = cost, tiles, i
         return found and (best, found)
 
+    def _pair(self, i: int) -> tuple[Shape, Shape]:
+        """The tile and the block of one of :meth:`_bounds`."""
+        tile, block = divmod(i, len(self.blocks))
+        count = len(self.tiles) * len(self.blocks)
+        return (self.tiles[tile], self.blocks[block]) if i < count else self.uneven[i - count]
+
     def priced(self, tiles: Tiles) -> tuple[float, Tiles] | None:
         """What tiles cost, with the stages that fit; None if none do, or an axis is too short."""
         tile, block = tile_and_block(tiles, self.of_keys)
-        return self._priced(tiles) if tile in self.tiles and block in self.blocks else None
+        suits = tile in self.tiles and block in self.blocks
+        if not suits and self.uneven:
+            lengths = padded(self.cuts.q_lengths, 1)
+            suits = all(
+                size == 1 or size < 2 * n
+                for each in (tile, block)
+                for size, n in zip(each, lengths)
+            )
+        return self._priced(tiles) if suits else None
 
     def _bounds(self) -> list[float]:
         """What each tile with each block costs at least, as if each warpgroup had blocks and a
         program of its own, and no mask."""
         least = []
         for block in self.blocks:
-            _, per_block, per_tile = self.ways.programs(math.prod(block), self.rule.rank)
+            _, per_block, per_tile = self.ways.programs(rows_held(block), self.rule.rank)
             # Sums are rounded, and a bound must stay one.
             least.append((*block, 0.999999 * per_block, 0.999999 * per_tile))
         bounds = []
@@ -717,22 +763,30 @@ class _Search:
             ]
             count = self.cuts.count(tile)
             bounds += [x[a] * y[b] * z[c] * block + count * each for a, b, c, block, each in least]
+        for tile, block in self.uneven:
+            _, per_block, per_tile = self.ways.programs(rows_held(block), self.rule.rank)
+            blocks = math.prod(map(self.cuts.least_blocks, range(3), tile, block))
+            bounds.append(0.999999 * (blocks * per_block + self.cuts.count(tile) * per_tile))
         return bounds
 
     def _fitting(self, tile: Shape, block: Shape) -> Iterator[tuple[float, Tiles]]:
         """What the ways to run a tile with a block cost, of those that fit."""
-        programs, *_ = self.ways.programs(math.prod(block), self.rule.rank)
+        programs, *_ = self.ways.programs(rows_held(block), self.rule.rank)
         both = (block, tile) if self.of_keys else (tile, block)
         return filter(None, (self._priced(Tiles(*both, *program)) for program in programs))
 
     def _priced(self, tiles: Tiles) -> tuple[float, Tiles] | None:
         pieces = in_rows(tiles, self.of_keys) if self.packed else self.cuts.pieces(tiles)
         axes = self.cuts.in_pieces(tiles, pieces.at_seam)
-        priced = self.ways.priced(tiles, self._mask(tiles, axes))
+        mask = self._mask(tiles, axes)
+        if mask.kind == COMPARE and _is_padded(tile_and_block(tiles, self.of_keys)[1]):
+            return None  # where each column is would take registers
+        priced = self.ways.priced(tiles, mask)
         if priced is None or not all(axis.fits for axis in axes):
             return None
         stages, each = priced
-        each = each._replace(block=each.block * pieces.cost)
+        is_uneven = _is_padded(tiles.q_block) or _is_padded(tiles.kv_block)
+        each = each._replace(block=each.block * pieces.cost * (_UNEVEN_COST if is_uneven else 1))
         return _cost(axes, tiles, each), tiles._replace(num_stages=stages)
 
     def _mask(self, tiles: Tiles, axes: Sequence[Axis]) -> Mask:
@@ -811,7 +865,8 @@ def masked(tiles: Tiles, mask: Mask, work: Work) -> tuple[Tiles, Mask, Work]:
     these are free, else as a factor of its own. For want of shared memory there are fewer stages,
     or fewer programs at once. What is computed stays the same.
     """
-    if mask.kind == PRODUCT and mask.tables == 1 and mask.ends[-1] <= 16 * mask.steps - 2:
+    is_free = mask.ends[-1] <= 16 * mask.steps - 2 and not _is_padded(tiles.kv_block)
+    if mask.kind == PRODUCT and mask.tables == 1 and is_free:
         mask = mask._replace(tables=0)
     columns = 16 if mask.tables else 16 * mask.steps
     work = work._replace(block_channels=work.block_channels + columns)
@@ -854,7 +909,7 @@ def computed_pairs(kind: str, rule: Rule, shape: Shape, key_shape: Shape, tiles:
     """Query-key pairs that a kernel computes per batch entry and head, wasted ones included."""
     found = cuts(kind == "dkdv", rule, shape, key_shape)
     blocks = math.prod(axis.blocks for axis in found(tiles)) * found.groups
-    return blocks * math.prod(tiles.q_block + tiles.kv_block)
+    return blocks * rows_held(tiles.q_block) * rows_held(tiles.kv_block)
 
 
 def excess(kind: str, rule: Rule, shape: Shape, key_shape: Shape, tiles: Tiles) -> float:

@@ -345,7 +345,7 @@ def usual(
     """
     found = search(kind, rule, shape, key_shape, *sizes)
     cheapest = found.cheapest()
-    more = _more_for_shared(rule, shape)
+    more = more_for_shared(rule, shape)
     if cheapest and more:
         assert isinstance(rule, Neighborhood)
         shared = _shared_tiles(search, kind, replace(rule, dilation=(1,) * rule.rank), *sizes)
@@ -355,7 +355,7 @@ def usual(
     return cheapest and cheapest[1]
 
 
-def _more_for_shared(rule: Rule, shape: Shape) -> float:
+def more_for_shared(rule: Rule, shape: Shape) -> float:
     """By what part of the cheapest tiles' cost others may cost more in a layout; 0 of a part, whose
     tiles are those of a rounded size, and of windows that nearly fill a layout: with its size, they
     change, too."""
