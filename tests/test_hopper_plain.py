@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import hopper, reference
 from hopper_problems import FLAT, PLAIN, id_of
+from masked import check_masks
 
 pytest.importorskip("triton", "3.6")  # the first with Gluon for Hopper
 
@@ -129,9 +130,8 @@ def test_windows_of_nearly_the_whole_layout_are_a_row() -> None:
     whole = Neighborhood.create(2, uneven)
     assert masks(uneven, whole) == {tiling.FIRST, tiling.NONE}
     mask = torch.ones(1, *uneven, dtype=torch.bool, device="meta")
-    for options in (
-        {"more": 3}, {"bias_dtype": torch.float32}, {"masks": (mask, None)}, {"lacks_a_row": True},
-    ):  # fmt: skip
+    assert masks(uneven, nearly, masks=(mask, None)) == {tiling.COLUMNS}
+    for options in ({"more": 3}, {"bias_dtype": torch.float32}, {"lacks_a_row": True}):
         assert tiling.COLUMNS not in masks(uneven, nearly, **options), options
     part = Neighborhood.create(2, (37, 65), query_offset=(0, 0))
     small, even = Neighborhood.create(2, 31), Neighborhood.create(2, 60)
@@ -231,6 +231,22 @@ def test_results_of_a_row(
     finally:
         torch.use_deterministic_algorithms(False)
         tuning._forget_choices()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("shape", "rule"), FLAT)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 80), (32, 24), (256, 256)])
+def test_masks_of_a_row(shape: Any, rule: Any, dims: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    always = lambda kinds, rule, space, *dims: flattened(rule, space)  # noqa: E731
+    monkeypatch.setattr(tiling, "in_a_row", always)
+    tuning._forget_choices()
+    sizes = (4, dims[0]), (2, dims[0]), (2, dims[1])
+    qkv = [torch.randn(3, *shape, *size, device="cuda", dtype=torch.bfloat16) for size in sizes]
+    mask = torch.rand(3, *reversed(shape), device="cuda") < 0.8
+    mask = mask.permute(0, *range(len(shape), 0, -1))  # no row of tokens
+    check_masks(Inputs(*qkv, key_mask=mask), rule, 0.3, (hopper, hopper))
+    tuning._forget_choices()
 
 
 # heads, heads of keys, head dim, value dim, gradient of the LSE, dtype

@@ -131,7 +131,7 @@ def masks_kernel(
     if has_key_mask and not g.OF_KEYS:
         factors = (masks.stage_factors(g, 1, *kind, ARGUMENTS["TABLES"]),)
     of_keys = key_masks.key_mask_of(
-        g, key_mask, strides, ARGUMENTS["m_last"], factors, has_key_mask
+        g, key_mask, strides, ARGUMENTS["m_last"], factors, has_key_mask, kind[0]
     )
     own_masks = [ARGUMENTS["make_mask"](g, columns, *kind) for _ in range(g.WARPGROUPS)]
     for i in range(count):
@@ -290,7 +290,7 @@ def rows_kernel(found, key_mask, tile_id, ARGUMENTS: tl.constexpr):
     """Ones in the rows of a tile of keys, but zeros in those of masked keys."""
     g = geometry_of(ARGUMENTS)
     strides = [tl.full([], ARGUMENTS[f"m_{axis}"], tl.int32) for axis in "b012"]
-    of_keys = key_masks.key_mask_of(g, key_mask, strides, ARGUMENTS["m_last"], (), True)
+    of_keys = key_masks.key_mask_of(g, key_mask, strides, ARGUMENTS["m_last"], (), True, masks.NONE)
     tile = g.tile(tile_id)
     ones = tl.full([tiling.ROWS, 16], 1.0, tl.float32)
     (kept,) = of_keys.of_rows(tile, g.first_of(tile, 0), (ones,))
@@ -312,6 +312,56 @@ def test_gradients_of_masked_keys_are_zero(dilation):
     real = (tokens < torch.tensor(shape)).all(-1)
     expected = mask[1][tuple(tokens[real].T)].float()
     assert torch.equal(found[real], expected[:, None].expand(-1, 16))
+
+
+class Row:
+    """A pipeline of a row's keys, which are zeros, and of their columns ``[N, C]``."""
+
+    buffers = None, None
+
+    def __init__(self, columns):
+        self.columns = columns
+
+    def consumer_wait(self, stage):
+        pass
+
+    def matrix(self, stage, which=0):
+        return self.columns if which else tl.full([self.columns.shape[0], 16], 0, tl.bfloat16)
+
+
+@triton.jit
+def row_kernel(found, query_columns, key_columns, lowered, N: tl.constexpr):
+    """Scores of zero of so many queries and keys, of the masks of a row of tokens and of keys."""
+    at = tl.arange(0, N)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    rows, row = tl.load(query_columns + at), Row(tl.load(key_columns + at))
+    own = masks.Mask(None, (), (), masks.COLUMNS, (0, 0, 0), False, 1)
+    of_tile = masks.TileMask(own, None, (), (), (), ())
+    q = tl.full([N, 16], 0, tl.bfloat16)
+    s = of_tile.scores(
+        q, (rows,), row, 0, None, NoBias(), (tl.load(lowered + at),), None, (DIM,)
+    )  # fmt: skip
+    tl.store(found + tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :], s)
+
+
+class NoBias:
+    def of_block(self, block, layout):
+        return ()
+
+
+@pytest.mark.parametrize(("shape", "rule"), [each for each in FLAT if math.prod(each[0]) <= 256])
+def test_masks_of_a_row_and_of_keys(shape, rule):
+    tokens, mask = math.prod(shape), torch.rand(*shape) < 0.7
+    columns = FlatColumns(flattened(rule, shape), tokens).make(torch.device("cpu"))
+    size = len(columns["key_columns"])
+    size = 1 << (size - 1).bit_length()
+    query, key, lowered = (torch.zeros(size, 16, dtype=torch.bfloat16) for _ in range(3))
+    for each, name in ((query, "query_columns"), (key, "key_columns")):
+        each[: len(columns[name])] = columns[name]
+    lowered[:tokens, -2:] = torch.where(mask.flatten(), 0.0, -(2.0**49))[:, None]
+    found = torch.full((size, size), math.nan)
+    row_kernel[(1,)](found, query, key, lowered, N=size)
+    expected = window_mask(rule, shape, shape) & mask.flatten()
+    assert torch.equal(found[:tokens, :tokens] > -(2.0**99), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -562,7 +562,7 @@ def backward_kernel(
     factors = ()
     if MASKS_BLOCKS:
         factors = (stage_factors(g, STAGES, MASK, ENDS, BY_ROW, STEPS, TABLES),)
-    masked = key_mask_of(g, key_mask, (m_b, m_0, m_1, m_2), m_last, factors, HAS_KEY_MASK)
+    masked = key_mask_of(g, key_mask, (m_b, m_0, m_1, m_2), m_last, factors, HAS_KEY_MASK, MASK)
     PIECES: gl.constexpr = volume(BLOCK) // volume(PIECE)
     # The weights of dV have no sum over the values' channels.
     CLEARED: gl.constexpr = QK_CLEARED if PASS == DV else QK_CLEARED + V_CLEARED

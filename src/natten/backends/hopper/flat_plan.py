@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,12 +31,23 @@ def row_of(shape: Shape, stride: Shape) -> tuple[Shape, Shape | None]:
     apart."""
     batch, *space, heads, channels = shape
     row = batch, math.prod(space), heads, channels
-    steps = [(n, step) for n, step in zip(space, stride[1:-2]) if n > 1]
+    step = _step_of_row(space, stride[1:-2], heads * channels)
+    return row, None if step is None else (stride[0], step, *stride[-2:])
+
+
+def row_of_mask(space: Sequence[int], strides: Shape) -> Shape | None:
+    """As :func:`row_of`, the strides of a mask ``[batch or 1, *space]``."""
+    step = _step_of_row(space, strides[1:], 1)
+    return None if step is None else (strides[0], step)
+
+
+def _step_of_row(space: Sequence[int], strides: Sequence[int], of_one: int) -> int | None:
+    """How far apart the tokens of a layout are, if equally far; of one token, as is said."""
+    steps = [(n, step) for n, step in zip(space, strides) if n > 1]
     for (_, outer), (n, inner) in itertools.pairwise(steps):
         if outer != n * inner:
-            return row, None
-    step = steps[-1][1] if steps else heads * channels
-    return row, (stride[0], step, *stride[-2:])
+            return None
+    return steps[-1][1] if steps else of_one
 
 
 class FlatColumns:

@@ -371,7 +371,7 @@ def forward_kernel(
     factors = ()
     if HAS_KEY_MASK:
         factors = (stage_factors(g, STAGES, MASK, ENDS, BY_ROW, STEPS, TABLES),)
-    masked = key_mask_of(g, key_mask, (m_b, m_0, m_1, m_2), m_last, factors, HAS_KEY_MASK)
+    masked = key_mask_of(g, key_mask, (m_b, m_0, m_1, m_2), m_last, factors, HAS_KEY_MASK, MASK)
     PIECES: gl.constexpr = volume(BLOCK) // volume(PIECE)
     HAS_WARP: gl.constexpr = HAS_KEY_MASK or clears(QK_CLEARED)  # beside those that fetch
     keys = tma_pipeline(k, STAGES, WARPGROUPS, PIECES, HAS_KEY_MASK, QK_CLEARED, not HAS_KEY_MASK)

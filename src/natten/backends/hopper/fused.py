@@ -16,6 +16,8 @@ from ..triton.launch import contiguous, on_device
 from .bias_plan import Tables
 from .channels import narrowed, narrowed_gradients, widened, widened_inputs
 from .descriptors import readable
+from .flat import flattened
+from .flat_plan import row_of_mask
 from .plan import Moved, Plan, plan_for
 from .tiles import MOST_MASKED, reads_in_place
 
@@ -76,7 +78,7 @@ def _forward(
     query, key, value = [readable(x, rule.dilation) for x in inputs[:3]]
     additional_keys, additional_values = _additional(inputs)
     tables = _tables(inputs, documents)
-    masks = _masks(inputs, additional_keys)
+    masks = _masks(inputs, rule, additional_keys)
     others = scale, _dtype(inputs.rpb), documents, masks
     found = plan_for(query, key, value, additional_keys, rule, *others)
     with on_device(query):
@@ -110,7 +112,7 @@ def _backward(
     grad_lse = None if grad_lse is None else contiguous(grad_lse)
     additional_keys, additional_values = _additional(inputs)
     tables = _tables(inputs, documents)
-    masks = _masks(inputs, additional_keys)
+    masks = _masks(inputs, rule, additional_keys)
     others = scale, _dtype(inputs.rpb), documents, masks
     found = plan_for(query, key, value, additional_keys, rule, *others)
     with on_device(query):
@@ -192,12 +194,19 @@ def _tables(inputs: Inputs, documents: Documents | None) -> dict[str, Any]:
     return found
 
 
-def _masks(inputs: Inputs, additional_keys: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Masks of keys and of additional ones, if there are such, as kernels can number them."""
+def _masks(
+    inputs: Inputs, rule: Rule, additional_keys: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Masks of keys and of additional ones, if there are such, as kernels can number them; those of
+    windows that may be a row of tokens as such, so that a mask does not decide what runs."""
     key_mask, additional_mask = (
         x if x is None or max(x.stride()) <= MOST_MASKED // max(x.shape) else x.contiguous()
         for x in (inputs.key_mask, inputs.additional_mask)
     )
+    if key_mask is not None:
+        space = tuple(key_mask.shape[1:])
+        if flattened(rule, space) is not None and row_of_mask(space, key_mask.stride()) is None:
+            key_mask = key_mask.contiguous()
     return key_mask, None if additional_keys is None else additional_mask
 
 

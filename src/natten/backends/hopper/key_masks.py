@@ -14,7 +14,7 @@ away. So masked tokens of a block are set to zero in shared memory.
 from ..triton.windows import CIRCULAR
 from .geometry import Geometry, rows_held, wrapped
 from .gluon_names import aggregate, barrier, gdc_wait, gl, gluon, reinterpret
-from .masks import MASKED, ROOT
+from .masks import COLUMNS, MASKED, ROOT
 
 LANES = gl.constexpr(32)  # threads of a warp
 
@@ -34,6 +34,7 @@ class KeyMask:
     strides: gl.tuple  # of batch and three axes
     last: gl.tensor  # where a batch entry's last key is
     factors: gl.tuple  # of kernels that have blocks of keys: columns' factors [STAGES, N, C]
+    OTHER: gl.constexpr  # the kind of the other mask
 
     @gluon.jit
     def allowed(self, tile, position):
@@ -110,12 +111,15 @@ class KeyMask:
 
 
 @gluon.jit
-def key_mask_of(g, mask, strides, last, factors, HAS_KEY_MASK: gl.constexpr):
-    """The mask of keys, if there is one; ``factors`` in a tuple where blocks are of keys."""
+def key_mask_of(
+    g, mask, strides, last, factors, HAS_KEY_MASK: gl.constexpr, OTHER: gl.constexpr
+):  # fmt: skip
+    """The mask of keys, if there is one, beside the ``OTHER`` mask; ``factors`` in a tuple where
+    blocks are of keys."""
     masks = ()
     if HAS_KEY_MASK:
         masks = (mask,)
-    return KeyMask(g, masks, strides, last, factors)
+    return KeyMask(g, masks, strides, last, factors, OTHER)
 
 
 # Each thread of the warp that masks has numbers of its own. To Triton they are one number of all
@@ -123,13 +127,13 @@ def key_mask_of(g, mask, strides, last, factors, HAS_KEY_MASK: gl.constexpr):
 
 
 @gluon.jit
-def _lane(number):
+def lane_of_warp(number):
     """Which thread of its warp a thread is; some number is what Triton needs to ask."""
     return gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r,r", [number], gl.int32, True, 1)
 
 
 @gluon.jit
-def _ballot(number):
+def ballot(number):
     """The bits of the warp's threads whose number is zero."""
     BALLOT: gl.constexpr = """{
         .reg .pred zero;
@@ -149,7 +153,7 @@ def _shifted(bits, by):
 
 
 @gluon.jit
-def _clear(tokens, masked, lane):
+def clear_rows(tokens, masked, lane):
     """Set masked rows of ``tokens [N, D]`` to zero; bit ``k`` of ``masked[w]`` is of the token
     ``32 w + k``.
 
@@ -176,7 +180,7 @@ def _clear(tokens, masked, lane):
 
 
 @gluon.jit
-def _next(stage, STAGES: gl.constexpr):
+def next_stage(stage, STAGES: gl.constexpr):
     """The stage after one. It begins again after two turns, which is all that waiting depends on:
     of a number that only grew, the compiler would keep every address."""
     return gl.where(stage == 2 * STAGES - 1, 0, stage + 1)
@@ -185,12 +189,14 @@ def _next(stage, STAGES: gl.constexpr):
 @gluon.jit
 def mask_blocks(key_mask, pipelines, num_additional):
     """Warp that masks blocks that have been fetched: of the first of the pipelines, which has keys,
-    and of others; additional tokens come first."""
+    and of others; additional tokens come first. Of the first, the last tensor is a factor of the
+    other mask if that has ``COLUMNS``."""
     g = key_mask.geometry
     N: gl.constexpr = rows_held(g.BLOCK)
     STAGES: gl.constexpr = pipelines[0].STAGES
+    BESIDE: gl.constexpr = 1 if key_mask.OTHER == COLUMNS else 0
     ROWS: gl.constexpr = gl.BlockedLayout([1, 2], [LANES, 1], [1, 1], [1, 0])
-    lane = _lane(gl.program_id(0))
+    lane = lane_of_warp(gl.program_id(0))
     within = ()
     for w in gl.static_range(N // LANES):
         within = within + (key_mask.within_block(lane + LANES * w),)
@@ -202,14 +208,14 @@ def mask_blocks(key_mask, pipelines, num_additional):
             for j in gl.static_range(len(pipelines)):
                 pipelines[j].masker_wait(stage)
                 pipelines[j].masker_release(stage)
-            stage = _next(stage, STAGES)
+            stage = next_stage(stage, STAGES)
         block = (stage * 0, stage * 0, stage * 0)
         for _ in range(tile.blocks[0] * tile.blocks[1] * tile.blocks[2]):
             allowed, masked = (), ()
             for w in gl.static_range(N // LANES):
                 k = lane + LANES * w
                 allowed = allowed + (key_mask.of_block(tile, block, k, within[w]).to(gl.int32),)
-                masked = masked + (_ballot(allowed[w]),)
+                masked = masked + (ballot(allowed[w]),)
             for j in gl.static_range(len(pipelines)):
                 pipelines[j].masker_wait(stage)
                 if j == 0:
@@ -219,11 +225,11 @@ def mask_blocks(key_mask, pipelines, num_additional):
                         lowered = gl.where(allowed[w] == 0, -ROOT / 2, 0.0)
                         rows = gl.full([LANES, 2], lowered, gl.bfloat16, ROWS)
                         own.slice(LANES * w, LANES, 0).store(rows)
-                for WHICH in gl.static_range(len(pipelines[j].buffers)):
-                    _clear(pipelines[j].matrix(stage, WHICH), masked, lane)
+                for WHICH in gl.static_range(len(pipelines[j].buffers) - BESIDE * (j == 0)):
+                    clear_rows(pipelines[j].matrix(stage, WHICH), masked, lane)
                 pipelines[j].masker_release(stage)
             block = g.next_block(block, tile.blocks)
-            stage = _next(stage, STAGES)
+            stage = next_stage(stage, STAGES)
 
 
 @aggregate

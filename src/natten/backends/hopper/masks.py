@@ -134,8 +134,9 @@ class TileMask:
             s = (_multiply(factor, columns[0], s, SCORES, factor.shape[1:]),)
         elif self.mask.KIND == COLUMNS:
             keys.consumer_wait(stage)
+            s = _mask_keys(masked, s, q.shape[0], SCORES)
             columns = keys.matrix(stage, len(keys.buffers) - 1)  # [N, C]
-            s = (multiply(rows[0], columns, SCORES, (16,)),)
+            s = (_multiply(rows[0], columns, s, SCORES, (16,)),)
         else:
             keys.consumer_wait(stage)
             s = _mask_keys(masked, s, q.shape[0], SCORES)

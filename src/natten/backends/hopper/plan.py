@@ -33,7 +33,7 @@ from .descriptors import View, contiguous_strides
 from .documents_plan import Packed, most_tiles
 from .ds_plan import ThroughMemory
 from .flat import Flat, columns_of_rule
-from .flat_plan import NAMES, FlatColumns, row_of
+from .flat_plan import NAMES, FlatColumns, row_of, row_of_mask
 from .forward import forward_kernel
 from .lse_delta import lse_delta_kernel
 from .passes import Passes, compiled
@@ -216,17 +216,20 @@ class Plan:
         return self._row("dq", "dkdv"), self._row("forward")
 
     def _row(self, *kinds: str) -> Plan | None:
-        others = self.packed, self.bias_dtype, self.key_mask_strides, self.num_additional or None
+        others = self.packed, self.bias_dtype, self.num_additional or None
         if any(each is not None for each in others):
             return None
         dims = tiling.aligned(self.dim), tiling.aligned(self.value_dim)
         rule = tiling.in_a_row(kinds, self.rule, self.space, *dims)
         shapes, strides = zip(*map(row_of, self.shapes, self.strides))
-        if rule is None or None in strides:
+        mask = self.key_mask_strides and row_of_mask(self.key_space, self.key_mask_strides)
+        if rule is None or None in strides or (mask is None) != (self.key_mask_strides is None):
             return None
         if any(tuning.lookup(tiling.key(*self._problem(kind))) is not None for kind in kinds):
             return None  # tiles of windows were measured
-        found: Plan = _plan(rule, self.scale, self.device, self.dtype, shapes, strides, 0)
+        found: Plan = _plan(
+            rule, self.scale, self.device, self.dtype, shapes, strides, 0, None, None, (mask, None)
+        )  # fmt: skip
         return found
 
     @cached_property
