@@ -368,6 +368,22 @@ def test_gradients_through_memory(
     tuning._forget_choices()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("share", [(1, 64), (3, 128)])
+@pytest.mark.parametrize(("length", "key_length", "kv_heads"), [(300, 300, 4), (77, 700, 1)])
+def test_masks_through_memory(
+    length: int, key_length: int, kv_heads: int, share: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ds_plan, "share_of", lambda *_: ds_plan.Share(*share))
+    tuning._forget_choices()
+    sizes = (length, 4, 128), (key_length, kv_heads, 128), (key_length, kv_heads, 112)
+    qkv = [torch.randn(2, *size, device="cuda", dtype=torch.float16) for size in sizes]
+    mask = torch.rand(2, 2 * key_length, device="cuda")[:, ::2] < 0.8
+    check_masks(Inputs(*qkv, key_mask=mask), Dense(), 128**-0.5, (hopper, hopper))
+    tuning._forget_choices()
+
+
 def additional_plan(space: Any, heads: int, num_additional: int) -> planning.Plan:
     """The plan of windows with additional tokens, on tensors without data."""
     q, more = (

@@ -136,6 +136,7 @@ class ThroughMemory:
         k_b, *_, k_h, k_c = key.steps
         own: dict[str, Any] = {
             **{"k_b": k_b, "k_h": k_h, "k_c": k_c},
+            **{"m_b": usual["m_b"], "m_k": usual["m_2"], "m_last": usual["m_last"]},
             "q_b": length * usual["heads"] * heads_per_kv,
             "kv_heads": usual["heads"],
             "heads_per_kv": heads_per_kv,
@@ -145,13 +146,15 @@ class ThroughMemory:
             "STAGES": (SHARED_MEMORY[90] - 2176 - outputs) // stage,
             "REGISTERS": compute,
             "FETCH_REGISTERS": fetch,
+            "HAS_KEY_MASK": usual["HAS_KEY_MASK"],
         }
         options = {name: x for name, x in dkdv.options.items() if name != "enable_fp_fusion"}
         shared = device, dtype, dim, options["maxnreg"]
         all_constants = {**usual, **constants}
         kept = [x for name, x in all_constants.items() if name not in dkdv.kernel.numbers]
         of_leaving = compiled("dkdv that leaves dS", *shared, *kept)
-        of_from_ds = compiled("dq from dS", *shared, own["STAGES"], own["CHUNKS"], rows, _KEYS)
+        own_constants = own["STAGES"], own["CHUNKS"], own["HAS_KEY_MASK"], rows, _KEYS
+        of_from_ds = compiled("dq from dS", *shared, *own_constants)
         self.launches: list[tuple[Launch, Launch]] = []
         for first in range(0, sets, count):
             now = min(count, sets - first)
@@ -179,4 +182,4 @@ class ThroughMemory:
         room = torch.empty(self.shape, dtype=key.dtype, device=key.device)
         for leaving, from_ds in self.launches:
             leaving.run(**tensors, ds=room, grad_query=None)
-            from_ds.run(key=key, ds=room, grad_query=grad_query)
+            from_ds.run(key=key, ds=room, grad_query=grad_query, key_mask=tensors["key_mask"])

@@ -189,9 +189,8 @@ class Plan:
             return None
         if tiling.chunks(self.dim) != (_THROUGH_MEMORY,) or width != _THROUGH_MEMORY:
             return None
-        others = self.packed, self.num_additional or None, self.key_mask_strides
         dkdv = self.dkdv
-        if any(each is not None for each in others) or not isinstance(dkdv, Launch):
+        if self.packed is not None or self.num_additional or not isinstance(dkdv, Launch):
             return None
         lengths, sets = (self.space[0], self.key_space[0]), self.batch * self.kv_heads
         processors = _processors(self.device)
