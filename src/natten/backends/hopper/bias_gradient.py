@@ -11,7 +11,7 @@ of them, and makes dQ of dS, too.
 
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
 
-from ..triton import windows
+from ..triton import primitives, windows
 from ..triton.launch import kernel
 from ..triton.primitives import LN2
 from .backward import GV, QK
@@ -31,10 +31,12 @@ from .gluon_names import (
     store_wait,
     warpgroup_mma_wait,
 )
+from .key_masks import LANES, clear_rows, lane_of_warp
 from .pipeline import TmaPipeline, TmaTensor, allocate, tma_bases, tma_pipeline
 from .products import add, add_product, left_operand, multiply, store, times, wait, zeros
 from .sets import Walk, all_tiles, geometry_of_sets, region_of, walk_of
 
+bit, packed = from_triton(primitives.bit), from_triton(primitives.packed)
 tiles_that_attend = from_triton(windows.tiles_that_attend)
 
 
@@ -42,8 +44,8 @@ tiles_that_attend = from_triton(windows.tiles_that_attend)
 class StageNumbers:
     """Numbers that go with the blocks of a pipeline, which a warp lays in shared memory."""
 
-    numbers: gl.shared_memory_descriptor  # float32 [STAGES, *SHAPE]
-    full: gl.shared_memory_descriptor
+    numbers: gl.shared_memory_descriptor  # [STAGES, *SHAPE]
+    full: gl.shared_memory_descriptor  # the pipeline's, if its own warp lays them
     empty: gl.shared_memory_descriptor  # the pipeline's
     STAGES: gl.constexpr
 
@@ -54,6 +56,11 @@ class StageNumbers:
         mbarrier.wait(self.empty.index(index), (stage // self.STAGES & 1) ^ 1)
         self.numbers.index(index).store(numbers)
         mbarrier.arrive(self.full.index(index), count=1)
+
+    @gluon.jit
+    def lay(self, stage, AT: gl.constexpr, number):
+        """Lay one of a stage's numbers there, ``[1, 1]``."""
+        self.numbers.index(stage % self.STAGES).slice(AT, 1, 1).store(number)
 
     @gluon.jit
     def consumer_wait(self, stage):
@@ -67,14 +74,19 @@ class StageNumbers:
 
 
 @gluon.jit
-def stage_numbers(pipeline, SHAPE: gl.constexpr):
-    """Room for numbers of that shape, of two axes, for each stage of a pipeline."""
+def stage_numbers(
+    pipeline, SHAPE: gl.constexpr, DTYPE: gl.constexpr, BY_MASKER: gl.constexpr
+):  # fmt: skip
+    """Room for numbers of that shape, of two axes, for each stage of a pipeline; the warp lays them
+    that masks its blocks, or one that waits for itself."""
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     STAGES: gl.constexpr = pipeline.STAGES
-    numbers = gl.allocate_shared_memory(gl.float32, [STAGES] + SHAPE, FLAT)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for index in gl.static_range(STAGES):
-        mbarrier.init(full.index(index), count=1)
+    numbers = gl.allocate_shared_memory(DTYPE, [STAGES] + SHAPE, FLAT)
+    full = pipeline.full
+    if not BY_MASKER:
+        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for index in gl.static_range(STAGES):
+            mbarrier.init(full.index(index), count=1)
     return StageNumbers(numbers, full, pipeline.empty, STAGES)
 
 
@@ -89,10 +101,11 @@ class Context:
     rows: gl.tuple  # how many rows of it are from one batch entry and token to the next, per axis
     key_mask: gl.tuple  # bool [batch or 1, *keys], if there is one
     mask_strides: gl.tuple  # of batch and three axes
+    last: gl.tensor  # where a batch entry's last key is in the mask
     tiles: TmaPipeline
     blocks: TmaPipeline
     of_rows: StageNumbers  # LSE and delta, [M, 2]
-    of_columns: gl.tuple  # of a mask of keys: StageNumbers of ones and zeros, [1, N]
+    of_columns: gl.tuple  # of a mask of keys: StageNumbers, words of 32 keys, [1, N / 32]
     dq: gl.tuple  # a TmaTensor and a buffer [1, *tile, D], if the program makes it
     sums: gl.tensor  # where the program's [blocks, M, N] are
     of_offsets: gl.tensor  # where its sums of pairs with the same bias are
@@ -173,26 +186,75 @@ def _fetch_lse_delta(ctx):
 
 
 @gluon.jit
-def _fetch_key_mask(ctx):
-    """Warp that fetches which keys of blocks may be attended; a tile has one block."""
-    walk, g = ctx.walk, ctx.walk.geometry
-    N: gl.constexpr = volume(g.BLOCK)
-    ROW: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 1], [1, 0])
-    i = gl.arange(0, N, gl.SliceLayout(0, ROW))  # [N]
+def _words_of_masks(ctx, t, group, batch):
+    """Which keys of a tile's blocks may be attended, words of 32 keys each. What lies beyond an
+    axis may be allowed or not: nobody sees it."""
+    walk, g, strides = ctx.walk, ctx.walk.geometry, ctx.mask_strides
+    WORDS: gl.constexpr = volume(g.BLOCK) // LANES
+    k = gl.arange(0, LANES, gl.BlockedLayout([1], [LANES], [1], [0]))  # [32]
+    mask = ctx.key_mask[0] + batch.to(gl.int64) * strides[0]
+    first, allowed = walk.first_token(t), ()
+    for NUMBER in gl.static_range(volume(walk.BLOCKS)):
+        start = _token_at(walk.block_start(first, NUMBER), group, g.dilation, strides)
+        for w in gl.static_range(WORDS):
+            at = start
+            for AXIS in gl.static_range(3):
+                step = g.dilation[AXIS] * strides[1 + AXIS]
+                at = at + g.in_block(k + LANES * w, AXIS) * step
+            at = gl.minimum(gl.maximum(at, 0), ctx.last)  # [32]
+            allowed = allowed + (gl.load(mask + at).to(gl.int32),)
+    words = ()
+    for i in gl.static_range(len(allowed)):
+        words = words + (packed(allowed[i], k, 0),)
+    return words
+
+
+@gluon.jit
+def _token_at(start, group, dilation, strides):
+    """Where a mask has the token at a position of a dilation group."""
+    at = (start[0] * dilation[0] + group[0]) * strides[1]
+    at += (start[1] * dilation[1] + group[1]) * strides[2]
+    return at + (start[2] * dilation[2] + group[2]) * strides[3]
+
+
+@gluon.jit
+def _mask_keys(ctx):
+    """Warp that lays beside blocks which of their keys may be attended, once they are there, and
+    sets the others to zero where weights of zero meet them, which do not take NaN or infinity away.
+    """
+    walk, blocks = ctx.walk, ctx.blocks
+    COUNT: gl.constexpr = volume(walk.BLOCKS)
+    WORDS: gl.constexpr = volume(walk.geometry.BLOCK) // LANES
+    ONE: gl.constexpr = gl.BlockedLayout([1, 1], [1, LANES], [1, 1], [1, 0])
+    lane = lane_of_warp(walk.begin)
     t, group, batch = walk.first_step()
     ctx.begin()
     for step in range(walk.end - walk.begin):
-        start = walk.block_start(walk.first_token(t), 0)
-        at = ctx.key_mask[0] + batch.to(gl.int64) * ctx.mask_strides[0]
-        real = True
-        for AXIS in gl.static_range(3):
-            position = start[AXIS] + g.in_block(i, AXIS)
-            token = position * g.dilation[AXIS] + group[AXIS]
-            at = at + token.to(gl.int64) * ctx.mask_strides[1 + AXIS]
-            real = (position >= 0) & (position < g.length[AXIS]) & real
-        allowed = gl.load(at, mask=real, other=0).to(gl.int8)
-        ctx.of_columns[0].produce(step, (allowed != 0).to(gl.float32)[None, :])
+        words = _words_of_masks(ctx, t, group, batch)
+        for NUMBER in gl.static_range(COUNT):
+            stage, masked = step * COUNT + NUMBER, ()
+            blocks.masker_wait(stage)
+            for w in gl.static_range(WORDS):
+                word = words[NUMBER * WORDS + w]
+                ctx.of_columns[0].lay(stage, w, gl.full([1, 1], word, gl.int32, ONE))
+                masked = masked + (~word,)
+            if len(ctx.dq) > 0:
+                clear_rows(blocks.matrix(stage, QK), masked, lane)
+            clear_rows(blocks.matrix(stage, GV), masked, lane)
+            blocks.masker_release(stage)
         t, group, batch = walk.next_step(t, group, batch)
+
+
+@gluon.jit
+def _allowed(ctx, stage):
+    """Which keys of the block in a stage may be attended, ``[1, N]``."""
+    N: gl.constexpr = volume(ctx.walk.geometry.BLOCK)
+    SCORES: gl.constexpr = ctx.walk.SCORES
+    k = gl.arange(0, N, gl.SliceLayout(0, SCORES))[None, :]
+    word = ctx.of_columns[0].load(stage, 1, 0, SCORES)  # [1, 1]
+    for w in gl.static_range(1, N // LANES):
+        word = gl.where(k < LANES * w, word, ctx.of_columns[0].load(stage, 1, w, SCORES))
+    return bit(word, k & 31)
 
 
 @gluon.jit
@@ -207,13 +269,15 @@ def _products(ctx, q, grad_out, stage, NUMBER: gl.constexpr):
 
 
 @gluon.jit
-def _ds(ctx, s, dp, lse, delta, NUMBER: gl.constexpr):
+def _ds(ctx, s, dp, lse, delta, stage, NUMBER: gl.constexpr):
     """dS of the block of that number, ``[M, N]``. What was started since its products may be under
     way: of dQ, that of the block before, and those of the next block."""
     BEFORE: gl.constexpr = 1 if NUMBER > 0 else 0
     LATER: gl.constexpr = BEFORE + (2 if volume(ctx.walk.BLOCKS) > NUMBER + 1 else 0)
     s = warpgroup_mma_wait(LATER + len(ctx.V_CHUNKS), deps=[s])
     p = gl.exp2(s * ctx.scale_log2 - lse)  # [M, N]
+    if len(ctx.of_columns) > 0:
+        p = gl.where(_allowed(ctx, stage + NUMBER), p, 0.0)
     dp = warpgroup_mma_wait(LATER, deps=[dp])
     return p * (dp - delta)  # dS = P * (dP - delta)
 
@@ -251,11 +315,7 @@ def _sum(ctx):
                 if NUMBER + 1 < COUNT:
                     at = stage + NUMBER + 1
                     following = _products(ctx, q, grad_out, at, NUMBER + 1)
-                ds = _ds(ctx, s, dp, lse, delta, NUMBER)
-                if len(ctx.of_columns) > 0:  # masked keys and values may be anything
-                    ctx.of_columns[0].consumer_wait(step)
-                    allowed = ctx.of_columns[0].load(step, 0, 0, SCORES)  # [1, N]
-                    ds = gl.where(allowed > 0, ds, 0.0)
+                ds = _ds(ctx, s, dp, lse, delta, stage, NUMBER)
                 summed = summed + (acc[NUMBER] + ds,)
                 if HAS_DQ:
                     if NUMBER > 1:  # its product is made
@@ -361,7 +421,7 @@ def _add_up(ctx):
 def bias_gradient_kernel(
     query, key, value, grad_out, grad_query, lse_delta, sums, of_offsets, bias_tables, key_mask,
     q_b, q_0, q_1, q_2, q_h, q_c, k_b, k_0, k_1, k_2, k_h, k_c, v_b, v_0, v_1, v_2, v_h, v_c,
-    m_b, m_0, m_1, m_2, N0, N1, N2, g_b, g_0, g_1, g_2, g_h, g_c, l_b, l_0, l_1,
+    m_b, m_0, m_1, m_2, m_last, N0, N1, N2, g_b, g_0, g_1, g_2, g_h, g_c, l_b, l_0, l_1,
     K0, K1, K2, S0, S1, S2, D0, D1, D2, A0, A1, A2, B1, B2,
     batches, heads_per_kv, scale_log2, bias_size, bias_middle,
     MODES: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, BLOCKS: gl.constexpr,
@@ -416,18 +476,18 @@ def bias_gradient_kernel(
     at = (split_id.to(gl.int64) * heads + head) * gl.num_programs(0) + block
     CLEARED: gl.constexpr = QK_CLEARED + V_CLEARED
     tiles = tma_pipeline(of_queries, STAGES, 1, 1, False, CLEARED)
-    blocks = tma_pipeline(of_keys, BLOCK_STAGES, 1, 1, False, CLEARED)
+    blocks = tma_pipeline(of_keys, BLOCK_STAGES, 1, 1, HAS_KEY_MASK, CLEARED)
     dq, of_columns, masks = (), (), ()
     if HAS_DQ:
         tensor = TmaTensor(grad_query, (l_b, l_0, l_1, heads, 1, 0), (), ())
         dq = (tensor, allocate(tensor, 1, 1).index(0))
     if HAS_KEY_MASK:
-        of_columns, masks = (stage_numbers(blocks, [1, N]),), (key_mask,)
+        of_columns, masks = (stage_numbers(blocks, [1, N // LANES], gl.int32, True),), (key_mask,)
     ctx = Context(
         walk=walk, of_queries=of_queries, of_keys=of_keys, lse_delta=lse_delta + head * 4,
-        rows=(l_b, l_0, l_1, heads), key_mask=masks, mask_strides=(m_b, m_0, m_1, m_2),
-        tiles=tiles, blocks=blocks, of_rows=stage_numbers(tiles, [M, 2]), of_columns=of_columns,
-        dq=dq, sums=sums + at * PAIRS, of_offsets=of_offsets + at * OFFSETS,
+        rows=(l_b, l_0, l_1, heads), key_mask=masks, mask_strides=(m_b, m_0, m_1, m_2), last=m_last,
+        tiles=tiles, blocks=blocks, of_rows=stage_numbers(tiles, [M, 2], gl.float32, False),
+        of_columns=of_columns, dq=dq, sums=sums + at * PAIRS, of_offsets=of_offsets + at * OFFSETS,
         kv_head=head // heads_per_kv, scale_log2=scale_log2, QK_CHUNKS=QK_CHUNKS,
         V_CHUNKS=V_CHUNKS, IS_FIRST_PASS=HAS_DQ,
     )  # fmt: skip
@@ -439,7 +499,7 @@ def bias_gradient_kernel(
             (_fetch_blocks, (ctx,)),
             (_fetch_lse_delta, (ctx,)),
         ]
-        + [(_fetch_key_mask, (ctx,))][: 1 if HAS_KEY_MASK else 0],
+        + [(_mask_keys, (ctx,))][: 1 if HAS_KEY_MASK else 0],
         [1, 1, 1, 1][: 4 if HAS_KEY_MASK else 3],
         ([FETCH_REGISTERS] * 4)[: 4 if HAS_KEY_MASK else 3],
     )

@@ -138,7 +138,7 @@ def _backward(
             dkdv, of_dkdv = found.dkdv, None
             summed = dq_and_bias.summed(
                 query=query, key=key, value=value, rpb=rpb, grad_out=grad_out,
-                lse_delta=lse_delta, key_mask=None, grad_query=grad_query, **made[0],
+                lse_delta=lse_delta, key_mask=masks[0], grad_query=grad_query, **made[0],
             )  # fmt: skip
         elif dkdv is None:
             dkdv, of_dkdv = found.dkdv, None

@@ -456,8 +456,7 @@ class Plan:
         """What makes dQ and the gradient of the bias, if one kernel does; not if tiles of dQ alone
         are to be measured, or were."""
         rule = self._rule_of_sets
-        others = self.key_mask_strides, self.num_additional or None
-        if rule is None or self.bias_dtype is None or any(x is not None for x in others):
+        if rule is None or self.bias_dtype is None or self.num_additional:
             return None
         if max(tiling.native(self.dim), tiling.native(self.value_dim)) > sets_plan.WHOLE_CHANNELS:
             return None
@@ -485,7 +484,7 @@ class Plan:
         kernel, rule, cut, table = bias_gradient_kernel, found.rule, found.cut, found.table
         views = self.views
         of_grad_out, rows = views.steps_of_stored("dq")[:6], views.steps_of_stored("forward")
-        read = *views.steps, *views.mask_steps[:4], *views.lengths[:3]
+        read = *views.steps, *views.mask_steps, *views.lengths[:3]
         first = *read, *of_grad_out, *rows
         numbers = {
             **dict(zip(kernel.arg_names[len(kernel.tensors) :], first)),
