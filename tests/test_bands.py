@@ -6,10 +6,12 @@ import random
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, triton
+from masked import check_masks
 from test_small import drawn
 
 from natten.functional import neighborhood_attention_generic
+from natten.inputs import Inputs
 from natten.neighborhood import Dense, Neighborhood
 from natten.tiling import group_kinds, reach
 
@@ -97,17 +99,23 @@ ON_GPU = {
 }
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ON_GPU)
-def test_on_gpu(monkeypatch, name):
-    """Output and gradients against float64, and the same bits in every run. TF32 cuts off what is
-    below 2**-10 of a number; a gradient is of four products in a row."""
-    shape, heads, kv_heads, dim, options = ON_GPU[name]
-    rule = Neighborhood.create(len(shape), **options)
+@pytest.fixture
+def always(monkeypatch):
+    """Bands run wherever they have room."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     monkeypatch.setattr(bands, "pays", lambda *_: True)
     monkeypatch.setattr(plans.Plan, "_shares", lambda *_: None)
     monkeypatch.setattr(plans, "_cached_plan", plans._cached_plan.__wrapped__)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("name", ON_GPU)
+def test_on_gpu(name):
+    """Output and gradients against float64, and the same bits in every run. TF32 cuts off what is
+    below 2**-10 of a number; a gradient is of four products in a row."""
+    shape, heads, kv_heads, dim, options = ON_GPU[name]
+    rule = Neighborhood.create(len(shape), **options)
     torch.manual_seed(0)
     query, grad = (torch.randn(2, *shape, heads, dim, device="cuda") for _ in range(2))
     key, value = (torch.randn(2, *shape, kv_heads, dim, device="cuda") for _ in range(2))
@@ -120,12 +128,13 @@ def test_on_gpu(monkeypatch, name):
         out, lse = torch.empty_like(query), query.new_empty(query.shape[:-1])
         lse_delta = query.new_empty(*lse.shape, 4)
         grads = [torch.empty_like(x) for x in inputs.values()]
-        plan.bands_forward.run(**inputs, out=out, lse=lse)
+        given = {**inputs, "key_mask": None}
+        plan.bands_forward.run(**given, out=out, lse=lse)
         plan.bands_dq.run(
-            **inputs, out=out, lse=lse, grad_out=grad, lse_delta=lse_delta, grad_query=grads[0]
+            **given, out=out, lse=lse, grad_out=grad, lse_delta=lse_delta, grad_query=grads[0]
         )
         plan.bands_dkdv.run(
-            **inputs, grad_out=grad, lse_delta=lse_delta, grad_key=grads[1], grad_value=grads[2]
+            **given, grad_out=grad, lse_delta=lse_delta, grad_key=grads[1], grad_value=grads[2]
         )
         return out, *grads
 
@@ -135,3 +144,20 @@ def test_on_gpu(monkeypatch, name):
     for a, b in zip((out, *torch.autograd.grad(out, exact, grad.double())), found):
         assert_close(name, a, b, 6e-3)
     assert all(map(torch.equal, found, run()))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("name", ON_GPU)
+def test_masks_on_gpu(name):
+    shape, heads, kv_heads, dim, options = ON_GPU[name]
+    rule = Neighborhood.create(len(shape), **options)
+    query, *key_value = (
+        torch.randn(2, *shape, each, dim, device="cuda") for each in (heads, kv_heads, kv_heads)
+    )
+    mask = torch.rand(2, *shape, device="cuda") < 0.7
+    inputs = Inputs(query, *key_value, key_mask=mask)
+    plan = plans.plan_for(*inputs[:3], None, None, rule, dim**-0.5, masks=(mask, None))
+    if plan.bands_forward is None or plan.bands_dq is None or plan.bands_dkdv is None:
+        pytest.skip("no band fits in this GPU's shared memory")
+    check_masks(inputs, rule, dim**-0.5, (triton, triton), has_grad_lse=False)

@@ -93,15 +93,8 @@ def _called(kernel, tensors, numbers, constants):
 
 
 @triton.jit
-def five(a, b, c, d, e, KERNEL: tl.constexpr, NUMBERS: tl.constexpr, CONSTANTS: tl.constexpr):
-    _called(KERNEL, (a, b, c, d, e), NUMBERS, CONSTANTS)
-
-
-@triton.jit
-def seven(
-    a, b, c, d, e, f, g, KERNEL: tl.constexpr, NUMBERS: tl.constexpr, CONSTANTS: tl.constexpr
-):  # fmt: skip
-    _called(KERNEL, (a, b, c, d, e, f, g), NUMBERS, CONSTANTS)
+def six(a, b, c, d, e, f, KERNEL: tl.constexpr, NUMBERS: tl.constexpr, CONSTANTS: tl.constexpr):
+    _called(KERNEL, (a, b, c, d, e, f), NUMBERS, CONSTANTS)
 
 
 @triton.jit
@@ -111,7 +104,14 @@ def eight(
     _called(KERNEL, (a, b, c, d, e, f, g, h), NUMBERS, CONSTANTS)
 
 
-RUN = {5: five, 7: seven, 8: eight}
+@triton.jit
+def nine(
+    a, b, c, d, e, f, g, h, i, KERNEL: tl.constexpr, NUMBERS: tl.constexpr, CONSTANTS: tl.constexpr
+):  # fmt: skip
+    _called(KERNEL, (a, b, c, d, e, f, g, h, i), NUMBERS, CONSTANTS)
+
+
+RUN = {6: six, 8: eight, 9: nine}
 
 # A layout, query heads of a key head, and the rule.
 CASES = {
@@ -125,9 +125,10 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("name", CASES)
-def test_bands(monkeypatch, name):
-    """Output, LSE and gradients."""
+def test_bands(monkeypatch, name, masked):
+    """Output, LSE and gradients, also where masked keys and values hold NaN and infinity."""
     shape, heads, options = CASES[name]
     rule = Neighborhood.create(len(shape), **options)
     torch.manual_seed(0)
@@ -144,16 +145,22 @@ def test_bands(monkeypatch, name):
     monkeypatch.setattr(bands, "load_values", load_values)
     monkeypatch.setattr(type(bands.gl), "allocate_shared_memory", lambda self, *_: allocate())
     monkeypatch.setattr(plans, "_cached_plan", plans._cached_plan.__wrapped__)
-    plan = plans.plan_for(query, key, value, None, None, rule, 0.5)
+    mask = None
+    if masked:
+        mask = (torch.rand(*reversed(shape), 1) < 0.7).permute(*range(len(shape), -1, -1))
+        mask[:, :2] = False  # queries there have less left, or nothing
+        key[~mask], value[~mask] = torch.nan, torch.inf
+    plan = plans.plan_for(query, key, value, None, None, rule, 0.5, masks=(mask, None))
     out, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:-1], torch.nan)
-    inputs = {"query": query, "key": key, "value": value}
+    inputs = {"query": query, "key": key, "value": value, "key_mask": mask}
     run(plan.bands_forward, **inputs, out=out, lse=lse)
-    exact = Inputs(*(x.double() for x in inputs.values()))
+    exact = Inputs(query.double(), key.double(), value.double(), key_mask=mask)
     expected, expected_lse = reference.forward(exact, rule, 0.5)
     assert_close(name, expected, out, 1e-5)
-    assert_close(name, expected_lse, lse, 1e-5)
+    assert torch.equal(lse == -torch.inf, expected_lse == -torch.inf)
+    assert_close(name, expected_lse.clamp(min=-1e3), lse.clamp(min=-1e3), 1e-5)
     lse_delta = torch.full((*lse.shape, 4), torch.nan)
-    grads = [torch.full_like(x, torch.nan) for x in inputs.values()]
+    grads = [torch.full_like(x, torch.nan) for x in (query, key, value)]
     run(
         plan.bands_dq, **inputs, out=out, lse=lse, grad_out=grad, lse_delta=lse_delta,
         grad_query=grads[0],

@@ -16,7 +16,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from .launch import kernel
 from .primitives import LN2, LOG2E
+from .warp_masks import KeyMask, allowed_at, allowed_keys, lane_layout
 from .warps import (
+    MASKED,
     ROWS,
     barrier,
     before,
@@ -73,6 +75,7 @@ class Starts(NamedTuple):
     of_keys: Any
     of_values: Any
     of_scores: Any
+    of_lanes: Any
 
 
 class Source(NamedTuple):
@@ -89,6 +92,7 @@ class Bands(NamedTuple):
     a: Any  # a :class:`Source`
     b: Any  # likewise
     stages: Any  # [4 * lines of a band, HALO, D]
+    mask: Any  # a :class:`KeyMask` in a tuple, () if there is none
 
 
 # --- where rows are, and what they reach --------------------------------------------------------
@@ -178,10 +182,12 @@ def _starts(
     KEYS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, key_layout(W, N, D, 4)))
     VALUES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, value_layout(W, N, D, 4)))
     SCORES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(1, product_layout(W)))
+    LANES: gl.constexpr = gl.SliceLayout(1, lane_layout(W))
     return Starts(
         _starts_in(walk, MODES, OF_KEYS, W, TILE, BLOCK, HALO, KEYS),
         _starts_in(walk, MODES, OF_KEYS, W, TILE, BLOCK, HALO, VALUES),
         _starts_in(walk, MODES, OF_KEYS, W, TILE, BLOCK, HALO, SCORES),
+        _starts_in(walk, MODES, OF_KEYS, W, TILE, BLOCK, HALO, LANES),
     )
 
 
@@ -202,6 +208,35 @@ def _positions(walk, band, starts, block, W: gl.constexpr, BLOCK: gl.constexpr):
     first2 = gl.expand_dims(starts.of_scores + (walk.low[2] + block * BLOCK[2]), 1)
     none = first2 * 0
     return none + first0 + c[0], none + first1 + c[1], first2 + c[2]
+
+
+# --- masks of keys ------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _key_mask(key_mask, start, strides, walk, HAS_KEY_MASK: gl.constexpr):
+    """The :class:`KeyMask` of the program's batch entry, which begins at ``start``, in a tuple; ()
+    if there is none."""
+    mask = ()
+    if HAS_KEY_MASK:
+        first = key_mask + start
+        mask = (KeyMask(first, (0, 0, 0), strides, walk.group, walk.dilation, walk.n),)
+    return mask
+
+
+@gluon.jit
+def _masked(s, mask, walk, band, starts, block, MODES: gl.constexpr, BLOCK: gl.constexpr):
+    """What scores ``[W, 16, N]`` of each warp's block of a band start from, with the mask of keys,
+    if there is one."""
+    if len(mask) > 0:
+        W: gl.constexpr = s.shape[0]
+        first0, first1 = _first_of_band(walk, band, BLOCK)
+        first2 = starts.of_lanes + (walk.low[2] + block * BLOCK[2])
+        first = first2 * 0 + first0, first2 * 0 + first1, first2
+        COLUMNS: gl.constexpr = gl.SliceLayout(1, product_layout(W))
+        allowed = allowed_keys(mask[0], first, MODES, BLOCK, COLUMNS)  # [W, N]
+        s = gl.where(gl.expand_dims(allowed, 1), s, MASKED)
+    return s
 
 
 # --- what lies in memory ------------------------------------------------------------------------
@@ -241,7 +276,7 @@ def _copy_band(
     BLOCK: gl.constexpr, HALO: gl.constexpr, D: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
     """Start to copy a band of both tensors, of each from so much farther on, to a stage. Columns
-    that no row reaches are zeros."""
+    that no row reaches are zeros, and so are masked keys and values."""
     LAYOUT: gl.constexpr = copy_layout(W, D, 4)
     LINES: gl.constexpr = BLOCK[0] * BLOCK[1]
     first0, first1 = _first_of_band(walk, band, BLOCK)
@@ -250,16 +285,20 @@ def _copy_band(
     for line in gl.static_range(LINES):
         position = first0 + line // BLOCK[1], first1 + line % BLOCK[1], walk.low[2]
         x = present_tokens(position, walk.group, walk.dilation, walk.n, MODES)
-        at = 2 * LINES * stage + line
-        _copy_line(bands.a, a_shift, x, reached, bands.stages.index(at), D, BYTES, LAYOUT)
-        _copy_line(bands.b, b_shift, x, reached, bands.stages.index(at + LINES), D, BYTES, LAYOUT)
+        at, own = 2 * LINES * stage + line, reached
+        if len(bands.mask) > 0:
+            last = walk.low[2] + columns
+            y = last * 0 + position[0], last * 0 + position[1], last
+            own = own & allowed_at(bands.mask[0], y, MODES)
+        _copy_line(bands.a, a_shift, x, own, bands.stages.index(at), D, BYTES, LAYOUT)
+        _copy_line(bands.b, b_shift, x, own, bands.stages.index(at + LINES), D, BYTES, LAYOUT)
     async_copy.commit_group()
 
 
 @gluon.jit
 def _first_band(
-    a, b, walk, MODES: gl.constexpr, W: gl.constexpr, BLOCK: gl.constexpr, HALO: gl.constexpr,
-    D: gl.constexpr, BYTES: gl.constexpr,
+    a, b, mask, walk, MODES: gl.constexpr, W: gl.constexpr, BLOCK: gl.constexpr,
+    HALO: gl.constexpr, D: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
     """The :class:`Bands` of two sources, of which the first band is on its way."""
     PHASES: gl.constexpr = phases(4 * D)
@@ -267,7 +306,7 @@ def _first_band(
         a.first.dtype.element_ty, [4 * BLOCK[0] * BLOCK[1], HALO, D],
         gl.SwizzledSharedLayout(4, PHASES[0], PHASES[1], [1, 0]),
     )  # fmt: skip
-    bands = Bands(a, b, stages)
+    bands = Bands(a, b, stages, mask)
     _copy_band(bands, 0, 0, walk, 0, 0, MODES, W, BLOCK, HALO, D, BYTES)
     return bands
 
@@ -350,13 +389,15 @@ def _add(weights, tensor, first, starts, block, acc, BLOCK: gl.constexpr, HALO: 
 # has tiles, dilation groups, and heads of all batch entries.
 
 
-@kernel(gluon.jit, tensors="query key value out lse")
+@kernel(gluon.jit, tensors="query key value out lse", masks="key_mask")
 def bands_forward_kernel(
-    query, key, value, out, lse,
+    query, key, value, out, lse, key_mask,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    L0, L1, L2, T0, T1, T2, K0, K1, K2, S0, S1, S2, D0, D1, D2, heads, per_kv, scale,
+    m_b, m_0, m_1, m_2, L0, L1, L2, T0, T1, T2, K0, K1, K2, S0, S1, S2, D0, D1, D2,
+    heads, per_kv, scale,
     MODES: gl.constexpr, DILATED: gl.constexpr, W: gl.constexpr, TILE: gl.constexpr,
     BLOCK: gl.constexpr, HALO: gl.constexpr, ALIGN: gl.constexpr, D: gl.constexpr,
+    HAS_KEY_MASK: gl.constexpr,
 ):  # fmt: skip
     """Output and LSE."""
     PRODUCT: gl.constexpr = product_layout(W)
@@ -376,10 +417,11 @@ def bands_forward_kernel(
     batch = (gl.program_id(2) // heads).to(gl.int64)
     head = (gl.program_id(2) % heads).to(gl.int64)
     kv_head = head // per_kv
+    mask = _key_mask(key_mask, batch * m_b, (m_0, m_1, m_2), walk, HAS_KEY_MASK)
     k_first, v_first = key + batch * k_b + kv_head * k_h, value + batch * v_b + kv_head * v_h
     keys = _source(k_first, (k_0, k_1, k_2), walk, MODES, W, HALO, D)
     values = _source(v_first, (v_0, v_1, v_2), walk, MODES, W, HALO, D)
-    bands = _first_band(keys, values, walk, MODES, W, BLOCK, HALO, D, BYTES)
+    bands = _first_band(keys, values, mask, walk, MODES, W, BLOCK, HALO, D, BYTES)
 
     i = minimum(_rows(walk, W, TILE, gl.SliceLayout(2, QUERY)), walk.last)
     token = key_tokens(i, walk.group, walk.dilation, walk.n, MODES)
@@ -403,6 +445,7 @@ def bands_forward_kernel(
         for block in range(0, walk.blocks):
             y = _positions(walk, band, starts, block, W, BLOCK)
             s = window_mask(y, lows, highs, MODES, BLOCK)
+            s = _masked(s, mask, walk, band, starts, block, MODES, BLOCK)
             s = _product(q, key, first, starts, block, s, D, BLOCK, HALO)  # [W, 16, N]
             new_max = gl.maximum(row_max, gl.max(s, 2) * scale_log2)  # [W, 16]
             p = gl.exp2(s * scale_log2 - gl.expand_dims(new_max, 2))  # [W, 16, N]
@@ -415,19 +458,27 @@ def bands_forward_kernel(
     first_row = batch * L0 * L1 * L2
     token = key_tokens(i, walk.group, walk.dilation, walk.n, MODES)
     real = before(_rows(walk, W, TILE, M_ROWS), walk.n)
-    row_lse = (row_max + gl.log2(row_sum)) * LN2
+    row_lse, inverse = (row_max + gl.log2(row_sum)) * LN2, 1.0 / row_sum
+    if HAS_KEY_MASK:  # which may leave nothing to attend
+        attends = row_max > 0.5 * MASKED * scale_log2
+        row_lse = gl.where(attends, row_lse, float("-inf"))
+        inverse = gl.where(attends, inverse, 0.0)
     gl.store(lse + row_number(first_row, token, shape, heads, head), row_lse, mask=real)
-    o = acc * gl.expand_dims(1.0 / row_sum, 2)
+    o = acc * gl.expand_dims(inverse, 2)
     _store(out, o, first_row, walk, shape, heads, head, MODES, W, TILE, D)
 
 
-@kernel(gluon.jit, tensors="query key value out lse grad_out lse_delta grad_query")
+@kernel(
+    gluon.jit, tensors="query key value out lse grad_out lse_delta grad_query", masks="key_mask"
+)
 def bands_dq_kernel(
-    query, key, value, out, lse, grad_out, lse_delta, grad_query,
+    query, key, value, out, lse, grad_out, lse_delta, grad_query, key_mask,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    L0, L1, L2, T0, T1, T2, K0, K1, K2, S0, S1, S2, D0, D1, D2, heads, per_kv, scale,
+    m_b, m_0, m_1, m_2, L0, L1, L2, T0, T1, T2, K0, K1, K2, S0, S1, S2, D0, D1, D2,
+    heads, per_kv, scale,
     MODES: gl.constexpr, DILATED: gl.constexpr, W: gl.constexpr, TILE: gl.constexpr,
     BLOCK: gl.constexpr, HALO: gl.constexpr, ALIGN: gl.constexpr, D: gl.constexpr,
+    HAS_KEY_MASK: gl.constexpr,
 ):  # fmt: skip
     """dQ, and of ``lse_delta [rows, 4]`` the two numbers that dK and dV need."""
     PRODUCT: gl.constexpr = product_layout(W)
@@ -448,10 +499,11 @@ def bands_dq_kernel(
     batch = (gl.program_id(2) // heads).to(gl.int64)
     head = (gl.program_id(2) % heads).to(gl.int64)
     kv_head = head // per_kv
+    mask = _key_mask(key_mask, batch * m_b, (m_0, m_1, m_2), walk, HAS_KEY_MASK)
     k_first, v_first = key + batch * k_b + kv_head * k_h, value + batch * v_b + kv_head * v_h
     keys = _source(k_first, (k_0, k_1, k_2), walk, MODES, W, HALO, D)
     values = _source(v_first, (v_0, v_1, v_2), walk, MODES, W, HALO, D)
-    bands = _first_band(keys, values, walk, MODES, W, BLOCK, HALO, D, BYTES)
+    bands = _first_band(keys, values, mask, walk, MODES, W, BLOCK, HALO, D, BYTES)
 
     i = minimum(_rows(walk, W, TILE, gl.SliceLayout(2, QUERY)), walk.last)
     token = key_tokens(i, walk.group, walk.dilation, walk.n, MODES)
@@ -468,6 +520,8 @@ def bands_dq_kernel(
     at = row_number(first_row, token, shape, heads, head)
     real = before(_rows(walk, W, TILE, M_ROWS), walk.n)
     exponent = gl.load(lse + at) * LOG2E
+    if HAS_KEY_MASK:  # weights of who attends nothing are zero
+        exponent = gl.where(exponent == float("-inf"), float("inf"), exponent)
     gl.store(lse_delta + at * 4, exponent, mask=real)
     gl.store(lse_delta + at * 4 + 1, delta, mask=real)
     lows, highs = _reach(i, walk.n, walk.kernel_size, walk.stride, MODES, False)
@@ -485,6 +539,7 @@ def bands_dq_kernel(
         for block in range(0, walk.blocks):
             y = _positions(walk, band, starts, block, W, BLOCK)
             s = window_mask(y, lows, highs, MODES, BLOCK)
+            s = _masked(s, mask, walk, band, starts, block, MODES, BLOCK)
             s = _product(q, key, first, starts, block, s, D, BLOCK, HALO)  # [W, 16, N]
             dp = gl.zeros([W, ROWS, N], gl.float32, PRODUCT) - gl.expand_dims(delta, 2)
             dp = _product(g, value, first + OF_VALUES, starts, block, dp, D, BLOCK, HALO)
@@ -493,13 +548,17 @@ def bands_dq_kernel(
     _store(grad_query, dq * scale, first_row, walk, shape, heads, head, MODES, W, TILE, D)
 
 
-@kernel(gluon.jit, tensors="query key value grad_out lse_delta grad_key grad_value")
+@kernel(
+    gluon.jit, tensors="query key value grad_out lse_delta grad_key grad_value", masks="key_mask"
+)
 def bands_dkdv_kernel(
-    query, key, value, grad_out, lse_delta, grad_key, grad_value,
+    query, key, value, grad_out, lse_delta, grad_key, grad_value, key_mask,
     q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h,
-    L0, L1, L2, T0, T1, T2, K0, K1, K2, S0, S1, S2, D0, D1, D2, heads, per_kv, scale,
+    m_b, m_0, m_1, m_2, L0, L1, L2, T0, T1, T2, K0, K1, K2, S0, S1, S2, D0, D1, D2,
+    heads, per_kv, scale,
     MODES: gl.constexpr, DILATED: gl.constexpr, W: gl.constexpr, TILE: gl.constexpr,
     BLOCK: gl.constexpr, HALO: gl.constexpr, ALIGN: gl.constexpr, D: gl.constexpr,
+    HAS_KEY_MASK: gl.constexpr,
 ):  # fmt: skip
     """dK and dV: rows are keys. The bands of a key head's query heads follow one another."""
     PRODUCT: gl.constexpr = product_layout(W)
@@ -520,12 +579,13 @@ def bands_dkdv_kernel(
     kv_heads = heads // per_kv
     batch = (gl.program_id(2) // kv_heads).to(gl.int64)
     kv_head = (gl.program_id(2) % kv_heads).to(gl.int64)
+    mask = _key_mask(key_mask, batch * m_b, (m_0, m_1, m_2), walk, HAS_KEY_MASK)
     first_row, first_head = batch * L0 * L1 * L2, kv_head * per_kv
     q_first, row_start = query + batch * q_b + first_head * q_h, first_row * heads + first_head
     queries = _source(q_first, (q_0, q_1, q_2), walk, MODES, W, HALO, D)
     row_strides = token_strides(shape, heads * D)
     grads = _source(grad_out + row_start * D, row_strides, walk, MODES, W, HALO, D)
-    bands = _first_band(queries, grads, walk, MODES, W, BLOCK, HALO, D, BYTES)
+    bands = _first_band(queries, grads, (), walk, MODES, W, BLOCK, HALO, D, BYTES)
 
     i = minimum(_rows(walk, W, TILE, gl.SliceLayout(2, KEY)), walk.last)
     token = key_tokens(i, walk.group, walk.dilation, walk.n, MODES)
@@ -565,6 +625,9 @@ def bands_dkdv_kernel(
             dp = _product(v, grad_out, first + OF_GRADS, starts, block, dp, D, BLOCK, HALO)
             dv = _add(p, grad_out, first + OF_GRADS, starts, block, dv, BLOCK, HALO)
             dk = _add(p * dp, query, first, starts, block, dk, BLOCK, HALO)
+    if HAS_KEY_MASK:  # those of masked keys and values are zero, whatever these are
+        allowed = gl.expand_dims(allowed_at(mask[0], i, MODES), 2)  # [W, 16, 1]
+        dk, dv = gl.where(allowed, dk, 0.0), gl.where(allowed, dv, 0.0)
     _store(grad_key, dk * scale, first_row, walk, shape, kv_heads, kv_head, MODES, W, TILE, D)
     _store(grad_value, dv, first_row, walk, shape, kv_heads, kv_head, MODES, W, TILE, D)
 

@@ -48,7 +48,9 @@ def forward(
             )
             return out, lse
         if found.bands_forward is not None and is_aligned(query, key, value):
-            found.bands_forward.run(query=query, key=key, value=value, out=out, lse=lse)
+            found.bands_forward.run(
+                query=query, key=key, value=value, out=out, lse=lse, key_mask=masks[0]
+            )
             return out, lse
         found.forward.run(
             query=query, key=key, value=value, rpb=rpb, additional_keys=additional_keys,
@@ -88,7 +90,7 @@ def backward(
         if of_bands and grad_lse is None and found.bands_dq is not None:
             found.bands_dq.run(
                 query=query, key=key, value=value, out=out, lse=lse, grad_out=grad_out,
-                lse_delta=lse_delta, grad_query=grad_query,
+                lse_delta=lse_delta, grad_query=grad_query, key_mask=masks[0],
             )  # fmt: skip
         else:
             dq = found.dq if grad_lse is None else found.dq_with_grad_lse
@@ -102,7 +104,7 @@ def backward(
         if of_bands and found.bands_dkdv is not None:
             found.bands_dkdv.run(
                 query=query, key=key, value=value, grad_out=grad_out, lse_delta=lse_delta,
-                grad_key=grad_key, grad_value=grad_value,
+                grad_key=grad_key, grad_value=grad_value, key_mask=masks[0],
             )  # fmt: skip
         else:
             found.dkdv.run(

@@ -309,7 +309,7 @@ class Plan:
 
     def _bands(self, kind: str) -> Launch | None:
         is_asked = any(map(any, self.asked[kind]))
-        if is_asked or self.packed or self.num_additional or self.has_key_mask:
+        if is_asked or self.packed or self.num_additional:
             return None
         if math.gcd(4, *self.strides.values()) < 4:  # rows are copied 16 bytes at once
             return None
@@ -331,6 +331,7 @@ class Plan:
             "heads": self.heads, "MODES": self.modes, "DILATED": grid[1] > 1,
             "W": band_tiles.WARPS, "TILE": tiles.tile, "BLOCK": tiles.block, "HALO": tiles.halo,
             "ALIGN": self.constants["ALIGN"], "D": self.dim,
+            **self.key_mask_strides, "HAS_KEY_MASK": self.has_key_mask,
         }  # fmt: skip
         kernel = KERNELS[kind]
         arguments = {name: known[name] for name in kernel.arg_names[len(kernel.tensors) :]}
@@ -341,11 +342,14 @@ class Plan:
 
     def _has_room_for_lines(self, halo: int, grid: Shape) -> bool:
         """Whether numbers of 32 bits say where in a line a token is, of ``dO``, too, and where an
-        entry of the batch has a row of ``lse_delta``."""
+        entry of the batch has a row of ``lse_delta``, or a mask a key."""
         assert isinstance(self.rule, Neighborhood)
         farthest = [max(along) for along in zip(*(each[1:-2] for each in self.all_strides))]
         line = 1, 1, halo
         has_room = small_tiles.has_room(line, self.rule, self.key_space, farthest, grid)
+        steps = list(self.key_mask_strides.values())[1:]
+        if sum((n - 1) * step for n, step in zip(padded(self.key_space, 1), steps)) >= 2**31:
+            return False
         return has_room and 4 * self.dim * self.heads * math.prod(self.space) < 2**31
 
     @cached_property

@@ -8,8 +8,6 @@ may round to TF32. The halo is copied to shared memory once, keys and values.
 
 # Gluon reads annotations as objects: no ``from __future__``.
 
-from typing import Any, NamedTuple
-
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from . import primitives
 from .launch import kernel
 from .primitives import LN2, LOG2E, ROUNDING
+from .warp_masks import KeyMask, allowed_at, allowed_keys, lane_layout, offset_from
 from .warps import (
     MASKED,
     ROWS,
@@ -53,10 +52,8 @@ from .warps import (
     window_mask,
 )
 
-bit = from_triton(primitives.bit)
 bias_index = from_triton(primitives.bias_index)
 bias_offset = from_triton(primitives.bias_offset)
-packed = from_triton(primitives.packed)
 
 
 # --- copies, where tiles are, and what they reach -----------------------------------------------
@@ -72,7 +69,9 @@ def _copy(
     on."""
     D: gl.constexpr = stage.shape[1]
     d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
-    at = gl.multiple_of(tensor + start + _offset(tokens, origin, strides)[:, None] + d, [ALIGN] * 2)
+    at = gl.multiple_of(
+        tensor + start + offset_from(tokens, origin, strides)[:, None] + d, [ALIGN] * 2
+    )
     if allowed is not None:
         allowed = gl.expand_dims(allowed, 1)
         if C < D:
@@ -103,60 +102,6 @@ def _lows(
     first = minimum(tiles_of_warps(begin, WARPS, Q_BLOCK, LAYOUT), last)
     low, _ = _windows(first, n, kernel_size, stride, MODES)
     return low
-
-
-@gluon.jit
-def _offset(tokens, origin, strides):
-    """How far tokens are in memory from a token nearby, in 32 bits, which take fewer instructions;
-    ``small_tiles`` says where they are enough."""
-    x = minus(tokens, origin)
-    at = x[0] * strides[0].to(gl.int32) + x[1] * strides[1].to(gl.int32)
-    return at + x[2] * strides[2].to(gl.int32)
-
-
-# --- masks of keys ------------------------------------------------------------------------------
-
-
-@gluon.constexpr_function
-def lane_layout(warps):
-    """Of ``[W, 32]``: one key a thread."""
-    return gl.BlockedLayout([1, 1], [1, 32], [warps, 1], [1, 0])
-
-
-class KeyMask(NamedTuple):
-    """Where a mask of keys is, and the keys of a program's dilation group."""
-
-    origin_at: Any  # address of what it holds of the token ``origin``
-    origin: Any  # a token nearby, per axis
-    strides: Any  # per axis
-    group: Any  # per axis
-    dilation: Any  # per axis
-    n: Any  # keys of the group, per axis
-
-
-@gluon.jit
-def _allowed(mask, y, MODES: gl.constexpr):
-    """Whether keys at positions ``y`` may be attended."""
-    x = present_tokens(y, mask.group, mask.dilation, mask.n, MODES)
-    return gl.load(mask.origin_at + _offset(x, mask.origin, mask.strides)) != 0
-
-
-@gluon.jit
-def _allowed_keys(mask, first, MODES: gl.constexpr, KV_BLOCK: gl.constexpr, LAYOUT: gl.constexpr):
-    """Which keys of each warp's block may be attended, ``[W, N]`` in a layout; ``first``: where it
-    begins, per axis ``[W]`` in the layout of lanes."""
-    N: gl.constexpr = KV_BLOCK[0] * KV_BLOCK[1] * KV_BLOCK[2]
-    W: gl.constexpr = first[2].shape[0]
-    lane = gl.arange(0, 32, gl.SliceLayout(0, lane_layout(W)))
-    i = gl.expand_dims(gl.arange(0, N, gl.SliceLayout(0, LAYOUT)), 0)  # [1, N]
-    words = gl.zeros([W, N], gl.int32, LAYOUT)
-    for word in gl.static_range(N // 32):
-        c = coordinates(32 * word + lane, KV_BLOCK)  # [32] per axis
-        allowed = _allowed(mask, plus(expanded(first, 1), expanded(c, 0)), MODES)  # [W, 32]
-        own = packed(allowed, gl.expand_dims(lane, 0), 1)  # [W]
-        own = gl.expand_dims(gl.convert_layout(own, gl.SliceLayout(1, LAYOUT)), 1)
-        words = gl.where(i // 32 == word, own, words)
-    return bit(words, i % 32)
 
 
 @gluon.jit
@@ -251,7 +196,7 @@ def small_forward_kernel(
         position = plus(low, coordinates(row, HALO))
         x = present_tokens(position, group, dilation, n, MODES)
         if HAS_KEY_MASK:
-            allowed = _allowed(mask, position, MODES)
+            allowed = allowed_at(mask, position, MODES)
         k_stage, v_stage = stages.index(chunk), stages.index(CHUNKS + chunk)
         _copy(key, k_start, x, origin, k_strides, k_stage, allowed, C, BYTES, COPY)
         _copy(value, v_start, x, origin, v_strides, v_stage, allowed, C, BYTES, COPY)
@@ -262,7 +207,7 @@ def small_forward_kernel(
     d = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, QUERY)))[None, None, :]
     origin = key_tokens(begin, group, dilation, n, MODES)
     at = query + token_offset(batch * q_b + head * q_h, minus(origin, offset), q_strides, 1)
-    at += gl.expand_dims(_offset(x, origin, q_strides), 2) + d
+    at += gl.expand_dims(offset_from(x, origin, q_strides), 2) + d
     at = gl.multiple_of(at, [BYTES, BYTES, BYTES])
     q = gl.load(at, mask=d < C, other=0) if C < D else gl.load(at)
     q = gl.convert_layout(q, LEFT)  # [W, 16, D]
@@ -299,7 +244,7 @@ def small_forward_kernel(
             s += _biases(rpb, i, y, kernel_size, head, scale)
             s = gl.maximum(s, MASKED, propagate_nan=tl.PropagateNan.ALL)  # of a bias of -inf
         if HAS_KEY_MASK:
-            of_block = _allowed_keys(mask, plus(m_low, first), MODES, KV_BLOCK, N_ROWS)  # [W, N]
+            of_block = allowed_keys(mask, plus(m_low, first), MODES, KV_BLOCK, N_ROWS)  # [W, N]
             s = gl.where(gl.expand_dims(of_block, 1), s, MASKED)
         s = mma_v2(q, k, s, "tf32")
 
