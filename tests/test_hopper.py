@@ -13,7 +13,6 @@ import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +29,7 @@ from natten.neighborhood import Dense, Neighborhood
 pytest.importorskip("triton", "3.6")  # the first with Gluon for Hopper
 
 from hopper_problems import PROBLEMS, each_way, name_of, partners, rule_of
+from masked import check_masks
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
@@ -776,26 +776,16 @@ MASKED = [
     (2, 2, 64, 64, 0, torch.bfloat16, None),
     (4, 2, 128, 128, 130, torch.float16, None),
     (2, 1, 32, 32, 3, torch.bfloat16, torch.bfloat16),
+    (2, 1, 32, 24, 0, torch.float16, torch.float32),
     (2, 1, 256, 40, 5, torch.bfloat16, None),
 ]
-
-
-@pytest.fixture
-def no_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No windows run as a row of tokens, which has kernels of its own and no mask of keys."""
-    monkeypatch.setattr(tiling, "in_a_row", lambda *_: None)
-    tuning._forget_choices()
-    yield
-    tuning._forget_choices()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
 @pytest.mark.parametrize("tensors", MASKED)
-@pytest.mark.usefixtures("no_rows")
 def test_masks(problem: Any, tensors: Any) -> None:
-    """What is masked reaches nothing, whatever it is; a mask that hides nothing changes nothing."""
     shape, *parameters = problem
     heads, kv_heads, dim, value_dim, num_additional, dtype, bias_dtype = tensors
     rule, scale = rule_of(shape, *parameters), dim**-0.5
@@ -809,46 +799,62 @@ def test_masks(problem: Any, tensors: Any) -> None:
 
     q, k = random(*shape, heads, dim), random(*shape, kv_heads, dim)
     v, rpb = random(*shape, kv_heads, value_dim), bias_of(rule, heads, bias_dtype)
-    inputs = Inputs(q, k, v, rpb)
-    key_mask, own_mask = mask(*shape), mask(num_additional) if num_additional else None
+    inputs = Inputs(q, k, v, rpb, key_mask=mask(*shape))
     if num_additional:
         additional = [random(num_additional, kv_heads, n) for n in (dim, value_dim)]
-        inputs = inputs._replace(additional_keys=additional[0], additional_values=additional[1])
+        inputs = inputs._replace(
+            additional_keys=additional[0], additional_values=additional[1],
+            additional_mask=mask(num_additional),
+        )  # fmt: skip
     problem_of = Problem.of("gradient", inputs, rule, scale)
     backends = hopper, hopper if hopper.unsupported(problem_of) is None else triton
+    check_masks(inputs, rule, scale, backends)
 
-    def run(inputs: Inputs) -> list[torch.Tensor | None]:
-        out, lse = backends[0].forward(inputs, rule, scale)
-        grad, grad_lse = torch.sin(out + 1.0), torch.cos(lse.masked_fill(lse.isinf(), 0.0))
-        return [out, lse, *backends[1].backward(grad, grad_lse, inputs, out, lse, rule, scale)]
 
-    everything = torch.ones_like(key_mask), None if own_mask is None else torch.ones_like(own_mask)
-    whole = inputs._replace(key_mask=everything[0], additional_mask=everything[1])
-    for a, b in zip(run(inputs)[: -3 if bias_dtype else None], run(whole)):
-        assert (a is None and b is None) or torch.equal(a, b)
-    masked = inputs._replace(key_mask=key_mask, additional_mask=own_mask)
-    found = run(masked)
-    exact = Inputs(*(x if x is None or x.dtype == torch.bool else x.double() for x in masked))
-    out, lse = reference.forward(exact, rule, scale)
-    grads = torch.sin(found[0] + 1.0), torch.cos(found[1].masked_fill(found[1].isinf(), 0.0))
-    wanted = reference.backward(*(x.double() for x in grads), exact, out, lse, rule, scale)
-    assert torch.equal(lse.isinf(), found[1].isinf()) and not found[0][lse.isinf()].any()
-    for right, x in zip((out, lse, *wanted), found):
-        if right is None:
-            continue
-        assert not x.isnan().any()
-        finite = right.isfinite()
-        error = (x - right)[finite].square().mean().sqrt()
-        size = right[finite].square().mean().sqrt().clamp(min=0.1)
-        assert error < 2 * (1e-2 if dtype == torch.bfloat16 else 2e-3) * size
-    for value in (math.nan, math.inf, torch.finfo(dtype).max):
-        dirty = [x.masked_fill(~key_mask[..., None, None], value) for x in (k, v)]
-        read = masked._replace(key=dirty[0], value=dirty[1])
-        if own_mask is not None:
-            own = [x.masked_fill(~own_mask[..., None, None], value) for x in additional]
-            read = read._replace(additional_keys=own[0], additional_values=own[1])
-        for a, b in zip(found, run(read)):
-            assert (a is None and b is None) or torch.equal(a, b)
+BIASED = {"dtype": torch.float32}
+WITH_MASKS: dict[str, tuple[Any, ...]] = {
+    "windows": ((24, 36), Neighborhood.create(2, 7), 64, {}),
+    "a row": ((37, 67), Neighborhood.create(2, (37, 65)), 64, {}),
+    "a row of all": ((37, 67), Neighborhood.create(2, (37, 67)), 64, {}),
+    "a row, dS in memory": ((50, 61), Neighborhood.create(2, (48, 57)), 128, {}),
+    "plain": ((1000,), Dense(), 64, {}),
+    "plain, dS in memory": ((4096,), Dense(), 128, {}),
+    "bias": ((64, 64), Neighborhood.create(2, 13), 64, BIASED),
+    "dQ and the bias's gradient": ((28, 28), Neighborhood.create(2, 7), 32, BIASED),
+}
+
+
+@pytest.mark.parametrize("name", WITH_MASKS)
+def test_a_mask_does_not_decide_what_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a mask, however it lies, the same kernels with the same tiles run, in the same order."""
+    shape, rule, dim, of_bias = WITH_MASKS[name]
+    launched: list[Any] = []
+    constants = "TILE", "BLOCK", "BLOCKS", "WARPGROUPS", "MASK", "PASS", "LEAVE_DS", "HAS_DQ"
+
+    def keep(self: launch.Launch, **_: Any) -> None:
+        chosen = [(key, self.arguments[key]) for key in constants if key in self.arguments]
+        launched.append((self.kernel.__name__, self.grid[1:], chosen))
+
+    monkeypatch.setattr(launch.Launch, "run", keep)
+    q = torch.empty(8, *shape, 8, dim, dtype=torch.bfloat16, device="meta")
+    rpb = None
+    if of_bias:
+        rpb = q.new_empty(8, *(2 * k - 1 for k in rule.kernel_size), **of_bias)
+    mask = q.new_empty(8, *shape, dtype=torch.bool)
+    backwards = q.new_empty(8, *shape[::-1], dtype=torch.bool)
+    masks = None, mask, mask[:1], backwards.permute(0, *range(len(shape), 0, -1))
+    runs = []
+    for key_mask in masks:
+        inputs = Inputs(q, q, q, rpb, key_mask=key_mask)
+        out, lse = hopper.forward(inputs, rule, 0.1)
+        hopper.backward(out, None, inputs, out, lse, rule, 0.1)
+        runs.append(launched.copy())
+        launched.clear()
+    assert all(each == runs[0] for each in runs) and len(runs[0]) >= 4
+    kernels = {kernel for kernel, *_ in runs[0]}
+    assert ("columns_kernel" in kernels) == (name in ("a row", "a row, dS in memory"))
+    assert ("dq_from_ds_kernel" in kernels) == ("dS in memory" in name)
+    assert any(dict(chosen).get("HAS_DQ") for *_, chosen in runs[0]) == name.startswith("dQ and")
 
 
 def test_layouts_whose_masks_are_too_large_are_left_to_triton() -> None:
