@@ -464,9 +464,9 @@ _BLOCK_CYCLES, _TILE_CYCLES, _TILE_LATENCY = 100.0, 500.0, 3000.0
 _EXPOSED = 0.05  # of a block, where TMA takes longer
 _COMPARE_CYCLES = 4.0  # of a column of a partial block
 
-# What a block costs more if it or its tile is no power of two, of small windows (hopper-log.md),
-# and how many such tiles with blocks are priced.
-_UNEVEN_COST, _UNEVEN = 1.03, 10
+# What a block costs more if it or its tile is no power of two, of small windows (hopper-log.md): of
+# heads of a native width, and of others. And how many such tiles with blocks are priced.
+_UNEVEN_COSTS, _UNEVEN = (1.03, 1.07), 10
 
 _L2_BYTES = 30.0  # that L2 gives a multiprocessor in a cycle, if all fetch (hopper-log.md)
 
@@ -676,6 +676,8 @@ class _Search:
                 [shape for shape in shapes if shape[2] >= PIECE_ROWS]
                 for shapes in _tiles_and_blocks(lengths, self.ways.work, kv_lengths)
             )
+        has_other_width = native(dim) > dim or native(value_dim) > value_dim
+        self.uneven_cost = _UNEVEN_COSTS[has_other_width]
         self.uneven: list[tuple[Shape, Shape]] = []  # tiles with blocks
         if isinstance(rule, Neighborhood) and kv_lengths is None and not packed:
             self.uneven = self._find_uneven(rule) if may_be_uneven(rule, shape) else []
@@ -786,7 +788,9 @@ class _Search:
             return None
         stages, each = priced
         is_uneven = _is_padded(tiles.q_block) or _is_padded(tiles.kv_block)
-        each = each._replace(block=each.block * pieces.cost * (_UNEVEN_COST if is_uneven else 1))
+        each = each._replace(
+            block=each.block * pieces.cost * (self.uneven_cost if is_uneven else 1)
+        )
         return _cost(axes, tiles, each), tiles._replace(num_stages=stages)
 
     def _mask(self, tiles: Tiles, axes: Sequence[Axis]) -> Mask:
