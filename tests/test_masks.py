@@ -196,7 +196,7 @@ def test_plain_attention(queries, keys, causal, backend):
 # --- identities ---
 
 
-@pytest.mark.parametrize("backend", ["tiled", "reference"])
+@backends
 @pytest.mark.parametrize("case", SELF, ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_masks_that_mask_nothing_change_no_bit(case, backend, dtype):
@@ -851,21 +851,24 @@ def test_kept_calls():
 
 
 def test_explain_says_which_backends_have_masks():
-    lines = dict(x.split(": ", 1) for x in explain(Q, kernel_size=7, key_mask=MASK).split("\n"))
+    some = MASK.tril()
+    lines = dict(x.split(": ", 1) for x in explain(Q, kernel_size=7, key_mask=some).split("\n"))
     assert lines["tiled"] == "runs"
     assert lines["reference"] == "can run, comes later in the order of preference"
     assert "masks" not in explain(Q, kernel_size=7)
-    lines = explain(Q, Q, Q, key_mask=MASK).split("\n")
+    lines = explain(Q, Q, Q, key_mask=some).split("\n")
     assert "tiled: runs" in lines
+    assert explain(Q, Q, Q, key_mask=MASK) == explain(Q, Q, Q)  # it hides nothing
     lines = explain(Q, kernel_size=7, **TOKENS, additional_mask=ALSO, backend="reference")
     assert "reference: runs" in lines.split("\n")
 
 
 def test_a_backend_without_masks_is_replaced(monkeypatch):
     monkeypatch.setattr(_warnings, "_given", set())  # other tests may have been warned already
-    assert sdpa.masks or "sdpa: has no masks of keys" in explain(Q, kernel_size=7, key_mask=MASK)
+    some = MASK.tril()
+    assert sdpa.masks or "sdpa: has no masks of keys" in explain(Q, kernel_size=7, key_mask=some)
     with pytest.warns(UserWarning, match="'sdpa' has no masks of keys; 'tiled' runs instead"):
-        fused(key_mask=MASK, backend="sdpa")
+        fused(key_mask=some, backend="sdpa")
 
 
 def test_masks_are_not_subtracted_from_operations():

@@ -87,6 +87,7 @@ def _explain_attention(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[s
 
 
 def _lines_of(call: Call, inputs: Inputs) -> str:
+    inputs = inputs.without_idle_masks()
     forward, gradient = (
         backends.Problem.of(operation, inputs, call.rule, call.scale)
         for operation in ("attention", "gradient")

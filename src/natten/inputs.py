@@ -42,6 +42,21 @@ class Inputs(NamedTuple):
         """Whether some keys may not be attended."""
         return self.key_mask is not None or self.additional_mask is not None
 
+    def without_idle_masks(self) -> Inputs:
+        """The same without masks that are True everywhere, if they are on a CPU: there it costs
+        little to look at them, and kernels without masks are faster."""
+        kept = self
+        if _is_idle(self.key_mask):
+            kept = kept._replace(key_mask=None)
+        if _is_idle(self.additional_mask):
+            kept = kept._replace(additional_mask=None)
+        return kept
+
+
+def _is_idle(mask: Tensor | None) -> bool:
+    """Whether a mask is known to be True everywhere."""
+    return type(mask) is Tensor and mask.device.type == "cpu" and bool(mask.all())
+
 
 class Gradients(NamedTuple):
     """Gradients of the first of :class:`Inputs`, each shaped like its input; None where there is no

@@ -51,6 +51,8 @@ class Call:
     _chosen: dict[str, Callable[..., Any]] = field(default_factory=dict, repr=False)
     # Of parts, shared by those that were moved: what is chosen, by what decides it.
     _choices: dict[Any, dict[str, Callable[..., Any]]] = field(default_factory=dict, repr=False)
+    # The same calls without a mask of keys, of additional ones, or both, by what they have.
+    _less_masked: dict[tuple[bool, bool], Call] = field(default_factory=dict, repr=False)
 
     def __call__(self, inputs: Inputs, plain: bool) -> tuple[Tensor, Tensor]:
         """Output ``[batch, *space, heads, value_dim]`` and LSE ``[batch, *space, heads]``.
@@ -72,10 +74,17 @@ class Call:
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Output and LSE."""
+        if inputs.is_masked and (less := inputs.without_idle_masks()) is not inputs:
+            return self._less_masked_call(less).forward(less)
         run = self._chosen.get("attention")
         if run is None:
             return self._first_forward(inputs)
         return run(inputs, self.rule, self.scale)
+
+    def _less_masked_call(self, inputs: Inputs) -> Call:
+        """The same call of inputs that lack a mask."""
+        kind = inputs.key_mask is None, inputs.additional_mask is None
+        return self._less_masked.setdefault(kind, Call(self.rule, self.scale, self.choice))
 
     def _first_forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         run = self._choose("attention", inputs)
@@ -127,6 +136,8 @@ class Call:
         self, grad_out: Tensor, grad_lse: Tensor | None, inputs: Inputs, out: Tensor, lse: Tensor
     ) -> Gradients:
         """Gradients of the inputs."""
+        if inputs.is_masked and (less := inputs.without_idle_masks()) is not inputs:
+            return self._less_masked_call(less).backward(grad_out, grad_lse, less, out, lse)
         arguments = grad_out, grad_lse, inputs, out, lse, self.rule, self.scale
         run = self._chosen.get("gradient")
         if run is not None:
