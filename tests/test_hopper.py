@@ -425,6 +425,16 @@ def test_bases_beyond_32_bits_are_copied(monkeypatch: pytest.MonkeyPatch) -> Non
     assert copied.is_contiguous() and torch.equal(copied, x)
 
 
+@pytest.mark.parametrize("width", [20, 24, 32])
+def test_half_aligned_heads_that_are_not_side_by_side_are_copied(width: int) -> None:
+    """Kernels tell by a head's number where in 16 bytes it begins."""
+    x = torch.randn(1, 6, 5, 4, width, dtype=torch.bfloat16)
+    beside = torch.stack((x, x), 3)[:, :, :, 0]  # as of a layer: tokens lie farther apart
+    assert descriptors.readable(beside, (1, 1)) is beside
+    apart = x[..., :20]
+    assert (descriptors.readable(apart, (1, 1)) is apart) == (width == 20)
+
+
 def test_programs_take_tiles_in_turn_unless_some_are_much_longer() -> None:
     def programs(shape: Any, window: Any, kind: str, causal: Any = False) -> int:
         rule = Neighborhood.create(len(shape), window, 1, 1, causal)

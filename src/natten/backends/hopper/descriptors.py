@@ -191,10 +191,11 @@ def readable(x: Tensor, dilation: Sequence[int]) -> Tensor:
     if x.data_ptr() % 16 == 0:
         if x.is_contiguous():
             return x
-        strides = [s for n, s in zip(x.shape[:-1], x.stride()[:-1]) if n > 1]
-        if x.stride(-2) == x.shape[-1]:  # side by side, heads are one axis with their channels
-            strides = [s for n, s in zip(x.shape[:-2], x.stride()[:-2]) if n > 1]
+        # Side by side, heads are one axis with their channels; half aligned ones are read only so.
+        axes = -2 if x.stride(-2) == x.shape[-1] else -1
+        strides = [s for n, s in zip(x.shape[:axes], x.stride()[:axes]) if n > 1]
         aligned = x.stride(-1) == 1 and all(s > 0 and s % 8 == 0 for s in strides)
+        aligned = aligned and (axes == -2 or x.shape[-1] % 8 == 0)
         if aligned and view(x.shape, x.stride(), dilation).shape[0] <= MOST:
             return x
     return x.clone(memory_format=torch.contiguous_format)
