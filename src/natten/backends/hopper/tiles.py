@@ -676,10 +676,12 @@ class _Search:
                 [shape for shape in shapes if shape[2] >= PIECE_ROWS]
                 for shapes in _tiles_and_blocks(lengths, self.ways.work, kv_lengths)
             )
-        has_other_width = native(dim) > dim or native(value_dim) > value_dim
-        self.uneven_cost = _UNEVEN_COSTS[has_other_width]
+        dims = dim, value_dim
+        self.uneven_cost = _UNEVEN_COSTS[any(native(each) > each for each in dims)]
         self.uneven: list[tuple[Shape, Shape]] = []  # tiles with blocks
-        if isinstance(rule, Neighborhood) and kv_lengths is None and not packed:
+        # Wide heads and half aligned ones were never run with them.
+        suits = max(map(native, dims)) <= 128 and not any(map(are_half_aligned, dims))
+        if isinstance(rule, Neighborhood) and kv_lengths is None and not packed and suits:
             self.uneven = self._find_uneven(rule) if may_be_uneven(rule, shape) else []
         if kv_lengths is not None and not self.of_keys and isinstance(rule, Neighborhood):
             # The part begins where a stride does, and many that it stands for do not.
