@@ -44,8 +44,9 @@ class Tensor:
         batch, *space, heads, channels = x.shape
         self.x, self.dilation = x.reshape(batch, *padded(space, 1), heads, channels), dilation
 
-    def tma_base(self, *base: Any) -> Any:
-        return base
+    def tma_base(self, batch: Any, group: Any, head: Any, half_aligned: bool = False) -> Any:
+        assert not half_aligned
+        return batch, group, head
 
     def store(self, base: Any, place: Any, buffer: Any) -> None:
         """Write a box, as far as it is in the layout."""

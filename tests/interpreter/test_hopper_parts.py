@@ -23,6 +23,7 @@ from natten import tuning
 from natten.backends.hopper import backward, bias, descriptors, geometry, key_masks, masks
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
+from natten.backends.hopper.cuts import rows_held
 from natten.backends.hopper.documents import num_tiles_of
 from natten.backends.hopper.lse_delta import lse_delta_kernel
 from natten.backends.interface import KINDS, Tiles
@@ -58,7 +59,7 @@ class Keys:
     """A pipeline whose blocks are zeros."""
 
     def __init__(self, g: Any) -> None:
-        self.rows = math.prod(g.BLOCK)
+        self.rows = rows_held(g.BLOCK)
 
     def consumer_wait(self, stage: Any) -> None:
         pass
@@ -128,8 +129,9 @@ def walk_kernel(
     last, has_key_mask, factors = ARGUMENTS["m_last"], ARGUMENTS["HAS_KEY_MASK"], ()
     if has_key_mask:
         factors = (masks.stage_factors(g, 1, *kind, ARGUMENTS["TABLES"]),)
-    key_mask = key_masks.key_mask_of(g, mask, strides, last, factors, has_key_mask)
-    within = key_mask.within_block(tl.arange(0, math.prod(g.BLOCK)))
+    key_mask = key_masks.key_mask_of(g, mask, strides, last, factors, has_key_mask, kind[0])
+    columns = tl.arange(0, rows_held(g.BLOCK))
+    within = key_mask.within_block(columns)
     biases = bias.bias_of(
         g, bias_tables, *(ARGUMENTS[name] for name in ("bias_size", "bias_middle", "BIAS_STRIDES"))
     )
@@ -147,7 +149,7 @@ def walk_kernel(
     for i in range(int(end) - int(before)):
         masked: Any = ()
         if ARGUMENTS["HAS_KEY_MASK"]:
-            allowed = key_mask.of_block(tile, block, tl.arange(0, math.prod(g.BLOCK)), within)
+            allowed = key_mask.of_block(tile, block, columns, within)
             masked = (gluon.masked_factor(key_mask, allowed),)
         s = window.scores(q, (), Keys(g), i, block, biases, masked, None, (DIM,))
         s = window.compare(s, block, i == 0)
@@ -256,6 +258,8 @@ def check(kind: str, queries: Any, keys: Any, rule: Rule, tiles: Tiles, most: in
         rows, is_row = tokens_of(own, at, layouts[0], rule.dilation, views[0])
         visible = torch.zeros(len(rows), wanted.shape[1], dtype=torch.int64)
         for start, places, scores in blocks:
+            # The last rows and columns may be no token.
+            scores = scores[: len(rows)]
             unmasked = scores > -(2.0**99)
             if (start >= other[0]).any() and "circular" not in rule.boundary:
                 (place,) = places.found
@@ -265,6 +269,8 @@ def check(kind: str, queries: Any, keys: Any, rule: Rule, tiles: Tiles, most: in
             of_piece = grid(*arguments[places.pieces])
             at = torch.cat([place + of_piece for place in places.found])
             columns, is_column = tokens_of(other, at, layouts[1], rule.dilation, views[1])
+            assert of_keys or not unmasked[is_row][:, len(columns) :].any()
+            scores, unmasked = scores[:, : len(columns)], unmasked[:, : len(columns)]
             assert (is_plain and of_keys) or not unmasked[is_row][:, ~is_column].any()
             visible.index_add_(1, columns[is_column], unmasked[:, is_column].long())
             at, pairs = columns[is_column], unmasked[is_row][:, is_column]
@@ -279,7 +285,7 @@ def check(kind: str, queries: Any, keys: Any, rule: Rule, tiles: Tiles, most: in
     assert not wanted[unattended.flatten()].any()
     if every:
         assert (seen | unattended.flatten()).all()
-        pairs = walked * tiling.ROWS * math.prod(arguments["BLOCK"])
+        pairs = walked * tiling.ROWS * rows_held(arguments["BLOCK"])
         assert tiling.computed_pairs(kind, rule, queries, keys, tiles) == pairs
 
 
