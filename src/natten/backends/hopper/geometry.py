@@ -50,14 +50,16 @@ def volume(shape):
 @gluon.constexpr_function
 def rows_held(shape):
     """Rows of a matrix that holds a shape's tokens: a power of two. The last ones may be none."""
-    return 1 << (shape[0] * shape[1] * shape[2] - 1).bit_length()
+    rows = 1
+    while rows < volume(shape):  # Triton 3.8 has no number of bits of its constants
+        rows *= 2
+    return rows
 
 
 @gluon.constexpr_function
 def fetched_tokens(shape):
     """Tokens of a shape that TMA fetches, 0 if they fill the matrix that holds them."""
-    tokens = shape[0] * shape[1] * shape[2]
-    return tokens if tokens & (tokens - 1) else 0
+    return volume(shape) if volume(shape) < rows_held(shape) else 0
 
 
 @gluon.constexpr_function
