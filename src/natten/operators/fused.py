@@ -19,7 +19,6 @@ from .._torch import in_forward_mode, plain_apply
 from ..documents import roomy_layout
 from ..inputs import Gradients, Inputs, compute_dtype
 from ..neighborhood import Dense, Neighborhood, Rule
-from ..tuning import Bounded
 from .composed import composed_attention, composed_tangent, differentiable_gradients
 from .schema import ANY, Choice, pack, pack_choice, unpack, unpack_choice
 from .transforms import (
@@ -53,7 +52,7 @@ class Call:
     # Of parts, shared by those that were moved: what is chosen, by what decides it.
     _choices: dict[Any, dict[str, Callable[..., Any]]] = field(default_factory=dict, repr=False)
     # The same calls without a mask of keys, of additional ones, or both, by what they have.
-    _less_masked: Bounded = field(default_factory=partial(Bounded, 3), repr=False)
+    _less_masked: dict[tuple[bool, bool], Call] = field(default_factory=dict, repr=False)
 
     def __call__(self, inputs: Inputs, plain: bool) -> tuple[Tensor, Tensor]:
         """Output ``[batch, *space, heads, value_dim]`` and LSE ``[batch, *space, heads]``.
@@ -85,8 +84,9 @@ class Call:
     def _less_masked_call(self, inputs: Inputs) -> Call:
         """The same call of inputs that lack a mask."""
         kind = inputs.key_mask is None, inputs.additional_mask is None
-        call: Call = self._less_masked.find(kind, Call, self.rule, self.scale, self.choice)
-        return call
+        if kind not in self._less_masked:
+            self._less_masked[kind] = Call(self.rule, self.scale, self.choice)
+        return self._less_masked[kind]
 
     def _first_forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         run = self._choose("attention", inputs)
