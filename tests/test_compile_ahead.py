@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -116,6 +120,55 @@ def test_kernels_are_loaded_ahead() -> None:
 
     compiling.load(GPU, [Kernel("a"), None, Kernel("b"), Kernel("c")])
     assert sorted(loaded) == ["a", "b", "c"]
+
+
+def test_the_collector_pauses_while_kernels_are_compiled() -> None:
+    """Until the last thread is done, also if a kernel fails."""
+    go, inside = threading.Event(), threading.Event()
+
+    def compile_it() -> None:
+        with compiling.uncollected():
+            inside.set()
+            go.wait(60)
+
+    assert gc.isenabled()
+    (future,) = start(GPU, [Job("a", compile_it)])
+    inside.wait(60)
+    with pytest.raises(RuntimeError, match="no registers"), compiling.uncollected():
+        raise RuntimeError("no registers")
+    assert not gc.isenabled()
+    go.set()
+    future.result()
+    assert gc.isenabled()
+
+
+def test_a_collector_that_is_off_stays_off() -> None:
+    gc.disable()
+    try:
+        with compiling.uncollected():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
+def test_the_collector_of_a_forked_process_runs() -> None:
+    """Whatever threads compiled in its parent."""
+    program = """if True:
+        import gc, os
+        from natten import compiling
+        with compiling.uncollected():
+            child = os.fork()
+            if child == 0:
+                assert gc.isenabled()
+                with compiling.uncollected():
+                    assert not gc.isenabled()
+        if child == 0:
+            os._exit(0 if gc.isenabled() else 1)
+        assert os.waitpid(child, 0)[1] == 0 and gc.isenabled()
+    """
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_launches_are_recorded_in_one_thread_only() -> None:

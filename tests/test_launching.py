@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import pathlib
 import weakref
@@ -453,6 +454,30 @@ def test_what_was_compiled_ahead_is_launched(
     backward_of(Call(RULE, 0.125, ANY), inputs)
     assert not compile_one.called and len(launched) == len(futures)
     assert len(compiling._known) == len(futures)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_garbage_is_left_while_kernels_are_compiled(
+    ahead: bool, launched: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the collector would take a third of that time."""
+    monkeypatch.setattr(compiling, "_known", {})
+    monkeypatch.setattr(backends, "choose", lambda name, problem: portable)
+    compile_one, collected = triton.runtime.jit.JITFunction._do_compile, []
+
+    def compiled(self: Any, *args: Any) -> Any:
+        collected.append(gc.isenabled())
+        return compile_one(self, *args)
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "_do_compile", compiled)
+    q = torch.empty(1, 12, 16, 2, 64, dtype=torch.bfloat16)
+    call = Call(RULE, 0.125, ANY)
+    if ahead:
+        for each in call.compile("attention", Inputs(q, q, q), torch.device("cuda", 0)):
+            each.result()
+    else:
+        call.forward(Inputs(q, q, q))
+    assert collected == [False] and gc.isenabled()
 
 
 def test_a_new_forward_compiles_the_gradient(

@@ -8,11 +8,16 @@ A launch of a kernel that a thread is compiling waits for it.
 Before Python 3.11.8 and 3.12.2, ``ast.parse`` may raise a SystemError if two threads parse at the
 same time, also in another one that is not ours (python/cpython issue 106905). There, kernels are
 compiled one after another by the thread that asks for them, and none behind a forward.
+
+While Triton reads a kernel it makes a million objects, and Python's collector goes through all
+that the process has again and again, with the lock held: a third of what a kernel costs. So it
+pauses meanwhile (:func:`uncollected`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import threading
@@ -114,6 +119,54 @@ def await_kernel(key: Hashable) -> None:
         # What it begins is only to save time: whatever is wrong is raised by who needs it.
         with contextlib.suppress(Exception):
             function()
+
+
+class _Collector:
+    """Python's collector of garbage, which pauses while any thread asks for that."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.pauses = 0
+        self.was_enabled = False
+
+    def pause(self) -> None:
+        with self.lock:
+            if self.pauses == 0:
+                self.was_enabled = gc.isenabled()
+                gc.disable()
+            self.pauses += 1
+
+    def resume(self) -> None:
+        with self.lock:
+            self.pauses -= 1
+            if self.pauses == 0 and self.was_enabled:
+                gc.enable()
+
+
+_collector = _Collector()
+
+
+def _forked() -> None:
+    """A child has none of the threads that would let the collector resume."""
+    global _collector
+    if _collector.pauses and _collector.was_enabled:
+        gc.enable()
+    _collector = _Collector()
+
+
+if hasattr(os, "register_at_fork"):  # not on every system
+    os.register_at_fork(after_in_child=_forked)
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Inside, Python collects no garbage, in any thread."""
+    collector = _collector  # a child's is another one
+    collector.pause()
+    try:
+        yield
+    finally:
+        collector.resume()
 
 
 def load(device: torch.device, kernels: Iterable[Any]) -> None:

@@ -189,9 +189,10 @@ class Launch:
             return
         if keep:  # threads compile for tensors whose addresses 16 divides
             compiling.await_kernel(self._compiled_for(named))
-        if any(make is not None and make.box != make.block for make in self.tensors.values()):
-            fit_boxes(self.kernel.warmup(grid=self.grid, **arguments), self.tensors)
-        compiled = self.kernel[self.grid](**arguments)
+        with compiling.uncollected():
+            if any(make is not None and make.box != make.block for make in self.tensors.values()):
+                fit_boxes(self.kernel.warmup(grid=self.grid, **arguments), self.tensors)
+            compiled = self.kernel[self.grid](**arguments)
         if keep and compiled is not None:  # the interpreter compiles nothing
             self._kernels.append(compiled)
 
@@ -208,7 +209,8 @@ class Launch:
 
 def _compile_ahead(kernel: Any, **arguments: Any) -> Any:
     """What Triton compiles of a kernel, and of C to launch it."""
-    compiled = kernel.warmup(**arguments)
+    with compiling.uncollected():
+        compiled = kernel.warmup(**arguments)
     build_launcher(compiled)
     return compiled
 
