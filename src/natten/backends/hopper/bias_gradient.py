@@ -245,54 +245,117 @@ def _mask_keys(ctx):
         t, group, batch = walk.next_step(t, group, batch)
 
 
-@gluon.jit
-def _allowed(ctx, stage):
-    """Which keys of the block in a stage may be attended, ``[1, N]``."""
-    N: gl.constexpr = volume(ctx.walk.geometry.BLOCK)
-    SCORES: gl.constexpr = ctx.walk.SCORES
-    k = gl.arange(0, N, gl.SliceLayout(0, SCORES))[None, :]
-    word = ctx.of_columns[0].load(stage, 1, 0, SCORES)  # [1, 1]
-    for w in gl.static_range(1, N // LANES):
-        word = gl.where(k < LANES * w, word, ctx.of_columns[0].load(stage, 1, w, SCORES))
-    return bit(word, k & 31)
+@gluon.constexpr_function
+def _pending(number, count):
+    """How many products may be under way that were started after those of a block of that number:
+    of dQ, that of the block before, and both of the next block."""
+    return (1 if number > 0 else 0) + (2 if number + 1 < count else 0)
 
 
-@gluon.jit
-def _products(ctx, q, grad_out, stage, NUMBER: gl.constexpr):
-    """Start S and dP of a tile and its block of that number, which is in a stage."""
-    walk, blocks = ctx.walk, ctx.blocks
-    start = walk.start.index(NUMBER).load(walk.SCORES)
-    blocks.consumer_wait(stage)
-    s = add_product(q, blocks.matrix(stage, QK), start, ctx.QK_CHUNKS)  # S = Q K^T
-    dp = multiply(grad_out, blocks.matrix(stage, GV), walk.SCORES, ctx.V_CHUNKS)  # dP = dO V^T
-    return s, dp
+@aggregate
+class Step:
+    """What makes dS of a step, a small part of the context: Triton takes long for a function to
+    which all of a context is passed."""
 
+    start: gl.shared_memory_descriptor  # the walk's
+    tiles: TmaPipeline
+    blocks: TmaPipeline
+    of_rows: StageNumbers
+    of_columns: gl.tuple
+    scale_log2: gl.tensor
+    HAS_DQ: gl.constexpr
+    QK_CHUNKS: gl.constexpr
+    V_CHUNKS: gl.constexpr
+    SCORES: gl.constexpr
 
-@gluon.jit
-def _ds(ctx, s, dp, lse, delta, stage, NUMBER: gl.constexpr):
-    """dS of the block of that number, ``[M, N]``. What was started since its products may be under
-    way: of dQ, that of the block before, and those of the next block."""
-    BEFORE: gl.constexpr = 1 if NUMBER > 0 else 0
-    LATER: gl.constexpr = BEFORE + (2 if volume(ctx.walk.BLOCKS) > NUMBER + 1 else 0)
-    s = warpgroup_mma_wait(LATER + len(ctx.V_CHUNKS), deps=[s])
-    p = gl.exp2(s * ctx.scale_log2 - lse)  # [M, N]
-    if len(ctx.of_columns) > 0:
-        p = gl.where(_allowed(ctx, stage + NUMBER), p, 0.0)
-    dp = warpgroup_mma_wait(LATER, deps=[dp])
-    return p * (dp - delta)  # dS = P * (dP - delta)
+    @gluon.jit
+    def add(self, acc, step):
+        """Add dS of a step to ``acc``, which is ``[M, N]`` for each of a tile's blocks; and dQ of
+        the tile, ``[M, D]``, if the program makes it."""
+        tiles, blocks = self.tiles, self.blocks
+        SCORES: gl.constexpr = self.SCORES
+        COUNT: gl.constexpr = len(acc)
+        stage = step * COUNT
+        tiles.consumer_wait(step)
+        q, grad_out = tiles.matrix(step, QK), tiles.matrix(step, GV)  # [M, D], [M, DV]
+        s, dp = self._products(q, grad_out, self.start.index(0), stage)
+        self.of_rows.consumer_wait(step)
+        lse = self.of_rows.load(step, 1, 0, SCORES)  # [M, 1]
+        delta = self.of_rows.load(step, 1, 1, SCORES)  # [M, 1]
+        dq = zeros(acc[0].shape[0], self.QK_CHUNKS)  # [M, D]
+        summed = ()
+        for NUMBER in gl.static_range(COUNT):
+            # Products of the next block are under way while weights of this one are made.
+            following = (s, dp)
+            if NUMBER + 1 < COUNT:
+                start, at = self.start.index(NUMBER + 1), stage + NUMBER + 1
+                following = self._products(q, grad_out, start, at)
+            ds = self._ds(s, dp, lse, delta, stage + NUMBER, _pending(NUMBER, COUNT))
+            summed = summed + (acc[NUMBER] + ds,)
+            if self.HAS_DQ:
+                if NUMBER > 1:  # its product is made
+                    blocks.consumer_release(stage + NUMBER - 2)
+                keys = blocks.matrix(stage + NUMBER, QK)  # [N, D]
+                ds = gl.convert_layout(ds.to(keys.dtype), left_operand(self.QK_CHUNKS[0]))
+                dq = add(dq, ds, keys, self.QK_CHUNKS)  # dQ += dS K
+            else:
+                blocks.consumer_release(stage + NUMBER)
+            s, dp = following
+        if self.HAS_DQ:
+            dq = wait(dq, 0)
+            for NUMBER in gl.static_range(COUNT - 2 if COUNT > 2 else 0, COUNT):
+                blocks.consumer_release(stage + NUMBER)
+        tiles.consumer_release(step)
+        return summed, dq
+
+    @gluon.jit
+    def _products(self, q, grad_out, start, stage):
+        """Start S and dP of a tile and the block in a stage; scores begin with ``start [M, N]``."""
+        blocks = self.blocks
+        start = start.load(self.SCORES)
+        blocks.consumer_wait(stage)
+        s = add_product(q, blocks.matrix(stage, QK), start, self.QK_CHUNKS)  # S = Q K^T
+        dp = multiply(grad_out, blocks.matrix(stage, GV), self.SCORES, self.V_CHUNKS)  # dO V^T
+        return s, dp
+
+    @gluon.jit
+    def _ds(self, s, dp, lse, delta, stage, PENDING: gl.constexpr):
+        """dS of the block in a stage, ``[M, N]``; so many products that were started since its own
+        may be under way."""
+        s = warpgroup_mma_wait(PENDING + len(self.V_CHUNKS), deps=[s])
+        p = gl.exp2(s * self.scale_log2 - lse)  # [M, N]
+        if len(self.of_columns) > 0:
+            p = gl.where(self._allowed(stage, p.shape[1]), p, 0.0)
+        dp = warpgroup_mma_wait(PENDING, deps=[dp])
+        return p * (dp - delta)  # dS = P * (dP - delta)
+
+    @gluon.jit
+    def _allowed(self, stage, N: gl.constexpr):
+        """Which keys of the block in a stage may be attended, ``[1, N]``."""
+        SCORES: gl.constexpr = self.SCORES
+        words = self.of_columns[0]
+        k = gl.arange(0, N, gl.SliceLayout(0, SCORES))[None, :]
+        word = words.load(stage, 1, 0, SCORES)  # [1, 1]
+        for w in gl.static_range(1, N // LANES):
+            word = gl.where(k < LANES * w, word, words.load(stage, 1, w, SCORES))
+        return bit(word, k & 31)
 
 
 @gluon.jit
 def _sum(ctx):
     """Warpgroup that sums dS."""
-    walk, tiles, blocks = ctx.walk, ctx.tiles, ctx.blocks
+    walk = ctx.walk
     SCORES: gl.constexpr = walk.SCORES
     M: gl.constexpr = volume(walk.geometry.TILE)
     N: gl.constexpr = volume(walk.geometry.BLOCK)
-    COUNT: gl.constexpr = volume(walk.BLOCKS)
     HAS_DQ: gl.constexpr = len(ctx.dq) > 0
+    of_step = Step(
+        start=walk.start, tiles=ctx.tiles, blocks=ctx.blocks, of_rows=ctx.of_rows,
+        of_columns=ctx.of_columns, scale_log2=ctx.scale_log2, HAS_DQ=HAS_DQ,
+        QK_CHUNKS=ctx.QK_CHUNKS, V_CHUNKS=ctx.V_CHUNKS, SCORES=SCORES,
+    )  # fmt: skip
     acc = ()  # of each block, [M, N]
-    for _i in gl.static_range(COUNT):
+    for _i in gl.static_range(volume(walk.BLOCKS)):
         acc = acc + (gl.zeros([M, N], gl.float32, SCORES),)
     t, group, batch = walk.first_step()
     ctx.begin()
@@ -300,39 +363,7 @@ def _sum(ctx):
         walk.lay(t)
         first_step, end = walk.steps_of(tile_id)
         for step in range(first_step, end):
-            stage = step * COUNT
-            tiles.consumer_wait(step)
-            q, grad_out = tiles.matrix(step, QK), tiles.matrix(step, GV)  # [M, D], [M, DV]
-            s, dp = _products(ctx, q, grad_out, stage, 0)
-            ctx.of_rows.consumer_wait(step)
-            lse = ctx.of_rows.load(step, 1, 0, SCORES)  # [M, 1]
-            delta = ctx.of_rows.load(step, 1, 1, SCORES)  # [M, 1]
-            dq = zeros(M, ctx.QK_CHUNKS)  # [M, D]
-            summed = ()
-            for NUMBER in gl.static_range(COUNT):
-                # Products of the next block are under way while weights of this one are made.
-                following = (s, dp)
-                if NUMBER + 1 < COUNT:
-                    at = stage + NUMBER + 1
-                    following = _products(ctx, q, grad_out, at, NUMBER + 1)
-                ds = _ds(ctx, s, dp, lse, delta, stage, NUMBER)
-                summed = summed + (acc[NUMBER] + ds,)
-                if HAS_DQ:
-                    if NUMBER > 1:  # its product is made
-                        blocks.consumer_release(stage + NUMBER - 2)
-                    ds = ds.to(ctx.dq[0].descriptor.dtype)
-                    ds = gl.convert_layout(ds, left_operand(ctx.QK_CHUNKS[0]))
-                    # dQ += dS K
-                    dq = add(dq, ds, blocks.matrix(stage + NUMBER, QK), ctx.QK_CHUNKS)
-                else:
-                    blocks.consumer_release(stage + NUMBER)
-                s, dp = following
-            acc = summed
-            if HAS_DQ:
-                dq = wait(dq, 0)
-                for NUMBER in gl.static_range(COUNT - 2 if COUNT > 2 else 0, COUNT):
-                    blocks.consumer_release(stage + NUMBER)
-            tiles.consumer_release(step)
+            acc, dq = of_step.add(acc, step)
             if HAS_DQ:
                 _store_dq(ctx, dq, walk.first_token(t), group, batch)
             t, group, batch = walk.next_step(t, group, batch)

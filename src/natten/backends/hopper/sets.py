@@ -148,19 +148,21 @@ class Walk:
     @gluon.jit
     def lay(self, t):
         """Lay what scores of a tile start from in shared memory."""
+        first = self.first_token(t)
         for NUMBER in gl.static_range(volume(self.BLOCKS)):
-            self.start.index(NUMBER).store(self._start(t, NUMBER))
+            start = self._start(first, self.block_start(first, NUMBER))
+            self.start.index(NUMBER).store(start)
 
     @gluon.jit
-    def _start(self, t, NUMBER: gl.constexpr):
-        """What scores of a tile and a block start from, ``[M, N]``: biases, masked."""
+    def _start(self, first, block_start):
+        """What scores of a tile and a block start from, ``[M, N]``: biases, masked. The first query
+        and the first key are given."""
         g = self.geometry
         zero = self.begin * 0
         here = zero, zero, zero
         side = Side(g.length, here, here, (), ())
         group = Group(side, side, (), g.window, g.stride)
-        first = self.first_token(t)
-        tile = Tile(self.head, self.head, group, first, self.block_start(first, NUMBER), here)
+        tile = Tile(self.head, self.head, group, first, block_start, here)
         bias = self.bias.of_tile(tile, first, self.head)
         (start,) = bias.of_block(here, self.SCORES)  # [M, N]
         start = self.mask.of_tile(tile, first, self.SCORES).compare(start, here, True)
