@@ -702,11 +702,12 @@ class _Search:
         windows, strides = padded(rule.kernel_size, 1), padded(rule.stride, 1)
         found = []
         lengths = padded(self.cuts.q_lengths, 1)
+        usual_tiles, usual_blocks = set(self.tiles), set(self.blocks)
         for count, tile, span in tiles_of_strides(ROWS, lengths, windows, strides):
             for columns in self.ways.work.block_sizes:
                 _, per_block, per_tile = self.ways.programs(columns, rule.rank)
                 for blocks, block in blocks_of_span(span, strides, columns):
-                    if tile not in self.tiles or block not in self.blocks:
+                    if tile not in usual_tiles or block not in usual_blocks:
                         found.append((count * (blocks * per_block + per_tile), tile, block))
         found.sort(key=itemgetter(0))
         return [(tile, block) for _, tile, block in found[:_UNEVEN]]
@@ -723,12 +724,17 @@ class _Search:
         order of a lower bound, up to one that is above what was found."""
         bounds = self._bounds()
         best, found, at = math.inf, None, -1
-        for i in sorted(range(len(bounds)), key=bounds.__getitem__):
+        first = min(range(len(bounds)), key=bounds.__getitem__)
+        order = [first]
+        for i in order:
             if bounds[i] > best:
                 break
             for cost, tiles in self._fitting(*self._pair(i)):
                 if cost < best or (cost == best and i < at):
                     best, found, at = cost, tiles, i
+            if i == first:  # few of all are left to be sorted
+                rest = (j for j, bound in enumerate(bounds) if bound <= best and j != first)
+                order += sorted(rest, key=bounds.__getitem__)
         return found and (best, found)
 
     def _pair(self, i: int) -> tuple[Shape, Shape]:
@@ -758,20 +764,29 @@ class _Search:
             _, per_block, per_tile = self.ways.programs(rows_held(block), self.rule.rank)
             # Sums are rounded, and a bound must stay one.
             least.append((*block, 0.999999 * per_block, 0.999999 * per_tile))
+        x, y, z = map(self._blocks_along, range(3), zip(*self.tiles), zip(*self.blocks))
         bounds = []
-        sizes = [sorted(set(each)) for each in zip(*self.blocks)]
         for tile in self.tiles:
-            x, y, z = [
-                {block: self.cuts.least_blocks(axis, tile[axis], block) for block in sizes[axis]}
-                for axis in range(3)
+            i, j, k = tile
+            xi, yj, zk, count = x[i], y[j], z[k], self.cuts.count(tile)
+            bounds += [
+                xi[a] * yj[b] * zk[c] * block + count * each for a, b, c, block, each in least
             ]
-            count = self.cuts.count(tile)
-            bounds += [x[a] * y[b] * z[c] * block + count * each for a, b, c, block, each in least]
         for tile, block in self.uneven:
             _, per_block, per_tile = self.ways.programs(rows_held(block), self.rule.rank)
             blocks = math.prod(map(self.cuts.least_blocks, range(3), tile, block))
             bounds.append(0.999999 * (blocks * per_block + self.cuts.count(tile) * per_tile))
         return bounds
+
+    def _blocks_along(
+        self, axis: int, tiles: Sequence[int], blocks: Sequence[int]
+    ) -> dict[int, dict[int, int]]:
+        """Along an axis, the fewest blocks of each of these sizes, of all tiles of each size."""
+        sizes = set(blocks)
+        return {
+            tile: {block: self.cuts.least_blocks(axis, tile, block) for block in sizes}
+            for tile in set(tiles)
+        }
 
     def _fitting(self, tile: Shape, block: Shape) -> Iterator[tuple[float, Tiles]]:
         """What the ways to run a tile with a block cost, of those that fit."""

@@ -11,6 +11,7 @@ the best of them blocks are sought that cut that evenly.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from bisect import bisect_right
@@ -60,20 +61,33 @@ def tiles_of_strides(
 ) -> list[tuple[int, Shape, Shape]]:
     """A few tiles of up to so many rows whose partners are the fewest: how many tiles there are,
     the tile, and how far its partners reach along each axis, which is about the same of keys."""
-    axes = []
-    for n, k, s in zip(lengths, windows, strides):
-        sizes = _sizes(n, s, rows)
-        spans = [min(n, k + s * ((size - 1) // s)) for size in sizes]
-        axes.append([(size, -(-n // size), span) for size, span in zip(sizes, spans)])
-    x, y, z = axes
-    last = [size for size, _, _ in z]
+    x, y, z = map(_tiles_along, lengths, windows, strides, (rows,) * 3)
+    sizes = [size for size, *_ in z]
     found = []
-    for (a, tiles_a, span_a), (b, tiles_b, span_b) in itertools.product(x, y):
-        first = bisect_right(last, int(_LEAST_FILLED * rows) // (a * b))
-        for c, tiles_c, span_c in z[first : bisect_right(last, rows // (a * b))]:
-            count, span = tiles_a * tiles_b * tiles_c, (span_a, span_b, span_c)
-            found.append((count * span_a * span_b * span_c, count, (a, b, c), span))
-    return [each[1:] for each in sorted(found)[:_TILES]]
+    for a, tiles_a, span_a, reached_a in x:
+        for b, tiles_b, span_b, reached_b in y:
+            if a * b > rows:
+                break
+            first = bisect_right(sizes, int(_LEAST_FILLED * rows) // (a * b))
+            tiles, reached = tiles_a * tiles_b, reached_a * reached_b
+            found += [
+                (reached * reached_c, tiles * tiles_c, (a, b, c), (span_a, span_b, span_c))
+                for c, tiles_c, span_c, reached_c in z[first : bisect_right(sizes, rows // (a * b))]
+            ]
+    return [each[1:] for each in heapq.nsmallest(_TILES, found)]
+
+
+@lru_cache(maxsize=1024)
+def _tiles_along(
+    length: int, window: int, stride: int, rows: int
+) -> list[tuple[int, int, int, int]]:
+    """The tiles of up to so many tokens along an axis: their size, how many there are, how far the
+    partners of one reach, and those of all."""
+    found = []
+    for size in _sizes(length, stride, rows):
+        tiles, span = -(-length // size), min(length, window + stride * ((size - 1) // stride))
+        found.append((size, tiles, span, tiles * span))
+    return found
 
 
 @lru_cache(maxsize=4096)
