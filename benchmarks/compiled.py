@@ -26,7 +26,7 @@ from triton.runtime import driver
 from natten import tuning
 from natten._torch import allows_tf32
 from natten.backends import Backend, Problem, named
-from natten.backends.hopper.tiles import DK, DKDV, DQ, DV
+from natten.backends.hopper.costs import DK, DKDV, DQ, DV
 from natten.backends.triton import tiles as tiling
 from natten.backends.triton.fast_launch import described
 from natten.backends.triton.launch import Launch

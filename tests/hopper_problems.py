@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from natten import tuning
+from natten.backends.hopper import costs
 from natten.backends.hopper import tiles as tiling
 from natten.backends.interface import Tiles
 from natten.documents import Documents
@@ -47,7 +48,7 @@ def each_way(
     found = {}
     dims = dim, value_dim or dim
     for tiles in tiling.candidates(kind, rule, shape, shape, *dims):
-        mask = tiling.mask(kind, rule, shape, shape, tiles, tiling.work(kind, *dims))
+        mask = costs.mask(kind, rule, shape, shape, tiles, costs.work(kind, *dims))
         found.setdefault((tiles.num_warps, mask.kind, mask.by_row, mask.steps), tiles)
     return list(found.values())
 
@@ -170,9 +171,9 @@ def packed_ways(kind: str, rule: Rule, space: Any, dim: int) -> list[Tiles]:
     """The best tiles of each kind of program and mask."""
     fitted = rule if isinstance(rule, Dense) else rule.fitted(space)
     found: dict[Any, Tiles] = {}
-    work = tiling.work(kind, dim, dim)
+    work = costs.work(kind, dim, dim)
     for tiles in tiling.candidates(kind, fitted, space, space, dim, dim, packed=True):
-        mask = tiling.mask(kind, fitted, space, space, tiles, work, packed=True)
+        mask = costs.mask(kind, fitted, space, space, tiles, work, packed=True)
         found.setdefault((tiles.num_warps, mask.kind, mask.steps), tiles)
     return list(found.values())
 

@@ -34,21 +34,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
 import natten
-from natten.backends.hopper import descriptors
+from natten.backends.hopper import costs, descriptors, widths
 from natten.backends.hopper import fused as hopper_fused
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
-from natten.backends.hopper.cuts import rows_held
+from natten.backends.hopper.cuts import rows_held, tile_and_block, warpgroups
 from natten.backends.triton import launch
 
 
-def assert_fits(tiles: Tiles, mask: tiling.Mask, work: tiling.Work) -> None:
+def assert_fits(tiles: Tiles, mask: costs.Mask, work: costs.Work) -> None:
     """There is the shared memory that tiles need, and with a mask of keys for the same tiles."""
-    ways = [(tiles, mask, work)] + [tiling.masked(tiles, mask, work)] * (not work.of_keys)
+    ways = [(tiles, mask, work)] + [costs.masked(tiles, mask, work)] * (not work.of_keys)
     for found, *needed in ways:
         assert found[:3] == tiles[:3] and found.num_stages >= 2 and found.resident_programs >= 1
-        own = tiling.own_out(found, *needed)
-        assert tiling.shared_bytes(found, *needed, own) <= 227 * 1024
+        own = costs.own_out(found, *needed)
+        assert costs.shared_bytes(found, *needed, own) <= 227 * 1024
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,15 +61,15 @@ def test_tiles_fit_and_cover(problem: Any, kind: str) -> None:
         start, stop = partners(kind, rule, axis, n // d)
         needed *= int((stop - start).sum()) * d
     for dim in (32, 64, 128, 256):
-        work = tiling.work(kind, dim, dim)
+        work = costs.work(kind, dim, dim)
         for tiles in each_way(kind, rule, shape, dim):
-            mask = tiling.mask(kind, rule, shape, shape, tiles, work)
-            tile, _ = tiling.tile_and_block(tiles, work.of_keys)
-            assert rows_held(tile) == tiling.ROWS
-            assert mask.ends[-1] <= 16 * mask.steps or mask.kind != tiling.PRODUCT
+            mask = costs.mask(kind, rule, shape, shape, tiles, work)
+            tile, _ = tile_and_block(tiles, work.of_keys)
+            assert rows_held(tile) == costs.ROWS
+            assert mask.ends[-1] <= 16 * mask.steps or mask.kind != costs.PRODUCT
             assert_fits(tiles, mask, work)
-            start_registers, registers, fetch = tiling.registers(tiles, work)
-            groups = tiling.warpgroups(tiles)
+            start_registers, registers, fetch = costs.registers(tiles, work)
+            groups = warpgroups(tiles)
             used = 128 * (groups * registers + fetch) * tiles.resident_programs
             assert max(used, start_registers * 128 * (groups + 1)) <= 65536
             assert tiling.computed_pairs(kind, rule, shape, shape, tiles) >= needed
@@ -231,7 +231,7 @@ def test_half_aligned_heads_run_where_they_were_faster(
 def test_half_aligned_heads_are_read_in_place(
     dim: int, value_dim: int, heads: int, kv_heads: int, has_more: bool, expected: bool
 ) -> None:
-    assert tiling.reads_in_place(dim, value_dim, heads, kv_heads, has_more) == expected
+    assert widths.reads_in_place(dim, value_dim, heads, kv_heads, has_more) == expected
 
 
 @pytest.mark.parametrize("dim", [4, 12, 20, 28, 44, 60, 108, 124])
@@ -268,7 +268,7 @@ def test_widened_heads_have_the_tiles_of_their_copies(narrow: int, wide: int) ->
 @pytest.mark.parametrize("channels", range(8, 513, 8))
 def test_chunks_hold_the_channels(channels: int) -> None:
     """They are powers of two of at least 16, as few as one of them half of the kernel's allows."""
-    found, width = tiling.chunks(channels), tiling.native(channels)
+    found, width = widths.chunks(channels), widths.native(channels)
     assert channels <= sum(found) <= width and len(found) <= 2
     assert all(each >= 16 and each & (each - 1) == 0 for each in found)
     if len(found) == 2:
@@ -278,15 +278,15 @@ def test_chunks_hold_the_channels(channels: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("value_dim", tiling.HEAD_DIMS)
-@pytest.mark.parametrize("dim", tiling.HEAD_DIMS[:-1])
+@pytest.mark.parametrize("value_dim", widths.HEAD_DIMS)
+@pytest.mark.parametrize("dim", widths.HEAD_DIMS[:-1])
 def test_heads_of_all_widths_have_tiles(dim: int, value_dim: int, kind: str) -> None:
     for shape, *parameters in PROBLEMS[1:2] + PROBLEMS[7:8]:
-        rule, work = rule_of(shape, *parameters), tiling.work(kind, dim, value_dim)
+        rule, work = rule_of(shape, *parameters), costs.work(kind, dim, value_dim)
         for tiles in each_way(kind, rule, shape, dim, value_dim):
-            mask = tiling.mask(kind, rule, shape, shape, tiles, work)
+            mask = costs.mask(kind, rule, shape, shape, tiles, work)
             assert_fits(tiles, mask, work)
-            assert max(tiling.registers(tiles, work)) <= 256
+            assert max(costs.registers(tiles, work)) <= 256
 
 
 @pytest.mark.parametrize(
@@ -391,9 +391,9 @@ def test_heads_that_are_joined_have_the_next_heads_channels() -> None:
 )  # fmt: skip
 def test_narrow_heads_are_joined(dim: int, is_joined: bool, cleared: int) -> None:
     """Products find zeros, or no channel, where blocks have the next head's."""
-    first, end = tiling.cleared(dim)
+    first, end = widths.cleared(dim)
     assert end - first == cleared and (cleared == 0 or first == dim)
-    assert tiling.is_joined(dim) == is_joined
+    assert widths.is_joined(dim) == is_joined
     if dim > 256:  # values only
         return
     x = torch.empty(1, 24, 24, 3, dim, dtype=torch.bfloat16, device="meta")

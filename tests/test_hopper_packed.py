@@ -19,9 +19,8 @@ pytest.importorskip("triton", "3.6")  # the first with Gluon for Hopper
 
 from natten import tuning
 from natten.backends import Problem
-from natten.backends.hopper import documents_plan, fused
+from natten.backends.hopper import costs, documents_plan, fused
 from natten.backends.hopper import plan as planning
-from natten.backends.hopper import tiles as tiling
 from natten.backends.interface import KINDS
 from natten.documents import Documents, Sizes
 from natten.inputs import Inputs
@@ -58,18 +57,18 @@ def test_what_it_runs() -> None:
 )
 def test_tiles_are_rows_that_fit(rule: Rule, space: Any, kind: str) -> None:
     for dim in (32, 64, 128):
-        work = tiling.work(kind, dim, dim)
+        work = costs.work(kind, dim, dim)
         for tiles in packed_ways(kind, rule, space, dim):
-            mask = tiling.mask(kind, rule, space, space, tiles, work, packed=True)
+            mask = costs.mask(kind, rule, space, space, tiles, work, packed=True)
             assert not mask.by_row and mask.tables == 1
-            assert mask.kind != tiling.NONE or (isinstance(rule, Dense) and kind == "dkdv")
-            own = tiling.own_out(tiles, mask, work)
-            assert tiling.shared_bytes(tiles, mask, work, own) <= 227 * 1024
+            assert mask.kind != costs.NONE or (isinstance(rule, Dense) and kind == "dkdv")
+            own = costs.own_out(tiles, mask, work)
+            assert costs.shared_bytes(tiles, mask, work, own) <= 227 * 1024
             for shape in tiles[:2]:
                 assert shape[2] >= 8  # the pattern of shared memory has eight rows
-            pieces = tiling.pieces(kind, rule, space, tiles, packed=True)
+            pieces = costs.pieces(kind, rule, space, tiles, packed=True)
             assert pieces.piece == pieces.at_seam
-            boxes = tiling.boxes(tiles, kind == "dkdv", pieces.piece, packed=True)
+            boxes = costs.boxes(tiles, kind == "dkdv", pieces.piece, packed=True)
             assert boxes[:2] == tuple((1, 1, shape[2]) for shape in tiles[:2])
 
 

@@ -21,7 +21,7 @@ pytest.importorskip("triton", "3.6")  # the first with Gluon for Hopper
 
 from natten import tuning
 from natten.backends import Problem
-from natten.backends.hopper import ds_plan
+from natten.backends.hopper import costs, ds_plan
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
 from natten.backends.hopper.flat import flattened
@@ -58,9 +58,9 @@ def test_masks_are_where_they_have_to_be(kind: str) -> None:
     def mask(length: int, key_length: int, causal: bool) -> int:
         return int(getattr(plan_of(length, key_length, causal), kind).arguments["MASK"])
 
-    assert mask(1024, 1024, False) == mask(1000, 1024, False) == tiling.NONE
-    assert mask(1024, 1000, False) == (tiling.NONE if kind == "dkdv" else tiling.FIRST)
-    assert mask(1024, 1024, True) == mask(1000, 70, True) == tiling.FIRST
+    assert mask(1024, 1024, False) == mask(1000, 1024, False) == costs.NONE
+    assert mask(1024, 1000, False) == (costs.NONE if kind == "dkdv" else costs.FIRST)
+    assert mask(1024, 1024, True) == mask(1000, 70, True) == costs.FIRST
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,25 +121,25 @@ def test_windows_of_nearly_the_whole_layout_are_a_row() -> None:
         launches: list[Any] = [getattr(plan, kind) for kind in KINDS]
         found = {each.arguments["MASK"] for each in launches}
         rows = [plan.in_a_row("forward"), plan.in_a_row("gradient")]
-        assert any(row and row.columns for row in rows) == (tiling.COLUMNS in found)
+        assert any(row and row.columns for row in rows) == (costs.COLUMNS in found)
         return found
 
     uneven, nearly = (37, 67), Neighborhood.create(2, (37, 65))
-    assert masks(uneven, nearly) == {tiling.COLUMNS}
-    assert masks((17, 17, 11), Neighborhood.create(3, (16, 16, 10))) == {tiling.COLUMNS}
+    assert masks(uneven, nearly) == {costs.COLUMNS}
+    assert masks((17, 17, 11), Neighborhood.create(3, (16, 16, 10))) == {costs.COLUMNS}
     whole = Neighborhood.create(2, uneven)
-    assert masks(uneven, whole) == {tiling.FIRST, tiling.NONE}
+    assert masks(uneven, whole) == {costs.FIRST, costs.NONE}
     mask = torch.ones(1, *uneven, dtype=torch.bool, device="meta")
-    assert masks(uneven, nearly, masks=(mask, None)) == {tiling.COLUMNS}
+    assert masks(uneven, nearly, masks=(mask, None)) == {costs.COLUMNS}
     for options in ({"more": 3}, {"bias_dtype": torch.float32}, {"lacks_a_row": True}):
-        assert tiling.COLUMNS not in masks(uneven, nearly, **options), options
+        assert costs.COLUMNS not in masks(uneven, nearly, **options), options
     part = Neighborhood.create(2, (37, 65), query_offset=(0, 0))
     small, even = Neighborhood.create(2, 31), Neighborhood.create(2, 60)
     for shape, rule in ((uneven, part), (uneven, small), ((64, 64), even)):
-        assert tiling.COLUMNS not in masks(shape, rule), rule
+        assert costs.COLUMNS not in masks(shape, rule), rule
     name = tiling.key("dq", nearly, uneven, uneven, 128, 128, 2)
     with tuning.trial(name, list(tiling.choose("dq", nearly, uneven, uneven, 128, 128))):
-        assert tiling.COLUMNS in masks(uneven, nearly) != {tiling.COLUMNS}  # tiles were measured
+        assert costs.COLUMNS in masks(uneven, nearly) != {costs.COLUMNS}  # tiles were measured
 
 
 def test_when_dq_is_made_of_ds_in_memory() -> None:
@@ -401,7 +401,7 @@ def test_who_makes_the_gradients_of_additional_tokens() -> None:
         assert isinstance(launch, Launch)
         arguments = launch.arguments
         assert (arguments["Q2"], arguments["N2"]) == (math.prod(space), num_additional)
-        assert arguments["MASK"] == tiling.NONE
+        assert arguments["MASK"] == costs.NONE
         return int(arguments["num_tiles"])
 
     assert tiles((128, 128), 24, 512) == 24 * 4

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 
 from natten import tuning
 from natten.backends import Problem
-from natten.backends.hopper import descriptors, forward
+from natten.backends.hopper import descriptors, forward, widths
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
 from natten.backends.interface import KINDS
@@ -187,7 +187,7 @@ def test_uneven_groups_load_no_box_without_channels() -> None:
     """TMA's boxes have 64 channels. One that has none of a head's is wholly out of bounds."""
     empty = range(136, 193, 8)
     in_place = (dim for dim in hopper.head_dims if dim % 8 == 0)  # others are copied
-    assert [dim for dim in in_place if tiling.has_empty_box(dim)] == list(empty)
+    assert [dim for dim in in_place if widths.has_empty_box(dim)] == list(empty)
     ring = part((60,), (60,), 19, dilation=3, boundary="circular")  # with padded keys, a part
     uneven = [
         part((2,), (42,), 1, dilation=3, query_offset=26),

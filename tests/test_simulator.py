@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from natten.backends.hopper import costs, cuts
 from natten.backends.hopper import tiles as hopper
 from natten.errors import ArgumentError
 from natten.neighborhood import Neighborhood, window_mask
@@ -396,17 +397,17 @@ def test_the_tiles_are_those_that_the_hopper_backend_estimates_to_be_cheapest(la
         search.uneven = []  # it tries powers of two only
         _, chosen = search.cheapest()
         computed = hopper.computed_pairs("forward", rule, shape, shape, chosen)
-        work = hopper.work("forward", dim, dim)
-        mask = hopper.mask("forward", rule, shape, shape, chosen, work)
+        work = costs.work("forward", dim, dim)
+        mask = costs.mask("forward", rule, shape, shape, chosen, work)
         found = every[stride]
         missing = 3 - len(shape)
-        groups = hopper.warpgroups(chosen)
+        groups = cuts.warpgroups(chosen)
         split = [groups if axis == chosen.split_axis else 1 for axis in range(3)]
         tile = tuple(q * n for q, n in zip(chosen.q_block, split))
         assert found.backend == "hopper"
         assert (found.q_tile, found.kv_tile) == (tile[missing:], chosen.kv_block[missing:]), stride
         assert found.tile_bound == pytest.approx(math.prod(shape) ** 2 / computed)
-        assert found.is_full == (mask.kind == hopper.NONE)
+        assert found.is_full == (mask.kind == costs.NONE)
 
 
 def test_what_masks_of_the_hopper_backend_cost():
@@ -421,7 +422,7 @@ def test_what_masks_of_the_hopper_backend_cost():
         bare = 65536**2 / found.tile_bound / free
         waiting = found.time_us / bare - 1 - extra
         # A tile has 12 columns of blocks, of which each warpgroup needs at least 11.
-        assert (waiting > 1e-9) == (stride != 16) and waiting < hopper.IDLE / 11 + 1e-9, stride
+        assert (waiting > 1e-9) == (stride != 16) and waiting < cuts.IDLE / 11 + 1e-9, stride
 
 
 def test_what_the_hopper_backend_can_not_run_has_other_tiles():

@@ -17,6 +17,7 @@ from natten.tiling import reach
 hopper = pytest.importorskip("natten.backends.hopper.tiles")
 triton = pytest.importorskip("natten.backends.triton.tiles")
 cuts = pytest.importorskip("natten.backends.hopper.cuts")
+widths = pytest.importorskip("natten.backends.hopper.widths")
 uneven = pytest.importorskip("natten.backends.hopper.uneven")
 programs = pytest.importorskip("natten.backends.hopper.programs")
 
@@ -245,8 +246,8 @@ def test_lines_that_heads_lie_across(channels: int) -> None:
     begins = {i * 2 * channels % 128 for i in range(64)}
     whole = all(len(each) == max(1, channels // 64) for each in lines)
     expected = 0.0 if whole else sum(map(len, lines)) / 64
-    assert hopper.split_lines(channels) == pytest.approx(expected)
-    assert hopper.heads_of_lines(channels) == len(begins)
+    assert widths.split_lines(channels) == pytest.approx(expected)
+    assert widths.heads_of_lines(channels) == len(begins)
 
 
 def test_heads_that_tma_is_slow_with_share_what_is_fetched() -> None:

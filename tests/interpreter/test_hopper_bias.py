@@ -20,9 +20,8 @@ from helpers import reference
 from hopper_problems import name_of, rule_of
 from triton.runtime.interpreter import TensorHandle
 
-from natten.backends.hopper import bias_gradient, products, sets_plan
+from natten.backends.hopper import bias_gradient, costs, products, sets_plan
 from natten.backends.hopper import plan as planning
-from natten.backends.hopper import tiles as tiling
 from natten.inputs import Inputs
 from natten.tiling import padded
 
@@ -242,7 +241,7 @@ def test_gradient_of_the_bias(problem: Any, has_dq: bool, stand_ins: Any) -> Non
 
 
 def test_sums_that_take_too_much_memory_are_left_to_the_portable_kernels() -> None:
-    cut = sets_plan.cut(rule_of((64, 64), 41, 1, 1, False), (64, 64), (tiling.ROWS,))
+    cut = sets_plan.cut(rule_of((64, 64), 41, 1, 1, False), (64, 64), (costs.ROWS,))
     blocks = math.prod(cut.blocks)
     assert sets_plan.splits_of(cut, 1, 2, 396) >= 1
     assert sets_plan.splits_of(cut, 1, 2**14 // blocks + 1, 396) == 0

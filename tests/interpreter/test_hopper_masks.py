@@ -19,14 +19,14 @@ import triton.language as tl
 from hopper_problems import FLAT, PROBLEMS, each_way, name_of, partners, rule_of
 
 from natten import tuning
-from natten.backends.hopper import backward, bias, key_masks, masks
+from natten.backends.hopper import backward, bias, costs, key_masks, masks
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
-from natten.backends.hopper.cuts import rows_held
+from natten.backends.hopper.cuts import cuts, rows_held
 from natten.backends.hopper.flat import Flat, flattened
 from natten.backends.hopper.flat_plan import FlatColumns
 from natten.backends.hopper.geometry import Geometry
-from natten.backends.interface import KINDS
+from natten.backends.interface import KINDS, Tiles
 from natten.neighborhood import window_mask
 from natten.tiling import padded
 
@@ -71,15 +71,15 @@ def walk(g, mask, key_mask, bias, tile, warpgroup, scores, starts, first_tokens)
         tl.store(first_tokens + axis, first[axis])
     of_tile, biases = mask.of_tile(tile, first, None), bias.of_tile(tile, first, tile.head)
     width = rows_held(g.BLOCK)
-    rows, columns = tl.arange(0, tiling.ROWS), tl.arange(0, width)
+    rows, columns = tl.arange(0, costs.ROWS), tl.arange(0, width)
     before, end, count, block = g.own_blocks(first, tile)
     assert 0 <= before < end <= count
-    q, keys = tl.full([tiling.ROWS, 16], 0, tl.bfloat16), Keys(key_mask, tile)
+    q, keys = tl.full([costs.ROWS, 16], 0, tl.bfloat16), Keys(key_mask, tile)
     for i in range(int(end) - int(before)):
         keys.block = block
         s = of_tile.scores(q, (), keys, i, block, biases, keys.factor(), None, (DIM,))
         s = of_tile.compare(s, block, i == 0)
-        at = (i * tiling.ROWS + rows[:, None]) * width + columns[None, :]
+        at = (i * costs.ROWS + rows[:, None]) * width + columns[None, :]
         tl.store(scores + at, s)
         start, _ = g.block_start(block, tile.origin)
         for axis in range(3):
@@ -125,7 +125,7 @@ def masks_kernel(
     biases = bias.bias_of(g, tables, *table)
     kind = [ARGUMENTS[name] for name in ("MASK", "ENDS", "BY_ROW", "STEPS")]
     columns = masks.column_tables(g, *kind, ARGUMENTS["TABLES"])
-    size = rows_held(g.BLOCK) * tiling.ROWS
+    size = rows_held(g.BLOCK) * costs.ROWS
     strides = [tl.full([], ARGUMENTS[f"m_{axis}"], tl.int32) for axis in "b012"]
     has_key_mask, factors = ARGUMENTS["HAS_KEY_MASK"], ()
     if has_key_mask and not g.OF_KEYS:
@@ -201,10 +201,10 @@ def check(kind, rule, shape, tiles, rpb=None, key_mask=None):
         launch.make.run(rpb=rpb, tables=tables)
     counts = [arguments[f"T{axis}"] for axis in range(3)]
     ids = some_tiles(counts) + math.prod(counts) * (math.prod(rule.dilation) - 1)  # last group
-    most = math.prod(axis.most for axis in tiling.cuts(kind == "dkdv", rule, shape, shape)(tiles))
+    most = math.prod(axis.most for axis in cuts(kind == "dkdv", rule, shape, shape)(tiles))
     sizes = arguments["WARPGROUPS"] * len(ids), most
     width = rows_held(arguments["BLOCK"])
-    scores = torch.full((*sizes, tiling.ROWS, width), -math.inf)
+    scores = torch.full((*sizes, costs.ROWS, width), -math.inf)
     starts = torch.full((*sizes, 3), 1 << 20, dtype=torch.int32)  # where there is no block
     first = torch.zeros(sizes[0], 3, dtype=torch.int32)
     masks_kernel[(1,)](
@@ -276,10 +276,10 @@ OTHER_SIZES = [
 @pytest.mark.parametrize(("problem", "tile", "block", "groups"), OTHER_SIZES)
 def test_tiles_and_blocks_need_not_be_powers_of_two(problem, tile, block, groups, kind):
     shape, *parameters = problem
-    rule, work = rule_of(shape, *parameters), tiling.work(kind, DIM, DIM)
+    rule, work = rule_of(shape, *parameters), costs.work(kind, DIM, DIM)
     queries, keys = (block, tile) if kind == "dkdv" else (tile, block)
-    tiles = tiling.Tiles(queries, keys, 4 * groups, 2, 2, 3 - groups)
-    tiles = tiling.fitted(tiles, tiling.mask(kind, rule, shape, shape, tiles, work), work)
+    tiles = Tiles(queries, keys, 4 * groups, 2, 2, 3 - groups)
+    tiles = costs.fitted(tiles, costs.mask(kind, rule, shape, shape, tiles, work), work)
     rpb = torch.randn(1, *(2 * k - 1 for k in rule.kernel_size))
     mask = (torch.rand(*reversed(shape), 1) < 0.7).permute(*range(rule.rank, -1, -1))
     check(kind, rule, shape, tiles, rpb, mask if kind != "dkdv" else None)
@@ -292,9 +292,9 @@ def rows_kernel(found, key_mask, tile_id, ARGUMENTS: tl.constexpr):
     strides = [tl.full([], ARGUMENTS[f"m_{axis}"], tl.int32) for axis in "b012"]
     of_keys = key_masks.key_mask_of(g, key_mask, strides, ARGUMENTS["m_last"], (), True, masks.NONE)
     tile = g.tile(tile_id)
-    ones = tl.full([tiling.ROWS, 16], 1.0, tl.float32)
+    ones = tl.full([costs.ROWS, 16], 1.0, tl.float32)
     (kept,) = of_keys.of_rows(tile, g.first_of(tile, 0), (ones,))
-    at = tl.arange(0, tiling.ROWS)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    at = tl.arange(0, costs.ROWS)[:, None] * 16 + tl.arange(0, 16)[None, :]
     tl.store(found + at, kept)
 
 
@@ -306,7 +306,7 @@ def test_gradients_of_masked_keys_are_zero(dilation):
     _, arguments = launch_of("dkdv", rule, shape, tiles, batch=2, mask=mask)
     # The first tile of the last dilation group of the second batch entry.
     last = math.prod(arguments[f"T{axis}"] for axis in range(3)) * (2 * dilation**2 - 1)
-    found = torch.full((tiling.ROWS, 16), math.nan)
+    found = torch.full((costs.ROWS, 16), math.nan)
     rows_kernel[(1,)](found, mask, last, ARGUMENTS=arguments)
     tokens = held(arguments["TILE"])[:, 1:] * dilation + dilation - 1
     real = (tokens < torch.tensor(shape)).all(-1)

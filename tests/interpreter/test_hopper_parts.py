@@ -20,10 +20,10 @@ import triton.language as tl
 from hopper_problems import PARTS, PLAIN, RINGS, id_of
 
 from natten import tuning
-from natten.backends.hopper import backward, bias, descriptors, geometry, key_masks, masks
+from natten.backends.hopper import backward, bias, costs, descriptors, geometry, key_masks, masks
 from natten.backends.hopper import plan as planning
 from natten.backends.hopper import tiles as tiling
-from natten.backends.hopper.cuts import rows_held
+from natten.backends.hopper.cuts import OWN, rows_held
 from natten.backends.hopper.documents import num_tiles_of
 from natten.backends.hopper.lse_delta import lse_delta_kernel
 from natten.backends.interface import KINDS, Tiles
@@ -50,7 +50,7 @@ def ways(kind: str, queries: Any, keys: Any, rule: Rule) -> list[Tiles]:
     """The best tiles of each kind of program and mask."""
     found: dict[Any, Tiles] = {}
     for tiles in tiling.candidates(kind, rule, queries, keys, DIM, DIM):
-        mask = tiling.mask(kind, rule, queries, keys, tiles, tiling.work(kind, DIM, DIM))
+        mask = costs.mask(kind, rule, queries, keys, tiles, costs.work(kind, DIM, DIM))
         found.setdefault((tiles.num_warps, mask.kind, mask.by_row, mask.steps), tiles)
     return list(found.values())
 
@@ -83,7 +83,7 @@ def geometry_of(arguments: dict[str, Any], tile_table: Any = None) -> Any:
         }
 
     part: Any = ()
-    if arguments["QUERIES"] != tiling.OWN:
+    if arguments["QUERIES"] != OWN:
         part = geometry.Part(
             **numbers(queries="Q", short_queries="SQ", short_keys="SN"),
             **numbers(offset="O", group="G", per_key="R"),
@@ -100,7 +100,7 @@ def geometry_of(arguments: dict[str, Any], tile_table: Any = None) -> Any:
         tile_table=documents,
         **{name: tl.full([], arguments[name], tl.int32) for name in numbers_of_tiles},
         **{name: arguments[name] for name in names},
-        OF_KEYS=arguments.get("PASS", tiling.DQ) != tiling.DQ,
+        OF_KEYS=arguments.get("PASS", costs.DQ) != costs.DQ,
     )
 
 
@@ -143,7 +143,7 @@ def walk_kernel(
     biases = biases.of_tile(tile, first, tile.head)
     before, end, count, block = g.own_blocks(first, tile)
     assert 0 <= before < end <= count
-    q = tl.full([tiling.ROWS, 16], 0, tl.bfloat16)
+    q = tl.full([costs.ROWS, 16], 0, tl.bfloat16)
     own, other = g.own_side(tile), g.other_side(tile)
     blocks = []
     for i in range(int(end) - int(before)):
@@ -285,7 +285,7 @@ def check(kind: str, queries: Any, keys: Any, rule: Rule, tiles: Tiles, most: in
     assert not wanted[unattended.flatten()].any()
     if every:
         assert (seen | unattended.flatten()).all()
-        pairs = walked * tiling.ROWS * rows_held(arguments["BLOCK"])
+        pairs = walked * costs.ROWS * rows_held(arguments["BLOCK"])
         assert tiling.computed_pairs(kind, rule, queries, keys, tiles) == pairs
 
 

@@ -25,19 +25,10 @@ from ...neighborhood import Dense, Neighborhood, Rule
 from .. import triton
 from ..interface import KINDS, Backend, Problem, Shape, TileChooser
 from ..triton import releases, small_tiles
-from .tiles import (
-    FORWARD_SCALE,
-    MOST,
-    MOST_MASKED,
-    OWN,
-    aligned,
-    are_together,
-    cycles_of,
-    has_empty_box,
-    has_tiles,
-    queries,
-    reads_in_place,
-)
+from .costs import FORWARD_SCALE, MOST, MOST_MASKED
+from .cuts import OWN, queries
+from .tiles import cycles_of, has_tiles
+from .widths import aligned, are_together, has_empty_box, reads_in_place
 
 # Keys of a query from which on copies of heads that TMA can not read pay.
 _WORTH_COPYING = 48

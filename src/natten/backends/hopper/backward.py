@@ -21,6 +21,7 @@ product of it, where a pass of its own would make scores and dP again (``dq_from
 from ..triton.launch import kernel
 from ..triton.primitives import LN2
 from .bias import Bias, bias_of
+from .costs import PASSES
 from .documents import num_tiles_of
 from .geometry import OWN, WARPS, Geometry, Part, fetched_tokens, mma_layout, rows_held, volume
 from .gluon_names import (
@@ -52,7 +53,6 @@ from .pipeline import (
     tma_pipeline,
 )
 from .products import add, kept, left_operand, multiply, store, times, wait, zeros
-from .tiles import PASSES
 
 # Tensors of a pipeline: query or key; the gradient of the output or value; and with queries four
 # numbers of each: LSE in exponents of two, delta, zeros. With COLUMNS, theirs are the last.

@@ -14,7 +14,7 @@ from ...inputs import Gradients, Inputs
 from ..interface import Shape
 from ..triton.launch import Launch, readable
 from .copies import copy_kernel
-from .tiles import aligned
+from .widths import aligned
 
 _WORDS = torch.int64, torch.int32, torch.int16
 

@@ -6,7 +6,7 @@ inside a group per axis. So every layout with contiguous channels is read in pla
 strides. Blocks may have more channels than a head: TMA fills them with zeros, and does not store
 them. But TMA takes up to four times as long for a row that it has to fill. So heads that lie side
 by side are one axis with their channels, and a block has the next head's channels instead of zeros,
-where products take none of them, or where kernels set those to zero in less time (``tiles.py``,
+where products take none of them, or where kernels set those to zero in less time (``widths.py``,
 ``pipeline.py``). Heads that are half aligned can be read in no other way, with channels of the head
 before, too (``head_rows.py``). No head's numbers depend on another one's.
 
@@ -39,9 +39,9 @@ from ...tiling import padded
 from ...tuning import Bounded, cached
 from ..interface import Shape
 from ..triton.fast_launch import KEPT
+from .costs import MOST
 from .cuts import rows_held
 from .gluon_names import TensorDescriptor, gl
-from .tiles import MOST
 
 
 class View(NamedTuple):

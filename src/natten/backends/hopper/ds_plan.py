@@ -14,10 +14,12 @@ from torch import Tensor
 from ..interface import Shape, Tiles
 from ..triton.launch import Launch
 from ..triton.tiles import SHARED_MEMORY
-from . import tiles as tiling
+from .costs import Mask, Work, own_out, shared_bytes
+from .cuts import warpgroups
 from .descriptors import View, describe
 from .dq_from_ds import dq_from_ds_kernel
 from .passes import compiled
+from .widths import native
 
 # Bytes of dS: of several sets of heads, and of one.
 _MOST, _MOST_OF_ONE = 2**28, 2**29
@@ -87,13 +89,13 @@ def _room(heads: int, length: int, key_length: int) -> Shape:
     return heads, key_length, -(-length // 8) * 8
 
 
-def with_room_for_ds(tiles: Tiles, mask: tiling.Mask, work: tiling.Work) -> Tiles:
+def with_room_for_ds(tiles: Tiles, mask: Mask, work: Work) -> Tiles:
     """Tiles of dK and dV with fewer stages, if need be, so that there is room for dS of blocks."""
-    own = 2 * math.prod(tiles.kv_block) * math.prod(tiles.q_block) * tiling.warpgroups(tiles)
+    own = 2 * math.prod(tiles.kv_block) * math.prod(tiles.q_block) * warpgroups(tiles)
     for stages in range(tiles.num_stages, 1, -1):
         tiles = tiles._replace(num_stages=stages)
-        is_own = tiling.own_out(tiles, mask, work)
-        if tiling.shared_bytes(tiles, mask, work, is_own) + own <= SHARED_MEMORY[90]:
+        is_own = own_out(tiles, mask, work)
+        if shared_bytes(tiles, mask, work, is_own) + own <= SHARED_MEMORY[90]:
             break
     return tiles
 
@@ -125,7 +127,7 @@ class ThroughMemory:
         descriptors["ds"] = describe(of_room, (1, *tiles.kv_block, columns), dtype)
         constants = {"LEAVE_DS": True, "OVERLAP": False, "STAGES": tiles.num_stages}
 
-        dim = tiling.native(sum(usual["QK_CHUNKS"]))
+        dim = native(sum(usual["QK_CHUNKS"]))
         own_descriptors = {
             "key": describe(key, (1, 1, 1, _KEYS, dim), dtype),
             "ds": describe(of_room, (1, 1, 1, _KEYS, 2 * rows), dtype),

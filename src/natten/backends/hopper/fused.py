@@ -15,11 +15,12 @@ from ..triton.fused import additional_gradients, rpb_gradient
 from ..triton.launch import contiguous, on_device
 from .bias_plan import Tables
 from .channels import narrowed, narrowed_gradients, widened, widened_inputs
+from .costs import MOST_MASKED
 from .descriptors import readable
 from .flat import flattened
 from .flat_plan import row_of_mask
 from .plan import Moved, Plan, plan_for
-from .tiles import MOST_MASKED, reads_in_place
+from .widths import reads_in_place
 
 
 def forward(

@@ -10,10 +10,10 @@ both factors of a product are tables that come with tiles and blocks (``flat.py`
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
 
 from ..triton.windows import UNIT
+from .costs import MASK_KINDS
 from .geometry import WARPS, Geometry, Group, fetched_tokens, rows_held
 from .gluon_names import aggregate, fence_async_shared, gl, gluon
 from .products import add_product, multiply
-from .tiles import MASK_KINDS
 
 NONE, COMPARE, PRODUCT, FIRST, COLUMNS = map(gl.constexpr, MASK_KINDS)
 

@@ -23,12 +23,12 @@ from ..triton.launch import Launch, Trials, per_axis
 from ..triton.plan import MaskStrides, mask_strides
 from ..triton.primitives import LOG2E
 from ..triton.windows import modes
-from . import bias_tables, ds_plan, sets_plan
+from . import bias_tables, costs, ds_plan, sets_plan, widths
 from . import tiles as tiling
 from .backward import backward_kernel
 from .bias_gradient import bias_gradient_kernel
 from .bias_plan import Biased, BiasGradient
-from .cuts import cuts, tile_sizes, tiled
+from .cuts import OWN, WARPS, cuts, queries, tile_and_block, tile_sizes, tiled, warpgroups
 from .descriptors import View, contiguous_strides
 from .documents_plan import Packed, most_tiles
 from .ds_plan import ThroughMemory
@@ -41,7 +41,7 @@ from .programs import programs_of
 from .views import Views
 
 # The passes of the kinds of kernels that sum gradients.
-PASSES = {"dq": tiling.DQ, "dkdv": tiling.DKDV, "dk": tiling.DK, "dv": tiling.DV}
+PASSES = {"dq": costs.DQ, "dkdv": costs.DKDV, "dk": costs.DK, "dv": costs.DV}
 
 _Launches = Launch | Passes | Biased | Packed | Trials
 
@@ -72,7 +72,7 @@ class Plan:
         # By kind: the kernel's tiles, and how many programs take them in turn at most; None if each
         # tile has a program of its own.
         self.cuts: dict[str, tuple[Tiles, int | None]] = {}
-        self.queries = tiling.queries(rule, self.space)
+        self.queries = queries(rule, self.space)
         self.dilation = padded(rule.dilation, 1)
         self.modes = modes(rule, self._units() if packed is None else [2] * rule.rank)
         self.kept = dict(self.__dict__)  # without kernels
@@ -98,11 +98,11 @@ class Plan:
     def _cleared(self) -> dict[str, Shape]:
         """What kernels set to zero of the channels of queries and keys, and of values."""
         dims = (0, 0) if self.packed is not None else (self.dim, self.value_dim)
-        return dict(zip(("QK_CLEARED", "V_CLEARED"), map(tiling.cleared, dims)))
+        return dict(zip(("QK_CLEARED", "V_CLEARED"), map(widths.cleared, dims)))
 
     def _units(self) -> list[int]:
         """Per axis, 1 if there is one token now and always."""
-        if self.queries == tiling.OWN or isinstance(self.rule, Dense):
+        if self.queries == OWN or isinstance(self.rule, Dense):
             return list(self.space)
         # A window of more than one key is of a cache that grows.
         return [max(each) for each in zip(self.space, self.key_space, self.rule.kernel_size)]
@@ -151,7 +151,7 @@ class Plan:
         dim, (programs, numbers) = self.value_dim, self.before_passes(self.key_spans)
         names = lse_delta_kernel.arg_names[len(lse_delta_kernel.tensors) :]
         arguments = {
-            **dict(zip(names, numbers)), "DV": dim, "BLOCK_DV": tiling.native(dim),
+            **dict(zip(names, numbers)), "DV": dim, "BLOCK_DV": widths.native(dim),
             "M": _ROWS_AT_ONCE, "TOKENS": _KEYS_AT_ONCE,
         }  # fmt: skip
         return {
@@ -184,10 +184,10 @@ class Plan:
         row = self.in_a_row("gradient")
         if row is not None:
             return row.through_memory
-        rule, width = self.rule, tiling.native(self.value_dim)
-        if not isinstance(rule, Dense) or rule.causal or tiling.are_half_aligned(self.dim):
+        rule, width = self.rule, widths.native(self.value_dim)
+        if not isinstance(rule, Dense) or rule.causal or widths.are_half_aligned(self.dim):
             return None
-        if tiling.chunks(self.dim) != (_THROUGH_MEMORY,) or width != _THROUGH_MEMORY:
+        if widths.chunks(self.dim) != (_THROUGH_MEMORY,) or width != _THROUGH_MEMORY:
             return None
         dkdv = self.dkdv
         if self.packed is not None or self.num_additional or not isinstance(dkdv, Launch):
@@ -198,8 +198,8 @@ class Plan:
         if share is None:
             return None
         tiles, _ = self.cuts["dkdv"]
-        work = tiling.work("dkdv", self.dim, self.value_dim, columns_of_rule(rule))
-        mask = tiling.mask("dkdv", rule, self.space, self.key_space, tiles, work)
+        work = costs.work("dkdv", self.dim, self.value_dim, columns_of_rule(rule))
+        mask = costs.mask("dkdv", rule, self.space, self.key_space, tiles, work)
         tiles, views = ds_plan.with_room_for_ds(tiles, mask, work), self.views
         return ThroughMemory(
             dkdv, tiles, views.key, views.grad_query, self.device, self.dtype, share
@@ -218,7 +218,7 @@ class Plan:
         others = self.packed, self.bias_dtype, self.num_additional or None
         if any(each is not None for each in others):
             return None
-        dims = tiling.aligned(self.dim), tiling.aligned(self.value_dim)
+        dims = widths.aligned(self.dim), widths.aligned(self.value_dim)
         rule = tiling.in_a_row(kinds, self.rule, self.space, *dims)
         shapes, strides = zip(*map(row_of, self.shapes, self.strides))
         mask = self.key_mask_strides and row_of_mask(self.key_space, self.key_mask_strides)
@@ -281,21 +281,20 @@ class Plan:
         self, kind: str, tiles: Tiles, is_trial: bool = False
     ) -> Launch | Passes | Biased | Packed:
         rule, of_keys = self.rule, kind == "dkdv"
-        work = tiling.work(kind, self.dim, self.value_dim, columns_of_rule(rule))
+        work = costs.work(kind, self.dim, self.value_dim, columns_of_rule(rule))
         is_packed = self.packed is not None
-        mask = tiling.mask(kind, rule, self.space, self.key_space, tiles, work, is_packed)
+        mask = costs.mask(kind, rule, self.space, self.key_space, tiles, work, is_packed)
         heads_at_once = self._heads_at_once(work)
         if kind == "forward" and not is_trial:
             tiles = self._paired(tiles, mask, work)
         if self.key_mask_strides is not None and not of_keys:
-            tiles, mask, work = tiling.masked(tiles, mask, work)
-        pieces = tiling.pieces(kind, rule, self.space, tiles, is_packed)
-        boxes = tiling.boxes(tiles, of_keys, pieces.piece, is_packed)
-        tile, block = tiling.tile_and_block(tiles, of_keys)
-        warpgroups = tiling.warpgroups(tiles)
-        registers, compute_registers, fetch_registers = tiling.registers(tiles, work)
+            tiles, mask, work = costs.masked(tiles, mask, work)
+        pieces = costs.pieces(kind, rule, self.space, tiles, is_packed)
+        boxes = costs.boxes(tiles, of_keys, pieces.piece, is_packed)
+        tile, block = tile_and_block(tiles, of_keys)
+        registers, compute_registers, fetch_registers = costs.registers(tiles, work)
         heads = self.kv_heads if of_keys else self.heads
-        each_cycles = tiling.cycles(tiles, mask, work)
+        each_cycles = costs.cycles(tiles, mask, work)
         self.cuts[kind] = tiles, self._most_programs(kind, tiles, each_cycles, heads_at_once)
         programs, of_tiles = self.programs(kind, self.key_spans)
         num_additional = 0 if of_keys else self.num_additional
@@ -327,7 +326,7 @@ class Plan:
             "TILE": tile,
             "BLOCK": block,
             "SPLIT_AXIS": tiles.split_axis,
-            "WARPGROUPS": warpgroups,
+            "WARPGROUPS": warpgroups(tiles),
             "STAGES": tiles.num_stages,
             "MASK": mask.kind,
             "ENDS": mask.ends,
@@ -335,7 +334,7 @@ class Plan:
             "STEPS": mask.steps,
             "TABLES": mask.tables,
             "HAS_ADDITIONAL": num_additional > 0,
-            "OWN_OUT": tiling.own_out(tiles, mask, work),
+            "OWN_OUT": costs.own_out(tiles, mask, work),
             "REGISTERS": compute_registers,
             "FETCH_REGISTERS": fetch_registers,
             "DILATED": max(rule.dilation) > 1,
@@ -358,8 +357,8 @@ class Plan:
         for each in self._passes(kind):
             slices, width = self._slices(each)
             constants["SLICES"] = slices
-            constants["QK_CHUNKS"] = tiling.chunks(self.dim)
-            whole = tiling.chunks(self.value_dim)
+            constants["QK_CHUNKS"] = widths.chunks(self.dim)
+            whole = widths.chunks(self.value_dim)
             constants["V_CHUNKS"] = (width,) if slices > 1 else whole
             if each != "forward":
                 # Between passes of packed documents, tables of their tiles are made, and between
@@ -370,13 +369,13 @@ class Plan:
             if each == "dv":  # it has no values in shared memory, which would be as wide
                 constants["OWN_OUT"] = True
             kept = compiled(
-                each, self.device, self.dtype, tiling.native(self.dim), width, registers,
+                each, self.device, self.dtype, widths.native(self.dim), width, registers,
                 *constants.values(),
             )  # fmt: skip
             descriptors = self.views.descriptors(each, boxes, width)
             descriptors |= self.views.additional(each, tiles, width)
             if pieces.at_seam != pieces.piece:
-                small = tiling.boxes(tiles, of_keys, pieces.at_seam, is_packed)
+                small = costs.boxes(tiles, of_keys, pieces.at_seam, is_packed)
                 descriptors |= self.views.at_seam(each, small, width)
             if self.columns is not None:
                 descriptors |= self.columns.descriptors(tiles)
@@ -387,7 +386,7 @@ class Plan:
                     numbers | constants,
                     descriptors,
                     kept,
-                    num_warps=tiling.WARPS,
+                    num_warps=WARPS,
                     maxnreg=registers,
                     launch_pdl=_can_overlap(),
                 )
@@ -406,36 +405,36 @@ class Plan:
         at_end = kind != "forward" and not is_trial
         return Biased(launch, table, *others, waits_at_end=at_end, overlap=_can_overlap())
 
-    def _paired(self, tiles: Tiles, mask: tiling.Mask, work: tiling.Work) -> Tiles:
-        """:func:`tiles.paired` of plain attention whose tiles are alike and fill all processors."""
+    def _paired(self, tiles: Tiles, mask: costs.Mask, work: costs.Work) -> Tiles:
+        """:func:`costs.paired` of plain attention whose tiles are alike and fill all processors."""
         rule, (tokens, *_), (keys, *_) = self.rule, self.space, self.key_space
         is_alike = isinstance(rule, Dense) and not rule.causal and self.columns is None
         if not is_alike or self.packed is not None:
             return tiles
         if tuning.lookup(tiling.key(*self._problem("forward"))) is not None:
             return tiles  # that were measured
-        count = self.batch * self.heads * -(-tokens // (2 * tiling.ROWS))
+        count = self.batch * self.heads * -(-tokens // (2 * costs.ROWS))
         if count < _processors(self.device):
             return tiles
         blocks = -(-keys // math.prod(tiles.kv_block))
-        return tiling.paired(tiles, mask, work, tokens, blocks)
+        return costs.paired(tiles, mask, work, tokens, blocks)
 
     def _passes(self, kind: str) -> tuple[str, ...]:
         """What a kind of kernel runs: itself, or a pass for each of two gradients."""
-        apart = kind == "dkdv" and not tiling.are_together(self.dim, self.value_dim)
+        apart = kind == "dkdv" and not widths.are_together(self.dim, self.value_dim)
         return ("dk", "dv") if apart else (kind,)
 
     def _slices(self, each: str) -> tuple[int, int]:
         """In how many slices one of :meth:`_passes` takes values, and how wide their blocks are."""
         if each in ("forward", "dv"):
-            return tiling.slices(self.dim, self.value_dim)
-        return 1, tiling.native(self.value_dim)
+            return widths.slices(self.dim, self.value_dim)
+        return 1, widths.native(self.value_dim)
 
     def _table(
         self, kernel_size: Shape, tiles: Tiles, of_keys: bool, piece: Shape
     ) -> bias_tables.Table:
         """The table of the bias for a kernel's tiles."""
-        _, block = tiling.tile_and_block(tiles, of_keys)
+        _, block = tile_and_block(tiles, of_keys)
         # On a ring blocks may begin up to a piece earlier.
         boundary = padded(self.rule.boundary, "shift")
         earlier = [n if each == "circular" else 1 for n, each in zip(piece, boundary)]
@@ -458,7 +457,7 @@ class Plan:
         rule = self._rule_of_sets
         if rule is None or self.bias_dtype is None or self.num_additional:
             return None
-        if max(tiling.native(self.dim), tiling.native(self.value_dim)) > sets_plan.WHOLE_CHANNELS:
+        if max(widths.native(self.dim), widths.native(self.value_dim)) > sets_plan.WHOLE_CHANNELS:
             return None
         is_measured = tuning.lookup(tiling.key(*self._problem("dq"))) is not None
         if is_measured or tuning.wanted(backward=True) > 1:
@@ -470,7 +469,7 @@ class Plan:
     @property
     def _rule_of_sets(self) -> Neighborhood | None:
         """The rule, if a tile looks alike in all dilation groups."""
-        rule, is_own = self.rule, self.queries == tiling.OWN and self.packed is None
+        rule, is_own = self.rule, self.queries == OWN and self.packed is None
         if isinstance(rule, Dense) or not is_own or "circular" in rule.boundary:
             return None
         return rule
@@ -508,20 +507,20 @@ class Plan:
             "BLOCK_STAGES": found.stages[1],
             "FETCH_REGISTERS": found.fetch_registers,
             "BIAS_STRIDES": table.strides,
-            "QK_CHUNKS": tiling.chunks(self.dim),
-            "V_CHUNKS": tiling.chunks(self.value_dim),
+            "QK_CHUNKS": widths.chunks(self.dim),
+            "V_CHUNKS": widths.chunks(self.value_dim),
             "HAS_KEY_MASK": self.key_mask_strides is not None,
             **self._cleared(),
             "HAS_DQ": has_dq,
         }
-        tiles = Tiles(cut.tile, cut.block, tiling.WARPS, found.stages[0])
+        tiles = Tiles(cut.tile, cut.block, WARPS, found.stages[0])
         descriptors = views.descriptors("dq", tiles, self._slices("dq")[1])
         del descriptors["lse_delta"]
         if not has_dq:
             del descriptors["grad_query"]
         grid = math.prod(found.programs_of_tile), found.splits, self.heads
         launch = Launch(
-            kernel, grid, numbers | constants, descriptors, num_warps=tiling.WARPS,
+            kernel, grid, numbers | constants, descriptors, num_warps=WARPS,
             maxnreg=65536 // found.programs // 256 // 8 * 8, launch_pdl=_can_overlap(),
         )  # fmt: skip
         others = rule.kernel_size, self.heads, self.scale
@@ -576,14 +575,14 @@ class Plan:
         return min(num_tiles, in_turn or num_tiles), numbers
 
     def _most_programs(
-        self, kind: str, tiles: Tiles, cycles: tiling.Cycles, heads_at_once: int
+        self, kind: str, tiles: Tiles, cycles: costs.Cycles, heads_at_once: int
     ) -> int | None:
         """How many programs take tiles in turn at most; None if each tile has its own.
 
         Of parts and of packed documents, tiles change from call to call, and what divides them.
         """
         processors, resident = _processors(self.device), tiles.resident_programs
-        if self.queries != tiling.OWN or self.packed is not None:
+        if self.queries != OWN or self.packed is not None:
             return None if self._is_uneven(kind, tiles) else processors * resident
         of_keys = kind == "dkdv"
         blocks = cuts(of_keys, self.rule, self.space, self.space).blocks_of_tiles(tiles)
@@ -600,7 +599,7 @@ class Plan:
         tokens, sizes = self.key_tokens if of_keys else self.tokens, self.cuts[kind][0]
         return most_tiles(self.packed, tile_sizes(sizes, of_keys), math.prod(tokens), of_keys)
 
-    def _heads_at_once(self, work: tiling.Work) -> int:
+    def _heads_at_once(self, work: costs.Work) -> int:
         """Of how many heads tiles at one position follow one another.
 
         Of plain attention, as many as the cache holds blocks of. Of windows, those that share lines
@@ -618,19 +617,19 @@ class Plan:
         if self.packed is not None:
             return self.kv_heads if work.of_keys else self.heads
         side_by_side = self.strides[1][-2] == self.dim and self.strides[2][-2] == self.value_dim
-        is_lost = tiling.overflows_cache(self.key_space, self.dim, self.value_dim)
-        is_part = self.queries != tiling.OWN and tiling.split_lines(self.dim) > 0
+        is_lost = widths.overflows_cache(self.key_space, self.dim, self.value_dim)
+        is_part = self.queries != OWN and widths.split_lines(self.dim) > 0
         if not side_by_side or not (is_lost or is_part):
             return 1
         heads = self.kv_heads if work.of_keys else self.heads
-        return math.gcd(heads, tiling.heads_of_lines(self.dim))
+        return math.gcd(heads, widths.heads_of_lines(self.dim))
 
     def _is_uneven(self, kind: str, tiles: Tiles) -> bool:
         """Whether the longest tile has so many blocks that each tile has its own program."""
         if self.packed is not None and isinstance(self.rule, Dense):
             # The longest document's tiles beside short ones'.
             length = self.space[0] if kind == "dkdv" else self.key_space[0]
-            _, block = tiling.tile_and_block(tiles, kind == "dkdv")
+            _, block = tile_and_block(tiles, kind == "dkdv")
             excess = length / block[2]
         else:
             excess = tiling.excess(kind, self._typical_rule, self.space, self.key_space, tiles)

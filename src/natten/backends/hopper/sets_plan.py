@@ -15,7 +15,9 @@ from ..interface import Shape
 from ..triton.plan import MOST_SUMS
 from ..triton.tiles import SHARED_MEMORY
 from .bias_tables import Table, table
-from .tiles import ROWS, native, tile_shapes
+from .costs import ROWS
+from .tiles import tile_shapes
+from .widths import native
 
 # What a program that sums dS costs beside its steps, in steps.
 _PROGRAM_STEPS = 4

@@ -16,7 +16,6 @@ from ...neighborhood import Rule
 from ...tiling import padded
 from ..interface import Shape, Tiles
 from ..triton.plan import strides_of_mask
-from . import tiles as tiling
 from .cuts import rows_held
 from .descriptors import (
     Describe,
@@ -27,6 +26,7 @@ from .descriptors import (
     packed_view,
     view,
 )
+from .widths import are_half_aligned, is_joined, native
 
 _STORED = "out", "grad_query", "grad_key", "grad_value"
 _OF_KEYS = frozenset(("key", "value", "grad_key", "grad_value"))
@@ -84,7 +84,7 @@ class Views:
         """Of a tensor that kernels read."""
         if self._packed is not None:
             return packed_view(shape, stride)
-        return view(shape, stride, self._dilation, tiling.is_joined(shape[-1]))
+        return view(shape, stride, self._dilation, is_joined(shape[-1]))
 
     def stored(self, tokens: Shape, heads: int, channels: int) -> View:
         """Of a tensor that a kernel writes, which is contiguous, and of LSE and delta."""
@@ -147,9 +147,9 @@ class Views:
             width: channels of a block of values, which may be more than there are.
         """
         kind = kernel if kernel in ("forward", "dq") else "dkdv"
-        dim = tiling.native(self._dim)
+        dim = native(self._dim)
         others = {"dk": ("grad_value",), "dv": ("value", "grad_key")}.get(kernel, ())
-        if tiling.are_half_aligned(self._dim):
+        if are_half_aligned(self._dim):
             others = _STORED  # without TMA
         found = {}
         for name, shown in (self.of_queries(kind) | self.of_keys(kind)).items():
@@ -175,7 +175,7 @@ class Views:
         if not self._num_additional or kernel not in ("forward", "dq"):
             return {}
         found = {}
-        dims, widths = (self._dim, self._value_dim), (tiling.native(self._dim), width)
+        dims, widths = (self._dim, self._value_dim), (native(self._dim), width)
         for name, dim, channels in zip(("keys", "values"), dims, widths):
             shape = self._batch, self._num_additional, self._kv_heads, dim
             block = 1, 1, 1, rows_held(tiles.kv_block), channels

@@ -15,7 +15,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ...backends.hopper import tiles as hopper
+from ...backends.hopper import costs, cuts
+from ...backends.hopper.tiles import cuttings
+from ...backends.interface import Tiles
 
 Shape = tuple[int, ...]
 
@@ -143,19 +145,19 @@ class Hopper:
     name = "hopper"
 
     def __init__(self, lengths: Sequence[int], dim: int, masking: float) -> None:
-        self.work, self.fraction = hopper.work("forward", dim, dim), masking
-        self.found = hopper.cuttings(lengths, self.work)
+        self.work, self.fraction = costs.work("forward", dim, dim), masking
+        self.found = cuttings(lengths, self.work)
         missing = 3 - len(lengths)
         self.tilings = [
             Tiling(
                 each.q_block[missing:],
                 each.kv_block[missing:],
                 each.split_axis - missing,
-                hopper.warpgroups(each),
+                cuts.warpgroups(each),
             )
             for each in self.found
         ]
-        self.bare = [hopper.cycles(each, hopper.Mask(), self.work) for each in self.found]
+        self.bare = [costs.cycles(each, costs.Mask(), self.work) for each in self.found]
         self.kinds = cache(_kinds)
 
     def least(self, number: int, visited: float, q_blocks: float) -> float:
@@ -179,7 +181,7 @@ class Hopper:
 
     def _idle(self, axes: Sequence[Axis]) -> Tensor:
         """The cost of blocks that a warpgroup releases unread, per visited block."""
-        return hopper.IDLE * (outer([axis.fetched / axis.visited for axis in axes]) - 1)
+        return cuts.IDLE * (outer([axis.fetched / axis.visited for axis in axes]) - 1)
 
     def _by_mask(self, number: int, axes: Sequence[Axis], what: int) -> Tensor:
         """Of :func:`_priced`, one number for every combination."""
@@ -194,12 +196,12 @@ class Hopper:
         tiles = self.found[number]
         missing = 3 - len(kinds)
         axes = [
-            hopper.Axis(tile, block, 1, 1, 1, 1, most, masked)
+            cuts.Axis(tile, block, 1, 1, 1, 1, most, masked)
             for tile, block, (masked, _, most) in zip(
                 tiles.q_block, tiles.kv_block, (*[_Masked(False, False, 1)] * missing, *kinds)
             )
         ]
-        mask = hopper.mask_of(kinds[-1].slides, axes, tiles, self.work)
+        mask = costs.mask_of(kinds[-1].slides, axes, tiles, self.work)
         return _priced(tiles, mask, self.work, self.fraction)
 
 
@@ -222,15 +224,13 @@ def _kinds(axis: Axis, is_last: bool) -> tuple[list[_Masked], Tensor]:
 
 
 @lru_cache(maxsize=1 << 14)
-def _priced(
-    tiles: hopper.Tiles, mask: hopper.Mask, work: hopper.Work, masking: float
-) -> tuple[float, ...]:
+def _priced(tiles: Tiles, mask: costs.Mask, work: costs.Work, masking: float) -> tuple[float, ...]:
     """The cycles of a block, and what a partial one costs more; the work of a mask as a fraction of
     the products, of any block and of partial ones."""
-    fitted = hopper.fitted(tiles, mask, work)
+    fitted = costs.fitted(tiles, mask, work)
     if fitted is None:
         return math.inf, 0.0, 0.0, 0.0
-    cycles = hopper.cycles(fitted, mask, work)
+    cycles = costs.cycles(fitted, mask, work)
     step = 16 * mask.steps / work.product_channels
-    works = step * (mask.kind == hopper.PRODUCT), masking * (mask.kind == hopper.COMPARE)
+    works = step * (mask.kind == costs.PRODUCT), masking * (mask.kind == costs.COMPARE)
     return cycles.block, cycles.compare, *works
