@@ -355,14 +355,14 @@ class _Search:
         for block in self.blocks:
             _, per_block, per_tile = self.ways.programs(rows_held(block), self.rule.rank)
             # Sums are rounded, and a bound must stay one.
-            least.append((*block, 0.999999 * per_block, 0.999999 * per_tile))
+            least.append((block, 0.999999 * per_block, 0.999999 * per_tile))
         x, y, z = map(self._blocks_along, range(3), zip(*self.tiles), zip(*self.blocks))
         bounds = []
         for tile in self.tiles:
             i, j, k = tile
             xi, yj, zk, count = x[i], y[j], z[k], self.cuts.count(tile)
             bounds += [
-                xi[a] * yj[b] * zk[c] * block + count * each for a, b, c, block, each in least
+                xi[a] * yj[b] * zk[c] * block + count * each for (a, b, c), block, each in least
             ]
         for tile, block in self.uneven:
             _, per_block, per_tile = self.ways.programs(rows_held(block), self.rule.rank)
