@@ -44,6 +44,7 @@ class Problem(NamedTuple):
         key_shape: token layout of the keys.
         additional: whether there are additional keys.
         masked: whether there is a mask of keys.
+        kv_heads: heads of keys and values, 0 for as many as the query has.
     """
 
     operation: str
@@ -58,6 +59,7 @@ class Problem(NamedTuple):
     key_shape: Shape = ()
     additional: bool = False
     masked: bool = False
+    kv_heads: int = 0
 
     @property
     def has_rings(self) -> bool:
@@ -79,6 +81,7 @@ class Problem(NamedTuple):
         return cls(
             operation, query.device, query.dtype, query.shape[-1], value.shape[-1], shape, rule,
             scale, rpb is not None, key_shape, additional_keys is not None, inputs.is_masked,
+            key.shape[-2],
         )  # fmt: skip
 
 

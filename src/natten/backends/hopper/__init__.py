@@ -42,12 +42,13 @@ _SMALL_CHANNELS, _SMALL_CYCLES = 32, 0.95 / FORWARD_SCALE
 
 
 def _copies(problem: Problem) -> bool:
-    """Whether heads are copied to wider ones, if there are as many of keys as of queries."""
+    """Whether heads are copied to wider ones."""
     dims = problem.head_dim, problem.value_dim
     if problem.operation == "packed":
         return any(dim % 8 for dim in dims)
+    heads = problem.shape[-2]
     has_more = problem.bias or problem.additional or problem.masked
-    return not reads_in_place(*dims, problem.shape[-2], problem.shape[-2], has_more)
+    return not reads_in_place(*dims, heads, problem.kv_heads or heads, has_more)
 
 
 class Hopper(Backend):

@@ -105,7 +105,7 @@ class Problem:
             operation, self.device, self.dtype, self.dim, self.value_dim,
             (self.batch, *self.queries, self.heads, self.dim),
             self.rule.without_full_rings(self.shape), self.dim**-0.5,
-            key_shape=self.shape, additional=self.num_additional > 0,
+            key_shape=self.shape, additional=self.num_additional > 0, kv_heads=self.kv_heads,
         )  # fmt: skip
 
     @property
