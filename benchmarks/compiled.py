@@ -23,7 +23,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from natten import tuning
+from natten import compiling, tuning
 from natten._torch import allows_tf32
 from natten.backends import Backend, Problem, named
 from natten.backends.hopper.costs import DK, DKDV, DQ, DV
@@ -223,7 +223,7 @@ def compile_calls(
         for variant in variants:
             for launch, tensors in launches(call, variant):
                 log = io.StringIO()
-                with contextlib.redirect_stdout(log):
+                with contextlib.redirect_stdout(log), compiling.uncollected():
                     compiled = launch.kernel.run(
                         **described(launch.tensors, tensors),
                         **launch.arguments,

@@ -197,7 +197,7 @@ def compile_target(target: str, names: Sequence[str] = ()) -> list[Row]:
 
 
 # The longest come first, so that two processes end together.
-JOBS = [Job(target, ()) for target in ("90", "100", "gfx942", "80", "86", "90a")]
+JOBS = [Job(target, ()) for target in ("90a", "90", "100", "gfx942", "80", "86")]
 JOBS += [Job("90a", ("NAT", "FLUX"), release) for release in ("3.7", "3.8", "newest")]
 JOBS += [Job("90", ("NAT", "FLUX", "video"), "newest")]
 
