@@ -5,6 +5,7 @@ Estimates (``costs.py``) rank them; what :mod:`natten.tuning` remembers from mea
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -314,19 +315,14 @@ class _Search:
     def cheapest(self) -> tuple[float, Tiles] | None:
         """The first of :meth:`every` and its cost, None if nothing fits: tiles are looked at in the
         order of a lower bound, up to one that is above what was found."""
-        bounds = self._bounds()
+        bounds = [(bound, i) for i, bound in enumerate(self._bounds())]
+        heapq.heapify(bounds)  # few of them are looked at, so that they need not be sorted
         best, found, at = math.inf, None, -1
-        first = min(range(len(bounds)), key=bounds.__getitem__)
-        order = [first]
-        for i in order:
-            if bounds[i] > best:
-                break
+        while bounds and bounds[0][0] <= best:
+            _, i = heapq.heappop(bounds)
             for cost, tiles in self._fitting(*self._pair(i)):
                 if cost < best or (cost == best and i < at):
                     best, found, at = cost, tiles, i
-            if i == first:  # few of all are left to be sorted
-                rest = (j for j, bound in enumerate(bounds) if bound <= best and j != first)
-                order += sorted(rest, key=bounds.__getitem__)
         return found and (best, found)
 
     def _pair(self, i: int) -> tuple[Shape, Shape]:
