@@ -38,9 +38,13 @@ Tiles = TypeVar("Tiles")
 
 def directory() -> Path:
     """The directory of tiles for this device and version."""
+    return Path(_directory())
+
+
+def _directory() -> str:
     root = os.environ.get("NATTEN_CACHE") or os.path.join(_home(), "natten")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return Path(root, "tiles", f"{_plain(device)}-{__version__}")
+    return os.path.join(root, "tiles", f"{_plain(device)}-{__version__}")
 
 
 def _home() -> str:
@@ -65,7 +69,8 @@ def lookup(key: str) -> Any | None:
     if key in _trials:
         return _trials[key]
     try:
-        return json.loads(_path(key).read_text(encoding="utf-8"))
+        with open(_path(key), encoding="utf-8") as file:  # a Path takes as long again
+            return json.load(file)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -106,7 +111,7 @@ def remember(key: str, tiles: Any, forget: bool = True) -> Path:
     Raises:
         OSError: the directory can not be written.
     """
-    path = _path(key)
+    path = Path(_path(key))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
@@ -281,5 +286,5 @@ def _plain(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=_-]+", "-", text)
 
 
-def _path(key: str) -> Path:
-    return directory() / f"{_plain(key)}.json"
+def _path(key: str) -> str:
+    return os.path.join(_directory(), f"{_plain(key)}.json")
