@@ -332,9 +332,13 @@ class Cuts:
             return 1
         return self.axes[axis - self.missing].least_blocks(tile, block)
 
+    def tiles(self, axis: int, tile: int) -> int:
+        """How many tiles of a single warpgroup there are along one of three axes."""
+        return 1 if axis < self.missing else self.axes[axis - self.missing].tiles(tile, 1)
+
     def count(self, tile: Shape) -> int:
         """How many tiles there are for a single warpgroup."""
-        return math.prod(axis.tiles(n, 1) for axis, n in zip(self.axes, tile[self.missing :]))
+        return math.prod(map(self.tiles, range(3), tile))
 
     def blocks_of_tiles(self, tiles: Tiles) -> list[list[float]]:
         """Per axis, about how many blocks each tile of a program has, in the order of programs."""

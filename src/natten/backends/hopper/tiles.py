@@ -5,12 +5,11 @@ Estimates (``costs.py``) rank them; what :mod:`natten.tuning` remembers from mea
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from operator import itemgetter
 from typing import Any
 
@@ -57,6 +56,7 @@ from .widths import aligned, are_half_aligned, native
 # What a block costs more if it or its tile is no power of two, of small windows (hopper-log.md): of
 # heads of a native width, and of others. And how many such tiles with blocks are priced.
 _UNEVEN_COSTS, _UNEVEN = (1.03, 1.07), 10
+_LESS = 0.999999  # of a lower bound, as sums are rounded
 
 
 @lru_cache(maxsize=1024)
@@ -219,17 +219,20 @@ class _Ways:
         self.programs = cache(self._programs)
         self._priced: dict[Any, tuple[int, Cycles] | None] = {}
 
-    def _programs(self, columns: int, rank: int) -> tuple[list[_Program], float, float]:
-        """Of blocks of so many tokens, the programs that have the registers, and the fewest cycles
-        of a block and of a warpgroup's tile."""
-        found, prices = [], []
+    def _programs(
+        self, columns: int, rank: int
+    ) -> tuple[list[tuple[_Program, float, float]], float, float]:
+        """Of blocks of so many tokens, the programs that fit, each with what a block and a
+        warpgroup's tile cost at least, without a mask; and the least of all programs."""
+        found = []
         for program in _programs(rank, self.work.may_be_alone):
             tiles = Tiles((1, 1, columns), (1, 1, columns), *program)
-            if has_registers(tiles, self.work):
-                found.append(program)
-                stages, _ = self.work.smem_options[0]
-                prices.append(cycles(tiles._replace(num_stages=stages), Mask(), self.work)[:2])
-        return found, *map(min, zip(*prices))
+            fits = has_registers(tiles, self.work) and fitted(tiles, Mask(), self.work)
+            if fits:
+                each = cycles(fits, Mask(), self.work)
+                found.append((program, _LESS * each.block, _LESS * each.tile))
+        per_block = min((block for _, block, _ in found), default=math.inf)
+        return found, per_block, min((tile for *_, tile in found), default=math.inf)
 
     def priced(self, tiles: Tiles, mask: Mask) -> tuple[int, Cycles] | None:
         """The stages that fit, and the :func:`cycles`; None if none fit."""
@@ -261,6 +264,7 @@ class _Search:
         self.ways = _ways(kind, dim, value_dim, columns_of_rule(rule))
         self.cuts = cuts(self.of_keys, rule, shape, key_shape)
         self.kind, self.rule, self.slides = kind, rule, slides(kind, rule)
+        self._along: dict[tuple[int, int], dict[int, int]] = {}
         kv_lengths = None if queries(rule, shape) == OWN else self.cuts.kv_lengths
         self.tiles, self.blocks = _tiles_and_blocks(self.cuts.q_lengths, self.ways.work, kv_lengths)
         if packed:  # in rows of so many tokens that shared memory keeps its pattern
@@ -312,17 +316,19 @@ class _Search:
             costs.update((tiles, cost) for cost, tiles in self._fitting(tile, block))
         return sorted(costs, key=costs.__getitem__)
 
-    def cheapest(self) -> tuple[float, Tiles] | None:
-        """The first of :meth:`every` and its cost, None if nothing fits: tiles are looked at in the
-        order of a lower bound, up to one that is above what was found."""
-        bounds = [(bound, i) for i, bound in enumerate(self._bounds())]
-        heapq.heapify(bounds)  # few of them are looked at, so that they need not be sorted
-        best, found, at = math.inf, None, -1
-        while bounds and bounds[0][0] <= best:
-            _, i = heapq.heappop(bounds)
-            for cost, tiles in self._fitting(*self._pair(i)):
-                if cost < best or (cost == best and i < at):
-                    best, found, at = cost, tiles, i
+    def cheapest(self, most: float = math.inf) -> tuple[float, Tiles] | None:
+        """The first of :meth:`every` and its cost, None if nothing costs less than ``most``: in the
+        order of lower bounds, up to one that is above what was found."""
+        best, found, at = most, None, -1
+        for least, of_tile in self._bounds_of_tiles():
+            if least > best:
+                break
+            for bound, i in sorted(self._bounds(of_tile)):
+                if bound > best:
+                    break
+                for cost, tiles in self._fitting(*self._pair(i), best):
+                    if cost < best or (cost == best and i < at):
+                        best, found, at = cost, tiles, i
         return found and (best, found)
 
     def _pair(self, i: int) -> tuple[Shape, Shape]:
@@ -344,43 +350,80 @@ class _Search:
             )
         return self._priced(tiles) if suits else None
 
-    def _bounds(self) -> list[float]:
-        """What each tile with each block costs at least, as if each warpgroup had blocks and a
-        program of its own, and no mask."""
-        least = []
-        for block in self.blocks:
-            _, per_block, per_tile = self.ways.programs(rows_held(block), self.rule.rank)
-            # Sums are rounded, and a bound must stay one.
-            least.append((block, 0.999999 * per_block, 0.999999 * per_tile))
-        x, y, z = map(self._blocks_along, range(3), zip(*self.tiles), zip(*self.blocks))
-        bounds = []
-        for tile in self.tiles:
-            i, j, k = tile
-            xi, yj, zk, count = x[i], y[j], z[k], self.cuts.count(tile)
-            bounds += [
-                xi[a] * yj[b] * zk[c] * block + count * each for (a, b, c), block, each in least
-            ]
-        for tile, block in self.uneven:
-            _, per_block, per_tile = self.ways.programs(rows_held(block), self.rule.rank)
-            blocks = math.prod(map(self.cuts.least_blocks, range(3), tile, block))
-            bounds.append(0.999999 * (blocks * per_block + self.cuts.count(tile) * per_tile))
-        return bounds
+    def _bounds_of_tiles(self) -> list[tuple[float, int]]:
+        """What each tile costs at least, and its number, from the lowest on: as if each warpgroup
+        had a program of its own, no mask, and blocks without a token that is no partner. The last
+        number is that of all that are no powers of two."""
+        programs = [self.ways.programs(n, self.rule.rank) for n in self.ways.work.block_sizes]
+        per_column = min(
+            block / n for n, (_, block, _) in zip(self.ways.work.block_sizes, programs)
+        )
+        per_tile = min(each for *_, each in programs)
+        bounds = [(0.0, len(self.tiles))]
+        x, y, z = map(self._tiles_along, range(3))
+        for number, (a, b, c) in enumerate(self.tiles):
+            (i, p), (j, q), (k, r) = x[a], y[b], z[c]
+            bounds.append((p * q * r * per_column + i * j * k * per_tile, number))
+        return sorted(bounds)
 
-    def _blocks_along(
-        self, axis: int, tiles: Sequence[int], blocks: Sequence[int]
-    ) -> dict[int, dict[int, int]]:
-        """Along an axis, the fewest blocks of each of these sizes, of all tiles of each size."""
-        sizes = set(blocks)
-        return {
-            tile: {block: self.cuts.least_blocks(axis, tile, block) for block in sizes}
-            for tile in set(tiles)
-        }
+    def _tiles_along(self, axis: int) -> dict[int, tuple[int, int]]:
+        """Along an axis, of each size of :attr:`tiles` how many there are, and all their
+        partners."""
+        sizes = {tile[axis] for tile in self.tiles}
+        return {n: (self.cuts.tiles(axis, n), self.cuts.least_blocks(axis, n, 1)) for n in sizes}
 
-    def _fitting(self, tile: Shape, block: Shape) -> Iterator[tuple[float, Tiles]]:
-        """What the ways to run a tile with a block cost, of those that fit."""
+    def _bounds(self, number: int) -> list[tuple[float, int]]:
+        """What the tile of that number costs at least with each block, and the numbers of both."""
+        start = number * len(self.blocks)
+        if number == len(self.tiles):
+            return [(self._bound(*pair), i) for i, pair in enumerate(self.uneven, start)]
+        tile = self.tiles[number]
+        x, y, z = map(self._blocks_along, range(3), tile)
+        count = self.cuts.count(tile)
+        return [
+            (x[a] * y[b] * z[c] * per_block + count * per_tile, i)
+            for i, ((a, b, c), per_block, per_tile) in enumerate(self._prices, start)
+        ]
+
+    @cached_property
+    def _prices(self) -> list[tuple[Shape, float, float]]:
+        """Of each of :attr:`blocks`, what it and a tile beside blocks cost at least."""
+        rank = self.rule.rank
+        return [(block, *self.ways.programs(rows_held(block), rank)[1:]) for block in self.blocks]
+
+    def _blocks_along(self, axis: int, tile: int) -> dict[int, int]:
+        """Along an axis, the fewest blocks of each size of :attr:`blocks`, of tiles of a size."""
+        found = self._along.get((axis, tile))
+        if found is None:
+            sizes = {block[axis] for block in self.blocks}
+            found = {size: self.cuts.least_blocks(axis, tile, size) for size in sizes}
+            self._along[axis, tile] = found
+        return found
+
+    def _bound(self, tile: Shape, block: Shape) -> float:
+        """What a tile costs at least with a block."""
+        _, per_block, per_tile = self.ways.programs(rows_held(block), self.rule.rank)
+        blocks, count = self._least(tile, block)
+        return blocks * per_block + count * per_tile
+
+    def _least(self, tile: Shape, block: Shape) -> tuple[int, int]:
+        """How many blocks there are at least, and how many warpgroups' tiles."""
+        blocks = math.prod(map(self.cuts.least_blocks, range(3), tile, block))
+        return blocks, self.cuts.count(tile)
+
+    def _fitting(
+        self, tile: Shape, block: Shape, most: float = math.inf
+    ) -> Iterator[tuple[float, Tiles]]:
+        """What the ways to run a tile with a block cost, of those that fit, and that may cost
+        ``most`` or less."""
         programs, *_ = self.ways.programs(rows_held(block), self.rule.rank)
         both = (block, tile) if self.of_keys else (tile, block)
-        return filter(None, (self._priced(Tiles(*both, *program)) for program in programs))
+        blocks, count = self._least(tile, block)
+        for program, per_block, per_tile in programs:
+            if blocks * per_block + count * per_tile <= most:
+                priced = self._priced(Tiles(*both, *program))
+                if priced is not None:
+                    yield priced
 
     def _priced(self, tiles: Tiles) -> tuple[float, Tiles] | None:
         pieces = in_rows(tiles, self.of_keys) if self.packed else self.cuts.pieces(tiles)

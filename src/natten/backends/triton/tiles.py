@@ -299,8 +299,9 @@ def forward_cycles(rule: Rule, shape: Shape, key_shape: Shape, *sizes: Any) -> f
 
 @lru_cache(maxsize=1024)
 def _cycles_of(*problem: Any) -> float:
-    cost, _ = _Search(*problem).cheapest()
-    return cost * _CYCLES
+    found = _Search(*problem).cheapest()
+    assert found is not None
+    return found[0] * _CYCLES
 
 
 def candidates(
@@ -344,15 +345,14 @@ def usual(
         kind, rule, shape, key_shape, sizes: the problem.
     """
     found = search(kind, rule, shape, key_shape, *sizes)
-    cheapest = found.cheapest()
-    more = more_for_shared(rule, shape)
-    if cheapest and more:
+    more, other, most = more_for_shared(rule, shape), None, math.inf
+    if more:
         assert isinstance(rule, Neighborhood)
         shared = _shared_tiles(search, kind, replace(rule, dilation=(1,) * rule.rank), *sizes)
-        other = min(filter(None, map(found.priced, shared)), default=cheapest)
-        if other[0] <= cheapest[0] * (1 + more):
-            cheapest = other
-    return cheapest and cheapest[1]
+        other = min(filter(None, map(found.priced, shared)), default=None)
+        most = math.inf if other is None else other[0] / (1 + more)
+    taken = found.cheapest(most) or other
+    return taken and taken[1]
 
 
 def more_for_shared(rule: Rule, shape: Shape) -> float:
@@ -404,11 +404,11 @@ class _Search:
         every.sort(key=itemgetter(0))
         return [way.tiles(self.kind, tile) for _, tile, way in every]
 
-    def cheapest(self) -> tuple[float, Tiles]:
-        """The first of :meth:`every` and its cost."""
+    def cheapest(self, most: float = math.inf) -> tuple[float, Tiles] | None:
+        """The first of :meth:`every` and its cost, None if that is not less than ``most``."""
         tile, ways, costs = min(self._costs(), key=lambda each: min(each[2]))
-        at = costs.index(min(costs))
-        return costs[at], ways[at].tiles(self.kind, tile)
+        cost = min(costs)
+        return (cost, ways[costs.index(cost)].tiles(self.kind, tile)) if cost < most else None
 
     def priced(self, tiles: Tiles) -> tuple[float, Tiles] | None:
         """What tiles cost; None if an axis is too short for them."""
