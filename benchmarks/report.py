@@ -401,6 +401,31 @@ def spectrum_table() -> list[str]:
     return [*_table(rows), "", f"{times.machine()}; bfloat16 unless said, medians of one run."]
 
 
+def pairs_table() -> list[str]:
+    """Of the spectrum's problems, how long a pair takes that a Hopper kernel computes, beside one
+    of cuDNN's dense attention."""
+    if not _is_measured(SPECTRUM):
+        return ["They are not measured yet."]
+    times, found = Times(SPECTRUM), []
+    forward = {
+        (r.case, r.backend): r for r in times.records if (r.pass_, r.time) == (FORWARD, "graph")
+    }
+    for name in times.cases:
+        dense, ours = (forward.get((name, who)) for who in ("dense cudnn", "natten hopper"))
+        if dense is None or ours is None or not ours.computed_over_needed:
+            continue
+        case = spectrum.known(name)
+        problem = case.problem("cpu")
+        computed = float(ours.computed_over_needed.split()[0].removeprefix("forward="))
+        share = computed * problem.needed_pairs / problem.all_pairs
+        as_dense, taken = float(dense.median_us) * share, float(ours.median_us)
+        cells = f"{computed:.2f}", _us(as_dense), _us(taken), f"{as_dense / taken:.2f}"
+        found.append((as_dense / taken, [f"{name}: {case.describe(BF16)}", *cells]))
+    head = ["problem", "computed / needed", "so many pairs at cuDNN's speed, us", "natten us"]
+    rows = [[*head, "cuDNN / natten"], *(row for _, row in sorted(found, reverse=True))]
+    return [*_table(rows), "", f"{times.machine()}; forward, kernel times, medians of one run."]
+
+
 def spectrum_summary(images: str) -> list[str]:
     """The picture of the spectrum, and what it says; ``images`` is its folder, from the page."""
     if not _is_measured(SPECTRUM):
@@ -599,6 +624,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "model-nat": partial(model_table, ("nat",)),
     "decoding": decoding_table,
     "spectrum": spectrum_table,
+    "pairs": pairs_table,
     "spectrum-readme": partial(spectrum_summary, "docs/images"),
     "spectrum-docs": partial(spectrum_summary, "images"),
     "plain": plain_table,
