@@ -8,13 +8,17 @@ import pytest
 import torch
 from helpers import assert_close, reference, tiled
 
-from natten import functional, na1d, na2d, na3d, operators, tuning
+from natten import backends, functional, na1d, na2d, na3d, operators, tuning
+from natten._library import ops
 from natten.errors import ArgumentError, UnsupportedError
+from natten.neighborhood import Neighborhood
+from natten.operators import fused
 
 
 @pytest.fixture(autouse=True)
 def _nothing_known():
     functional._calls.clear()
+    fused._calls.clear()
 
 
 def inputs(*shape, dtype=torch.float32):
@@ -218,6 +222,28 @@ def test_traced_calls_are_not_kept(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_operators_choose_once(monkeypatch):
+    call = operators.Call(Neighborhood.create(2, kernel_size=3), 0.5, fused.ANY)
+    options = (*[None] * 5, *call.arguments())
+
+    def run(*shape):
+        tensors = inputs(*shape)
+        out, lse = ops.attention(*tensors, *options)
+        expected = na2d(*tensors, 3, scale=0.5, backend="reference")
+        assert_close("out", expected, out, 1e-5)
+        return ops.attention_backward(out, None, out, lse, *tensors, *options)
+
+    run()
+    monkeypatch.setattr(backends, "choose", refuse)
+    run()
+    with pytest.raises(AssertionError, match="checked again"):
+        ops.attention(*inputs(1, 9, 8, 2, 4), *options)
+    with pytest.raises(AssertionError, match="checked again"):
+        ops.attention(*inputs(dtype=torch.float64), *options)
+    with pytest.raises(ArgumentError, match="kernel_size"):  # and each time
+        ops.attention(*inputs(1, 2, 8, 2, 4), *options)
+
+
 def test_scripts_of_calls():
     q, k, v = inputs()
     expected = na2d(q, k, v, 3)

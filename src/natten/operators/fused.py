@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import marshal
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _tracing, backends, compiling
+from .. import _tracing, backends, compiling, tuning
 from .._library import differentiate, implement, ops
 from .._torch import in_forward_mode, plain_apply
 from ..documents import roomy_layout
@@ -213,11 +214,29 @@ def unpack_call(arguments: Sequence[Any]) -> tuple[Inputs, Call]:
     return Inputs(*tensors), Call(unpack(*rule), scale, unpack_choice(backend, tiles))
 
 
-def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+# Compiled code calls operators, layer by layer and step by step with the same arguments.
+_calls = tuning.Kept()
+
+
+def _known_call(arguments: Sequence[Any]) -> tuple[Inputs, Call]:
+    """As :func:`unpack_call`, but the call has been checked, and is kept for others of its kind."""
+    tensors, options = arguments[: len(Inputs._fields)], arguments[len(Inputs._fields) :]
+    inputs = Inputs(*tensors)
+    kinds = [None if x is None else (x.shape, x.dtype, x.device) for x in inputs]
+    call: Call = _calls.find((marshal.dumps(options, 2), *kinds), _checked_call, arguments)
+    return inputs, call
+
+
+def _checked_call(arguments: Sequence[Any]) -> Call:
     inputs, call = unpack_call(arguments)
     if isinstance(call.rule, Neighborhood):  # a trace may see other sizes than those of its making
         call.rule.check(inputs.query.shape[1:-2], inputs.key.shape[1:-2])
     call.rule = simplified(call.rule, inputs)
+    return call
+
+
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, call = _known_call(arguments)
     out, lse = call.forward(inputs)
     return out.contiguous(), lse.contiguous()  # as the fake ones
 
@@ -231,8 +250,7 @@ def fake_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[
 def _attention_backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
 ) -> list[Tensor]:
-    inputs, call = unpack_call(arguments)
-    call.rule = simplified(call.rule, inputs)
+    inputs, call = _known_call(arguments)
     grads = call.backward(grad_out, grad_lse, inputs, out, lse)
     return [grad.contiguous() for grad in grads if grad is not None]
 
