@@ -16,6 +16,8 @@ import natten
 from natten import NeighborhoodAttention2D
 from natten.utils.varlen import generate_varlen_parameters
 
+pytestmark = pytest.mark.no_cover
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():

@@ -13,6 +13,8 @@ from natten import gather
 from natten.inputs import Inputs
 from natten.operators import composed_attention, gathered_gradient
 
+pytestmark = pytest.mark.no_cover
+
 # --- gathered maps ---
 
 

@@ -11,6 +11,8 @@ import natten
 from natten import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 from natten.modules import NeighborhoodAttentionGeneric
 
+pytestmark = pytest.mark.no_cover
+
 MODULES = {1: NeighborhoodAttention1D, 2: NeighborhoodAttention2D, 3: NeighborhoodAttention3D}
 FUSED = {1: natten.na1d, 2: natten.na2d, 3: natten.na3d}
 SPACE = (7, 6, 5)

@@ -497,6 +497,7 @@ def with_empty(case):
 
 
 @pytest.mark.parametrize("case", [MIXED, PLAIN], ids=["mixed", "plain"])
+@pytest.mark.no_cover
 def test_derivatives(case):
     inputs, given = with_empty(case)
 
@@ -713,6 +714,7 @@ def test_exported_for_all_batch_sizes(program):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.no_cover
 def test_onnx(program):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

@@ -336,6 +336,7 @@ def leaves(case):
 
 
 @pytest.mark.parametrize("case", [MIXED, PART], ids=["mixed", "part"])
+@pytest.mark.no_cover
 def test_gradients(case):
     def function(*tensors):
         return run(case, Inputs(*tensors))
@@ -356,6 +357,7 @@ def unfused(case, q, k, v, rpb):
     return av(qk(q, k, rpb=rpb, **options).softmax(-1), v, **options)
 
 
+@pytest.mark.no_cover
 def test_unfused_gradients():
     case = MIXED._replace(kv_heads=2, num_additional=0)
     q, k, v, rpb, *_ = case.inputs()

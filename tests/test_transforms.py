@@ -10,6 +10,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import natten
 from natten.inputs import Inputs
 
+pytestmark = pytest.mark.no_cover
+
 CASE = Case((3, 4), (2, 3), is_causal=(True, False), batch=1, heads=1, kv_heads=1, dim=2, rpb=True)
 SEEDED = torch.Generator().manual_seed(0)
 Q, T = torch.randn(2, 1, 3, 4, 1, 2, generator=SEEDED, dtype=torch.float64)
