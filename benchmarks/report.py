@@ -180,6 +180,33 @@ def packed_table() -> list[str]:
     return [*_table(rows), "", f"{times.machine()}; bfloat16, medians in turn."]
 
 
+MODES = "eager", "compiled", "graphs"
+MODELS = {
+    "nat": "NAT-tiny", "nat-rpb": "NAT-tiny, with a bias", "dinat-rpb": "DiNAT-tiny, with a bias",
+    "swin": "Swin-tiny (timm)", "vit": "ViT-small (timm)",
+}  # fmt: skip
+
+
+def models_table(gpu: str = "h200") -> list[str]:
+    """Images a second of whole models, and the share of attention."""
+    with open(RESULTS / "models" / f"{gpu}.csv", newline="", encoding="utf-8") as file:
+        rows = {(row["model"], row["mode"], row["pass"]): row for row in csv.DictReader(file)}
+    ways = [(mode, pass_) for pass_ in ("inference", "training") for mode in MODES]
+    titles = [f"{pass_}, {mode}" for mode, pass_ in ways]
+    table = [["images a second", *titles, "attention in training, in graphs"]]
+    for name, title in MODELS.items():
+        found = [rows.get((name, *way)) for way in ways]
+        speeds = [
+            "" if each is None else f"{float(each['images_per_second']):.0f}" for each in found
+        ]
+        share = rows.get((name, "graphs", "training"), {}).get("attention_share", "0")
+        # Swin's attention is products and a softmax, whose kernels have no names of their own.
+        table.append([title, *speeds, f"{float(share):.0%}" if float(share) else ""])
+    row = next(iter(rows.values()))
+    about = f"{row['device']}, {row['versions']}, batch {row['batch']}, 2026-12-02"
+    return [*_table(table), "", f"{about}; bfloat16 autocast, medians of 20 steps."]
+
+
 def portable_table(gpu: str = GPU) -> list[str]:
     """The portable kernels where the default is another backend."""
     times, default = Times(f"{gpu}-triton"), Times(gpu)
@@ -629,6 +656,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "spectrum-docs": partial(spectrum_summary, "images"),
     "plain": plain_table,
     "packed": packed_table,
+    "models": models_table,
 }
 
 
