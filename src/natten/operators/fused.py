@@ -218,7 +218,7 @@ def unpack_call(arguments: Sequence[Any]) -> tuple[Inputs, Call]:
 _calls = tuning.Kept()
 
 
-def _known_call(arguments: Sequence[Any]) -> tuple[Inputs, Call]:
+def _known_call(arguments: tuple[Any, ...]) -> tuple[Inputs, Call]:
     """As :func:`unpack_call`, but the call has been checked, and is kept for others of its kind."""
     tensors, options = arguments[: len(Inputs._fields)], arguments[len(Inputs._fields) :]
     inputs = Inputs(*tensors)
