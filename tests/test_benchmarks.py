@@ -348,3 +348,39 @@ def test_models_are_those_of_the_papers(load):
     with torch.device("meta"):
         parameters = [models.MODELS[name]().parameters() for name in ("nat-rpb", "dinat-rpb")]
     assert [round(sum(p.numel() for p in each), -5) for each in parameters] == [27_900_000] * 2
+
+
+def test_the_search_of_tiles_begins_with_those_that_are_taken(load):
+    tiles = load("tiles")
+    case = tiles.CASES["hdit"]
+    for kind in tiles.KINDS:
+        *sizes, _ = tiles.tune.arguments(case.problem("cpu"), "hopper")
+        found = tiles.candidates(case, kind, within=0.1, most=5)
+        assert found[0].tiles == tiles.hopper.choose(kind, *sizes)
+        assert 1 < len({each.tiles for each in found}) == len(found) <= 5
+        estimates = [each.estimate for each in found]
+        assert max(estimates) <= 1.1 * min(estimates)
+        with found[1].chosen():
+            assert tiles.hopper.choose(kind, *sizes) == found[1].tiles
+
+
+def test_results_of_a_search_are_compared(load):
+    tiles = load("tiles")
+    a, b = torch.randn(2, 100)
+    nothing = torch.full_like(a, float("nan"))
+    assert not tiles.differ([a, b], [a, 1.01 * b])
+    assert tiles.differ([a, b], [a, 1.1 * b]) and tiles.differ([nothing], [a])
+
+
+def test_the_search_of_tiles_checks_before_it_measures(load, tmp_path, monkeypatch, capsys):
+    tiles = load("tiles")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    wrong = (
+        (["--cases", "hdit,x"], "unknown: x"),
+        (["--kinds", "dk"], "unknown: dk"),
+        ([], "no Hopper"),
+    )
+    for arguments, message in wrong:
+        with pytest.raises(SystemExit):
+            tiles.main([*arguments, "--out", str(tmp_path / "x.csv")])
+        assert message in capsys.readouterr().err and not list(tmp_path.iterdir())

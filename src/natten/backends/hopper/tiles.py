@@ -159,6 +159,14 @@ def candidates(
     return _candidates(kind, *model, aligned(dim), aligned(value_dim), packed)
 
 
+def estimates(
+    kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int
+) -> dict[Tiles, float]:
+    """As :func:`cycles_of`, of all tiles that fit, cheapest first."""
+    model = _model(rule, shape, key_shape)
+    return _Search(kind, *model, aligned(dim), aligned(value_dim)).every()
+
+
 @lru_cache(maxsize=1024)
 def cycles_of(
     kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int
@@ -309,12 +317,12 @@ class _Search:
         found.sort(key=itemgetter(0))
         return [(tile, block) for _, tile, block in found[:_UNEVEN]]
 
-    def every(self) -> list[Tiles]:
-        """All tiles that fit, cheapest first."""
+    def every(self) -> dict[Tiles, float]:
+        """All tiles that fit, with their costs, cheapest first."""
         costs: dict[Tiles, float] = {}
         for tile, block in [*itertools.product(self.tiles, self.blocks), *self.uneven]:
             costs.update((tiles, cost) for cost, tiles in self._fitting(tile, block))
-        return sorted(costs, key=costs.__getitem__)
+        return dict(sorted(costs.items(), key=itemgetter(1)))
 
     def cheapest(self, most: float = math.inf) -> tuple[float, Tiles] | None:
         """The first of :meth:`every` and its cost, None if nothing costs less than ``most``: in the
