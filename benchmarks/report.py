@@ -21,6 +21,7 @@ from pathlib import Path
 import limits
 import spectrum
 from cases import BF16, CASES, FP32, GROUPS, PACKED, PLAIN, Case, by
+from models import MODES, PASSES
 from records import RESULTS, read
 from run import same_dtype
 
@@ -180,7 +181,6 @@ def packed_table() -> list[str]:
     return [*_table(rows), "", f"{times.machine()}; bfloat16, medians in turn."]
 
 
-MODES = "eager", "compiled", "graphs"
 MODELS = {
     "nat": "NAT-tiny", "nat-rpb": "NAT-tiny, with a bias", "dinat-rpb": "DiNAT-tiny, with a bias",
     "swin": "Swin-tiny (timm)", "vit": "ViT-small (timm)",
@@ -191,7 +191,7 @@ def models_table(gpu: str = "h200") -> list[str]:
     """Images a second of whole models, and the share of attention."""
     with open(RESULTS / "models" / f"{gpu}.csv", newline="", encoding="utf-8") as file:
         rows = {(row["model"], row["mode"], row["pass"]): row for row in csv.DictReader(file)}
-    ways = [(mode, pass_) for pass_ in ("inference", "training") for mode in MODES]
+    ways = [(mode, pass_) for pass_ in PASSES for mode in MODES]
     titles = [f"{pass_}, {mode}" for mode, pass_ in ways]
     table = [["images a second", *titles, "attention in training, in graphs"]]
     for name, title in MODELS.items():
@@ -203,8 +203,8 @@ def models_table(gpu: str = "h200") -> list[str]:
         # Swin's attention is products and a softmax, whose kernels have no names of their own.
         table.append([title, *speeds, f"{float(share):.0%}" if float(share) else ""])
     row = next(iter(rows.values()))
-    about = f"{row['device']}, {row['versions']}, batch {row['batch']}, 2026-12-02"
-    return [*_table(table), "", f"{about}; bfloat16 autocast, medians of 20 steps."]
+    about = f"{row['device']}, {row['versions']}, batch {row['batch']}"
+    return [*_table(table), "", f"{about}; bfloat16 autocast, medians of steps."]
 
 
 def portable_table(gpu: str = GPU) -> list[str]:

@@ -221,7 +221,6 @@ def test_traced_calls_are_not_kept(monkeypatch):
     assert list(functional._calls.values()) == [refuse]
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_operators_choose_once(monkeypatch):
     call = operators.Call(Neighborhood.create(2, kernel_size=3), 0.5, fused.ANY)
     options = (*[None] * 5, *call.arguments())
@@ -244,6 +243,7 @@ def test_operators_choose_once(monkeypatch):
         ops.attention(*inputs(1, 2, 8, 2, 4), *options)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_scripts_of_calls():
     q, k, v = inputs()
     expected = na2d(q, k, v, 3)
