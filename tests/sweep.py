@@ -202,7 +202,8 @@ def ratio(expected: Tensor, actual: Tensor, value_dim: int = 1, terms: int = 1) 
     # may keep those of delta, a sum over value_dim products with the rounded output. So many terms
     # of a sum have rounding errors of their own.
     least = 0.1 * (max(1.0, value_dim / 16) * terms) ** 0.5
-    return float(error / expected.double()[finite].square().mean().sqrt().clamp(min=least))
+    size = expected.double()[finite].square().mean().sqrt().clamp(min=least)
+    return float((error / size).detach())
 
 
 def poison() -> None:
