@@ -130,6 +130,23 @@ def test_compiled_and_captured_module():
     assert_close("captured", expected, captured.cpu(), 1e-4)
 
 
+def test_compiled_into_graphs():
+    """``mode="reduce-overhead"``, whose third call is the first that a CUDA graph answers."""
+    torch.compiler.reset()
+    module = NeighborhoodAttention2D(64, 4, 5, rel_pos_bias=True).to("cuda", torch.bfloat16)
+    compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        x = torch.randn(2, 12, 14, 64, device="cuda", dtype=torch.bfloat16)
+        found = []
+        for function in (module, compiled):
+            out = function(x)
+            found.append((out.detach(), *torch.autograd.grad(out.sum(), module.parameters())))
+            found[-1] = [each.clone() for each in found[-1]]
+        for expected, actual in zip(*found):
+            assert_close("graphs", expected, actual, RATIO[torch.bfloat16])
+    torch.compiler.reset()
+
+
 def test_same_bits_on_every_run():
     few_keys = (torch.randn(1, *shape, 1, 64) for shape in ((160, 160), (20, 20), (20, 20)))
     for tensors, options in ((inputs(), {}), (few_keys, {"queries_per_key": 8})):
