@@ -193,6 +193,17 @@ def test_small_windows_have_tiles_of_any_size() -> None:
         assert not hopper._Search(kind, ring, shape, shape, 64, 64).uneven
 
 
+@pytest.mark.parametrize(("window", "stride", "dim"), [(7, 2, 32), (13, 4, 64)])
+def test_windows_with_strides_have_tiles_of_any_size(window: int, stride: int, dim: int) -> None:
+    """In small layouts, too, of queries: tiles that follow strides reach other sizes of blocks."""
+    rule, shape = Neighborhood.create(2, window, stride), (56, 56)
+    for kind in ("forward", "dq"):
+        search = hopper._Search(kind, rule, shape, shape, dim, dim)
+        cost, _ = search.priced(hopper.choose(kind, rule, shape, shape, dim, dim))
+        search.uneven = []
+        assert cost < 0.95 * search.cheapest()[0]
+
+
 def test_plain_attention_has_tiles() -> None:
     for kind in KINDS:
         for causal in (False, True):

@@ -33,9 +33,10 @@ def _fits_boxes() -> bool:
 
 def may_be_uneven(rule: Neighborhood, shape: Shape) -> bool:
     """Whether tiles and blocks that are no powers of two are looked for: to follow strides that are
-    none, and of small windows, where layouts are so large that they do not share kernels. Pieces of
-    rings divide blocks."""
-    is_small = rule.window_tokens <= _MOST_TOKENS and not more_for_shared(rule, shape)
+    none, and of small windows, where they follow other strides, too, or layouts are so large that
+    they do not share kernels. Pieces of rings divide blocks."""
+    is_rewarding = max(rule.stride) > 1 or not more_for_shared(rule, shape)
+    is_small = rule.window_tokens <= _MOST_TOKENS and is_rewarding
     follows = is_small or any(s & (s - 1) for s in rule.stride)
     return follows and "circular" not in rule.boundary and _fits_boxes()
 
