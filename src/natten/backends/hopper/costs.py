@@ -68,6 +68,7 @@ class Work(NamedTuple):
     column_cycles: float  # of a column's scores beside products
     pair_at_once: float  # programs that hide as much waiting as two warpgroups of one do
     block_latency: float  # cycles until a block's scores are made, if nothing else runs
+    wide_block: float  # how much longer a block of more than 64 columns takes than its parts
     two_stage_cycles: float  # that a block waits for the next one's buffer if there are only two
     row_cycles: float  # of TMA, for a token of a block
     may_be_alone: bool  # one warpgroup may have a multiprocessor: of two, tiles may not fit
@@ -109,6 +110,7 @@ def work(kind: str, dim: int, value_dim: int, columns: int = 0) -> Work:
             column_cycles=8.0 * count,
             pair_at_once=1.5,
             block_latency=1200.0,
+            wide_block=1.0,
             two_stage_cycles=40.0 if max(dim, width) == 64 else 0.0,
             row_cycles=FORWARD_SCALE * rows,
             may_be_alone=False,
@@ -134,7 +136,8 @@ def work(kind: str, dim: int, value_dim: int, columns: int = 0) -> Work:
         product_channels=product_channels,
         column_cycles=column_cycles,
         pair_at_once=1.3,
-        block_latency=2000.0 if of_keys else 1600.0,
+        block_latency=2000.0 if of_keys else 1300.0,
+        wide_block=1.07,
         two_stage_cycles={32: 400.0, 64: 650.0, 128: 900.0}.get(widest, 3000.0),
         row_cycles=BACKWARD_SCALE * rows,
         may_be_alone=widest > 128,
@@ -309,6 +312,7 @@ def cycles(tiles: Tiles, mask: Mask, work: Work) -> Cycles:
     channels = work.product_channels + 16 * mask.steps * (mask.kind in (PRODUCT, COLUMNS))
     block = columns * channels / 32 + columns * work.column_cycles + _BLOCK_CYCLES
     block += work.block_latency / at_once + work.two_stage_cycles * (tiles.num_stages == 2)
+    block *= work.wide_block if columns > ROWS else 1.0
     # TMA fetches meanwhile, which may take longer; warpgroups of one program share what it fetches.
     block = max(block, columns * work.row_cycles / warpgroups(tiles) + _EXPOSED * block)
     compare = columns * _COMPARE_CYCLES * (mask.kind == COMPARE)

@@ -53,9 +53,10 @@ from .flat import Flat, columns_of_rule, flattened
 from .uneven import blocks_of_span, may_be_uneven, tiles_of_strides
 from .widths import aligned, are_half_aligned, native
 
-# What a block costs more if it or its tile is no power of two, of small windows (hopper-log.md): of
-# heads of a native width, and of others. And how many such tiles with blocks are priced.
-_UNEVEN_COSTS, _UNEVEN = (1.03, 1.07), 10
+# What a block costs more if it or its tile is no power of two, of small windows, and once more if
+# its tile is none (hopper-log.md): of heads of a native width, and of others. And how many such
+# tiles with blocks are priced.
+_UNEVEN_COSTS, _UNEVEN_TILE_COSTS, _UNEVEN = (1.03, 1.07), (1.0, 1.05), 10
 _LESS = 0.999999  # of a lower bound, as sums are rounded
 
 
@@ -282,7 +283,8 @@ class _Search:
                 for shapes in _tiles_and_blocks(lengths, self.ways.work, kv_lengths)
             )
         dims = dim, value_dim
-        self.uneven_cost = _UNEVEN_COSTS[any(native(each) > each for each in dims)]
+        is_native = all(native(each) == each for each in dims)
+        self.uneven_costs = _UNEVEN_COSTS[not is_native], _UNEVEN_TILE_COSTS[not is_native]
         self.uneven: list[tuple[Shape, Shape]] = []  # tiles with blocks
         # Wide heads and half aligned ones were never run with them.
         suits = max(map(native, dims)) <= 128 and not any(map(are_half_aligned, dims))
@@ -443,10 +445,10 @@ class _Search:
         if priced is None or not all(axis.fits for axis in axes):
             return None
         stages, each = priced
-        is_uneven = is_padded(tiles.q_block) or is_padded(tiles.kv_block)
-        each = each._replace(
-            block=each.block * pieces.cost * (self.uneven_cost if is_uneven else 1)
-        )
+        tile, block = map(is_padded, tile_and_block(tiles, self.of_keys))
+        of_both, of_tile = self.uneven_costs
+        uneven = of_both ** (tile or block) * of_tile**tile
+        each = each._replace(block=each.block * pieces.cost * uneven)
         return cost_of(axes, tiles, each), tiles._replace(num_stages=stages)
 
     def _mask(self, tiles: Tiles, axes: Sequence[Axis]) -> Mask:
