@@ -630,6 +630,7 @@ TENSORS = [
     (2, 1, 7, 80, 0, torch.float16, None),
     (2, 1, 136, 200, 0, torch.bfloat16, None),
     (3, 1, 32, 32, 0, torch.bfloat16, torch.bfloat16),
+    (2, 1, 40, 40, 64, torch.bfloat16, None),  # more than the tokens of a block that is not full
 ]
 
 
@@ -696,6 +697,7 @@ GRADIENTS = [
     (2, 1, 80, 96, 0, False, torch.float16, None),
     (2, 2, 64, 64, 0, False, torch.float16, torch.float16),
     (2, 1, 32, 24, 0, True, torch.bfloat16, torch.bfloat16),
+    (2, 1, 40, 40, 64, False, torch.bfloat16, None),
 ]
 
 

@@ -3,6 +3,7 @@
 # Triton reads the annotations of an aggregate as objects: no ``from __future__``.
 
 from .cuts import WARPS as _WARPS
+from .geometry import rows_held
 from .gluon_names import (
     aggregate,
     barrier,
@@ -306,7 +307,7 @@ def tma_pipeline(
 def clear_blocks(blocks, g, first_tile, num_additional, heads):
     """Warp that sets channels of blocks to zero: of a tile's additional tokens, and of so many
     heads' blocks."""
-    N: gl.constexpr = g.BLOCK[0] * g.BLOCK[1] * g.BLOCK[2]
+    N: gl.constexpr = rows_held(g.BLOCK)
     stage = 0
     for tile_id in range(first_tile, g.num_tiles, gl.num_programs(0)):
         tile = g.tile(tile_id)
