@@ -96,7 +96,12 @@ def test_axes_are_counted_tile_by_tile(seed: int) -> None:
             expected = counted(first, last, begins, tile, block, groups, piece, ring)
             assert (cut.blocks, cut.full, cut.fetched, cut.most, cut.masked) == expected
             assert cut.tiles == len(begins)
-            assert found.least_blocks(tile, block) <= cut.blocks
+            visits = found.visits(tile, groups)
+            visited = cut.blocks + cuts.IDLE * (cut.fetched - cut.blocks)
+            assert visits[block] <= 1.000001 * visited
+            if not ring:
+                assert visits[block] == pytest.approx(visited)
+                assert visits.tiles == groups * cut.tiles
 
 
 @pytest.mark.parametrize("seed", range(12))

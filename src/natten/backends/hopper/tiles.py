@@ -273,7 +273,6 @@ class _Search:
         self.ways = _ways(kind, dim, value_dim, columns_of_rule(rule))
         self.cuts = cuts(self.of_keys, rule, shape, key_shape)
         self.kind, self.rule, self.slides = kind, rule, slides(kind, rule)
-        self._along: dict[tuple[int, int], dict[int, int]] = {}
         kv_lengths = None if queries(rule, shape) == OWN else self.cuts.kv_lengths
         self.tiles, self.blocks = _tiles_and_blocks(self.cuts.q_lengths, self.ways.work, kv_lengths)
         if packed:  # in rows of so many tokens that shared memory keeps its pattern
@@ -322,27 +321,29 @@ class _Search:
     def every(self) -> dict[Tiles, float]:
         """All tiles that fit, with their costs, cheapest first."""
         costs: dict[Tiles, float] = {}
-        for tile, block in [*itertools.product(self.tiles, self.blocks), *self.uneven]:
-            costs.update((tiles, cost) for cost, tiles in self._fitting(tile, block))
+        for pair in [*itertools.product(self.tiles, self.blocks), *self.uneven]:
+            ways = (tiles for *_, tiles in self._bounds_of_ways(*pair))
+            costs.update((tiles, cost) for cost, tiles in filter(None, map(self._priced, ways)))
         return dict(sorted(costs.items(), key=itemgetter(1)))
 
     def cheapest(self, most: float = math.inf) -> tuple[float, Tiles] | None:
         """The first of :meth:`every` and its cost, None if nothing costs less than ``most``: in the
         order of lower bounds, up to one that is above what was found."""
-        best, found, at = most, None, -1
-        for least, of_tile in self._bounds_of_tiles():
-            if least > best:
+        best, found, at = most, None, (-1, -1)
+        for bound, number in self._bounds_of_tiles():
+            if bound > best:
                 break
-            for bound, i in sorted(self._bounds(of_tile)):
+            for bound, i in sorted(self._bounds_of_blocks(number, best)):
                 if bound > best:
                     break
-                for cost, tiles in self._fitting(*self._pair(i), best):
-                    if cost < best or (cost == best and i < at):
-                        best, found, at = cost, tiles, i
+                for bound, way, tiles in sorted(self._bounds_of_ways(*self._pair(i), best)):
+                    priced = self._priced(tiles) if bound <= best else None
+                    if priced and (priced[0] < best or (priced[0] == best and (i, way) < at)):
+                        (best, found), at = priced, (i, way)
         return found and (best, found)
 
     def _pair(self, i: int) -> tuple[Shape, Shape]:
-        """The tile and the block of one of :meth:`_bounds`."""
+        """The tile and the block of one of :meth:`_bounds_of_blocks`."""
         tile, block = divmod(i, len(self.blocks))
         count = len(self.tiles) * len(self.blocks)
         return (self.tiles[tile], self.blocks[block]) if i < count else self.uneven[i - count]
@@ -370,29 +371,25 @@ class _Search:
         )
         per_tile = min(each for *_, each in programs)
         bounds = [(0.0, len(self.tiles))]
-        x, y, z = map(self._tiles_along, range(3))
-        for number, (a, b, c) in enumerate(self.tiles):
-            (i, p), (j, q), (k, r) = x[a], y[b], z[c]
-            bounds.append((p * q * r * per_column + i * j * k * per_tile, number))
+        for number, tile in enumerate(self.tiles):
+            x, y, z = self.cuts.visits(tile)
+            count = x.tiles * y.tiles * z.tiles
+            bounds.append((x[1] * y[1] * z[1] * per_column + count * per_tile, number))
         return sorted(bounds)
 
-    def _tiles_along(self, axis: int) -> dict[int, tuple[int, int]]:
-        """Along an axis, of each size of :attr:`tiles` how many there are, and all their
-        partners."""
-        sizes = {tile[axis] for tile in self.tiles}
-        return {n: (self.cuts.tiles(axis, n), self.cuts.least_blocks(axis, n, 1)) for n in sizes}
-
-    def _bounds(self, number: int) -> list[tuple[float, int]]:
-        """What the tile of that number costs at least with each block, and the numbers of both."""
+    def _bounds_of_blocks(self, number: int, most: float) -> list[tuple[float, int]]:
+        """What the tile of that number costs at least with each block, and the numbers of both;
+        those with which it costs more than ``most`` are left out."""
         start = number * len(self.blocks)
         if number == len(self.tiles):
-            return [(self._bound(*pair), i) for i, pair in enumerate(self.uneven, start)]
-        tile = self.tiles[number]
-        x, y, z = map(self._blocks_along, range(3), tile)
-        count = self.cuts.count(tile)
+            bounds = [(self._bound(*pair), i) for i, pair in enumerate(self.uneven, start)]
+            return [each for each in bounds if each[0] <= most]
+        x, y, z = self.cuts.visits(self.tiles[number])
+        count = x.tiles * y.tiles * z.tiles
         return [
-            (x[a] * y[b] * z[c] * per_block + count * per_tile, i)
+            (bound, i)
             for i, ((a, b, c), per_block, per_tile) in enumerate(self._prices, start)
+            if (bound := x[a] * y[b] * z[c] * per_block + count * per_tile) <= most
         ]
 
     @cached_property
@@ -401,39 +398,30 @@ class _Search:
         rank = self.rule.rank
         return [(block, *self.ways.programs(rows_held(block), rank)[1:]) for block in self.blocks]
 
-    def _blocks_along(self, axis: int, tile: int) -> dict[int, int]:
-        """Along an axis, the fewest blocks of each size of :attr:`blocks`, of tiles of a size."""
-        found = self._along.get((axis, tile))
-        if found is None:
-            sizes = {block[axis] for block in self.blocks}
-            found = {size: self.cuts.least_blocks(axis, tile, size) for size in sizes}
-            self._along[axis, tile] = found
-        return found
-
     def _bound(self, tile: Shape, block: Shape) -> float:
         """What a tile costs at least with a block."""
         _, per_block, per_tile = self.ways.programs(rows_held(block), self.rule.rank)
-        blocks, count = self._least(tile, block)
-        return blocks * per_block + count * per_tile
+        (x, y, z), (a, b, c) = self.cuts.visits(tile), block
+        return x[a] * y[b] * z[c] * per_block + x.tiles * y.tiles * z.tiles * per_tile
 
-    def _least(self, tile: Shape, block: Shape) -> tuple[int, int]:
-        """How many blocks there are at least, and how many warpgroups' tiles."""
-        blocks = math.prod(map(self.cuts.least_blocks, range(3), tile, block))
-        return blocks, self.cuts.count(tile)
-
-    def _fitting(
+    def _bounds_of_ways(
         self, tile: Shape, block: Shape, most: float = math.inf
-    ) -> Iterator[tuple[float, Tiles]]:
-        """What the ways to run a tile with a block cost, of those that fit, and that may cost
-        ``most`` or less."""
+    ) -> Iterator[tuple[float, int, Tiles]]:
+        """What each way to run a tile with a block costs at least, and its number; those that cost
+        more than ``most`` are left out."""
         programs, *_ = self.ways.programs(rows_held(block), self.rule.rank)
         both = (block, tile) if self.of_keys else (tile, block)
-        blocks, count = self._least(tile, block)
-        for program, per_block, per_tile in programs:
-            if blocks * per_block + count * per_tile <= most:
-                priced = self._priced(Tiles(*both, *program))
-                if priced is not None:
-                    yield priced
+        visits = self.cuts.visits(tile)
+        along = [axis[size] for axis, size in zip(visits, block)]
+        blocks, count = math.prod(along), math.prod([axis.tiles for axis in visits])
+        for way, (program, per_block, per_tile) in enumerate(programs):
+            num_warps, _, axis, _ = program
+            bound = blocks * per_block + count * per_tile
+            if bound <= most and num_warps > WARPS:
+                of_pairs = self.cuts.visits_of_pairs(axis, tile[axis])[block[axis]]
+                bound = blocks / along[axis] * of_pairs * per_block + count * per_tile
+            if bound <= most:
+                yield bound, way, Tiles(*both, *program)
 
     def _priced(self, tiles: Tiles) -> tuple[float, Tiles] | None:
         pieces = in_rows(tiles, self.of_keys) if self.packed else self.cuts.pieces(tiles)

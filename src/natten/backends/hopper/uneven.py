@@ -63,18 +63,21 @@ def tiles_of_strides(
     """A few tiles of up to so many rows whose partners are the fewest: how many tiles there are,
     the tile, and how far its partners reach along each axis, which is about the same of keys."""
     x, y, z = map(_tiles_along, lengths, windows, strides, (rows,) * 3)
-    sizes = [size for size, *_ in z]
+    sizes, least = [size for size, *_ in z], int(_LEAST_FILLED * rows)
+    # What fills a tile's rows, by how many tokens it has along the other axes.
+    filling = [
+        z[bisect_right(sizes, least // n) : bisect_right(sizes, rows // n)]
+        for n in range(1, rows + 1)
+    ]
     found = []
     for a, tiles_a, span_a, reached_a in x:
         for b, tiles_b, span_b, reached_b in y:
             if a * b > rows:
                 break
-            first = bisect_right(sizes, int(_LEAST_FILLED * rows) // (a * b))
             tiles, reached = tiles_a * tiles_b, reached_a * reached_b
-            found += [
-                (reached * reached_c, tiles * tiles_c, (a, b, c), (span_a, span_b, span_c))
-                for c, tiles_c, span_c, reached_c in z[first : bisect_right(sizes, rows // (a * b))]
-            ]
+            for c, tiles_c, span_c, reached_c in filling[a * b - 1]:
+                tile, spans = (a, b, c), (span_a, span_b, span_c)
+                found.append((reached * reached_c, tiles * tiles_c, tile, spans))
     return [each[1:] for each in heapq.nsmallest(_TILES, found)]
 
 

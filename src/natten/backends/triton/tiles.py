@@ -9,10 +9,10 @@ import itertools
 import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache, partial
-from operator import itemgetter, sub
+from functools import cached_property, lru_cache, partial
+from operator import contains, itemgetter, sub
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from ..interface import Shape, Tiles
 
 _log = logging.getLogger("natten")
 
+_LESS = 0.999999  # of a lower bound, as sums are rounded
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _LEAST_ROWS = 16  # of a product
 
@@ -179,7 +180,7 @@ class _AxisTiles(NamedTuple):
     visited: dict[int, int]
 
 
-_NO_AXIS = _AxisTiles(1, 1, dict.fromkeys(_SIZES, 1))
+_NO_AXIS = {1: _AxisTiles(1, 1, dict.fromkeys(_SIZES, 1))}  # that a layout does not have
 
 
 @lru_cache(maxsize=256)
@@ -390,49 +391,71 @@ class _Search:
         self, kind: str, rule: Rule, shape: Shape, key_shape: Shape, dim: int, value_dim: int,
         itemsize: int, bias: bool, gpu: Gpu,
     ) -> None:  # fmt: skip
-        self.kind, self.rank = kind, len(shape)
+        self.kind, rank = kind, len(shape)
         most_rows, most_cols = _limits(kind, dim, value_dim, itemsize, bias, gpu)
-        self.axes = list(zip(map(rule.of_axis, range(self.rank)), shape, key_shape))
-        self.shapes = _shapes(_LEAST_ROWS, most_rows, self.rank)
-        self.ways = _ways(kind, most_rows, most_cols, self.rank, dim, value_dim, itemsize, gpu)
+        axes = zip(map(rule.of_axis, range(rank)), shape, key_shape)
+        cut = [[_axis(*each, kind == "dkdv", n) for n in _SIZES if n <= most_rows] for each in axes]
+        self.axes = padded([{each.size: each for each in axis if each} for axis in cut], _NO_AXIS)
+        shapes = _shapes(_LEAST_ROWS, most_rows, rank)
+        self.shapes = [(rows, tile) for rows, tile in shapes if self._is_cut(tile)]
+        self.ways = _ways(kind, most_rows, most_cols, rank, dim, value_dim, itemsize, gpu)
 
     def every(self) -> list[Tiles]:
         """All tiles that fit, cheapest first."""
         every = []
-        for tile, ways, costs in self._costs():
-            every += [(cost, tile, way) for way, cost in zip(ways, costs)]
+        for rows, tile in self.shapes:
+            costs = self._costs(rows, tile)
+            every += [(cost, tile, way) for way, cost in zip(self.ways[rows], costs)]
         every.sort(key=itemgetter(0))
         return [way.tiles(self.kind, tile) for _, tile, way in every]
 
     def cheapest(self, most: float = math.inf) -> tuple[float, Tiles] | None:
-        """The first of :meth:`every` and its cost, None if that is not less than ``most``."""
-        tile, ways, costs = min(self._costs(), key=lambda each: min(each[2]))
-        cost = min(costs)
-        return (cost, ways[costs.index(cost)].tiles(self.kind, tile)) if cost < most else None
+        """The first of :meth:`every` and its cost, None if that is not less than ``most``: in the
+        order of lower bounds, up to one that is above what was found."""
+        best, found, at = most, None, -1
+        for bound, number in self._bounds():
+            if bound > best:
+                break
+            rows, tile = self.shapes[number]
+            costs = self._costs(rows, tile)
+            cost = min(costs)
+            if cost < best or (cost == best and number < at):
+                way = self.ways[rows][costs.index(cost)]
+                best, found, at = cost, way.tiles(self.kind, tile), number
+        return found and (best, found)
 
     def priced(self, tiles: Tiles) -> tuple[float, Tiles] | None:
         """What tiles cost; None if an axis is too short for them."""
         tile, block = tiles.q_block, tiles.kv_block
         if self.kind == "dkdv":
             tile, block = block, tile
-        for _, ways, costs in self._costs([(math.prod(tile), tile)]):
-            return next((c, tiles) for way, c in zip(ways, costs) if way.block == block)
-        return None
+        if not self._is_cut(tile):
+            return None
+        rows = math.prod(tile)
+        costs = zip(self.ways[rows], self._costs(rows, tile))
+        return next((cost, tiles) for way, cost in costs if way.block == block)
 
-    def _costs(
-        self, shapes: Sequence[tuple[int, Shape]] | None = None
-    ) -> Iterator[tuple[Shape, Sequence[_Way], list[float]]]:
-        """Shapes of tiles, all if none are given, the ways to run them, and what these cost."""
-        for rows, tile in self.shapes if shapes is None else shapes:
-            sizes = tile[3 - self.rank :]
-            cut = [_axis(*each, self.kind == "dkdv", n) for each, n in zip(self.axes, sizes)]
-            if None not in cut:
-                x, y, z = padded(cut, _NO_AXIS)
-                programs = x.tiles * y.tiles * z.tiles * _PROGRAM_COST
-                x, y, z = x.visited, y.visited, z.visited
-                ways = self.ways[rows]
-                costs = [x[a] * y[b] * z[c] * each + programs for (a, b, c), _, _, each in ways]
-                yield tile, ways, costs
+    def _is_cut(self, tile: Shape) -> bool:
+        """Whether every axis is long enough for a tile."""
+        return all(map(contains, self.axes, tile))
+
+    def _bounds(self) -> list[tuple[float, int]]:
+        """What each of :attr:`shapes` costs at least, and its number, from the lowest on: as if
+        blocks had no column without a partner."""
+        bounds = []
+        for number, (rows, tile) in enumerate(self.shapes):
+            x, y, z = (axis[n] for axis, n in zip(self.axes, tile))
+            pairs = x.visited[1] * y.visited[1] * z.visited[1]
+            programs = x.tiles * y.tiles * z.tiles * _PROGRAM_COST
+            bounds.append((_LESS * (pairs * self.ways[rows].per_column + programs), number))
+        return sorted(bounds)
+
+    def _costs(self, rows: int, tile: Shape) -> list[float]:
+        """What the ways to run a tile of so many rows cost."""
+        x, y, z = (axis[n] for axis, n in zip(self.axes, tile))
+        programs = x.tiles * y.tiles * z.tiles * _PROGRAM_COST
+        x, y, z = x.visited, y.visited, z.visited
+        return [x[a] * y[b] * z[c] * each + programs for (a, b, c), _, _, each in self.ways[rows]]
 
 
 class _Way(NamedTuple):
@@ -449,11 +472,20 @@ class _Way(NamedTuple):
         return Tiles(*both, self.num_warps, self.num_stages)
 
 
+class _Ways(list[_Way]):
+    """How tiles of as many rows may run."""
+
+    @cached_property
+    def per_column(self) -> float:
+        """What a column of a block costs at least."""
+        return min(way.per_block / math.prod(way.block) for way in self)
+
+
 @lru_cache(maxsize=64)
 def _ways(
     kind: str, most_rows: int, most_cols: int, rank: int, dim: int, value_dim: int, itemsize: int,
     gpu: Gpu,
-) -> dict[int, list[_Way]]:  # fmt: skip
+) -> dict[int, _Ways]:  # fmt: skip
     """The ways that fit, by the rows of a tile. Where none fits, all: Triton says what is missing.
 
     Blocks have ``most_cols`` columns, or half as many.
@@ -463,7 +495,8 @@ def _ways(
     def fits(rows: int, cols: int, stages: int) -> bool:
         return _shared(kind, rows, cols, *dims, itemsize, stages, gpu) <= gpu.shared
 
-    every, fitting = defaultdict(list), defaultdict(list)
+    every: dict[int, _Ways] = defaultdict(_Ways)
+    fitting: dict[int, _Ways] = defaultdict(_Ways)
     rows_of_tiles = sorted({rows for rows, _ in _shapes(_LEAST_ROWS, most_rows, rank)})
     blocks = _shapes(max(_LEAST_ROWS, most_cols // 2), most_cols, rank)
     for rows, (cols, block) in itertools.product(rows_of_tiles, blocks):
