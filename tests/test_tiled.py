@@ -275,7 +275,8 @@ def test_the_cheapest_tiling_is_found(seed):
     def cost(axes):
         return costs.FORWARD.of(axes, math.prod(shape), matrices, dim, 0)
 
-    found, tiling_found = tiling.cheapest(options, cost, costs.FORWARD.floor(matrices, dim))
+    floor = costs.FORWARD.floor(math.prod(shape), matrices, dim)
+    found, tiling_found = tiling.cheapest(options, cost, floor)
     every = itertools.product(*([tiling.axis_cost(runs) for runs in axis] for axis in options))
     assert found == min(map(cost, every))
     assert found == cost([tiling.axis_cost(runs) for runs in tiling_found])

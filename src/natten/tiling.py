@@ -18,7 +18,6 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .caches import kept
@@ -71,19 +70,16 @@ class Run(NamedTuple):
     triangular: bool  # the first query attends the first key, and each query one key more
 
     @property
-    def starts(self) -> tuple[int, ...]:
-        """Where each query's window starts, inside the block of keys."""
-        return self._inside(self._windows.start)
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """One past where each query's window ends, inside the block of keys."""
-        return self._inside(self._windows.end)
+    def spans(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Where each query's window starts and one past where it ends, inside the block of keys."""
+        windows = self._windows
+        return self._inside(windows.start), self._inside(windows.end)
 
     @property
     def stands(self) -> tuple[int, ...]:
         """Where each query stands, perhaps outside of the block of keys."""
-        return self._inside(self._windows.positions)
+        own = self._windows.group.positions[self.query_start :][: self.query_size]
+        return tuple((own - self.key_start).tolist())
 
     @property
     def _windows(self) -> _Windows:
@@ -225,15 +221,10 @@ class _Windows(NamedTuple):
     group: QueryGroup
     source: Source
     kinds: Tensor  # of windows as their queries see them, int64 [queries]
-    edges: Tensor  # 0, the queries whose window is another than that before, and their number
+    shared: list[tuple[int, int]]  # how many queries share a window, and so many windows in a row
     start: list[int]
     end: list[int]
-    positions: list[int]  # where queries stand
-
-    @property
-    def fine(self) -> bool:
-        """Whether some queries stand at the same key."""
-        return self.positions[-1] - self.positions[0] < len(self.positions) - 1
+    fine: bool  # whether neighboring queries of the group may stand at the same key
 
 
 @kept(lambda every: sum(512 + 128 * len(each.start) for each in every))
@@ -242,13 +233,14 @@ def _windows(rule: Rule, length: int, key_length: int) -> list[_Windows]:
     found = []
     for kind, group in enumerate(query_groups(rule, 0, length, key_length)):
         start, end = rule.windows(0, group.positions, group.n_keys)
-        kinds = ((start - group.positions) << 32) + end - group.positions
-        changes = 1 + (start.diff() + end.diff()).nonzero().flatten()
-        edges = F.pad(changes, (1, 1))
-        edges[-1] = len(start)
-        lists = start.tolist(), end.tolist(), group.positions.tolist()
+        both = (start << 32) + end  # in one number, which two windows share only if they are equal
+        kinds = both - group.positions * ((1 << 32) + 1)
+        queries = both.unique_consecutive(return_counts=True)[1]  # of each window
+        shared = zip(*(x.tolist() for x in queries.unique_consecutive(return_counts=True)))
         source = Source(rule, length, key_length, kind)
-        found.append(_Windows(group, source, kinds, edges, *lists))
+        fine = rule.queries_per_key[0] > group.apart == 1
+        lists = list(shared), start.tolist(), end.tolist()
+        found.append(_Windows(group, source, kinds, *lists, fine))
     return found
 
 
@@ -280,7 +272,7 @@ def axis_runs(rule: Rule, axis: int, length: int, key_length: int, tile: int) ->
 
 def _merge_tiles(windows: _Windows, first: int, size: int, count: int) -> list[Run]:
     """Runs of ``count`` tiles of ``size`` queries from ``first`` on."""
-    group, start, end, positions = windows.group, windows.start, windows.end, windows.positions
+    group, start, end = windows.group, windows.start, windows.end
     key_step, changes = size, []
     if count > 1:
         # Tiles look alike if each query does so to the one that stands there in the next tile.
@@ -288,8 +280,9 @@ def _merge_tiles(windows: _Windows, first: int, size: int, count: int) -> list[R
         there = slice(first + size, first + size * count)
         changed = windows.kinds[here] != windows.kinds[there]
         if windows.fine:
-            key_step = max(1, positions[first + size] - positions[first])
-            changed |= group.positions[there] - group.positions[here] != key_step
+            steps = group.positions[there] - group.positions[here]
+            key_step = max(1, int(steps[0]))
+            changed |= steps != key_step
         changes = sorted({1 + i // size for i in changed.nonzero().flatten().tolist()})
     runs = []
     for a, b in itertools.pairwise([0, *changes, count]):
@@ -321,15 +314,16 @@ def window_runs(rule: Rule, axis: int, length: int, key_length: int, between: bo
     """
     runs = Cut()
     for windows in _windows(rule.of_axis(axis), length, key_length):
-        edges = windows.edges
-        if not between and len(edges) > 3:
-            size, n = int(min(edges[1], edges[-1] - edges[-2])), int(edges[-1])
-            edges = edges.new_tensor([0, size, n - size, n])
-        sizes = edges.diff()
-        changes = (1 + sizes.diff().nonzero().flatten()).tolist()  # where tiles get another size
+        tiles = windows.shared
+        if not between and sum(count for _, count in tiles) > 2:
+            size = min(tiles[0][0], tiles[-1][0])
+            rest = len(windows.start) - 2 * size
+            tiles = [(size, 3)] if rest == size else [(size, 1), (rest, 1), (size, 1)]
         own: list[Run] = []
-        for a, b in itertools.pairwise([0, *changes, len(sizes)]):
-            own += _merge_tiles(windows, int(edges[a]), int(sizes[a]), b - a)
+        first = 0
+        for size, count in tiles:
+            own += _merge_tiles(windows, first, size, count)
+            first += size * count
         runs += own if between else _merge_ends(own)
     return runs
 
@@ -351,27 +345,19 @@ def axis_cost(runs: Sequence[Run], triangles: bool = False) -> TileCost:
         runs: what the axis is cut into.
         triangles: whether triangular tiles need no mask and only half of them is computed.
     """
-    products = full = rows = largest = largest_masked = 0
+    products = full = rows = keys = tiles = largest = largest_masked = 0
     for run in runs:
-        tiles, size = run.groups * run.repeats, run.query_size * run.key_size
+        own, size = run.groups * run.repeats, run.query_size * run.key_size
         half = triangles and run.triangular
-        pairs = tiles * (size // 2 if half else size)
+        pairs = own * (size // 2 if half else size)
         products, rows = products + pairs, rows + pairs * run.query_size
+        keys, tiles = keys + own * run.key_size, tiles + own
         largest = max(largest, size)
         if half or run.full:
             full += pairs
         else:
             largest_masked = max(largest_masked, size)
-    return TileCost(
-        products,
-        full,
-        rows,
-        keys=sum(r.groups * r.repeats * r.key_size for r in runs),
-        tiles=sum(r.groups * r.repeats for r in runs),
-        runs=len(runs),
-        largest=largest,
-        largest_masked=largest_masked,
-    )
+    return TileCost(products, full, rows, keys, tiles, len(runs), largest, largest_masked)
 
 
 def _candidates(rule: Rule, axis: int, length: int) -> list[int]:
@@ -388,6 +374,14 @@ def _candidates(rule: Rule, axis: int, length: int) -> list[int]:
 Tiling = tuple[tuple[Run, ...], ...]  # the runs of each axis; one run of each makes a set of tiles
 
 
+def is_scattered(axis: int, cost: TileCost) -> bool:
+    """Whether tiles that are cut like this along an axis are copied, not views of the tokens.
+
+    Where only the first axis is cut, tiles are views if those of a run are few.
+    """
+    return cost.tiles > (1 if axis else 2 * cost.runs)
+
+
 class Floor(NamedTuple):
     """What tiles cost at least."""
 
@@ -396,6 +390,8 @@ class Floor(NamedTuple):
     key: float  # per key of a tile
     tile: float
     run: float  # that is not the first
+    copy: float = 0.0  # per query, and per key of a tile, where tiles are scattered along any axis
+    queries: int = 0
 
 
 def cheapest(
@@ -413,19 +409,25 @@ def cheapest(
         triangles: as in :func:`axis_cost`.
     """
     costs = [[cut.cost_of_triangles if triangles else cut.cost for cut in axis] for axis in options]
-    sums = [(1, 1, 1, 1, 1)]
-    for axis in costs:
-        counts = [(each.products, each.full, each.keys, each.tiles, each.runs) for each in axis]
-        sums = [
-            (p * a, f * b, k * c, t * d, r * e)
-            for p, f, k, t, r in sums
-            for a, b, c, d, e in counts
+    sums = [(1, 1, 1, 1, 1, False)]
+    for axis, cuts in enumerate(costs):
+        counts = [
+            (each.products, each.full, each.keys, each.tiles, each.runs, is_scattered(axis, each))
+            for each in cuts
         ]
-    # Sums are rounded, and a bound must stay one.
-    product, mask, key, tile, run = (0.999999 * each for each in floor)
+        sums = [
+            (p * a, f * b, k * c, t * d, r * e, scattered or own)
+            for p, f, k, t, r, scattered in sums
+            for a, b, c, d, e, own in counts
+        ]
+    # Sums are rounded, and a bound must stay one. Scattered tiles are more than one, so that their
+    # first run costs, too. Triangles of one pair count as none, and may cost less than a copy.
+    product, mask, key, tile, run, copy = (0.999999 * each for each in floor[:-1])
     bounds = [
-        p * product + (p - f) * mask + k * key + t * tile + (r - 1) * run for p, f, k, t, r in sums
-    ]
+        p * product + (p - f) * mask + k * key + t * tile + (r - 1) * run
+        + ((floor.queries + k) * copy + run if scattered and p else 0.0)
+        for p, f, k, t, r, scattered in sums
+    ]  # fmt: skip
     ways = list(itertools.product(*(range(len(axis)) for axis in options)))
     best, at = math.inf, 0
     for i in sorted(range(len(ways)), key=bounds.__getitem__):

@@ -18,6 +18,7 @@ from ...tiling import (
     cheapest,
     cuts_bytes,
     even_cuts,
+    is_scattered,
     window_runs,
 )
 from ..tiled.grids import Plan
@@ -58,10 +59,8 @@ class Costs(NamedTuple):
             return math.inf
         # The constants were measured with one thread.
         idle = max(1.0, threads * runs / (2 * matrices * tiles))
-        # Blocks of consecutive tokens are not copied if the tiles of a run are few.
-        few = axes[0].tiles <= 2 * axes[0].runs
         copied, calls = 0.0, float(runs)
-        if not (few and tiles == axes[0].tiles):
+        if any(is_scattered(*each) for each in enumerate(axes)):
             copied = 2 * dim * self.copy * (queries + keys)
             calls += (queries + 2 * keys) / (3 * queries)  # see TileViews._chunks
         # The number of queries of a tile, averaged over pairs, and of its blocks.
@@ -76,11 +75,12 @@ class Costs(NamedTuple):
         python = 0.0 if tiles == 1 else calls * self.run
         return matrices * (product * idle + masks + copied) + python
 
-    def floor(self, matrices: int, dim: int) -> Floor:
+    def floor(self, queries: int, matrices: int, dim: int) -> Floor:
         """What tiles cost at least."""
         return Floor(
             matrices * (self.product + self.product_dim * dim), matrices * self.mask,
             matrices * (self.key + self.read) * dim, matrices * self.block, self.run,
+            matrices * 2 * dim * self.copy, queries,
         )  # fmt: skip
 
 
@@ -138,10 +138,11 @@ def plan_for(
         threads: the number of PyTorch's threads.
     """
     costs = (RECOMPUTED if half else BACKWARD) if backward else FORWARD
+    queries = math.prod(shape)
     found = cheapest(
         _options(rule, shape, key_shape),
-        lambda axes: costs.of(axes, math.prod(shape), matrices, dim, threads if backward else 0),
-        costs.floor(matrices, dim),
+        lambda axes: costs.of(axes, queries, matrices, dim, threads if backward else 0),
+        costs.floor(queries, matrices, dim),
         triangles=len(shape) == 1 and not additional,
     )
     return Plan.of(*found, rule)

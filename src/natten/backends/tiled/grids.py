@@ -120,7 +120,7 @@ class TileGrid:
     @cached_property
     def looks(self) -> Looks:
         """What decides the mask; tiles of many layouts look alike."""
-        return Looks((run.starts, run.ends, run.key_size) for run in self.runs)
+        return Looks((*run.spans, run.key_size) for run in self.runs)
 
     def mask(self) -> Tensor | None:
         """The mask that is added to scores, float32 ``[queries, keys]``; None for full blocks."""
@@ -149,12 +149,11 @@ class Looks(tuple[Look, ...]):
 
 def make_mask(looks: Looks) -> Tensor:
     """The mask of a tile, 0 where a query attends a key and -inf elsewhere."""
-    if len(looks) == 1:
-        return _axis_mask(looks[0])
-    mask, *others = map(_kept_axis_mask, looks)  # tiles share them that differ along other axes
-    for own in others:
-        mask = outer(mask, own, torch.add)
-    return mask
+    *others, last = looks
+    if not others:
+        return _axis_mask(last)
+    # Tiles share the parts that differ along other axes.
+    return outer(_kept_mask(Looks(others)), _kept_mask(Looks((last,))), torch.add)
 
 
 def _axis_mask(look: Look) -> Tensor:
@@ -165,7 +164,6 @@ def _axis_mask(look: Look) -> Tensor:
     return torch.zeros(outside.shape, device="cpu").masked_fill_(outside, -math.inf)
 
 
-_kept_axis_mask = kept(lambda mask: mask.nbytes)(_axis_mask)
 _kept_mask = kept(lambda mask: mask.nbytes)(make_mask)
 
 

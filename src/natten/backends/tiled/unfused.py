@@ -27,7 +27,7 @@ def _slots(
     index = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
     valid = torch.ones(1, 1, dtype=torch.bool, device="cpu")
     for run, k in zip(grid.runs, rule.kernel_size):
-        lower, upper = torch.tensor([run.starts, run.ends], device="cpu")[..., None]
+        lower, upper = torch.tensor(run.spans, device="cpu")[..., None]
         position = lower + torch.arange(k, device="cpu")
         own_valid = position < upper
         index = outer(index * run.key_size, position.clamp(max=run.key_size - 1), torch.add)
