@@ -25,6 +25,7 @@ from models import MODES, PASSES
 from records import RESULTS, read
 from run import same_dtype
 
+from natten.backends.hopper.widths import native
 from natten.cli.tables import markdown
 from natten.draw.canvas import (
     ATTENDED,
@@ -437,20 +438,37 @@ def pairs_table() -> list[str]:
     forward = {
         (r.case, r.backend): r for r in times.records if (r.pass_, r.time) == (FORWARD, "graph")
     }
+    dense = {name: float(r.median_us) for (name, who), r in forward.items() if who == "dense cudnn"}
+    speeds = _dense_speeds(dense)
     for name in times.cases:
-        dense, ours = (forward.get((name, who)) for who in ("dense cudnn", "natten hopper"))
-        if dense is None or ours is None or not ours.computed_over_needed:
+        ours, case = forward.get((name, "natten hopper")), spectrum.known(name)
+        is_like_dense = name in dense or case.value_dim is None
+        if ours is None or not ours.computed_over_needed or not is_like_dense:
             continue
-        case = spectrum.known(name)
         problem = case.problem("cpu")
         computed = float(ours.computed_over_needed.split()[0].removeprefix("forward="))
-        share = computed * problem.needed_pairs / problem.all_pairs
-        as_dense, taken = float(dense.median_us) * share, float(ours.median_us)
+        pairs = computed * problem.needed_pairs * problem.batch * problem.heads
+        every = problem.all_pairs * problem.batch * problem.heads
+        of_pair = dense[name] / every if name in dense else speeds[native(case.dim)]
+        as_dense, taken = pairs * of_pair, float(ours.median_us)
         cells = f"{computed:.2f}", _us(as_dense), _us(taken), f"{as_dense / taken:.2f}"
         found.append((as_dense / taken, [f"{name}: {case.describe(BF16)}", *cells]))
     head = ["problem", "computed / needed", "so many pairs at cuDNN's speed, us", "natten us"]
     rows = [[*head, "cuDNN / natten"], *(row for _, row in sorted(found, reverse=True))]
     return [*_table(rows), "", f"{times.machine()}; forward, kernel times, medians of one run."]
+
+
+def _dense_speeds(dense: dict[str, float]) -> dict[int, float]:
+    """Microseconds of a pair of dense attention in the longest layout that was measured, by the
+    width of kernels for its heads; ``dense`` has the times of problems."""
+    speeds = {}
+    for name in sorted(dense, key=lambda name: math.prod(spectrum.known(name).shape)):
+        case = spectrum.known(name)
+        if case.value_dim is None:
+            problem = case.problem("cpu")
+            pairs = problem.all_pairs * problem.batch * problem.heads
+            speeds[native(case.dim)] = dense[name] / pairs
+    return speeds
 
 
 def spectrum_summary(images: str) -> list[str]:
