@@ -51,7 +51,7 @@ from .cuts import (
 )
 from .flat import Flat, columns_of_rule, flattened
 from .uneven import blocks_of_span, may_be_uneven, tiles_of_strides
-from .widths import aligned, are_half_aligned, native
+from .widths import aligned, native
 
 # What a block costs more if it or its tile is no power of two, of small windows, and once more if
 # its tile is none (hopper-log.md): of heads of a native width, and of others. And how many such
@@ -285,8 +285,7 @@ class _Search:
         is_native = all(native(each) == each for each in dims)
         self.uneven_costs = _UNEVEN_COSTS[not is_native], _UNEVEN_TILE_COSTS[not is_native]
         self.uneven: list[tuple[Shape, Shape]] = []  # tiles with blocks
-        # Wide heads and half aligned ones were never run with them.
-        suits = max(map(native, dims)) <= 128 and not any(map(are_half_aligned, dims))
+        suits = max(map(native, dims)) <= 128  # wide heads were never run with them
         if isinstance(rule, Neighborhood) and kv_lengths is None and not packed and suits:
             self.uneven = self._find_uneven(rule) if may_be_uneven(rule, shape) else []
         if kv_lengths is not None and not self.of_keys and isinstance(rule, Neighborhood):
