@@ -448,8 +448,7 @@ def pairs_table() -> list[str]:
         problem = case.problem("cpu")
         computed = float(ours.computed_over_needed.split()[0].removeprefix("forward="))
         pairs = computed * problem.needed_pairs * problem.batch * problem.heads
-        every = problem.all_pairs * problem.batch * problem.heads
-        of_pair = dense[name] / every if name in dense else speeds[native(case.dim)]
+        of_pair = _us_of_pair(case, dense[name]) if name in dense else speeds[native(case.dim)]
         as_dense, taken = pairs * of_pair, float(ours.median_us)
         cells = f"{computed:.2f}", _us(as_dense), _us(taken), f"{as_dense / taken:.2f}"
         found.append((as_dense / taken, [f"{name}: {case.describe(BF16)}", *cells]))
@@ -461,14 +460,15 @@ def pairs_table() -> list[str]:
 def _dense_speeds(dense: dict[str, float]) -> dict[int, float]:
     """Microseconds of a pair of dense attention in the longest layout that was measured, by the
     width of kernels for its heads; ``dense`` has the times of problems."""
-    speeds = {}
-    for name in sorted(dense, key=lambda name: math.prod(spectrum.known(name).shape)):
-        case = spectrum.known(name)
-        if case.value_dim is None:
-            problem = case.problem("cpu")
-            pairs = problem.all_pairs * problem.batch * problem.heads
-            speeds[native(case.dim)] = dense[name] / pairs
-    return speeds
+    cases = [case for case in map(spectrum.known, dense) if case.value_dim is None]
+    cases.sort(key=lambda case: math.prod(case.shape))
+    return {native(case.dim): _us_of_pair(case, dense[case.name]) for case in cases}
+
+
+def _us_of_pair(case: Case, us: float) -> float:
+    """Of dense attention that takes so long for a case."""
+    problem = case.problem("cpu")
+    return us / (problem.all_pairs * problem.batch * problem.heads)
 
 
 def spectrum_summary(images: str) -> list[str]:

@@ -140,8 +140,8 @@ def test_compiled_into_graphs():
         found = []
         for function in (module, compiled):
             out = function(x)
-            found.append((out.detach(), *torch.autograd.grad(out.sum(), module.parameters())))
-            found[-1] = [each.clone() for each in found[-1]]
+            grads = torch.autograd.grad(out.sum(), module.parameters())
+            found.append([each.detach().clone() for each in (out, *grads)])
         for expected, actual in zip(*found):
             assert_close("graphs", expected, actual, RATIO[torch.bfloat16])
     torch.compiler.reset()

@@ -390,8 +390,8 @@ class Floor(NamedTuple):
     key: float  # per key of a tile
     tile: float
     run: float  # that is not the first
-    copy: float = 0.0  # per query, and per key of a tile, where tiles are scattered along any axis
-    queries: int = 0
+    copy: float = 0.0  # per key of a tile, where tiles are scattered along any axis
+    copies: float = 0.0  # of all queries there
 
 
 def cheapest(
@@ -422,10 +422,10 @@ def cheapest(
         ]
     # Sums are rounded, and a bound must stay one. Scattered tiles are more than one, so that their
     # first run costs, too. Triangles of one pair count as none, and may cost less than a copy.
-    product, mask, key, tile, run, copy = (0.999999 * each for each in floor[:-1])
+    product, mask, key, tile, run, copy, copies = (0.999999 * each for each in floor)
     bounds = [
         p * product + (p - f) * mask + k * key + t * tile + (r - 1) * run
-        + ((floor.queries + k) * copy + run if scattered and p else 0.0)
+        + (copies + k * copy + run if scattered and p else 0.0)
         for p, f, k, t, r, scattered in sums
     ]  # fmt: skip
     ways = list(itertools.product(*(range(len(axis)) for axis in options)))

@@ -81,7 +81,7 @@ class Gluon:
 
 def _product(a, b, acc, use_acc=True, is_async=False):
     """``acc + A B``, exact for the numbers that masks are made of."""
-    a = a.load() if isinstance(a, Memory) else a
+    a, b = (x if isinstance(x, tl.tensor) else x.load() for x in (a, b))
     return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
 
 

@@ -226,13 +226,6 @@ def scalars(*bounds):
         yield tl.tensor(interpreter.TensorHandle(np.array([i], np.int32), tl.int32), tl.int32)
 
 
-def product(a, b, acc, use_acc=True, is_async=False):
-    a, b = (x.load() if isinstance(x, Shared) else x for x in (a, b))
-    assert a.dtype == b.dtype
-    found = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return acc + found if use_acc else found
-
-
 def warp_specialize(roles, warps, registers):
     Barrier.roles = own = Roles(len(roles))
     threads = [threading.Thread(target=own.run, args=(i, *each)) for i, each in enumerate(roles)]
@@ -280,7 +273,7 @@ vars(gluon_names).update(
     mbarrier=Barrier, tensor_descriptor=Descriptor, reinterpret=reinterpret,
     load_block=lambda descriptor, at, barrier, memory: descriptor.load(at, barrier, memory),
     store_block=lambda descriptor, at, memory: descriptor.store(at, memory),
-    store_wait=lambda pending: None, barrier=lambda: None, warpgroup_mma=product,
+    store_wait=lambda pending: None, barrier=lambda: None,
     warpgroup_mma_wait=lambda pending, deps: deps[0] if len(deps) == 1 else tuple(deps),
 )  # fmt: skip
 

@@ -77,10 +77,11 @@ class Costs(NamedTuple):
 
     def floor(self, queries: int, matrices: int, dim: int) -> Floor:
         """What tiles cost at least."""
+        copy = matrices * 2 * dim * self.copy
         return Floor(
             matrices * (self.product + self.product_dim * dim), matrices * self.mask,
             matrices * (self.key + self.read) * dim, matrices * self.block, self.run,
-            matrices * 2 * dim * self.copy, queries,
+            copy, copy * queries,
         )  # fmt: skip
 
 
