@@ -50,13 +50,13 @@ from .cuts import (
     warpgroups,
 )
 from .flat import Flat, columns_of_rule, flattened
-from .uneven import blocks_of_span, may_be_uneven, tiles_of_strides
+from .uneven import SMALL, blocks_of_span, may_be_uneven, tiles_of_strides
 from .widths import aligned, native
 
-# What a block costs more if it or its tile is no power of two, of small windows, and once more if
-# its tile is none (hopper-log.md): of heads of a native width, and of others. And how many such
-# tiles with blocks are priced.
-_UNEVEN_COSTS, _UNEVEN_TILE_COSTS, _UNEVEN = (1.03, 1.07), (1.0, 1.05), 10
+# What a block costs more if it or its tile is no power of two, and once more if its tile is none
+# (hopper-log.md): of small windows, of large ones, and of heads of no native width. And how many
+# such tiles with blocks are priced.
+_OF_SMALL, _OF_LARGE, _OF_OTHER_WIDTHS, _UNEVEN = (1.03, 1.0), (1.0, 1.0), (1.07, 1.05), 16
 _LESS = 0.999999  # of a lower bound, as sums are rounded
 
 
@@ -282,9 +282,11 @@ class _Search:
                 for shapes in _tiles_and_blocks(lengths, self.ways.work, kv_lengths)
             )
         dims = dim, value_dim
-        is_native = all(native(each) == each for each in dims)
-        self.uneven_costs = _UNEVEN_COSTS[not is_native], _UNEVEN_TILE_COSTS[not is_native]
-        self.uneven: list[tuple[Shape, Shape]] = []  # tiles with blocks
+        self.uneven_costs = _OF_OTHER_WIDTHS
+        if all(native(each) == each for each in dims):
+            is_large = isinstance(rule, Neighborhood) and rule.window_tokens > SMALL
+            self.uneven_costs = _OF_LARGE if is_large else _OF_SMALL
+        self.uneven: list[tuple[float, Shape, Shape]] = []  # what tiles with blocks cost at least
         suits = max(map(native, dims)) <= 128  # wide heads were never run with them
         if isinstance(rule, Neighborhood) and kv_lengths is None and not packed and suits:
             self.uneven = self._find_uneven(rule) if may_be_uneven(rule, shape) else []
@@ -301,26 +303,32 @@ class _Search:
         axes = zip(tile[missing:], *sizes, rule.stride, rule.queries_per_key)
         return sum((size - 1) / (s * r) for size, n, m, s, r in axes if s > 1 and n < m * r)
 
-    def _find_uneven(self, rule: Neighborhood) -> list[tuple[Shape, Shape]]:
-        """The best tiles with blocks that are no powers of two (``uneven.py``), by what all blocks
-        take about."""
+    def _find_uneven(self, rule: Neighborhood) -> list[tuple[float, Shape, Shape]]:
+        """The best tiles with blocks that are no powers of two (``uneven.py``), and first what they
+        cost at least, lowest first."""
+        more, _ = self.uneven_costs
         windows, strides = padded(rule.kernel_size, 1), padded(rule.stride, 1)
-        found = []
         lengths = padded(self.cuts.q_lengths, 1)
+        problem = ROWS, lengths, windows, strides, self.of_keys
+        found = []
         usual_tiles, usual_blocks = set(self.tiles), set(self.blocks)
-        for count, tile, span in tiles_of_strides(ROWS, lengths, windows, strides):
+        for count, tile, span in tiles_of_strides(*problem):
+            x, y, z = self.cuts.visits(tile)
             for columns in self.ways.work.block_sizes:
                 _, per_block, per_tile = self.ways.programs(columns, rule.rank)
-                for blocks, block in blocks_of_span(span, strides, columns):
+                for block in blocks_of_span(span, strides, columns):
                     if tile not in usual_tiles or block not in usual_blocks:
-                        found.append((count * (blocks * per_block + per_tile), tile, block))
+                        a, b, c = block
+                        cost = x[a] * y[b] * z[c] * per_block * more + count * per_tile
+                        found.append((cost, tile, block))
         found.sort(key=itemgetter(0))
-        return [(tile, block) for _, tile, block in found[:_UNEVEN]]
+        return found[:_UNEVEN]
 
     def every(self) -> dict[Tiles, float]:
         """All tiles that fit, with their costs, cheapest first."""
         costs: dict[Tiles, float] = {}
-        for pair in [*itertools.product(self.tiles, self.blocks), *self.uneven]:
+        uneven = [(tile, block) for _, tile, block in self.uneven]
+        for pair in [*itertools.product(self.tiles, self.blocks), *uneven]:
             ways = (tiles for *_, tiles in self._bounds_of_ways(*pair))
             costs.update((tiles, cost) for cost, tiles in filter(None, map(self._priced, ways)))
         return dict(sorted(costs.items(), key=itemgetter(1)))
@@ -345,7 +353,7 @@ class _Search:
         """The tile and the block of one of :meth:`_bounds_of_blocks`."""
         tile, block = divmod(i, len(self.blocks))
         count = len(self.tiles) * len(self.blocks)
-        return (self.tiles[tile], self.blocks[block]) if i < count else self.uneven[i - count]
+        return (self.tiles[tile], self.blocks[block]) if i < count else self.uneven[i - count][1:]
 
     def priced(self, tiles: Tiles) -> tuple[float, Tiles] | None:
         """What tiles cost, with the stages that fit; None if none do, or an axis is too short."""
@@ -369,7 +377,7 @@ class _Search:
             block / n for n, (_, block, _) in zip(self.ways.work.block_sizes, programs)
         )
         per_tile = min(each for *_, each in programs)
-        bounds = [(0.0, len(self.tiles))]
+        bounds = [(bound, len(self.tiles)) for bound, *_ in self.uneven[:1]]
         for number, tile in enumerate(self.tiles):
             x, y, z = self.cuts.visits(tile)
             count = x.tiles * y.tiles * z.tiles
@@ -381,8 +389,7 @@ class _Search:
         those with which it costs more than ``most`` are left out."""
         start = number * len(self.blocks)
         if number == len(self.tiles):
-            bounds = [(self._bound(*pair), i) for i, pair in enumerate(self.uneven, start)]
-            return [each for each in bounds if each[0] <= most]
+            return [(bound, i) for i, (bound, *_) in enumerate(self.uneven, start) if bound <= most]
         x, y, z = self.cuts.visits(self.tiles[number])
         count = x.tiles * y.tiles * z.tiles
         return [
@@ -396,12 +403,6 @@ class _Search:
         """Of each of :attr:`blocks`, what it and a tile beside blocks cost at least."""
         rank = self.rule.rank
         return [(block, *self.ways.programs(rows_held(block), rank)[1:]) for block in self.blocks]
-
-    def _bound(self, tile: Shape, block: Shape) -> float:
-        """What a tile costs at least with a block."""
-        _, per_block, per_tile = self.ways.programs(rows_held(block), self.rule.rank)
-        (x, y, z), (a, b, c) = self.cuts.visits(tile), block
-        return x[a] * y[b] * z[c] * per_block + x.tiles * y.tiles * z.tiles * per_tile
 
     def _bounds_of_ways(
         self, tile: Shape, block: Shape, most: float = math.inf

@@ -2,8 +2,7 @@
 
 Kernels have matrices of 64 or 128 rows or columns, in which a tile of 3x5x4 tokens leaves four
 empty. It is worth that where tiles follow strides, so that their queries share one window, and
-where windows are small, of which tiles and blocks then exceed less. How TMA fetches them is told in
-``descriptors.py``.
+where tiles and blocks then exceed windows less. How TMA fetches them is told in ``descriptors.py``.
 
 There are too many to be priced. So tiles are ranked by how far their partners reach in all, and for
 the best of them blocks are sought that cut that evenly.
@@ -31,22 +30,24 @@ def _fits_boxes() -> bool:
     return version is None or releases.release(version) in releases.CHECKED
 
 
+# Keys of a window that is small.
+SMALL = 2048
+
+
 def may_be_uneven(rule: Neighborhood, shape: Shape) -> bool:
-    """Whether tiles and blocks that are no powers of two are looked for: to follow strides that are
-    none, and of small windows, where they follow other strides, too, or layouts are so large that
-    they do not share kernels. Pieces of rings divide blocks."""
+    """Whether tiles and blocks that are no powers of two are looked for: where there are strides,
+    or layouts are so large that they do not share kernels; of large windows of two axes, which a
+    tile of 8x8 exceeds little, to follow strides that are none. Pieces of rings divide blocks."""
     is_rewarding = max(rule.stride) > 1 or not more_for_shared(rule, shape)
-    is_small = rule.window_tokens <= _MOST_TOKENS and is_rewarding
-    follows = is_small or any(s & (s - 1) for s in rule.stride)
-    return follows and "circular" not in rule.boundary and _fits_boxes()
+    exceeds = rule.rank == 3 or rule.window_tokens <= SMALL
+    exceeds |= any(s & (s - 1) for s in rule.stride)
+    return is_rewarding and exceeds and "circular" not in rule.boundary and _fits_boxes()
 
 
 # Of a matrix's rows or columns, what part is tokens at least.
 _LEAST_FILLED = 0.75
-# Keys of a window up to which every tile is looked at.
-_MOST_TOKENS = 2048
 # For how many tiles blocks are looked for, and for how many blocks.
-_TILES, _BLOCKS = 12, 3
+_TILES, _BLOCKS = 12, 6
 
 
 def _sizes(length: int, stride: int, rows: int) -> list[int]:
@@ -58,11 +59,11 @@ def _sizes(length: int, stride: int, rows: int) -> list[int]:
 
 @lru_cache(maxsize=256)
 def tiles_of_strides(
-    rows: int, lengths: Shape, windows: Shape, strides: Shape
+    rows: int, lengths: Shape, windows: Shape, strides: Shape, of_keys: bool
 ) -> list[tuple[int, Shape, Shape]]:
     """A few tiles of up to so many rows whose partners are the fewest: how many tiles there are,
-    the tile, and how far its partners reach along each axis, which is about the same of keys."""
-    x, y, z = map(_tiles_along, lengths, windows, strides, (rows,) * 3)
+    the tile, and how far its partners reach along each axis."""
+    x, y, z = (_tiles_along(*each, rows, of_keys) for each in zip(lengths, windows, strides))
     sizes, least = [size for size, *_ in z], int(_LEAST_FILLED * rows)
     # What fills a tile's rows, by how many tokens it has along the other axes.
     filling = [
@@ -83,39 +84,41 @@ def tiles_of_strides(
 
 @lru_cache(maxsize=1024)
 def _tiles_along(
-    length: int, window: int, stride: int, rows: int
+    length: int, window: int, stride: int, rows: int, of_keys: bool
 ) -> list[tuple[int, int, int, int]]:
     """The tiles of up to so many tokens along an axis: their size, how many there are, how far the
-    partners of one reach, and those of all."""
+    partners of one reach, and those of all. At both ends, windows of queries do not move."""
     found = []
     for size in _sizes(length, stride, rows):
         tiles, span = -(-length // size), min(length, window + stride * ((size - 1) // stride))
-        found.append((size, tiles, span, tiles * span))
+        at_ends = 0 if of_keys else min(2 * (window // 2 // size), tiles)
+        found.append((size, tiles, span, at_ends * window + (tiles - at_ends) * span))
     return found
 
 
 @lru_cache(maxsize=4096)
-def blocks_of_span(span: Shape, strides: Shape, columns: int) -> list[tuple[int, Shape]]:
-    """Blocks of up to so many columns that cut the partners of a tile into the fewest: how many
-    there are, and a block. Those that follow strides come first, as they need fewer masks, and last
-    the best of powers of two, which may be masked in more ways."""
+def blocks_of_span(span: Shape, strides: Shape, columns: int) -> list[Shape]:
+    """Blocks of up to so many columns that cut the partners of a tile into the fewest. Those that
+    follow strides come first, as they need fewer masks, and last the best of powers of two, which
+    may be masked in more ways."""
     shapes: list[Shape] = []
     for a in _even(span[0], columns):
         for b in _even(span[1], columns // a):
-            shape = a, b, -(-span[2] // -(-span[2] // (columns // (a * b))))
-            powers = tuple([1 << (n - 1).bit_length() for n in shape])
+            c = -(-span[2] // -(-span[2] // (columns // (a * b))))
             # If no column is empty, and there are as many blocks, powers of two are better.
-            shapes.append(powers if math.prod(powers) == columns else shape)
+            powers = _power(a), _power(b), _power(c)
+            shapes.append(powers if math.prod(powers) == columns else (a, b, c))
 
     def ranked(shape: Shape) -> tuple[int, int, int, Shape]:
-        count = math.prod([-(-n // size) for n, size in zip(span, shape)])
-        across = sum(size % s > 0 and s % size > 0 for size, s in zip(shape, strides))
+        (x, y, z), (a, b, c) = span, shape
+        count = -(-x // a) * -(-y // b) * -(-z // c)
+        across = sum([size % s > 0 and s % size > 0 for size, s in zip(shape, strides)])
         return count, across, max(shape), shape
 
     filled = {shape for shape in shapes if math.prod(shape) > _LEAST_FILLED * columns}
     found = sorted(map(ranked, filled))[:_BLOCKS]
     found += sorted(map(ranked, _powers_of_two(span, columns)))[:1]
-    return [(count, shape) for count, _, _, shape in dict.fromkeys(found)]
+    return [shape for *_, shape in dict.fromkeys(found)]
 
 
 def _powers_of_two(span: Shape, columns: int) -> Iterator[Shape]:
@@ -125,6 +128,11 @@ def _powers_of_two(span: Shape, columns: int) -> Iterator[Shape]:
         c = columns // (a * b)
         if c == 1 or 1 <= c < 2 * span[2]:
             yield a, b, c
+
+
+def _power(size: int) -> int:
+    """The power of two that holds a size."""
+    return 1 << (size - 1).bit_length()
 
 
 @cache
