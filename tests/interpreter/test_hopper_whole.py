@@ -12,9 +12,11 @@ from helpers import reference
 from hopper_problems import rule_of
 from masked import check_masks
 
-from natten.backends.hopper import fused
+from natten.backends.hopper import fused, uneven
 from natten.backends.hopper import tiles as tiling
+from natten.backends.interface import KINDS
 from natten.inputs import Inputs
+from natten.neighborhood import Neighborhood
 
 # Of NaN and infinity, which masked numbers are; and of arrays of one number, in the interpreter.
 pytestmark = [
@@ -40,14 +42,8 @@ def tensors(shape, heads, kv_heads, dim, num_additional):
     return Inputs(q, k, v, None, *additional)
 
 
-@pytest.mark.parametrize("name", TENSORS)
-def test_blocks_that_are_not_full(name):
-    shape, parameters = NOT_FULL
-    heads, kv_heads, dim, num_additional = TENSORS[name]
-    rule, scale = rule_of(shape, *parameters), dim**-0.5
-    assert tiling.choose("forward", rule, shape, shape, dim, dim).kv_block == (1, 10, 6)
-    inputs = tensors(shape, heads, kv_heads, dim, num_additional)
-    grad = torch.randn_like(inputs.query)
+def check(inputs, rule):
+    scale, grad = inputs.query.shape[-1] ** -0.5, torch.randn_like(inputs.query)
     with machine.launched():
         out, lse = fused.forward(inputs, rule, scale)
         grads = fused.backward(grad, None, inputs, out, lse, rule, scale)
@@ -57,6 +53,30 @@ def test_blocks_that_are_not_full(name):
     for a, b in zip((*right, *wanted), (out, lse, *grads)):
         if a is not None:
             assert (a - b).square().mean() < 4e-6 * a.square().mean()
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_blocks_that_are_not_full(name):
+    shape, parameters = NOT_FULL
+    heads, kv_heads, dim, num_additional = TENSORS[name]
+    rule = rule_of(shape, *parameters)
+    assert tiling.choose("forward", rule, shape, shape, dim, dim).kv_block == (1, 10, 6)
+    check(tensors(shape, heads, kv_heads, dim, num_additional), rule)
+
+
+@pytest.mark.parametrize(
+    ("window", "shape", "offset", "is_causal"),
+    [((3, 5, 3), (4, 5, 8), (2, 3, 0), False), ((4, 5, 4), (5, 6, 6), (1, 0, 2), True)],
+)
+def test_parts_have_tiles_that_are_not_full(monkeypatch, window, shape, offset, is_causal):
+    """Of large layouts, as which this one counts."""
+    monkeypatch.setattr(uneven, "LARGE", 1)
+    rule = Neighborhood.create(3, window, 1, 1, is_causal, query_offset=offset)
+    keys = (7, 9, 8)
+    sizes = [tiling.choose(kind, rule, shape, keys, 64, 64)[:2] for kind in KINDS]
+    assert any(math.prod(tile) < 64 for both in sizes for tile in both)
+    inputs = tensors(keys, 2, 2, 64, 0)
+    check(inputs._replace(query=torch.randn(1, *shape, 2, 64, dtype=torch.float16)), rule)
 
 
 def test_masks_of_keys():

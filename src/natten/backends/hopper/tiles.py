@@ -287,10 +287,14 @@ class _Search:
             is_large = isinstance(rule, Neighborhood) and rule.window_tokens > SMALL
             self.uneven_costs = _OF_LARGE if is_large else _OF_SMALL
         self.uneven: list[tuple[float, Shape, Shape]] = []  # what tiles with blocks cost at least
+        self.is_part = kv_lengths is not None
+        lengths = padded(self.cuts.q_lengths, 1), padded(self.cuts.kv_lengths, 1)
+        self.lengths = lengths[::-1] if self.of_keys else lengths  # of tiles' axes, and of blocks'
         suits = max(map(native, dims)) <= 128  # wide heads were never run with them
-        if isinstance(rule, Neighborhood) and kv_lengths is None and not packed and suits:
-            self.uneven = self._find_uneven(rule) if may_be_uneven(rule, shape) else []
-        if kv_lengths is not None and not self.of_keys and isinstance(rule, Neighborhood):
+        if isinstance(rule, Neighborhood) and not packed and suits:
+            is_uneven = may_be_uneven(rule, shape, self.is_part)
+            self.uneven = self._find_uneven(rule) if is_uneven else []
+        if self.is_part and not self.of_keys and isinstance(rule, Neighborhood):
             # The part begins where a stride does, and many that it stands for do not.
             self.tiles.sort(key=self._strides_within)
 
@@ -308,12 +312,13 @@ class _Search:
         cost at least, lowest first."""
         more, _ = self.uneven_costs
         windows, strides = padded(rule.kernel_size, 1), padded(rule.stride, 1)
-        lengths = padded(self.cuts.q_lengths, 1)
-        problem = ROWS, lengths, windows, strides, self.of_keys
+        has_ends = not (self.of_keys or self.is_part)
+        problem = ROWS, *self.lengths, windows, strides, has_ends
         found = []
         usual_tiles, usual_blocks = set(self.tiles), set(self.blocks)
-        for count, tile, span in tiles_of_strides(*problem):
+        for tile, span in tiles_of_strides(*problem):
             x, y, z = self.cuts.visits(tile)
+            count = x.tiles * y.tiles * z.tiles
             for columns in self.ways.work.block_sizes:
                 _, per_block, per_tile = self.ways.programs(columns, rule.rank)
                 for block in blocks_of_span(span, strides, columns):
@@ -360,12 +365,8 @@ class _Search:
         tile, block = tile_and_block(tiles, self.of_keys)
         suits = tile in self.tiles and block in self.blocks
         if not suits and self.uneven:
-            lengths = padded(self.cuts.q_lengths, 1)
-            suits = all(
-                size == 1 or size < 2 * n
-                for each in (tile, block)
-                for size, n in zip(each, lengths)
-            )
+            sizes = zip((*tile, *block), itertools.chain(*self.lengths))
+            suits = all(size == 1 or size < 2 * n for size, n in sizes)
         return self._priced(tiles) if suits else None
 
     def _bounds_of_tiles(self) -> list[tuple[float, int]]:

@@ -20,7 +20,7 @@ from functools import cache, lru_cache
 from ...neighborhood import Neighborhood
 from ..interface import Shape
 from ..triton import releases
-from ..triton.tiles import more_for_shared
+from ..triton.tiles import LARGE, more_for_shared
 
 
 @cache
@@ -34,11 +34,17 @@ def _fits_boxes() -> bool:
 SMALL = 2048
 
 
-def may_be_uneven(rule: Neighborhood, shape: Shape) -> bool:
+def may_be_uneven(rule: Neighborhood, shape: Shape, is_part: bool) -> bool:
     """Whether tiles and blocks that are no powers of two are looked for: where there are strides,
     or layouts are so large that they do not share kernels; of large windows of two axes, which a
-    tile of 8x8 exceeds little, to follow strides that are none. Pieces of rings divide blocks."""
-    is_rewarding = max(rule.stride) > 1 or not more_for_shared(rule, shape)
+    tile of 8x8 exceeds little, to follow strides that are none. Parts may begin amid a stride, and
+    pieces of rings divide blocks."""
+    has_strides = max(rule.stride) > 1
+    if is_part:
+        is_finer = max(rule.queries_per_key) > 1
+        is_rewarding = math.prod(shape) >= LARGE and not has_strides and not is_finer
+    else:
+        is_rewarding = has_strides or not more_for_shared(rule, shape)
     exceeds = rule.rank == 3 or rule.window_tokens <= SMALL
     exceeds |= any(s & (s - 1) for s in rule.stride)
     return is_rewarding and exceeds and "circular" not in rule.boundary and _fits_boxes()
@@ -59,11 +65,19 @@ def _sizes(length: int, stride: int, rows: int) -> list[int]:
 
 @lru_cache(maxsize=256)
 def tiles_of_strides(
-    rows: int, lengths: Shape, windows: Shape, strides: Shape, of_keys: bool
-) -> list[tuple[int, Shape, Shape]]:
-    """A few tiles of up to so many rows whose partners are the fewest: how many tiles there are,
-    the tile, and how far its partners reach along each axis."""
-    x, y, z = (_tiles_along(*each, rows, of_keys) for each in zip(lengths, windows, strides))
+    rows: int, lengths: Shape, partners: Shape, windows: Shape, strides: Shape, has_ends: bool
+) -> list[tuple[Shape, Shape]]:
+    """A few tiles of up to so many rows whose partners are the fewest, and how far partners reach
+    along each axis.
+
+    Args:
+        rows: of a matrix.
+        lengths, partners: tokens along each axis, and those that they may have as partners.
+        windows, strides: of the rule.
+        has_ends: whether windows do not move at both ends of an axis, as those of queries.
+    """
+    axes = zip(lengths, partners, windows, strides)
+    x, y, z = (_tiles_along(*each, rows, has_ends) for each in axes)
     sizes, least = [size for size, *_ in z], int(_LEAST_FILLED * rows)
     # What fills a tile's rows, by how many tokens it has along the other axes.
     filling = [
@@ -71,28 +85,27 @@ def tiles_of_strides(
         for n in range(1, rows + 1)
     ]
     found = []
-    for a, tiles_a, span_a, reached_a in x:
-        for b, tiles_b, span_b, reached_b in y:
+    for a, span_a, reached_a in x:
+        for b, span_b, reached_b in y:
             if a * b > rows:
                 break
-            tiles, reached = tiles_a * tiles_b, reached_a * reached_b
-            for c, tiles_c, span_c, reached_c in filling[a * b - 1]:
-                tile, spans = (a, b, c), (span_a, span_b, span_c)
-                found.append((reached * reached_c, tiles * tiles_c, tile, spans))
+            reached = reached_a * reached_b
+            for c, span_c, reached_c in filling[a * b - 1]:
+                found.append((reached * reached_c, (a, b, c), (span_a, span_b, span_c)))
     return [each[1:] for each in heapq.nsmallest(_TILES, found)]
 
 
 @lru_cache(maxsize=1024)
 def _tiles_along(
-    length: int, window: int, stride: int, rows: int, of_keys: bool
-) -> list[tuple[int, int, int, int]]:
-    """The tiles of up to so many tokens along an axis: their size, how many there are, how far the
-    partners of one reach, and those of all. At both ends, windows of queries do not move."""
+    length: int, partners: int, window: int, stride: int, rows: int, has_ends: bool
+) -> list[tuple[int, int, int]]:
+    """The tiles of up to so many tokens along an axis: their size, how far the partners of one
+    reach, and those of all."""
     found = []
     for size in _sizes(length, stride, rows):
-        tiles, span = -(-length // size), min(length, window + stride * ((size - 1) // stride))
-        at_ends = 0 if of_keys else min(2 * (window // 2 // size), tiles)
-        found.append((size, tiles, span, at_ends * window + (tiles - at_ends) * span))
+        tiles, span = -(-length // size), min(partners, window + stride * ((size - 1) // stride))
+        at_ends = min(2 * (window // 2 // size), tiles) if has_ends else 0
+        found.append((size, span, at_ends * window + (tiles - at_ends) * span))
     return found
 
 
