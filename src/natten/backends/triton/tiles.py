@@ -328,10 +328,11 @@ def _usual(*problem: Any) -> Tiles:
     return found
 
 
+LARGE = 8192  # tokens of a layout that has tiles of its own
+
 # A kernel is compiled for its tiles, which takes longer than many calls of a small layout. So that
 # layouts of all sizes need few kernels, tiles that those of a rule share may cost more than the
 # cheapest, by such a part of it, in layouts of fewer tokens.
-LARGE = 8192
 _MORE_FOR_SHARED = ((1536, 0.35), (4096, 0.05), (LARGE, 0.035))
 
 
