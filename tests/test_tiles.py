@@ -211,6 +211,12 @@ def test_large_windows_of_three_axes_have_tiles_of_any_size(
     assert cost < most * search.cheapest()[0]
 
 
+def test_a_bias_has_blocks_of_powers_of_two_with_wide_heads() -> None:
+    problem = "forward", Neighborhood.create(3, (9, 17, 25)), *[(21, 45, 80)] * 2, 128, 128
+    assert math.prod(hopper.choose(*problem).kv_block) < 128
+    assert math.prod(hopper.choose_with_bias(*problem).kv_block) == 128
+
+
 @pytest.mark.parametrize(("window", "stride", "dim"), [(7, 2, 32), (13, 4, 64)])
 def test_windows_with_strides_have_tiles_of_any_size(window: int, stride: int, dim: int) -> None:
     """In small layouts, too, of queries: tiles that follow strides reach other sizes of blocks."""

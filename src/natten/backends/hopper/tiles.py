@@ -135,6 +135,29 @@ def choose(
     return _choose(kind, *model, aligned(dim), aligned(value_dim), itemsize, packed)
 
 
+def choose_with_bias(
+    kind: str,
+    rule: Rule,
+    shape: Shape,
+    key_shape: Shape,
+    dim: int,
+    value_dim: int,
+    itemsize: int = 2,
+    packed: bool = False,
+) -> Tiles:
+    """As :func:`choose`, for a call with a bias, whose kernels of wide heads spill registers where
+    blocks are no powers of two, as where each column is takes some."""
+    problem = rule, shape, key_shape, dim, value_dim
+    found = choose(kind, *problem, itemsize, packed)
+    _, block = tile_and_block(found, kind == "dkdv")
+    if is_padded(block) and max(dim, value_dim) > 64:
+        search = _Search(kind, *_model(rule, shape, key_shape), aligned(dim), aligned(value_dim))
+        search.uneven = []
+        even = search.cheapest()
+        found = found if even is None else even[1]
+    return found
+
+
 @tuning.cached
 def _choose(*problem: Any) -> Tiles:
     *sizes, _, packed = problem

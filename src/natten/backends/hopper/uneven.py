@@ -35,19 +35,21 @@ SMALL = 2048
 
 
 def may_be_uneven(rule: Neighborhood, shape: Shape, is_part: bool) -> bool:
-    """Whether tiles and blocks that are no powers of two are looked for: where there are strides,
-    or layouts are so large that they do not share kernels; of large windows of two axes, which a
-    tile of 8x8 exceeds little, to follow strides that are none. Parts may begin amid a stride, and
-    pieces of rings divide blocks."""
+    """Whether tiles and blocks that are no powers of two are looked for: to follow strides that are
+    none; of small windows, where they follow other strides, too, or layouts do not share kernels;
+    and of windows of three axes in large layouts. Parts may begin amid a stride, and pieces of
+    rings divide blocks."""
+    is_small, is_large = rule.window_tokens <= SMALL, math.prod(shape) >= LARGE
     has_strides = max(rule.stride) > 1
     if is_part:
-        is_finer = max(rule.queries_per_key) > 1
-        is_rewarding = math.prod(shape) >= LARGE and not has_strides and not is_finer
+        suits = is_large and (is_small or rule.rank == 3)
+        suits = suits and not has_strides and max(rule.queries_per_key) == 1
+    elif is_small:
+        suits = has_strides or not more_for_shared(rule, shape)
     else:
-        is_rewarding = has_strides or not more_for_shared(rule, shape)
-    exceeds = rule.rank == 3 or rule.window_tokens <= SMALL
-    exceeds |= any(s & (s - 1) for s in rule.stride)
-    return is_rewarding and exceeds and "circular" not in rule.boundary and _fits_boxes()
+        follows = any(s & (s - 1) for s in rule.stride)
+        suits = follows or (is_large and rule.rank == 3)
+    return suits and "circular" not in rule.boundary and _fits_boxes()
 
 
 # Of a matrix's rows or columns, what part is tokens at least.
