@@ -214,7 +214,7 @@ def test_large_windows_of_three_axes_have_tiles_of_any_size(
 def test_a_bias_has_blocks_of_powers_of_two_with_wide_heads() -> None:
     problem = "forward", Neighborhood.create(3, (9, 17, 25)), *[(21, 45, 80)] * 2, 128, 128
     assert math.prod(hopper.choose(*problem).kv_block) < 128
-    assert math.prod(hopper.choose_with_bias(*problem).kv_block) == 128
+    assert math.prod(hopper.choose(*problem, has_bias=True).kv_block) == 128
 
 
 @pytest.mark.parametrize(("window", "stride", "dim"), [(7, 2, 32), (13, 4, 64)])

@@ -263,8 +263,8 @@ class Plan:
             candidates = tiling.candidates(*problem)[:count]
             launches = {tiles: self._launch(kind, tiles, is_trial=True) for tiles in candidates}
             return Trials(name, launches)
-        choose = tiling.choose if self.bias_dtype is None else tiling.choose_with_bias
-        return self._launch(kind, choose(*problem))
+        own = *problem, self.bias_dtype is not None
+        return self._launch(kind, tiling.choose(*own))
 
     def _problem(self, kind: str) -> tuple[Any, ...]:
         """What decides the tiles of a kernel."""

@@ -123,6 +123,7 @@ def choose(
     value_dim: int,
     itemsize: int = 2,
     packed: bool = False,
+    has_bias: bool = False,
 ) -> Tiles:
     """The tiles that were measured to be fastest, else those estimated to be cheapest, or nearly
     so (:func:`natten.backends.triton.tiles.usual`).
@@ -130,28 +131,14 @@ def choose(
     Args:
         kind: of kernel, one of ``interface.KINDS``.
         packed: of packed documents, up to the layouts' lengths.
+        has_bias: whether scores have a bias. Kernels of wide heads spill registers then where
+            blocks are no powers of two, as where each column is takes some.
     """
-    model = _model(rule, shape, key_shape)
-    return _choose(kind, *model, aligned(dim), aligned(value_dim), itemsize, packed)
-
-
-def choose_with_bias(
-    kind: str,
-    rule: Rule,
-    shape: Shape,
-    key_shape: Shape,
-    dim: int,
-    value_dim: int,
-    itemsize: int = 2,
-    packed: bool = False,
-) -> Tiles:
-    """As :func:`choose`, for a call with a bias, whose kernels of wide heads spill registers where
-    blocks are no powers of two, as where each column is takes some."""
-    problem = rule, shape, key_shape, dim, value_dim
-    found = choose(kind, *problem, itemsize, packed)
+    problem = kind, *_model(rule, shape, key_shape), aligned(dim), aligned(value_dim)
+    found = _choose(*problem, itemsize, packed)
     _, block = tile_and_block(found, kind == "dkdv")
-    if is_padded(block) and max(dim, value_dim) > 64:
-        search = _Search(kind, *_model(rule, shape, key_shape), aligned(dim), aligned(value_dim))
+    if has_bias and is_padded(block) and max(dim, value_dim) > 64:
+        search = _Search(*problem)
         search.uneven = []
         even = search.cheapest()
         found = found if even is None else even[1]
